@@ -1,0 +1,58 @@
+//! The command line: parse, run, print. The only code that prints.
+//!
+//! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
+//! [`Command`] and in [`run`].
+
+mod global;
+pub mod output;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use global::Global;
+
+use crate::error::AnyError;
+
+/// Turns a list of OCI images into a signed, verified, running Linux system.
+#[derive(Debug, Parser)]
+#[command(name = "mosfs", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    run_with(std::env::args_os())
+}
+
+/// Runs a command line; prints, and returns the exit code (DESIGN.md, section 3).
+pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to stdout with code 0, all else is code 2; clap knows.
+            let _ = error.print();
+            return ExitCode::from(error.exit_code() as u8);
+        }
+    };
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::report(&error);
+            ExitCode::from(error.class().exit_code())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), AnyError> {
+    let _ = &cli.global;
+    match cli.command {}
+}

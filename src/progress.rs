@@ -1,0 +1,90 @@
+//! How the library tells of long work. It never prints: it sends events to a [`Sink`], which the
+//! command line draws on a terminal or writes as JSON lines (`--progress-fd`).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// One piece of news about a task. Tasks run side by side and are told apart by `id`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// A task begins.
+    Start {
+        /// Unique within the process.
+        id: u64,
+        /// What is done, as a verb: `fetch`, `convert`, `hash`, `verify`.
+        step: &'a str,
+        /// What it is done to: a target, a digest or a path.
+        object: &'a str,
+        /// How many bytes there are to do, where that is known.
+        total_bytes: Option<u64>,
+    },
+    /// More bytes of a task are done.
+    Advance {
+        /// The task.
+        id: u64,
+        /// How many bytes were done since the last event of this task.
+        bytes: u64,
+    },
+    /// A task has ended, well or not.
+    Done {
+        /// The task.
+        id: u64,
+    },
+}
+
+/// Whoever wants to hear of progress.
+pub trait Sink: Send + Sync {
+    /// Takes one event; called from any thread.
+    fn event(&self, event: Event<'_>);
+}
+
+/// A handle that is passed to whatever takes long. The default one is silent.
+#[derive(Clone, Default)]
+pub struct Progress {
+    sink: Option<Arc<dyn Sink>>,
+}
+
+impl Progress {
+    /// Progress that is told to `sink`.
+    pub fn new(sink: Arc<dyn Sink>) -> Self {
+        Self { sink: Some(sink) }
+    }
+
+    /// Progress that nobody hears.
+    pub fn silent() -> Self {
+        Self::default()
+    }
+
+    /// Begins a task; it ends when the returned value is dropped.
+    pub fn task(&self, step: &str, object: &str, total_bytes: Option<u64>) -> Task {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        if let Some(sink) = &self.sink {
+            sink.event(Event::Start { id, step, object, total_bytes });
+        }
+        Task { id, sink: self.sink.clone() }
+    }
+}
+
+/// A running task of a [`Progress`].
+pub struct Task {
+    id: u64,
+    sink: Option<Arc<dyn Sink>>,
+}
+
+impl Task {
+    /// Says that `bytes` more are done. Cheap enough for each 128 KiB, not for each 4 KiB.
+    pub fn advance(&self, bytes: u64) {
+        if let Some(sink) = &self.sink {
+            sink.event(Event::Advance { id: self.id, bytes });
+        }
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        if let Some(sink) = &self.sink {
+            sink.event(Event::Done { id: self.id });
+        }
+    }
+}
