@@ -185,12 +185,15 @@ pub struct SourceRef {
     pub name: Option<String>,
 }
 
+/// A place, and a name there.
+type Place = (String, Option<String>);
+
 /// One kind of source.
 struct Scheme {
     /// What a reference begins with.
     name: &'static str,
     /// Splits what follows `name:` into place and name.
-    split: fn(&str) -> Option<(String, Option<String>)>,
+    split: fn(&str) -> Option<Place>,
     /// Opens the place.
     open: fn(&str) -> Result<Box<dyn Transport>, TransportError>,
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{Blob, Transport, TransportError, names_of};
+use super::{Blob, Place, Transport, TransportError, names_of};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::image::oci::{Descriptor, Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
@@ -36,7 +36,7 @@ struct LayoutFile {
 }
 
 /// Splits `DIR[:NAME]`; the folder ends at the first `:` (INTEROP.md, "Names and transports").
-pub(super) fn split(rest: &str) -> Option<(String, Option<String>)> {
+pub(super) fn split(rest: &str) -> Option<Place> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     let (dir, name) = match rest.split_once(':') {
         Some((_, "")) => return None,
