@@ -5,3 +5,4 @@
 
 pub mod file;
 pub mod process;
+pub mod sha256;
