@@ -4,6 +4,7 @@
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
 pub mod dm;
+pub mod flock;
 pub mod loopdev;
 pub mod mountapi;
 pub mod process;

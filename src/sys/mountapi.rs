@@ -169,11 +169,13 @@ impl FsContext {
     }
 }
 
-/// Attaches a mount that is attached nowhere, or moves one, to a path. Linux 5.2.
-pub fn attach(mount: BorrowedFd<'_>, target: &Path) -> Result<(), MountError> {
+/// Attaches a mount that is attached nowhere to a path. Linux 5.2.
+///
+/// It takes the descriptor, because a mount that is held by one cannot be unmounted.
+pub fn attach(mount: OwnedFd, target: &Path) -> Result<(), MountError> {
     let call = || format!("move_mount({}, \"\", AT_FDCWD, \"{}\")", mount.as_raw_fd(), target.display());
     let path = c_string(target.as_os_str().as_bytes(), &call)?;
-    move_mount(mount, libc::AT_FDCWD, &path, libc::MOVE_MOUNT_F_EMPTY_PATH, &call)
+    move_mount(mount.as_fd(), libc::AT_FDCWD, &path, libc::MOVE_MOUNT_F_EMPTY_PATH, &call)
 }
 
 /// Attaches a mount to `name` in the folder `dir`.
@@ -321,7 +323,9 @@ fn enter_private_namespace() -> Result<OwnedFd, MountError> {
     context.set_string("size", b"1m")?;
     context.set_string("mode", b"0700")?;
     let folder = context.mount(0)?;
-    attach(folder.as_fd(), Path::new("/"))?;
+    move_mount(folder.as_fd(), libc::AT_FDCWD, c"/", libc::MOVE_MOUNT_F_EMPTY_PATH, &|| {
+        "move_mount(tmpfs, \"\", AT_FDCWD, \"/\")".into()
+    })?;
     // SAFETY: fchdir takes no pointers; the descriptor is open.
     if unsafe { libc::fchdir(folder.as_raw_fd()) } != 0 {
         return Err(MountError::last("fchdir(tmpfs)".into()));
