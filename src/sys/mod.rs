@@ -3,4 +3,6 @@
 //! Each wrapper returns `io::Result`, owns what it opens (`OwnedFd`), and has a SAFETY line on
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
+pub mod daemon;
+pub mod fuse;
 pub mod process;
