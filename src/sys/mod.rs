@@ -4,5 +4,6 @@
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
 pub mod daemon;
+pub mod file;
 pub mod fuse;
 pub mod process;
