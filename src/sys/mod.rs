@@ -7,3 +7,4 @@ pub mod daemon;
 pub mod file;
 pub mod fuse;
 pub mod process;
+pub mod sha256;
