@@ -8,5 +8,8 @@ pub mod file;
 pub mod flock;
 pub mod loopdev;
 pub mod mountapi;
+pub mod daemon;
+pub mod file;
+pub mod fuse;
 pub mod process;
 pub mod sha256;
