@@ -159,7 +159,12 @@ pub trait Layer: Send + Sync {
 
     /// Calls `each` for the entries of a folder in the order of their names (as bytes), from
     /// `cookie` on (0: from the start, else the `next` of an earlier entry), until it returns false.
-    fn read_dir(&self, dir: NodeId, cookie: u64, each: &mut dyn FnMut(DirEntry) -> bool) -> Result<(), LayerError>;
+    fn read_dir(
+        &self,
+        dir: NodeId,
+        cookie: u64,
+        each: &mut dyn FnMut(DirEntry) -> bool,
+    ) -> Result<(), LayerError>;
 
     /// The target of a symbolic link.
     fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LayerError>;

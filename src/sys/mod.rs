@@ -4,3 +4,4 @@
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
 pub mod process;
+pub mod tpm;
