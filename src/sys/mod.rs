@@ -12,4 +12,5 @@ pub mod daemon;
 pub mod file;
 pub mod fuse;
 pub mod process;
+pub mod tpm;
 pub mod sha256;
