@@ -1,2 +1,3 @@
 //! (to come)
+pub mod dm_verity;
 pub mod kernel_overlay;
