@@ -4,7 +4,9 @@
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
 pub mod dm;
+pub mod file;
 pub mod flock;
 pub mod loopdev;
 pub mod mountapi;
 pub mod process;
+pub mod sha256;
