@@ -33,13 +33,13 @@ use super::kernel_overlay::{self, Upper};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
+use crate::image::ReadError;
+use crate::image::verity::{self, BLOCK_BYTES, Geometry, Superblock, VerityError};
 use crate::sys::dm::{Control, Target};
 use crate::sys::flock::ExclusiveLock;
 use crate::sys::loopdev::LoopDevice;
 use crate::sys::mountapi::{FsContext, MountError};
 
-/// Size of data and hash blocks (INTEROP.md, "where the verity data is").
-const BLOCK_BYTES: u64 = 4096;
 /// Size of the sectors that device-mapper counts in.
 const SECTOR_BYTES: u64 = 512;
 /// Prefix of the names of our devices.
@@ -80,15 +80,15 @@ pub enum DmVerityError {
         /// Its media type.
         media_type: String,
     },
-    /// The layer's file has no verity data where it must be.
-    #[error("layer {digest} ({}): {why}", path.display())]
+    /// The layer's file has no sound verity data where it must be.
+    #[error("layer {digest} ({}): {source}", path.display())]
     NoVerity {
         /// The layer.
         digest: Digest,
         /// Its file.
         path: PathBuf,
         /// What was expected and what was found.
-        why: String,
+        source: VerityError,
     },
     /// A device-mapper or loop command failed.
     #[error("layer {digest}: cannot {operation} {device}: {source}")]
@@ -148,7 +148,8 @@ pub enum DmVerityError {
 impl Classified for DmVerityError {
     fn class(&self) -> Class {
         match self {
-            Self::NoVerity { .. } | Self::TableMismatch { .. } | Self::Corrupt { .. } => Class::Verification,
+            Self::NoVerity { source, .. } => source.class(),
+            Self::TableMismatch { .. } | Self::Corrupt { .. } => Class::Verification,
             _ => Class::Failure,
         }
     }
@@ -229,7 +230,7 @@ impl DmVerity {
     /// Mounts one layer, attached nowhere, and checks that the kernel found nothing wrong with it.
     pub fn layer(&self, layer: &LayerInput<'_>) -> Result<LayerMount, DmVerityError> {
         let file_system = KernelFs::of(layer)?;
-        let device = self.activate(layer, file_system)?;
+        let device = self.activate(layer)?;
         let mounted = mount_device(file_system, &device.node);
         failpoint::hit("dm-verity-layer");
         // Rule (DESIGN.md, section 4 and INTEROP.md, "corruption reported as success"): after
@@ -265,19 +266,17 @@ impl DmVerity {
     }
 
     /// Finds or makes the verity device of a layer.
-    fn activate(&self, layer: &LayerInput<'_>, file_system: KernelFs) -> Result<Device, DmVerityError> {
+    fn activate(&self, layer: &LayerInput<'_>) -> Result<Device, DmVerityError> {
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NOFOLLOW)
             .open(layer.path)
             .on("open", layer.path)?;
-        let parameters = VerityParameters::read(&file, file_system)
-            .on("read", layer.path)?
-            .map_err(|why| DmVerityError::NoVerity {
-                digest: layer.digest,
-                path: layer.path.to_path_buf(),
-                why,
-            })?;
+        let parameters = VerityParameters::read(&file).map_err(|source| DmVerityError::NoVerity {
+            digest: layer.digest,
+            path: layer.path.to_path_buf(),
+            source,
+        })?;
         let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
         let failed = |operation, source| DmVerityError::Device {
             digest: layer.digest,
@@ -481,114 +480,68 @@ impl KernelFs {
             Self::Erofs => "erofs",
         }
     }
-
-    /// Size of the file system without what follows it, in bytes, from its own superblock.
-    fn image_bytes(self, file: &File) -> io::Result<Result<u64, String>> {
-        // squashfs: the superblock is at 0, 96 bytes long, magic first, bytes_used at 40.
-        // erofs: the superblock is at 1024, magic first, blkszbits at 12, blocks at 36
-        // (erofs_fs.h, struct erofs_super_block).
-        let mut block = [0u8; 1152];
-        if let Err(error) = file.read_exact_at(&mut block, 0) {
-            return match error.kind() {
-                io::ErrorKind::UnexpectedEof => Ok(Err("the file is too short for a superblock".into())),
-                _ => Err(error),
-            };
-        }
-        let u32_at = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
-        Ok(match self {
-            Self::Squashfs if u32_at(0) == 0x7371_7368 => {
-                Ok(u64::from(u32_at(40)) | u64::from(u32_at(44)) << 32)
-            }
-            Self::Erofs if u32_at(1024) == 0xE0F5_E1E2 => match block[1024 + 12] {
-                bits @ 9..=16 => Ok(u64::from(u32_at(1024 + 36)) << bits),
-                bits => Err(format!("erofs block size of 2^{bits} bytes")),
-            },
-            _ => Err(format!("no {} superblock", self.name())),
-        })
-    }
 }
 
 /// What a verity table needs besides the devices and the root hash.
 ///
-/// Nothing here is trusted (see the module's text); it is checked only for making sense.
+/// Nothing here is trusted (see the module's text): its reader checks that it makes sense.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct VerityParameters {
-    data_blocks: u64,
-    hash_start_block: u64,
-    salt: Vec<u8>,
+    geometry: Geometry,
+    salt: [u8; 32],
 }
 
 impl VerityParameters {
     /// Reads the verity superblock behind the image (INTEROP.md, "where the verity data is").
-    fn read(file: &File, file_system: KernelFs) -> io::Result<Result<Self, String>> {
-        let image_bytes = match file_system.image_bytes(file)? {
-            Ok(bytes) => bytes,
-            Err(why) => return Ok(Err(why)),
+    fn read(file: &File) -> Result<Self, VerityError> {
+        let read = |offset, block: &mut [u8; BLOCK_BYTES]| {
+            file.read_exact_at(block, offset).map_err(|source| {
+                VerityError::Read(ReadError::Io { offset, len: BLOCK_BYTES, source })
+            })
         };
-        let file_bytes = file.metadata()?.len();
-        let superblock_at = image_bytes.checked_next_multiple_of(BLOCK_BYTES);
-        let Some(superblock_at) =
-            superblock_at.filter(|at| *at > 0 && at.checked_add(BLOCK_BYTES).is_some_and(|end| end <= file_bytes))
-        else {
-            return Ok(Err(format!(
-                "no verity superblock: the file system has {image_bytes} bytes, the file {file_bytes}"
-            )));
-        };
-        let mut block = [0u8; 512];
-        file.read_exact_at(&mut block, superblock_at)?;
-        Ok(Self::parse(&block, superblock_at))
-    }
-
-    /// Parses the 512 bytes of a verity superblock (cryptsetup, "DMVerity", version 1).
-    fn parse(block: &[u8; 512], superblock_at: u64) -> Result<Self, String> {
-        let u16_at = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
-        let u32_at = |at: usize| u64::from(u16_at(at)) | u64::from(u16_at(at + 2)) << 16;
-        let u64_at = |at: usize| u32_at(at) | u32_at(at + 4) << 32;
-        let mut algorithm = [0u8; 32];
-        algorithm[..6].copy_from_slice(b"sha256");
-        let must = |what: &str, expected: u64, found: u64| {
-            if expected == found {
-                Ok(())
-            } else {
-                Err(format!("verity superblock at {superblock_at}: {what} {found}, expected {expected}"))
-            }
-        };
-        if &block[..8] != b"verity\0\0" {
-            return Err(format!("no verity superblock at {superblock_at}"));
+        let file_bytes =
+            file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?.len();
+        let mut block = [0; BLOCK_BYTES];
+        if file_bytes < BLOCK_BYTES as u64 {
+            let what = "a first block";
+            return Err(VerityError::FileSize { what, found: file_bytes, expected: BLOCK_BYTES as u64 });
         }
-        must("version", 1, u32_at(8))?;
-        must("hash type", 1, u32_at(12))?;
-        if block[32..64] != algorithm {
-            return Err(format!("verity superblock at {superblock_at}: the hash is not sha256"));
+        read(0, &mut block)?;
+        let geometry = Geometry::new(verity::data_bytes(&block)?)?;
+        if file_bytes == geometry.data_bytes() {
+            return Err(VerityError::Missing { data_bytes: file_bytes });
         }
-        must("data block size", BLOCK_BYTES, u32_at(64))?;
-        must("hash block size", BLOCK_BYTES, u32_at(68))?;
-        // The data is exactly what lies before the superblock: a smaller number would leave a
-        // part unchecked, another one would move the levels of the tree.
-        must("number of data blocks", superblock_at / BLOCK_BYTES, u64_at(72))?;
-        let salt_bytes = usize::from(u16_at(80));
-        let salt = block[88..344]
-            .get(..salt_bytes)
-            .ok_or_else(|| format!("verity superblock at {superblock_at}: salt of {salt_bytes} bytes"))?;
-        Ok(Self {
-            data_blocks: superblock_at / BLOCK_BYTES,
-            hash_start_block: superblock_at / BLOCK_BYTES + 1,
-            salt: salt.to_vec(),
-        })
+        if file_bytes != geometry.file_bytes() {
+            let what = "data, verity superblock and tree";
+            return Err(VerityError::FileSize { what, found: file_bytes, expected: geometry.file_bytes() });
+        }
+        read(geometry.data_bytes(), &mut block)?;
+        let superblock = Superblock::parse(&block)?;
+        // The root hash does not cover this number. The data is exactly what lies before the
+        // superblock: a smaller number would leave a part unchecked, another one would move the
+        // levels of the tree.
+        if superblock.data_blocks != geometry.data_blocks() {
+            return Err(VerityError::Superblock {
+                field: "data_blocks",
+                found: superblock.data_blocks.to_string(),
+                expected: geometry.data_blocks().to_string(),
+            });
+        }
+        Ok(Self { geometry, salt: superblock.salt })
     }
 
     /// The target line: data and hashes are on one device. No option: a bad block is EIO.
     fn target(&self, device: &str, root_hash: &Digest) -> Target {
-        let salt = if self.salt.is_empty() { "-".to_string() } else { hex(&self.salt) };
+        let blocks = self.geometry.data_blocks();
         Target {
             start_sector: 0,
-            sectors: self.data_blocks * (BLOCK_BYTES / SECTOR_BYTES),
+            sectors: self.geometry.data_bytes() / SECTOR_BYTES,
             kind: "verity".into(),
             parameters: format!(
-                "1 {device} {device} {BLOCK_BYTES} {BLOCK_BYTES} {} {} sha256 {} {salt}",
-                self.data_blocks,
-                self.hash_start_block,
+                "1 {device} {device} {BLOCK_BYTES} {BLOCK_BYTES} {blocks} {} sha256 {} {}",
+                blocks + 1,
                 root_hash.hex(),
+                hex(&self.salt),
             ),
         }
     }
@@ -598,53 +551,14 @@ impl VerityParameters {
 mod tests {
     use super::*;
 
-    const DATA: u64 = 3;
-
-    fn superblock() -> [u8; 512] {
-        let mut block = [0u8; 512];
-        block[..8].copy_from_slice(b"verity\0\0");
-        block[8] = 1;
-        block[12] = 1;
-        block[32..38].copy_from_slice(b"sha256");
-        block[64..68].copy_from_slice(&4096u32.to_le_bytes());
-        block[68..72].copy_from_slice(&4096u32.to_le_bytes());
-        block[72..80].copy_from_slice(&DATA.to_le_bytes());
-        block[80] = 2;
-        block[88] = 0xab;
-        block[89] = 0x01;
-        block
-    }
-
-    fn parse(block: &[u8; 512]) -> Result<VerityParameters, String> {
-        VerityParameters::parse(block, DATA * BLOCK_BYTES)
-    }
-
     #[test]
     fn the_table_is_what_veritysetup_would_load() {
-        let target = parse(&superblock()).unwrap().target("7:5", &Digest::from_bytes([0x11; 32]));
-        let hash = "11".repeat(32);
+        let parameters = VerityParameters { geometry: Geometry::new(3 * 4096).unwrap(), salt: [0xab; 32] };
+        let target = parameters.target("7:5", &Digest::from_bytes([0x11; 32]));
+        let (hash, salt) = ("11".repeat(32), "ab".repeat(32));
         assert_eq!(target.sectors, 24);
-        assert_eq!(target.parameters, format!("1 7:5 7:5 4096 4096 3 4 sha256 {hash} ab01"));
-        assert_eq!(describe(&[target]), format!("0 24 verity 1 - - 4096 4096 3 4 sha256 {hash} ab01"));
-    }
-
-    #[test]
-    fn every_field_of_the_superblock_is_checked() {
-        for (offset, expected) in [
-            (0, "no verity superblock at 12288"),
-            (8, "version 2, expected 1"),
-            (12, "hash type 2, expected 1"),
-            (37, "not sha256"),
-            (65, "data block size 4352, expected 4096"),
-            (69, "hash block size 4352, expected 4096"),
-            (72, "number of data blocks 4, expected 3"),
-            (81, "salt of 258 bytes"),
-        ] {
-            let mut block = superblock();
-            block[offset] += 1;
-            let error = parse(&block).unwrap_err();
-            assert!(error.contains(expected), "{offset}: {error}");
-        }
+        assert_eq!(target.parameters, format!("1 7:5 7:5 4096 4096 3 4 sha256 {hash} {salt}"));
+        assert_eq!(describe(&[target]), format!("0 24 verity 1 - - 4096 4096 3 4 sha256 {hash} {salt}"));
     }
 
     #[test]
@@ -665,19 +579,28 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_verity_data_is_refused() {
+    fn a_file_without_sound_verity_data_is_refused() {
         let file = tempfile::tempfile().unwrap();
-        file.write_all_at(b"hsqs", 0).unwrap();
-        file.write_all_at(&5000u64.to_le_bytes(), 40).unwrap();
+        let why = || VerityParameters::read(&file).unwrap_err();
+        assert!(matches!(why(), VerityError::FileSize { found: 0, .. }));
         file.set_len(8192).unwrap();
-        let why = VerityParameters::read(&file, KernelFs::Squashfs).unwrap().unwrap_err();
-        assert_eq!(why, "no verity superblock: the file system has 5000 bytes, the file 8192");
+        assert!(matches!(why(), VerityError::UnknownImage { .. }));
+        file.write_all_at(b"hsqs", 0).unwrap();
+        file.write_all_at(&[4, 0, 0, 0], 28).unwrap();
+        file.write_all_at(&5000u64.to_le_bytes(), 40).unwrap();
+        assert!(matches!(why(), VerityError::Missing { data_bytes: 8192 }));
+        // Two data blocks, the superblock, one block of hashes.
         file.set_len(12288).unwrap();
-        let why = VerityParameters::read(&file, KernelFs::Squashfs).unwrap().unwrap_err();
-        assert_eq!(why, "no verity superblock at 8192");
+        assert!(matches!(why(), VerityError::FileSize { found: 12288, expected: 16384, .. }));
+        file.set_len(16384).unwrap();
+        assert!(matches!(why(), VerityError::Superblock { field: "signature", .. }));
+        let superblock = Superblock { uuid: [0; 16], salt: [7; 32], data_blocks: 3 };
+        file.write_all_at(&superblock.to_block(), 8192).unwrap();
+        assert!(matches!(why(), VerityError::Superblock { field: "data_blocks", .. }));
+        let superblock = Superblock { data_blocks: 2, ..superblock };
+        file.write_all_at(&superblock.to_block(), 8192).unwrap();
+        assert_eq!(VerityParameters::read(&file).unwrap().salt, [7; 32]);
         file.write_all_at(&u64::MAX.to_le_bytes(), 40).unwrap();
-        assert!(VerityParameters::read(&file, KernelFs::Squashfs).unwrap().is_err());
-        let why = VerityParameters::read(&file, KernelFs::Erofs).unwrap().unwrap_err();
-        assert_eq!(why, "no erofs superblock");
+        assert!(VerityParameters::read(&file).is_err());
     }
 }
