@@ -5,6 +5,7 @@
 //! device, memory and a fuzzer.
 
 pub mod layer;
+pub mod oci;
 pub mod overlay;
 pub mod source;
 pub mod squashfs;
