@@ -9,11 +9,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mosfs::digest::{Digest, hex};
 use mosfs::error::{Class, Classified};
 use mosfs::image::source::{ReadError, Source};
-use mosfs::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, REPORT_MAX, VerifiedSource};
+use mosfs::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, REPORT_MAX, VerifiedSource, has_verity};
 use mosfs::image::verity::{BLOCK_BYTES, Geometry, Sealed, Superblock, Tree, VerityError, data_bytes, seal};
 use mosfs::progress::Progress;
 use tempfile::TempDir;
@@ -186,7 +187,7 @@ fn any_range_reads_as_it_was_written() {
             let error = read(&source, offset, len).unwrap_err();
             assert!(matches!(error, ReadError::OutOfRange { offset: o, .. } if o == offset), "{error}");
         }
-        assert_eq!(read(&source, size, 0).unwrap(), []);
+        assert!(read(&source, size, 0).unwrap().is_empty());
     }
 }
 
@@ -297,6 +298,47 @@ fn no_flipped_byte_is_ever_read() {
         image.flip(geometry.data_bytes() + at, 0x10);
     }
     assert!(image.open().verify_all(threads(2), &Progress::silent()).unwrap().is_good());
+}
+
+/// "Never check one read and use another": a file that changes all the time, data and hash blocks
+/// alike, gives right bytes or an error.
+#[test]
+fn a_file_that_changes_while_it_is_read() {
+    let image = image(20000 * 4096);
+    let level_0 = Geometry::new(image.data.len() as u64).unwrap().levels()[0].first_block;
+    let file = File::open(&image.path).unwrap();
+    // A cache of one block, so that hash blocks are read again and again as well.
+    let source = VerifiedSource::open_sized(file, 20000 * BLOCK, image.sealed.root_hash, 0).unwrap();
+    let done = AtomicBool::new(false);
+    let (mut right, mut refused, mut wrong) = (0, 0, Vec::new());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut block = 0;
+            while !done.load(Ordering::Relaxed) {
+                for at in [block * BLOCK + 1000, (level_0 + block / 128) * BLOCK + block % 128 * 32] {
+                    image.flip(at, 0x80);
+                    image.flip(at, 0x80);
+                }
+                block = (block + 1) % 300;
+            }
+        });
+        let (mut noise, mut scratch) = (Noise(3), Vec::new());
+        for _ in 0..100_000 {
+            let offset = noise.below(300 * BLOCK);
+            match source.read(offset, 50_000, &mut scratch) {
+                Ok(bytes) if bytes == &image.data[offset as usize..][..50_000] => right += 1,
+                Ok(_) => wrong.push(format!("wrong bytes at {offset}")),
+                Err(ReadError::Verity { .. }) => refused += 1,
+                Err(other) => wrong.push(other.to_string()),
+            }
+            if right >= 2000 && refused >= 20 {
+                break;
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(wrong.is_empty(), "{wrong:?}");
+    assert!(right > 0 && refused > 0, "{right} reads were right, {refused} refused: nothing raced");
 }
 
 /// Swapping two good blocks must not pass: a hash stands for a block at its place.
@@ -498,11 +540,13 @@ fn the_end_of_real_images_is_found() {
     run("erofs-utils", "mkfs.erofs", &["--quiet", erofs.to_str().unwrap(), tree]);
     for path in [squashfs, erofs] {
         let before = fs::read(&path).unwrap();
+        assert!(!has_verity(&File::open(&path).unwrap()).unwrap());
         let size = data_bytes(&before[..4096]).unwrap();
         assert_eq!(size, before.len() as u64, "{}", path.display());
         let sealed = seal(&open_rw(&path), size, threads(2), &Progress::silent()).unwrap();
         let source = VerifiedSource::open(File::open(&path).unwrap(), sealed.root_hash).unwrap();
         assert!(read(&source, 0, before.len()).unwrap() == before);
+        assert!(has_verity(&File::open(&path).unwrap()).unwrap());
         assert_eq!(source.superblock(), &sealed.superblock);
     }
 }

@@ -43,6 +43,23 @@ pub const REPORT_MAX: usize = 1000;
 const BLOCK: u64 = BLOCK_BYTES as u64;
 const FANOUT: u64 = HASHES_PER_BLOCK as u64;
 
+/// Whether an image file has verity data behind the file system, to refuse a descriptor that
+/// has no root hash for it. It says nothing of what the data is worth: only
+/// [`VerifiedSource::open`] does.
+///
+/// # Errors
+/// [`VerityError::UnknownImage`] and [`VerityError::DataSize`] where the image's end cannot be told;
+/// [`VerityError::Read`] from the file.
+pub fn has_verity(file: &File) -> Result<bool, VerityError> {
+    let data_bytes = data_bytes_of(file)?;
+    if file_bytes(file)? < data_bytes.saturating_add(BLOCK) {
+        return Ok(false);
+    }
+    let mut signature = [0; 8];
+    read_exact(file, data_bytes, &mut signature)?;
+    Ok(signature == *verity::SIGNATURE)
+}
+
 /// A file system image with verity data, read under a root hash.
 ///
 /// As a [`Source`] it has the data area's size: the file system's, rounded up to 4096 bytes.
@@ -91,10 +108,8 @@ impl VerifiedSource {
     /// [`VerityError`] for verity data that is missing, malformed or does not fit the file;
     /// [`ReadError::Verity`] within it where the top of the tree is not what the root hash names.
     pub fn open(file: File, root_hash: Digest) -> Result<Self, VerityError> {
-        let file_bytes = file_bytes(&file)?;
-        let mut head = vec![0; BLOCK.min(file_bytes) as usize];
-        read_exact(&file, 0, &mut head)?;
-        Self::open_sized(file, verity::data_bytes(&head)?, root_hash, DEFAULT_CACHE_BYTES)
+        let data_bytes = data_bytes_of(&file)?;
+        Self::open_sized(file, data_bytes, root_hash, DEFAULT_CACHE_BYTES)
     }
 
     /// Opens an image file whose data area is known to have `data_bytes` bytes, with a cache of
@@ -345,6 +360,14 @@ fn place(error: &ReadError) -> u64 {
 fn file_bytes(file: &File) -> Result<u64, ReadError> {
     let metadata = file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?;
     Ok(metadata.len())
+}
+
+/// The size of a file's data area in bytes, as [`verity::data_bytes`] finds it.
+fn data_bytes_of(file: &File) -> Result<u64, VerityError> {
+    let mut head = [0; BLOCK_BYTES];
+    let head = &mut head[..BLOCK.min(file_bytes(file)?) as usize];
+    read_exact(file, 0, head)?;
+    verity::data_bytes(head)
 }
 
 /// Makes `scratch` at least `len` bytes long, without memory beyond that.

@@ -61,6 +61,9 @@ pub const BLOCK_BYTES: usize = 4096;
 /// Hashes in a hash block.
 pub const HASHES_PER_BLOCK: usize = 128;
 
+/// What a superblock begins with.
+pub const SIGNATURE: &[u8; 8] = b"verity\0\0";
+
 /// A block of the tree, as its hashes.
 pub type HashBlock = [[u8; 32]; HASHES_PER_BLOCK];
 
@@ -224,7 +227,7 @@ impl Superblock {
         let mut put = |range: std::ops::Range<usize>, bytes: &[u8]| {
             block[range.start..range.start + bytes.len()].copy_from_slice(bytes);
         };
-        put(field::SIGNATURE, b"verity");
+        put(field::SIGNATURE, SIGNATURE);
         put(field::VERSION, &1_u32.to_le_bytes());
         put(field::HASH_TYPE, &1_u32.to_le_bytes());
         put(field::UUID, &self.uuid);
@@ -277,21 +280,35 @@ pub fn data_bytes(head: &[u8]) -> Result<u64, VerityError> {
         .map_err(|_| VerityError::DataSize { found: image })
 }
 
-/// Entry for a fuzzer: no bytes may make the parsers panic, and what they accept they write back unchanged.
-pub fn fuzz_superblock(input: &[u8]) {
-    let _ = data_bytes(input);
-    let mut block = [0; BLOCK_BYTES];
-    let len = input.len().min(BLOCK_BYTES);
-    block[..len].copy_from_slice(&input[..len]);
-    if let Ok(superblock) = Superblock::parse(&block) {
-        assert_eq!(superblock.to_block(), block);
-        let _ = Geometry::new(superblock.data_blocks.saturating_mul(BLOCK_BYTES as u64));
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_upset_the_parsers(
+            garbage in prop::collection::vec(any::<u8>(), 0..2000),
+            at in 0_usize..600,
+            magic in any::<bool>(),
+        ) {
+            let mut head = garbage.clone();
+            if magic && head.len() > 4 {
+                head[..4].copy_from_slice(b"hsqs");
+            }
+            if let Ok(size) = data_bytes(&head) {
+                prop_assert!(Geometry::new(size).is_ok());
+            }
+            // A good superblock with garbage in it: what is accepted is written back unchanged.
+            let mut block = sample().to_block();
+            let len = garbage.len().min(40);
+            block[at..at + len].copy_from_slice(&garbage[..len]);
+            if let Ok(parsed) = Superblock::parse(&block) {
+                prop_assert_eq!(parsed.to_block(), block);
+            }
+        }
+    }
 
     fn sample() -> Superblock {
         Superblock::for_data(&Digest::of(b"data"), 7)
