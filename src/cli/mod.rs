@@ -5,6 +5,8 @@
 
 mod generate;
 mod global;
+mod keys;
+mod manifest;
 pub mod output;
 
 use std::ffi::OsString;
@@ -28,6 +30,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Keys(keys::Keys),
+    Manifest(manifest::Manifest),
     #[command(hide = true)]
     Generate(generate::Generate),
 }
@@ -58,6 +62,8 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Keys(args) => keys::run(args, &cli.global),
+        Command::Manifest(args) => manifest::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
     }
 }
