@@ -4,7 +4,9 @@
 //! [`Command`] and in [`run`].
 
 mod global;
+mod mount;
 pub mod output;
+mod umount;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -26,7 +28,10 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {}
+enum Command {
+    Mount(mount::MountArgs),
+    Umount(umount::UmountArgs),
+}
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
@@ -53,6 +58,8 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
-    let _ = &cli.global;
-    match cli.command {}
+    match &cli.command {
+        Command::Mount(args) => mount::run(args, &cli.global),
+        Command::Umount(args) => umount::run(args, &cli.global),
+    }
 }
