@@ -3,6 +3,7 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod generate;
 mod global;
 mod mount;
 pub mod output;
@@ -29,6 +30,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    #[command(hide = true)]
+    Generate(generate::Generate),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
 }
@@ -59,6 +62,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Generate(args) => generate::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
     }

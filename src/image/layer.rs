@@ -143,6 +143,9 @@ pub struct BlockId {
     pub decoded_max: u32,
 }
 
+/// Extended attributes: full name (`user.a`) and value.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// A file system image that can be a layer of a merged view.
 ///
 /// All methods may be called from many threads. No answer depends on an earlier call. A hostile
@@ -170,7 +173,7 @@ pub trait Layer: Send + Sync {
     fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LayerError>;
 
     /// All extended attributes with their full names (`user.x`), in the order of the image.
-    fn xattrs(&self, node: NodeId) -> Result<Vec<(Vec<u8>, Vec<u8>)>, LayerError>;
+    fn xattrs(&self, node: NodeId) -> Result<Xattrs, LayerError>;
 
     /// The extent that holds the byte at `offset` of a regular file; `offset` is below its size.
     fn extent(&self, node: NodeId, offset: u64) -> Result<Extent, LayerError>;

@@ -12,5 +12,5 @@ pub mod squashfs;
 pub mod verified;
 pub mod verity;
 
-pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs};
+pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 pub use source::{MemorySource, ReadError, Source};
