@@ -7,7 +7,9 @@ mod generate;
 mod global;
 mod keys;
 mod manifest;
+mod mount;
 pub mod output;
+mod umount;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -34,6 +36,8 @@ enum Command {
     Manifest(manifest::Manifest),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Mount(mount::MountArgs),
+    Umount(umount::UmountArgs),
 }
 
 /// Runs the command line of this process.
@@ -65,5 +69,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Mount(args) => mount::run(args, &cli.global),
+        Command::Umount(args) => umount::run(args, &cli.global),
     }
 }
