@@ -495,12 +495,10 @@ impl VerityParameters {
     /// Reads the verity superblock behind the image (INTEROP.md, "where the verity data is").
     fn read(file: &File) -> Result<Self, VerityError> {
         let read = |offset, block: &mut [u8; BLOCK_BYTES]| {
-            file.read_exact_at(block, offset).map_err(|source| {
-                VerityError::Read(ReadError::Io { offset, len: BLOCK_BYTES, source })
-            })
+            file.read_exact_at(block, offset)
+                .map_err(|source| VerityError::Read(ReadError::Io { offset, len: BLOCK_BYTES, source }))
         };
-        let file_bytes =
-            file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?.len();
+        let file_bytes = file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?.len();
         let mut block = [0; BLOCK_BYTES];
         if file_bytes < BLOCK_BYTES as u64 {
             let what = "a first block";
