@@ -3,12 +3,14 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod build;
 mod generate;
 mod global;
 mod keys;
 mod manifest;
 mod mount;
 pub mod output;
+mod progress;
 mod umount;
 
 use std::ffi::OsString;
@@ -32,6 +34,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
     #[command(hide = true)]
@@ -66,6 +69,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
