@@ -3,6 +3,7 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod generate;
 mod global;
 pub mod output;
 
@@ -26,7 +27,10 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {}
+enum Command {
+    #[command(hide = true)]
+    Generate(generate::Generate),
+}
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
@@ -53,6 +57,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
-    let _ = &cli.global;
-    match cli.command {}
+    match &cli.command {
+        Command::Generate(args) => generate::run(args, &cli.global),
+    }
 }

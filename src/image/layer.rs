@@ -143,6 +143,9 @@ pub struct BlockId {
     pub decoded_max: u32,
 }
 
+/// Extended attributes: full name (`user.a`) and value.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// A file system image that can be a layer of a merged view.
 ///
 /// All methods may be called from many threads. No answer depends on an earlier call. A hostile
@@ -159,13 +162,18 @@ pub trait Layer: Send + Sync {
 
     /// Calls `each` for the entries of a folder in the order of their names (as bytes), from
     /// `cookie` on (0: from the start, else the `next` of an earlier entry), until it returns false.
-    fn read_dir(&self, dir: NodeId, cookie: u64, each: &mut dyn FnMut(DirEntry) -> bool) -> Result<(), LayerError>;
+    fn read_dir(
+        &self,
+        dir: NodeId,
+        cookie: u64,
+        each: &mut dyn FnMut(DirEntry) -> bool,
+    ) -> Result<(), LayerError>;
 
     /// The target of a symbolic link.
     fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LayerError>;
 
     /// All extended attributes with their full names (`user.x`), in the order of the image.
-    fn xattrs(&self, node: NodeId) -> Result<Vec<(Vec<u8>, Vec<u8>)>, LayerError>;
+    fn xattrs(&self, node: NodeId) -> Result<Xattrs, LayerError>;
 
     /// The extent that holds the byte at `offset` of a regular file; `offset` is below its size.
     fn extent(&self, node: NodeId, offset: u64) -> Result<Extent, LayerError>;

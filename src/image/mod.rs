@@ -5,11 +5,12 @@
 //! device, memory and a fuzzer.
 
 pub mod layer;
+pub mod oci;
 pub mod overlay;
 pub mod source;
 pub mod squashfs;
 pub mod verified;
 pub mod verity;
 
-pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs};
+pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 pub use source::{MemorySource, ReadError, Source};

@@ -1,1 +1,3 @@
-//! (to come)
+//! Mounts: what is planned, the backends that do it, and the register of what is mounted.
+
+pub mod engine;

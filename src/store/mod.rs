@@ -1,1 +1,291 @@
-//! (to come)
+//! The store: an OCI image layout that mosfs writes, and that skopeo and umoci read.
+//!
+//! ```text
+//! DIR/oci-layout               written when the store is made, never changed
+//! DIR/index.json               the names, and the referrers; changed by atomic replace only
+//! DIR/blobs/sha256/HEX         the blobs, mode 0444, never changed once they are there
+//! DIR/.mosfs/lock              who writes and who collects garbage, by flock(2)
+//! DIR/.mosfs/index.lock        who is replacing index.json, by flock(2)
+//! DIR/.mosfs/tmp/*             files that are being written
+//! ```
+//!
+//! Names (`org.opencontainers.image.ref.name` in `index.json`):
+//!
+//! ```text
+//! mos/images/TARGET:sha256/HEX     a target's OCI manifest, by its digest
+//! mos/system/system:sha256/HEX     a system manifest (an artifact), by the digest of its JSON
+//! mos/system/system:VERSION        the same, by version
+//! (without a name)                 artifacts that have a subject: signature, certificate …
+//! ```
+//!
+//! Invariants, which `mosfs verify` ([`fsck`]) checks:
+//! 1. A file in `blobs/sha256` has the content that its name promises. It is written to `tmp`,
+//!    hashed on the way, synced, renamed, and its folder is synced.
+//! 2. Whatever `index.json` reaches is there: blobs first, the name last.
+//!
+//! So a crash at any point leaves a store that verifies, plus files in `tmp` and blobs that no
+//! name reaches, which `mosfs gc` ([`gc`]) removes.
+//!
+//! Locks. Readers take none: `index.json` is replaced whole, blobs do not change, and an open
+//! blob stays readable when it is removed. A [`Writer`] holds `lock` shared from before it puts
+//! its first blob until after it has set the name that keeps it. Garbage collection holds `lock`
+//! exclusive, so it never sees a blob that is about to be named; it does not wait for a writer but
+//! says [`StoreError::Busy`]. `index.lock` is held, exclusive, for one read-change-replace of
+//! `index.json`, always taken after `lock`. Tools that do not know these locks (skopeo, umoci) must
+//! not write to the store while mosfs does.
+//!
+//! Blobs come in by reflink where the file system can, else by copying; never by hard link, even
+//! between two stores: whoever may write to the other name of the file could change a blob after
+//! it was checked. What is hashed is the store's own copy.
+
+mod put;
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub use put::{TempBlob, Writer};
+
+use crate::digest::Digest;
+use crate::error::{Class, Classified, IoContext, IoError};
+use crate::image::oci::{Descriptor, OciError, OciImage};
+use crate::transport::{OciDir, Transport, TransportError};
+
+/// Names of system manifests begin so; what follows is a version or `sha256/HEX`.
+pub const SYSTEM_PREFIX: &str = "mos/system/system:";
+
+/// The name of a target's image.
+pub fn image_name(target: &str, digest: &Digest) -> String {
+    format!("mos/images/{target}:sha256/{}", digest.hex())
+}
+
+/// The name of a system manifest by the digest of its JSON.
+pub fn system_name(digest: &Digest) -> String {
+    format!("{SYSTEM_PREFIX}sha256/{}", digest.hex())
+}
+
+/// The name of a system manifest by its version.
+pub fn version_name(version: u64) -> String {
+    format!("{SYSTEM_PREFIX}{version}")
+}
+
+/// A store. Cheap to clone; holds nothing open.
+#[derive(Debug, Clone)]
+pub struct Store {
+    layout: OciDir,
+}
+
+impl Store {
+    /// Opens a store, or any other OCI layout.
+    ///
+    /// # Errors
+    /// [`TransportError::NotALayout`].
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        Ok(Self { layout: OciDir::open(dir)? })
+    }
+
+    /// Opens a store, and makes it first where there is none.
+    ///
+    /// # Errors
+    /// [`StoreError::NotEmpty`] where the folder holds other things.
+    pub fn create(dir: &Path) -> Result<Self, StoreError> {
+        if !dir.join("oci-layout").exists() {
+            match fs::read_dir(dir) {
+                Ok(entries) => {
+                    // What an interrupted creation may have left, and what mkfs leaves.
+                    let ours = ["blobs", ".mosfs", "index.json", "lost+found"];
+                    for entry in entries {
+                        let name = entry.on("list", dir)?.file_name();
+                        if !ours.iter().any(|known| name == *known) {
+                            return Err(StoreError::NotEmpty {
+                                dir: dir.to_path_buf(),
+                                found: name.to_string_lossy().into_owned(),
+                            });
+                        }
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => {
+                    return Err(IoError { operation: "list", path: dir.to_path_buf(), source }.into());
+                }
+            }
+        }
+        for folder in ["blobs/sha256", ".mosfs/tmp"] {
+            let folder = dir.join(folder);
+            fs::create_dir_all(&folder).on("create", &folder)?;
+        }
+        for folder in [&dir.join("blobs"), dir] {
+            sync_dir(folder)?;
+        }
+        if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            sync_dir(parent)?;
+        }
+        // index.json before oci-layout: a folder with the latter is a whole layout.
+        for (name, content) in [
+            ("index.json", crate::image::oci::Index::empty().to_bytes()),
+            ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()),
+        ] {
+            if !dir.join(name).exists() {
+                put::replace_file(dir, name, &content)?;
+            }
+        }
+        Self::open(dir)
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        self.layout.dir()
+    }
+
+    /// The store as a place to fetch from.
+    pub fn transport(&self) -> &OciDir {
+        &self.layout
+    }
+
+    /// Where a blob lies, or would lie. Whoever opens it verifies what is read.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.layout.blob_path(digest)
+    }
+
+    /// Whether a blob is there with the right size. Its content was checked when it was written;
+    /// [`fsck`] checks it again.
+    pub fn has(&self, blob: &Descriptor) -> bool {
+        matches!(fs::metadata(self.blob_path(&blob.digest)), Ok(data) if data.is_file() && data.len() == blob.size)
+    }
+
+    /// A small blob, whole, checked against its digest.
+    ///
+    /// # Errors
+    /// [`TransportError::BlobMissing`], [`TransportError::TooBig`], [`TransportError::DigestMismatch`].
+    pub fn get(&self, digest: &Digest, max_bytes: u64) -> Result<Vec<u8>, StoreError> {
+        Ok(self.layout.get(digest, max_bytes)?)
+    }
+
+    /// The image of a manifest that is in the store, checked against its digest.
+    pub fn image(&self, manifest: &Digest) -> Result<OciImage, StoreError> {
+        let bytes = self.get(manifest, crate::image::oci::MAX_MANIFEST_BYTES)?;
+        OciImage::parse(&bytes).map_err(|source| {
+            TransportError::Document { object: self.blob_path(manifest).display().to_string(), source }.into()
+        })
+    }
+
+    /// All names, sorted, with what they stand for.
+    pub fn names(&self) -> Result<Vec<(String, Descriptor)>, StoreError> {
+        let entries = self.layout.entries()?;
+        let mut names: Vec<_> =
+            entries.into_iter().filter_map(|one| Some((one.ref_name()?.to_string(), one))).collect();
+        names.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(names)
+    }
+
+    /// What a name stands for.
+    ///
+    /// # Errors
+    /// [`TransportError::NameMissing`] with the names that there are;
+    /// [`TransportError::Ambiguous`] where another tool gave the name twice.
+    pub fn resolve(&self, name: &str) -> Result<Descriptor, StoreError> {
+        let mut found = self.layout.lookup(name)?.into_iter();
+        let location = self.layout.location();
+        let Some(first) = found.next() else {
+            return Err(
+                TransportError::NameMissing { location, name: name.into(), available: Vec::new() }.into()
+            );
+        };
+        match found.find(|other| other.digest != first.digest) {
+            Some(other) => {
+                let digests = [first.digest, other.digest];
+                Err(TransportError::Ambiguous { object: format!("{location}:{name}"), digests }.into())
+            }
+            None => Ok(first),
+        }
+    }
+
+    /// The manifests whose `subject` is `subject`, all of them or of one artifact type.
+    pub fn referrers(
+        &self,
+        subject: &Digest,
+        artifact_type: Option<&str>,
+    ) -> Result<Vec<Descriptor>, StoreError> {
+        Ok(self.layout.referrers(subject, artifact_type)?)
+    }
+
+    /// Begins to write: takes the store's lock, shared.
+    pub fn writer(&self) -> Result<Writer<'_>, StoreError> {
+        Writer::new(self)
+    }
+
+    fn private(&self, name: &str) -> PathBuf {
+        self.dir().join(".mosfs").join(name)
+    }
+
+    /// Opens one of the lock files, making it where it is missing.
+    fn lock_file(&self, name: &str) -> Result<File, StoreError> {
+        let path = self.private(name);
+        let open = || OpenOptions::new().create(true).write(true).truncate(false).open(&path);
+        match open() {
+            // A layout that another tool made has no private folder yet.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let tmp = self.private("tmp");
+                fs::create_dir_all(&tmp).on("create", &tmp)?;
+                Ok(open().on("open", &path)?)
+            }
+            other => Ok(other.on("open", &path)?),
+        }
+    }
+}
+
+/// Makes the entries of a folder durable.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), IoError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).on("sync", dir)
+}
+
+/// Why the store cannot do something.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A store cannot be made among other things.
+    #[error("{} is not an OCI image layout and not empty (it has `{found}`)", dir.display())]
+    NotEmpty {
+        /// The folder.
+        dir: PathBuf,
+        /// One of the things in it.
+        found: String,
+    },
+    /// Somebody is writing, so nothing can be collected; or the other way round.
+    #[error("the store {} is in use: {holder}", dir.display())]
+    Busy {
+        /// The store.
+        dir: PathBuf,
+        /// Who holds the lock.
+        holder: &'static str,
+    },
+    /// What a name stands for would change, and must not.
+    #[error("`{name}` already stands for {found}, and would stand for {expected}")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// What it stands for.
+        found: Digest,
+        /// What it was to stand for.
+        expected: Digest,
+    },
+    /// A layout cannot be read, or a blob in it is not what it should be.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// A document cannot be read.
+    #[error(transparent)]
+    Oci(#[from] OciError),
+    /// The operating system's answer.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+impl Classified for StoreError {
+    fn class(&self) -> Class {
+        match self {
+            Self::NotEmpty { .. } | Self::NameTaken { .. } => Class::Input,
+            Self::Busy { .. } | Self::Io(_) => Class::Failure,
+            Self::Transport(error) => error.class(),
+            Self::Oci(error) => error.class(),
+        }
+    }
+}

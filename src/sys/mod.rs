@@ -4,4 +4,6 @@
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
 pub mod atomic;
+pub mod file;
 pub mod process;
+pub mod sha256;

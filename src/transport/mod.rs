@@ -1,1 +1,437 @@
-//! (to come)
+//! Where images come from: one file per kind of source, one row each in [`SCHEMES`].
+//!
+//! A transport finds a name and hands out bytes. Manifests are checked against digest and size
+//! before anyone sees them; a blob is a stream whose digest the store checks while it copies.
+
+pub mod ocidir;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::digest::Digest;
+use crate::error::{Class, Classified, IoError};
+use crate::image::oci::{Descriptor, Index, Manifest, OciError, OciImage, Platform};
+
+pub use ocidir::OciDir;
+
+/// How deep indexes may nest: `index.json`, an index of platforms, and one to spare.
+const MAX_INDEX_DEPTH: usize = 4;
+
+/// A place that images are fetched from.
+pub trait Transport: Send + Sync {
+    /// The place as a user writes it, for messages.
+    fn location(&self) -> String;
+
+    /// All manifests and indexes that the place lists, named or not.
+    fn entries(&self) -> Result<Vec<Descriptor>, TransportError>;
+
+    /// The descriptors of a name. More than one where they are for different platforms.
+    ///
+    /// # Errors
+    /// [`TransportError::NameMissing`] with the names that there are.
+    fn lookup(&self, name: &str) -> Result<Vec<Descriptor>, TransportError>;
+
+    /// A whole blob that fits in memory, checked against digest and size.
+    ///
+    /// # Errors
+    /// [`TransportError::TooBig`] before anything is read where the size is above `max_bytes`;
+    /// [`TransportError::DigestMismatch`] or [`TransportError::SizeMismatch`].
+    fn fetch(&self, blob: &Descriptor, max_bytes: u64) -> Result<Vec<u8>, TransportError>;
+
+    /// A blob, from its start. Nothing is checked: the reader hashes what it gets.
+    fn open(&self, blob: &Digest) -> Result<Blob, TransportError>;
+
+    /// The manifests whose `subject` is `subject`, all of them or of one artifact type.
+    fn referrers(
+        &self,
+        subject: &Digest,
+        artifact_type: Option<&str>,
+    ) -> Result<Vec<Descriptor>, TransportError>;
+}
+
+/// A blob that is open for reading.
+pub enum Blob {
+    /// A file of this machine: its blocks may be shared (reflink) rather than copied.
+    File(File),
+    /// Bytes that come from elsewhere.
+    Stream(Box<dyn Read + Send>),
+}
+
+impl Read for Blob {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Blob::File(file) => file.read(buffer),
+            Blob::Stream(stream) => stream.read(buffer),
+        }
+    }
+}
+
+/// What every transport can do with the five things above.
+impl dyn Transport + '_ {
+    /// The manifest that a name stands for on `platform`.
+    ///
+    /// Without a name, the only image there. Nested indexes are followed; of several platforms
+    /// the one asked for is taken.
+    ///
+    /// # Errors
+    /// [`TransportError::WrongPlatform`] where there are only others, [`TransportError::NameMissing`].
+    pub fn find_image(&self, name: Option<&str>, platform: &Platform) -> Result<Descriptor, TransportError> {
+        let found = match name {
+            Some(name) => self.lookup(name)?,
+            None => {
+                let named: Vec<_> =
+                    self.entries()?.into_iter().filter(|one| one.ref_name().is_some()).collect();
+                let mut digests: Vec<_> = named.iter().map(|one| one.digest).collect();
+                digests.sort();
+                digests.dedup();
+                if digests.len() != 1 {
+                    return Err(TransportError::NameNeeded {
+                        location: self.location(),
+                        available: names_of(&named),
+                    });
+                }
+                named
+            }
+        };
+        let object = format!("{}:{}", self.location(), name.unwrap_or(""));
+        self.choose(&object, found, platform, 0)
+    }
+
+    /// Takes the one descriptor for `platform`, and follows it until it is a manifest.
+    fn choose(
+        &self,
+        object: &str,
+        found: Vec<Descriptor>,
+        platform: &Platform,
+        depth: usize,
+    ) -> Result<Descriptor, TransportError> {
+        let mut best: Option<(usize, Descriptor)> = None;
+        let mut others = Vec::new();
+        for one in found {
+            let rank = match &one.platform {
+                // No word about the platform: an image that was stored for one machine.
+                None => 0,
+                Some(other) => match platform.accepts(other) {
+                    Some(rank) => rank,
+                    None => {
+                        others.push(other.to_string());
+                        continue;
+                    }
+                },
+            };
+            match &best {
+                Some((least, first)) if *least == rank && first.digest != one.digest => {
+                    return Err(TransportError::Ambiguous {
+                        object: object.into(),
+                        digests: [first.digest, one.digest],
+                    });
+                }
+                Some((least, _)) if *least <= rank => {}
+                _ => best = Some((rank, one)),
+            }
+        }
+        let Some((_, chosen)) = best else {
+            return Err(TransportError::WrongPlatform {
+                object: object.into(),
+                expected: platform.to_string(),
+                found: if others.is_empty() { "no image at all".into() } else { others.join(", ") },
+            });
+        };
+        if !chosen.is_index() {
+            return Ok(chosen);
+        }
+        if depth >= MAX_INDEX_DEPTH {
+            return Err(TransportError::TooDeep { object: object.into(), max: MAX_INDEX_DEPTH });
+        }
+        let bytes = self.fetch(&chosen, crate::image::oci::MAX_MANIFEST_BYTES)?;
+        let index = Index::parse(&bytes, crate::image::oci::MAX_MANIFEST_BYTES).map_err(|source| {
+            TransportError::Document { object: format!("{object} ({})", chosen.digest), source }
+        })?;
+        self.choose(object, index.manifests, platform, depth + 1)
+    }
+
+    /// Fetches and reads an image manifest.
+    pub fn image(&self, manifest: &Descriptor) -> Result<OciImage, TransportError> {
+        let bytes = self.fetch(manifest, crate::image::oci::MAX_MANIFEST_BYTES)?;
+        OciImage::parse(&bytes).map_err(|source| TransportError::Document {
+            object: format!("{}@{}", self.location(), manifest.digest),
+            source,
+        })
+    }
+
+    /// Fetches and reads a manifest, of an image or an artifact.
+    pub fn manifest(&self, manifest: &Descriptor) -> Result<Manifest, TransportError> {
+        self.image(manifest).map(|image| image.manifest)
+    }
+}
+
+/// The names of descriptors, sorted, each once.
+pub fn names_of(entries: &[Descriptor]) -> Vec<String> {
+    let mut names: Vec<_> = entries.iter().filter_map(|one| one.ref_name()).map(str::to_string).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// A place and a name there, as a user writes them: `oci:DIR[:NAME]`, `docker://…`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceRef {
+    scheme: &'static str,
+    /// What stands between scheme and name: a folder.
+    pub location: String,
+    /// The name, where one is given.
+    pub name: Option<String>,
+}
+
+/// A place, and a name there.
+type Place = (String, Option<String>);
+
+/// One kind of source.
+struct Scheme {
+    /// What a reference begins with.
+    name: &'static str,
+    /// Splits what follows `name:` into place and name.
+    split: fn(&str) -> Option<Place>,
+    /// Opens the place.
+    open: fn(&str) -> Result<Box<dyn Transport>, TransportError>,
+}
+
+/// All kinds of source. A new one is one file and one row.
+const SCHEMES: [Scheme; 2] = [
+    Scheme { name: "oci", split: ocidir::split, open: |dir| Ok(Box::new(OciDir::open(Path::new(dir))?)) },
+    Scheme {
+        name: "docker",
+        // HOST[:PORT]/NAME[:TAG|@DIGEST] is taken apart by the registry transport, when there is one.
+        split: |rest| rest.strip_prefix("//").filter(|rest| !rest.is_empty()).map(|rest| (rest.into(), None)),
+        open: |_| Err(TransportError::NotYet { scheme: "docker" }),
+    },
+];
+
+impl SourceRef {
+    /// A folder of this machine that holds an OCI layout.
+    pub fn oci(dir: &Path, name: Option<&str>) -> Self {
+        Self { scheme: "oci", location: dir.to_string_lossy().into_owned(), name: name.map(Into::into) }
+    }
+
+    /// Opens the place.
+    ///
+    /// # Errors
+    /// [`TransportError::NotYet`] for registries; [`TransportError::NotALayout`].
+    pub fn open(&self) -> Result<Box<dyn Transport>, TransportError> {
+        match SCHEMES.iter().find(|row| row.name == self.scheme) {
+            Some(row) => (row.open)(&self.location),
+            None => Err(TransportError::BadSource { found: self.to_string(), why: "unknown scheme" }),
+        }
+    }
+}
+
+impl FromStr for SourceRef {
+    type Err = TransportError;
+
+    fn from_str(text: &str) -> Result<Self, TransportError> {
+        let wrong =
+            |why| TransportError::BadSource { found: text.chars().take(200).collect::<String>(), why };
+        let (scheme, rest) = text
+            .split_once(':')
+            .ok_or(wrong("there is no scheme; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"))?;
+        let row = SCHEMES
+            .iter()
+            .find(|row| row.name == scheme)
+            .ok_or(wrong("the scheme is unknown; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"))?;
+        let (location, name) = (row.split)(rest).ok_or(wrong("the place is empty"))?;
+        Ok(Self { scheme: row.name, location, name })
+    }
+}
+
+impl std::fmt::Display for SourceRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let slashes = if self.scheme == "docker" { "//" } else { "" };
+        write!(f, "{}:{slashes}{}", self.scheme, self.location)?;
+        self.name.iter().try_for_each(|name| write!(f, ":{name}"))
+    }
+}
+
+/// Why something cannot be had from a place.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// The user's words are not a source.
+    #[error("`{found}` is not a source: {why}")]
+    BadSource {
+        /// What was given.
+        found: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A kind of source that this version cannot read.
+    #[error(
+        "sources of the kind `{scheme}:` cannot be read by this version; copy it to an `oci:` folder first"
+    )]
+    NotYet {
+        /// The kind.
+        scheme: &'static str,
+    },
+    /// A folder that is not an OCI image layout.
+    #[error("{} is not an OCI image layout: {why}", dir.display())]
+    NotALayout {
+        /// The folder.
+        dir: PathBuf,
+        /// What is missing or wrong.
+        why: String,
+    },
+    /// No image has that name.
+    #[error("{location} has no image named `{name}`; it has {}", list(available))]
+    NameMissing {
+        /// The place.
+        location: String,
+        /// The name asked for.
+        name: String,
+        /// The names that there are.
+        available: Vec<String>,
+    },
+    /// A name must be given, as there is not exactly one image.
+    #[error("{location} holds not exactly one image, so a name is needed; it has {}", list(available))]
+    NameNeeded {
+        /// The place.
+        location: String,
+        /// The names that there are.
+        available: Vec<String>,
+    },
+    /// One name stands for two images.
+    #[error("{object} stands for two images: {} and {}", digests[0], digests[1])]
+    Ambiguous {
+        /// The place and name.
+        object: String,
+        /// The first two images.
+        digests: [Digest; 2],
+    },
+    /// There is no image for this machine.
+    #[error("{object} is not for this machine: expected {expected}, found {found}")]
+    WrongPlatform {
+        /// The place and name.
+        object: String,
+        /// The platform asked for.
+        expected: String,
+        /// The platforms that there are.
+        found: String,
+    },
+    /// Indexes that point at indexes without end.
+    #[error("{object}: image indexes nest deeper than {max}")]
+    TooDeep {
+        /// The place and name.
+        object: String,
+        /// The bound.
+        max: usize,
+    },
+    /// A blob that is listed is not there.
+    #[error("{location} does not have the blob {digest}")]
+    BlobMissing {
+        /// The place.
+        location: String,
+        /// The blob.
+        digest: Digest,
+    },
+    /// A document is larger than what is read.
+    #[error("{digest} has {size} bytes, more than the {max} allowed for its kind")]
+    TooBig {
+        /// The blob.
+        digest: Digest,
+        /// Its size, in bytes.
+        size: u64,
+        /// The bound, in bytes.
+        max: u64,
+    },
+    /// The content is not what the digest promises.
+    #[error("{object}: the content has digest {found}, expected {expected}")]
+    DigestMismatch {
+        /// The blob, with its place.
+        object: String,
+        /// The digest that it should have.
+        expected: Digest,
+        /// The digest that it has.
+        found: Digest,
+    },
+    /// The content is longer or shorter than promised.
+    #[error("{object}: the content has {found} bytes, expected {expected}")]
+    SizeMismatch {
+        /// The blob, with its place.
+        object: String,
+        /// The size that it should have, in bytes.
+        expected: u64,
+        /// The size that it has, in bytes; of a stream that was cut off, what was read until then.
+        found: u64,
+    },
+    /// A manifest or index cannot be read.
+    #[error("{object}: {source}")]
+    Document {
+        /// The document, with its place.
+        object: String,
+        /// What is wrong with it.
+        source: OciError,
+    },
+    /// The operating system's answer.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+fn list(names: &[String]) -> String {
+    const SHOWN: usize = 20;
+    if names.is_empty() {
+        return "none".into();
+    }
+    let mut text = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text.push_str(&format!(" and {} more", names.len() - SHOWN));
+    }
+    text
+}
+
+impl Classified for TransportError {
+    fn class(&self) -> Class {
+        match self {
+            Self::BadSource { .. }
+            | Self::NotYet { .. }
+            | Self::NameMissing { .. }
+            | Self::NameNeeded { .. } => Class::Input,
+            Self::NotALayout { .. } => Class::Input,
+            Self::DigestMismatch { .. } | Self::SizeMismatch { .. } => Class::Verification,
+            Self::Document { source, .. } => source.class(),
+            _ => Class::Failure,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> (String, Option<String>) {
+        let source: SourceRef = text.parse().unwrap();
+        (source.location, source.name)
+    }
+
+    #[test]
+    fn the_forms_of_a_source() {
+        let name = |text: &str| Some(text.to_string());
+        assert_eq!(parsed("oci:dir"), ("dir".into(), None));
+        assert_eq!(parsed("oci:/a/b:v1"), ("/a/b".into(), name("v1")));
+        assert_eq!(parsed("oci://a/b:v1"), ("a/b".into(), name("v1")));
+        assert_eq!(parsed("oci:///a/b:v1"), ("/a/b".into(), name("v1")));
+        let long = "mos/images/hostfs:sha256/00";
+        assert_eq!(parsed(&format!("oci:/s:{long}")), ("/s".into(), name(long)));
+        assert_eq!(parsed("docker://h:5000/x:1"), ("h:5000/x:1".into(), None));
+    }
+
+    #[test]
+    fn what_is_not_a_source() {
+        for bad in ["", "dir", "oci:", "oci::x", "oci://", "oci:d:", "docker:x", "docker://", "dir:/x"] {
+            let error = bad.parse::<SourceRef>().unwrap_err();
+            assert!(matches!(error, TransportError::BadSource { .. }), "{bad}: {error}");
+            assert_eq!(error.class(), Class::Input);
+        }
+        let error = "docker://h/x".parse::<SourceRef>().unwrap().open().err().unwrap();
+        assert!(matches!(error, TransportError::NotYet { scheme: "docker" }));
+        assert_eq!(error.class(), Class::Input);
+    }
+}

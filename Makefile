@@ -1,0 +1,107 @@
+# Each target sets up what it needs (tests/setup) and can be run on a fresh Debian 12 or 13.
+# `make` alone lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+CARGO ?= cargo
+PREFIX ?= /usr
+SYSCONFDIR ?= /etc
+DESTDIR ?=
+BINDIR = $(DESTDIR)$(PREFIX)/bin
+SBINDIR = $(DESTDIR)$(PREFIX)/sbin
+LIBDIR = $(DESTDIR)$(PREFIX)/lib
+SHAREDIR = $(DESTDIR)$(PREFIX)/share
+
+# How long `make fuzz` runs each target, and `make soak` its load.
+SECONDS ?= 600
+MINUTES ?= 60
+# What `make test` and `make bench` hand on, such as TEST='--test store' or BENCH='--quick'.
+TEST ?=
+BENCH ?=
+
+# Tests mount; cargo builds as the user and runs each test program through this.
+HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+AS_ROOT = env "CARGO_TARGET_$(HOST)_RUNNER=$(CURDIR)/tests/as-root"
+
+.PHONY: help build demo test campaign fuzz bench soak fmt lint install clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do
+		printf '  make %-9s %s\n' "$$name" "$$text"
+	done
+
+build: ## Build mosfs (target/release/mosfs)
+	@tests/setup build
+	$(CARGO) build --release --locked
+
+demo: ## Go the whole way once on a real Debian root file system, and explain it
+	@tests/setup demo
+	tests/demo
+
+test: ## Run all tests (as root, with sudo if need be); TEST='--test NAME' for some
+	@tests/setup test
+	$(AS_ROOT) $(CARGO) test --locked $(TEST)
+
+campaign: ## Run all tests with long campaigns of random faults and inputs
+	@tests/setup test
+	MOSFS_CAMPAIGN=long PROPTEST_CASES=20000 $(AS_ROOT) $(CARGO) test --locked --release --features failpoints $(TEST)
+
+fuzz: ## Fuzz every reader of hostile input, SECONDS=600 for each
+	@tests/setup build
+	tests/fuzz/run "$(SECONDS)"
+
+bench: ## Measure mosfs beside its peers: target/bench/report.html; BENCH='--quick --rows find'
+	@tests/setup bench
+	$(CARGO) build --release --locked
+	$(CARGO) bench --locked --bench compare -- $(BENCH)
+
+soak: ## Mixed load for MINUTES=60; memory, descriptors and threads must stay flat
+	@tests/setup bench
+	$(CARGO) build --release --locked
+	tests/soak "$(MINUTES)"
+
+fmt: ## Format the source
+	$(CARGO) fmt
+
+lint: ## Check format, lints, documentation and scripts
+	@tests/setup lint
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
+	shellcheck -x $$(git ls-files | xargs grep -lE '^#!(/usr)?/bin/(env )?(ba)?sh')
+
+install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does
+	@if [ ! -x target/release/mosfs ]; then
+		$(CARGO) build --release --locked
+	fi
+	install -D -m 0755 target/release/mosfs "$(BINDIR)/mosfs"
+	for file in mount-helpers/mount.*; do
+		[ ! -e "$$file" ] || install -D -m 0755 "$$file" "$(SBINDIR)/$${file##*/}"
+	done
+	for file in mount-helpers/*.service mount-helpers/*.target mount-helpers/*.timer; do
+		[ ! -e "$$file" ] || install -D -m 0644 "$$file" "$(LIBDIR)/systemd/system/$${file##*/}"
+	done
+	# The folders of initramfs/ carry the names that dracut and initramfs-tools look for.
+	if [ -d initramfs/dracut ]; then
+		for file in initramfs/dracut/*; do
+			install -D -m 0755 "$$file" "$(LIBDIR)/dracut/modules.d/91mosfs/$${file##*/}"
+		done
+	fi
+	if [ -d initramfs/initramfs-tools ]; then
+		(cd initramfs/initramfs-tools && find . -type f) | while read -r file; do
+			install -D -m 0755 "initramfs/initramfs-tools/$$file" "$(SHAREDIR)/initramfs-tools/$$file"
+		done
+	fi
+	mosfs=target/release/mosfs
+	install -d "$(SHAREDIR)/bash-completion/completions" "$(SHAREDIR)/zsh/vendor-completions" \
+		"$(SHAREDIR)/fish/vendor_completions.d" "$(SHAREDIR)/man/man1"
+	$$mosfs generate completions bash >"$(SHAREDIR)/bash-completion/completions/mosfs"
+	$$mosfs generate completions zsh >"$(SHAREDIR)/zsh/vendor-completions/_mosfs"
+	$$mosfs generate completions fish >"$(SHAREDIR)/fish/vendor_completions.d/mosfs.fish"
+	$$mosfs generate man "$(SHAREDIR)/man/man1"
+
+clean: ## Remove all that was built
+	$(CARGO) clean

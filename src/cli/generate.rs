@@ -1,0 +1,50 @@
+//! `mosfs generate`: shell completions and man pages, for packages and `make install`.
+//!
+//! Hidden from the help: it is for whoever builds, not for users.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory, Subcommand};
+use clap_complete::Shell;
+
+use super::{Cli, Global};
+use crate::error::{AnyError, IoContext};
+
+/// Writes shell completions or man pages.
+#[derive(Debug, Args)]
+pub struct Generate {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Print the completions of a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Write one man page for each command into a folder.
+    Man {
+        /// The folder, which must exist.
+        dir: PathBuf,
+    },
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever writing the output gives.
+pub fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
+    match &args.what {
+        What::Completions { shell } => {
+            // Into memory first: clap_complete panics where its writer fails, and a pipe may.
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "mosfs", &mut text);
+            io::stdout().lock().write_all(&text).on("write", "stdout")?;
+        }
+        What::Man { dir } => clap_mangen::generate_to(Cli::command(), dir).on("write man pages in", dir)?,
+    }
+    Ok(())
+}

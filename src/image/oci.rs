@@ -1,0 +1,660 @@
+//! OCI documents: descriptors, image manifests, image indexes, and the layers of an image.
+//!
+//! ```text
+//! index.json ── descriptor ──> manifest ── descriptor ──> config
+//!                                  └────── descriptors ─> layers, first = bottom
+//! ```
+//!
+//! Only bytes that were checked against a digest go in here (INTEROP.md, "Layers"). What comes out
+//! keeps the fields that mosfs does not know, so that rewriting another tool's `index.json` loses
+//! nothing, and writes them in one order, so that the same value always gives the same bytes: that
+//! is why these are not the types of the `oci-spec` crate, whose maps have a random order.
+//!
+//! Bounds: [`MAX_MANIFEST_BYTES`] a document, [`MAX_LAYERS`] layers, [`MAX_INDEX_ENTRIES`] entries.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+
+use crate::digest::{Digest, hex};
+use crate::error::{Class, Classified};
+
+/// The largest manifest or nested index that is read, in bytes.
+pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
+/// The largest `index.json` that is read, in bytes.
+pub const MAX_INDEX_BYTES: u64 = 16 << 20;
+/// The most layers that an image may have.
+pub const MAX_LAYERS: usize = 1_000;
+/// The most entries that an index may have.
+pub const MAX_INDEX_ENTRIES: usize = 65_536;
+
+/// Media type of an OCI image manifest (image-spec, media-types.md).
+pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// Media type of an OCI image index.
+pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+/// Media type of an OCI image config.
+pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+/// Media type of the empty JSON object, the config of an artifact.
+pub const EMPTY: &str = "application/vnd.oci.empty.v1+json";
+/// The bytes of the empty JSON object.
+pub const EMPTY_BYTES: &[u8] = b"{}";
+/// Docker's name for an image manifest (schema 2), read like an OCI one.
+pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// Docker's name for an image index.
+pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+/// Media type that mosfs gives to the squashfs layers it makes (stacker's).
+pub const SQUASHFS_ZSTD: &str = "application/vnd.stacker.image.layer.squashfs+zstd";
+
+/// Annotation of a descriptor in `index.json` that names it.
+pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// Annotation of a layer's descriptor with its root hash: 64 hex digits.
+pub const ROOT_HASH: &str = "io.stackeroci.stacker.atomfs_verity_root_hash";
+/// Older name of [`ROOT_HASH`].
+pub const ROOT_HASH_OLD: &str = "io.stackeroci.stacker.squashfs_verity_root_hash";
+
+/// What a blob is, how it is found, and how it is checked (image-spec, descriptor.md).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// What the blob is.
+    pub media_type: String,
+    /// SHA-256 of the blob; other algorithms are an error.
+    pub digest: Digest,
+    /// Size of the blob, in bytes.
+    pub size: u64,
+    /// Which machine it is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    /// What artifact it is, where the blob is the manifest of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// Free words about it.
+    #[serde(default, deserialize_with = "null_is_empty", skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// The fields that mosfs does not know.
+    #[serde(flatten)]
+    pub extra: BTreeMap<String, Value>,
+}
+
+impl Descriptor {
+    /// A descriptor without annotations.
+    pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
+        Self {
+            media_type: media_type.to_string(),
+            digest,
+            size,
+            platform: None,
+            artifact_type: None,
+            annotations: BTreeMap::new(),
+            extra: BTreeMap::new(),
+        }
+    }
+
+    /// The descriptor of bytes held in memory.
+    pub fn of(media_type: &str, bytes: &[u8]) -> Self {
+        Self::new(media_type, Digest::of(bytes), bytes.len() as u64)
+    }
+
+    /// The name that `index.json` gives it.
+    pub fn ref_name(&self) -> Option<&str> {
+        self.annotations.get(REF_NAME).map(String::as_str)
+    }
+
+    /// Whether it is an image index rather than a manifest.
+    pub fn is_index(&self) -> bool {
+        self.media_type == INDEX || self.media_type == DOCKER_INDEX
+    }
+
+    /// Whether it is an image manifest.
+    pub fn is_manifest(&self) -> bool {
+        self.media_type == MANIFEST || self.media_type == DOCKER_MANIFEST
+    }
+}
+
+/// A kind of machine, in Go's words (image-spec, image-index.md, `platform`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Platform {
+    /// `amd64`, `arm64` …
+    pub architecture: String,
+    /// `linux` …
+    pub os: String,
+    /// `v8` …
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+    /// The fields that mosfs does not know.
+    #[serde(flatten)]
+    pub extra: BTreeMap<String, Value>,
+}
+
+impl Platform {
+    /// The platform of this machine.
+    pub fn this_machine() -> Self {
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "x86" => "386",
+            "aarch64" => "arm64",
+            "powerpc64" if cfg!(target_endian = "little") => "ppc64le",
+            "powerpc64" => "ppc64",
+            "loongarch64" => "loong64",
+            other => other,
+        };
+        Self { architecture: architecture.into(), os: "linux".into(), variant: None, extra: BTreeMap::new() }
+    }
+
+    /// How well an image for `other` runs on this platform: lower is better, `None` is not at all.
+    ///
+    /// A variant that asks for more than the architecture's baseline is never chosen.
+    pub fn accepts(&self, other: &Platform) -> Option<usize> {
+        if (self.os.as_str(), self.architecture.as_str()) != (other.os.as_str(), other.architecture.as_str())
+        {
+            return None;
+        }
+        let baselines: &[&str] = match other.architecture.as_str() {
+            "amd64" => &["v1"],
+            "arm64" => &["v8", "v8.0"],
+            "arm" => &["v6", "v5"],
+            _ => &[],
+        };
+        match other.variant.as_deref() {
+            None | Some("") => Some(0),
+            Some(variant) => baselines.iter().position(|known| *known == variant).map(|place| place + 1),
+        }
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        self.variant.iter().try_for_each(|variant| write!(f, "/{variant}"))
+    }
+}
+
+/// An image manifest, of an image or an artifact (image-spec, manifest.md).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    /// Always 2.
+    pub schema_version: u32,
+    /// [`MANIFEST`]; umoci leaves it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media_type: Option<String>,
+    /// What artifact this is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// The image config.
+    pub config: Descriptor,
+    /// The layers, the bottom one first.
+    #[serde(default, deserialize_with = "null_is_empty")]
+    pub layers: Vec<Descriptor>,
+    /// The manifest that this one says something about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<Descriptor>,
+    /// Free words about it.
+    #[serde(default, deserialize_with = "null_is_empty", skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// The fields that mosfs does not know.
+    #[serde(flatten)]
+    pub extra: BTreeMap<String, Value>,
+}
+
+/// An image index: `index.json` of a layout, or a list of the platforms of an image
+/// (image-spec, image-index.md).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Index {
+    /// Always 2.
+    pub schema_version: u32,
+    /// [`INDEX`]; many tools leave it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media_type: Option<String>,
+    /// Manifests and nested indexes.
+    #[serde(default, deserialize_with = "null_is_empty")]
+    pub manifests: Vec<Descriptor>,
+    /// Free words about it.
+    #[serde(default, deserialize_with = "null_is_empty", skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// The fields that mosfs does not know.
+    #[serde(flatten)]
+    pub extra: BTreeMap<String, Value>,
+}
+
+/// Go writes an empty list or map as `null` where it forgot to make one.
+fn null_is_empty<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    Ok(Option::<T>::deserialize(from)?.unwrap_or_default())
+}
+
+impl Manifest {
+    /// An artifact with one layer and no config (image-spec, manifest.md, "Guidelines for Artifact Usage").
+    pub fn artifact(artifact_type: &str, layer: Descriptor, subject: Option<Descriptor>) -> Self {
+        Self {
+            schema_version: 2,
+            media_type: Some(MANIFEST.into()),
+            artifact_type: Some(artifact_type.into()),
+            config: Descriptor::of(EMPTY, EMPTY_BYTES),
+            layers: vec![layer],
+            subject,
+            annotations: BTreeMap::new(),
+            extra: BTreeMap::new(),
+        }
+    }
+
+    /// Reads a manifest.
+    ///
+    /// # Errors
+    /// See [`OciError`]; bytes of another kind of document are [`OciError::WrongMediaType`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, OciError> {
+        bounded("image manifest", bytes, MAX_MANIFEST_BYTES)?;
+        let manifest: Self = json("image manifest", bytes)?;
+        check_kind("image manifest", manifest.media_type.as_deref(), &[MANIFEST, DOCKER_MANIFEST])?;
+        // image-spec, manifest.md: a document must not be readable as a manifest and an index at
+        // once, or two readers see two images under one digest (GHSA-77vh-xpmg-72qh).
+        if manifest.extra.contains_key("manifests") {
+            return Err(OciError::Ambiguous { document: "image manifest", field: "manifests" });
+        }
+        check_schema("image manifest", manifest.schema_version)?;
+        limit("image manifest", "layers", manifest.layers.len(), MAX_LAYERS)?;
+        Ok(manifest)
+    }
+
+    /// The bytes that are stored: always the same for the same value.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        to_bytes(self)
+    }
+
+    /// What artifact this is: `artifactType`, else the config's media type (image-spec, manifest.md).
+    pub fn kind(&self) -> &str {
+        self.artifact_type.as_deref().unwrap_or(&self.config.media_type)
+    }
+}
+
+impl Index {
+    /// An index without entries.
+    pub fn empty() -> Self {
+        Self {
+            schema_version: 2,
+            media_type: Some(INDEX.into()),
+            manifests: Vec::new(),
+            annotations: BTreeMap::new(),
+            extra: BTreeMap::new(),
+        }
+    }
+
+    /// Reads an index; `max_bytes` is [`MAX_INDEX_BYTES`] or [`MAX_MANIFEST_BYTES`].
+    ///
+    /// # Errors
+    /// See [`OciError`].
+    pub fn parse(bytes: &[u8], max_bytes: u64) -> Result<Self, OciError> {
+        bounded("image index", bytes, max_bytes)?;
+        let index: Self = json("image index", bytes)?;
+        check_kind("image index", index.media_type.as_deref(), &[INDEX, DOCKER_INDEX])?;
+        if let Some(field) = ["layers", "config"].into_iter().find(|field| index.extra.contains_key(*field)) {
+            return Err(OciError::Ambiguous { document: "image index", field });
+        }
+        check_schema("image index", index.schema_version)?;
+        limit("image index", "entries", index.manifests.len(), MAX_INDEX_ENTRIES)?;
+        Ok(index)
+    }
+
+    /// The bytes that are stored: always the same for the same value.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        to_bytes(self)
+    }
+}
+
+fn to_bytes(value: &impl Serialize) -> Vec<u8> {
+    // These types hold strings, integers, maps with string keys and values that came from JSON:
+    // none of them can fail to be written.
+    serde_json::to_vec(value).unwrap_or_default()
+}
+
+fn json<'a, T: Deserialize<'a>>(document: &'static str, bytes: &'a [u8]) -> Result<T, OciError> {
+    serde_json::from_slice(bytes).map_err(|source| OciError::Json { document, source })
+}
+
+fn bounded(document: &'static str, bytes: &[u8], max: u64) -> Result<(), OciError> {
+    match bytes.len() as u64 {
+        size if size > max => Err(OciError::TooBig { document, size, max }),
+        _ => Ok(()),
+    }
+}
+
+fn limit(document: &'static str, what: &'static str, found: usize, max: usize) -> Result<(), OciError> {
+    if found > max { Err(OciError::TooMany { document, what, found, max }) } else { Ok(()) }
+}
+
+fn check_schema(document: &'static str, found: u32) -> Result<(), OciError> {
+    if found == 2 { Ok(()) } else { Err(OciError::Schema { document, found }) }
+}
+
+fn check_kind(document: &'static str, found: Option<&str>, allowed: &[&str]) -> Result<(), OciError> {
+    match found {
+        Some(found) if !found.is_empty() && !allowed.contains(&found) => {
+            Err(OciError::WrongMediaType { document, expected: allowed[0].into(), found: found.into() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The formats that a layer may have, each with the media types that say so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LayerFormat {
+    /// A squashfs image, with or without a verity tree.
+    Squashfs,
+    /// An erofs image, with or without a verity tree.
+    Erofs,
+    /// A tar stream.
+    Tar(Compression),
+}
+
+/// How a tar layer is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// gzip, one or many members.
+    Gzip,
+    /// zstd, one or many frames.
+    Zstd,
+}
+
+impl LayerFormat {
+    /// Media types of layers. A type matches a row when it is the row's text, or, for an image of
+    /// a file system, when a `+` follows (`+zstd`, `+gzip+verity` …).
+    const TABLE: [(&'static str, LayerFormat); 13] = [
+        ("application/vnd.stacker.image.layer.squashfs", LayerFormat::Squashfs),
+        ("application/vnd.stacker.image.layer.erofs", LayerFormat::Erofs),
+        ("application/vnd.oci.image.layer.v1.tar", LayerFormat::Tar(Compression::None)),
+        ("application/vnd.oci.image.layer.v1.tar+gzip", LayerFormat::Tar(Compression::Gzip)),
+        ("application/vnd.oci.image.layer.v1.tar+zstd", LayerFormat::Tar(Compression::Zstd)),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar", LayerFormat::Tar(Compression::None)),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", LayerFormat::Tar(Compression::Gzip)),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", LayerFormat::Tar(Compression::Zstd)),
+        ("application/vnd.docker.image.rootfs.diff.tar", LayerFormat::Tar(Compression::None)),
+        ("application/vnd.docker.image.rootfs.diff.tar.gzip", LayerFormat::Tar(Compression::Gzip)),
+        ("application/vnd.docker.image.rootfs.diff.tar.zstd", LayerFormat::Tar(Compression::Zstd)),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar", LayerFormat::Tar(Compression::None)),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", LayerFormat::Tar(Compression::Gzip)),
+    ];
+
+    /// The format that a media type names, or `None` where mosfs does not know it.
+    pub fn of(media_type: &str) -> Option<Self> {
+        Self::TABLE.into_iter().find_map(|(name, format)| {
+            let rest = media_type.strip_prefix(name)?;
+            let filesystem = matches!(format, LayerFormat::Squashfs | LayerFormat::Erofs);
+            (rest.is_empty() || filesystem && rest.starts_with('+')).then_some(format)
+        })
+    }
+}
+
+/// One layer of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerDescriptor {
+    /// SHA-256 of the blob.
+    pub digest: Digest,
+    /// Size of the blob, in bytes, with the verity tree.
+    pub size: u64,
+    /// What the blob is; [`LayerDescriptor::format`] reads it.
+    pub media_type: String,
+    /// The root hash of its verity tree. Whoever reads the blob holds the rule of INTEROP.md:
+    /// "root hash and tree both there, or both absent; anything else is refused".
+    pub root_hash: Option<Digest>,
+}
+
+impl LayerDescriptor {
+    /// Reads a layer's descriptor.
+    ///
+    /// # Errors
+    /// [`OciError::RootHash`] where the annotation is not 64 hex digits, or its two names differ.
+    pub fn from_descriptor(descriptor: &Descriptor) -> Result<Self, OciError> {
+        let bad = |found: &str| OciError::RootHash {
+            layer: descriptor.digest,
+            found: found.chars().take(100).collect(),
+        };
+        let mut root_hash = None;
+        for name in [ROOT_HASH, ROOT_HASH_OLD] {
+            let Some(text) = descriptor.annotations.get(name) else { continue };
+            let hash = Digest::from_hex(text).map_err(|_| bad(text))?;
+            if root_hash.is_some_and(|other| other != hash) {
+                return Err(bad(text));
+            }
+            root_hash = Some(hash);
+        }
+        Ok(Self {
+            digest: descriptor.digest,
+            size: descriptor.size,
+            media_type: descriptor.media_type.clone(),
+            root_hash,
+        })
+    }
+
+    /// The format of the blob.
+    ///
+    /// # Errors
+    /// [`OciError::UnknownLayer`].
+    pub fn format(&self) -> Result<LayerFormat, OciError> {
+        LayerFormat::of(&self.media_type)
+            .ok_or_else(|| OciError::UnknownLayer { layer: self.digest, media_type: self.media_type.clone() })
+    }
+
+    /// The descriptor that goes into a manifest.
+    pub fn to_descriptor(&self) -> Descriptor {
+        let mut descriptor = Descriptor::new(&self.media_type, self.digest, self.size);
+        if let Some(hash) = &self.root_hash {
+            descriptor.annotations.insert(ROOT_HASH.into(), hex(hash.as_bytes()));
+        }
+        descriptor
+    }
+}
+
+/// An image: its manifest, read from bytes whose digest the caller has checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OciImage {
+    /// SHA-256 of the manifest's bytes.
+    pub digest: Digest,
+    /// Size of the manifest, in bytes.
+    pub size: u64,
+    /// The layers, the bottom one first.
+    pub layers: Vec<LayerDescriptor>,
+    /// The manifest as it was written.
+    pub manifest: Manifest,
+}
+
+impl OciImage {
+    /// Reads the manifest of an image from its bytes.
+    ///
+    /// `digest` is that of the bytes given; the caller compares it with the one it expects, or has
+    /// the bytes from a place that did, such as `Store::get`.
+    ///
+    /// # Errors
+    /// See [`OciError`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, OciError> {
+        let manifest = Manifest::parse(bytes)?;
+        let layers =
+            manifest.layers.iter().map(LayerDescriptor::from_descriptor).collect::<Result<_, _>>()?;
+        Ok(Self { digest: Digest::of(bytes), size: bytes.len() as u64, layers, manifest })
+    }
+}
+
+/// Why an OCI document is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum OciError {
+    /// It is not JSON, or a field is missing or of the wrong type.
+    #[error("{document}: {source}")]
+    Json {
+        /// Which kind of document.
+        document: &'static str,
+        /// What the parser says, with line and column.
+        source: serde_json::Error,
+    },
+    /// It is larger than what is read.
+    #[error("{document} of {size} bytes is larger than the {max} bytes allowed")]
+    TooBig {
+        /// Which kind of document.
+        document: &'static str,
+        /// Its size, in bytes.
+        size: u64,
+        /// The bound, in bytes.
+        max: u64,
+    },
+    /// It lists more than what is read.
+    #[error("{document} has {found} {what}, more than the {max} allowed")]
+    TooMany {
+        /// Which kind of document.
+        document: &'static str,
+        /// What there is too much of.
+        what: &'static str,
+        /// How many there are.
+        found: usize,
+        /// The bound.
+        max: usize,
+    },
+    /// `schemaVersion` is not 2.
+    #[error("{document} has schemaVersion {found}, expected 2")]
+    Schema {
+        /// Which kind of document.
+        document: &'static str,
+        /// What it says.
+        found: u32,
+    },
+    /// It says that it is something else.
+    #[error("{document} has media type `{found}`, expected `{expected}`")]
+    WrongMediaType {
+        /// Which kind of document was expected.
+        document: &'static str,
+        /// The media type of that kind.
+        expected: String,
+        /// What it says.
+        found: String,
+    },
+    /// It could be read as a manifest and as an index.
+    #[error("{document} also has the field `{field}` of another kind of document")]
+    Ambiguous {
+        /// Which kind of document was expected.
+        document: &'static str,
+        /// The field that must not be there.
+        field: &'static str,
+    },
+    /// The root hash of a layer cannot be read, or is given twice in two ways.
+    #[error("layer {layer}: root hash `{found}` is not 64 hex digits, or differs from its older annotation")]
+    RootHash {
+        /// The layer.
+        layer: Digest,
+        /// The annotation.
+        found: String,
+    },
+    /// A layer is of a kind that mosfs cannot read.
+    #[error("layer {layer}: unknown media type `{media_type}`")]
+    UnknownLayer {
+        /// The layer.
+        layer: Digest,
+        /// Its media type.
+        media_type: String,
+    },
+}
+
+impl Classified for OciError {
+    fn class(&self) -> Class {
+        Class::Failure
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const D: &str = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
+
+    fn manifest(more: &str) -> Vec<u8> {
+        format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"c","digest":"{D}","size":2}}{more}}}"#)
+            .into_bytes()
+    }
+
+    #[test]
+    fn what_umoci_and_go_write_is_read() {
+        assert_eq!(Manifest::parse(&manifest("")).unwrap().layers, []);
+        let null = manifest(r#","layers":null,"annotations":null"#);
+        assert_eq!(Manifest::parse(&null).unwrap().layers, []);
+        assert_eq!(Index::parse(br#"{"schemaVersion":2,"manifests":null}"#, 1000).unwrap().manifests, []);
+    }
+
+    #[test]
+    fn unknown_fields_survive_and_bytes_are_stable() {
+        let text = format!(
+            r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[{{"mediaType":"m","digest":"{D}","size":2,"annotations":{{"a":"1","b":"2"}},"data":"e30=","urls":["u"]}}],"x":{{"y":[1]}}}}"#
+        );
+        let index = Index::parse(text.as_bytes(), MAX_INDEX_BYTES).unwrap();
+        assert_eq!(String::from_utf8(index.to_bytes()).unwrap(), text);
+    }
+
+    #[test]
+    fn one_document_is_never_two_kinds() {
+        let both = manifest(r#","layers":[],"manifests":[]"#);
+        assert!(matches!(Manifest::parse(&both), Err(OciError::Ambiguous { field: "manifests", .. })));
+        let both = br#"{"schemaVersion":2,"manifests":[],"layers":[]}"#;
+        assert!(matches!(Index::parse(both, 1000), Err(OciError::Ambiguous { field: "layers", .. })));
+        let typed = manifest(&format!(r#","mediaType":"{INDEX}""#));
+        assert!(matches!(Manifest::parse(&typed), Err(OciError::WrongMediaType { .. })));
+    }
+
+    #[test]
+    fn bounds_hold() {
+        let layer = format!(r#"{{"mediaType":"c","digest":"{D}","size":2}}"#);
+        let many = manifest(&format!(r#","layers":[{}]"#, vec![layer; MAX_LAYERS + 1].join(",")));
+        assert!(matches!(Manifest::parse(&many), Err(OciError::TooMany { found: 1001, max: 1000, .. })));
+        let big = vec![b' '; MAX_MANIFEST_BYTES as usize + 1];
+        assert!(matches!(Manifest::parse(&big), Err(OciError::TooBig { .. })));
+        let sha512 = manifest("").iter().map(|b| *b as char).collect::<String>().replace("sha256", "sha512");
+        assert!(matches!(Manifest::parse(sha512.as_bytes()), Err(OciError::Json { .. })));
+    }
+
+    #[test]
+    fn the_media_types_of_layers() {
+        let squashfs = "application/vnd.stacker.image.layer.squashfs";
+        for tail in ["", "+zstd", "+gzip", "+zstd+verity", "+verity"] {
+            assert_eq!(LayerFormat::of(&format!("{squashfs}{tail}")), Some(LayerFormat::Squashfs));
+        }
+        assert_eq!(
+            LayerFormat::of("application/vnd.stacker.image.layer.erofs+lz4hc"),
+            Some(LayerFormat::Erofs)
+        );
+        let tar = "application/vnd.oci.image.layer.v1.tar";
+        assert_eq!(LayerFormat::of(tar), Some(LayerFormat::Tar(Compression::None)));
+        assert_eq!(LayerFormat::of(&format!("{tar}+gzip")), Some(LayerFormat::Tar(Compression::Gzip)));
+        for unknown in
+            [format!("{tar}+gzip+encrypted"), format!("{squashfs}x"), format!("{tar}+xz"), "".into()]
+        {
+            assert_eq!(LayerFormat::of(&unknown), None, "{unknown}");
+        }
+    }
+
+    #[test]
+    fn a_root_hash_has_two_names_and_one_value() {
+        let mut descriptor = Descriptor::of(SQUASHFS_ZSTD, b"x");
+        let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
+        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().root_hash, None);
+        descriptor.annotations.insert(ROOT_HASH_OLD.into(), one.hex());
+        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().root_hash, Some(one));
+        descriptor.annotations.insert(ROOT_HASH.into(), one.hex());
+        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().root_hash, Some(one));
+        descriptor.annotations.insert(ROOT_HASH.into(), two.hex());
+        assert!(matches!(LayerDescriptor::from_descriptor(&descriptor), Err(OciError::RootHash { .. })));
+        descriptor.annotations.insert(ROOT_HASH.into(), "00".into());
+        assert!(matches!(LayerDescriptor::from_descriptor(&descriptor), Err(OciError::RootHash { .. })));
+    }
+
+    #[test]
+    fn platforms() {
+        let platform = |architecture: &str, variant: Option<&str>| Platform {
+            architecture: architecture.into(),
+            os: "linux".into(),
+            variant: variant.map(Into::into),
+            extra: BTreeMap::new(),
+        };
+        let amd64 = platform("amd64", None);
+        assert_eq!(amd64.accepts(&platform("amd64", None)), Some(0));
+        assert_eq!(amd64.accepts(&platform("amd64", Some("v1"))), Some(1));
+        assert_eq!(amd64.accepts(&platform("amd64", Some("v3"))), None);
+        assert_eq!(amd64.accepts(&platform("arm64", None)), None);
+    }
+}

@@ -1,0 +1,340 @@
+//! The bounded cache of decoded blocks.
+//!
+//! Two shares, each bounded in bytes: data blocks, and shared blocks (fragments), which many small
+//! files need and a stream of data must not push out. A share is split into shards by key; a
+//! shard holds blocks in clock order: when it is full, blocks leave from the front, and one that
+//! was used since it was last looked at gets a second round at the back.
+//!
+//! # Joining
+//! A block that is being decoded stands in its shard as `Decoding`. Whoever asks for it meanwhile waits
+//! for that one decode, also for its failure.
+//!
+//! # Locks
+//! One mutex a shard, held for a look-up only, never while decoding. A decode in flight has a mutex and
+//! condition of its own, taken without the shard's. The pool of spare buffers has one, a leaf.
+
+use std::collections::hash_map::{Entry, HashMap};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::EngineError;
+use crate::image::layer::BlockId;
+
+/// Which part of the cache a block belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    /// Blocks of one file.
+    Data,
+    /// Blocks that several files share (squashfs fragments).
+    Shared,
+}
+
+/// The decoded bytes of a block. Its memory goes back to the pool when the last user is done.
+pub struct Block {
+    bytes: Vec<u8>,
+    pool: Arc<Pool>,
+}
+
+impl Block {
+    /// The decoded bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.pool.give(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// Buffers that are used again: the first touch of a page costs more than decoding into it.
+struct Pool {
+    spare: Mutex<Vec<Vec<u8>>>,
+    most: usize,
+}
+
+impl Pool {
+    fn take(&self) -> Vec<u8> {
+        lock(&self.spare).pop().unwrap_or_default()
+    }
+
+    fn give(&self, buffer: Vec<u8>) {
+        let mut spare = lock(&self.spare);
+        if buffer.capacity() > 0 && spare.len() < self.most {
+            spare.push(buffer);
+        }
+    }
+}
+
+type Key = (usize, BlockId);
+type Outcome = Result<Arc<Block>, EngineError>;
+
+/// A decode that is under way.
+#[derive(Default)]
+struct Flight {
+    outcome: Mutex<Option<Outcome>>,
+    landed: Condvar,
+}
+
+enum Slot {
+    Decoding(Arc<Flight>),
+    Ready { block: Arc<Block>, used: AtomicBool },
+}
+
+#[derive(Default)]
+struct Shard {
+    slots: HashMap<Key, Slot>,
+    /// The ready blocks, in clock order.
+    clock: VecDeque<Key>,
+    bytes: usize,
+}
+
+/// A bounded cache of decoded blocks. See the module's comment.
+pub struct BlockCache {
+    data: Box<[Mutex<Shard>]>,
+    shared: Box<[Mutex<Shard>]>,
+    /// The bounds of one shard, in bytes.
+    data_bytes: usize,
+    shared_bytes: usize,
+    pool: Arc<Pool>,
+}
+
+/// A shard is not made smaller than this many blocks.
+const BLOCKS_A_SHARD: usize = 16;
+/// More shards than threads that could meet are of no use.
+const MOST_SHARDS: usize = 16;
+/// How many spare buffers wait in the pool: one for each thread that may be decoding.
+const SPARE_BUFFERS: usize = 4;
+
+impl BlockCache {
+    /// A cache of at most `bytes` decoded bytes for blocks of up to `block_bytes`.
+    ///
+    /// Two thirds are for shared blocks, as those are what many small files wait for. With less
+    /// memory than two blocks a share, each share keeps two blocks all the same.
+    pub fn new(bytes: usize, block_bytes: usize) -> Self {
+        let block_bytes = block_bytes.max(4096);
+        let least = block_bytes.saturating_mul(2);
+        let shared = (bytes / 3 * 2).max(least);
+        let data = bytes.saturating_sub(shared).max(least);
+        let shards = |total: usize| {
+            let count = (total / block_bytes / BLOCKS_A_SHARD).clamp(1, MOST_SHARDS);
+            let all: Box<[Mutex<Shard>]> = (0..count).map(|_| Mutex::default()).collect();
+            (all, total / count)
+        };
+        let (data, data_bytes) = shards(data);
+        let (shared, shared_bytes) = shards(shared);
+        let pool = Arc::new(Pool { spare: Mutex::default(), most: SPARE_BUFFERS });
+        Self { data, shared, data_bytes, shared_bytes, pool }
+    }
+
+    /// The block, if it is there and decoded.
+    pub fn get(&self, share: Share, layer: usize, id: BlockId) -> Option<Arc<Block>> {
+        match lock(self.shard(share, layer, id).0).slots.get(&(layer, id)) {
+            Some(Slot::Ready { block, used }) => {
+                used.store(true, Ordering::Relaxed);
+                Some(block.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// The block; `decode` fills it in where it is not there. Only one of several askers decodes, the
+    /// others wait for it.
+    pub fn get_or_decode(
+        &self,
+        share: Share,
+        layer: usize,
+        id: BlockId,
+        decode: impl FnOnce(&mut Vec<u8>) -> Result<(), EngineError>,
+    ) -> Outcome {
+        let (shard, most) = self.shard(share, layer, id);
+        let key = (layer, id);
+        let flight = match lock(shard).slots.entry(key) {
+            Entry::Occupied(slot) => match slot.get() {
+                Slot::Ready { block, used } => {
+                    used.store(true, Ordering::Relaxed);
+                    return Ok(block.clone());
+                }
+                Slot::Decoding(flight) => Some(flight.clone()),
+            },
+            Entry::Vacant(slot) => {
+                slot.insert(Slot::Decoding(Arc::default()));
+                None
+            }
+        };
+        if let Some(flight) = flight {
+            return flight.wait();
+        }
+        // Lands the flight also when `decode` panics: no one may wait for ever.
+        let mut landing = Landing { shard, most, key, outcome: Err(EngineError::Io) };
+        let mut bytes = self.pool.take();
+        match decode(&mut bytes) {
+            Ok(()) => landing.outcome = Ok(Arc::new(Block { bytes, pool: self.pool.clone() })),
+            Err(error) => {
+                self.pool.give(bytes);
+                landing.outcome = Err(error);
+            }
+        }
+        landing.outcome.clone()
+    }
+
+    /// How many decoded bytes the cache holds.
+    pub fn held_bytes(&self) -> usize {
+        self.data.iter().chain(&self.shared).map(|shard| lock(shard).bytes).sum()
+    }
+
+    fn shard(&self, share: Share, layer: usize, id: BlockId) -> (&Mutex<Shard>, usize) {
+        let (shards, most) = match share {
+            Share::Data => (&self.data, self.data_bytes),
+            Share::Shared => (&self.shared, self.shared_bytes),
+        };
+        // Fibonacci hashing: neighbouring blocks go to different shards.
+        let hash = (id.start ^ (layer as u64) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        (&shards[hash as usize % shards.len()], most)
+    }
+}
+
+impl Flight {
+    fn wait(&self) -> Outcome {
+        let mut outcome = lock(&self.outcome);
+        loop {
+            match &*outcome {
+                Some(known) => return known.clone(),
+                None => outcome = self.landed.wait(outcome).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+/// Puts the outcome of a decode into its shard and wakes whoever waits for it.
+struct Landing<'a> {
+    shard: &'a Mutex<Shard>,
+    most: usize,
+    key: Key,
+    outcome: Outcome,
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        let mut leaving = Vec::new();
+        let mut shard = lock(self.shard);
+        let was = match &self.outcome {
+            Ok(block) => {
+                let slot = Slot::Ready { block: block.clone(), used: AtomicBool::new(false) };
+                shard.bytes += block.bytes.len();
+                shard.clock.push_back(self.key);
+                shard.slots.insert(self.key, slot)
+            }
+            Err(_) => shard.slots.remove(&self.key),
+        };
+        shard.shrink(self.most, &mut leaving);
+        drop(shard);
+        if let Some(Slot::Decoding(flight)) = was {
+            *lock(&flight.outcome) = Some(self.outcome.clone());
+            flight.landed.notify_all();
+        }
+    }
+}
+
+impl Shard {
+    /// Lets blocks go until at most `most` bytes are held; they are dropped outside the lock.
+    fn shrink(&mut self, most: usize, leaving: &mut Vec<Arc<Block>>) {
+        // Each block gets at most one second round, so twice the length is enough.
+        let mut rounds = self.clock.len() * 2;
+        while self.bytes > most && rounds > 0 {
+            rounds -= 1;
+            let Some(key) = self.clock.pop_front() else { break };
+            if let Some(Slot::Ready { used, .. }) = self.slots.get(&key)
+                && used.swap(false, Ordering::Relaxed)
+            {
+                self.clock.push_back(key);
+                continue;
+            }
+            if let Some(Slot::Ready { block, .. }) = self.slots.remove(&key) {
+                self.bytes = self.bytes.saturating_sub(block.bytes.len());
+                leaving.push(block);
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    fn id(start: u64) -> BlockId {
+        BlockId { start, size_word: 1, decoded_max: 4096 }
+    }
+
+    fn fill(value: u8) -> impl FnOnce(&mut Vec<u8>) -> Result<(), EngineError> {
+        move |out| {
+            out.clear();
+            out.resize(4096, value);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_bound_holds_and_used_blocks_stay_longer() {
+        let cache = BlockCache::new(6 * 4096, 4096);
+        for start in 0..100 {
+            cache.get_or_decode(Share::Shared, 0, id(start), fill(start as u8)).unwrap();
+            assert!(cache.get(Share::Shared, 0, id(0)).is_some(), "block 0 is used all the time");
+            assert!(cache.held_bytes() <= 6 * 4096);
+        }
+        assert!(cache.get(Share::Shared, 0, id(1)).is_none());
+        assert!(cache.get(Share::Data, 0, id(0)).is_none(), "shares are apart");
+        assert!(cache.get(Share::Shared, 1, id(0)).is_none(), "layers are apart");
+    }
+
+    #[test]
+    fn askers_join_one_decode() {
+        let cache = BlockCache::new(1 << 20, 4096);
+        let decodes = AtomicUsize::new(0);
+        let gate = std::sync::Barrier::new(8);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    gate.wait();
+                    let block = cache.get_or_decode(Share::Data, 3, id(7), |out| {
+                        decodes.fetch_add(1, Ordering::SeqCst);
+                        std::thread::sleep(std::time::Duration::from_millis(20));
+                        fill(9)(out)
+                    });
+                    assert_eq!(block.unwrap().bytes(), [9; 4096]);
+                });
+            }
+        });
+        assert_eq!(decodes.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_failure_is_not_kept() {
+        let cache = BlockCache::new(1 << 20, 4096);
+        let outcome = cache.get_or_decode(Share::Data, 0, id(1), |_| Err(EngineError::Io));
+        assert_eq!(outcome.err(), Some(EngineError::Io));
+        assert!(cache.get_or_decode(Share::Data, 0, id(1), fill(1)).is_ok());
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _ = cache.get_or_decode(Share::Data, 0, id(2), |_| panic!("a decoder's bug"));
+        }));
+        assert!(panicked.is_err());
+        assert!(cache.get_or_decode(Share::Data, 0, id(2), fill(2)).is_ok());
+    }
+
+    #[test]
+    fn buffers_are_used_again() {
+        let cache = BlockCache::new(4096, 4096);
+        for start in 0..1000 {
+            cache.get_or_decode(Share::Data, 0, id(start), fill(0)).unwrap();
+        }
+        assert!(lock(&cache.pool.spare).len() <= SPARE_BUFFERS);
+        assert!(!lock(&cache.pool.spare).is_empty());
+    }
+}

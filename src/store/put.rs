@@ -1,0 +1,273 @@
+//! Writing to a store: temporary file, hash, sync, rename, sync of the folder; names last.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{Store, StoreError, sync_dir};
+use crate::digest::{Digest, Hasher};
+use crate::error::{IoContext, IoError};
+use crate::failpoint;
+use crate::image::oci::{Descriptor, Manifest, REF_NAME};
+use crate::progress::Task;
+use crate::sys::file::reflink;
+use crate::transport::{Blob, Transport, TransportError};
+
+/// How much is read, hashed and written at a time, in bytes.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// Someone who writes to a store. What it puts is safe from garbage collection while it lives;
+/// what should stay must have a name, or be reached by one, before it is dropped.
+pub struct Writer<'a> {
+    store: &'a Store,
+    /// Locked, shared, until it is closed.
+    _lock: File,
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(store: &'a Store) -> Result<Self, StoreError> {
+        let lock = store.lock_file("lock")?;
+        // Garbage collection holds it for seconds: wait.
+        lock.lock_shared().on("lock", store.private("lock"))?;
+        Ok(Self { store, _lock: lock })
+    }
+
+    /// The store that is written to.
+    pub fn store(&self) -> &'a Store {
+        self.store
+    }
+
+    /// A new file to write a blob to. It vanishes unless [`Writer::commit`] takes it.
+    pub fn temp(&self) -> Result<TempBlob, StoreError> {
+        Ok(TempBlob::new(&self.store.private("tmp"))?)
+    }
+
+    /// Makes a finished temporary file the blob `digest`.
+    ///
+    /// The caller has hashed what it wrote: nobody else can have written to the file.
+    pub fn commit(&self, temp: TempBlob, digest: &Digest) -> Result<(), StoreError> {
+        temp.file.set_permissions(Permissions::from_mode(0o444)).on("change the mode of", &temp.path)?;
+        failpoint::hit("store.blob.written");
+        temp.file.sync_all().on("sync", &temp.path)?;
+        let path = self.store.blob_path(digest);
+        failpoint::hit("store.blob.synced");
+        // Where the blob is there already, the new file takes its place: the same bytes, or better.
+        fs::rename(&temp.path, &path).on("rename to", &path)?;
+        temp.keep();
+        failpoint::hit("store.blob.renamed");
+        Ok(path.parent().map_or(Ok(()), sync_dir)?)
+    }
+
+    /// Puts bytes that are held in memory.
+    pub fn put_bytes(&self, media_type: &str, bytes: &[u8]) -> Result<Descriptor, StoreError> {
+        let descriptor = Descriptor::of(media_type, bytes);
+        // Small enough to look rather than believe the size.
+        if self.store.has(&descriptor) && self.store.get(&descriptor.digest, descriptor.size).is_ok() {
+            return Ok(descriptor);
+        }
+        let mut temp = self.temp()?;
+        temp.file.write_all(bytes).on("write", &temp.path)?;
+        self.commit(temp, &descriptor.digest)?;
+        Ok(descriptor)
+    }
+
+    /// Fetches a blob from a transport, unless it is there; tells whether it was fetched.
+    ///
+    /// # Errors
+    /// [`TransportError::SizeMismatch`] or [`TransportError::DigestMismatch`]; then nothing is kept.
+    pub fn fetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<bool, StoreError> {
+        if self.store.has(blob) {
+            task.advance(blob.size);
+            return Ok(false);
+        }
+        let object = format!("{} in {}", blob.digest, from.location());
+        let mut temp = self.temp()?;
+        let (found, size) = temp.fill(from.open(&blob.digest)?, blob.size, task)?;
+        if size != blob.size {
+            return Err(TransportError::SizeMismatch { object, expected: blob.size, found: size }.into());
+        }
+        if found != blob.digest {
+            return Err(TransportError::DigestMismatch { object, expected: blob.digest, found }.into());
+        }
+        self.commit(temp, &blob.digest)?;
+        Ok(true)
+    }
+
+    /// Puts an artifact: its content, the empty config, and its manifest.
+    ///
+    /// The layer's media type is the artifact type. The manifest has no name yet.
+    pub fn put_artifact(
+        &self,
+        artifact_type: &str,
+        content: &[u8],
+        subject: Option<&Descriptor>,
+    ) -> Result<Descriptor, StoreError> {
+        use crate::image::oci::{EMPTY, EMPTY_BYTES, MANIFEST};
+        let layer = self.put_bytes(artifact_type, content)?;
+        self.put_bytes(EMPTY, EMPTY_BYTES)?;
+        // A subject is told by type, digest and size alone (image-spec, manifest.md, `subject`).
+        let subject = subject.map(|about| Descriptor::new(&about.media_type, about.digest, about.size));
+        let manifest = Manifest::artifact(artifact_type, layer, subject).to_bytes();
+        let mut descriptor = self.put_bytes(MANIFEST, &manifest)?;
+        descriptor.artifact_type = Some(artifact_type.into());
+        Ok(descriptor)
+    }
+
+    /// Changes `index.json` in one step: `entries` with a name replace what has that name,
+    /// entries without a name are added once.
+    ///
+    /// Every blob that they reach must be in the store.
+    pub fn set_entries(&self, entries: &[(Option<&str>, &Descriptor)]) -> Result<(), StoreError> {
+        self.change_index(|index| {
+            for (name, descriptor) in entries {
+                let mut entry = (*descriptor).clone();
+                entry.annotations.remove(REF_NAME);
+                match name {
+                    Some(name) => {
+                        entry.annotations.insert(REF_NAME.into(), (*name).into());
+                        index.retain(|old| old.ref_name() != Some(*name));
+                        index.push(entry);
+                    }
+                    None => {
+                        if !index.iter().any(|old| old.digest == entry.digest && old.ref_name().is_none()) {
+                            index.push(entry);
+                        }
+                    }
+                }
+            }
+        })
+    }
+
+    /// Gives a manifest a name; what had the name loses it.
+    pub fn set_name(&self, name: &str, manifest: &Descriptor) -> Result<(), StoreError> {
+        self.set_entries(&[(Some(name), manifest)])
+    }
+
+    /// Takes names away; those that are not there do not matter.
+    pub fn remove_names(&self, names: &[&str]) -> Result<(), StoreError> {
+        self.change_index(|index| {
+            index.retain(|entry| entry.ref_name().is_none_or(|name| !names.contains(&name)));
+        })
+    }
+
+    pub(super) fn change_index(&self, change: impl FnOnce(&mut Vec<Descriptor>)) -> Result<(), StoreError> {
+        change_index(self.store, change)
+    }
+}
+
+/// Replaces `index.json` under its lock. The caller holds the store's lock, shared or exclusive.
+pub(super) fn change_index(
+    store: &Store,
+    change: impl FnOnce(&mut Vec<Descriptor>),
+) -> Result<(), StoreError> {
+    let lock = store.lock_file("index.lock")?;
+    lock.lock().on("lock", store.private("index.lock"))?;
+    let mut index = store.layout.index()?;
+    let before = index.manifests.clone();
+    change(&mut index.manifests);
+    if index.manifests != before {
+        replace_file(store.dir(), "index.json", &index.to_bytes())?;
+    }
+    Ok(())
+}
+
+/// Replaces a file at the top of the store, so that at any time it is the old or the new one.
+pub(super) fn replace_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), IoError> {
+    let mut temp = TempBlob::new(&dir.join(".mosfs/tmp"))?;
+    temp.file.write_all(bytes).on("write", &temp.path)?;
+    temp.file.set_permissions(Permissions::from_mode(0o644)).on("change the mode of", &temp.path)?;
+    temp.file.sync_all().on("sync", &temp.path)?;
+    let path = dir.join(name);
+    failpoint::hit("store.index.synced");
+    fs::rename(&temp.path, &path).on("rename to", &path)?;
+    temp.keep();
+    failpoint::hit("store.index.renamed");
+    sync_dir(dir)
+}
+
+/// A file that is being written. Unlinked when dropped, unless it was made a blob.
+pub struct TempBlob {
+    /// The file, empty at first, open for reading and writing.
+    pub file: File,
+    path: PathBuf,
+    kept: bool,
+}
+
+impl TempBlob {
+    fn new(folder: &Path) -> Result<Self, IoError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = folder.join(format!("{}-{number}", std::process::id()));
+            match OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path) {
+                Ok(file) => return Ok(Self { file, path, kept: false }),
+                // Left by a process that had our id.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(source) => return Err(IoError { operation: "create", path, source }),
+            }
+        }
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn keep(mut self) {
+        self.kept = true;
+    }
+
+    /// Fills the file from a blob, at the most one byte beyond `size`; digest and size of what came.
+    fn fill(&mut self, blob: Blob, size: u64, task: &Task) -> Result<(Digest, u64), IoError> {
+        let from = match &blob {
+            Blob::File(file) if reflink(file, &self.file).is_ok() => {
+                // Hash our own clone: the original may change meanwhile.
+                self.file.rewind().on("rewind", &self.path)?;
+                let mine = self.file.try_clone().on("open", &self.path)?;
+                return copy_hashing(mine, None, size, task, &self.path);
+            }
+            _ => blob,
+        };
+        copy_hashing(from, Some(&mut self.file), size, task, &self.path)
+    }
+}
+
+impl Drop for TempBlob {
+    fn drop(&mut self) {
+        if !self.kept {
+            // What stays is removed by garbage collection.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Reads to the end or one byte beyond `size`, hashes, and writes to `to`.
+fn copy_hashing(
+    from: impl Read,
+    mut to: Option<&mut File>,
+    size: u64,
+    task: &Task,
+    path: &Path,
+) -> Result<(Digest, u64), IoError> {
+    let mut from = from.take(size.saturating_add(1));
+    let mut hasher = Hasher::new();
+    let mut buffer = vec![0; CHUNK_BYTES.min(size.saturating_add(1) as usize)];
+    loop {
+        let got = match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(got) => got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(source) => return Err(IoError { operation: "fetch into", path: path.to_path_buf(), source }),
+        };
+        let bytes = buffer.get(..got).unwrap_or_default();
+        hasher.update(bytes);
+        if let Some(to) = &mut to {
+            to.write_all(bytes).on("write", path)?;
+        }
+        task.advance(got as u64);
+    }
+    let bytes = hasher.bytes();
+    Ok((hasher.finish(), bytes))
+}
