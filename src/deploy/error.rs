@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::state::{DeploymentId, Refusal};
 use crate::digest::Digest;
-use crate::error::{AnyError, Class, Classified, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::image::oci::OciError;
 use crate::store::StoreError;
 use crate::transport::TransportError;
@@ -96,6 +96,22 @@ pub enum DeployError {
         /// The version that was offered.
         version: u64,
     },
+    /// What was found at a source is not a system manifest.
+    #[error("{object} is not a system: {why}")]
+    NotASystem {
+        /// The source, or the name and digest there.
+        object: String,
+        /// What was expected and found.
+        why: String,
+    },
+    /// A system manifest has no signature, or no certificate for it.
+    #[error("system manifest {digest} comes without a {missing}")]
+    NotSigned {
+        /// The system manifest.
+        digest: Digest,
+        /// What there is none of.
+        missing: &'static str,
+    },
     /// A blob of a deployment is not in the store.
     #[error("target {target}: blob {digest} is not in the store")]
     MissingBlob {
@@ -144,22 +160,7 @@ pub enum DeployError {
         /// The class of the gravest reason.
         class: Class,
     },
-    /// The caller could not start a deployment.
-    #[error(transparent)]
-    Start(AnyErrorSource),
 }
-
-/// An [`AnyError`] as the cause of a [`DeployError`].
-#[derive(Debug)]
-pub struct AnyErrorSource(pub AnyError);
-
-impl std::fmt::Display for AnyErrorSource {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(&self.0, f)
-    }
-}
-
-impl std::error::Error for AnyErrorSource {}
 
 fn list(refused: &[Refusal]) -> String {
     if refused.is_empty() {
@@ -177,13 +178,12 @@ impl Classified for DeployError {
             Self::Oci(error) => error.class(),
             Self::Trust(error) => error.class(),
             Self::Floor(error) => error.class(),
-            Self::Start(error) => error.0.class(),
             Self::NoneLeft { class, .. } => *class,
             Self::OtherManifest { .. } | Self::OtherContent { .. } | Self::OtherSize { .. } => Class::Verification,
-            Self::MissingBlob { .. } => Class::Verification,
+            Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::NotNewer { .. } | Self::SameVersionOtherDigest { .. } => Class::Rollback,
             Self::NoFloorSignature { .. } => Class::Verification,
-            Self::NoSuchTarget { .. } => Class::Input,
+            Self::NoSuchTarget { .. } | Self::NotASystem { .. } => Class::Input,
             Self::State { .. }
             | Self::AlreadyInstalled { .. }
             | Self::NothingInstalled { .. }

@@ -27,14 +27,17 @@ pub mod plan;
 pub mod state;
 pub mod status;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 
 pub use error::DeployError;
 pub use state::{DeploymentId, State};
 
-use crate::error::IoContext;
-use crate::sys::flock;
+use crate::error::{IoContext, IoError};
+use crate::image::oci::Descriptor;
+use crate::store::Store;
+use crate::trust::Verified;
+use crate::trust::floor::{Floor, FloorKey};
 
 /// The folder on a device where the deployed system lives.
 #[derive(Debug, Clone)]
@@ -99,9 +102,15 @@ impl System {
             .write(true)
             .open(&path)
             .on("open", &path)?;
-        if !flock::try_exclusive(&file).on("lock", &path)? {
-            waiting();
-            flock::exclusive(&file).on("lock", &path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                waiting();
+                file.lock().on("lock", &path)?;
+            }
+            Err(TryLockError::Error(source)) => {
+                return Err(IoError { operation: "lock", path, source }.into());
+            }
         }
         Ok(SystemLock(file))
     }
@@ -110,4 +119,49 @@ impl System {
     pub fn state(&self) -> Result<State, DeployError> {
         State::load(&self.state_path())
     }
+}
+
+/// What an install or an update asks of the floor.
+pub enum FloorGate<'a> {
+    /// The device has no floor yet (CONFIG has no `floor.pub`): a first install may go on, so that
+    /// there is something to provision for. Nothing else may.
+    Unprovisioned,
+    /// The floor is read, and the system must not be below it.
+    Enforced {
+        /// The floor.
+        floor: &'a mut dyn Floor,
+        /// The key that signs versions; where it is there, a system needs its signature.
+        key: Option<FloorKey>,
+    },
+}
+
+/// Checks that each image of a deployment is in the store: the OCI manifests by digest and size,
+/// the blobs by size (their content is verified as it is read).
+///
+/// # Errors
+/// [`DeployError::MissingBlob`] and [`DeployError::OtherSize`], naming the target.
+pub fn check_complete(system: &System, verified: &Verified) -> Result<(), DeployError> {
+    let store = Store::open(&system.store_dir())?;
+    for (name, target) in &verified.manifest().targets {
+        let missing = |digest| DeployError::MissingBlob { target: name.clone(), digest };
+        if !store.blob_path(&target.digest).exists() {
+            return Err(missing(target.digest));
+        }
+        let image = store.image(&target.digest)?;
+        // Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+        if image.size != target.size {
+            return Err(DeployError::OtherSize {
+                target: name.clone(),
+                digest: target.digest,
+                expected: target.size,
+                found: image.size,
+            });
+        }
+        for layer in &image.layers {
+            if !store.has(&Descriptor::new(&layer.media_type, layer.digest, layer.size)) {
+                return Err(missing(layer.digest));
+            }
+        }
+    }
+    Ok(())
 }
