@@ -1,3 +1,4 @@
 //! Mounts: what is planned, the backends that do it, and the register of what is mounted.
 
 pub mod engine;
+pub mod kernel_overlay;

@@ -4,6 +4,10 @@
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
 pub mod atomic;
+pub mod dm;
 pub mod file;
+pub mod flock;
+pub mod loopdev;
+pub mod mountapi;
 pub mod process;
 pub mod sha256;

@@ -25,7 +25,9 @@ pub(super) fn hidden_links(view: &Merged, root: &[Part]) -> HashMap<u64, u32> {
     };
     match walk.merged(root) {
         Ok(true) => {}
-        Ok(false) => log::warn!("link counts: more entries than the layers have files; some counts are too high"),
+        Ok(false) => {
+            log::warn!("link counts: more entries than the layers have files; some counts are too high")
+        }
         Err(error) => log::warn!("link counts: {error}; some counts are too high"),
     }
     walk.hidden

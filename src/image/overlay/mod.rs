@@ -190,7 +190,11 @@ impl Merged {
                 let mut chain = Chain::default();
                 for &part in &merged.parts {
                     if let Some(entry) = self.part_lookup(part, name)?
-                        && !self.extend(&mut chain, Part { layer: part.layer, node: entry.node }, entry.kind)?
+                        && !self.extend(
+                            &mut chain,
+                            Part { layer: part.layer, node: entry.node },
+                            entry.kind,
+                        )?
                     {
                         break;
                     }
@@ -352,11 +356,8 @@ impl Merged {
         if chain.parts.len() > 1 {
             let known = self.dirs.read().unwrap_or_else(PoisonError::into_inner).contains_key(&ino);
             if !known {
-                let dir = MergedDir {
-                    parts: chain.parts.into_boxed_slice(),
-                    parent,
-                    nlink: AtomicU32::new(0),
-                };
+                let dir =
+                    MergedDir { parts: chain.parts.into_boxed_slice(), parent, nlink: AtomicU32::new(0) };
                 let mut dirs = self.dirs.write().unwrap_or_else(PoisonError::into_inner);
                 dirs.entry(ino).or_insert_with(|| Arc::new(dir));
             }

@@ -13,8 +13,8 @@
 //! One mutex a shard, held for a look-up only, never while decoding. A decode in flight has a mutex and
 //! condition of its own, taken without the shard's. The pool of spare buffers has one, a leaf.
 
-use std::collections::hash_map::{Entry, HashMap};
 use std::collections::VecDeque;
+use std::collections::hash_map::{Entry, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 

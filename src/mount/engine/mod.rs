@@ -202,11 +202,13 @@ impl Engine {
                 }
             } else {
                 let asked = (offset, end);
-                held = self.cached(share, layer, id, || Asked { ino, size: attr.size_bytes, extent, asked })?;
+                held =
+                    self.cached(share, layer, id, || Asked { ino, size: attr.size_bytes, extent, asked })?;
                 held.bytes()
             };
             let Some(part) = start.checked_add(to).and_then(|to| bytes.get(start + from..to)) else {
-                let why = format!("expected at least {} bytes, found {}", start.saturating_add(to), bytes.len());
+                let why =
+                    format!("expected at least {} bytes, found {}", start.saturating_add(to), bytes.len());
                 let error = LayerError::Corrupt { table: "data block", offset: id.start, why };
                 self.troubles.report(layer, ino, &error);
                 return Err(EngineError::Io);
@@ -245,10 +247,16 @@ impl Engine {
             let asked = who.insert(asked());
             self.decode(layer, asked.ino, id, out)
         })?;
-        if fresh
-            && let (Some(surplus), Some(Asked { ino, size, extent, asked })) = (&self.surplus, who)
-        {
-            surplus.decoded(Decoded { layer, id, block: block.clone(), ino, size_bytes: size, extent, asked });
+        if fresh && let (Some(surplus), Some(Asked { ino, size, extent, asked })) = (&self.surplus, who) {
+            surplus.decoded(Decoded {
+                layer,
+                id,
+                block: block.clone(),
+                ino,
+                size_bytes: size,
+                extent,
+                asked,
+            });
         }
         Ok(block)
     }
