@@ -72,14 +72,6 @@ pub enum DeployError {
         /// The system folder.
         path: PathBuf,
     },
-    /// Rule: the version always increases (DESIGN.md, section 5).
-    #[error("version {version} is not newer than version {current}, which is installed")]
-    NotNewer {
-        /// The version that was offered.
-        version: u64,
-        /// The version that is installed.
-        current: u64,
-    },
     /// Rule: same version, other digest: refused (DESIGN.md, section 5).
     #[error("version {version} was offered as {offered}, but {installed} has that version here")]
     SameVersionOtherDigest {
@@ -89,12 +81,6 @@ pub enum DeployError {
         offered: Digest,
         /// The system manifest that is installed.
         installed: Digest,
-    },
-    /// Rule: a device whose floor is provisioned takes no system without a floor signature.
-    #[error("version {version} comes without a floor signature, and the floor of this device is provisioned")]
-    NoFloorSignature {
-        /// The version that was offered.
-        version: u64,
     },
     /// What was found at a source is not a system manifest.
     #[error("{object} is not a system: {why}")]
@@ -181,8 +167,7 @@ impl Classified for DeployError {
             Self::NoneLeft { class, .. } => *class,
             Self::OtherManifest { .. } | Self::OtherContent { .. } | Self::OtherSize { .. } => Class::Verification,
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
-            Self::NotNewer { .. } | Self::SameVersionOtherDigest { .. } => Class::Rollback,
-            Self::NoFloorSignature { .. } => Class::Verification,
+            Self::SameVersionOtherDigest { .. } => Class::Rollback,
             Self::NoSuchTarget { .. } | Self::NotASystem { .. } => Class::Input,
             Self::State { .. }
             | Self::AlreadyInstalled { .. }

@@ -183,9 +183,9 @@ pub struct Plan {
 /// Checks an offer against the device and plans what to do.
 ///
 /// # Errors
-/// In the order of the checks: [`DeployError::Trust`], [`DeployError::NotNewer`],
-/// [`DeployError::SameVersionOtherDigest`], [`DeployError::Floor`],
-/// [`DeployError::NoFloorSignature`], [`DeployError::NoSpace`].
+/// In the order of the checks: [`DeployError::Trust`]; [`DeployError::SameVersionOtherDigest`] and
+/// `FloorError::NotNewer`; `FloorError::Rollback` and what else the floor says;
+/// `FloorError::NoFloorSignature` and `BadFloorSignature`; [`DeployError::NoSpace`].
 pub fn plan(
     system: &System,
     state: &State,
@@ -235,7 +235,7 @@ fn relation(state: &State, id: &DeploymentId) -> Result<Verdict, DeployError> {
         return Ok(Verdict::UpToDate);
     }
     if id.version <= current.version {
-        return Err(DeployError::NotNewer { version: id.version, current: current.version });
+        return Err(FloorError::NotNewer { version: id.version, current: current.version }.into());
     }
     match &state.pending {
         Some(pending) if pending.deployment == *id && pending.tries_left > 0 => Ok(Verdict::AlreadyPending),
@@ -253,7 +253,7 @@ fn check_floor(id: &DeploymentId, verified: &Verified, gate: &mut FloorGate<'_>)
     }
     if let Some(key) = key {
         let signature =
-            verified.floor_signature().ok_or(DeployError::NoFloorSignature { version: id.version })?;
+            verified.floor_signature().ok_or(FloorError::NoFloorSignature { version: id.version })?;
         key.check(&verified.manifest().product, id.version, signature)?;
     }
     Ok(())
