@@ -40,8 +40,7 @@ pub struct Booted<T> {
 
 /// Chooses a deployment and starts it with `start`; goes on to the next where that fails.
 ///
-/// `start` mounts the deployment; its failure counts as a refusal. `floor` is `None` only for a
-/// device whose owner chose `--floor none`-like development settings at the caller.
+/// `start` mounts the deployment; its failure counts as a refusal.
 ///
 /// # Errors
 /// [`DeployError::Floor`] where the floor cannot be trusted; [`DeployError::NoneLeft`] where every

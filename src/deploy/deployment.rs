@@ -75,13 +75,12 @@ pub fn verify(
 /// the same bytes.
 pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, DeployError> {
     let id = DeploymentId { version: verified.manifest().version, digest: verified.digest() };
-    let signed = verified.signed();
     let mut files: Vec<(&'static str, &[u8])> = vec![
-        (MANIFEST, &signed.manifest),
-        (SIGNATURE, &signed.signature),
-        (CERTIFICATE, &signed.certificate),
+        (MANIFEST, verified.bytes()),
+        (SIGNATURE, verified.signature()),
+        (CERTIFICATE, verified.certificate()),
     ];
-    if let Some(signature) = &signed.floor_signature {
+    if let Some(signature) = verified.floor_signature() {
         files.push((FLOOR_SIGNATURE, signature));
     }
     let folder = system.deployment_dir(&id);
@@ -90,11 +89,11 @@ pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, Deplo
         // certificate may be renewed: what is here was verified by whoever wrote it and is
         // verified again at each boot. Only another manifest under this name is an error.
         let found = atomic::read_bounded(&folder.join(MANIFEST), MAX_MANIFEST).on("read", &folder)?;
-        if found != signed.manifest {
+        if found != verified.bytes() {
             return Err(DeployError::OtherContent { id, file: MANIFEST });
         }
         let floor_path = folder.join(FLOOR_SIGNATURE);
-        if signed.floor_signature.is_none() || floor_path.exists() {
+        if verified.floor_signature().is_none() || floor_path.exists() {
             return Ok(id);
         }
         // The folder was written without a floor signature and one has come since: replace the

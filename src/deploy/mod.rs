@@ -37,7 +37,7 @@ use crate::error::{IoContext, IoError};
 use crate::image::oci::Descriptor;
 use crate::store::Store;
 use crate::trust::Verified;
-use crate::trust::floor::{Floor, FloorKey};
+use crate::trust::floor::{Floor, Policy};
 
 /// The folder on a device where the deployed system lives.
 #[derive(Debug, Clone)]
@@ -130,8 +130,9 @@ pub enum FloorGate<'a> {
     Enforced {
         /// The floor.
         floor: &'a mut dyn Floor,
-        /// The key that signs versions; where it is there, a system needs its signature.
-        key: Option<FloorKey>,
+        /// What a version's floor signature is checked against; where it is there, a system needs
+        /// a signature.
+        policy: Option<Policy>,
     },
 }
 

@@ -14,7 +14,7 @@ use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::store::{SYSTEM_PREFIX, Store, image_name, system_name, version_name};
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
-use crate::trust::floor::FloorError;
+use crate::trust::floor::{self, FloorError};
 use crate::trust::{
     Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed, TrustError, Verified,
 };
@@ -193,13 +193,13 @@ pub fn plan(
     offer: &Offer,
     anchor: &Anchor,
     dates: Dates,
-    floor: &mut FloorGate<'_>,
+    gate: &mut FloorGate<'_>,
 ) -> Result<Plan, DeployError> {
     let verified = offer.verify(anchor, dates)?;
     let id = DeploymentId { version: verified.manifest().version, digest: verified.digest() };
     let verdict = relation(state, &id)?;
     if matches!(verdict, Verdict::Install | Verdict::Update) {
-        check_floor(&id, &verified, floor)?;
+        check_floor(&id, state.current.map(|current| current.version), &verified, gate)?;
     }
     let mut plan = Plan {
         verified,
@@ -243,18 +243,20 @@ fn relation(state: &State, id: &DeploymentId) -> Result<Verdict, DeployError> {
     }
 }
 
-/// Rules: `version > floor`, where an install may also put back the version that the floor is at;
-/// a device whose floor is provisioned takes no system without a valid floor signature.
-fn check_floor(id: &DeploymentId, verified: &Verified, gate: &mut FloorGate<'_>) -> Result<(), DeployError> {
-    let FloorGate::Enforced { floor, key } = gate else { return Ok(()) };
-    let lowest = floor.read()?;
-    if id.version < lowest {
-        return Err(FloorError::Rollback { version: id.version, floor: lowest }.into());
-    }
-    if let Some(key) = key {
+/// Rules (DESIGN.md, section 5): `version > current` and `version > floor`; a device whose floor is
+/// provisioned refuses a system that has no valid floor signature, which is checked in software.
+fn check_floor(
+    id: &DeploymentId,
+    current: Option<u64>,
+    verified: &Verified,
+    gate: &mut FloorGate<'_>,
+) -> Result<(), DeployError> {
+    let FloorGate::Enforced { floor, policy } = gate else { return Ok(()) };
+    floor::check_update(*floor, id.version, current)?;
+    if let Some(policy) = policy {
         let signature =
             verified.floor_signature().ok_or(FloorError::NoFloorSignature { version: id.version })?;
-        key.check(&verified.manifest().product, id.version, signature)?;
+        floor::check_signature(policy, id.version, signature)?;
     }
     Ok(())
 }
