@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::{FloorArgs, Global, device, output, progress};
 use crate::deploy::plan::{self, Plan, Verdict};
 use crate::deploy::{DeployError, State, System, apply};
-use crate::error::{AnyError, Classified};
+use crate::error::AnyError;
 use crate::transport::{SourceRef, Transport};
 use crate::trust::anchor::CaFile;
 use crate::trust::{Anchor, Dates};
@@ -85,7 +85,7 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     if args.check {
         let outcome = check(args, global, &system, from.as_ref());
         return match outcome {
-            Ok((verdict, version)) => output::answer(global, || check_answer(verdict, version, None), || {
+            Ok((verdict, version)) => output::answer(global, || check_answer(verdict, version), || {
                 match verdict {
                     Verdict::UpToDate => format!("version {version} is installed: nothing to do"),
                     Verdict::AlreadyPending => format!("version {version} is pending: it is tried at the next boot"),
@@ -94,9 +94,9 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
             }),
             Err(error) => {
                 if global.json {
-                    output::print_json(&json!({
+                    output::json(&json!({
                         "update": false, "reason": error.chain(), "exit_code": error.class().exit_code(),
-                    }));
+                    }))?;
                 }
                 Err(error)
             }
@@ -116,7 +116,7 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     if let Err(error) = &outcome
         && !args.dry_run
     {
-        apply::record_refusal(&system, &error.chain());
+        apply::record_failure(&system, &error.chain());
     }
     outcome
 }
@@ -135,9 +135,9 @@ fn check(
     found.ok_or_else(|| DeployError::NothingInstalled { path: system.root().to_path_buf() }.into())
 }
 
-fn check_answer(verdict: Verdict, version: u64, reason: Option<&str>) -> serde_json::Value {
+fn check_answer(verdict: Verdict, version: u64) -> serde_json::Value {
     let update = matches!(verdict, Verdict::Install | Verdict::Update);
-    json!({ "update": update, "verdict": verdict, "version": version, "reason": reason })
+    json!({ "update": update, "verdict": verdict, "version": version })
 }
 
 fn make_plan(

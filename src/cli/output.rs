@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use uuid::Uuid;
 
+use super::Global;
 use crate::error::{AnyError, IoContext};
 use crate::manifest::rules;
 use crate::manifest::{ImportErrors, SystemError};
@@ -137,6 +138,18 @@ pub fn bytes(bytes: &[u8]) -> Result<(), AnyError> {
 /// As [`line`].
 pub fn json(answer: &serde_json::Value) -> Result<(), AnyError> {
     line(answer)
+}
+
+/// Prints an answer: JSON with `--json`, else text.
+///
+/// # Errors
+/// As [`line`].
+pub fn answer(
+    global: &Global,
+    json: impl FnOnce() -> serde_json::Value,
+    text: impl FnOnce() -> String,
+) -> Result<(), AnyError> {
+    if global.json { self::json(&json()) } else { line(text()) }
 }
 
 /// Reads a UUID of the command line, in the one form that manifests take.

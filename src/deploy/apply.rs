@@ -4,7 +4,7 @@
 use super::error::DeployError;
 use super::plan::{Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
-use super::{System, deployment, gc};
+use super::{System, deployment};
 use crate::failpoint;
 use crate::progress::Progress;
 use crate::store::Store;
@@ -18,15 +18,7 @@ pub fn apply(system: &System, from: &dyn Transport, plan: &Plan, progress: &Prog
     if matches!(plan.verdict, Verdict::UpToDate | Verdict::AlreadyPending) {
         return Ok(());
     }
-    let outcome = fetch_and_switch(system, from, plan, progress);
-    if let Err(error) = &outcome {
-        record_failure(system, Some(plan.id.version), error);
-        // Best effort: what stays is removed by the next `mosfs gc`.
-        if let Err(more) = gc::collect(system, &[]) {
-            log::warn!("the space of the failed update is not given back: {more}");
-        }
-    }
-    outcome
+    fetch_and_switch(system, from, plan, progress)
 }
 
 fn fetch_and_switch(
@@ -73,12 +65,12 @@ fn fetch_and_switch(
 }
 
 /// Keeps why an install or an update failed, for `mosfs status`. Best effort: the disk may be full.
-pub fn record_failure(system: &System, version: Option<u64>, error: &DeployError) {
+pub fn record_failure(system: &System, why: &str) {
     let Ok(mut state) = system.state() else { return };
     if state.current.is_none() {
         return;
     }
-    state.last_update = Some(LastUpdate { version, error: Some(clip(&error.to_string())) });
+    state.last_update = Some(LastUpdate { version: None, error: Some(clip(why)) });
     if let Err(more) = state.save(&system.state_path()) {
         log::warn!("the reason of the failed update is not recorded: {more}");
     }

@@ -9,7 +9,7 @@ use super::deployment;
 use super::error::DeployError;
 use super::state::{DeploymentId, LastBoot, Refusal, State, clip};
 use super::{System, check_complete};
-use crate::error::{AnyError, Class, Classified};
+use crate::error::{AnyError, Class};
 use crate::failpoint;
 use crate::trust::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates, Verified};

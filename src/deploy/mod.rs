@@ -18,11 +18,12 @@
 //! the system's lock, then the store's.
 
 pub mod apply;
+pub mod booted;
 pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
-pub mod gc;
+
 pub mod plan;
 pub mod state;
 pub mod status;
@@ -144,7 +145,7 @@ pub enum FloorGate<'a> {
 pub fn check_complete(system: &System, verified: &Verified) -> Result<(), DeployError> {
     let store = Store::open(&system.store_dir())?;
     for (name, target) in &verified.manifest().targets {
-        let missing = |digest| DeployError::MissingBlob { target: name.clone(), digest };
+        let missing = |digest| DeployError::MissingBlob { target: name.to_string(), digest };
         if !store.blob_path(&target.digest).exists() {
             return Err(missing(target.digest));
         }
@@ -152,7 +153,7 @@ pub fn check_complete(system: &System, verified: &Verified) -> Result<(), Deploy
         // Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
         if image.size != target.size {
             return Err(DeployError::OtherSize {
-                target: name.clone(),
+                target: name.to_string(),
                 digest: target.digest,
                 expected: target.size,
                 found: image.size,

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::error::DeployError;
 use super::state::{DeploymentId, State};
-use super::{FloorGate, System, deployment};
+use super::{FloorGate, System};
 use crate::digest::Digest;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::store::{SYSTEM_PREFIX, Store, image_name, system_name, version_name};
@@ -275,10 +275,10 @@ fn plan_blobs(plan: &mut Plan, system: &System, from: &dyn Transport) -> Result<
             if seen.insert(blob.digest) && !here(&blob) {
                 plan.needed_bytes =
                     plan.needed_bytes.saturating_add(blob.size.div_ceil(BLOCK).saturating_mul(BLOCK));
-                plan.fetch.push(Fetch { target: name.clone(), blob });
+                plan.fetch.push(Fetch { target: name.to_string(), blob });
             }
         }
-        plan.images.push((image_name(name, &target.digest), manifest));
+        plan.images.push((image_name(name.as_str(), &target.digest), manifest));
     }
     Ok(())
 }
