@@ -3,6 +3,7 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+pub mod floor;
 mod generate;
 mod global;
 pub mod output;
@@ -28,12 +29,15 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
 }
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // Before there are threads: it changes the environment.
+    crate::sys::tpm::silence_library();
     run_with(std::env::args_os())
 }
 
@@ -58,6 +62,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
     }
 }

@@ -9,5 +9,5 @@ pub mod flock;
 pub mod loopdev;
 pub mod mountapi;
 pub mod process;
-pub mod tpm;
 pub mod sha256;
+pub mod tpm;
