@@ -10,6 +10,8 @@ use crate::error::{AnyError, IoContext};
 use crate::manifest::rules;
 use crate::manifest::{ImportErrors, SystemError};
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
+use crate::error::AnyError;
+use crate::trust::floor::{FloorError, KeyError};
 
 /// Prints an error to stderr: one line of what and why, then advice.
 pub fn report(error: &AnyError) {
@@ -155,4 +157,22 @@ pub fn answer(
 /// Reads a UUID of the command line, in the one form that manifests take.
 pub fn uuid(text: &str) -> Result<Uuid, String> {
     rules::uuid(text).map_err(|refused| format!("expected {}", refused.allowed))
+    if let Some(advice) = floor_advice(error) {
+        eprintln!("mosfs: {advice}");
+    }
+}
+
+/// What to do about an error of the floor, wherever in the chain it is.
+fn floor_advice(error: &AnyError) -> Option<&'static str> {
+    let mut cause = Some(error.inner());
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<FloorError>() {
+            return super::floor::advice(error);
+        }
+        if let Some(KeyError::Exposed { .. }) = error.downcast_ref::<KeyError>() {
+            return Some("chmod 600 the key");
+        }
+        cause = error.source();
+    }
+    None
 }
