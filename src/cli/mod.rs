@@ -5,7 +5,9 @@
 
 mod generate;
 mod global;
+mod mount;
 pub mod output;
+mod umount;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -30,6 +32,8 @@ pub struct Cli {
 enum Command {
     #[command(hide = true)]
     Generate(generate::Generate),
+    Mount(mount::MountArgs),
+    Umount(umount::UmountArgs),
 }
 
 /// Runs the command line of this process.
@@ -59,5 +63,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Mount(args) => mount::run(args, &cli.global),
+        Command::Umount(args) => umount::run(args, &cli.global),
     }
 }
