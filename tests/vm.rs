@@ -69,9 +69,15 @@ fn add_verity(image: &Path) -> String {
 fn squashfs(dir: &Path, image: &Path) {
     tool(
         "squashfs-tools",
-        Command::new("mksquashfs")
-            .args([dir, image])
-            .args(["-noappend", "-quiet", "-no-progress", "-comp", "zstd", "-Xcompression-level", "1"]),
+        Command::new("mksquashfs").args([dir, image]).args([
+            "-noappend",
+            "-quiet",
+            "-no-progress",
+            "-comp",
+            "zstd",
+            "-Xcompression-level",
+            "1",
+        ]),
     );
 }
 
@@ -309,7 +315,8 @@ fn left_overs() -> Vec<String> {
     }
     found.extend(Control::open().unwrap().list().unwrap().into_iter().map(|device| device.name));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    found.extend(mounts.lines().filter(|l| l.contains("overlay") || l.contains("squashfs")).map(String::from));
+    found
+        .extend(mounts.lines().filter(|l| l.contains("overlay") || l.contains("squashfs")).map(String::from));
     found
 }
 
@@ -456,8 +463,7 @@ fn guest_flipped_tree_or_superblock_is_refused() {
 fn guest_a_device_of_our_name_with_another_table_is_refused() {
     let layer = GuestLayer::named("base");
     let file = fs::File::open(&layer.path).unwrap();
-    let loop_device =
-        LoopDevice::attach(std::os::fd::AsFd::as_fd(&file), &layer.path, 4096).unwrap();
+    let loop_device = LoopDevice::attach(std::os::fd::AsFd::as_fd(&file), &layer.path, 4096).unwrap();
     let control = Control::open().unwrap();
     control.create(&layer.device(), "").unwrap();
     // A linear device shows the file without any check.
@@ -466,8 +472,9 @@ fn guest_a_device_of_our_name_with_another_table_is_refused() {
     let target = Target { start_sector: 0, sectors, kind: "linear".into(), parameters };
     control.load(&layer.device(), &target).unwrap();
     control.resume(&layer.device()).unwrap();
-    let holder = fs::File::open(format!("/dev/dm-{}", libc_minor(control.status(&layer.device()).unwrap().dev)))
-        .unwrap();
+    let holder =
+        fs::File::open(format!("/dev/dm-{}", libc_minor(control.status(&layer.device()).unwrap().dev)))
+            .unwrap();
     assert!(holder.metadata().unwrap().file_type().is_block_device());
     let error = stack(&backend(), std::slice::from_ref(&layer)).unwrap_err();
     assert!(matches!(error, DmVerityError::TableMismatch { .. }), "{error}");

@@ -9,7 +9,6 @@ pub mod flock;
 pub mod loopdev;
 pub mod mountapi;
 pub mod daemon;
-pub mod file;
 pub mod fuse;
 pub mod process;
 pub mod tpm;
