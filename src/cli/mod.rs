@@ -3,8 +3,11 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+pub mod floor;
 mod generate;
 mod global;
+mod keys;
+mod manifest;
 mod mount;
 pub mod output;
 mod umount;
@@ -30,6 +33,9 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Keys(keys::Keys),
+    Manifest(manifest::Manifest),
+    Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
     Mount(mount::MountArgs),
@@ -38,6 +44,8 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // Before there are threads: it changes the environment.
+    crate::sys::tpm::silence_library();
     run_with(std::env::args_os())
 }
 
@@ -62,6 +70,9 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Keys(args) => keys::run(args, &cli.global),
+        Command::Manifest(args) => manifest::run(args, &cli.global),
+        Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),

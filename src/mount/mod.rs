@@ -207,8 +207,16 @@ impl MountFlags {
                 "noexec" => self.noexec = true,
                 "exec" => self.noexec = false,
                 "allow_other" => self.allow_other = true,
-                "ro" | "defaults" | "auto" | "noauto" | "nofail" | "_netdev" | "noatime" | "relatime"
-                | "nodiratime" | "default_permissions" => {}
+                "ro"
+                | "defaults"
+                | "auto"
+                | "noauto"
+                | "nofail"
+                | "_netdev"
+                | "noatime"
+                | "relatime"
+                | "nodiratime"
+                | "default_permissions" => {}
                 other if other.starts_with("x-") || other.starts_with("comment=") => {}
                 other => return Err(MountError::Option { option: other.to_string() }),
             }
@@ -393,6 +401,9 @@ impl Classified for MountError {
             Self::LayerVerity { source, .. } => source.class(),
             Self::DmVerity(source) => source.class(),
             Self::LayerRead { source, .. } | Self::Tree(OverlayError::Layer { source, .. }) => layer_class(source),
+            Self::LayerRead { source, .. } | Self::Tree(OverlayError::Layer { source, .. }) => {
+                layer_class(source)
+            }
             Self::Pin { .. } | Self::NoRootHash { .. } | Self::Root { .. } => Class::Verification,
             Self::NoLayers { .. }
             | Self::PinCount { .. }

@@ -125,10 +125,8 @@ impl PlannedLayer {
         })?;
         let source: Arc<dyn Source> = match self.root_hash {
             Some(hash) => Arc::new(VerifiedSource::open(file, hash).map_err(|error| self.failed(error))?),
-            None => Arc::new(PlainSource::unsafe_no_verity(file).map_err(|source| MountError::LayerRead {
-                layer: self.digest,
-                path: self.path.clone(),
-                source: source.into(),
+            None => Arc::new(PlainSource::unsafe_no_verity(file).map_err(|source| {
+                MountError::LayerRead { layer: self.digest, path: self.path.clone(), source: source.into() }
             })?),
         };
         let layer = Squashfs::open(source).map_err(|source| MountError::LayerRead {

@@ -147,7 +147,9 @@ fn own_folder() -> Result<PathBuf, IoError> {
     let mode = if uid == 0 { 0o755 } else { 0o700 };
     for dir in [folder.parent(), Some(folder.as_path())].into_iter().flatten() {
         match DirBuilder::new().mode(mode).create(dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error).on("create", dir),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).on("create", dir);
+            }
             _ => {}
         }
         let found = fs::symlink_metadata(dir).on("look at", dir)?;

@@ -318,7 +318,8 @@ pub fn serve(
     config.n_threads = Some(if options.threads == 0 { limits::default_threads() } else { options.threads });
     config.clone_fd = true;
     // Who may enter is the kernel's decision (allow_other); fuser need not decide again.
-    let session = Session::from_fd(tree, fd, SessionACL::All, config).map_err(failed("answer the kernel's INIT"))?;
+    let session =
+        Session::from_fd(tree, fd, SessionACL::All, config).map_err(failed("answer the kernel's INIT"))?;
     if as_root {
         limits::raise_read_ahead(device);
     }
@@ -381,7 +382,10 @@ fn obey(signals: &Signals, target: &Path, device: (u32, u32), as_root: bool) {
         match sys::fuse::device_of(target) {
             Ok(found) if found == device => {}
             _ => {
-                log::warn!("signal {signal}: {} is not our mount any more, or another is on it", target.display());
+                log::warn!(
+                    "signal {signal}: {} is not our mount any more, or another is on it",
+                    target.display()
+                );
                 continue;
             }
         }
