@@ -11,6 +11,8 @@ pub mod flock;
 pub mod fuse;
 pub mod loopdev;
 pub mod mountapi;
+pub mod daemon;
+pub mod fuse;
 pub mod process;
 pub mod sha256;
 pub mod tpm;
