@@ -25,7 +25,12 @@ fn layer_of(bytes: &[u8], compression: Compression) -> TarLayer {
     TarLayer { digest: Digest::of(bytes), size: bytes.len() as u64, compression, diff_id: None }
 }
 
-fn convert_with(bytes: &[u8], layer: &TarLayer, to: &Path, threads: usize) -> Result<Converted, ConvertError> {
+fn convert_with(
+    bytes: &[u8],
+    layer: &TarLayer,
+    to: &Path,
+    threads: usize,
+) -> Result<Converted, ConvertError> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
     let threads = NonZeroUsize::new(threads).unwrap();
     convert_tar(bytes, layer, &file, threads, &mut |_| Ok(None), &Progress::silent())
@@ -112,9 +117,12 @@ fn everything_arrives_as_it_was() {
     let folder = TempDir::new().unwrap();
     let image = folder.path().join("image");
     let expected = expected();
-    for options in ["--format=posix", "--format=posix --sparse", "--format=posix --sparse --sparse-version=0.1",
-        "--format=posix --sparse --sparse-version=0.0"]
-    {
+    for options in [
+        "--format=posix",
+        "--format=posix --sparse",
+        "--format=posix --sparse --sparse-version=0.1",
+        "--format=posix --sparse --sparse-version=0.0",
+    ] {
         let stream = pack(options);
         let done = convert(&stream, &image).unwrap();
         assert_eq!(done.notes, [] as [String; 0], "{options}");
@@ -122,7 +130,10 @@ fn everything_arrives_as_it_was() {
         assert_same_tree(&expected, &snapshot(&mounted.0));
         drop(mounted);
         let out = folder.path().join("unsquashed");
-        run(Command::new("unsquashfs").args(["-quiet", "-no-progress", "-strict-errors", "-d"]).arg(&out).arg(&image));
+        run(Command::new("unsquashfs")
+            .args(["-quiet", "-no-progress", "-strict-errors", "-d"])
+            .arg(&out)
+            .arg(&image));
         assert_same_tree(&expected, &snapshot(&out));
         fs::remove_dir_all(out).unwrap();
     }

@@ -120,6 +120,7 @@ impl System {
 }
 
 /// What an install or an update asks of the floor.
+#[allow(clippy::large_enum_variant, reason = "there is one, on the stack, for the length of a command")]
 pub enum FloorGate<'a> {
     /// The device has no floor yet (CONFIG has no `floor.pub`): a first install may go on, so that
     /// there is something to provision for. Nothing else may.

@@ -400,7 +400,6 @@ impl Classified for MountError {
         match self {
             Self::LayerVerity { source, .. } => source.class(),
             Self::DmVerity(source) => source.class(),
-            Self::LayerRead { source, .. } | Self::Tree(OverlayError::Layer { source, .. }) => layer_class(source),
             Self::LayerRead { source, .. } | Self::Tree(OverlayError::Layer { source, .. }) => {
                 layer_class(source)
             }

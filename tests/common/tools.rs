@@ -23,7 +23,9 @@ fn package(tool: &str) -> &str {
 /// Runs a tool whatever it answers.
 pub fn run_any(command: &mut Command) -> Output {
     let tool = command.get_program().to_string_lossy().into_owned();
-    command.output().unwrap_or_else(|error| panic!("cannot run {tool} (Debian package {}): {error}", package(&tool)))
+    command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {tool} (Debian package {}): {error}", package(&tool)))
 }
 
 /// Runs a tool that must succeed; what it prints.
@@ -77,8 +79,10 @@ pub fn snapshot(root: &Path) -> BTreeMap<PathBuf, String> {
         let path = root.join(&relative);
         // The first name of a file must not depend on the order of the walk: sort below.
         if path.symlink_metadata().unwrap().is_dir() {
-            let mut entries: Vec<_> =
-                std::fs::read_dir(&path).unwrap().map(|entry| relative.join(entry.unwrap().file_name())).collect();
+            let mut entries: Vec<_> = std::fs::read_dir(&path)
+                .unwrap()
+                .map(|entry| relative.join(entry.unwrap().file_name()))
+                .collect();
             entries.sort();
             entries.reverse();
             todo.extend(entries);
@@ -86,7 +90,9 @@ pub fn snapshot(root: &Path) -> BTreeMap<PathBuf, String> {
         let text = line(&path, &mut names, &relative);
         found.insert(relative, text);
     }
-    let xattrs = run(Command::new("getfattr").args(["-R", "-P", "-h", "-d", "-m-", "-e", "hex", "."]).current_dir(root));
+    let xattrs = run(Command::new("getfattr")
+        .args(["-R", "-P", "-h", "-d", "-m-", "-e", "hex", "."])
+        .current_dir(root));
     found.insert("(attributes)".into(), sorted_blocks(&xattrs));
     found
 }
