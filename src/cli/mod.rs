@@ -4,13 +4,18 @@
 //! [`Command`] and in [`run`].
 
 mod build;
+mod commit;
+mod device;
+mod floor;
 mod generate;
 mod global;
+mod install;
 mod keys;
 mod manifest;
 mod mount;
 pub mod output;
 mod progress;
+mod status;
 mod umount;
 
 use std::ffi::OsString;
@@ -18,6 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use floor::FloorArgs;
 pub use global::Global;
 
 use crate::error::AnyError;
@@ -37,6 +43,11 @@ enum Command {
     Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
+    Install(install::InstallArgs),
+    Update(install::UpdateArgs),
+    Commit(commit::CommitArgs),
+    Status(status::StatusArgs),
+    Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
     Mount(mount::MountArgs),
@@ -45,6 +56,8 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // Before there are threads: it changes the environment.
+    crate::sys::tpm::silence_library();
     run_with(std::env::args_os())
 }
 
@@ -72,6 +85,11 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
+        Command::Install(args) => install::install(args, &cli.global),
+        Command::Update(args) => install::update(args, &cli.global),
+        Command::Commit(args) => commit::run(args, &cli.global),
+        Command::Status(args) => status::run(args, &cli.global),
+        Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
