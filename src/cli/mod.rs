@@ -7,6 +7,7 @@ mod build;
 mod commit;
 mod device;
 mod floor;
+mod gc;
 mod generate;
 mod global;
 mod install;
@@ -17,6 +18,7 @@ pub mod output;
 mod progress;
 mod status;
 mod umount;
+mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -52,6 +54,8 @@ enum Command {
     Generate(generate::Generate),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
+    Verify(verify::Verify),
+    Gc(gc::Gc),
 }
 
 /// Runs the command line of this process.
@@ -93,5 +97,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
+        Command::Verify(args) => verify::run(args, &cli.global),
+        Command::Gc(args) => gc::run(args, &cli.global),
     }
 }
