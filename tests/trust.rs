@@ -505,3 +505,251 @@ fn what_is_signed_is_read_strictly() {
         }
     }
 }
+
+fn generate(dir: &Path, more: &[&dyn AsRef<std::ffi::OsStr>]) -> std::process::Output {
+    let words: [&dyn AsRef<std::ffi::OsStr>; 5] = [&"keys", &"generate", &dir, &"--product", &PRODUCT];
+    mosfs(&[&words, more].concat())
+}
+
+const KEY_FILES: [&str; 8] = [
+    "ca.key",
+    "ca.pem",
+    "floor.key",
+    "floor.pub",
+    "provision.key",
+    "provision.pub",
+    "signer.key",
+    "signer.pem",
+];
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn generated_keys_are_private_and_never_overwritten() {
+    let pki = Pki::new();
+    let dir = pki.path("new/keys");
+    let output = generate(&dir, &[&"--name", &"ran"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(names(&dir), KEY_FILES);
+    for name in KEY_FILES {
+        let expected = if name.ends_with(".key") { 0o600 } else { mode(&dir.join(name)) };
+        assert_eq!(mode(&dir.join(name)), expected, "{name}");
+        assert_eq!(mode(&dir.join(name)) & 0o022, 0, "{name}");
+    }
+    let subject =
+        pki.openssl(&["x509", "-in", "new/keys/signer.pem", "-noout", "-subject", "-nameopt", "RFC2253"]);
+    assert_eq!(String::from_utf8(subject.stdout).unwrap(), format!("subject=CN=manifest ran:{PRODUCT}\n"));
+    // Floor and provisioning keys are P-256 pairs (FLOOR.md).
+    for name in ["floor", "provision"] {
+        let (key, public) = (format!("new/keys/{name}.key"), format!("new/keys/{name}.pub"));
+        let made = pki.openssl(&["pkey", "-in", &key, "-pubout"]).stdout;
+        assert_eq!(made, pki.read(&public));
+        let text = pki.openssl(&["pkey", "-in", &key, "-noout", "-text"]).stdout;
+        assert!(String::from_utf8(text).unwrap().contains("NIST CURVE: P-256"));
+    }
+
+    let before: Vec<_> = KEY_FILES.iter().map(|name| fs::read(dir.join(name)).unwrap()).collect();
+    let output = generate(&dir, &[]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let after: Vec<_> = KEY_FILES.iter().map(|name| fs::read(dir.join(name)).unwrap()).collect();
+    assert!(before == after);
+    // One file in the way, even a dangling link, and none is written.
+    let dir = pki.path("occupied");
+    fs::create_dir(&dir).unwrap();
+    std::os::unix::fs::symlink("nowhere", dir.join("provision.pub")).unwrap();
+    assert_eq!(generate(&dir, &[]).status.code(), Some(2));
+    assert_eq!(names(&dir), ["provision.pub"]);
+    // Beside other files they fit.
+    let dir = pki.path("shared");
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("README"), "").unwrap();
+    assert!(generate(&dir, &[]).status.success());
+    assert_eq!(names(&dir).len(), 9);
+}
+
+#[test]
+fn a_crash_leaves_whole_keys_only() {
+    let pki = Pki::new();
+    for count in [1, 4, 8] {
+        let dir = pki.path(&count.to_string());
+        let output = Command::new(env!("CARGO_BIN_EXE_mosfs"))
+            .args(["keys", "generate", "--product", PRODUCT])
+            .arg(&dir)
+            .env("MOSFS_FAILPOINT", format!("keys-file:{count}"))
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), None, "killed at the failpoint: {output:?}");
+        let made: Vec<_> = names(&dir).into_iter().filter(|name| !name.starts_with('.')).collect();
+        assert_eq!(made.len(), count);
+        for name in made {
+            let text = fs::read_to_string(dir.join(&name)).unwrap();
+            assert!(text.trim_end().ends_with("-----"), "{name}: {text}");
+        }
+        assert_eq!(generate(&dir, &[]).status.code(), Some(2), "and none is overwritten");
+    }
+}
+
+#[test]
+fn names_and_products_of_keys_have_to_fit_into_a_certificate() {
+    let pki = Pki::new();
+    let dir = pki.path("keys");
+    // RFC 5280 gives a CN 64 characters, of which `manifest `, `:` and the UUID take 46.
+    for name in ["", "a-name-of-19-letter", "a\nb"] {
+        let output = generate(&dir, &[&"--name", &name]);
+        assert_eq!(output.status.code(), Some(2), "{name:?}: {output:?}");
+    }
+    let output = mosfs(&[&"keys", &"generate", &dir, &"--product", &"default"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(!dir.exists());
+    assert!(generate(&dir, &[&"--name", &"a-name-of-18-lette"]).status.success());
+}
+
+#[test]
+fn private_keys_that_others_can_use_are_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let pki = Pki::with_ca();
+    pki.signer("ec", "ec:P-256", "ca");
+    let key = pki.path("ec.key");
+    for (bits, fine) in
+        [(0o600, true), (0o400, true), (0o640, false), (0o604, false), (0o620, false), (0o601, false)]
+    {
+        fs::set_permissions(&key, fs::Permissions::from_mode(bits)).unwrap();
+        match PrivateKey::load(&key) {
+            Ok(_) => assert!(fine, "{bits:o}"),
+            Err(KeyError::OpenToOthers { mode, .. }) => assert!(!fine && mode == bits, "{bits:o}"),
+            Err(error) => panic!("{bits:o}: {error}"),
+        }
+    }
+    let output = mosfs(&[&"manifest", &"sign", &pki.path("m.json"), &"--key", &key]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("chmod 600"));
+    assert!(!pki.path("m.json.sig").exists());
+}
+
+#[test]
+fn keys_that_no_device_accepts_do_not_sign() {
+    let pki = Pki::with_ca();
+    pki.key("small", "rsa:1024").key("p384", "ec:P-384").key("ed", "ED25519").key("ec", "ec:P-256");
+    for (name, expected) in [("small", "RSA of 1024 bits"), ("p384", "ECDSA on secp384r1"), ("ed", "Ed25519")]
+    {
+        match PrivateKey::load(&pki.path(&format!("{name}.key"))) {
+            Err(KeyError::Unsupported { found, .. }) => assert_eq!(found, expected),
+            other => panic!("{name}: {:?}", other.err()),
+        }
+    }
+    // An encrypted key is an error, and not a question on the terminal.
+    pki.openssl(&["pkey", "-in", "ec.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key"]);
+    fs::set_permissions(pki.path("locked.key"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    match PrivateKey::load(&pki.path("locked.key")) {
+        Err(KeyError::Unreadable { reason, .. }) => assert!(reason.contains("encrypted"), "{reason}"),
+        other => panic!("{:?}", other.err()),
+    }
+    fs::copy(pki.path("ec.key"), pki.path("cut.key")).unwrap();
+    fs::write(pki.path("cut.key"), &pki.read("ec.key")[..100]).unwrap();
+    assert!(matches!(PrivateKey::load(&pki.path("cut.key")), Err(KeyError::Unreadable { .. })));
+}
+
+#[test]
+fn the_publisher_is_told_before_any_device_is() {
+    let pki = Pki::with_ca();
+    pki.signer("ec", "ec:P-256", "ca").key("other", "ec:P-256");
+    pki.dated_signer("old", "ca", "20200101000000Z", "20210101000000Z");
+    pki.key("theirs", "ec:P-256").issue("theirs", &signer_of(OTHER_PRODUCT), "ca", SIGNER, &[]);
+    let manifest = SystemManifest::parse(&pki.read("m.json")).unwrap();
+    let create = |key: &str, cert: &str| {
+        let key = PrivateKey::load(&pki.path(key)).unwrap();
+        Signed::create(&manifest, &key, &pki.read(cert), Dates::check_now())
+    };
+    let made = create("ec.key", "ec.pem").unwrap();
+    assert_eq!(made.manifest, pki.read("m.json"));
+    made.verify(&anchor(&pki), Dates::check_now()).unwrap();
+    let error = create("other.key", "ec.pem").unwrap_err();
+    assert_eq!(error.class(), Class::Input);
+    assert_is!(error, SignError::KeyMismatch { certificate } if certificate.contains(PRODUCT));
+    let error = create("old.key", "old.pem").unwrap_err();
+    assert_eq!(error.class(), Class::Verification);
+    assert_is!(error, SignError::Certificate(TrustError::Expired { .. }));
+    let error = create("theirs.key", "theirs.pem").unwrap_err();
+    assert_eq!(error.class(), Class::Verification);
+    assert_is!(error, SignError::Certificate(TrustError::ManifestOtherProduct { .. }));
+    let error = create("ec.key", "ca.pem").unwrap_err();
+    assert_eq!(error.class(), Class::Input);
+    assert_is!(error, SignError::Certificate(TrustError::WrongUsage { .. }));
+}
+
+#[test]
+fn a_device_keeps_the_anchor_that_it_was_given_first() {
+    let pki = Pki::with_ca();
+    pki.root("other", "/CN=Manifest CA", CA);
+    let config = pki.path("etc/mosfs");
+    let load = |name: &str| CaFile::load(&pki.path(name)).unwrap();
+    let other: Uuid = OTHER_PRODUCT.parse().unwrap();
+
+    // Nothing there, and nothing given.
+    assert_is!(Anchor::load(&config).unwrap_err(), AnchorError::Missing { what: "manifest CA", .. });
+    let missing = |ca, product| Anchor::plan(&config, ca, product).err().unwrap();
+    assert_is!(missing(None, Some(product())), AnchorError::Missing { what: "manifest CA", .. });
+    let error = missing(Some(load("ca.pem")), None);
+    assert_eq!(error.class(), Class::Verification);
+    assert_is!(error, AnchorError::Missing { what: "product", .. });
+    assert!(!config.exists(), "a plan writes nothing");
+
+    let plan = Anchor::plan(&config, Some(load("ca.pem")), Some(product())).unwrap();
+    assert_eq!(plan.writes(), [config.join("product"), config.join("manifestCA.pem")]);
+    assert_eq!(plan.anchor().product(), product());
+    assert!(!config.exists(), "a plan writes nothing");
+    plan.apply().unwrap();
+    assert_eq!(names(&config), ["manifestCA.pem", "product"]);
+    assert_eq!(fs::read(config.join("manifestCA.pem")).unwrap(), pki.read("ca.pem"));
+    assert_eq!(fs::read_to_string(config.join("product")).unwrap(), format!("{PRODUCT}\n"));
+    assert_eq!(Anchor::load(&config).unwrap().product(), product());
+
+    // The same again, or nothing given: nothing to write. Others: refused, naming both.
+    for (ca, given) in [(None, None), (Some(load("ca.pem")), Some(product()))] {
+        let plan = Anchor::plan(&config, ca, given).unwrap();
+        assert!(plan.writes().is_empty());
+        plan.apply().unwrap();
+    }
+    let error = missing(Some(load("other.pem")), None);
+    assert_eq!(error.class(), Class::Verification);
+    assert_is!(error, AnchorError::OtherCa { has, given, .. } if has != given);
+    let error = missing(None, Some(other));
+    assert_eq!(error.class(), Class::Verification);
+    assert_is!(error, AnchorError::OtherProduct { has, given, .. } if (*has, *given) == (product(), other));
+    assert_eq!(fs::read(config.join("manifestCA.pem")).unwrap(), pki.read("ca.pem"));
+
+    // A file that appears after the plan is not overwritten.
+    let late = pki.path("late");
+    let plan = Anchor::plan(&late, Some(load("ca.pem")), Some(product())).unwrap();
+    fs::create_dir(&late).unwrap();
+    fs::write(late.join("manifestCA.pem"), "theirs").unwrap();
+    assert_is!(plan.apply().unwrap_err(), AnchorError::Io(_));
+    assert_eq!(names(&late), ["manifestCA.pem"]);
+    assert_eq!(fs::read(late.join("manifestCA.pem")).unwrap(), b"theirs");
+}
+
+#[test]
+fn a_config_that_cannot_be_read_trusts_nothing() {
+    let pki = Pki::with_ca();
+    let config = pki.path("config");
+    fs::create_dir(&config).unwrap();
+    fs::write(config.join("product"), "default\n").unwrap();
+    fs::write(config.join("manifestCA.pem"), pki.read("ca.pem")).unwrap();
+    assert_is!(Anchor::load(&config).unwrap_err(), AnchorError::BadProduct { found, .. } if found == "default\\n");
+    fs::write(config.join("product"), PRODUCT).unwrap();
+    Anchor::load(&config).unwrap();
+    for bad in [&b""[..], b"garbage", &pki.read("ca.pem")[..200], &pki.read("ca.key")] {
+        fs::write(config.join("manifestCA.pem"), bad).unwrap();
+        assert_is!(Anchor::load(&config).unwrap_err(), AnchorError::BadCa { .. });
+    }
+    // Several CAs: any of them may end a chain.
+    pki.root("next", "/CN=Next CA", CA).signer("ec", "ec:P-256", "next").sign("ec");
+    fs::write(config.join("manifestCA.pem"), [pki.read("ca.pem"), pki.read("next.pem")].concat()).unwrap();
+    let both = signed(&pki, "m.json", "ec.sig", "ec.pem");
+    both.verify(&Anchor::load(&config).unwrap(), Dates::check_now()).unwrap();
+}
