@@ -6,12 +6,11 @@ use std::io::{self, Write};
 use uuid::Uuid;
 
 use super::Global;
+use crate::deploy::DeployError;
 use crate::error::{AnyError, IoContext};
 use crate::manifest::rules;
 use crate::manifest::{ImportErrors, SystemError};
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
-use crate::error::AnyError;
-use crate::trust::floor::{FloorError, KeyError};
 
 /// Prints an error to stderr: one line of what and why, then advice.
 pub fn report(error: &AnyError) {
@@ -30,6 +29,8 @@ fn advice(error: &AnyError) -> Option<&'static str> {
     let mut cause = Some(error.inner());
     while let Some(this) = cause {
         let found = None
+            .or_else(|| this.downcast_ref().and_then(super::floor::advice))
+            .or_else(|| this.downcast_ref().and_then(for_deploy))
             .or_else(|| this.downcast_ref().and_then(for_trust))
             .or_else(|| this.downcast_ref().and_then(for_anchor))
             .or_else(|| this.downcast_ref().and_then(for_key))
@@ -65,6 +66,23 @@ fn for_trust(error: &TrustError) -> Option<&'static str> {
         TrustError::TruncatedSignature { .. } | TrustError::UnreadableCertificate { .. } => {
             "fetch the file again"
         }
+        _ => return None,
+    })
+}
+
+fn for_deploy(error: &DeployError) -> Option<&'static str> {
+    Some(match error {
+        DeployError::Trust(error) => return for_trust(error),
+        DeployError::Floor(error) => return super::floor::advice(error),
+        DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
+        DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
+        DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
+        DeployError::NoSpace { .. } => "run `mosfs gc`, or free space otherwise; nothing was fetched",
+        DeployError::MissingBlob { .. } => "run `mosfs verify`; then install or update again",
+        DeployError::NotSigned { .. } => {
+            "copy the whole system: its signature and certificate are artifacts of their own"
+        }
+        DeployError::State { .. } => "run the mosfs that wrote the file, or a later one",
         _ => return None,
     })
 }
@@ -157,22 +175,4 @@ pub fn answer(
 /// Reads a UUID of the command line, in the one form that manifests take.
 pub fn uuid(text: &str) -> Result<Uuid, String> {
     rules::uuid(text).map_err(|refused| format!("expected {}", refused.allowed))
-    if let Some(advice) = floor_advice(error) {
-        eprintln!("mosfs: {advice}");
-    }
-}
-
-/// What to do about an error of the floor, wherever in the chain it is.
-fn floor_advice(error: &AnyError) -> Option<&'static str> {
-    let mut cause = Some(error.inner());
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<FloorError>() {
-            return super::floor::advice(error);
-        }
-        if let Some(KeyError::Exposed { .. }) = error.downcast_ref::<KeyError>() {
-            return Some("chmod 600 the key");
-        }
-        cause = error.source();
-    }
-    None
 }

@@ -102,7 +102,7 @@ pub fn mount(
     options: &fuse::FuseOptions,
 ) -> Result<(), MountError> {
     match choose(backend, plan)? {
-        Chosen::Kernel(open) => kernel::mount(&open, plan, None, target, &options.flags),
+        Chosen::Kernel(open) => kernel::mount(&open, plan, None, target, &options.flags).map(|_| ()),
         Chosen::Fuse => fuse::mount(plan, target, options),
     }
 }
@@ -400,7 +400,6 @@ impl Classified for MountError {
         match self {
             Self::LayerVerity { source, .. } => source.class(),
             Self::DmVerity(source) => source.class(),
-            Self::LayerRead { source, .. } | Self::Tree(OverlayError::Layer { source, .. }) => layer_class(source),
             Self::LayerRead { source, .. } | Self::Tree(OverlayError::Layer { source, .. }) => {
                 layer_class(source)
             }

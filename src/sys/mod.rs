@@ -11,8 +11,6 @@ pub mod flock;
 pub mod fuse;
 pub mod loopdev;
 pub mod mountapi;
-pub mod daemon;
-pub mod fuse;
 pub mod process;
 pub mod sha256;
 pub mod tpm;
