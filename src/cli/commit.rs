@@ -21,13 +21,8 @@ pub fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
     let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-    let done = commit::commit(
-        &device::system(global),
-        &anchor,
-        floor.as_mut(),
-        booted,
-        device::waiting(global),
-    )?;
+    let done =
+        commit::commit(&device::system(global), &anchor, floor.as_mut(), booted, device::waiting(global))?;
     output::answer(
         global,
         || {

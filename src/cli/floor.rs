@@ -50,6 +50,16 @@ impl FloorArgs {
         }
     }
 
+    /// Whether the floor is the development floor.
+    pub fn in_file(&self) -> bool {
+        self.floor == Kind::File
+    }
+
+    /// Opens the floor without a warning: for those who only show it.
+    pub fn open_quietly(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
+        Ok(floor::open(&self.place(global), &Config::load(&global.config)?)?)
+    }
+
     /// Opens the floor, and says each time that the development floor protects nothing.
     pub fn open(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
         let floor = floor::open(&self.place(global), &Config::load(&global.config)?)?;

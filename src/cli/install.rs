@@ -6,10 +6,11 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{FloorArgs, Global, device, output, progress};
+use super::{FloorArgs, Global, device, output};
 use crate::deploy::plan::{self, Plan, Verdict};
 use crate::deploy::{DeployError, State, System, apply};
 use crate::error::AnyError;
+use crate::progress::Progress;
 use crate::transport::{SourceRef, Transport};
 use crate::trust::anchor::CaFile;
 use crate::trust::{Anchor, Dates};
@@ -73,7 +74,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
             return print_plan(&plan, global);
         }
         trust.apply()?;
-        apply::apply(&system, from.as_ref(), &plan, &progress::of(global))?;
+        apply::apply(&system, from.as_ref(), &plan, &Progress::silent())?;
         say(&plan, global)
     })
 }
@@ -85,13 +86,17 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     if args.check {
         let outcome = check(args, global, &system, from.as_ref());
         return match outcome {
-            Ok((verdict, version)) => output::answer(global, || check_answer(verdict, version), || {
-                match verdict {
+            Ok((verdict, version)) => output::answer(
+                global,
+                || check_answer(verdict, version),
+                || match verdict {
                     Verdict::UpToDate => format!("version {version} is installed: nothing to do"),
-                    Verdict::AlreadyPending => format!("version {version} is pending: it is tried at the next boot"),
+                    Verdict::AlreadyPending => {
+                        format!("version {version} is pending: it is tried at the next boot")
+                    }
                     Verdict::Install | Verdict::Update => format!("version {version} would be installed"),
-                }
-            }),
+                },
+            ),
             Err(error) => {
                 if global.json {
                     output::json(&json!({
@@ -110,7 +115,7 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
         if args.dry_run {
             return print_plan(plan, global);
         }
-        apply::apply(&system, from.as_ref(), plan, &progress::of(global))?;
+        apply::apply(&system, from.as_ref(), plan, &Progress::silent())?;
         say(plan, global)
     });
     if let Err(error) = &outcome
@@ -178,10 +183,15 @@ fn print_plan(plan: &Plan, global: &Global) -> Result<(), AnyError> {
                 Verdict::UpToDate => format!("version {} is installed: nothing to do", plan.id.version),
                 Verdict::AlreadyPending => format!("version {} is pending: nothing to do", plan.id.version),
                 Verdict::Install => format!("would install version {}", plan.id.version),
-                Verdict::Update => format!("would install version {}, to be tried at the next boot", plan.id.version),
+                Verdict::Update => {
+                    format!("would install version {}, to be tried at the next boot", plan.id.version)
+                }
             };
             for fetch in &plan.fetch {
-                text += &format!("\nwould fetch {} ({} bytes) for {}", fetch.blob.digest, fetch.blob.size, fetch.target);
+                text += &format!(
+                    "\nwould fetch {} ({} bytes) for {}",
+                    fetch.blob.digest, fetch.blob.size, fetch.target
+                );
             }
             text
         },
@@ -199,7 +209,10 @@ fn say(plan: &Plan, global: &Global) -> Result<(), AnyError> {
             }
             Verdict::Install => format!("installed version {} ({})", plan.id.version, plan.id.digest),
             Verdict::Update => {
-                format!("version {} ({}) is pending: it is tried at the next boot", plan.id.version, plan.id.digest)
+                format!(
+                    "version {} ({}) is pending: it is tried at the next boot",
+                    plan.id.version, plan.id.digest
+                )
             }
         },
     )

@@ -5,12 +5,17 @@
 
 mod boot;
 pub mod floor;
+mod commit;
+mod device;
+mod floor;
 mod generate;
 mod global;
+mod install;
 mod keys;
 mod manifest;
 mod mount;
 pub mod output;
+mod status;
 mod umount;
 
 use std::ffi::OsString;
@@ -18,6 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use floor::FloorArgs;
 pub use global::Global;
 
 use crate::error::AnyError;
@@ -36,6 +42,10 @@ pub struct Cli {
 enum Command {
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
+    Install(install::InstallArgs),
+    Update(install::UpdateArgs),
+    Commit(commit::CommitArgs),
+    Status(status::StatusArgs),
     Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
@@ -74,6 +84,10 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
+        Command::Install(args) => install::install(args, &cli.global),
+        Command::Update(args) => install::update(args, &cli.global),
+        Command::Commit(args) => commit::run(args, &cli.global),
+        Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Boot(args) => boot::run(args, &cli.global),

@@ -7,6 +7,7 @@ use super::{FloorArgs, Global, device, output};
 use crate::deploy::status::{self, DeploymentStatus, Installed};
 use crate::error::AnyError;
 use crate::mount;
+use crate::mount::registry::{Health, MountRecord};
 
 /// Show deployments, versions, floor, mounts and their health.
 #[derive(Debug, Args)]
@@ -29,7 +30,7 @@ pub fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
                 "system": global.system, "current": installed.current, "pending": installed.pending,
                 "previous": installed.previous, "unused": installed.unused,
                 "last_boot": installed.last_boot, "last_update": installed.last_update,
-                "floor": floor, "mounts": mounts,
+                "floor": floor, "mounts": mounts.iter().map(mount_json).collect::<Vec<_>>(),
             })
         },
         || text(&installed, &floor, &mounts, global),
@@ -46,7 +47,7 @@ fn floor(args: &StatusArgs, global: &Global) -> Value {
     read().unwrap_or_else(|error| json!({ "error": error.chain(), "exit_code": error.class().exit_code() }))
 }
 
-fn text(installed: &Installed, floor: &Value, mounts: &[mount::registry::MountRecord], global: &Global) -> String {
+fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &Global) -> String {
     let mut lines = vec![format!("system    {}", global.system.display())];
     let row = |name: &str, deployment: &Option<DeploymentStatus>| match deployment {
         None => format!("{name:<9} none"),
@@ -76,7 +77,10 @@ fn text(installed: &Installed, floor: &Value, mounts: &[mount::registry::MountRe
             None => lines.push("last boot found no deployment to start".to_string()),
         }
         for refusal in &boot.refused {
-            lines.push(format!("          version {} was refused: {}", refusal.deployment.version, refusal.why));
+            lines.push(format!(
+                "          version {} was refused: {}",
+                refusal.deployment.version, refusal.why
+            ));
         }
     }
     if let Some(error) = installed.last_update.as_ref().and_then(|update| update.error.as_ref()) {
@@ -86,6 +90,28 @@ fn text(installed: &Installed, floor: &Value, mounts: &[mount::registry::MountRe
         0 => "mounts    none".to_string(),
         n => format!("mounts    {n}"),
     });
-    lines.extend(mounts.iter().map(|mount| format!("          {mount}")));
+    lines.extend(mounts.iter().map(|mount| format!("          {}", mount_line(mount))));
     lines.join("\n")
+}
+
+fn mount_json(mount: &MountRecord) -> Value {
+    // A record is plain data; what cannot be said is null rather than a failed status.
+    let mut value = serde_json::to_value(mount).unwrap_or_default();
+    if let Some(object) = value.as_object_mut() {
+        object.insert("health".into(), json!(mount.health()));
+    }
+    value
+}
+
+fn mount_line(mount: &MountRecord) -> String {
+    let health = match mount.health() {
+        Health::Good if mount.verified => "verified".to_string(),
+        Health::Good => "NOT VERIFIED".to_string(),
+        Health::Errors => match mount.daemon.as_ref().and_then(|daemon| daemon.log.as_ref()) {
+            Some(log) => format!("some reads failed, see {}", log.display()),
+            None => "some reads failed".to_string(),
+        },
+        Health::DaemonDead => "its daemon is gone: unmount it and mount it again".to_string(),
+    };
+    format!("{} at {} ({}): {health}", mount.source, mount.target.display(), mount.backend)
 }

@@ -14,7 +14,12 @@ use crate::transport::Transport;
 ///
 /// On an error the running deployment is untouched, the reason is kept in the state file, and the
 /// space of what was fetched is given back.
-pub fn apply(system: &System, from: &dyn Transport, plan: &Plan, progress: &Progress) -> Result<(), DeployError> {
+pub fn apply(
+    system: &System,
+    from: &dyn Transport,
+    plan: &Plan,
+    progress: &Progress,
+) -> Result<(), DeployError> {
     if matches!(plan.verdict, Verdict::UpToDate | Verdict::AlreadyPending) {
         return Ok(());
     }
@@ -46,7 +51,8 @@ fn fetch_and_switch(
         }
         failpoint::hit("deploy.blobs.fetched");
         let [by_digest, by_version] = names(plan);
-        let mut entries: Vec<_> = plan.images.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
+        let mut entries: Vec<_> =
+            plan.images.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
         entries.push((Some(&by_digest), &plan.artifact));
         entries.push((Some(&by_version), &plan.artifact));
         entries.extend(plan.referrers.iter().map(|one| (None, one)));

@@ -152,7 +152,11 @@ fn list(refused: &[Refusal]) -> String {
     if refused.is_empty() {
         return "none is installed".to_string();
     }
-    refused.iter().map(|refusal| format!("{}: {}", refusal.deployment, refusal.why)).collect::<Vec<_>>().join("; ")
+    refused
+        .iter()
+        .map(|refusal| format!("{}: {}", refusal.deployment, refusal.why))
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 impl Classified for DeployError {
@@ -165,7 +169,9 @@ impl Classified for DeployError {
             Self::Trust(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::NoneLeft { class, .. } => *class,
-            Self::OtherManifest { .. } | Self::OtherContent { .. } | Self::OtherSize { .. } => Class::Verification,
+            Self::OtherManifest { .. } | Self::OtherContent { .. } | Self::OtherSize { .. } => {
+                Class::Verification
+            }
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::SameVersionOtherDigest { .. } => Class::Rollback,
             Self::NoSuchTarget { .. } | Self::NotASystem { .. } => Class::Input,

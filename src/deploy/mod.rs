@@ -35,10 +35,11 @@ pub use error::DeployError;
 pub use state::{DeploymentId, State};
 
 use crate::error::{IoContext, IoError};
-use crate::image::oci::Descriptor;
+use crate::image::oci::{Descriptor, OciImage};
+use crate::manifest::system::Target;
 use crate::store::Store;
-use crate::trust::Verified;
 use crate::trust::floor::{Floor, Policy};
+use crate::trust::{Anchor, Dates, Verified};
 
 /// The folder on a device where the deployed system lives.
 #[derive(Debug, Clone)]
@@ -97,12 +98,8 @@ impl System {
     /// Takes the system's lock for a change; waits for whoever holds it, after telling `waiting`.
     pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
         let path = self.root.join("lock");
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .on("open", &path)?;
+        let file =
+            OpenOptions::new().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -123,6 +120,7 @@ impl System {
 }
 
 /// What an install or an update asks of the floor.
+#[allow(clippy::large_enum_variant, reason = "there is one, on the stack, for the length of a command")]
 pub enum FloorGate<'a> {
     /// The device has no floor yet (CONFIG has no `floor.pub`): a first install may go on, so that
     /// there is something to provision for. Nothing else may.
@@ -150,15 +148,7 @@ pub fn check_complete(system: &System, verified: &Verified) -> Result<(), Deploy
             return Err(missing(target.digest));
         }
         let image = store.image(&target.digest)?;
-        // Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
-        if image.size != target.size {
-            return Err(DeployError::OtherSize {
-                target: name.to_string(),
-                digest: target.digest,
-                expected: target.size,
-                found: image.size,
-            });
-        }
+        check_size(name.as_str(), target, &image)?;
         for layer in &image.layers {
             if !store.has(&Descriptor::new(&layer.media_type, layer.digest, layer.size)) {
                 return Err(missing(layer.digest));
@@ -166,4 +156,48 @@ pub fn check_complete(system: &System, verified: &Verified) -> Result<(), Deploy
         }
     }
     Ok(())
+}
+
+/// The image of a target of a deployment: the running one where mosfs booted this machine, else the
+/// current one. The deployment is verified afresh.
+///
+/// # Errors
+/// [`DeployError::NothingInstalled`], [`DeployError::NoSuchTarget`] with the targets that there
+/// are, and whatever verification says.
+pub fn target_image(
+    system: &System,
+    booted: Option<DeploymentId>,
+    anchor: &Anchor,
+    name: &str,
+) -> Result<(Store, OciImage), DeployError> {
+    let id = match booted {
+        Some(id) => id,
+        None => system
+            .state()?
+            .current
+            .ok_or_else(|| DeployError::NothingInstalled { path: system.root().to_path_buf() })?,
+    };
+    let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
+    let targets = &verified.manifest().targets;
+    let Some((_, target)) = targets.iter().find(|(known, _)| known.as_str() == name) else {
+        let known = targets.keys().map(ToString::to_string).collect();
+        return Err(DeployError::NoSuchTarget { id, target: name.to_string(), known });
+    };
+    let store = Store::open(&system.store_dir())?;
+    let image = store.image(&target.digest)?;
+    check_size(name, target, &image)?;
+    Ok((store, image))
+}
+
+/// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
+    if image.size == target.size {
+        return Ok(());
+    }
+    Err(DeployError::OtherSize {
+        target: name.to_string(),
+        digest: target.digest,
+        expected: target.size,
+        found: image.size,
+    })
 }

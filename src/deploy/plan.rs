@@ -89,9 +89,8 @@ pub fn fetch_offer(from: &dyn Transport, name: Option<&str>) -> Result<Offer, De
 /// The name of the highest version that a place lists.
 fn highest(from: &dyn Transport) -> Result<String, DeployError> {
     let entries = from.entries()?;
-    let versions = entries
-        .iter()
-        .filter_map(|one| one.ref_name()?.strip_prefix(SYSTEM_PREFIX)?.parse::<u64>().ok());
+    let versions =
+        entries.iter().filter_map(|one| one.ref_name()?.strip_prefix(SYSTEM_PREFIX)?.parse::<u64>().ok());
     match versions.max() {
         Some(version) => Ok(version_name(version)),
         None => Err(DeployError::NotASystem {
@@ -293,8 +292,11 @@ fn check_space(system: &System, needed_bytes: u64) -> Result<(), DeployError> {
             _ => std::path::Path::new("."),
         };
     }
-    let available = file::available_bytes(folder)
-        .map_err(|source| crate::error::IoError { operation: "stat", path: folder.to_path_buf(), source })?;
+    let available = file::available_bytes(folder).map_err(|source| crate::error::IoError {
+        operation: "stat",
+        path: folder.to_path_buf(),
+        source,
+    })?;
     let needed = needed_bytes.saturating_add(RESERVE);
     if needed > available {
         return Err(DeployError::NoSpace { path: system.root().to_path_buf(), needed, available });
@@ -306,4 +308,3 @@ fn check_space(system: &System, needed_bytes: u64) -> Result<(), DeployError> {
 pub(super) fn names(plan: &Plan) -> [String; 2] {
     [system_name(&plan.id.digest), version_name(plan.id.version)]
 }
-

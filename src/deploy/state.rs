@@ -146,7 +146,14 @@ pub struct State {
 
 impl Default for State {
     fn default() -> Self {
-        Self { format: FORMAT, current: None, pending: None, previous: None, last_boot: None, last_update: None }
+        Self {
+            format: FORMAT,
+            current: None,
+            pending: None,
+            previous: None,
+            last_boot: None,
+            last_update: None,
+        }
     }
 }
 
@@ -228,7 +235,9 @@ mod tests {
     fn a_name_has_one_spelling() {
         let name = id(200).to_string();
         assert_eq!(name.parse::<DeploymentId>().unwrap(), id(200));
-        for bad in ["", "200", "200-", "-1-00", &name.replace("200-", "0200-"), &name.replace("200-", "+200-")] {
+        for bad in
+            ["", "200", "200-", "-1-00", &name.replace("200-", "0200-"), &name.replace("200-", "+200-")]
+        {
             assert!(bad.parse::<DeploymentId>().is_err(), "{bad}");
         }
     }
