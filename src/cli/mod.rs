@@ -4,7 +4,6 @@
 //! [`Command`] and in [`run`].
 
 mod boot;
-pub mod floor;
 mod commit;
 mod device;
 mod floor;
