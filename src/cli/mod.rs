@@ -3,6 +3,7 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod boot;
 mod commit;
 mod device;
 mod floor;
@@ -47,6 +48,7 @@ enum Command {
     Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Boot(boot::BootArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
 }
@@ -87,6 +89,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
     }
