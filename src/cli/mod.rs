@@ -3,15 +3,25 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod commit;
+mod device;
+mod floor;
 mod generate;
 mod global;
+mod install;
+mod keys;
+mod manifest;
+mod mount;
 pub mod output;
+mod status;
+mod umount;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use floor::FloorArgs;
 pub use global::Global;
 
 use crate::error::AnyError;
@@ -28,12 +38,23 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Keys(keys::Keys),
+    Manifest(manifest::Manifest),
+    Install(install::InstallArgs),
+    Update(install::UpdateArgs),
+    Commit(commit::CommitArgs),
+    Status(status::StatusArgs),
+    Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Mount(mount::MountArgs),
+    Umount(umount::UmountArgs),
 }
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // Before there are threads: it changes the environment.
+    crate::sys::tpm::silence_library();
     run_with(std::env::args_os())
 }
 
@@ -58,6 +79,15 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Keys(args) => keys::run(args, &cli.global),
+        Command::Manifest(args) => manifest::run(args, &cli.global),
+        Command::Install(args) => install::install(args, &cli.global),
+        Command::Update(args) => install::update(args, &cli.global),
+        Command::Commit(args) => commit::run(args, &cli.global),
+        Command::Status(args) => status::run(args, &cli.global),
+        Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Mount(args) => mount::run(args, &cli.global),
+        Command::Umount(args) => umount::run(args, &cli.global),
     }
 }

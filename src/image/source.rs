@@ -47,7 +47,7 @@ pub enum ReadError {
         size: u64,
     },
     /// A block does not have the hash that the level above promises.
-    #[error("verity: block {block} of {what} has hash {found}, expected {expected}")]
+    #[error("verity: block {block} ({what}) has hash {found}, expected {expected}")]
     Verity {
         /// `data`, or `hash level N` (0 is the one above the data).
         what: String,

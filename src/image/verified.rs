@@ -1,1 +1,431 @@
-//! (to come)
+//! An image file whose every block is checked when it is read.
+//!
+//! ```text
+//! root hash (trusted: from a signed manifest)
+//!   └─ top block of the tree          checked at open, kept
+//!        └─ hash blocks below         checked when first needed, kept in a bounded cache
+//!             └─ data blocks          checked at each read
+//! ```
+//!
+//! **What was hashed is what is used.** A block is copied into memory of this process with
+//! pread(2), hashed there, and compared; the caller gets that same copy. No byte of the file is
+//! looked at twice, so whoever changes the file underneath, at any moment, gains an error at
+//! best. For the same reason there is no mmap(2) here: a mapped page can change after it was hashed.
+//! The same goes for hash blocks: only checked copies are in the cache.
+//!
+//! The superblock is not under the root hash, and not believed: see [`super::verity`].
+//!
+//! # Locks
+//! A slot of the cache has a lock of its own, held only to compare a number and to copy a pointer. No
+//! I/O and no hashing happens under it. Two threads that need the same missing block both load it;
+//! both copies were checked.
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::source::{ReadError, Source, check_range};
+use super::verity::{
+    self, BLOCK_BYTES, Geometry, HASHES_PER_BLOCK, HashBlock, Level, Superblock, VerityError, parallel,
+    read_exact,
+};
+use crate::digest::Digest;
+use crate::progress::Progress;
+use crate::sys::sha256::hash_blocks;
+
+/// The default bound of the cache of hash blocks, in bytes; it covers 256 MiB of data.
+pub const DEFAULT_CACHE_BYTES: usize = 2 << 20;
+
+/// How many bad blocks a [`Report`] lists; those beyond are counted.
+pub const REPORT_MAX: usize = 1000;
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+const FANOUT: u64 = HASHES_PER_BLOCK as u64;
+
+/// Whether an image file has verity data behind the file system, to refuse a descriptor that
+/// has no root hash for it. It says nothing of what the data is worth: only
+/// [`VerifiedSource::open`] does.
+///
+/// # Errors
+/// [`VerityError::UnknownImage`] and [`VerityError::DataSize`] where the image's end cannot be told;
+/// [`VerityError::Read`] from the file.
+pub fn has_verity(file: &File) -> Result<bool, VerityError> {
+    let data_bytes = data_bytes_of(file)?;
+    if file_bytes(file)? < data_bytes.saturating_add(BLOCK) {
+        return Ok(false);
+    }
+    let mut signature = [0; 8];
+    read_exact(file, data_bytes, &mut signature)?;
+    Ok(signature == *verity::SIGNATURE)
+}
+
+/// A file system image with verity data, read under a root hash.
+///
+/// As a [`Source`] it has the data area's size: the file system's, rounded up to 4096 bytes.
+pub struct VerifiedSource {
+    file: File,
+    superblock: Superblock,
+    geometry: Geometry,
+    root_hash: Digest,
+    /// The checked top block. Where there is no tree: a block that holds the root hash as the
+    /// hash of the only data block.
+    top: Arc<HashBlock>,
+    /// Checked blocks of the levels below the top. Block b of the file has its place in slot `b % len`.
+    cache: Box<[Slot]>,
+}
+
+/// A place for a checked hash block, with its number in the file.
+type Slot = Mutex<Option<(u64, Arc<HashBlock>)>>;
+
+/// What [`VerifiedSource::verify_all`] found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// The first bad blocks, at most [`REPORT_MAX`], ordered by their place in the file: blocks with another hash
+    /// ([`ReadError::Verity`]) and blocks that cannot be read ([`ReadError::Io`]).
+    pub bad: Vec<ReadError>,
+    /// How many bad blocks there are, listed or not.
+    pub bad_count: u64,
+    /// How many data blocks are under a bad hash block, so that nobody can say what they should be.
+    pub unknown_blocks: u64,
+    /// How many bytes follow the tree; there should be none.
+    pub trailing_bytes: u64,
+}
+
+impl Report {
+    /// Whether the image is whole.
+    pub fn is_good(&self) -> bool {
+        self.bad_count == 0 && self.unknown_blocks == 0 && self.trailing_bytes == 0
+    }
+}
+
+impl VerifiedSource {
+    /// Opens an image file under its root hash.
+    ///
+    /// The image's end, and so the verity data, is found as [`verity::data_bytes`] says.
+    ///
+    /// # Errors
+    /// [`VerityError`] for verity data that is missing, malformed or does not fit the file;
+    /// [`ReadError::Verity`] within it where the top of the tree is not what the root hash names.
+    pub fn open(file: File, root_hash: Digest) -> Result<Self, VerityError> {
+        let data_bytes = data_bytes_of(&file)?;
+        Self::open_sized(file, data_bytes, root_hash, DEFAULT_CACHE_BYTES)
+    }
+
+    /// Opens an image file whose data area is known to have `data_bytes` bytes, with a cache of
+    /// hash blocks of at most `cache_bytes` bytes (and at least one block).
+    ///
+    /// A hash block that is evicted lives on while a read still uses it: one more block a thread.
+    ///
+    /// # Errors
+    /// As [`VerifiedSource::open`].
+    pub fn open_sized(
+        file: File,
+        data_bytes: u64,
+        root_hash: Digest,
+        cache_bytes: usize,
+    ) -> Result<Self, VerityError> {
+        let geometry = Geometry::new(data_bytes)?;
+        let (found, expected) = (file_bytes(&file)?, geometry.file_bytes());
+        if found == data_bytes {
+            return Err(VerityError::Missing { data_bytes });
+        }
+        if found < expected {
+            return Err(VerityError::FileSize { what: "data, verity superblock and tree", found, expected });
+        }
+        let mut block = [0; BLOCK_BYTES];
+        read_exact(&file, data_bytes, &mut block)?;
+        let superblock = Superblock::parse(&block)?;
+        if superblock.data_blocks != geometry.data_blocks() {
+            return Err(VerityError::Superblock {
+                field: "data_blocks",
+                found: superblock.data_blocks.to_string(),
+                expected: format!("{}, the blocks before it", geometry.data_blocks()),
+            });
+        }
+
+        let slots = geometry.tree_blocks().min((cache_bytes / BLOCK_BYTES) as u64).max(1);
+        let mut source = Self {
+            file,
+            superblock,
+            geometry,
+            root_hash,
+            top: Arc::new([[0; 32]; HASHES_PER_BLOCK]),
+            cache: (0..slots).map(|_| Slot::default()).collect(),
+        };
+        // The block that the root hash names: the top of the tree, or the only data block.
+        let top = source.geometry.levels().last().map(|level| level.first_block);
+        let mut hashes = [[0; 32]; HASHES_PER_BLOCK];
+        source.load(top.unwrap_or(0), hashes.as_flattened_mut())?;
+        source.check(hashes.as_flattened(), top.unwrap_or(0), &[*root_hash.as_bytes()])?;
+        if top.is_none() {
+            hashes = [[0; 32]; HASHES_PER_BLOCK];
+            hashes[0] = *root_hash.as_bytes();
+        }
+        source.top = Arc::new(hashes);
+        Ok(source)
+    }
+
+    /// The root hash that everything is read under.
+    pub fn root_hash(&self) -> Digest {
+        self.root_hash
+    }
+
+    /// The superblock. Its UUID is not verified; its salt is, by the root hash's being right.
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// Where data and tree lie in the file.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Reads blocks of the file, unchecked.
+    fn load(&self, first_block: u64, bytes: &mut [u8]) -> Result<(), ReadError> {
+        read_exact(&self.file, first_block * BLOCK, bytes)
+    }
+
+    /// Compares blocks in memory with their hashes and gives each that differs to `bad`.
+    ///
+    /// This is the one place where blocks are checked. `bytes` are as many blocks as `expected`.
+    fn compare(
+        &self,
+        bytes: &[u8],
+        first_block: u64,
+        expected: &[[u8; 32]],
+        mut bad: impl FnMut(ReadError) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        /// Blocks that are hashed at a time; an even number for the two streams.
+        const BATCH: usize = 16;
+        let mut block = first_block;
+        for (bytes, expected) in bytes.chunks(BATCH * BLOCK_BYTES).zip(expected.chunks(BATCH)) {
+            let mut found = [[0; 32]; BATCH];
+            let found = &mut found[..expected.len()];
+            hash_blocks(&self.superblock.salt, bytes, found);
+            for (expected, found) in expected.iter().zip(found) {
+                if expected != found {
+                    bad(ReadError::Verity {
+                        what: self.name_of(block),
+                        block,
+                        expected: Digest::from_bytes(*expected),
+                        found: Digest::from_bytes(*found),
+                    })?;
+                }
+                block += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same; the first block that differs is the error.
+    fn check(&self, bytes: &[u8], first_block: u64, expected: &[[u8; 32]]) -> Result<(), ReadError> {
+        self.compare(bytes, first_block, expected, Err)
+    }
+
+    /// What a block of the file is, for an error.
+    fn name_of(&self, block: u64) -> String {
+        match self.geometry.levels().iter().position(|level| block >= level.first_block) {
+            Some(level) => format!("hash level {level}"),
+            None => "data".to_string(),
+        }
+    }
+
+    /// A checked hash block: the `index`-th of a level. `index` is within the level.
+    fn hash_block(&self, level: usize, index: u64) -> Result<Arc<HashBlock>, ReadError> {
+        let levels = self.geometry.levels();
+        if level + 1 >= levels.len() {
+            return Ok(Arc::clone(&self.top));
+        }
+        let block = levels[level].first_block + index;
+        let slot = &self.cache[(block % self.cache.len() as u64) as usize];
+        if let Some((held, hashes)) = &*slot.lock().unwrap_or_else(PoisonError::into_inner)
+            && *held == block
+        {
+            return Ok(Arc::clone(hashes));
+        }
+        // Goes up one level at a time and ends at the top; there are at most eight levels.
+        let parent = self.hash_block(level + 1, index / FANOUT)?;
+        let mut hashes = [[0; 32]; HASHES_PER_BLOCK];
+        self.load(block, hashes.as_flattened_mut())?;
+        self.check(hashes.as_flattened(), block, &[parent[(index % FANOUT) as usize]])?;
+        let hashes = Arc::new(hashes);
+        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some((block, Arc::clone(&hashes)));
+        Ok(hashes)
+    }
+
+    /// Fills `bytes` with data blocks, all of them checked.
+    fn read_blocks(&self, first_block: u64, bytes: &mut [u8]) -> Result<(), ReadError> {
+        self.load(first_block, bytes)?;
+        let (mut block, mut rest) = (first_block, &*bytes);
+        while !rest.is_empty() {
+            let hashes = self.hash_block(0, block / FANOUT)?;
+            let expected = &hashes[(block % FANOUT) as usize..];
+            let count = expected.len().min(rest.len() / BLOCK_BYTES);
+            let (now, later) = rest.split_at(count * BLOCK_BYTES);
+            self.check(now, block, &expected[..count])?;
+            (block, rest) = (block + count as u64, later);
+        }
+        Ok(())
+    }
+
+    /// Reads and checks every block of data and tree, on up to `threads` threads, whatever it meets on the way.
+    ///
+    /// Takes 512 KiB a thread. Superblock and the top of the tree were checked at open.
+    ///
+    /// # Errors
+    /// [`VerityError::Read`] only where the file's size cannot be had; what is wrong with blocks is in the report.
+    pub fn verify_all(&self, threads: NonZeroUsize, progress: &Progress) -> Result<Report, VerityError> {
+        let task = progress.task("verify", &self.root_hash.to_string(), Some(self.size_bytes()));
+        let trailing_bytes = file_bytes(&self.file)?.saturating_sub(self.geometry.file_bytes());
+        let report = Mutex::new(Report { trailing_bytes, ..Report::default() });
+        let bad = |error| report.lock().unwrap_or_else(PoisonError::into_inner).add(error);
+        let unknown_blocks = AtomicU64::new(0);
+
+        // The hash blocks above level 0, from the top down. What is below a bad one cannot be checked.
+        for (level, Level { first_block, blocks }) in self.geometry.levels().iter().enumerate().skip(1).rev()
+        {
+            for index in 0..*blocks {
+                if let Err(error) = self.hash_block(level, index)
+                    && place(&error) == first_block + index
+                {
+                    bad(error);
+                }
+            }
+        }
+        // Each block of level 0, then the data below it.
+        let pieces = 0..self.geometry.data_blocks().div_ceil(FANOUT);
+        parallel::for_each(threads, pieces, |index, scratch| {
+            let first = index * FANOUT;
+            let count = FANOUT.min(self.geometry.data_blocks() - first) as usize;
+            scratch.resize(count * BLOCK_BYTES, 0);
+            match self.hash_block(0, index) {
+                Ok(hashes) => self.verify_piece(first, &hashes[..count], scratch, &bad),
+                Err(error) => {
+                    unknown_blocks.fetch_add(count as u64, Ordering::Relaxed);
+                    let level_0 = self.geometry.levels().first().map(|level| level.first_block + index);
+                    if Some(place(&error)) == level_0 {
+                        bad(error);
+                    }
+                }
+            }
+            task.advance(scratch.len() as u64);
+            Ok::<(), VerityError>(())
+        })?;
+
+        let mut report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
+        report.unknown_blocks = unknown_blocks.into_inner();
+        report.bad.sort_by_key(place);
+        Ok(report)
+    }
+
+    /// Checks data blocks and gives each bad one to `bad`. `scratch` has their size.
+    fn verify_piece(&self, first: u64, expected: &[[u8; 32]], scratch: &mut [u8], bad: &impl Fn(ReadError)) {
+        let report = |error| {
+            bad(error);
+            Ok(())
+        };
+        if self.load(first, scratch).is_ok() {
+            let _ = self.compare(scratch, first, expected, report);
+            return;
+        }
+        // Some of it cannot be read: find out which blocks.
+        for ((block, bytes), expected) in (first..).zip(scratch.chunks_mut(BLOCK_BYTES)).zip(expected) {
+            match self.load(block, bytes) {
+                Ok(()) => drop(self.compare(bytes, block, std::slice::from_ref(expected), report)),
+                Err(error) => bad(error),
+            }
+        }
+    }
+}
+
+impl Report {
+    fn add(&mut self, error: ReadError) {
+        self.bad_count += 1;
+        if self.bad.len() < REPORT_MAX {
+            self.bad.push(error);
+        }
+    }
+}
+
+/// The block of the file that an error is about.
+fn place(error: &ReadError) -> u64 {
+    match error {
+        ReadError::Verity { block, .. } => *block,
+        ReadError::Io { offset, .. } | ReadError::OutOfRange { offset, .. } => offset / BLOCK,
+    }
+}
+
+/// The size of a file in bytes.
+fn file_bytes(file: &File) -> Result<u64, ReadError> {
+    let metadata = file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?;
+    Ok(metadata.len())
+}
+
+/// The size of a file's data area in bytes, as [`verity::data_bytes`] finds it.
+fn data_bytes_of(file: &File) -> Result<u64, VerityError> {
+    let mut head = [0; BLOCK_BYTES];
+    let head = &mut head[..BLOCK.min(file_bytes(file)?) as usize];
+    read_exact(file, 0, head)?;
+    verity::data_bytes(head)
+}
+
+/// Makes `scratch` at least `len` bytes long, without memory beyond that.
+fn grow(scratch: &mut Vec<u8>, len: usize) {
+    if scratch.len() < len {
+        scratch.reserve_exact(len - scratch.len());
+        scratch.resize(len, 0);
+    }
+}
+
+impl Source for VerifiedSource {
+    fn size_bytes(&self) -> u64 {
+        self.geometry.data_bytes()
+    }
+
+    fn read<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut Vec<u8>) -> Result<&'a [u8], ReadError> {
+        check_range(offset, len as u64, self.size_bytes())?;
+        if len == 0 {
+            return Ok(&[]);
+        }
+        let first = offset / BLOCK;
+        let bytes = ((offset + len as u64).div_ceil(BLOCK) - first) as usize * BLOCK_BYTES;
+        grow(scratch, bytes);
+        if let Err(error) = self.read_blocks(first, &mut scratch[..bytes]) {
+            // Nothing unchecked is left lying where a careless caller could find it.
+            scratch.clear();
+            return Err(error);
+        }
+        Ok(&scratch[(offset % BLOCK) as usize..][..len])
+    }
+}
+
+/// An image file that nobody checks.
+pub struct PlainSource {
+    file: File,
+    size_bytes: u64,
+}
+
+impl PlainSource {
+    /// Reads the file as it is. Only `--unsafe-no-verity` may lead here.
+    ///
+    /// # Errors
+    /// [`ReadError::Io`] where the file's size cannot be had.
+    pub fn unsafe_no_verity(file: File) -> Result<Self, ReadError> {
+        let size_bytes = file_bytes(&file)?;
+        Ok(Self { file, size_bytes })
+    }
+}
+
+impl Source for PlainSource {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut Vec<u8>) -> Result<&'a [u8], ReadError> {
+        check_range(offset, len as u64, self.size_bytes)?;
+        grow(scratch, len);
+        read_exact(&self.file, offset, &mut scratch[..len])?;
+        Ok(&scratch[..len])
+    }
+}

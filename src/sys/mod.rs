@@ -3,6 +3,14 @@
 //! Each wrapper returns `io::Result`, owns what it opens (`OwnedFd`), and has a SAFETY line on
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
+pub mod atomic;
+pub mod daemon;
+pub mod dm;
 pub mod file;
+pub mod flock;
+pub mod fuse;
+pub mod loopdev;
+pub mod mountapi;
 pub mod process;
 pub mod sha256;
+pub mod tpm;

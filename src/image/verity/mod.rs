@@ -1,0 +1,386 @@
+//! dm-verity: the format that says, block by block, what an image must be.
+//!
+//! Source: the kernel's `Documentation/admin-guide/device-mapper/verity.rst` and cryptsetup's
+//! `DMVerity` specification. Of all that these allow, exactly one form is read and written here:
+//! superblock version 1, hash type 1, SHA-256, blocks of 4096 bytes for data and hashes, a salt of
+//! 32 bytes. It is the form of stacker and atomfs, and `veritysetup format --hash-offset` makes the
+//! same bytes.
+//!
+//! ```text
+//! an image file, in blocks of 4096 bytes; n = number of data blocks
+//!
+//! 0 .. n          data: the file system image, then zeros up to a whole block
+//! n               superblock: 512 bytes, then zeros
+//! n + 1           the tree's top level: one block
+//! ...             the levels below it, down to
+//! ...             level 0: the hashes of the data blocks
+//! end of the file
+//!
+//! hash block      128 hashes of 32 bytes; the last one of a level is filled up with zeros
+//! hash            SHA-256(salt | block), of a data block or of a hash block one level below
+//! root hash       the hash of the top block; of the data block itself where there is only one,
+//!                 for then there is no tree
+//! ```
+//!
+//! The root hash comes from a signed manifest and covers all data and the whole tree. **It does not
+//! cover the superblock.** So nothing in the superblock is believed: each field has the one
+//! value that it may have ([`Superblock::parse`]), the number of data blocks must be that of the place where the
+//! superblock was found, and a wrong salt makes every hash wrong, the root's first of all. The UUID means nothing.
+//!
+//! # Reproducible images
+//! The same image must give the same blob, so salt and UUID are not drawn at random but come
+//! from the SHA-256 digest of the data area, padding included ([`Superblock::for_data`]):
+//!
+//! ```text
+//! salt = SHA-256("mosfs-verity-salt-v1" 0x00 digest)
+//! uuid = the first 16 bytes of SHA-256("mosfs-verity-uuid-v1" 0x00 digest), marked as version 8 (RFC 9562)
+//! ```
+//!
+//! So the tree cannot grow while the data is written: its first hash needs the last byte's digest.
+//! That costs little. A squashfs writer goes back to write its superblock at offset 0 when all
+//! else is there, so there is no stream of final bytes to hash. And the blob's own SHA-256, which the store
+//! needs, is one serial pass over the same bytes in any case: [`seal`] makes that pass once, takes
+//! the data's digest from it half-way, and goes on with it over superblock and tree to the blob's
+//! digest. The tree is the only extra pass: over the page cache, on all cores, two streams a core ([`crate::sys::sha256`]).
+
+mod geometry;
+pub(super) mod parallel;
+mod tree;
+
+use super::source::ReadError;
+use crate::digest::{Digest, Hasher};
+use crate::error::{Class, Classified};
+
+pub use geometry::{Geometry, Level, MAX_DATA_BLOCKS};
+pub(super) use tree::read_exact;
+pub use tree::{Sealed, Tree, seal};
+
+/// Bytes of a data block, and of a hash block.
+pub const BLOCK_BYTES: usize = 4096;
+
+/// Hashes in a hash block.
+pub const HASHES_PER_BLOCK: usize = 128;
+
+/// What a superblock begins with.
+pub const SIGNATURE: &[u8; 8] = b"verity\0\0";
+
+/// A block of the tree, as its hashes.
+pub type HashBlock = [[u8; 32]; HASHES_PER_BLOCK];
+
+/// Why an image's verity data cannot be used, found, or made.
+#[derive(Debug, thiserror::Error)]
+pub enum VerityError {
+    /// The file system image does not say how long it is.
+    #[error("cannot tell where the image ends: {found}, expected a squashfs or erofs superblock")]
+    UnknownImage {
+        /// What is there instead.
+        found: String,
+    },
+    /// The data area has no blocks, or more than can be addressed.
+    #[error("a data area of {found} bytes: expected 1 to {} blocks of {BLOCK_BYTES} bytes", MAX_DATA_BLOCKS)]
+    DataSize {
+        /// Its size, in bytes.
+        found: u64,
+    },
+    /// The image file is too short, or too long, for what it should hold.
+    #[error("the image file has {found} bytes, expected {expected} ({what})")]
+    FileSize {
+        /// What should fill the file.
+        what: &'static str,
+        /// Its size, in bytes.
+        found: u64,
+        /// The size that it should have, in bytes.
+        expected: u64,
+    },
+    /// The file ends with the data: there is no superblock and no tree.
+    #[error(
+        "the image has no verity data: the file ends at {data_bytes}, where the verity superblock should be"
+    )]
+    Missing {
+        /// Size of the data area and of the file, in bytes.
+        data_bytes: u64,
+    },
+    /// A field of the superblock is not what it must be.
+    #[error("verity superblock: {field} is {found}, expected {expected}")]
+    Superblock {
+        /// Name of the field, as cryptsetup's `struct verity_sb` has it.
+        field: &'static str,
+        /// Its value.
+        found: String,
+        /// The value or values that are allowed.
+        expected: String,
+    },
+    /// A part of the file cannot be read, or does not have its hash.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The verity data cannot be written.
+    #[error("cannot write verity data at {offset}: {source}")]
+    Write {
+        /// Offset in the image file, in bytes.
+        offset: u64,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+}
+
+impl Classified for VerityError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Read(ReadError::Io { .. }) | Self::Write { .. } => Class::Failure,
+            _ => Class::Verification,
+        }
+    }
+}
+
+/// The part of a superblock that is not the same in all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Superblock {
+    /// A name for people and udev; nothing depends on it.
+    pub uuid: [u8; 16],
+    /// What every hash begins with.
+    pub salt: [u8; 32],
+    /// Number of data blocks.
+    pub data_blocks: u64,
+}
+
+/// Offsets in the superblock, in bytes: cryptsetup's `struct verity_sb`. Numbers are little-endian.
+mod field {
+    use std::ops::Range;
+
+    pub const SIGNATURE: Range<usize> = 0..8;
+    pub const VERSION: Range<usize> = 8..12;
+    pub const HASH_TYPE: Range<usize> = 12..16;
+    pub const UUID: Range<usize> = 16..32;
+    pub const ALGORITHM: Range<usize> = 32..64;
+    pub const DATA_BLOCK_SIZE: Range<usize> = 64..68;
+    pub const HASH_BLOCK_SIZE: Range<usize> = 68..72;
+    pub const DATA_BLOCKS: Range<usize> = 72..80;
+    pub const SALT_SIZE: Range<usize> = 80..82;
+    pub const SALT: Range<usize> = 88..120;
+}
+
+impl Superblock {
+    /// The superblock for data with this digest (of the whole data area), as the module says.
+    pub fn for_data(digest: &Digest, data_blocks: u64) -> Self {
+        let derive = |label: &[u8]| {
+            let mut hasher = Hasher::new();
+            hasher.update(label);
+            hasher.update(&[0]);
+            hasher.update(digest.as_bytes());
+            *hasher.finish().as_bytes()
+        };
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&derive(b"mosfs-verity-uuid-v1")[..16]);
+        let uuid = uuid::Builder::from_custom_bytes(uuid).into_uuid().into_bytes();
+        Self { uuid, salt: derive(b"mosfs-verity-salt-v1"), data_blocks }
+    }
+
+    /// Reads a superblock from its block.
+    ///
+    /// Every byte that is not UUID, salt or the number of data blocks must be what
+    /// [`Superblock::to_block`] writes.
+    ///
+    /// # Errors
+    /// [`VerityError::Superblock`] names the first field that is wrong.
+    pub fn parse(block: &[u8; BLOCK_BYTES]) -> Result<Self, VerityError> {
+        let wrong =
+            |field, found: String, expected: String| VerityError::Superblock { field, found, expected };
+        let parsed = Self {
+            uuid: bytes(block, field::UUID),
+            salt: bytes(block, field::SALT),
+            data_blocks: u64::from_le_bytes(bytes(block, field::DATA_BLOCKS)),
+        };
+        let only = parsed.to_block();
+        if block[field::SIGNATURE] != only[field::SIGNATURE] {
+            let found = format!("`{}`", block[field::SIGNATURE].escape_ascii());
+            return Err(wrong("signature", found, "`verity\\x00\\x00`".to_string()));
+        }
+        let number = |block: &[u8; BLOCK_BYTES], range| u32::from_le_bytes(bytes(block, range));
+        for (name, range) in [
+            ("version", field::VERSION),
+            ("hash_type", field::HASH_TYPE),
+            ("data_block_size", field::DATA_BLOCK_SIZE),
+            ("hash_block_size", field::HASH_BLOCK_SIZE),
+        ] {
+            let (found, expected) = (number(block, range.clone()), number(&only, range));
+            if found != expected {
+                return Err(wrong(name, found.to_string(), expected.to_string()));
+            }
+        }
+        if block[field::ALGORITHM] != only[field::ALGORITHM] {
+            let found = format!("`{}`", block[field::ALGORITHM].trim_ascii_end().escape_ascii());
+            return Err(wrong("algorithm", found, "`sha256`, filled up with zeros".to_string()));
+        }
+        let salt_size = u16::from_le_bytes(bytes(block, field::SALT_SIZE));
+        if usize::from(salt_size) != parsed.salt.len() {
+            return Err(wrong("salt_size", salt_size.to_string(), parsed.salt.len().to_string()));
+        }
+        if let Some(at) = (0..BLOCK_BYTES).find(|&at| block[at] != only[at]) {
+            return Err(wrong("padding", format!("{:#04x} at byte {at}", block[at]), "zero".to_string()));
+        }
+        Ok(parsed)
+    }
+
+    /// The superblock's block as it is stored.
+    pub fn to_block(&self) -> [u8; BLOCK_BYTES] {
+        let mut block = [0; BLOCK_BYTES];
+        let mut put = |range: std::ops::Range<usize>, bytes: &[u8]| {
+            block[range.start..range.start + bytes.len()].copy_from_slice(bytes);
+        };
+        put(field::SIGNATURE, SIGNATURE);
+        put(field::VERSION, &1_u32.to_le_bytes());
+        put(field::HASH_TYPE, &1_u32.to_le_bytes());
+        put(field::UUID, &self.uuid);
+        put(field::ALGORITHM, b"sha256");
+        put(field::DATA_BLOCK_SIZE, &(BLOCK_BYTES as u32).to_le_bytes());
+        put(field::HASH_BLOCK_SIZE, &(BLOCK_BYTES as u32).to_le_bytes());
+        put(field::DATA_BLOCKS, &self.data_blocks.to_le_bytes());
+        put(field::SALT_SIZE, &(self.salt.len() as u16).to_le_bytes());
+        put(field::SALT, &self.salt);
+        block
+    }
+}
+
+/// The bytes at a field's place. The field has `N` bytes and lies within the block.
+fn bytes<const N: usize>(block: &[u8; BLOCK_BYTES], range: std::ops::Range<usize>) -> [u8; N] {
+    let mut field = [0; N];
+    field.copy_from_slice(&block[range]);
+    field
+}
+
+/// Size of the data area (bytes of the file system, up to a whole block), by what the file system's own superblock says.
+///
+/// `head` is the beginning of the image file; 4096 bytes are enough. Nothing has verified it yet,
+/// so the answer is only a hint where to look for the verity superblock: the root hash decides.
+///
+/// # Errors
+/// [`VerityError::UnknownImage`] where it is no image that we know; [`VerityError::DataSize`] where the size makes no sense.
+pub fn data_bytes(head: &[u8]) -> Result<u64, VerityError> {
+    fn at<const N: usize>(head: &[u8], offset: usize) -> Option<[u8; N]> {
+        head.get(offset..)?.first_chunk().copied()
+    }
+    // squashfs 4.0: magic at 0, bytes_used at 40 (linux/fs/squashfs/squashfs_fs.h, squashfs_super_block).
+    let image = if at(head, 0) == Some(*b"hsqs") {
+        at(head, 40).map(u64::from_le_bytes)
+    // erofs: at 1024 magic, at 1036 the block size's bits, at 1060 the blocks (linux/fs/erofs/erofs_fs.h).
+    } else if at(head, 1024).map(u32::from_le_bytes) == Some(0xe0f5_e1e2) {
+        let bits = head.get(1036).copied().filter(|bits| (9..=16).contains(bits));
+        at(head, 1060).map(u32::from_le_bytes).zip(bits).map(|(blocks, bits)| u64::from(blocks) << bits)
+    } else {
+        None
+    };
+    let Some(image) = image else {
+        let found =
+            format!("it begins with `{}`", head.get(..head.len().min(8)).unwrap_or(head).escape_ascii());
+        return Err(VerityError::UnknownImage { found });
+    };
+    let data = image.checked_next_multiple_of(BLOCK_BYTES as u64).unwrap_or(u64::MAX);
+    Geometry::new(data)
+        .map(|geometry| geometry.data_bytes())
+        .map_err(|_| VerityError::DataSize { found: image })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_upset_the_parsers(
+            garbage in prop::collection::vec(any::<u8>(), 0..2000),
+            at in 0_usize..600,
+            magic in any::<bool>(),
+        ) {
+            let mut head = garbage.clone();
+            if magic && head.len() > 4 {
+                head[..4].copy_from_slice(b"hsqs");
+            }
+            if let Ok(size) = data_bytes(&head) {
+                prop_assert!(Geometry::new(size).is_ok());
+            }
+            // A good superblock with garbage in it: what is accepted is written back unchanged.
+            let mut block = sample().to_block();
+            let len = garbage.len().min(40);
+            block[at..at + len].copy_from_slice(&garbage[..len]);
+            if let Ok(parsed) = Superblock::parse(&block) {
+                prop_assert_eq!(parsed.to_block(), block);
+            }
+        }
+    }
+
+    fn sample() -> Superblock {
+        Superblock::for_data(&Digest::of(b"data"), 7)
+    }
+
+    #[test]
+    fn derivation_is_stable() {
+        // Digest stability: other values here mean that the same image no longer gives the same blob.
+        let superblock = sample();
+        assert_eq!(
+            crate::digest::hex(&superblock.salt),
+            "29fcc3d9cbe20ae6133f1949ef12da80da34825c8d34a2f82ee2e429a5781082"
+        );
+        assert_eq!(
+            uuid::Uuid::from_bytes(superblock.uuid).to_string(),
+            "d3b9c484-6278-8ab5-b3eb-80009c235e6c"
+        );
+    }
+
+    #[test]
+    fn every_byte_matters_but_uuid_salt_and_blocks() {
+        let good = sample().to_block();
+        assert_eq!(Superblock::parse(&good).unwrap(), sample());
+        for at in 0..BLOCK_BYTES {
+            let mut block = good;
+            block[at] ^= 0x20;
+            let free = [field::UUID, field::SALT, field::DATA_BLOCKS].iter().any(|range| range.contains(&at));
+            match Superblock::parse(&block) {
+                Ok(parsed) => assert!(free && parsed != sample(), "byte {at} was let through"),
+                Err(VerityError::Superblock { .. }) => assert!(!free, "byte {at} was refused"),
+                Err(other) => panic!("byte {at}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn errors_name_field_found_and_expected() {
+        let text = |at: usize, value: &[u8]| {
+            let mut block = sample().to_block();
+            block[at..at + value.len()].copy_from_slice(value);
+            Superblock::parse(&block).unwrap_err().to_string()
+        };
+        assert_eq!(
+            text(0, b"x"),
+            r"verity superblock: signature is `xerity\x00\x00`, expected `verity\x00\x00`"
+        );
+        assert_eq!(text(8, &[2]), "verity superblock: version is 2, expected 1");
+        assert_eq!(text(12, &[0]), "verity superblock: hash_type is 0, expected 1");
+        assert!(text(32, b"sha512").contains("algorithm is `sha512"));
+        assert_eq!(
+            text(64, &512_u32.to_le_bytes()),
+            "verity superblock: data_block_size is 512, expected 4096"
+        );
+        assert_eq!(text(68, &[0xff; 4]), "verity superblock: hash_block_size is 4294967295, expected 4096");
+        assert_eq!(text(80, &[0, 1]), "verity superblock: salt_size is 256, expected 32");
+        assert_eq!(text(511, &[3]), "verity superblock: padding is 0x03 at byte 511, expected zero");
+    }
+
+    #[test]
+    fn the_end_of_an_image_is_a_checked_hint() {
+        let mut squashfs = vec![0; 96];
+        squashfs[..4].copy_from_slice(b"hsqs");
+        for (used, expected) in [(1_u64, Some(4096)), (4096, Some(4096)), (4097, Some(8192)), (0, None)] {
+            squashfs[40..48].copy_from_slice(&used.to_le_bytes());
+            assert_eq!(data_bytes(&squashfs).ok(), expected, "{used}");
+        }
+        for used in [u64::MAX, u64::MAX - 4096, 1 << 63] {
+            squashfs[40..48].copy_from_slice(&used.to_le_bytes());
+            assert!(matches!(data_bytes(&squashfs), Err(VerityError::DataSize { found }) if found == used));
+        }
+        for head in [&b""[..], b"hsqs", &[0; 4096]] {
+            assert!(matches!(data_bytes(head), Err(VerityError::UnknownImage { .. })));
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What a single value of a manifest may be. Pure checks, shared by both formats.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use uuid::Uuid;
+
+use crate::digest::Digest;
+
+/// A value that a rule refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("allowed: {allowed}")]
+pub struct Refused {
+    /// What the rule allows.
+    pub allowed: &'static str,
+}
+
+const fn refused(allowed: &'static str) -> Refused {
+    Refused { allowed }
+}
+
+/// Most characters of a name.
+pub const MAX_NAME: usize = 63;
+/// Most characters of a path, a mount source or an option (`PATH_MAX` of linux/limits.h).
+pub const MAX_PATH: usize = 4096;
+
+/// Whether a text holds characters that are written differently by RFC 8785 and OLPC canonical
+/// JSON, or that no manifest needs: control characters.
+pub fn has_control(text: &str) -> bool {
+    text.chars().any(char::is_control)
+}
+
+/// A name: `[a-z0-9]+([._-][a-z0-9]+)*`, at most 63 characters.
+pub fn name(text: &str) -> Result<(), Refused> {
+    let part =
+        |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    if text.len() <= MAX_NAME && text.split(['.', '_', '-']).all(part) {
+        return Ok(());
+    }
+    Err(refused("[a-z0-9]+([._-][a-z0-9]+)*, at most 63 characters"))
+}
+
+/// A namespace group: empty, or a name.
+pub fn nsgroup(text: &str) -> Result<(), Refused> {
+    if text.is_empty() || name(text).is_ok() {
+        return Ok(());
+    }
+    Err(refused("nothing, or [a-z0-9]+([._-][a-z0-9]+)*, at most 63 characters"))
+}
+
+/// The version of a target: text of 1 to 128 characters out of `A-Z a-z 0-9 . _ + ~ -` that
+/// begins with a letter or a digit.
+pub fn target_version(text: &str) -> Result<(), Refused> {
+    let first = text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    if first && text.len() <= 128 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+~-".contains(&b))
+    {
+        return Ok(());
+    }
+    Err(refused("1 to 128 characters of A-Z a-z 0-9 . _ + ~ -, first a letter or digit"))
+}
+
+/// A UUID in its usual form (RFC 9562, section 4): 36 characters with hyphens, either case.
+pub fn uuid(text: &str) -> Result<Uuid, Refused> {
+    let wrong = refused("a UUID such as de6c82c5-2e01-4c92-949b-a6545d30fc06");
+    // `Uuid` also reads braces, `urn:uuid:` and 32 bare digits, which have another length.
+    if text.len() != 36 {
+        return Err(wrong);
+    }
+    Uuid::try_parse(text).map_err(|_| wrong)
+}
+
+/// A port number.
+pub fn port(number: u64) -> Result<u16, Refused> {
+    match u16::try_from(number) {
+        Ok(port) if port > 0 => Ok(port),
+        _ => Err(refused("an integer from 1 to 65535")),
+    }
+}
+
+/// `ADDRESS` or `ADDRESS/BITS`, or nothing.
+fn address<T: std::str::FromStr>(text: &str, max_bits: u8) -> bool {
+    let Some((address, bits)) = text.split_once('/') else {
+        return text.is_empty() || text.parse::<T>().is_ok();
+    };
+    let digits = !bits.is_empty() && bits.bytes().all(|b| b.is_ascii_digit());
+    let plain = digits && (bits == "0" || !bits.starts_with('0'));
+    address.parse::<T>().is_ok() && plain && bits.parse::<u8>().is_ok_and(|bits| bits <= max_bits)
+}
+
+/// An IPv4 address, with or without prefix length, or nothing.
+pub fn ipv4(text: &str) -> Result<(), Refused> {
+    if address::<Ipv4Addr>(text, 32) {
+        return Ok(());
+    }
+    Err(refused("an IPv4 address such as 10.0.3.99 or 10.0.3.99/24, or nothing"))
+}
+
+/// An IPv6 address, with or without prefix length, or nothing.
+pub fn ipv6(text: &str) -> Result<(), Refused> {
+    if address::<Ipv6Addr>(text, 128) {
+        return Ok(());
+    }
+    Err(refused("an IPv6 address such as fd00::99 or fd00::99/64, or nothing"))
+}
+
+/// Where something is mounted: an absolute path without `..`, so that it stays inside the target.
+pub fn destination(text: &str) -> Result<(), Refused> {
+    let inside = text.starts_with('/') && !text.split('/').any(|part| part == "..");
+    if inside && text.len() <= MAX_PATH && !has_control(text) {
+        return Ok(());
+    }
+    Err(refused("an absolute path without `..` or control characters, at most 4096 bytes"))
+}
+
+/// The source of a mount, or one of its options.
+pub fn mount_text(text: &str) -> Result<(), Refused> {
+    if !text.is_empty() && text.len() <= MAX_PATH && !has_control(text) {
+        return Ok(());
+    }
+    Err(refused("1 to 4096 bytes without control characters"))
+}
+
+/// The type of a mount.
+pub fn mount_type(text: &str) -> Result<(), Refused> {
+    let word = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    if !text.is_empty() && text.len() <= MAX_NAME && word {
+        return Ok(());
+    }
+    Err(refused("1 to 63 characters of A-Z a-z 0-9 . _ -, such as bind or tmpfs"))
+}
+
+/// A digest as OCI writes it.
+pub fn digest(text: &str) -> Result<Digest, Refused> {
+    text.parse().map_err(|_| refused("sha256: and 64 lower-case hex digits"))
+}

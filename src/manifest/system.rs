@@ -1,0 +1,188 @@
+//! The system manifest: what is signed and what runs (DESIGN.md, section 2).
+//!
+//! ```text
+//! {"mediatype":"application/vnd.mos.system.manifest.v1","product":UUID,
+//!  "targets":{NAME:{"digest":…,"mounts":[…],"network":{…},"nsgroup":…,"service_type":…,"size":…,"version":…},…},
+//!  "version":N}
+//! ```
+//!
+//! One line, in reproducible JSON ([`super::json`]). `mounts` and `nsgroup` are optional. Its
+//! bytes are its identity: a reader accepts the canonical form and nothing else.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use super::decode::{Decoder, Dialect, Path, Problem, service_tree};
+use super::tree::{Entry, Node, Position, Value};
+use super::{Mount, Network, SYSTEM_MEDIA_TYPE, ServiceType, TargetName, json, rules};
+use crate::digest::Digest;
+use crate::error::{Class, Classified};
+
+/// What runs on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SystemManifest {
+    /// The version of the whole system, 1 to 2^53-1.
+    pub version: u64,
+    /// The product that the system is for.
+    pub product: Uuid,
+    /// The targets by name; at least one.
+    pub targets: BTreeMap<TargetName, Target>,
+}
+
+/// One target of a system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Digest of the OCI manifest of its image.
+    pub digest: Digest,
+    /// Size of that manifest in bytes.
+    pub size: u64,
+    /// Its version.
+    pub version: String,
+    /// How it is used.
+    pub service_type: ServiceType,
+    /// Its network.
+    pub network: Network,
+    /// The group of targets whose ids are mapped alike.
+    pub nsgroup: Option<String>,
+    /// Mounts inside it.
+    pub mounts: Option<Vec<Mount>>,
+}
+
+/// Why bytes are not a system manifest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SystemError {
+    /// Not JSON, or JSON outside of the reproducible subset.
+    #[error("the system manifest is not reproducible JSON at byte {}: {_0}", _0.at.offset)]
+    Json(Problem),
+    /// Fields that are missing, unknown or wrong.
+    #[error("the system manifest is wrong at {}", list(_0))]
+    Fields(Vec<Problem>),
+    /// A correct manifest in other bytes than the one form that it has.
+    #[error("the system manifest is not in canonical form at byte {}: found {found}, expected {expected}", at.offset)]
+    NotCanonical {
+        /// The first byte that differs.
+        at: Position,
+        /// What follows there.
+        found: String,
+        /// What should follow there.
+        expected: String,
+    },
+}
+
+fn list(problems: &[Problem]) -> String {
+    let one = |problem: &Problem| format!("byte {}: {problem}", problem.at.offset);
+    problems.iter().map(one).collect::<Vec<_>>().join("; at ")
+}
+
+impl Classified for SystemError {
+    fn class(&self) -> Class {
+        Class::Input
+    }
+}
+
+const FIELDS: &[&str] = &["mediatype", "product", "targets", "version"];
+const TARGET_FIELDS: &[&str] = &["digest", "mounts", "network", "nsgroup", "service_type", "size", "version"];
+
+impl SystemManifest {
+    /// Reads a manifest from the bytes that are signed. Call it on verified bytes
+    /// ([`crate::trust::Signed::verify`]) unless it is only to look at.
+    ///
+    /// # Errors
+    /// [`SystemError`] for anything but the canonical form of a correct manifest.
+    pub fn parse(bytes: &[u8]) -> Result<Self, SystemError> {
+        let manifest = Self::parse_loose(bytes)?;
+        // DESIGN.md, section 2: "requires that the bytes are the canonical form of what it parsed".
+        let canonical = manifest.canonical();
+        if canonical != bytes {
+            let same = canonical.iter().zip(bytes).take_while(|(a, b)| a == b).count();
+            let rest = |bytes: &[u8]| match bytes.get(same..) {
+                None | Some([]) => "the end".to_string(),
+                Some(rest) => format!("`{}`", rest[..rest.len().min(24)].escape_ascii()),
+            };
+            let (found, expected) = (rest(bytes), rest(&canonical));
+            return Err(SystemError::NotCanonical { at: Position::of_byte(bytes, same), found, expected });
+        }
+        Ok(manifest)
+    }
+
+    /// Reads a manifest in any JSON form, such as one that was formatted for people. Never for
+    /// what is verified or run.
+    ///
+    /// # Errors
+    /// [`SystemError::Json`] and [`SystemError::Fields`].
+    pub fn parse_loose(bytes: &[u8]) -> Result<Self, SystemError> {
+        let root = json::read(bytes).map_err(SystemError::Json)?;
+        let mut decoder = Decoder::new(Dialect::Json);
+        let manifest = decode(&mut decoder, &root);
+        let problems = decoder.into_problems();
+        match manifest {
+            Some(manifest) if problems.is_empty() => Ok(manifest),
+            _ => Err(SystemError::Fields(problems)),
+        }
+    }
+
+    /// The bytes that are signed: the same for the same manifest, always.
+    pub fn canonical(&self) -> Vec<u8> {
+        let product = self.product.to_string();
+        let digests: Vec<_> = self.targets.values().map(|target| target.digest.to_string()).collect();
+        let targets = Value::map(self.targets.iter().zip(&digests).map(|((name, target), digest)| {
+            let Target { size, version, service_type, network, nsgroup, mounts, .. } = target;
+            let own = [("digest", Some(Value::text(digest))), ("size", Some(Value::integer(*size)))];
+            let service = service_tree(version, *service_type, network, nsgroup, mounts);
+            (name.as_str(), Some(Value::map(own.into_iter().chain(service))))
+        }));
+        let root = Value::map([
+            ("mediatype", Some(Value::text(SYSTEM_MEDIA_TYPE))),
+            ("product", Some(Value::text(&product))),
+            ("targets", Some(targets)),
+            ("version", Some(Value::integer(self.version))),
+        ]);
+        json::write(&root.into())
+    }
+
+    /// The digest that names this system: SHA-256 of the canonical bytes.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.canonical())
+    }
+}
+
+fn decode(decoder: &mut Decoder, root: &Node<'_>) -> Option<SystemManifest> {
+    let path = &Path::ROOT;
+    let fields = decoder.fields(root, root.at, path, FIELDS)?;
+    let media_type = decoder.required(&fields, path, "mediatype", SYSTEM_MEDIA_TYPE).and_then(|node| {
+        let known = |word: &str| (word == SYSTEM_MEDIA_TYPE).then_some(());
+        decoder.word(node, &path.field("mediatype"), &[SYSTEM_MEDIA_TYPE], known)
+    });
+    let product = decoder
+        .required(&fields, path, "product", "the UUID of the product")
+        .and_then(|node| decoder.text_as(node, &path.field("product"), rules::uuid));
+    let targets = decoder
+        .required(&fields, path, "targets", "a mapping of target names to targets")
+        .and_then(|node| decoder.targets(node, &path.field("targets"), target));
+    let version = decoder
+        .required(&fields, path, "version", "an integer from 1 to 9007199254740991")
+        .and_then(|node| decoder.integer(node, &path.field("version")));
+    media_type?;
+    Some(SystemManifest { version: version?, product: product?, targets: targets? })
+}
+
+fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<Target> {
+    let fields = decoder.fields(&entry.node, entry.at, path, TARGET_FIELDS)?;
+    let digest = decoder
+        .required(&fields, path, "digest", "the digest of the OCI manifest")
+        .and_then(|node| decoder.text_as(node, &path.field("digest"), rules::digest));
+    let size = decoder
+        .required(&fields, path, "size", "the size of the OCI manifest in bytes")
+        .and_then(|node| decoder.integer(node, &path.field("size")));
+    let service = decoder.service(&fields, path)?;
+    Some(Target {
+        digest: digest?,
+        size: size?,
+        version: service.version,
+        service_type: service.service_type,
+        network: service.network,
+        nsgroup: service.nsgroup,
+        mounts: service.mounts,
+    })
+}

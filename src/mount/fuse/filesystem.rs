@@ -1,0 +1,333 @@
+//! The requests of the kernel, answered by the engine.
+//!
+//! Every request can be answered from its inode number alone, so nothing is opened, released or
+//! forgotten. Offsets in a folder are the cookies of the merged view, moved by two for `.` and `..`.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    AccessFlags, Errno, FileAttr, FileHandle, FileType as FuseType, Filesystem, Generation, INodeNo,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+};
+
+use super::limits::{self, TTL};
+use super::spin::Pulse;
+use super::store::Siblings;
+use crate::image::layer::{Attr, FileType};
+use crate::image::overlay::{Entry, ROOT};
+use crate::mount::engine::{Engine, EngineError};
+
+const GENERATION: Generation = Generation(0);
+/// The kernel's offsets of the entries after `.` and after `..`; those of the view follow.
+const AFTER_DOT: u64 = 1;
+const AFTER_DOTS: u64 = 2;
+/// d_ino where it is not known (FUSE_UNKNOWN_INO of libfuse).
+const UNKNOWN_INO: u64 = 0xffff_ffff;
+
+/// A merged view as a FUSE file system.
+pub(super) struct Tree {
+    pub engine: Arc<Engine>,
+    pub siblings: Arc<Siblings>,
+    pub pulse: Option<Arc<Pulse>>,
+    pub has_xattrs: bool,
+}
+
+impl Tree {
+    fn beat(&self) {
+        if let Some(pulse) = &self.pulse {
+            pulse.beat();
+        }
+    }
+
+    /// Calls `add` with offset, name, inode number and attributes of each entry of a folder from
+    /// `offset` on, until it says that the reply is full. `None` for `.`, `..` and what
+    /// cannot be read.
+    fn list(
+        &self,
+        ino: u64,
+        offset: u64,
+        add: &mut dyn FnMut(u64, &[u8], u64, FileType) -> bool,
+    ) -> Result<(), EngineError> {
+        if offset == 0 && add(AFTER_DOT, b".", ino, FileType::Directory) {
+            return Ok(());
+        }
+        if offset <= AFTER_DOT {
+            let parent = self.engine.view().parent(ino).unwrap_or(UNKNOWN_INO);
+            if add(AFTER_DOTS, b"..", parent, FileType::Directory) {
+                return Ok(());
+            }
+        }
+        let cookie = offset.saturating_sub(AFTER_DOTS);
+        let each = &mut |Entry { name, ino, kind, next }: Entry| !add(next + AFTER_DOTS, &name, ino, kind);
+        self.engine.view().read_dir(ino, cookie, each).map_err(|error| self.engine.failed(ino, &error))
+    }
+}
+
+fn errno(error: EngineError) -> Errno {
+    match error {
+        EngineError::NotFound => Errno::ESTALE,
+        EngineError::WrongType => Errno::EINVAL,
+        EngineError::Io => Errno::EIO,
+    }
+}
+
+fn kind(kind: FileType) -> FuseType {
+    match kind {
+        FileType::Directory => FuseType::Directory,
+        FileType::Regular => FuseType::RegularFile,
+        FileType::Symlink => FuseType::Symlink,
+        FileType::BlockDevice => FuseType::BlockDevice,
+        FileType::CharDevice => FuseType::CharDevice,
+        FileType::Fifo => FuseType::NamedPipe,
+        FileType::Socket => FuseType::Socket,
+    }
+}
+
+fn time(seconds: i64, nanos: u32) -> SystemTime {
+    let nanos = Duration::from_nanos(nanos.into());
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let moved = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    moved.and_then(|time| time.checked_add(nanos)).unwrap_or(UNIX_EPOCH)
+}
+
+fn file_attr(ino: u64, attr: &Attr) -> FileAttr {
+    let mtime = time(attr.mtime, attr.mtime_nanos);
+    FileAttr {
+        ino: INodeNo(ino),
+        size: attr.size_bytes,
+        blocks: attr.blocks_512,
+        atime: mtime,
+        mtime,
+        ctime: mtime,
+        crtime: mtime,
+        kind: kind(attr.kind),
+        perm: attr.permissions,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: attr.rdev,
+        // The unit of the page cache. The layer's block would be an honest st_blksize, but the
+        // kernel takes it for the block size of its own buffers too.
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// Attributes of which only the type is known.
+fn bare_attr(ino: u64, file_type: FileType) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(ino),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: kind(file_type),
+        perm: 0,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+impl Filesystem for Tree {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        limits::negotiate(config);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.beat();
+        match self.engine.view().lookup(parent.0, name.as_bytes()) {
+            Ok(Some((ino, attr))) => {
+                self.siblings.seen(&self.engine, ino, &attr);
+                reply.entry(&TTL, &file_attr(ino, &attr), GENERATION);
+            }
+            // Inode 0 with a time to live: the kernel remembers that there is no such name.
+            Ok(None) => reply.entry(&TTL, &bare_attr(0, FileType::Regular), GENERATION),
+            Err(error) => reply.error(errno(self.engine.failed(parent.0, &error))),
+        }
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        self.beat();
+        match self.engine.attr(ino.0) {
+            Ok(attr) => reply.attr(&TTL, &file_attr(ino.0, &attr)),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        self.beat();
+        match self.engine.view().read_link(ino.0) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(errno(self.engine.failed(ino.0, &error))),
+        }
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // With NO_OPEN_SUPPORT: the kernel opens files by itself from now on.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.beat();
+        let mut reply = Some(reply);
+        let done = self.engine.read(ino.0, offset, size, &mut |bytes| {
+            if let Some(reply) = reply.take() {
+                reply.data(bytes);
+            }
+        });
+        if let (Err(error), Some(reply)) = (done, reply) {
+            reply.error(errno(error));
+        }
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.beat();
+        let done = self.list(ino.0, offset, &mut |next, name, child, file_type| {
+            reply.add(INodeNo(child), next, kind(file_type), OsStr::from_bytes(name))
+        });
+        match done {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        self.beat();
+        let done = self.list(ino.0, offset, &mut |next, name, child, file_type| {
+            let (ttl, attr) = if next <= AFTER_DOTS {
+                (TTL, bare_attr(child, file_type))
+            } else {
+                match self.engine.attr(child) {
+                    Ok(attr) => {
+                        self.siblings.seen(&self.engine, child, &attr);
+                        (TTL, file_attr(child, &attr))
+                    }
+                    // The name is there; whoever wants more of it asks again and gets the error.
+                    Err(_) => (Duration::ZERO, bare_attr(child, file_type)),
+                }
+            };
+            reply.add(INodeNo(child), next, OsStr::from_bytes(name), &ttl, &attr, GENERATION)
+        });
+        match done {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.beat();
+        if !self.has_xattrs {
+            // The kernel does not ask again.
+            return reply.error(Errno::ENOSYS);
+        }
+        match self.engine.view().xattrs(ino.0) {
+            Ok(all) => match all.iter().find(|(key, _)| key == name.as_bytes()) {
+                Some((_, value)) => answer_xattr(value, size, reply),
+                None => reply.error(Errno::ENODATA),
+            },
+            Err(error) => reply.error(errno(self.engine.failed(ino.0, &error))),
+        }
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        self.beat();
+        if !self.has_xattrs {
+            return reply.error(Errno::ENOSYS);
+        }
+        match self.engine.view().xattrs(ino.0) {
+            Ok(all) => {
+                let mut list = Vec::new();
+                for (name, _) in all {
+                    // xattr(7): trusted attributes are invisible to processes without privilege.
+                    if request.uid() == 0 || !name.starts_with(b"trusted.") {
+                        list.extend_from_slice(&name);
+                        list.push(0);
+                    }
+                }
+                answer_xattr(&list, size, reply);
+            }
+            Err(error) => reply.error(errno(self.engine.failed(ino.0, &error))),
+        }
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let sizes = self.engine.view().stat_fs();
+        let unit = sizes.block_bytes.max(4096);
+        let blocks = sizes.bytes.div_ceil(u64::from(unit));
+        reply.statfs(blocks, 0, 0, sizes.files, 0, unit, 255, unit);
+    }
+
+    fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.beat();
+        // Values of SEEK_DATA and SEEK_HOLE in linux/fs.h; the kernel answers the others itself.
+        let data = match whence {
+            3 => true,
+            4 => false,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        match self.engine.seek(ino.0, offset, data) {
+            Ok(Some(found)) => reply.offset(i64::try_from(found).unwrap_or(i64::MAX)),
+            Ok(None) => reply.error(Errno::ENXIO),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+}
+
+fn answer_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+    match (size, u32::try_from(value.len())) {
+        (_, Err(_)) => reply.error(Errno::E2BIG),
+        (0, Ok(len)) => reply.size(len),
+        (size, Ok(len)) if len > size => reply.error(Errno::ERANGE),
+        _ => reply.data(value),
+    }
+}
+
+/// Checks that the root can be served: what mounting promises.
+pub(super) fn check_root(engine: &Engine) -> Result<(), EngineError> {
+    match engine.attr(ROOT)?.kind {
+        FileType::Directory => Ok(()),
+        _ => Err(EngineError::WrongType),
+    }
+}

@@ -1,0 +1,132 @@
+//! What a process needs to become a daemon and to be told to end.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, RawFd};
+
+/// Which side of a fork(2) this is.
+pub enum Forked {
+    /// The process that forked, with the id of the new one.
+    Parent(u32),
+    /// The new process.
+    Child,
+}
+
+/// fork(2). Only for a process with one thread: it is refused in any other.
+pub fn fork() -> io::Result<Forked> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::other("fork in a process with several threads"));
+    }
+    // SAFETY: there is one thread, so no lock can be held by a thread that the child lacks.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent(pid as u32)),
+    }
+}
+
+/// Leaves the session, the working folder and the terminal of whoever started this process.
+///
+/// `inherited` are descriptors that the process was started with and that nobody in it owns.
+pub fn detach(inherited: &[RawFd]) -> io::Result<()> {
+    // SAFETY: no arguments; fails only for a leader of a process group, which a forked child is not.
+    if unsafe { libc::setsid() } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    std::env::set_current_dir("/")?;
+    let null: File = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    for standard in 0..3 {
+        // SAFETY: both are open descriptors; the standard ones are owned by no value in Rust.
+        if unsafe { libc::dup2(null.as_raw_fd(), standard) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    for &fd in inherited.iter().filter(|&&fd| fd > 2) {
+        // SAFETY: the caller says that nobody in this process owns it. EBADF does no harm.
+        unsafe { libc::close(fd) };
+    }
+    Ok(())
+}
+
+/// The descriptors above 2 that are open now. At the start of a process: those that it inherited.
+pub fn open_descriptors() -> Vec<RawFd> {
+    let Ok(list) = std::fs::read_dir("/proc/self/fd") else { return Vec::new() };
+    let mut all: Vec<RawFd> = list
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|&fd| fd > 2)
+        .collect();
+    // The one that lists the folder is among them and is closed again by now.
+    // SAFETY: F_GETFD on any number is harmless.
+    all.retain(|&fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
+    all
+}
+
+/// Signals that are asked for with [`Signals::wait`] instead of ending the process.
+pub struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks SIGTERM, SIGINT and SIGHUP in this thread and all that it starts from now on.
+    pub fn block() -> io::Result<Self> {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: sigemptyset initialises the set before it is used.
+        let set = unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            set.assume_init_mut();
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+                libc::sigaddset(set.as_mut_ptr(), signal);
+            }
+            set.assume_init()
+        };
+        // SAFETY: `set` is initialised; the old mask is not asked for.
+        match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) } {
+            0 => Ok(Self(set)),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
+    /// Waits for one of them, and says which.
+    pub fn wait(&self) -> io::Result<i32> {
+        let mut signal = 0;
+        // SAFETY: the set is initialised and `signal` has room for the answer.
+        match unsafe { libc::sigwait(&self.0, &mut signal) } {
+            0 => Ok(signal),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+/// Puts this thread into the class of those that run only when nothing else wants to (SCHED_IDLE).
+pub fn run_only_when_idle() -> io::Result<()> {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `param` outlives the call; 0 means this thread.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &param) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Effective user id and group id.
+pub fn effective_ids() -> (u32, u32) {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { (libc::geteuid(), libc::getegid()) }
+}
+
+/// Real user id and group id.
+pub fn real_ids() -> (u32, u32) {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { (libc::getuid(), libc::getgid()) }
+}
+
+/// Keeps the allocator from setting up an arena of its own for each thread, and large buffers from being
+/// mapped anew each time: a bounded number of threads with buffers of their own needs neither.
+pub fn lean_allocator() {
+    // SAFETY: mallopt only sets parameters of the allocator; before threads are started.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 20);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 4 << 20);
+    }
+}

@@ -1,0 +1,381 @@
+//! The mount API with file descriptors: fsopen(2), fsconfig(2), fsmount(2), move_mount(2),
+//! open_tree(2), mount_setattr(2), and the older mount(2) and umount2(2).
+//!
+//! A mount made here is a file descriptor that is attached nowhere. Dropping it undoes the mount.
+//! Minimum kernel 5.12 (mount_setattr); docs/kernel-features.md has the list with fallbacks.
+//!
+//! An error prints the whole call and what the kernel wrote to the context's log, because
+//! `Invalid argument` alone tells nothing.
+
+use std::ffi::{CStr, CString};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// A call of the mount API that failed.
+#[derive(Debug)]
+pub struct MountError {
+    /// The call as it was made: name and arguments.
+    pub call: String,
+    /// What the kernel answered.
+    pub source: io::Error,
+    /// What the kernel wrote to the log of the file system context, line by line.
+    pub log: Vec<String>,
+}
+
+impl fmt::Display for MountError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.call, self.source)?;
+        for line in &self.log {
+            write!(f, "; {line}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for MountError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+impl MountError {
+    fn last(call: String) -> Self {
+        Self { call, source: io::Error::last_os_error(), log: Vec::new() }
+    }
+
+    fn interior_nul(call: String) -> Self {
+        Self { call, source: io::Error::new(io::ErrorKind::InvalidInput, "a NUL byte"), log: Vec::new() }
+    }
+
+    /// The error number, 0 where there is none.
+    pub fn errno(&self) -> i32 {
+        self.source.raw_os_error().unwrap_or(0)
+    }
+
+    /// Whether the kernel does not know the call or the option, so that an older way may be tried.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self.errno(), libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP)
+    }
+}
+
+fn c_string(text: &[u8], call: &dyn Fn() -> String) -> Result<CString, MountError> {
+    CString::new(text).map_err(|_| MountError::interior_nul(call()))
+}
+
+/// Takes what a system call returned as a new file descriptor.
+fn new_fd(result: libc::c_long, call: &dyn Fn() -> String) -> Result<OwnedFd, MountError> {
+    match i32::try_from(result) {
+        Ok(fd) if fd >= 0 => {
+            // SAFETY: the kernel has just made this descriptor for us, so nothing else owns it.
+            Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        }
+        _ => Err(MountError::last(call())),
+    }
+}
+
+/// A file system that is being configured: what fsopen(2) returns.
+#[derive(Debug)]
+pub struct FsContext {
+    fd: OwnedFd,
+    file_system: String,
+}
+
+impl FsContext {
+    /// fsopen(2) of a file system type such as `squashfs`. Linux 5.2.
+    pub fn open(file_system: &str) -> Result<Self, MountError> {
+        let call = || format!("fsopen(\"{file_system}\", FSOPEN_CLOEXEC)");
+        let name = c_string(file_system.as_bytes(), &call)?;
+        // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
+        let result = unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), libc::FSOPEN_CLOEXEC) };
+        Ok(Self { fd: new_fd(result, &call)?, file_system: file_system.to_string() })
+    }
+
+    /// Sets an option to a string. The kernel takes at most 255 bytes.
+    pub fn set_string(&self, key: &str, value: &[u8]) -> Result<(), MountError> {
+        let call =
+            || self.call("FSCONFIG_SET_STRING", key, &format!("\"{}\"", String::from_utf8_lossy(value)));
+        let key_c = c_string(key.as_bytes(), &call)?;
+        let value_c = c_string(value, &call)?;
+        self.config(libc::FSCONFIG_SET_STRING, Some(&key_c), Some(&value_c), &call)
+    }
+
+    /// Whether this file system checks each option when it is set.
+    ///
+    /// One that still has the old parser (overlayfs before Linux 6.5) takes anything until the file
+    /// system is made, and then complains in the kernel's log.
+    pub fn checks_options(&self) -> bool {
+        self.set_string("mosfs-asks-for-an-unknown-option", b"1").is_err()
+    }
+
+    /// Sets an option that has no value.
+    pub fn set_flag(&self, key: &str) -> Result<(), MountError> {
+        let call = || self.call("FSCONFIG_SET_FLAG", key, "NULL");
+        let key_c = c_string(key.as_bytes(), &call)?;
+        self.config(libc::FSCONFIG_SET_FLAG, Some(&key_c), None, &call)
+    }
+
+    /// Makes the file system and a mount of it that is attached nowhere, with `MOUNT_ATTR_*` bits.
+    pub fn mount(self, attributes: u64) -> Result<OwnedFd, MountError> {
+        self.config(libc::FSCONFIG_CMD_CREATE, None, None, &|| self.call("FSCONFIG_CMD_CREATE", "", "NULL"))?;
+        let call = || format!("fsmount(fsopen(\"{}\"), FSMOUNT_CLOEXEC, {attributes:#x})", self.file_system);
+        // SAFETY: fsmount takes no pointers; the descriptor is open as long as `self` is.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_fsmount,
+                self.fd.as_raw_fd(),
+                libc::FSMOUNT_CLOEXEC,
+                attributes as libc::c_uint,
+            )
+        };
+        new_fd(result, &call).map_err(|error| self.with_log(error))
+    }
+
+    fn config(
+        &self,
+        command: libc::fsconfig_command,
+        key: Option<&CStr>,
+        value: Option<&CStr>,
+        call: &dyn Fn() -> String,
+    ) -> Result<(), MountError> {
+        let pointer = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
+        // SAFETY: both pointers are null or to NUL-terminated strings that outlive the call, as
+        // each of the three commands used here takes them.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_fsconfig,
+                self.fd.as_raw_fd(),
+                command,
+                pointer(key),
+                pointer(value),
+                0 as libc::c_int,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(self.with_log(MountError::last(call()))) }
+    }
+
+    fn call(&self, command: &str, key: &str, value: &str) -> String {
+        format!("fsconfig(fsopen(\"{}\"), {command}, \"{key}\", {value})", self.file_system)
+    }
+
+    /// Adds the kernel's own words, which a read of the context returns one at a time.
+    fn with_log(&self, mut error: MountError) -> MountError {
+        let mut buffer = [0u8; 512];
+        // The kernel keeps at most 8 messages (struct fc_log); the bound is ours.
+        for _ in 0..16 {
+            // SAFETY: the buffer is ours, of the length that is given.
+            let count = unsafe { libc::read(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+            let Ok(count @ 1..) = usize::try_from(count) else { break };
+            let text = String::from_utf8_lossy(&buffer[..count]);
+            // `e `, `w ` and `i ` are the severities (fsopen(2)).
+            let line = text.trim_end().trim_start_matches(['e', 'w', 'i']).trim_start();
+            error.log.push(line.to_string());
+        }
+        error
+    }
+}
+
+/// Attaches a mount that is attached nowhere to a path. Linux 5.2.
+///
+/// It takes the descriptor, because a mount that is held by one cannot be unmounted.
+pub fn attach(mount: OwnedFd, target: &Path) -> Result<(), MountError> {
+    let call = || format!("move_mount({}, \"\", AT_FDCWD, \"{}\")", mount.as_raw_fd(), target.display());
+    let path = c_string(target.as_os_str().as_bytes(), &call)?;
+    move_mount(mount.as_fd(), libc::AT_FDCWD, &path, libc::MOVE_MOUNT_F_EMPTY_PATH, &call)
+}
+
+/// Attaches a mount to `name` in the folder `dir`.
+pub fn attach_at(mount: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &str) -> Result<(), MountError> {
+    let call = || format!("move_mount({}, \"\", {}, \"{name}\")", mount.as_raw_fd(), dir.as_raw_fd());
+    let path = c_string(name.as_bytes(), &call)?;
+    move_mount(mount, dir.as_raw_fd(), &path, libc::MOVE_MOUNT_F_EMPTY_PATH, &call)
+}
+
+fn move_mount(
+    mount: BorrowedFd<'_>,
+    dir: libc::c_int,
+    path: &CStr,
+    flags: libc::c_uint,
+    call: &dyn Fn() -> String,
+) -> Result<(), MountError> {
+    // SAFETY: both pointers are to NUL-terminated strings that outlive the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_move_mount, mount.as_raw_fd(), c"".as_ptr(), dir, path.as_ptr(), flags)
+    };
+    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+}
+
+/// A private copy of the one mount at `path` (no mounts below it), attached nowhere. Linux 5.2.
+pub fn clone_mount(path: &Path) -> Result<OwnedFd, MountError> {
+    let call = || format!("open_tree(AT_FDCWD, \"{}\", OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC)", path.display());
+    let path_c = c_string(path.as_os_str().as_bytes(), &call)?;
+    // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_open_tree,
+            libc::AT_FDCWD,
+            path_c.as_ptr(),
+            libc::OPEN_TREE_CLONE | libc::O_CLOEXEC as libc::c_uint,
+        )
+    };
+    new_fd(result, &call)
+}
+
+/// mount_setattr(2) on a mount that is held by descriptor. Linux 5.12.
+pub fn set_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> Result<(), MountError> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+    // SAFETY: the path is a NUL-terminated string, the struct is ours and of the size that is given.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &attributes as *const libc::mount_attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(MountError::last(format!("mount_setattr({}, set {set:#x}, clear {clear:#x})", mount.as_raw_fd())))
+    }
+}
+
+/// The old mount(2), for file systems whose options do not fit the new API on old kernels.
+///
+/// The kernel takes at most 4095 bytes of options.
+pub fn mount_legacy(
+    source: &str,
+    target: &Path,
+    file_system: &str,
+    flags: libc::c_ulong,
+    options: &str,
+) -> Result<(), MountError> {
+    let call = || {
+        format!("mount(\"{source}\", \"{}\", \"{file_system}\", {flags:#x}, \"{options}\")", target.display())
+    };
+    if options.len() > 4095 {
+        let source = io::Error::from_raw_os_error(libc::E2BIG);
+        return Err(MountError { call: call(), source, log: Vec::new() });
+    }
+    let source_c = c_string(source.as_bytes(), &call)?;
+    let target_c = c_string(target.as_os_str().as_bytes(), &call)?;
+    let type_c = c_string(file_system.as_bytes(), &call)?;
+    let options_c = c_string(options.as_bytes(), &call)?;
+    // SAFETY: all four pointers are to NUL-terminated strings that outlive the call.
+    let result = unsafe {
+        libc::mount(source_c.as_ptr(), target_c.as_ptr(), type_c.as_ptr(), flags, options_c.as_ptr().cast())
+    };
+    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+}
+
+/// umount2(2). With `detach` a busy mount leaves the tree now and ends when its last user does.
+pub fn unmount(target: &Path, detach: bool) -> Result<(), MountError> {
+    let flags = libc::UMOUNT_NOFOLLOW | if detach { libc::MNT_DETACH } else { 0 };
+    let call = || format!("umount2(\"{}\", {flags:#x})", target.display());
+    let path = c_string(target.as_os_str().as_bytes(), &call)?;
+    // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
+    let result = unsafe { libc::umount2(path.as_ptr(), flags) };
+    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+}
+
+/// Runs `work` in a thread that has a mount namespace and a working folder of its own.
+///
+/// `work` is given an empty tmpfs that nobody else sees; it is also the thread's working folder,
+/// so that names in it can be given to the kernel as short relative paths. Absolute paths work as
+/// before. Mounts that `work` attaches there end with the thread; mounts that it returns as
+/// descriptors live on. If the process is killed, the kernel frees it all.
+///
+/// It is here because overlayfs takes no lower folder on a detached mount before Linux 6.15
+/// (`clone_private_mount` wants a mount of the caller's own namespace).
+pub fn in_private_namespace<T: Send, E: Send + From<MountError>>(
+    work: impl FnOnce(BorrowedFd<'_>) -> Result<T, E> + Send,
+) -> Result<T, E> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let folder = enter_private_namespace()?;
+            work(folder.as_fd())
+        });
+        match thread.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// Gives the calling thread its own mount namespace and an empty tmpfs as its working folder.
+fn enter_private_namespace() -> Result<OwnedFd, MountError> {
+    // SAFETY: unshare takes no pointers. CLONE_FS makes the working folder and root this
+    // thread's own, so that the other threads of the process keep theirs.
+    if unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) } != 0 {
+        return Err(MountError::last("unshare(CLONE_FS|CLONE_NEWNS)".into()));
+    }
+    // SAFETY: constant NUL-terminated strings; source, type and data may be null for a change of
+    // propagation (mount(2)).
+    let result = unsafe {
+        libc::mount(
+            std::ptr::null(),
+            c"/".as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_PRIVATE,
+            std::ptr::null(),
+        )
+    };
+    if result != 0 {
+        return Err(MountError::last("mount(NULL, \"/\", NULL, MS_REC|MS_PRIVATE, NULL)".into()));
+    }
+    let context = FsContext::open("tmpfs")?;
+    context.set_string("size", b"1m")?;
+    context.set_string("mode", b"0700")?;
+    let folder = context.mount(0)?;
+    move_mount(folder.as_fd(), libc::AT_FDCWD, c"/", libc::MOVE_MOUNT_F_EMPTY_PATH, &|| {
+        "move_mount(tmpfs, \"\", AT_FDCWD, \"/\")".into()
+    })?;
+    // SAFETY: fchdir takes no pointers; the descriptor is open.
+    if unsafe { libc::fchdir(folder.as_raw_fd()) } != 0 {
+        return Err(MountError::last("fchdir(tmpfs)".into()));
+    }
+    Ok(folder)
+}
+
+/// mkdirat(2) with mode 0700, for the folders of a private namespace.
+pub fn make_folder(dir: BorrowedFd<'_>, name: &str) -> Result<(), MountError> {
+    let call = || format!("mkdirat({}, \"{name}\", 0700)", dir.as_raw_fd());
+    let name_c = c_string(name.as_bytes(), &call)?;
+    // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
+    let result = unsafe { libc::mkdirat(dir.as_raw_fd(), name_c.as_ptr(), 0o700) };
+    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_prints_the_whole_call() {
+        let error = FsContext::open("no-such-fs").unwrap_err();
+        assert_eq!(error.errno(), libc::ENODEV);
+        assert!(error.to_string().starts_with("fsopen(\"no-such-fs\", FSOPEN_CLOEXEC): "), "{error}");
+    }
+
+    #[test]
+    fn a_nul_byte_is_an_error_and_not_a_shorter_string() {
+        let error = FsContext::open("tmp\0fs").unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn options_beyond_a_page_are_refused_before_the_kernel_cuts_them() {
+        let error = mount_legacy("x", Path::new("/nowhere"), "overlay", 0, &"a".repeat(4096)).unwrap_err();
+        assert_eq!(error.errno(), libc::E2BIG);
+    }
+
+    #[test]
+    fn mount_attr_has_the_size_that_the_kernel_knows() {
+        // MOUNT_ATTR_SIZE_VER0 in <linux/mount.h>.
+        assert_eq!(size_of::<libc::mount_attr>(), 32);
+    }
+}

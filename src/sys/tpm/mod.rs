@@ -1,0 +1,820 @@
+//! A TPM 2.0: the commands that the floor needs, through tpm2-tss' enhanced system API (ESYS).
+//!
+//! Typed values and their conversions to the C structures are those of `tss-esapi`; the calls are
+//! those of its `tss-esapi-sys`, because `tss_esapi::Context` has no `TPM2_PolicyNV`, keeps its raw context
+//! to itself, and cannot bound a call in time.
+//!
+//! ```text
+//! Tpm ──Rc──> Inner { ESYS_CONTEXT, Channel (our TCTI) }
+//! Session ──Rc──^   Object ──Rc──^        flushed when dropped, on every path
+//! ```
+//!
+//! Time: a [`Tpm`] has a budget for whatever is done between two calls of [`Tpm::restart_clock`]. A call
+//! that would go beyond it fails with [`TpmError::Timeout`], after which the context can only be dropped.
+//!
+//! Locks: none within the process (a context belongs to one thread). [`Tpm::lock`] keeps other
+//! processes of mosfs from raising the same floor meanwhile. A socket to a simulator is exclusive as it is.
+
+mod library;
+mod tcti;
+
+use std::cell::Cell;
+use std::os::fd::RawFd;
+use std::ptr::{null, null_mut};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tss_esapi::attributes::{NvIndexAttributes, ObjectAttributesBuilder};
+use tss_esapi::constants::response_code::Tss2ResponseCode;
+use tss_esapi::handles::NvIndexTpmHandle;
+use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
+use tss_esapi::interface_types::ecc::EccCurve;
+use tss_esapi::structures::{
+    Digest, EccParameter, EccPoint, EccScheme, EccSignature, HashScheme, MaxNvBuffer, Name, Nonce, NvPublic,
+    NvPublicBuilder, PublicBuilder, PublicEccParametersBuilder, Signature, SymmetricDefinition,
+    VerifiedTicket as Ticket,
+};
+use tss_esapi::tss2_esys as tss;
+
+use library::Library;
+use tcti::{Channel, Failure};
+pub use tcti::{Tcti, TctiError};
+
+/// `TPM2_RC_RETRY`, `TPM2_RC_NV_RATE`, `TPM2_RC_YIELDED`, `TPM2_RC_TESTING`: the same command may do later
+/// (TPM 2.0 part 2, section "TPM_RC", warnings).
+const BUSY_CODES: [u32; 4] = [0x922, 0x920, 0x908, 0x90a];
+/// How often a command is sent again to a TPM that is busy.
+const BUSY_RETRIES: u32 = 8;
+/// The pause before the first of them; it doubles each time: 2.5 s in all.
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// `TPM2_ALG_SHA256` (TPM 2.0 part 2, section "TPM_ALG_ID").
+const ALG_SHA256: u16 = 0x000b;
+/// `TPM2_SE_POLICY`.
+const SE_POLICY: u8 = 0x01;
+/// `TPM2_EO_UNSIGNED_LT`.
+const EO_UNSIGNED_LT: u16 = 0x0005;
+/// No session, no parent.
+const NONE: u32 = tss::ESYS_TR_NONE;
+/// The session that stands for an empty password.
+const PASSWORD: u32 = tss::ESYS_TR_PASSWORD;
+/// The owner hierarchy. A ticket of the null hierarchy would be empty, and PolicyAuthorize refuses that.
+const OWNER: u32 = tss::ESYS_TR_RH_OWNER;
+
+/// A TPM command that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TpmError {
+    /// There is no TPM there.
+    #[error("no TPM answers at {tcti}: {source}")]
+    Absent {
+        /// Where it was looked for.
+        tcti: Tcti,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// tpm2-tss is not installed, or is of another ABI.
+    #[error("cannot load the TPM library: {message}")]
+    Library {
+        /// What the dynamic loader said.
+        message: String,
+    },
+    /// No answer within the budget, or another process holds the TPM.
+    #[error("the TPM at {tcti} did not {operation} within {budget:?}")]
+    Timeout {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// What was asked of it.
+        operation: &'static str,
+        /// The time that it was given.
+        budget: Duration,
+    },
+    /// It keeps saying that it is busy.
+    #[error("the TPM at {tcti} is still too busy to {operation} after {tries} tries (response {code:#x})")]
+    Busy {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// What was asked of it.
+        operation: &'static str,
+        /// How often it was asked.
+        tries: u32,
+        /// The last response code.
+        code: u32,
+    },
+    /// The connection broke.
+    #[error("the TPM at {tcti} went away while asked to {operation}: {source}")]
+    Io {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// What was asked of it.
+        operation: &'static str,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// What it answered makes no sense.
+    #[error("the TPM at {tcti} was asked to {operation} and answered nonsense: {found}")]
+    Garbled {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// What was asked of it.
+        operation: &'static str,
+        /// What is wrong with the answer.
+        found: String,
+    },
+    /// It refused, with a response code (TPM 2.0 part 2, section "TPM_RC").
+    #[error("the TPM at {tcti} refused to {operation}: response {code:#x}, {meaning}")]
+    Refused {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// What was asked of it.
+        operation: &'static str,
+        /// The response code.
+        code: u32,
+        /// What the code means.
+        meaning: String,
+    },
+}
+
+impl TpmError {
+    /// The TPM's response code, where it was the TPM that refused.
+    pub fn code(&self) -> Option<u32> {
+        match self {
+            TpmError::Refused { code, .. } => Some(*code),
+            _ => None,
+        }
+    }
+}
+
+/// Keeps tpm2-tss from writing to stderr what is reported as an error anyway; whoever sets
+/// `TSS2_LOG` still gets it.
+///
+/// To be called before the process has threads, because it changes the environment.
+pub fn silence_library() {
+    if std::env::var_os("TSS2_LOG").is_none() {
+        // SAFETY: the caller has no other threads yet, so that nobody reads the environment now.
+        unsafe { std::env::set_var("TSS2_LOG", "all+none") };
+    }
+}
+
+/// A P-256 public key, as the TPM takes it: sign only, ECDSA with SHA-256, name algorithm SHA-256, no policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublicPoint {
+    /// The x coordinate, big-endian.
+    pub x: [u8; 32],
+    /// The y coordinate, big-endian.
+    pub y: [u8; 32],
+}
+
+/// The public area of an NV index (TPM 2.0 part 2, section "TPMS_NV_PUBLIC"); its name algorithm is SHA-256.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NvArea {
+    /// The handle, `0x01......`.
+    pub index: u32,
+    /// The attributes (`TPMA_NV`).
+    pub attributes: u32,
+    /// The policy that some attributes refer to; empty where there is none.
+    pub policy: Vec<u8>,
+    /// The size of the data, in bytes.
+    pub bytes: u16,
+}
+
+/// What PolicyAuthorize wants to see: that this TPM checked a signature.
+pub struct VerifiedTicket(tss::TPMT_TK_VERIFIED);
+
+struct Inner {
+    library: &'static Library,
+    esys: Cell<*mut tss::ESYS_CONTEXT>,
+    /// From `Box::into_raw`; only reached through shared references until `Inner` is dropped.
+    channel: *mut Channel,
+    tcti: Tcti,
+    budget: Duration,
+}
+
+/// A connection to a TPM.
+pub struct Tpm(Rc<Inner>);
+
+/// A policy session; flushed when dropped.
+pub struct Session {
+    inner: Rc<Inner>,
+    handle: tss::ESYS_TR,
+}
+
+/// A key that is loaded into the TPM; flushed when dropped.
+pub struct Object {
+    inner: Rc<Inner>,
+    handle: tss::ESYS_TR,
+}
+
+/// An NV index as ESYS knows it; closed when dropped (the index itself stays).
+pub struct NvIndex {
+    inner: Rc<Inner>,
+    handle: tss::ESYS_TR,
+}
+
+/// Holds other processes off; lets go when dropped.
+pub struct TpmLock {
+    // Keeps the descriptor open.
+    _inner: Rc<Inner>,
+    descriptor: RawFd,
+}
+
+impl Tpm {
+    /// Connects to a TPM; `budget` is the time for this and for what follows, see the module's comment.
+    pub fn open(tcti: &Tcti, budget: Duration) -> Result<Self, TpmError> {
+        let library =
+            library::load().map_err(|message| TpmError::Library { message: message.to_string() })?;
+        let deadline = Instant::now() + budget;
+        let channel = Channel::connect(tcti, deadline).map_err(|failure| match failure {
+            Failure::Io(source) => TpmError::Absent { tcti: tcti.clone(), source },
+            Failure::Timeout => {
+                TpmError::Timeout { tcti: tcti.clone(), operation: "accept a connection", budget }
+            }
+            Failure::Garbled(found) => {
+                TpmError::Garbled { tcti: tcti.clone(), operation: "accept a connection", found }
+            }
+        })?;
+        let channel = Box::into_raw(Box::new(channel));
+        // From here on `inner` frees the channel, and the context where there is one.
+        let inner = Inner { library, esys: Cell::new(null_mut()), channel, tcti: tcti.clone(), budget };
+        let mut esys = null_mut();
+        // SAFETY: the out-pointer is valid; the channel begins with a TCTI table, and lives until
+        // `Inner` is dropped, which finalizes the context first.
+        let code = unsafe { (library.Esys_Initialize)(&raw mut esys, channel.cast(), null_mut()) };
+        inner.esys.set(esys);
+        inner.outcome("start a context", code)?;
+        Ok(Self(Rc::new(inner)))
+    }
+
+    /// Gives the full budget to what follows.
+    pub fn restart_clock(&self) {
+        self.0.channel().set_deadline(Instant::now() + self.0.budget);
+    }
+
+    /// Waits until no other process of mosfs holds this TPM, and holds it.
+    ///
+    /// A lock of the device file, flock(2): it stops nobody who does not ask for it.
+    pub fn lock(&self) -> Result<TpmLock, TpmError> {
+        let operation = "be free of other processes";
+        let descriptor = self.0.channel().descriptor().ok_or_else(|| self.0.timeout(operation))?;
+        loop {
+            // SAFETY: flock takes no pointer, and `self` keeps the descriptor open.
+            if unsafe { libc::flock(descriptor, libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+                return Ok(TpmLock { _inner: self.0.clone(), descriptor });
+            }
+            let source = std::io::Error::last_os_error();
+            match source.raw_os_error() {
+                Some(libc::EWOULDBLOCK | libc::EINTR) => {}
+                _ => return Err(TpmError::Io { tcti: self.0.tcti.clone(), operation, source }),
+            }
+            if self.0.channel().deadline().is_none_or(|deadline| Instant::now() >= deadline) {
+                return Err(self.0.timeout(operation));
+            }
+            std::thread::sleep(BUSY_PAUSE);
+        }
+    }
+
+    /// Looks up an NV index.
+    pub fn nv_index(&self, index: u32) -> Result<NvIndex, TpmError> {
+        let mut handle = NONE;
+        self.0.call("find an NV index", |library, esys| {
+            // SAFETY: the context is live and the out-pointer valid.
+            unsafe { (library.Esys_TR_FromTPMPublic)(esys, index, NONE, NONE, NONE, &raw mut handle) }
+        })?;
+        Ok(NvIndex { inner: self.0.clone(), handle })
+    }
+
+    /// Defines an NV index with an empty auth value, under the owner's (empty) authorization.
+    pub fn nv_define(&self, area: &NvArea) -> Result<NvIndex, TpmError> {
+        let operation = "define an NV index";
+        let public = self.0.built(operation, build_nv_public(area))?;
+        let auth = tss::TPM2B_AUTH::default();
+        let mut handle = NONE;
+        self.0.call(operation, |library, esys| {
+            // SAFETY: the context is live, and all pointers are to values that outlive the call.
+            unsafe {
+                (library.Esys_NV_DefineSpace)(
+                    esys,
+                    OWNER,
+                    PASSWORD,
+                    NONE,
+                    NONE,
+                    &raw const auth,
+                    &raw const public,
+                    &raw mut handle,
+                )
+            }
+        })?;
+        Ok(NvIndex { inner: self.0.clone(), handle })
+    }
+
+    /// Deletes an NV index, under the owner's (empty) authorization.
+    pub fn nv_undefine(&self, index: NvIndex) -> Result<(), TpmError> {
+        self.0.call("delete an NV index", |library, esys| {
+            // SAFETY: the context is live.
+            unsafe { (library.Esys_NV_UndefineSpace)(esys, OWNER, index.handle, PASSWORD, NONE, NONE) }
+        })?;
+        // ESYS has forgotten the handle with the index.
+        let mut index = index;
+        index.handle = NONE;
+        Ok(())
+    }
+
+    /// Loads a public key into the owner hierarchy.
+    pub fn load_public(&self, point: &PublicPoint) -> Result<Object, TpmError> {
+        let operation = "load a public key";
+        let public = self.0.built(operation, build_public(point))?;
+        let mut handle = NONE;
+        self.0.call(operation, |library, esys| {
+            // SAFETY: the context is live; no private part; the pointers are to values that outlive the call.
+            unsafe {
+                (library.Esys_LoadExternal)(
+                    esys,
+                    NONE,
+                    NONE,
+                    NONE,
+                    null(),
+                    &raw const public,
+                    OWNER,
+                    &raw mut handle,
+                )
+            }
+        })?;
+        Ok(Object { inner: self.0.clone(), handle })
+    }
+
+    /// Starts a policy session: unbound, unsalted, SHA-256.
+    pub fn policy_session(&self) -> Result<Session, TpmError> {
+        let operation = "start a session";
+        let symmetric = self.0.built(operation, tss::TPMT_SYM_DEF::try_from(SymmetricDefinition::Null))?;
+        let mut handle = NONE;
+        self.0.call(operation, |library, esys| {
+            // SAFETY: the context is live; a null nonceCaller has ESYS draw one; the other
+            // pointers are to values that outlive the call.
+            unsafe {
+                (library.Esys_StartAuthSession)(
+                    esys,
+                    NONE,
+                    NONE,
+                    NONE,
+                    NONE,
+                    NONE,
+                    null(),
+                    SE_POLICY,
+                    &raw const symmetric,
+                    ALG_SHA256,
+                    &raw mut handle,
+                )
+            }
+        })?;
+        Ok(Session { inner: self.0.clone(), handle })
+    }
+}
+
+impl NvIndex {
+    /// The index's Name: the digest of its public area behind the algorithm's number.
+    pub fn name(&self) -> Result<Vec<u8>, TpmError> {
+        let operation = "give an index's Name";
+        let mut name = null_mut();
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live and the out-pointer valid.
+            unsafe { (library.Esys_TR_GetName)(esys, self.handle, &raw mut name) }
+        })?;
+        // SAFETY: the call succeeded, so that `name` is ours to free.
+        let name = unsafe { self.inner.take(operation, name) }?;
+        Ok(self.inner.parsed(operation, Name::try_from(name))?.value().to_vec())
+    }
+
+    /// The index's public area, as the TPM tells it.
+    pub fn area(&self) -> Result<NvArea, TpmError> {
+        let operation = "describe an NV index";
+        let (mut public, mut name) = (null_mut(), null_mut());
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live and the out-pointers valid.
+            unsafe {
+                (library.Esys_NV_ReadPublic)(
+                    esys,
+                    self.handle,
+                    NONE,
+                    NONE,
+                    NONE,
+                    &raw mut public,
+                    &raw mut name,
+                )
+            }
+        })?;
+        // SAFETY: the call succeeded, so that both are ours to free.
+        let (public, _) = unsafe { (self.inner.take(operation, public)?, self.inner.take(operation, name)?) };
+        let attributes = public.nvPublic.attributes;
+        let policy = self.inner.parsed(operation, Digest::try_from(public.nvPublic.authPolicy))?;
+        Ok(NvArea {
+            index: public.nvPublic.nvIndex,
+            attributes,
+            policy: policy.value().to_vec(),
+            bytes: public.nvPublic.dataSize,
+        })
+    }
+
+    /// Reads the first `bytes` bytes under the index's own, empty authorization.
+    pub fn read(&self, bytes: u16) -> Result<Vec<u8>, TpmError> {
+        let operation = "read an NV index";
+        let mut data = null_mut();
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live and the out-pointer valid.
+            unsafe {
+                (library.Esys_NV_Read)(
+                    esys,
+                    self.handle,
+                    self.handle,
+                    PASSWORD,
+                    NONE,
+                    NONE,
+                    bytes,
+                    0,
+                    &raw mut data,
+                )
+            }
+        })?;
+        // SAFETY: the call succeeded, so that `data` is ours to free.
+        let data = unsafe { self.inner.take(operation, data) }?;
+        Ok(self.inner.parsed(operation, MaxNvBuffer::try_from(data))?.value().to_vec())
+    }
+
+    /// Writes from the first byte on, authorized by what `session` has proved.
+    pub fn write(&self, session: &Session, data: &[u8]) -> Result<(), TpmError> {
+        let operation = "write an NV index";
+        let data = tss::TPM2B_MAX_NV_BUFFER::from(self.inner.built(operation, MaxNvBuffer::try_from(data))?);
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live, and `data` outlives the call.
+            unsafe {
+                (library.Esys_NV_Write)(
+                    esys,
+                    self.handle,
+                    self.handle,
+                    session.handle,
+                    NONE,
+                    NONE,
+                    &raw const data,
+                    0,
+                )
+            }
+        })
+    }
+}
+
+impl Object {
+    /// Has the TPM check an ECDSA signature (`r` then `s`, 32 bytes each, big-endian) over a digest.
+    pub fn verify(&self, digest: &[u8; 32], signature: &[u8; 64]) -> Result<VerifiedTicket, TpmError> {
+        let operation = "check a signature";
+        let digest =
+            tss::TPM2B_DIGEST::from(self.inner.built(operation, Digest::try_from(digest.as_slice()))?);
+        let signature = self.inner.built(operation, build_signature(signature))?;
+        let mut ticket = null_mut();
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live, and all pointers are to values that outlive the call.
+            unsafe {
+                (library.Esys_VerifySignature)(
+                    esys,
+                    self.handle,
+                    NONE,
+                    NONE,
+                    NONE,
+                    &raw const digest,
+                    &raw const signature,
+                    &raw mut ticket,
+                )
+            }
+        })?;
+        // SAFETY: the call succeeded, so that `ticket` is ours to free.
+        let ticket = unsafe { self.inner.take(operation, ticket) }?;
+        // Only parsed to have its sizes checked; it goes back as it came.
+        self.inner.parsed(operation, Ticket::try_from(ticket))?;
+        Ok(VerifiedTicket(ticket))
+    }
+
+    /// The Name that the TPM gives to the key.
+    pub fn name(&self) -> Result<Vec<u8>, TpmError> {
+        let operation = "give a key's Name";
+        let mut name = null_mut();
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live and the out-pointer valid.
+            unsafe { (library.Esys_TR_GetName)(esys, self.handle, &raw mut name) }
+        })?;
+        // SAFETY: the call succeeded, so that `name` is ours to free.
+        let name = unsafe { self.inner.take(operation, name) }?;
+        Ok(self.inner.parsed(operation, Name::try_from(name))?.value().to_vec())
+    }
+}
+
+impl Session {
+    /// The number that the TPM drew for this session.
+    pub fn nonce(&self) -> Result<Vec<u8>, TpmError> {
+        let operation = "give a session's nonce";
+        let mut nonce = null_mut();
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live and the out-pointer valid.
+            unsafe { (library.Esys_TRSess_GetNonceTPM)(esys, self.handle, &raw mut nonce) }
+        })?;
+        // SAFETY: the call succeeded, so that `nonce` is ours to free.
+        let nonce = unsafe { self.inner.take(operation, nonce) }?;
+        Ok(self.inner.parsed(operation, Nonce::try_from(nonce))?.value().to_vec())
+    }
+
+    /// The digest of what the session has proved.
+    pub fn digest(&self) -> Result<Vec<u8>, TpmError> {
+        let operation = "give a session's digest";
+        let mut digest = null_mut();
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live and the out-pointer valid.
+            unsafe { (library.Esys_PolicyGetDigest)(esys, self.handle, NONE, NONE, NONE, &raw mut digest) }
+        })?;
+        // SAFETY: the call succeeded, so that `digest` is ours to free.
+        let digest = unsafe { self.inner.take(operation, digest) }?;
+        Ok(self.inner.parsed(operation, Digest::try_from(digest))?.value().to_vec())
+    }
+
+    /// TPM2_PolicyNV: proves that the index holds less than `operand`, both unsigned and big-endian.
+    pub fn policy_nv_less_than(&self, index: &NvIndex, operand: &[u8]) -> Result<(), TpmError> {
+        let operation = "compare an NV index";
+        let operand = tss::TPM2B_OPERAND::from(self.inner.built(operation, Digest::try_from(operand))?);
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live, and `operand` outlives the call.
+            unsafe {
+                (library.Esys_PolicyNV)(
+                    esys,
+                    index.handle,
+                    index.handle,
+                    self.handle,
+                    PASSWORD,
+                    NONE,
+                    NONE,
+                    &raw const operand,
+                    0,
+                    EO_UNSIGNED_LT,
+                )
+            }
+        })
+    }
+
+    /// TPM2_PolicyNvWritten with "no": the index was never written.
+    pub fn policy_nv_unwritten(&self) -> Result<(), TpmError> {
+        self.inner.call("demand an unwritten index", |library, esys| {
+            // SAFETY: the context is live.
+            unsafe { (library.Esys_PolicyNvWritten)(esys, self.handle, NONE, NONE, NONE, 0) }
+        })
+    }
+
+    /// TPM2_PolicyCpHash: only the command with this digest of its parameters.
+    pub fn policy_cp_hash(&self, digest: &[u8; 32]) -> Result<(), TpmError> {
+        let operation = "bind a session to a command";
+        let digest =
+            tss::TPM2B_DIGEST::from(self.inner.built(operation, Digest::try_from(digest.as_slice()))?);
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live, and `digest` outlives the call.
+            unsafe { (library.Esys_PolicyCpHash)(esys, self.handle, NONE, NONE, NONE, &raw const digest) }
+        })
+    }
+
+    /// TPM2_PolicySigned with this session's nonce, expiration 0, empty policyRef and cpHash.
+    pub fn policy_signed(&self, key: &Object, nonce: &[u8], signature: &[u8; 64]) -> Result<(), TpmError> {
+        let operation = "take a signature over its nonce";
+        let nonce = tss::TPM2B_NONCE::from(self.inner.built(operation, Nonce::try_from(nonce))?);
+        let empty = tss::TPM2B_DIGEST::default();
+        let signature = self.inner.built(operation, build_signature(signature))?;
+        let (mut timeout, mut ticket) = (null_mut(), null_mut());
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live, and all pointers are to values that outlive the call.
+            unsafe {
+                (library.Esys_PolicySigned)(
+                    esys,
+                    key.handle,
+                    self.handle,
+                    NONE,
+                    NONE,
+                    NONE,
+                    &raw const nonce,
+                    &raw const empty,
+                    &raw const empty,
+                    0,
+                    &raw const signature,
+                    &raw mut timeout,
+                    &raw mut ticket,
+                )
+            }
+        })?;
+        // SAFETY: the call succeeded, so that both are ours to free.
+        unsafe {
+            self.inner.take(operation, timeout)?;
+            self.inner.take(operation, ticket)?;
+        }
+        Ok(())
+    }
+
+    /// TPM2_PolicyAuthorize: what was proved so far is `approved`, and the key with the Name `key`
+    /// signed that, as the ticket shows.
+    pub fn policy_authorize(
+        &self,
+        approved: &[u8; 32],
+        reference: &[u8; 32],
+        key: &[u8],
+        ticket: &VerifiedTicket,
+    ) -> Result<(), TpmError> {
+        let operation = "take an authorized policy";
+        let built = |bytes: &[u8]| self.inner.built(operation, Digest::try_from(bytes));
+        let approved = tss::TPM2B_DIGEST::from(built(approved)?);
+        let reference = tss::TPM2B_NONCE::from(built(reference)?);
+        let key = tss::TPM2B_NAME::from(self.inner.built(operation, Name::try_from(key.to_vec()))?);
+        self.inner.call(operation, |library, esys| {
+            // SAFETY: the context is live, and all pointers are to values that outlive the call.
+            unsafe {
+                (library.Esys_PolicyAuthorize)(
+                    esys,
+                    self.handle,
+                    NONE,
+                    NONE,
+                    NONE,
+                    &raw const approved,
+                    &raw const reference,
+                    &raw const key,
+                    &raw const ticket.0,
+                )
+            }
+        })
+    }
+}
+
+fn build_nv_public(area: &NvArea) -> tss_esapi::Result<tss::TPM2B_NV_PUBLIC> {
+    let public: NvPublic = NvPublicBuilder::new()
+        .with_nv_index(NvIndexTpmHandle::new(area.index)?)
+        .with_index_name_algorithm(HashingAlgorithm::Sha256)
+        .with_index_attributes(NvIndexAttributes::try_from(area.attributes)?)
+        .with_index_auth_policy(Digest::try_from(area.policy.as_slice())?)
+        .with_data_area_size(usize::from(area.bytes))
+        .build()?;
+    public.try_into()
+}
+
+fn build_public(point: &PublicPoint) -> tss_esapi::Result<tss::TPM2B_PUBLIC> {
+    let scheme = EccScheme::EcDsa(HashScheme::new(HashingAlgorithm::Sha256));
+    let public = PublicBuilder::new()
+        .with_public_algorithm(PublicAlgorithm::Ecc)
+        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+        .with_object_attributes(ObjectAttributesBuilder::new().with_sign_encrypt(true).build()?)
+        .with_ecc_parameters(
+            PublicEccParametersBuilder::new_unrestricted_signing_key(scheme, EccCurve::NistP256).build()?,
+        )
+        .with_ecc_unique_identifier(EccPoint::new(
+            EccParameter::try_from(point.x.as_slice())?,
+            EccParameter::try_from(point.y.as_slice())?,
+        ))
+        .build()?;
+    // Its size is worked out when it is marshalled.
+    Ok(tss::TPM2B_PUBLIC { size: 0, publicArea: public.into() })
+}
+
+fn build_signature(signature: &[u8; 64]) -> tss_esapi::Result<tss::TPMT_SIGNATURE> {
+    let (r, s) = signature.split_at(32);
+    Signature::EcDsa(EccSignature::create(
+        HashingAlgorithm::Sha256,
+        EccParameter::try_from(r)?,
+        EccParameter::try_from(s)?,
+    )?)
+    .try_into()
+}
+
+impl Inner {
+    fn channel(&self) -> &Channel {
+        // SAFETY: the channel lives until `self` is dropped, and nobody makes a unique reference to it.
+        unsafe { &*self.channel }
+    }
+
+    fn timeout(&self, operation: &'static str) -> TpmError {
+        TpmError::Timeout { tcti: self.tcti.clone(), operation, budget: self.budget }
+    }
+
+    /// Makes one ESYS call, again while the TPM says that it is busy.
+    fn call(
+        &self,
+        operation: &'static str,
+        mut call: impl FnMut(&Library, *mut tss::ESYS_CONTEXT) -> u32,
+    ) -> Result<(), TpmError> {
+        let mut pause = BUSY_PAUSE;
+        for tries in 1.. {
+            let code = call(self.library, self.esys.get());
+            if !BUSY_CODES.contains(&code) {
+                return self.outcome(operation, code);
+            }
+            let deadline = self.channel().deadline().unwrap_or_else(Instant::now);
+            if tries > BUSY_RETRIES || Instant::now() + pause >= deadline {
+                return Err(TpmError::Busy { tcti: self.tcti.clone(), operation, tries, code });
+            }
+            std::thread::sleep(pause);
+            pause *= 2;
+        }
+        Ok(())
+    }
+
+    /// Turns a return code of the library into our error.
+    fn outcome(&self, operation: &'static str, code: u32) -> Result<(), TpmError> {
+        let tcti = self.tcti.clone();
+        // What our own transport noticed says more than the library's code for it.
+        match self.channel().take_failure() {
+            Some(Failure::Timeout) => return Err(self.timeout(operation)),
+            Some(Failure::Io(source)) => return Err(TpmError::Io { tcti, operation, source }),
+            Some(Failure::Garbled(found)) => return Err(TpmError::Garbled { tcti, operation, found }),
+            None if code == 0 => return Ok(()),
+            None => {}
+        }
+        let meaning = Tss2ResponseCode::from(code).to_string();
+        // A layer (bits 16 and up) means that the library refused what came, not the TPM
+        // (tss2_common.h, TSS2_RC_LAYER_MASK).
+        if code > 0xffff {
+            return Err(TpmError::Garbled { tcti, operation, found: format!("tpm2-tss says {code:#x}") });
+        }
+        Err(TpmError::Refused { tcti, operation, code, meaning })
+    }
+
+    /// What we build ourselves fits; this is for the case that it does not.
+    fn built<T>(&self, operation: &'static str, value: tss_esapi::Result<T>) -> Result<T, TpmError> {
+        self.parsed(operation, value)
+    }
+
+    fn parsed<T>(&self, operation: &'static str, value: tss_esapi::Result<T>) -> Result<T, TpmError> {
+        value.map_err(|error| TpmError::Garbled {
+            tcti: self.tcti.clone(),
+            operation,
+            found: error.to_string(),
+        })
+    }
+
+    /// Copies what the library allocated, and frees it.
+    ///
+    /// # Safety
+    /// The pointer is null, or one that the library gave to its caller to free, and is not used again.
+    unsafe fn take<T: Copy>(&self, operation: &'static str, pointer: *mut T) -> Result<T, TpmError> {
+        if pointer.is_null() {
+            return self.outcome(operation, 0).and_then(|()| {
+                let found = "nothing where a value was due".to_string();
+                Err(TpmError::Garbled { tcti: self.tcti.clone(), operation, found })
+            });
+        }
+        // SAFETY: not null, and by the caller's word an initialised value of the library's.
+        let value = unsafe { *pointer };
+        // SAFETY: by the caller's word ours to free, once.
+        unsafe { (self.library.Esys_Free)(pointer.cast()) };
+        Ok(value)
+    }
+
+    fn flush(&self, handle: tss::ESYS_TR, what: &str) {
+        if handle == NONE {
+            return;
+        }
+        // SAFETY: the context is live, and the handle is not used again.
+        let code = unsafe { (self.library.Esys_FlushContext)(self.esys.get(), handle) };
+        if code != 0 {
+            // After a broken connection this cannot work; the kernel's resource manager then
+            // flushes what the closed descriptor had.
+            log::debug!("{}: cannot flush {what}: {code:#x}", self.tcti);
+            self.channel().take_failure();
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let mut esys = self.esys.get();
+        if !esys.is_null() {
+            // SAFETY: the context came from Esys_Initialize and is finalized once, while the
+            // channel that it points to still lives.
+            unsafe { (self.library.Esys_Finalize)(&raw mut esys) };
+        }
+        // SAFETY: from Box::into_raw in `Tpm::open`, freed once; the context that pointed to it is gone.
+        drop(unsafe { Box::from_raw(self.channel) });
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.inner.flush(self.handle, "a session");
+    }
+}
+
+impl Drop for Object {
+    fn drop(&mut self) {
+        self.inner.flush(self.handle, "a key");
+    }
+}
+
+impl Drop for NvIndex {
+    fn drop(&mut self) {
+        if self.handle != NONE {
+            let mut handle = self.handle;
+            // SAFETY: the context is live, and the handle is not used again. No command is sent.
+            unsafe { (self.inner.library.Esys_TR_Close)(self.inner.esys.get(), &raw mut handle) };
+        }
+    }
+}
+
+impl Drop for TpmLock {
+    fn drop(&mut self) {
+        // SAFETY: flock takes no pointer, and `_inner` keeps the descriptor open.
+        unsafe { libc::flock(self.descriptor, libc::LOCK_UN) };
+    }
+}

@@ -1,0 +1,237 @@
+//! What can be wrong with a floor.
+
+use std::io;
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use super::digests::Name;
+use super::signature::KeyError;
+use crate::error::{Class, Classified, IoError};
+use crate::sys::tpm::{Tcti, TpmError};
+
+/// Why a floor cannot be read or raised, or why a version is refused.
+///
+/// The class is [`Class::Tpm`] (exit code 5) where the floor itself is in question, [`Class::Rollback`]
+/// (4) where the floor is sound and says no, and [`Class::Input`] (2) where the user's words or files are wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum FloorError {
+    /// The device has no TPM, or it cannot be reached.
+    #[error("no TPM answers at {tcti}: {source}")]
+    NoTpm {
+        /// Where it was looked for.
+        tcti: Tcti,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// tpm2-tss is missing.
+    #[error("cannot load the TPM library: {message}")]
+    NoLibrary {
+        /// What the dynamic loader said.
+        message: String,
+    },
+    /// The floor's index does not exist.
+    #[error("the TPM at {tcti} has no floor: NV index {index:#010x} does not exist")]
+    NotProvisioned {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// The index that was looked for.
+        index: u32,
+    },
+    /// The floor's index exists, but was never written.
+    #[error(
+        "the floor in the TPM at {tcti} is not ready: NV index {index:#010x} was defined, but never written"
+    )]
+    ProvisionIncomplete {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// The index.
+        index: u32,
+    },
+    /// An index with other attributes, another policy or another size stands in the floor's place.
+    #[error(
+        "NV index {index:#010x} of the TPM at {tcti} is not this product's floor: \
+         its Name is {found}, expected {expected}"
+    )]
+    FloorIndexTampered {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// The index.
+        index: u32,
+        /// The Name that follows from the floor key and the product.
+        expected: Name,
+        /// The Name that the TPM gives, in hex digits.
+        found: String,
+    },
+    /// The version is older than the floor.
+    #[error("version {version} is below the floor: this device allows version {floor} and up")]
+    Rollback {
+        /// The version that was asked for.
+        version: u64,
+        /// The floor.
+        floor: u64,
+    },
+    /// An update that is no update.
+    #[error("version {version} is not newer than the current version {current}")]
+    NotNewer {
+        /// The version that was asked for.
+        version: u64,
+        /// The version that the device has.
+        current: u64,
+    },
+    /// The TPM says that the floor is not below the version, and that it is.
+    #[error("the TPM refused to raise the floor to {version}, though it stands at {floor}")]
+    RaiseRefused {
+        /// The version that was asked for.
+        version: u64,
+        /// The floor that was read after the refusal.
+        floor: u64,
+    },
+    /// The raise went through, and yet the floor reads lower.
+    #[error("the floor in the TPM at {tcti} reads {floor} after it was raised to {version}")]
+    NotRaised {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// The version that was written.
+        version: u64,
+        /// The floor that was read back.
+        floor: u64,
+    },
+    /// A floor signature that the floor key did not make for this version and product.
+    #[error("the floor signature is not the floor key's for version {version} of product {product}")]
+    BadFloorSignature {
+        /// The version.
+        version: u64,
+        /// The product.
+        product: Uuid,
+    },
+    /// A system that came without a floor signature, on a device that needs one.
+    #[error("version {version} has no floor signature, and this device has a floor")]
+    NoFloorSignature {
+        /// The version.
+        version: u64,
+    },
+    /// What was proved is not what the floor's policy asks for.
+    #[error("the TPM at {tcti} does not take the policy for {what}: response {code:#x}")]
+    PolicyMismatch {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// What was to be written.
+        what: String,
+        /// The TPM's response code.
+        code: u32,
+    },
+    /// The provisioning key did not sign this session's nonce.
+    #[error("the signature is not the provisioning key's over the nonce of this session")]
+    BadProvisionSignature,
+    /// The floor key did not authorize this provisioning key for this product.
+    #[error(
+        "{object}: expected an authorization by the floor key for this provisioning key and product {product}, \
+         found {found}"
+    )]
+    FirstWriteNotAuthorized {
+        /// Where it was looked for.
+        object: String,
+        /// The product.
+        product: Uuid,
+        /// What was there.
+        found: String,
+    },
+    /// The TPM has no room for the index.
+    #[error("the TPM at {tcti} has no room for NV index {index:#010x}")]
+    NvFull {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// The index.
+        index: u32,
+    },
+    /// There is a floor already.
+    #[error("{place} has its floor already")]
+    AlreadyProvisioned {
+        /// The TPM and the index, or the file.
+        place: String,
+    },
+    /// Somebody set an authorization value for the owner hierarchy.
+    #[error(
+        "the TPM at {tcti} asks for the owner's authorization to define NV index {index:#010x}: \
+         expected an empty one"
+    )]
+    OwnerAuthNeeded {
+        /// Where the TPM is.
+        tcti: Tcti,
+        /// The index.
+        index: u32,
+    },
+    /// The TPM did not answer in time.
+    #[error("{0}")]
+    TpmBusy(#[source] TpmError),
+    /// Any other failure of the TPM.
+    #[error("{0}")]
+    Tpm(#[source] TpmError),
+    /// The development floor's file does not hold a version.
+    #[error("{}: expected a version and a newline, found `{found}`", path.display())]
+    FileTampered {
+        /// The file.
+        path: PathBuf,
+        /// What it holds, shortened.
+        found: String,
+    },
+    /// A version that no system can have.
+    #[error("{version} is not a version: expected 1 to 9007199254740991 (2^53-1)")]
+    VersionRange {
+        /// The number as it was given.
+        version: u64,
+    },
+    /// The device does not know its floor key or its product.
+    #[error("{}: this device was not told its {what}", path.display())]
+    NotConfigured {
+        /// The file that should say it.
+        path: PathBuf,
+        /// `floor key` or `product`.
+        what: &'static str,
+    },
+    /// The device was told something else before.
+    #[error("{}: this device has another {what}: found {found}, given {given}", path.display())]
+    ConfigConflict {
+        /// The file that says so.
+        path: PathBuf,
+        /// `floor key` or `product`.
+        what: &'static str,
+        /// What was given now.
+        given: String,
+        /// What was recorded.
+        found: String,
+    },
+    /// A key file that cannot be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// A file operation that failed.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+impl FloorError {
+    /// Sorts a failure of the TPM that has no meaning of its own where it happened.
+    pub(super) fn of_tpm(error: TpmError) -> Self {
+        match error {
+            TpmError::Absent { tcti, source } => FloorError::NoTpm { tcti, source },
+            TpmError::Library { message } => FloorError::NoLibrary { message },
+            busy @ (TpmError::Timeout { .. } | TpmError::Busy { .. }) => FloorError::TpmBusy(busy),
+            other => FloorError::Tpm(other),
+        }
+    }
+}
+
+impl Classified for FloorError {
+    fn class(&self) -> Class {
+        match self {
+            FloorError::Rollback { .. } | FloorError::NotNewer { .. } => Class::Rollback,
+            FloorError::VersionRange { .. }
+            | FloorError::ConfigConflict { .. }
+            | FloorError::FirstWriteNotAuthorized { .. } => Class::Input,
+            FloorError::Key(error) => error.class(),
+            FloorError::Io(error) => error.class(),
+            _ => Class::Tpm,
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The development floor: a number in a file of the state folder. It protects nothing.
+//!
+//! ```text
+//! SYSTEM/floor       the version in decimal digits, and a newline; absent: 0
+//! SYSTEM/floor.lock  flock, exclusive, while the floor is raised
+//! ```
+//!
+//! The file changes by atomic replace: temporary file, fsync, rename, fsync of the folder.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use super::Floor;
+use super::digests::{MAX_VERSION, Policy};
+use super::error::FloorError;
+use super::signature::{check_signature, check_version};
+use crate::error::{IoContext, IoError};
+use crate::failpoint;
+
+/// What is said each time that the development floor is used.
+pub const FILE_WARNING: &str = "the floor is kept in a file (--floor file): \
+     it protects nothing against whoever can write the disk";
+
+/// No floor file is larger, in bytes.
+const MAX_BYTES: u64 = 64;
+
+/// The development floor.
+#[derive(Debug)]
+pub struct FileFloor {
+    path: PathBuf,
+    policy: Option<Policy>,
+}
+
+impl FileFloor {
+    /// The floor in this file; with a policy, raising it wants the floor key's signature.
+    pub fn new(path: PathBuf, policy: Option<Policy>) -> Self {
+        Self { path, policy }
+    }
+
+    /// Creates the file with 0.
+    ///
+    /// # Errors
+    /// [`FloorError::AlreadyProvisioned`] where it is there.
+    pub fn provision(&self) -> Result<(), FloorError> {
+        let _lock = self.lock()?;
+        if self.path.exists() {
+            return Err(FloorError::AlreadyProvisioned { place: self.path.display().to_string() });
+        }
+        self.write(0)
+    }
+
+    fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("."))
+    }
+
+    fn lock(&self) -> Result<File, IoError> {
+        let path = self.path.with_extension("lock");
+        fs::create_dir_all(self.folder()).on("create", self.folder())?;
+        let file =
+            OpenOptions::new().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
+        // Held for one small write by whoever holds it.
+        file.lock().on("lock", &path)?;
+        Ok(file)
+    }
+
+    fn write(&self, version: u64) -> Result<(), FloorError> {
+        let temporary = self.path.with_extension("tmp");
+        let mut file = File::create(&temporary).on("create", &temporary)?;
+        file.write_all(format!("{version}\n").as_bytes()).on("write", &temporary)?;
+        file.sync_all().on("sync", &temporary)?;
+        failpoint::hit("floor.file.written");
+        fs::rename(&temporary, &self.path).on("rename", &self.path)?;
+        failpoint::hit("floor.file.renamed");
+        File::open(self.folder()).and_then(|folder| folder.sync_all()).on("sync", self.folder())?;
+        Ok(())
+    }
+}
+
+impl Floor for FileFloor {
+    fn read(&mut self) -> Result<u64, FloorError> {
+        let file = match File::open(&self.path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            Err(source) => return Err(IoError { operation: "open", path: self.path.clone(), source }.into()),
+        };
+        let mut bytes = Vec::new();
+        file.take(MAX_BYTES).read_to_end(&mut bytes).on("read", &self.path)?;
+        let text = String::from_utf8_lossy(&bytes);
+        let digits =
+            text.strip_suffix('\n').filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+        digits.and_then(|digits| digits.parse().ok()).filter(|version| *version <= MAX_VERSION).ok_or_else(
+            || FloorError::FileTampered { path: self.path.clone(), found: text.escape_default().to_string() },
+        )
+    }
+
+    fn raise(&mut self, version: u64, signature: &[u8]) -> Result<(), FloorError> {
+        match &self.policy {
+            Some(policy) => {
+                check_signature(policy, version, signature)?;
+            }
+            None => check_version(version)?,
+        }
+        let _lock = self.lock()?;
+        if self.read()? < version {
+            self.write(version)?;
+        }
+        Ok(())
+    }
+
+    fn needs_signature(&self) -> bool {
+        self.policy.is_some()
+    }
+
+    fn warning(&self) -> Option<&'static str> {
+        Some(FILE_WARNING)
+    }
+
+    fn place(&self) -> String {
+        self.path.display().to_string()
+    }
+}

@@ -1,0 +1,380 @@
+//! The floor in a TPM: read, raise, provision.
+
+use std::time::Duration;
+
+use super::Floor;
+use super::digests::{ATTRIBUTES, DATA_BYTES, INDEX, Name, Policy};
+use super::error::FloorError;
+use super::signature::{PublicKey, Signature, check_provision, check_signature, provision_message};
+use crate::digest::hex;
+use crate::failpoint;
+use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
+
+/// The time that one use of the TPM may take: reading takes milliseconds, a raise some 200 ms on a slow chip.
+pub const DEFAULT_BUDGET: Duration = Duration::from_secs(30);
+
+// Response codes (TPM 2.0 part 2, section "TPM_RC"; FLOOR.md, the table).
+/// The handle names nothing (first handle).
+const RC_NO_HANDLE: u32 = 0x18b;
+const RC_NV_UNINITIALIZED: u32 = 0x14a;
+const RC_NV_SPACE: u32 = 0x14b;
+const RC_NV_DEFINED: u32 = 0x14c;
+/// A policy's condition does not hold.
+const RC_POLICY: u32 = 0x126;
+/// A signature does not verify: VerifySignature's second parameter.
+const RC_SIGNATURE_2: u32 = 0x2db;
+/// A signature does not verify: PolicySigned's fifth parameter.
+const RC_SIGNATURE_5: u32 = 0x5db;
+/// The session's policy is not that of the object (first session).
+const RC_POLICY_FAIL: u32 = 0x99d;
+/// PolicyAuthorize: the policy is not the approved one (first parameter), the ticket is none (fourth).
+const RC_VALUE_1: u32 = 0x1c4;
+const RC_VALUE_4: u32 = 0x4c4;
+/// A wrong auth value (first session).
+const RC_BAD_AUTH: u32 = 0x9a2;
+
+/// The floor in a TPM.
+///
+/// Connects when it is first used, and keeps the connection; a failure ends it, and the next use connects again.
+pub struct TpmFloor {
+    policy: Policy,
+    tcti: Tcti,
+    budget: Duration,
+    tpm: Option<Tpm>,
+}
+
+impl TpmFloor {
+    /// The floor of a product in the TPM at `tcti`; `budget` bounds each use of it.
+    pub fn new(policy: Policy, tcti: Tcti, budget: Duration) -> Self {
+        Self { policy, tcti, budget, tpm: None }
+    }
+
+    /// The floor's digests.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The public area of whatever is at the floor's index, for a person to look at.
+    pub fn area(&mut self) -> Result<NvArea, FloorError> {
+        self.with(|here| here.find()?.area().map_err(FloorError::of_tpm))
+    }
+
+    fn with<T>(&mut self, act: impl FnOnce(&Here<'_>) -> Result<T, FloorError>) -> Result<T, FloorError> {
+        let tpm = match self.tpm.take() {
+            Some(tpm) => {
+                tpm.restart_clock();
+                tpm
+            }
+            None => Tpm::open(&self.tcti, self.budget).map_err(FloorError::of_tpm)?,
+        };
+        let result = act(&Here { tpm: &tpm, policy: &self.policy, tcti: &self.tcti });
+        if result.is_ok() {
+            self.tpm = Some(tpm);
+        }
+        result
+    }
+
+    /// Begins to provision: defines the index and draws the nonce that the provisioning key must sign.
+    ///
+    /// An index that an earlier, interrupted provisioning defined is used.
+    ///
+    /// # Errors
+    /// [`FloorError::AlreadyProvisioned`], [`FloorError::FloorIndexTampered`], [`FloorError::NvFull`],
+    /// [`FloorError::OwnerAuthNeeded`], [`FloorError::FirstWriteNotAuthorized`].
+    pub fn provision(
+        &self,
+        provision_key: &PublicKey,
+        authorization: &Signature,
+    ) -> Result<Provisioning, FloorError> {
+        let digest = self.policy.to_sign(&self.policy.first_write(provision_key));
+        if !self.policy.key().verifies(&digest, authorization) {
+            return Err(FloorError::FirstWriteNotAuthorized {
+                object: "the authorization".into(),
+                product: self.policy.product(),
+                found: "another signature".into(),
+            });
+        }
+        let tpm = Tpm::open(&self.tcti, self.budget).map_err(FloorError::of_tpm)?;
+        let here = Here { tpm: &tpm, policy: &self.policy, tcti: &self.tcti };
+        let (index, defined_here) = match here.find() {
+            Ok(index) => match here.check_name(&index) {
+                Ok(()) => return Err(here.already_provisioned()),
+                Err(FloorError::ProvisionIncomplete { .. }) => (index, false),
+                Err(error) => return Err(error),
+            },
+            Err(FloorError::NotProvisioned { .. }) => (here.define()?, true),
+            Err(error) => return Err(error),
+        };
+        failpoint::hit("floor.defined");
+        let mut begun = Provisioning {
+            session: None,
+            nonce: Vec::new(),
+            defined_here,
+            index: Some(index),
+            tpm,
+            policy: self.policy.clone(),
+            tcti: self.tcti.clone(),
+            provision_key: *provision_key,
+            authorization: *authorization,
+        };
+        // From here on, giving up deletes the index again if it was not there before.
+        let session = begun.tpm.policy_session().map_err(FloorError::of_tpm)?;
+        begun.nonce = session.nonce().map_err(FloorError::of_tpm)?;
+        begun.session = Some(session);
+        Ok(begun)
+    }
+}
+
+impl Floor for TpmFloor {
+    fn read(&mut self) -> Result<u64, FloorError> {
+        self.with(|here| here.read())
+    }
+
+    fn raise(&mut self, version: u64, signature: &[u8]) -> Result<(), FloorError> {
+        let signature = check_signature(&self.policy, version, signature)?;
+        self.with(|here| here.raise(version, &signature))
+    }
+
+    fn needs_signature(&self) -> bool {
+        true
+    }
+
+    fn place(&self) -> String {
+        format!("NV index {INDEX:#010x} of the TPM at {}", self.tcti)
+    }
+}
+
+/// A connection, and what to expect behind it.
+struct Here<'a> {
+    tpm: &'a Tpm,
+    policy: &'a Policy,
+    tcti: &'a Tcti,
+}
+
+impl Here<'_> {
+    fn already_provisioned(&self) -> FloorError {
+        FloorError::AlreadyProvisioned { place: format!("the TPM at {} (NV index {INDEX:#010x})", self.tcti) }
+    }
+
+    fn find(&self) -> Result<NvIndex, FloorError> {
+        self.tpm.nv_index(INDEX).map_err(|error| match error.code() {
+            Some(RC_NO_HANDLE) => FloorError::NotProvisioned { tcti: self.tcti.clone(), index: INDEX },
+            _ => FloorError::of_tpm(error),
+        })
+    }
+
+    /// Rule (DESIGN.md, section 5): the index's Name must be the expected constant.
+    fn check_name(&self, index: &NvIndex) -> Result<(), FloorError> {
+        let found = index.name().map_err(FloorError::of_tpm)?;
+        let is = |name: Name| found.as_slice() == name.as_bytes().as_slice();
+        if is(self.policy.name_written()) {
+            Ok(())
+        } else if is(self.policy.name_unwritten()) {
+            Err(FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX })
+        } else {
+            Err(FloorError::FloorIndexTampered {
+                tcti: self.tcti.clone(),
+                index: INDEX,
+                expected: self.policy.name_written(),
+                found: hex(&found),
+            })
+        }
+    }
+
+    fn read_index(&self, index: &NvIndex) -> Result<u64, FloorError> {
+        let data = index.read(DATA_BYTES).map_err(|error| match error.code() {
+            Some(RC_NV_UNINITIALIZED) => {
+                FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX }
+            }
+            _ => FloorError::of_tpm(error),
+        })?;
+        let data: [u8; 8] = data.as_slice().try_into().map_err(|_| {
+            FloorError::Tpm(TpmError::Garbled {
+                tcti: self.tcti.clone(),
+                operation: "read an NV index",
+                found: format!("{} bytes, expected {DATA_BYTES}", data.len()),
+            })
+        })?;
+        Ok(u64::from_be_bytes(data))
+    }
+
+    fn read(&self) -> Result<u64, FloorError> {
+        let index = self.find()?;
+        self.check_name(&index)?;
+        self.read_index(&index)
+    }
+
+    fn raise(&self, version: u64, signature: &Signature) -> Result<(), FloorError> {
+        let _lock = self.tpm.lock().map_err(FloorError::of_tpm)?;
+        let index = self.find()?;
+        self.check_name(&index)?;
+        if self.read_index(&index)? >= version {
+            return Ok(());
+        }
+        let bump = self.policy.bump(version);
+        let operand = version.to_be_bytes();
+        let session = self.tpm.policy_session().map_err(FloorError::of_tpm)?;
+        if let Err(error) = session.policy_nv_less_than(&index, &operand) {
+            if error.code() != Some(RC_POLICY) {
+                return Err(FloorError::of_tpm(error));
+            }
+            // The TPM says that the floor is not below the version: somebody was faster.
+            let floor = self.read_index(&index)?;
+            return if floor >= version { Ok(()) } else { Err(FloorError::RaiseRefused { version, floor }) };
+        }
+        session.policy_cp_hash(&self.policy.write_parameters(version)).map_err(FloorError::of_tpm)?;
+        let bad_signature = || FloorError::BadFloorSignature { version, product: self.policy.product() };
+        self.authorize(&session, &bump, signature, bad_signature, || format!("version {version}"))?;
+        failpoint::hit("floor.authorized");
+        self.write(&index, &session, &operand, || format!("version {version}"))?;
+        failpoint::hit("floor.written");
+        // Rule (DESIGN.md, section 5): raise the floor, then read it back. The Name as well: it
+        // is what tells a floor from a look-alike.
+        let floor = self.read()?;
+        if floor < version {
+            return Err(FloorError::NotRaised { tcti: self.tcti.clone(), version, floor });
+        }
+        Ok(())
+    }
+
+    /// PolicyAuthorize of what the session has proved, with the floor key's signature.
+    fn authorize(
+        &self,
+        session: &Session,
+        policy: &[u8; 32],
+        signature: &Signature,
+        bad_signature: impl FnOnce() -> FloorError,
+        what: impl FnOnce() -> String,
+    ) -> Result<(), FloorError> {
+        let key = self.policy.key();
+        let name = Name::of_key(key);
+        let ticket = {
+            let loaded = self.tpm.load_public(&point(key)).map_err(FloorError::of_tpm)?;
+            loaded.verify(&self.policy.to_sign(policy), signature).map_err(|error| match error.code() {
+                Some(RC_SIGNATURE_2) => bad_signature(),
+                _ => FloorError::of_tpm(error),
+            })?
+        };
+        session.policy_authorize(policy, self.policy.reference(), name.as_bytes(), &ticket).map_err(|error| {
+            match error.code() {
+                Some(code @ (RC_VALUE_1 | RC_VALUE_4)) => {
+                    FloorError::PolicyMismatch { tcti: self.tcti.clone(), what: what(), code }
+                }
+                _ => FloorError::of_tpm(error),
+            }
+        })
+    }
+
+    fn write(
+        &self,
+        index: &NvIndex,
+        session: &Session,
+        data: &[u8; 8],
+        what: impl FnOnce() -> String,
+    ) -> Result<(), FloorError> {
+        index.write(session, data).map_err(|error| match error.code() {
+            Some(code @ RC_POLICY_FAIL) => {
+                FloorError::PolicyMismatch { tcti: self.tcti.clone(), what: what(), code }
+            }
+            _ => FloorError::of_tpm(error),
+        })
+    }
+
+    fn define(&self) -> Result<NvIndex, FloorError> {
+        let area = NvArea {
+            index: INDEX,
+            attributes: ATTRIBUTES,
+            policy: self.policy.auth_policy().to_vec(),
+            bytes: DATA_BYTES,
+        };
+        self.tpm.nv_define(&area).map_err(|error| match error.code() {
+            Some(RC_NV_SPACE) => FloorError::NvFull { tcti: self.tcti.clone(), index: INDEX },
+            Some(RC_NV_DEFINED) => self.already_provisioned(),
+            Some(RC_BAD_AUTH) => FloorError::OwnerAuthNeeded { tcti: self.tcti.clone(), index: INDEX },
+            _ => FloorError::of_tpm(error),
+        })
+    }
+}
+
+fn point(key: &PublicKey) -> PublicPoint {
+    PublicPoint { x: *key.x(), y: *key.y() }
+}
+
+/// A provisioning that waits for the provisioning key's signature, its session held open in the TPM.
+///
+/// Dropped before it is finished, it deletes the index that it defined.
+pub struct Provisioning {
+    // The order matters: what is in the TPM goes before the connection.
+    session: Option<Session>,
+    index: Option<NvIndex>,
+    nonce: Vec<u8>,
+    /// The index was not there before.
+    defined_here: bool,
+    policy: Policy,
+    tcti: Tcti,
+    provision_key: PublicKey,
+    authorization: Signature,
+    tpm: Tpm,
+}
+
+impl Provisioning {
+    /// What the provisioning key must sign: 36 bytes, the session's nonce and an expiration of 0.
+    pub fn message(&self) -> Vec<u8> {
+        provision_message(&self.nonce)
+    }
+
+    /// Writes 0, with the provisioning key's signature (64 bytes, or DER); the floor can be used from then on.
+    ///
+    /// # Errors
+    /// [`FloorError::BadProvisionSignature`] for a signature of another key or of another session's nonce.
+    pub fn finish(mut self, signature: &[u8]) -> Result<(), FloorError> {
+        let signature = check_provision(&self.provision_key, &self.message(), signature)?;
+        self.finish_unchecked(&signature)
+    }
+
+    /// The same, leaving it to the TPM to check the signature: for tests of what the TPM refuses.
+    #[doc(hidden)]
+    pub fn finish_unchecked(&mut self, signature: &Signature) -> Result<(), FloorError> {
+        self.tpm.restart_clock();
+        let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
+        let (Some(session), Some(index)) = (&self.session, &self.index) else {
+            return Err(FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX });
+        };
+        session.policy_nv_unwritten().map_err(FloorError::of_tpm)?;
+        {
+            let key = self.tpm.load_public(&point(&self.provision_key)).map_err(FloorError::of_tpm)?;
+            session.policy_signed(&key, &self.nonce, signature).map_err(|error| match error.code() {
+                Some(RC_SIGNATURE_5) => FloorError::BadProvisionSignature,
+                _ => FloorError::of_tpm(error),
+            })?;
+        }
+        session.policy_cp_hash(&self.policy.first_write_parameters()).map_err(FloorError::of_tpm)?;
+        let not_authorized = || FloorError::FirstWriteNotAuthorized {
+            object: "the authorization".into(),
+            product: self.policy.product(),
+            found: "another signature".into(),
+        };
+        let policy = self.policy.first_write(&self.provision_key);
+        here.authorize(session, &policy, &self.authorization, not_authorized, || "the first write".into())?;
+        here.write(index, session, &[0; 8], || "the first write".into())?;
+        // The index is written: it is the floor now, and stays.
+        self.defined_here = false;
+        failpoint::hit("floor.provisioned");
+        self.index = None;
+        let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
+        // Rule (FLOOR.md): write 0, check the Name.
+        here.read().map(|_| ())
+    }
+}
+
+impl Drop for Provisioning {
+    fn drop(&mut self) {
+        self.session = None;
+        if let (true, Some(index)) = (self.defined_here, self.index.take()) {
+            self.tpm.restart_clock();
+            if let Err(error) = self.tpm.nv_undefine(index) {
+                log::warn!("a provisioning failed, and its index stays: {error}");
+            }
+        }
+    }
+}
