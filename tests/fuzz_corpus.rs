@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 #[path = "fuzz/src/lib.rs"]
+#[allow(dead_code)]
 mod targets;
 
 #[test]

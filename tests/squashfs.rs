@@ -236,7 +236,7 @@ fn what_follows_the_image() {
     mksquashfs(&small, &image, "-comp zstd");
     let padded = fs::read(&image).unwrap();
     let used = open(&image).superblock().bytes_used as usize;
-    assert!(used < padded.len() && padded.len() % 4096 == 0);
+    assert!(used < padded.len() && padded.len().is_multiple_of(4096));
 
     let appended = [&padded[..], &[0xa5; 8192]].concat();
     for bytes in [padded[..used].to_vec(), padded.clone(), appended] {

@@ -553,7 +553,7 @@ fn xattrs() {
     for number in 0..70 {
         values.extend([name(0x100, format!("{number}").as_bytes()), fields![8u32, 0u64]].concat());
     }
-    let (result, built) = case(values, set(list / 8192 * 8194 << 16 | list % 8192, 70));
+    let (result, built) = case(values, set(((list / 8192 * 8194) << 16) | (list % 8192), 70));
     let why = "a value of 65536 bytes (4259840 for the file), expected at most 65536 (4194304) (byte 4 of the metadata block)";
     expect(result, table, built.xattr_start, why);
     // Names of 64 KiB and more.

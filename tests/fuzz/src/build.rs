@@ -179,7 +179,7 @@ pub struct Places {
 pub fn sample() -> (Parts, Places) {
     let stored = 1u32 << 24;
     // At 96 a block of 4096 bytes, after it a fragment block of 100 bytes.
-    let mut data: Vec<u8> = (0..4096u32).map(|number| (number * 7 >> 3) as u8).collect();
+    let mut data: Vec<u8> = (0..4096u32).map(|number| ((number * 7) >> 3) as u8).collect();
     data.extend((0..100).map(|number| b'A' + number % 26));
     let names: [(&[u8], u16); 6] =
         [(b"device", 5), (b"fifo", 6), (b"file", 2), (b"folder", 1), (b"link", 3), (b"small", 2)];

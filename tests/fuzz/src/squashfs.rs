@@ -44,7 +44,7 @@ pub fn inodes(data: &[u8]) {
 
 /// The reference of what is at that offset of a decoded table of blocks that are stored as they are.
 fn reference(offset: u64) -> u64 {
-    offset / 8192 * 8194 << 16 | offset % 8192
+    ((offset / 8192 * 8194) << 16) | (offset % 8192)
 }
 
 /// Two bytes that say how long an index is, the index, then a listing, all of it the root's.
