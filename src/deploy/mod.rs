@@ -25,6 +25,7 @@ pub mod commit;
 pub mod deployment;
 pub mod error;
 
+pub mod gc;
 pub mod plan;
 pub mod state;
 pub mod status;
