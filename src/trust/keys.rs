@@ -4,7 +4,8 @@
 //! ca.pem ca.key               the manifest CA
 //! signer.pem signer.key       signs manifests; CN `manifest NAME:UUID`, issued by the CA
 //! floor.key floor.pub         signs floors (FLOOR.md)
-//! provision.key provision.pub provisions floors (FLOOR.md)
+//! provision.key provision.pub provisions floors (FLOOR.md); behind the key, the floor key's
+//!                             authorization of it for this product
 //! ```
 //!
 //! Certificates and public keys are PEM, private keys PKCS#8 in PEM, mode 0600.
@@ -30,6 +31,7 @@ use openssl::x509::{X509, X509Builder, X509Name, X509Ref};
 use uuid::Uuid;
 
 use super::files::{NewFile, read_at_most, write_new};
+use super::floor::signature::authorization_of;
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
@@ -233,6 +235,8 @@ fn make(request: &Request, common_name: &str) -> Result<Vec<NewFile>, ErrorStack
     let private = |name, key: &PKey<Private>| {
         Ok::<_, ErrorStack>(NewFile { name, bytes: key.private_key_to_pem_pkcs8()?, mode: 0o600 })
     };
+    // The floor key allows the provisioning key to make a device's first write.
+    let authorization = authorization_of(&floor, &request.product, &provision)?.into_bytes();
     Ok(vec![
         public("ca.pem", ca.to_pem()?),
         private("ca.key", &ca_key)?,
@@ -240,8 +244,12 @@ fn make(request: &Request, common_name: &str) -> Result<Vec<NewFile>, ErrorStack
         private("signer.key", &signer_key)?,
         private("floor.key", &floor)?,
         public("floor.pub", floor.public_key_to_pem()?),
-        private("provision.key", &provision)?,
-        public("provision.pub", provision.public_key_to_pem()?),
+        NewFile {
+            name: "provision.key",
+            bytes: [provision.private_key_to_pem_pkcs8()?, authorization.clone()].concat(),
+            mode: 0o600,
+        },
+        public("provision.pub", [provision.public_key_to_pem()?, authorization].concat()),
     ])
 }
 
