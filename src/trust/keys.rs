@@ -4,8 +4,7 @@
 //! ca.pem ca.key               the manifest CA
 //! signer.pem signer.key       signs manifests; CN `manifest NAME:UUID`, issued by the CA
 //! floor.key floor.pub         signs floors (FLOOR.md)
-//! provision.key provision.pub provisions floors (FLOOR.md); behind the key, the floor key's
-//!                             authorization of it for this product
+//! provision.key provision.pub provisions floors (FLOOR.md)
 //! ```
 //!
 //! Certificates and public keys are PEM, private keys PKCS#8 in PEM, mode 0600.
@@ -31,7 +30,7 @@ use openssl::x509::{X509, X509Builder, X509Name, X509Ref};
 use uuid::Uuid;
 
 use super::files::{NewFile, read_at_most, write_new};
-use super::floor::signature::authorization_of;
+use super::floor::{self, FloorError};
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
@@ -92,6 +91,9 @@ pub enum KeyError {
         /// How many characters fit beside `manifest ` and the UUID.
         max: usize,
     },
+    /// The floor key cannot authorize the provisioning key.
+    #[error("cannot authorize the provisioning key: {0}")]
+    Authorize(#[source] Box<FloorError>),
     /// A file that cannot be read or written.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -103,6 +105,18 @@ pub enum KeyError {
         /// What it says.
         source: ErrorStack,
     },
+}
+
+impl From<FloorError> for KeyError {
+    fn from(error: FloorError) -> Self {
+        KeyError::Authorize(Box::new(error))
+    }
+}
+
+impl From<floor::KeyError> for KeyError {
+    fn from(error: floor::KeyError) -> Self {
+        FloorError::from(error).into()
+    }
 }
 
 impl Classified for KeyError {
@@ -216,7 +230,8 @@ pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, KeyError>
             return Err(KeyError::Exists { path });
         }
     }
-    let files = make(request, &common_name).map_err(openssl("make keys"))?;
+    let mut files = make(request, &common_name).map_err(openssl("make keys"))?;
+    authorize(&mut files, &request.product)?;
     let outcome = write_new(dir, &files, |_| failpoint::hit("keys-file"));
     outcome.map_err(|error| match error.source.kind() {
         std::io::ErrorKind::AlreadyExists => KeyError::Exists { path: error.path },
@@ -235,8 +250,6 @@ fn make(request: &Request, common_name: &str) -> Result<Vec<NewFile>, ErrorStack
     let private = |name, key: &PKey<Private>| {
         Ok::<_, ErrorStack>(NewFile { name, bytes: key.private_key_to_pem_pkcs8()?, mode: 0o600 })
     };
-    // The floor key allows the provisioning key to make a device's first write.
-    let authorization = authorization_of(&floor, &request.product, &provision)?.into_bytes();
     Ok(vec![
         public("ca.pem", ca.to_pem()?),
         private("ca.key", &ca_key)?,
@@ -244,13 +257,25 @@ fn make(request: &Request, common_name: &str) -> Result<Vec<NewFile>, ErrorStack
         private("signer.key", &signer_key)?,
         private("floor.key", &floor)?,
         public("floor.pub", floor.public_key_to_pem()?),
-        NewFile {
-            name: "provision.key",
-            bytes: [provision.private_key_to_pem_pkcs8()?, authorization.clone()].concat(),
-            mode: 0o600,
-        },
-        public("provision.pub", [provision.public_key_to_pem()?, authorization].concat()),
+        private("provision.key", &provision)?,
+        public("provision.pub", provision.public_key_to_pem()?),
     ])
+}
+
+/// Appends the floor key's authorization of the provisioning key to both of its files: without it
+/// no device takes that key's word (FLOOR.md, first write).
+fn authorize(files: &mut [NewFile], product: &Uuid) -> Result<(), KeyError> {
+    let pem = |name: &str| {
+        files.iter().find(|file| file.name == name).map(|file| file.bytes.clone()).unwrap_or_default()
+    };
+    let floor_key = floor::PrivateKey::from_pem(&pem("floor.key"), Path::new("floor.key"))?;
+    let provision = floor::PublicKey::from_pem(&pem("provision.pub"), Path::new("provision.pub"))?;
+    let authorization = floor::signature::authorize(&floor_key, product, &provision)?;
+    let block = floor::signature::authorization_block(&authorization);
+    for file in files.iter_mut().filter(|file| file.name.starts_with("provision.")) {
+        file.bytes.extend_from_slice(block.as_bytes());
+    }
+    Ok(())
 }
 
 fn new_p256() -> Result<PKey<Private>, ErrorStack> {

@@ -270,18 +270,6 @@ pub fn authorize(
     Ok(key.sign(&policy.to_sign(&policy.first_write(provision_key)))?)
 }
 
-/// The PEM block that authorizes a provisioning key, for keys that are both at hand.
-pub(in crate::trust) fn authorization_of(
-    floor_key: &PKeyRef<Private>,
-    product: &Uuid,
-    provision_key: &PKeyRef<Private>,
-) -> Result<String, ErrorStack> {
-    let (floor_key, provision_key) = (floor_key.ec_key()?, provision_key.ec_key()?);
-    let policy = Policy::new(PublicKey::coordinates(floor_key.as_ref())?, *product);
-    let first_write = policy.first_write(&PublicKey::coordinates(provision_key.as_ref())?);
-    Ok(authorization_block(&sign(floor_key.as_ref(), &policy.to_sign(&first_write))?))
-}
-
 /// An authorization as a PEM block, to stand in the file of the provisioning key behind the key itself.
 pub fn authorization_block(authorization: &Signature) -> String {
     let text = openssl::base64::encode_block(authorization);
