@@ -1,8 +1,8 @@
 //! `mosfs gc` on a device: what no deployment needs goes.
 //!
-//! Kept: current, pending and previous, what this boot runs, and whatever is mounted. The order
-//! keeps a crash harmless: folders first (no state names them), then the names in the store, then
-//! the blobs that no name reaches.
+//! Kept: current, pending and previous, what this boot runs, and whatever is mounted. The order keeps a crash
+//! harmless: folders first (nothing names them), then the names in the store, then the blobs that
+//! no name reaches. Names that are not mosfs' own (`mos/…`) are somebody else's and stay.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -16,14 +16,11 @@ use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::failpoint;
 use crate::manifest::SystemManifest;
-use crate::store::gc::Removal;
+use crate::store::gc::{Collector, Removal};
 use crate::store::{Store, image_name, system_name, version_name};
 
-/// Names of ours in the store begin so; others are somebody else's and stay.
-const PREFIX: &str = "mos/";
-
-/// What `gc` removes, or would remove.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+/// What `gc` would remove.
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct GcPlan {
     /// Deployments that no state names.
     pub deployments: Vec<DeploymentId>,
@@ -33,63 +30,56 @@ pub struct GcPlan {
     pub store: Removal,
 }
 
-/// Collects what no deployment needs; with `dry_run`, only says what that is.
-///
-/// `running` is what this boot runs, `mounted` the OCI manifests of what is mounted.
+/// Looks what can go. The system is locked, and its store too. `mounted` are the OCI manifests of
+/// what is mounted.
 ///
 /// # Errors
-/// Nothing is removed where a deployment that is kept cannot be read: what it needs is not known.
-pub fn collect(
+/// A deployment that is kept but cannot be read: what it needs is not known then.
+pub fn plan(
     system: &System,
     _lock: &SystemLock,
-    running: Option<DeploymentId>,
+    collector: &Collector<'_>,
+    store: &Store,
+    booted: Option<DeploymentId>,
     mounted: &[Digest],
-    dry_run: bool,
 ) -> Result<GcPlan, DeployError> {
-    let mut keep = system.state()?.named();
-    keep.extend(running);
-    let (whole, leftovers) = deployment::list(system)?;
-    let deployments = whole.into_iter().filter(|id| !keep.contains(id)).collect();
-    let mut plan = GcPlan { deployments, leftovers, ..GcPlan::default() };
-    if !dry_run {
-        for id in &plan.deployments {
-            deployment::remove(system, id)?;
-        }
-        for path in &plan.leftovers {
-            deployment::remove_leftover(system, path)?;
-        }
+    let mut kept = system.state()?.named();
+    kept.extend(booted);
+    let mut names = BTreeSet::new();
+    for id in &kept {
+        let signed = deployment::read(system, id)?;
+        let manifest = SystemManifest::parse(&signed.manifest).map_err(|source| DeployError::State {
+            path: system.deployment_dir(id),
+            why: source.to_string(),
+        })?;
+        names.insert(system_name(&id.digest));
+        names.insert(version_name(manifest.version));
+        names.extend(manifest.targets.iter().map(|(name, target)| image_name(name.as_str(), &target.digest)));
     }
-    let store_dir = system.store_dir();
-    if !store_dir.exists() {
-        return Ok(plan);
-    }
-    let store = Store::open(&store_dir)?;
-    let kept_names = kept_names(system, &keep)?;
-    let collector = store.collector()?;
-    let unneeded: Vec<_> = store
+    let (mut deployments, leftovers) = deployment::list(system)?;
+    deployments.retain(|id| !kept.contains(id));
+    let dropped: Vec<String> = store
         .names()?
         .into_iter()
         .map(|(name, _)| name)
-        .filter(|name| name.starts_with(PREFIX) && !kept_names.contains(name))
+        .filter(|name| name.starts_with("mos/") && !names.contains(name))
         .collect();
-    plan.store = collector.plan(&unneeded, mounted)?;
-    if !dry_run {
-        failpoint::hit("gc.planned");
-        collector.apply(&plan.store)?;
-    }
-    Ok(plan)
+    Ok(GcPlan { deployments, leftovers, store: collector.plan(&dropped, mounted)? })
 }
 
-/// The names in the store that the kept deployments need.
-fn kept_names(system: &System, keep: &[DeploymentId]) -> Result<BTreeSet<String>, DeployError> {
-    let mut names = BTreeSet::new();
-    for id in keep {
-        // Read for what it needs, not believed: nothing is started by it.
-        let manifest = deployment::read(system, id)?.manifest;
-        let manifest = SystemManifest::parse(&manifest).map_err(crate::trust::TrustError::from)?;
-        names.insert(system_name(&id.digest));
-        names.insert(version_name(id.version));
-        names.extend(manifest.targets.iter().map(|(name, target)| image_name(name.as_str(), &target.digest)));
+/// Removes what [`plan`] found under the same locks.
+pub fn apply(
+    system: &System,
+    _lock: &SystemLock,
+    collector: &Collector<'_>,
+    plan: &GcPlan,
+) -> Result<(), DeployError> {
+    for folder in &plan.leftovers {
+        deployment::remove_leftover(system, folder)?;
     }
-    Ok(names)
+    for id in &plan.deployments {
+        deployment::remove(system, id)?;
+    }
+    failpoint::hit("deploy.gc.folders");
+    Ok(collector.apply(&plan.store)?)
 }

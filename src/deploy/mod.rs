@@ -24,8 +24,8 @@ pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
-
 pub mod gc;
+
 pub mod plan;
 pub mod state;
 pub mod status;
