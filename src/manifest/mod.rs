@@ -11,8 +11,6 @@
 //! I/O. Everything is bounded: bytes, depth and number of nodes.
 
 pub mod decode;
-#[doc(hidden)]
-pub mod fuzz;
 pub mod import;
 pub mod json;
 pub mod rules;
