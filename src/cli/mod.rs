@@ -3,6 +3,8 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod boot;
+mod build;
 mod commit;
 mod device;
 mod floor;
@@ -13,6 +15,7 @@ mod keys;
 mod manifest;
 mod mount;
 pub mod output;
+mod progress;
 mod status;
 mod umount;
 
@@ -38,6 +41,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
     Install(install::InstallArgs),
@@ -47,6 +51,7 @@ enum Command {
     Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Boot(boot::BootArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
 }
@@ -79,6 +84,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),
@@ -87,6 +93,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
     }
