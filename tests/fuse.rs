@@ -37,7 +37,7 @@ fn everything() -> &'static (PathBuf, PathBuf) {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuse");
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
-        make_tree(&folder.join("tree"));
+        make_tree(&folder.join("tree"), 3100);
         mksquashfs(&folder.join("tree"), &folder.join("image"), "-comp zstd -xattrs");
         (folder.join("tree"), folder.join("image"))
     })
