@@ -277,3 +277,41 @@ fn boots_to_multi_user_on_both_backends_and_commits() {
     let second = Boot { disk: Some(disk), cmdline: asks.into(), ..device.boot() };
     second.expect(0, &[&words[..], &["\"backend\":\"fuse\""]].concat());
 }
+
+/// Unmounts what a boot on this machine has mounted, the last one first.
+struct Mounts(PathBuf);
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = table.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| {
+            Path::new(point).starts_with(&self.0)
+        });
+        for point in points.collect::<Vec<_>>().into_iter().rev() {
+            let _ = mosfs::sys::mountapi::unmount(Path::new(point), true);
+        }
+    }
+}
+
+/// No virtual machine: the same command, with a sysroot in a temporary folder.
+#[test]
+fn mosfs_boot_through_fuse_on_this_machine() {
+    let device = Device::new();
+    device.publisher.publish(200, "the first");
+    device.install();
+    let _mounts = Mounts(device.dir.path().to_path_buf());
+    let tpm = device.tpm();
+    fs::write(device.path("cmdline"), "quiet root=mosfs mosfs.backend=fuse\n").unwrap();
+    let (sysroot, cmdline) = (device.path("sysroot"), device.path("cmdline"));
+    let arguments =
+        ["boot", "--sysroot", sysroot.to_str().unwrap(), "--cmdline", cmdline.to_str().unwrap(), "--json"];
+    let answer = device.mosfs(&tpm, &arguments);
+    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(answer["version"], 200);
+    assert_eq!(answer["backend"], "fuse");
+    assert_eq!(answer["overlay"], "tmpfs");
+    assert_eq!(fs::read_to_string(sysroot.join("content")).unwrap(), "the first");
+    fs::write(sysroot.join("written"), "x").unwrap();
+    assert!(device.path("run/boot.json").exists());
+    assert!(device.path("run/config/manifestCA.pem").exists());
+}

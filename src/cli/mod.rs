@@ -4,6 +4,7 @@
 //! [`Command`] and in [`run`].
 
 mod boot;
+mod build;
 mod commit;
 mod device;
 mod floor;
@@ -14,6 +15,7 @@ mod keys;
 mod manifest;
 mod mount;
 pub mod output;
+mod progress;
 mod status;
 mod umount;
 
@@ -39,6 +41,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
     Install(install::InstallArgs),
@@ -81,6 +84,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),

@@ -98,7 +98,8 @@ impl Publisher {
         if for_floor {
             let key = floor::PrivateKey::read(&self.key("floor.key")).expect("the floor key");
             let signature = floor::sign_version(&key, &self.product, version).expect("signing");
-            referrers.push(writer.put_artifact(FLOOR_SIGNATURE_TYPE, &signature, Some(&system)).expect("put"));
+            referrers
+                .push(writer.put_artifact(FLOOR_SIGNATURE_TYPE, &signature, Some(&system)).expect("put"));
         }
         let digest = Digest::of(&signed.manifest);
         let (image_name, system_name) = (image_name("hostfs", &image.digest), system_name(&digest));
@@ -119,7 +120,8 @@ impl Publisher {
              service_type: hostfs\n    network: {{type: host}}\n",
             self.product
         );
-        let import = ImportManifest::parse(Path::new("import.yaml"), yaml.as_bytes()).expect("an import manifest");
+        let import =
+            ImportManifest::parse(Path::new("import.yaml"), yaml.as_bytes()).expect("an import manifest");
         let targets = import
             .targets
             .iter()
