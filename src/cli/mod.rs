@@ -3,6 +3,7 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod boot;
 mod build;
 mod commit;
 mod device;
@@ -52,6 +53,7 @@ enum Command {
     Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Boot(boot::BootArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Verify(verify::Verify),
@@ -95,6 +97,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
         Command::Verify(args) => verify::run(args, &cli.global),
