@@ -265,10 +265,8 @@ fn mount_partition(setup: &Setup, options: &BootOptions) -> Result<(), BootError
         return Ok(());
     }
     let wanted = &options.partition;
-    let found = partition::find(wanted, setup.patience).ok_or_else(|| BootError::NoPartition {
-        partition: wanted.to_string(),
-        waited: setup.patience,
-    })?;
+    let found = partition::find(wanted, setup.patience)
+        .ok_or_else(|| BootError::NoPartition { partition: wanted.to_string(), waited: setup.patience })?;
     log::info!("system partition: {} ({}), {wanted}", found.device.display(), found.file_system);
     fs::create_dir_all(&setup.system).on("create", &setup.system)?;
     let mount = || {
@@ -328,7 +326,9 @@ fn start(
         return Ok(Started { digest, target: name.into(), backend: kernel::NAME, layers, tree });
     }
     let begin = Instant::now();
-    let fuse = FuseOptions { flags: flags.clone(), ..FuseOptions::default() };
+    // The daemon lives as long as the system: it must not keep the TPM, the lock, or the console.
+    let inherited = crate::sys::daemon::open_descriptors();
+    let fuse = FuseOptions { flags: flags.clone(), inherited, ..FuseOptions::default() };
     let (layers, tree) = match &upper {
         None => {
             mount::mount(&plan, &setup.sysroot, Backend::Fuse, &fuse)?;
