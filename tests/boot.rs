@@ -66,7 +66,13 @@ fn debian_image() -> &'static Path {
             tool(
                 "squashfs-tools",
                 Command::new("mksquashfs").args([&root, &part]).args([
-                    "-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet", "-no-progress",
+                    "-comp",
+                    "zstd",
+                    "-Xcompression-level",
+                    "3",
+                    "-noappend",
+                    "-quiet",
+                    "-no-progress",
                 ]),
             );
             fs::rename(&part, &image).unwrap();
@@ -128,7 +134,8 @@ impl Device {
         tool("binutils", Command::new("strip").arg("-o").arg(top.join("usr/bin/mosfs")).arg(MOSFS));
         fs::set_permissions(top.join("usr/bin/mosfs"), PermissionsExt::from_mode(0o755)).unwrap();
         let units = top.join("etc/systemd/system");
-        fs::copy(source_file("mount-helpers/mosfs-commit.service"), units.join("mosfs-commit.service")).unwrap();
+        fs::copy(source_file("mount-helpers/mosfs-commit.service"), units.join("mosfs-commit.service"))
+            .unwrap();
         let wants = units.join("multi-user.target.wants");
         fs::create_dir_all(&wants).unwrap();
         for unit in ["mosfs-commit.service", "vm-verdict.service"] {
@@ -138,7 +145,14 @@ impl Device {
         tool(
             "squashfs-tools",
             Command::new("mksquashfs").args([&top, &image]).args([
-                "-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet", "-no-progress", "-all-root",
+                "-comp",
+                "zstd",
+                "-Xcompression-level",
+                "3",
+                "-noappend",
+                "-quiet",
+                "-no-progress",
+                "-all-root",
             ]),
         );
         let layers = vec![self.publisher.add_image(debian_image()), self.publisher.add_image(&image)];
@@ -172,7 +186,12 @@ impl Device {
         self.mosfs(&tpm, &["install", &source, "--ca", ca.to_str().unwrap(), "--product", PRODUCT]);
         let (key, floor) = (self.publisher.key("provision.key"), self.publisher.key("floor.pub"));
         let arguments = [
-            "floor", "provision", "--provision-key", key.to_str().unwrap(), "--floor-pub", floor.to_str().unwrap(),
+            "floor",
+            "provision",
+            "--provision-key",
+            key.to_str().unwrap(),
+            "--floor-pub",
+            floor.to_str().unwrap(),
         ];
         self.mosfs(&tpm, &arguments);
     }
@@ -186,7 +205,12 @@ impl Device {
         let initrd = self.path(&format!("initrd.{generator}"));
         if !initrd.exists() {
             let mut command = script("make-initrd");
-            command.arg(generator).arg(&initrd).args(["--mosfs", MOSFS]).arg("--config").arg(self.path("config"));
+            command
+                .arg(generator)
+                .arg(&initrd)
+                .args(["--mosfs", MOSFS])
+                .arg("--config")
+                .arg(self.path("config"));
             tool("", &mut command);
         }
         initrd
@@ -273,7 +297,8 @@ fn boots_to_multi_user_on_both_backends_and_commits() {
     first.expect(0, &[&words[..], &["dm-verity"]].concat());
     assert!(device.floor().contains("200"), "{}", device.floor());
     // Again, on the other backend, with words that ask to skip checks.
-    let asks = "mosfs.backend=fuse mosfs.verify=0 mosfs.floor=none MOSFS_CONFIG=/tmp MOSFS_TPM=device:/dev/null";
+    let asks =
+        "mosfs.backend=fuse mosfs.verify=0 mosfs.floor=none MOSFS_CONFIG=/tmp MOSFS_TPM=device:/dev/null";
     let second = Boot { disk: Some(disk), cmdline: asks.into(), ..device.boot() };
     second.expect(0, &[&words[..], &["\"backend\":\"fuse\""]].concat());
 }
@@ -284,9 +309,10 @@ struct Mounts(PathBuf);
 impl Drop for Mounts {
     fn drop(&mut self) {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points = table.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| {
-            Path::new(point).starts_with(&self.0)
-        });
+        let points = table
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .filter(|point| Path::new(point).starts_with(&self.0));
         for point in points.collect::<Vec<_>>().into_iter().rev() {
             let _ = mosfs::sys::mountapi::unmount(Path::new(point), true);
         }
