@@ -377,7 +377,8 @@ fn what_is_changed_on_the_disk_is_refused_before_it_is_mounted() {
         let copy = device.path("copy");
         let _ = fs::remove_dir_all(&copy);
         copy_with(&system, &copy, &file, |bytes| bytes[at] ^= 1);
-        let console = Boot { system: copy, ..device.boot() }.expect(3, &["no deployment can be booted", word]);
+        let console =
+            Boot { system: copy, ..device.boot() }.expect(3, &["no deployment can be booted", word]);
         assert!(!console.contains("booting version"), "{what}");
     }
 }
@@ -448,9 +449,10 @@ fn a_pending_system_that_is_broken_gives_way_to_the_current_one() {
     device.action("mosfs status");
     let names = device.publisher.store().names().unwrap();
     let old = device.path("system/deployments");
-    let new = fs::read_dir(old).unwrap().map(|entry| entry.unwrap().path()).find(|path| {
-        path.file_name().unwrap().to_string_lossy().starts_with("201-")
-    });
+    let new = fs::read_dir(old)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.file_name().unwrap().to_string_lossy().starts_with("201-"));
     let manifest = fs::read_to_string(new.unwrap().join("manifest.json")).unwrap();
     let image = names
         .iter()
@@ -464,7 +466,9 @@ fn a_pending_system_that_is_broken_gives_way_to_the_current_one() {
     let superblock = bytes.windows(8).rposition(|window| window == b"verity\0\0").unwrap();
     bytes[superblock + 4096 + 10] ^= 1;
     fs::write(&blob, bytes).unwrap();
-    device.boot().expect(0, &["deployment 201-", "was not booted: verity", "vm: version 200 reached multi-user"]);
+    device
+        .boot()
+        .expect(0, &["deployment 201-", "was not booted: verity", "vm: version 200 reached multi-user"]);
 }
 
 #[test]
