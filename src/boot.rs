@@ -335,15 +335,8 @@ fn start(
             (begin.elapsed(), Duration::ZERO)
         }
         Some(upper) => {
-            let lower = setup.run_dir.join("lower").join(name);
-            fs::create_dir_all(&lower).on("create", &lower)?;
-            mount::mount(&plan, &lower, Backend::Fuse, &fuse)?;
-            let layers = begin.elapsed();
-            if let Err(error) = kernel::mount_over(&lower, &plan, upper, &setup.sysroot, &flags) {
-                let _ = mount::unmount(&lower, true);
-                return Err(error.into());
-            }
-            (layers, begin.elapsed() - layers)
+            let timing = kernel::mount_over_fuse(&plan, upper, &setup.sysroot, &fuse)?;
+            (timing.layers, timing.tree)
         }
     };
     Ok(Started { digest, target: name.into(), backend: "fuse", layers, tree })
