@@ -1,0 +1,7 @@
+//! What several test programs share. Each file is one area; a test program uses what it needs.
+
+#![allow(dead_code)]
+
+pub mod debian;
+pub mod tools;
+pub mod tree;
