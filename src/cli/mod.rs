@@ -5,7 +5,11 @@
 
 mod generate;
 mod global;
+mod keys;
+mod manifest;
+mod mount;
 pub mod output;
+mod umount;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -28,8 +32,12 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Keys(keys::Keys),
+    Manifest(manifest::Manifest),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Mount(mount::MountArgs),
+    Umount(umount::UmountArgs),
 }
 
 /// Runs the command line of this process.
@@ -58,6 +66,10 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Keys(args) => keys::run(args, &cli.global),
+        Command::Manifest(args) => manifest::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Mount(args) => mount::run(args, &cli.global),
+        Command::Umount(args) => umount::run(args, &cli.global),
     }
 }

@@ -10,7 +10,11 @@
 //! tree, and a process that is killed at any step leaves nothing.
 //!
 //! The empty folder is always the lowest layer. Linux wants two lowers where there is no upper one,
-//! and with it a stack of one layer hides its whiteouts as every other does.
+//! and with it a stack of one layer is like every other: no whiteout is a device in it, and no
+//! `trusted.overlay.*` attribute is shown.
+//!
+//! One difference to our own merged view: overlayfs lists the name of a whiteout that is in a folder
+//! of one layer only, where it hides nothing; the name cannot be opened.
 
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -62,6 +66,9 @@ pub fn assemble(
         names.push("e".into());
         // overlayfs takes the uppermost layer first.
         let attributes = attributes | if upper.is_none() { libc::MOUNT_ATTR_RDONLY } else { 0 };
+        if !FsContext::open("overlay")?.checks_options() {
+            return with_string(folder, &names, upper, source, attributes);
+        }
         match with_context(&names, upper, source, attributes) {
             Err(error) if error.is_unsupported() => {
                 with_string(folder, &names, upper, source, attributes).map_err(|mut second| {

@@ -1,4 +1,388 @@
 //! Mounts: what is planned, the backends that do it, and the register of what is mounted.
+//!
+//! ```text
+//! plan.rs       MountPlan (pure): layers with their root hashes, from a checked manifest
+//! engine/       reads a merged view: block cache, errors. Free of FUSE
+//! fuse/         backend: the engine as a FUSE mount with a daemon of its own
+//! registry.rs   /run/mosfs/mounts: what is mounted, by whom, how it is
+//! log.rs        where daemons write
+//! ```
+//! A backend is one file and one row in [`Backend`].
 
+pub mod dm_verity;
 pub mod engine;
+pub mod fuse;
 pub mod kernel_overlay;
+mod log;
+mod plan;
+pub mod registry;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+pub use plan::{MountPlan, PlannedLayer};
+pub use registry::{Health, MountRecord, mounts};
+
+use crate::digest::Digest;
+use crate::error::{Class, Classified, IoError};
+use crate::image::layer::LayerError;
+use crate::image::overlay::OverlayError;
+use crate::image::source::ReadError;
+use crate::image::verity::VerityError;
+use crate::sys;
+
+/// Who serves a mount.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// dm-verity where the user is root and the kernel can, else FUSE.
+    #[default]
+    Auto,
+    /// The kernel: loop, dm-verity, squashfs or erofs, overlayfs.
+    DmVerity,
+    /// A daemon that reads and verifies in user space.
+    Fuse,
+}
+
+impl Backend {
+    /// The names that `--backend` takes.
+    pub const NAMES: [(&'static str, Backend); 3] =
+        [("auto", Backend::Auto), ("dm-verity", Backend::DmVerity), ("fuse", Backend::Fuse)];
+}
+
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let row = Self::NAMES.iter().find(|(name, _)| *name == text);
+        row.map(|(_, backend)| *backend)
+            .ok_or_else(|| format!("`{text}` is not a backend; expected auto, dm-verity or fuse"))
+    }
+}
+
+/// The row of the FUSE backend; `auto` is it wherever dm-verity is not there.
+fn choose(backend: Backend) -> Result<(), MountError> {
+    match backend {
+        Backend::Auto | Backend::Fuse => Ok(()),
+        Backend::DmVerity => {
+            Err(MountError::NoBackend { backend: "dm-verity", why: "it is not part of this build".into() })
+        }
+    }
+}
+
+/// Mounts a plan at `target` and returns when the mount is ready.
+///
+/// # Errors
+/// Everything that can be wrong with the image, the target or the system; nothing stays mounted then.
+pub fn mount(
+    plan: &MountPlan,
+    target: &Path,
+    backend: Backend,
+    options: &fuse::FuseOptions,
+) -> Result<(), MountError> {
+    choose(backend)?;
+    fuse::mount(plan, target, options)
+}
+
+/// As [`mount`], but serves the mount in this process until it is unmounted. `terminal` gets the log.
+pub fn mount_in_foreground(
+    plan: &MountPlan,
+    target: &Path,
+    backend: Backend,
+    options: &fuse::FuseOptions,
+    terminal: Box<dyn io::Write + Send>,
+) -> Result<(), MountError> {
+    choose(backend)?;
+    fuse::mount_in_foreground(plan, target, options, terminal, &mut || ())
+}
+
+/// How long [`unmount`] waits for a daemon to end.
+const END_WITHIN: Duration = Duration::from_secs(10);
+
+/// Unmounts the mount at `target`, and waits until its daemon has ended and nothing is left. `lazy`
+/// takes it out of the tree now and does not wait for those who still use it.
+///
+/// # Errors
+/// [`MountError::NotOurs`]; [`MountError::Unmount`] where it is in use.
+pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
+    // Not `canonicalize`: it asks the mount itself, which fails where the daemon is dead.
+    let unclear = |source| MountError::Target { target: target.to_path_buf(), source };
+    let absolute = std::path::absolute(target).map_err(unclear)?;
+    let target = match (absolute.parent(), absolute.file_name()) {
+        (Some(parent), Some(name)) => {
+            let plain = parent.canonicalize().map_err(unclear)?.join(name);
+            // A link to the mount point is followed; what cannot be read is no link.
+            match std::fs::read_link(&plain) {
+                Ok(_) => plain.canonicalize().map_err(unclear)?,
+                Err(_) => plain,
+            }
+        }
+        _ => absolute,
+    };
+    let found = registry::mounted_at(&target)?;
+    let record = registry::mounts()?.into_iter().find(|record| {
+        record.target == target && found.as_ref().is_some_and(|found| found.device == record.device)
+    });
+    let is_fuse = found.as_ref().is_some_and(|found| found.kind == fuse::KIND);
+    if !is_fuse && record.is_none() {
+        return Err(MountError::NotOurs { target, found: found.map(|found| found.kind) });
+    }
+    let as_root = sys::daemon::effective_ids().0 == 0;
+    let done = if as_root {
+        sys::fuse::unmount(&target, lazy)
+    } else {
+        sys::fuse::unmount_with_helper(&target, lazy)
+    };
+    done.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound if !as_root => MountError::NoHelper,
+        _ => MountError::Unmount { target: target.clone(), source },
+    })?;
+    let Some(record) = record else { return Ok(()) };
+    let begin = Instant::now();
+    while !lazy && record.daemon.as_ref().is_some_and(registry::DaemonRecord::is_alive) {
+        if begin.elapsed() > END_WITHIN {
+            let why = format!("it still runs {} s after the mount was ended", END_WITHIN.as_secs());
+            return Err(MountError::Daemon { target, why });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    if record.daemon.as_ref().is_none_or(|daemon| !daemon.is_alive()) {
+        registry::remove(&record);
+    }
+    Ok(())
+}
+
+/// What a mount does to the file system as a whole, of what `-o` can ask for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MountFlags {
+    /// No setuid, setgid and file capabilities.
+    pub nosuid: bool,
+    /// No device nodes.
+    pub nodev: bool,
+    /// No programs.
+    pub noexec: bool,
+    /// All users may enter a mount that an ordinary user made (root's always are open to all).
+    pub allow_other: bool,
+}
+
+impl MountFlags {
+    /// Takes over a list of options as mount(8) gives it.
+    ///
+    /// Options for mount(8) and systemd alone (`x-…`, `_netdev`, `nofail` …) are passed over. The
+    /// tree is read-only always, so `rw` is refused.
+    pub fn apply(&mut self, options: &str) -> Result<(), MountError> {
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            match option {
+                "nosuid" => self.nosuid = true,
+                "suid" => self.nosuid = false,
+                "nodev" => self.nodev = true,
+                "dev" => self.nodev = false,
+                "noexec" => self.noexec = true,
+                "exec" => self.noexec = false,
+                "allow_other" => self.allow_other = true,
+                "ro"
+                | "defaults"
+                | "auto"
+                | "noauto"
+                | "nofail"
+                | "_netdev"
+                | "noatime"
+                | "relatime"
+                | "nodiratime"
+                | "default_permissions" => {}
+                other if other.starts_with("x-") || other.starts_with("comment=") => {}
+                other => return Err(MountError::Option { option: other.to_string() }),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why something cannot be mounted or unmounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The image has nothing to mount.
+    #[error("image {image} has no layers")]
+    NoLayers {
+        /// Digest of its manifest.
+        image: Digest,
+    },
+    /// The manifest names no root hash, so nothing could be verified.
+    #[error("layer {layer} has no root hash: it cannot be verified")]
+    NoRootHash {
+        /// Digest of the layer.
+        layer: Digest,
+    },
+    /// The number of pins is not that of the layers.
+    #[error("expected {expected} root hashes, one for each layer, found {found}")]
+    PinCount {
+        /// Number of layers.
+        expected: usize,
+        /// Number of pins.
+        found: usize,
+    },
+    /// A pin is not what the manifest says.
+    #[error("layer {layer}: the manifest has root hash {found}, expected {expected}")]
+    Pin {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What the user gave.
+        expected: Digest,
+        /// What the manifest says.
+        found: Digest,
+    },
+    /// The backend cannot read erofs.
+    #[error("layer {layer}: the fuse backend cannot read erofs yet")]
+    Erofs {
+        /// Digest of the layer.
+        layer: Digest,
+    },
+    /// No backend can read it.
+    #[error("layer {layer}: media type `{media_type}` cannot be mounted, expected a squashfs layer")]
+    Format {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Its media type.
+        media_type: String,
+    },
+    /// The layer's file cannot be opened.
+    #[error("layer {layer}: cannot open {}: {source}", path.display())]
+    LayerFile {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Its file.
+        path: PathBuf,
+        /// What the operating system answered.
+        source: io::Error,
+    },
+    /// The layer's verity data is missing, malformed, or not under its root hash.
+    #[error("layer {layer} ({}): {source}", path.display())]
+    LayerVerity {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong.
+        source: VerityError,
+    },
+    /// The layer cannot be read, or makes no sense.
+    #[error("layer {layer} ({}): {source}", path.display())]
+    LayerRead {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong.
+        source: LayerError,
+    },
+    /// The layers do not make a tree.
+    #[error(transparent)]
+    Tree(#[from] OverlayError),
+    /// The root folder cannot be served.
+    #[error("the root folder of {mount_source} cannot be read: {why}")]
+    Root {
+        /// What was to be mounted.
+        mount_source: String,
+        /// What is wrong, as it is in the log.
+        why: String,
+    },
+    /// There is no folder to mount at.
+    #[error("cannot mount at {}: {source}", target.display())]
+    Target {
+        /// Where.
+        target: PathBuf,
+        /// What the operating system answered.
+        source: io::Error,
+    },
+    /// /dev/fuse cannot be used.
+    #[error("cannot open /dev/fuse: {0}")]
+    Device(#[source] io::Error),
+    /// There is no fusermount3, which an ordinary user needs.
+    #[error("cannot run fusermount3 (package fuse3), which mounts for users other than root")]
+    NoHelper,
+    /// mount(2) or fusermount3 refused.
+    #[error("cannot mount at {}: {source}", target.display())]
+    Mount {
+        /// Where.
+        target: PathBuf,
+        /// What the kernel, or the helper, answered.
+        source: io::Error,
+    },
+    /// The daemon could not begin to serve.
+    #[error("the daemon for {} failed: {why}", target.display())]
+    Daemon {
+        /// Where.
+        target: PathBuf,
+        /// What it said.
+        why: String,
+    },
+    /// The operating system refused what starting a daemon takes.
+    #[error("cannot {operation}: {source}")]
+    System {
+        /// What was tried.
+        operation: &'static str,
+        /// What it answered.
+        source: io::Error,
+    },
+    /// A mount option is unknown.
+    #[error("mount option `{option}` is not known")]
+    Option {
+        /// The option.
+        option: String,
+    },
+    /// A backend was asked for that this system does not have.
+    #[error("backend {backend} is not available: {why}")]
+    NoBackend {
+        /// The backend.
+        backend: &'static str,
+        /// Why not.
+        why: String,
+    },
+    /// There is no mount of ours.
+    #[error("{} is not a mount of mosfs{}", target.display(), found.as_ref().map_or(String::new(), |kind| format!(", found {kind}")))]
+    NotOurs {
+        /// Where.
+        target: PathBuf,
+        /// The type of what is mounted there.
+        found: Option<String>,
+    },
+    /// umount(2) or fusermount3 refused.
+    #[error("cannot unmount {}: {source}", target.display())]
+    Unmount {
+        /// Where.
+        target: PathBuf,
+        /// What the kernel, or the helper, answered.
+        source: io::Error,
+    },
+    /// A file in the register of mounts.
+    #[error(transparent)]
+    Register(#[from] IoError),
+}
+
+impl Classified for MountError {
+    fn class(&self) -> Class {
+        match self {
+            Self::LayerVerity { source, .. } => source.class(),
+            Self::LayerRead { source, .. } | Self::Tree(OverlayError::Layer { source, .. }) => {
+                layer_class(source)
+            }
+            Self::Pin { .. } | Self::NoRootHash { .. } | Self::Root { .. } => Class::Verification,
+            Self::NoLayers { .. }
+            | Self::PinCount { .. }
+            | Self::Erofs { .. }
+            | Self::Format { .. }
+            | Self::Option { .. }
+            | Self::NotOurs { .. } => Class::Input,
+            _ => Class::Failure,
+        }
+    }
+}
+
+/// The class of a layer's error: what does not verify is [`Class::Verification`].
+pub fn layer_class(error: &LayerError) -> Class {
+    match error {
+        LayerError::Read(ReadError::Verity { .. }) => Class::Verification,
+        _ => Class::Failure,
+    }
+}

@@ -22,9 +22,8 @@ pub fn mount(source: &OsStr, target: &Path, kind: &str, flags: libc::c_ulong, da
     let kind = CString::new(kind)?;
     let data = CString::new(data)?;
     // SAFETY: all four are NUL-terminated strings that outlive the call.
-    let done = unsafe {
-        libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast())
-    };
+    let done =
+        unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

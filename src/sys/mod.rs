@@ -3,14 +3,13 @@
 //! Each wrapper returns `io::Result`, owns what it opens (`OwnedFd`), and has a SAFETY line on
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
+pub mod daemon;
 pub mod dm;
 pub mod file;
 pub mod flock;
+pub mod fuse;
 pub mod loopdev;
 pub mod mountapi;
-pub mod daemon;
-pub mod file;
-pub mod fuse;
 pub mod process;
-pub mod tpm;
 pub mod sha256;
+pub mod tpm;

@@ -102,6 +102,14 @@ impl FsContext {
         self.config(libc::FSCONFIG_SET_STRING, Some(&key_c), Some(&value_c), &call)
     }
 
+    /// Whether this file system checks each option when it is set.
+    ///
+    /// One that still has the old parser (overlayfs before Linux 6.5) takes anything until the file
+    /// system is made, and then complains in the kernel's log.
+    pub fn checks_options(&self) -> bool {
+        self.set_string("mosfs-asks-for-an-unknown-option", b"1").is_err()
+    }
+
     /// Sets an option that has no value.
     pub fn set_flag(&self, key: &str) -> Result<(), MountError> {
         let call = || self.call("FSCONFIG_SET_FLAG", key, "NULL");

@@ -1,3 +1,410 @@
-//! (to come)
+//! Trust: from bytes that anyone could have written to a manifest that may run.
+//!
+//! ```text
+//! CONFIG/manifestCA.pem --> certificate chain --> key --> signature over the stored bytes
+//! CONFIG/product ---------> CN `manifest NAME:UUID` ----> product of the manifest
+//! ```
+//!
+//! [`Signed::verify`] is the one verification loop; install, update, boot, mount and the command
+//! line all go through it. What comes out is a [`Verified`], which nothing else can make, and
+//! which is all that those accept. The order of checks is fixed and nothing is believed before
+//! the check above it has passed:
+//!
+//! 1. the certificate chains to the manifest CA of the device ([`certificate`]); dates as
+//!    [`Dates`] says
+//! 2. its CN names the product of the device
+//! 3. the signature is one of its key's over the stored bytes ([`signature`])
+//! 4. the bytes are the canonical form of a system manifest
+//! 5. that manifest is for the product of the certificate
+//!
+//! OpenSSL is initialised by the first use of it here, never before: commands that verify no
+//! signature do not pay for it. The system's trust store is never read.
 
+pub mod anchor;
+pub mod certificate;
+mod der;
+mod files;
 pub mod floor;
+pub mod keys;
+pub mod signature;
+
+use std::time::SystemTime;
+
+use openssl::error::ErrorStack;
+use uuid::Uuid;
+
+pub use anchor::{Anchor, AnchorError, AnchorPlan};
+pub use certificate::{Binding, Certificate};
+pub use keys::{KeyError, PrivateKey};
+
+use crate::digest::Digest;
+use crate::error::{Class, Classified};
+use crate::manifest::{SystemError, SystemManifest, json};
+
+/// Artifact type of a system manifest's signature (DESIGN.md, section 2, "Store").
+pub const SIGNATURE_TYPE: &str = "application/vnd.mos.system.signature.v1";
+/// Artifact type of a system manifest's certificate.
+pub const CERTIFICATE_TYPE: &str = "application/vnd.mos.system.certificate.v1";
+/// Artifact type of a system manifest's floor signature.
+pub const FLOOR_SIGNATURE_TYPE: &str = "application/vnd.mos.system.floor-signature.v1";
+
+/// Most bytes of a certificate file.
+pub const MAX_CERTIFICATE_BYTES: usize = 64 << 10;
+/// Most bytes of a signature; an RSA signature of 16384 bits has 2048.
+pub const MAX_SIGNATURE_BYTES: usize = 4 << 10;
+
+/// What to do about validity dates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dates {
+    /// Refuse a certificate that is not valid at this time: build, install, update.
+    Check(SystemTime),
+    /// Only log it. No clock is trusted in early boot.
+    LogOnly,
+}
+
+impl Dates {
+    /// Checks against the clock of this machine.
+    pub fn check_now() -> Self {
+        Self::Check(SystemTime::now())
+    }
+}
+
+/// A system manifest with its signature, as it was found: nothing is checked yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signed {
+    /// The stored bytes of the manifest.
+    pub manifest: Vec<u8>,
+    /// The detached signature over them.
+    pub signature: Vec<u8>,
+    /// The signer's certificate in PEM; certificates that lead from it to the CA may follow.
+    pub certificate: Vec<u8>,
+    /// The floor signature of the manifest's version, which is checked elsewhere
+    /// ([`Verified::floor_signature`]).
+    pub floor_signature: Option<Vec<u8>>,
+}
+
+/// A system manifest that its signature, its certificate and the device's anchor vouch for.
+/// Made by [`Signed::verify`] alone.
+#[derive(Debug, Clone)]
+pub struct Verified {
+    signed: Signed,
+    manifest: SystemManifest,
+    digest: Digest,
+    signer: Binding,
+}
+
+/// Why a manifest is not trusted. Each names the attack that it would be, with both values.
+#[derive(Debug, thiserror::Error)]
+pub enum TrustError {
+    /// A part of a signed manifest that is larger than any real one.
+    #[error("the {what} has {bytes} bytes, more than the {max} that it may have")]
+    TooLarge {
+        /// Which part.
+        what: &'static str,
+        /// Its size.
+        bytes: usize,
+        /// What it may have.
+        max: usize,
+    },
+    /// Not PEM certificates: cut short, or something else.
+    #[error("the certificate cannot be read: {reason}")]
+    UnreadableCertificate {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A certificate that vouches for itself.
+    #[error(
+        "the certificate `{certificate}` is self-signed; expected one that the manifest CA `{ca}` issued"
+    )]
+    SelfSigned {
+        /// Its subject.
+        certificate: String,
+        /// The subject of the CA.
+        ca: String,
+    },
+    /// A certificate of another CA, which may carry the name of the right one.
+    #[error("the certificate `{certificate}` was issued by another `{issuer}` than the manifest CA `{ca}`")]
+    UntrustedCertificate {
+        /// Subject of the certificate.
+        certificate: String,
+        /// Its issuer.
+        issuer: String,
+        /// The subject of the device's CA.
+        ca: String,
+    },
+    /// The chain ends before it reaches the CA.
+    #[error(
+        "the certificate `{certificate}` was issued by `{issuer}`, which is neither the manifest CA `{ca}` nor among the certificates that came with it"
+    )]
+    IncompleteChain {
+        /// Subject of the last certificate of the chain.
+        certificate: String,
+        /// Its issuer.
+        issuer: String,
+        /// The subject of the device's CA.
+        ca: String,
+    },
+    /// A certificate that issued another one without being a CA.
+    #[error("the certificate `{certificate}` has issued another, but is not a CA")]
+    NotACa {
+        /// Subject of the issuer.
+        certificate: String,
+    },
+    /// A key or a digest in the chain that can be forged.
+    #[error("the certificate `{certificate}` is too weak: {reason}")]
+    WeakCertificate {
+        /// Its subject.
+        certificate: String,
+        /// What is weak.
+        reason: String,
+    },
+    /// Anything else that X.509 forbids.
+    #[error("the certificate `{certificate}` is not valid: {reason}")]
+    BadChain {
+        /// Its subject.
+        certificate: String,
+        /// What OpenSSL says.
+        reason: String,
+    },
+    /// A certificate that is past its end.
+    #[error("the certificate `{certificate}` expired at {not_after}")]
+    Expired {
+        /// Its subject.
+        certificate: String,
+        /// Its last moment.
+        not_after: String,
+    },
+    /// A certificate whose time has not come.
+    #[error("the certificate `{certificate}` is not valid before {not_before}")]
+    NotYetValid {
+        /// Its subject.
+        certificate: String,
+        /// Its first moment.
+        not_before: String,
+    },
+    /// A certificate for other uses, such as TLS.
+    #[error("the certificate `{certificate}` is not for signing: its {extension} lacks {lacks}")]
+    WrongUsage {
+        /// Its subject.
+        certificate: String,
+        /// The extension that says so.
+        extension: &'static str,
+        /// What the extension lacks.
+        lacks: &'static str,
+    },
+    /// A certificate that names no product.
+    #[error(
+        "the subject `{certificate}` of the certificate names no product: expected one CN `manifest NAME:UUID`"
+    )]
+    NoProduct {
+        /// Its subject.
+        certificate: String,
+    },
+    /// A certificate of another product, under the same CA.
+    #[error("the certificate is for product {certificate}, this device is product {device}")]
+    OtherProduct {
+        /// The product in the certificate's CN.
+        certificate: Uuid,
+        /// The product of the device.
+        device: Uuid,
+    },
+    /// A key that signatures are not accepted of.
+    #[error("the certificate's key is {found}; expected RSA of 2048 bits or more, or ECDSA on P-256")]
+    UnsupportedKey {
+        /// What it is.
+        found: String,
+    },
+    /// A signature that was cut short.
+    #[error("the signature is cut short: it has {found} bytes of {expected}")]
+    TruncatedSignature {
+        /// How many bytes it should have.
+        expected: usize,
+        /// How many it has.
+        found: usize,
+    },
+    /// Bytes that are no signature of this kind of key.
+    #[error("the signature is not one of {algorithm}")]
+    MalformedSignature {
+        /// The kind of the certificate's key.
+        algorithm: &'static str,
+    },
+    /// A signature of another file or of another key.
+    #[error("the signature does not match the manifest {manifest} and the certificate's key")]
+    BadSignature {
+        /// Digest of the bytes that it should be of.
+        manifest: Digest,
+    },
+    /// Signed bytes that are not a system manifest.
+    #[error(transparent)]
+    Manifest(#[from] SystemError),
+    /// A manifest of another product, signed by this product's signer.
+    #[error("the manifest is for product {manifest}, its certificate for product {certificate}")]
+    ManifestOtherProduct {
+        /// The product in the manifest.
+        manifest: Uuid,
+        /// The product in the certificate's CN.
+        certificate: Uuid,
+    },
+    /// OpenSSL failed at something that has nothing to do with the input.
+    #[error("OpenSSL cannot {operation}: {source}")]
+    Openssl {
+        /// What it was asked to do.
+        operation: &'static str,
+        /// What it says.
+        source: ErrorStack,
+    },
+}
+
+impl Classified for TrustError {
+    fn class(&self) -> Class {
+        match self {
+            TrustError::Openssl { .. } => Class::Failure,
+            _ => Class::Verification,
+        }
+    }
+}
+
+impl Signed {
+    /// Believes a manifest, or says why not.
+    ///
+    /// # Errors
+    /// The first check that fails, in the order of the module's documentation.
+    pub fn verify(self, anchor: &Anchor, dates: Dates) -> Result<Verified, TrustError> {
+        at_most("manifest", &self.manifest, json::MAX_BYTES)?;
+        at_most("certificate", &self.certificate, MAX_CERTIFICATE_BYTES)?;
+        at_most("signature", &self.signature, MAX_SIGNATURE_BYTES)?;
+
+        // DESIGN.md, section 2: "The signer's X.509 certificate must chain to the manifest CA that
+        // the device was given"
+        let certificate = Certificate::from_pem(&self.certificate)?;
+        certificate.check_chain(anchor, dates)?;
+        // "its subject's CN must be `manifest PRODUCT:UUID` with UUID equal to" ... "the device's product"
+        let signer = certificate.binding()?;
+        if signer.product != anchor.product() {
+            return Err(TrustError::OtherProduct { certificate: signer.product, device: anchor.product() });
+        }
+        // "A reader checks the signature over the stored bytes first, then parses"
+        let digest = signature::check(&certificate, &self.manifest, &self.signature)?;
+        let manifest = SystemManifest::parse(&self.manifest)?;
+        // "UUID equal to the manifest's `product`"
+        if manifest.product != signer.product {
+            return Err(TrustError::ManifestOtherProduct {
+                manifest: manifest.product,
+                certificate: signer.product,
+            });
+        }
+        Ok(Verified { signed: self, manifest, digest, signer })
+    }
+
+    /// Signs a manifest: the publisher's side.
+    ///
+    /// What no device would accept is refused here already: a key that is not the certificate's, a
+    /// certificate of another product, out of date, or not for signing. Whether it chains to the
+    /// CA of the devices is theirs to know.
+    ///
+    /// # Errors
+    /// [`SignError`].
+    pub fn create(
+        manifest: &SystemManifest,
+        key: &PrivateKey,
+        certificate: &[u8],
+        dates: Dates,
+    ) -> Result<Self, SignError> {
+        at_most("certificate", certificate, MAX_CERTIFICATE_BYTES)?;
+        let signer = Certificate::from_pem(certificate)?;
+        signer.check_usage()?;
+        signer.check_dates(dates)?;
+        let binding = signer.binding()?;
+        if binding.product != manifest.product {
+            return Err(SignError::Certificate(TrustError::ManifestOtherProduct {
+                manifest: manifest.product,
+                certificate: binding.product,
+            }));
+        }
+        if !signer.has_key(key) {
+            return Err(SignError::KeyMismatch { certificate: signer.subject() });
+        }
+        let bytes = manifest.canonical();
+        let signature = key.sign(&bytes)?;
+        Ok(Self { manifest: bytes, signature, certificate: certificate.to_vec(), floor_signature: None })
+    }
+}
+
+fn at_most(what: &'static str, bytes: &[u8], max: usize) -> Result<(), TrustError> {
+    if bytes.len() > max {
+        return Err(TrustError::TooLarge { what, bytes: bytes.len(), max });
+    }
+    Ok(())
+}
+
+impl Verified {
+    /// The manifest.
+    pub fn manifest(&self) -> &SystemManifest {
+        &self.manifest
+    }
+
+    /// Digest of the manifest's bytes, which names the system.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Who signed: the product in the certificate's CN.
+    pub fn signer(&self) -> &Binding {
+        &self.signer
+    }
+
+    /// The bytes that were signed.
+    pub fn bytes(&self) -> &[u8] {
+        &self.signed.manifest
+    }
+
+    /// The signature over them.
+    pub fn signature(&self) -> &[u8] {
+        &self.signed.signature
+    }
+
+    /// The certificate that was checked, with what came with it.
+    pub fn certificate(&self) -> &[u8] {
+        &self.signed.certificate
+    }
+
+    /// The floor signature that came with the manifest. It is not checked yet: that takes the
+    /// floor's public key.
+    pub fn floor_signature(&self) -> Option<&[u8]> {
+        self.signed.floor_signature.as_deref()
+    }
+}
+
+/// Why a manifest cannot be signed.
+#[derive(Debug, thiserror::Error)]
+pub enum SignError {
+    /// The certificate is of no use: devices would refuse it.
+    #[error(transparent)]
+    Certificate(#[from] TrustError),
+    /// The key is of no use.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// Key and certificate are not a pair.
+    #[error("the private key is not the one of the certificate `{certificate}`")]
+    KeyMismatch {
+        /// Subject of the certificate.
+        certificate: String,
+    },
+}
+
+impl Classified for SignError {
+    /// Nothing is attacked here: the publisher gave the wrong files. Only dates and products are
+    /// verified, as on a device.
+    fn class(&self) -> Class {
+        match self {
+            SignError::Certificate(
+                error @ (TrustError::Expired { .. }
+                | TrustError::NotYetValid { .. }
+                | TrustError::ManifestOtherProduct { .. }
+                | TrustError::Openssl { .. }),
+            ) => error.class(),
+            SignError::Certificate(_) | SignError::KeyMismatch { .. } => Class::Input,
+            SignError::Key(error) => error.class(),
+        }
+    }
+}

@@ -51,7 +51,8 @@ pub struct Seen {
     pub blocks_512: Option<u64>,
     pub mtime: i64,
     pub rdev: u64,
-    pub nlink: u64,
+    /// Left out for folders in a copy: images differ in whether files in a folder count.
+    pub nlink: Option<u64>,
     pub target: Vec<u8>,
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub content: Option<[u8; 32]>,
@@ -64,7 +65,7 @@ impl std::fmt::Debug for Seen {
             self.content.map(|hash| format!("{:02x}{:02x}{:02x}{:02x}", hash[0], hash[1], hash[2], hash[3]));
         write!(
             f,
-            "{kind} {permissions:o} {uid}:{gid} size {size:?} blocks {blocks_512:?} mtime {mtime} rdev {rdev:#x} nlink {nlink} content {hash:?}"
+            "{kind} {permissions:o} {uid}:{gid} size {size:?} blocks {blocks_512:?} mtime {mtime} rdev {rdev:#x} nlink {nlink:?} content {hash:?}"
         )?;
         if !self.target.is_empty() {
             write!(
@@ -110,13 +111,16 @@ pub fn assert_same(what: &str, ours: &Tree, theirs: &Tree) {
 pub enum View {
     /// A mounted squashfs: everything.
     Mounted,
+    /// A mounted squashfs without any xattrs, which answers that it does not know such things.
+    MountedWithoutXattrs,
     /// A copy on another file system: sizes of folders and space used are its own.
     Copied,
 }
 
 /// What is in a tree on a file system.
 pub fn see(root: &Path, view: View) -> Tree {
-    let mut xattrs = all_xattrs(root);
+    let mut xattrs = if view == View::MountedWithoutXattrs { BTreeMap::new() } else { all_xattrs(root) };
+    let view = if view == View::MountedWithoutXattrs { View::Mounted } else { view };
     let mut tree = Tree::new();
     let mut todo = vec![root.to_path_buf()];
     while let Some(path) = todo.pop() {
@@ -145,7 +149,7 @@ pub fn see(root: &Path, view: View) -> Tree {
             blocks_512: (view == View::Mounted && xattrs.is_empty()).then_some(meta.blocks()),
             mtime: meta.mtime(),
             rdev: meta.rdev(),
-            nlink: meta.nlink(),
+            nlink: (view == View::Mounted || !kind.is_dir()).then_some(meta.nlink()),
             target: if kind.is_symlink() {
                 fs::read_link(&path).unwrap().into_os_string().into_vec()
             } else {
@@ -217,7 +221,7 @@ pub fn read(image: &Squashfs, view: View) -> Tree {
             blocks_512: (view == View::Mounted && xattrs.is_empty()).then_some(attr.blocks_512),
             mtime: attr.mtime,
             rdev: attr.rdev.into(),
-            nlink: attr.nlink.into(),
+            nlink: (view == View::Mounted || !folder).then_some(attr.nlink.into()),
             target: if attr.kind == FileType::Symlink { image.read_link(node).unwrap() } else { Vec::new() },
             xattrs,
             content: (attr.kind == FileType::Regular).then(|| {

@@ -288,7 +288,8 @@ impl Squashfs {
                 .decompress(self.superblock.compressor, bytes, out, max as usize)
                 .map_err(|why| corrupt(table, block.start, why))
         })?;
-        if out.len() != max as usize && !(fragment && !out.is_empty()) {
+        let right = if fragment { !out.is_empty() } else { out.len() == max as usize };
+        if !right {
             let why = format!("decodes to {} bytes, expected {max}", out.len());
             out.clear();
             return Err(corrupt(table, block.start, why));

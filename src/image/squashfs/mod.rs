@@ -54,7 +54,7 @@ pub use metadata::METADATA_BYTES;
 pub use superblock::{SUPERBLOCK_BYTES, Superblock};
 pub use xattr::VALUES_BYTES_MAX;
 
-use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs};
+use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 use super::source::Source;
 use error::corrupt;
 use inode::{Data, NONE};
@@ -240,7 +240,7 @@ impl Layer for Squashfs {
         Ok(target)
     }
 
-    fn xattrs(&self, node: NodeId) -> Result<Vec<(Vec<u8>, Vec<u8>)>, LayerError> {
+    fn xattrs(&self, node: NodeId) -> Result<Xattrs, LayerError> {
         self.read_xattrs(node)
     }
 

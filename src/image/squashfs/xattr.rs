@@ -22,6 +22,7 @@ use super::superblock::{u16_at, u32_at, u64_at};
 use super::tables::Table;
 use super::{NodeId, Squashfs};
 use crate::image::LayerError;
+use crate::image::layer::Xattrs;
 
 /// The name that errors give to names and values.
 const TABLE: &str = "xattr table";
@@ -43,9 +44,6 @@ pub const VALUES_BYTES_MAX: usize = 4 << 20;
 
 /// Bit of an entry's type: the value is elsewhere.
 const ELSEWHERE: u16 = 1 << 8;
-
-/// One set of attributes: names with their prefixes, and values.
-pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// What the header of the table says.
 pub(super) struct XattrTable {

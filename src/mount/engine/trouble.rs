@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -47,6 +47,7 @@ pub struct Troubles {
     io: AtomicU64,
     corrupt: AtomicU64,
     state: Mutex<State>,
+    changed: Condvar,
 }
 
 struct State {
@@ -67,6 +68,7 @@ impl Troubles {
             io: AtomicU64::new(0),
             corrupt: AtomicU64::new(0),
             state: Mutex::new(state),
+            changed: Condvar::new(),
         }
     }
 
@@ -85,6 +87,15 @@ impl Troubles {
         [&self.verity, &self.io, &self.corrupt].iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
+    /// Waits until there are more errors than `told`, and says how many there are.
+    pub fn wait_beyond(&self, told: u64) -> u64 {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.total() <= told {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.total()
+    }
+
     /// Counts an error that a read of `ino` met in a layer, and logs it if it is new.
     pub fn report(&self, layer: usize, ino: u64, error: &LayerError) {
         // A block of the image and an inode cannot be mistaken for each other: inode numbers are
@@ -95,8 +106,9 @@ impl Troubles {
             LayerError::Read(ReadError::OutOfRange { .. }) => (&self.corrupt, ino),
             LayerError::Corrupt { .. } | LayerError::WrongType { .. } => (&self.corrupt, ino),
         };
-        count.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        count.fetch_add(1, Ordering::Relaxed);
+        self.changed.notify_all();
         if state.seen.contains(&(layer, place)) {
             return;
         }

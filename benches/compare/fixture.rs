@@ -1,0 +1,406 @@
+//! What is measured: one Debian tree, and images of it for each peer. Made once, kept in a folder.
+//!
+//! ```text
+//! DIR/tree.tar            from Debian's packages, by mmdebstrap
+//! DIR/tree/               the same, unpacked: what every mount must show
+//! DIR/squashfs.img        zstd, 128 KiB blocks: the kernel's and squashfuse_ll's
+//! DIR/erofs.img           lz4hc
+//! DIR/layers/             layout with squashfs + verity layers: tags one, three, twenty
+//! DIR/tars/               layout with tar layers: tag three; and the tars beside it
+//! ```
+//!
+//! Each is made under another name and renamed when it is whole.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use mosfs::digest::Digest;
+use serde_json::{Value, json};
+
+use crate::Result;
+
+/// Packages on top of Debian's minimal base: compilers, headers, Python. 500 MB and 20,000 files, or more.
+const PACKAGES: &str = "build-essential,python3-dev,python3-setuptools,git,cmake,gdb,libssl-dev,libboost-dev,perl,openssl,ca-certificates";
+
+/// Options of every squashfs image, as mosfs makes them.
+const SQUASHFS: &[&str] = &["-comp", "zstd", "-b", "131072", "-noappend", "-no-progress", "-quiet"];
+
+/// A path of the tree.
+pub struct Entry {
+    /// Its path below the root of the tree.
+    pub path: PathBuf,
+    /// Whether it is a regular file.
+    pub is_file: bool,
+    /// Its size in bytes.
+    pub size: u64,
+    dev_inode: (u64, u64),
+    links: u64,
+}
+
+/// The tree and its images.
+pub struct Fixture {
+    dir: PathBuf,
+    /// All paths of the tree, in the order of their names.
+    pub entries: Vec<Entry>,
+}
+
+impl Fixture {
+    /// Makes what is missing in `dir`.
+    pub fn make(dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let dir = dir.canonicalize()?;
+        once(&dir.join("tree.tar"), |to| {
+            let suite = suite();
+            shell(&format!(
+                "mmdebstrap --quiet --variant=minbase --include={PACKAGES} --format=tar {suite} '{}'",
+                to.display()
+            ))
+        })?;
+        once(&dir.join("tree"), |to| {
+            fs::create_dir_all(to)?;
+            let tar = dir.join("tree.tar");
+            shell(&format!(
+                "tar --xattrs --xattrs-include='*' --numeric-owner -C '{}' -xpf '{}'",
+                to.display(),
+                tar.display()
+            ))
+        })?;
+        let mut fixture = Self { entries: Vec::new(), dir };
+        walk(&fixture.tree(), Path::new(""), &mut fixture.entries)?;
+        fixture.entries.sort_by(|a, b| a.path.cmp(&b.path));
+        let tree = fixture.tree().display().to_string();
+        once(&fixture.squashfs(), |to| {
+            shell(&format!("mksquashfs '{tree}' '{}' {}", to.display(), SQUASHFS.join(" ")))
+        })?;
+        once(&fixture.erofs(), |to| {
+            shell(&format!("mkfs.erofs --quiet -zlz4hc '{}' '{tree}'", to.display()))
+        })?;
+        once(&fixture.dir.join("layers"), |to| fixture.make_layers(to))?;
+        once(&fixture.dir.join("tars"), |to| fixture.make_tars(to))?;
+        Ok(fixture)
+    }
+
+    /// The tree as plain files.
+    pub fn tree(&self) -> PathBuf {
+        self.dir.join("tree")
+    }
+
+    /// The squashfs image of the whole tree.
+    pub fn squashfs(&self) -> PathBuf {
+        self.dir.join("squashfs.img")
+    }
+
+    /// The erofs image of the whole tree.
+    pub fn erofs(&self) -> PathBuf {
+        self.dir.join("erofs.img")
+    }
+
+    /// The layout with squashfs + verity layers.
+    pub fn layers(&self) -> PathBuf {
+        self.dir.join("layers")
+    }
+
+    /// The layout with tar layers, tag `three`.
+    pub fn tar_layout(&self) -> PathBuf {
+        self.dir.join("tars/layout")
+    }
+
+    /// A folder for what a row makes and throws away.
+    pub fn scratch(&self) -> PathBuf {
+        self.dir.join("scratch")
+    }
+
+    /// A line on what the tree is.
+    pub fn describe(&self) -> String {
+        let files = self.entries.iter().filter(|e| e.is_file).count();
+        let bytes: u64 = self.entries.iter().filter(|e| e.is_file).map(|e| e.size).sum();
+        let image = fs::metadata(self.squashfs()).map_or(0, |m| m.len());
+        format!(
+            "Debian {} with compilers and Python: {} entries, {files} files, {} MB; squashfs zstd 128K {} MB",
+            suite(),
+            self.entries.len(),
+            bytes / 1_000_000,
+            image / 1_000_000
+        )
+    }
+
+    /// Which of `count` layers each path belongs to. Hard links stay together.
+    fn split(&self, count: usize) -> Vec<Vec<&Entry>> {
+        let mut layers: Vec<Vec<&Entry>> = (0..count).map(|_| Vec::new()).collect();
+        let mut linked = std::collections::BTreeMap::new();
+        for (number, entry) in self.entries.iter().enumerate() {
+            let own = if count == 3 {
+                // As images are made: a base, tools on top of it, a language on top of that.
+                let path = entry.path.to_string_lossy();
+                let starts = |list: &[&str]| list.iter().any(|start| path.starts_with(start));
+                if starts(&["usr/lib/python3", "usr/share/python3"]) {
+                    2
+                } else if starts(&[
+                    "usr/include",
+                    "usr/lib/gcc",
+                    "usr/share/cmake",
+                    "usr/lib/git-core",
+                    "usr/share/gdb",
+                ]) {
+                    1
+                } else {
+                    0
+                }
+            } else {
+                // The worst case: every folder has something in every layer.
+                number % count
+            };
+            let own = if entry.is_file && entry.links > 1 {
+                *linked.entry(entry.dev_inode).or_insert(own)
+            } else {
+                own
+            };
+            layers[own].push(entry);
+        }
+        layers
+    }
+
+    /// Writes `count` tars `layer-N.tar` into `to`. Where there are three, the lowest has a folder that the
+    /// highest deletes (with `whiteout`, whatever form that has).
+    fn write_tars(
+        &self,
+        to: &Path,
+        count: usize,
+        whiteout: &dyn Fn(&Path) -> Result<String>,
+    ) -> Result<Vec<PathBuf>> {
+        let mut tars = Vec::new();
+        for (number, layer) in self.split(count).iter().enumerate() {
+            let tar = to.join(format!("layer-{number}.tar"));
+            // A layer has all folders on the way to what it holds.
+            let mut paths: Vec<&Path> =
+                layer.iter().flat_map(|e| e.path.ancestors()).filter(|p| !p.as_os_str().is_empty()).collect();
+            paths.sort();
+            paths.dedup();
+            let list = to.join("list");
+            let mut out = BufWriter::new(File::create(&list)?);
+            out.write_all(b"./\0")?;
+            for path in paths {
+                out.write_all(b"./")?;
+                out.write_all(path.as_os_str().as_bytes())?;
+                out.write_all(b"\0")?;
+            }
+            out.flush()?;
+            let mut extra = String::new();
+            if count == 3 && number == 0 {
+                let gone = to.join("extra/opt/gone");
+                fs::create_dir_all(&gone)?;
+                for file in 0..200 {
+                    fs::write(
+                        gone.join(format!("file-{file}")),
+                        format!("deleted by a later layer: {file}\n"),
+                    )?;
+                }
+                extra = "./opt/gone".into();
+            } else if count == 3 && number == 2 {
+                fs::create_dir_all(to.join("extra/opt"))?;
+                extra = whiteout(&to.join("extra/opt"))?;
+            }
+            let extra_dir = to.join("extra");
+            let extra = if extra.is_empty() {
+                extra
+            } else {
+                format!("-C '{}' --recursion {extra}", extra_dir.display())
+            };
+            shell(&format!(
+                "tar --sort=name --xattrs --xattrs-include='*' --numeric-owner --no-recursion -cf '{}' -C '{}' --null -T '{}' {extra}",
+                tar.display(),
+                self.tree().display(),
+                list.display()
+            ))?;
+            fs::remove_file(&list)?;
+            if extra_dir.exists() {
+                fs::remove_dir_all(&extra_dir)?;
+            }
+            tars.push(tar);
+        }
+        Ok(tars)
+    }
+
+    /// The layout for mosfs: the image of all as one layer, three layers, and twenty.
+    fn make_layers(&self, to: &Path) -> Result<()> {
+        fs::create_dir_all(to.join("blobs/sha256"))?;
+        fs::write(to.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        let mut index = Vec::new();
+        let one = to.join("one.img");
+        fs::copy(self.squashfs(), &one)?;
+        index.push(image(to, "one", &[one])?);
+        for (name, count) in [("three", 3), ("twenty", 20)] {
+            let work = to.join(name);
+            fs::create_dir_all(&work)?;
+            // A whiteout of an image layer is a character device 0:0.
+            let tars = self.write_tars(&work, count, &|dir| {
+                shell(&format!("mknod '{}' c 0 0", dir.join("gone").display()))?;
+                Ok("./opt/gone".into())
+            })?;
+            let mut images = Vec::new();
+            for tar in &tars {
+                let image = tar.with_extension("img");
+                shell(&format!("sqfstar {} '{}' <'{}'", SQUASHFS_TAR, image.display(), tar.display()))?;
+                images.push(image);
+            }
+            index.push(image(to, name, &images)?);
+            fs::remove_dir_all(&work)?;
+        }
+        let index = json!({"schemaVersion": 2, "manifests": index});
+        fs::write(to.join("index.json"), index.to_string())?;
+        Ok(())
+    }
+
+    /// The layout for umoci, and the tars that `mosfs build` and sqfstar are compared on.
+    fn make_tars(&self, to: &Path) -> Result<()> {
+        fs::create_dir_all(to)?;
+        let tars = self.write_tars(to, 3, &|dir| {
+            fs::write(dir.join(".wh.gone"), "")?;
+            Ok("./opt/.wh.gone".into())
+        })?;
+        let layout = to.join("layout");
+        let layout = layout.display();
+        shell(&format!("umoci init --layout '{layout}'"))?;
+        shell(&format!("umoci new --image '{layout}:three'"))?;
+        for tar in tars {
+            shell(&format!("umoci raw add-layer --image '{layout}:three' '{}'", tar.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// [`SQUASHFS`] for sqfstar, which knows no `-noappend`.
+const SQUASHFS_TAR: &str = "-comp zstd -b 131072 -no-progress -quiet";
+
+/// Turns squashfs images into verity layers of a layout; returns the descriptor for its index.
+fn image(layout: &Path, tag: &str, images: &[PathBuf]) -> Result<Value> {
+    let mut layers = Vec::new();
+    for file in images {
+        let length = fs::metadata(file)?.len();
+        let hash_offset = length.div_ceil(4096) * 4096;
+        File::options().write(true).open(file)?.set_len(hash_offset)?;
+        let said = Command::new("veritysetup")
+            .args(["format", "--data-block-size=4096", "--hash-block-size=4096"])
+            .arg(format!("--data-blocks={}", hash_offset / 4096))
+            .arg(format!("--hash-offset={hash_offset}"))
+            .args([file, file])
+            .output()?;
+        let text = String::from_utf8_lossy(&said.stdout);
+        let root = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Root hash:"))
+            .ok_or_else(|| {
+                format!("veritysetup gave no root hash: {}", String::from_utf8_lossy(&said.stderr))
+            })?
+            .trim()
+            .to_string();
+        let mut layer = add(layout, file, "application/vnd.stacker.image.layer.squashfs+zstd")?;
+        layer["annotations"] = json!({"io.stackeroci.stacker.atomfs_verity_root_hash": root});
+        layers.push(layer);
+    }
+    let diff_ids: Vec<&Value> = layers.iter().map(|layer| &layer["digest"]).collect();
+    let platform = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let config =
+        json!({"architecture": platform, "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}});
+    let config =
+        add_bytes(layout, config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json")?;
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": config,
+        "layers": layers,
+    });
+    let mut manifest =
+        add_bytes(layout, manifest.to_string().as_bytes(), "application/vnd.oci.image.manifest.v1+json")?;
+    manifest["annotations"] = json!({"org.opencontainers.image.ref.name": tag});
+    Ok(manifest)
+}
+
+fn add(layout: &Path, file: &Path, media_type: &str) -> Result<Value> {
+    let said = Command::new("sha256sum").arg(file).output()?;
+    let hex = String::from_utf8_lossy(&said.stdout).split_whitespace().next().unwrap_or("").to_string();
+    let size = fs::metadata(file)?.len();
+    fs::rename(file, layout.join("blobs/sha256").join(&hex))?;
+    Ok(json!({"mediaType": media_type, "digest": format!("sha256:{hex}"), "size": size}))
+}
+
+fn add_bytes(layout: &Path, bytes: &[u8], media_type: &str) -> Result<Value> {
+    let digest = Digest::of(bytes).to_string();
+    let hex = digest.strip_prefix("sha256:").unwrap_or(&digest);
+    fs::write(layout.join("blobs/sha256").join(hex), bytes)?;
+    Ok(json!({"mediaType": media_type, "digest": format!("sha256:{hex}"), "size": bytes.len()}))
+}
+
+/// Makes `to` by writing it under another name first; does nothing where it is there.
+fn once(to: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if to.exists() {
+        return Ok(());
+    }
+    eprintln!("making {} (once)", to.display());
+    let mut name = to.as_os_str().to_owned();
+    name.push(".part");
+    let part = PathBuf::from(name);
+    if part.is_dir() {
+        fs::remove_dir_all(&part)?;
+    } else if part.exists() {
+        fs::remove_file(&part)?;
+    }
+    make(&part)?;
+    fs::rename(&part, to)?;
+    Ok(())
+}
+
+fn walk(root: &Path, below: &Path, entries: &mut Vec<Entry>) -> Result<()> {
+    for entry in fs::read_dir(root.join(below))? {
+        let entry = entry?;
+        let meta = entry.metadata()?;
+        let path = below.join(entry.file_name());
+        if meta.is_dir() {
+            walk(root, &path, entries)?;
+        }
+        entries.push(Entry {
+            path,
+            is_file: meta.is_file(),
+            size: meta.len(),
+            dev_inode: (meta.dev(), meta.ino()),
+            links: meta.nlink(),
+        });
+    }
+    Ok(())
+}
+
+/// The Debian release of this machine; the stable one elsewhere.
+fn suite() -> String {
+    let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let field = |name: &str| {
+        text.lines().find_map(|line| line.strip_prefix(name)).map(|v| v.trim_matches('"').to_string())
+    };
+    match (field("ID="), field("VERSION_CODENAME=")) {
+        (Some(id), Some(name)) if id == "debian" => name,
+        _ => "trixie".into(),
+    }
+}
+
+/// Runs a line of shell; its error is what it wrote to stderr.
+pub fn shell(line: &str) -> Result<()> {
+    let mut child = Command::new("bash")
+        .args(["-o", "pipefail", "-c", line])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut said = String::new();
+    if let Some(stderr) = child.stderr.as_mut() {
+        stderr.read_to_string(&mut said)?;
+    }
+    let status = child.wait()?;
+    if status.success() { Ok(()) } else { Err(format!("'{line}' {status}: {}", said.trim()).into()) }
+}

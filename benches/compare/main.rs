@@ -1,0 +1,197 @@
+//! `make bench`: mosfs beside its peers, on one Debian tree, in interleaved runs.
+//!
+//! Writes `report.html` (one page, complete in itself) and `report.json`, and prints a table. The peers are
+//! in `benches/peers.conf`. Needs root, because the kernel's file systems do.
+
+mod fixture;
+mod machine;
+mod page;
+mod peers;
+mod report;
+mod rows;
+mod stats;
+mod work;
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use fixture::Fixture;
+use report::{Figures, RowFigures};
+use rows::{Files, Row, Who};
+use stats::Sample;
+
+/// A result whose error is only ever printed.
+pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Measures mosfs beside its peers.
+#[derive(Debug, Parser)]
+#[command(name = "compare", max_term_width = 100)]
+struct Args {
+    /// Only these rows.
+    #[arg(long, value_delimiter = ',', value_name = "ROW,…")]
+    rows: Vec<String>,
+    /// Only these peers.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    peers: Vec<String>,
+    /// Runs of each row; the figure is their median.
+    #[arg(long, default_value_t = 7, value_name = "N")]
+    runs: usize,
+    /// Three runs.
+    #[arg(long)]
+    quick: bool,
+    /// Where the tree and the images are kept.
+    #[arg(long, env = "MOSFS_BENCH_DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench"))]
+    dir: PathBuf,
+    /// Where the report is written.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench"))]
+    output: PathBuf,
+    /// The peers.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers.conf"))]
+    config: PathBuf,
+    /// The mosfs command.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/target/release/mosfs"))]
+    mosfs: PathBuf,
+    /// Write the report anew from report.json, without measuring.
+    #[arg(long)]
+    report_only: bool,
+    /// List the rows.
+    #[arg(long)]
+    list: bool,
+    /// Said by cargo bench.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("compare: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    if args.list {
+        for row in rows::ROWS {
+            println!("{:<10} {}", row.id, row.title);
+        }
+        return Ok(());
+    }
+    if let Some(unknown) = args.rows.iter().find(|id| !rows::ROWS.iter().any(|row| row.id == **id)) {
+        return Err(format!("no row '{unknown}'; --list shows them").into());
+    }
+    fs::create_dir_all(&args.output)?;
+    if args.report_only {
+        let text = fs::read(args.output.join("report.json"))?;
+        return report::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
+    }
+    let fixture = Fixture::make(&args.dir)?;
+    let figures = measure(args, &fixture)?;
+    report::print(&figures);
+    report::write(&args.output, &figures)?;
+    println!("\n{}", args.output.join("report.html").display());
+    Ok(())
+}
+
+fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
+    let mnt = fixture.scratch().with_file_name("mnt");
+    fs::create_dir_all(&mnt)?;
+    let image = |tag: &str| format!("oci:{}:{tag}", fixture.layers().display());
+    let words = BTreeMap::from([
+        ("mnt", mnt.display().to_string()),
+        ("squashfs", fixture.squashfs().display().to_string()),
+        ("erofs", fixture.erofs().display().to_string()),
+        ("tar", format!("{}:three", fixture.tar_layout().display())),
+        ("one", image("one")),
+        ("three", image("three")),
+        ("twenty", image("twenty")),
+        ("mosfs", args.mosfs.display().to_string()),
+    ]);
+    let chosen: Vec<&Row> = rows::ROWS
+        .iter()
+        .filter(|row| args.rows.is_empty() || args.rows.iter().any(|id| id == row.id))
+        .collect();
+    let (peers, unusable) = peers::load(&args.config, &words, &mnt, |name, only| {
+        (args.peers.is_empty() || args.peers.iter().any(|n| n == name))
+            && only.as_ref().is_none_or(|ids| chosen.iter().any(|row| ids.iter().any(|id| id == row.id)))
+    })?;
+    for peer in &unusable {
+        eprintln!("left out: {}: {}", peer.name, peer.why);
+    }
+    for peer in peers.iter().filter(|peer| peer.runs != Some(1)) {
+        peer.mount(&mnt)?;
+        let right = work::check(&peer.tree(&mnt), &fixture.entries);
+        peer.unmount(&mnt)?;
+        right.map_err(|e| format!("{} does not show the tree: {e}", peer.name))?;
+    }
+    let files = Files::of(fixture);
+    let runs = if args.quick { args.runs.min(3) } else { args.runs };
+    let mut figures = Figures {
+        machine: machine::describe(),
+        tree: fixture.describe(),
+        left_out: unusable.into_iter().map(|peer| (peer.name, peer.why)).collect(),
+        rows: Vec::new(),
+    };
+    for row in chosen {
+        eprintln!("{}", row.title);
+        // Cold means a fresh mount of an image that is in memory.
+        work::warm(&fixture.squashfs())?;
+        work::warm(&fixture.erofs())?;
+        for blob in fs::read_dir(fixture.layers().join("blobs/sha256"))? {
+            work::warm(&blob?.path())?;
+        }
+        let ticks = machine::Ticks::now();
+        let samples = if row.who == Who::Programs {
+            let programs: Vec<_> = rows::programs(row).iter().map(|name| (name.to_string(), runs)).collect();
+            interleave(&programs, runs.min(3), |n| rows::run_program(&programs[n].0, fixture, &args.mosfs))?
+        } else {
+            let named =
+                |peer: &&peers::Peer| peer.rows.as_ref().is_some_and(|ids| ids.iter().any(|id| id == row.id));
+            let part: Vec<&peers::Peer> = peers
+                .iter()
+                .filter(|peer| match row.who {
+                    Who::All => peer.rows.is_none() || named(peer),
+                    Who::Named => named(peer),
+                    Who::NamedAndOurs => named(peer) || peer.name == rows::OURS,
+                    Who::Programs => false,
+                })
+                .collect();
+            let names: Vec<_> =
+                part.iter().map(|peer| (peer.name.clone(), peer.runs.unwrap_or(usize::MAX))).collect();
+            interleave(&names, runs * row.times, |n| rows::measure(row, part[n], &mnt, &files))?
+        };
+        figures.rows.push(RowFigures {
+            id: row.id.into(),
+            samples,
+            steal_percent: ticks.stolen_percent_since(),
+        });
+    }
+    Ok(figures)
+}
+
+/// Takes turns: one run of each, then the next round, which begins with another one. `who` is name and most runs.
+fn interleave(
+    who: &[(String, usize)],
+    rounds: usize,
+    mut one: impl FnMut(usize) -> Result<Option<f64>>,
+) -> Result<Vec<(String, Sample)>> {
+    let mut samples: Vec<Sample> = who.iter().map(|_| Sample { runs: Vec::new() }).collect();
+    for round in 0..rounds {
+        for turn in 0..who.len() {
+            let n = (turn + round) % who.len();
+            if round < who[n].1
+                && let Some(value) = one(n)?
+            {
+                samples[n].runs.push(value);
+            }
+        }
+    }
+    Ok(who.iter().map(|(name, _)| name.clone()).zip(samples).filter(|(_, s)| !s.runs.is_empty()).collect())
+}

@@ -1,0 +1,198 @@
+//! The peers, as `benches/peers.conf` lists them, and how they are mounted and unmounted.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use crate::Result;
+
+/// A file system to compare.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// Its name in the report.
+    pub name: String,
+    /// The command that mounts, as program and arguments.
+    mount: Vec<String>,
+    unmount: Vec<String>,
+    /// Where the tree is below the mount point.
+    root: PathBuf,
+    /// The only rows that it takes part in.
+    pub rows: Option<Vec<String>>,
+    /// The most runs that are made of it.
+    pub runs: Option<usize>,
+}
+
+/// A line that cannot be used on this machine, and why.
+pub struct Unusable {
+    /// The peer's name.
+    pub name: String,
+    /// Why it is left out.
+    pub why: String,
+}
+
+/// Reads the configuration; `words` are the values of what stands in braces.
+///
+/// A peer is tried once, on `mnt`: one that does not mount is left out with the reason.
+pub fn load(
+    path: &Path,
+    words: &BTreeMap<&str, String>,
+    mnt: &Path,
+    wanted: impl Fn(&str, &Option<Vec<String>>) -> bool,
+) -> Result<(Vec<Peer>, Vec<Unusable>)> {
+    let text = fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+    let (mut peers, mut unusable) = (Vec::new(), Vec::new());
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let at = || format!("{}:{}", path.display(), number + 1);
+        // `||` inside of a command is not a border between columns.
+        let line = line.replace("||", "\u{1}");
+        let columns: Vec<&str> = line.split('|').map(str::trim).collect();
+        let (name, mount, unmount, options) = match columns[..] {
+            [name, mount, unmount] => (name, mount, unmount, ""),
+            [name, mount, unmount, options] => (name, mount, unmount, options),
+            _ => return Err(format!("{}: expected NAME | MOUNT | UNMOUNT [| OPTIONS]", at()).into()),
+        };
+        let command = |text: &str| -> Result<Vec<String>> {
+            text.split_whitespace()
+                .map(|word| fill(word, words).map_err(|e| format!("{}: {e}", at()).into()))
+                .collect()
+        };
+        let (mut root, mut rows, mut runs) = (PathBuf::new(), None, None);
+        for option in options.split_whitespace() {
+            match option.split_once('=') {
+                Some(("root", value)) => root = value.into(),
+                Some(("rows", value)) => rows = Some(value.split(',').map(String::from).collect()),
+                Some(("runs", value)) => {
+                    runs = Some(value.parse().map_err(|_| format!("{}: runs={value}", at()))?)
+                }
+                _ => return Err(format!("{}: unknown option '{option}'", at()).into()),
+            }
+        }
+        if !wanted(name, &rows) {
+            continue;
+        }
+        let alternatives: Vec<Vec<String>> = mount.split('\u{1}').map(command).collect::<Result<_>>()?;
+        let unmount = command(unmount)?;
+        let mut why = String::from("no command");
+        let mut usable = None;
+        for mount in alternatives {
+            let peer = Peer {
+                name: name.into(),
+                mount,
+                unmount: unmount.clone(),
+                root: root.clone(),
+                rows: rows.clone(),
+                runs,
+            };
+            // What takes long is not tried just for that.
+            if peer.runs == Some(1) {
+                usable = Some(peer);
+                break;
+            }
+            match peer.mount(mnt).and_then(|()| peer.unmount(mnt)) {
+                Ok(()) => {
+                    usable = Some(peer);
+                    break;
+                }
+                Err(error) => why = error.to_string(),
+            }
+        }
+        match usable {
+            Some(peer) => peers.push(peer),
+            None => unusable.push(Unusable { name: name.into(), why }),
+        }
+    }
+    Ok((peers, unusable))
+}
+
+/// Puts values in the place of `{words}`.
+fn fill(word: &str, words: &BTreeMap<&str, String>) -> std::result::Result<String, String> {
+    let mut text = word.to_string();
+    for (name, value) in words {
+        text = text.replace(&format!("{{{name}}}"), value);
+    }
+    if text.contains('{') { Err(format!("nothing is known for '{word}'")) } else { Ok(text) }
+}
+
+impl Peer {
+    /// Mounts; the tree is then at [`Peer::tree`].
+    pub fn mount(&self, mnt: &Path) -> Result<()> {
+        run(&self.mount).map_err(|e| format!("{} on {}: {e}", self.name, mnt.display()).into())
+    }
+
+    /// Unmounts; waits for a moment where something still holds it.
+    pub fn unmount(&self, _mnt: &Path) -> Result<()> {
+        let mut last = None;
+        for wait in [0, 20, 100, 500, 2000] {
+            thread::sleep(Duration::from_millis(wait));
+            match run(&self.unmount) {
+                Ok(()) => return Ok(()),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| "no try was made".into()))
+    }
+
+    /// Where the tree is while it is mounted.
+    pub fn tree(&self, mnt: &Path) -> PathBuf {
+        if self.root.as_os_str().is_empty() { mnt.to_path_buf() } else { mnt.join(&self.root) }
+    }
+}
+
+/// Runs a command to its end; its error holds what it wrote to stderr.
+///
+/// stderr goes to a file: a daemon that keeps a pipe open would never let a reader of it end.
+pub fn run(command: &[String]) -> Result<()> {
+    let (program, args) = command.split_first().ok_or("an empty command")?;
+    let said = std::env::temp_dir().join(format!("mosfs-bench-{}.stderr", std::process::id()));
+    let status = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&said)?)
+        .status()
+        .map_err(|e| format!("cannot run {program}: {e}"))?;
+    if status.success() {
+        return Ok(());
+    }
+    let text = fs::read_to_string(&said).unwrap_or_default();
+    Err(format!("'{}' {status}: {}", command.join(" "), text.lines().next().unwrap_or("it said nothing"))
+        .into())
+}
+
+/// Processes that serve a FUSE mount now (they hold /dev/fuse open).
+pub fn fuse_servers() -> Vec<u32> {
+    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+    processes
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|fds| {
+                fds.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/fuse")))
+            })
+        })
+        .collect()
+}
+
+/// CPU seconds, user and system, that a process has used so far.
+pub fn cpu_seconds(pid: u32) -> Option<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in brackets may hold anything; the numbers begin after the last bracket (proc_pid_stat(5)).
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks = |index: usize| fields.get(index)?.parse::<u64>().ok();
+    // Fields 14 and 15, utime and stime, in ticks of 1/100 s on every Linux that Debian builds.
+    Some((ticks(11)? + ticks(12)?) as f64 / 100.0)
+}
+
+/// Anonymous memory of a process, in bytes.
+pub fn anonymous_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}

@@ -1,0 +1,394 @@
+//! The rows of the comparison: what is done, what it means, and what mosfs wants to reach.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use crate::Result;
+use crate::fixture::{Entry, Fixture, shell};
+use crate::peers::{self, Peer};
+use crate::work;
+
+/// What the numbers of a row are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Wall time; less is better.
+    Seconds,
+    /// CPU time of the reader and of the file system's own process; less is better.
+    CpuSeconds,
+    /// Reads a second; more is better.
+    PerSecond,
+    /// Memory in megabytes (10^6); less is better.
+    Megabytes,
+}
+
+/// How the goal of a row is put.
+#[derive(Debug, Clone, Copy)]
+pub struct Goal {
+    /// The peer that it is measured by; none for an absolute limit.
+    pub against: Option<&'static str>,
+    /// The ratio to that peer, or the absolute value: at most this, or at least where more is better.
+    pub limit: f64,
+}
+
+/// Who takes part in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Who {
+    /// All peers whose line does not name rows, and those that name this one.
+    All,
+    /// Only those that name this row.
+    Named,
+    /// Only those that name this row, and mosfs itself.
+    NamedAndOurs,
+    /// Commands that are no file systems, and are known here.
+    Programs,
+}
+
+/// A row of the comparison.
+pub struct Row {
+    /// Its name on the command line.
+    pub id: &'static str,
+    /// Its heading.
+    pub title: &'static str,
+    /// What is measured, for a reader of the report.
+    pub text: &'static str,
+    /// The unit.
+    pub unit: Unit,
+    /// Whose figure the goals are about.
+    pub ours: &'static str,
+    /// The goals.
+    pub goals: &'static [Goal],
+    /// Who takes part.
+    pub who: Who,
+    /// Runs for each one that the user asks for: more where a run is short.
+    pub times: usize,
+}
+
+/// The peer that is the product.
+pub const OURS: &str = "mosfs";
+/// The peer that the ratios are to.
+pub const KERNEL: &str = "kernel squashfs";
+/// The other peer that goals speak of.
+pub const SQUASHFUSE: &str = "squashfuse_ll";
+
+const fn kernel(limit: f64) -> Goal {
+    Goal { against: Some(KERNEL), limit }
+}
+
+const fn squashfuse(limit: f64) -> Goal {
+    Goal { against: Some(SQUASHFUSE), limit }
+}
+
+const fn row(id: &'static str, title: &'static str, goals: &'static [Goal], text: &'static str) -> Row {
+    Row { id, title, text, unit: Unit::Seconds, ours: OURS, goals, who: Who::All, times: 1 }
+}
+
+/// All rows, in the order of the report.
+pub const ROWS: &[Row] = &[
+    Row {
+        times: 4,
+        ..row(
+            "start",
+            "Start to first read",
+            &[kernel(0.5), squashfuse(0.95)],
+            "From the start of the mount command (mount(8) for the kernel's) until the first bytes of a file were read.",
+        )
+    },
+    row(
+        "find",
+        "find",
+        &[kernel(0.40), squashfuse(0.12)],
+        "find -printf with size, mode, owner and time of every entry. Fresh mount, image in the page cache, as in all rows.",
+    ),
+    row(
+        "ls",
+        "ls -lR",
+        &[kernel(0.65), squashfuse(0.12)],
+        "ls -lR, which also asks for extended attributes.",
+    ),
+    row(
+        "read1",
+        "Read everything, 1 reader",
+        &[kernel(0.55), squashfuse(0.50)],
+        "Every regular file from begin to end, in the order of their paths.",
+    ),
+    row(
+        "read2",
+        "Read everything, 2 readers",
+        &[kernel(0.65), squashfuse(0.45)],
+        "The same with two threads, each taking the next file.",
+    ),
+    row("large1", "Large files, 1 reader", &[kernel(0.58), squashfuse(0.57)], "Every file of 1 MiB or more."),
+    row("large2", "Large files, 2 readers", &[kernel(0.60), squashfuse(0.57)], "The same with two threads."),
+    row(
+        "findtar",
+        "find, then tar",
+        &[kernel(0.30), squashfuse(0.22)],
+        "find as above, then tar of the whole tree into a pipe; the time of both.",
+    ),
+    row(
+        "small",
+        "Small files in open order",
+        &[kernel(1.0), squashfuse(0.40)],
+        "8,000 files of at most 32 KiB: open, read, close, one after the other.",
+    ),
+    Row {
+        unit: Unit::PerSecond,
+        ..row(
+            "rand1",
+            "Random 4 KiB reads, 1 job",
+            &[kernel(1.5), squashfuse(7.0)],
+            "8,192 reads at random places of the large files; more is better.",
+        )
+    },
+    Row {
+        unit: Unit::PerSecond,
+        ..row(
+            "rand4",
+            "Random 4 KiB reads, 4 jobs",
+            &[kernel(1.5), squashfuse(7.0)],
+            "The same reads by four threads; more is better.",
+        )
+    },
+    row(
+        "warmsmall",
+        "Read again, small files",
+        &[kernel(1.2), squashfuse(0.25)],
+        "The small files once more, with their data in the page cache.",
+    ),
+    row(
+        "warmlarge",
+        "Read again, large files",
+        &[kernel(1.0), squashfuse(0.25)],
+        "The large files once more, with their data in the page cache.",
+    ),
+    row(
+        "python",
+        "Python starts in a chroot",
+        &[kernel(0.7), squashfuse(0.7)],
+        "chroot, python3 -c 'import json,ssl,asyncio,email'.",
+    ),
+    Row {
+        ours: "mosfs, 20 layers",
+        who: Who::Named,
+        ..row(
+            "layers",
+            "20 layers against 1, find",
+            &[Goal { against: Some("mosfs, 1 layer"), limit: 1.4 }],
+            "The same tree cut into twenty layers, each with files in every folder, against one layer.",
+        )
+    },
+    Row {
+        unit: Unit::CpuSeconds,
+        who: Who::NamedAndOurs,
+        ..row(
+            "verifycpu",
+            "CPU for verification",
+            &[Goal { against: Some("mosfs unverified"), limit: 1.0 / (1.0 - 0.08) }],
+            "CPU time of a cold read of everything, with verification and without; at most 8 % of it may be verification.",
+        )
+    },
+    Row {
+        unit: Unit::Megabytes,
+        ..row(
+            "rss",
+            "Anonymous memory",
+            &[Goal { against: None, limit: 16.0 }],
+            "Of the file system's process after find, ls, a read of everything and random reads. The kernel's own have none.",
+        )
+    },
+    Row {
+        ours: "mosfs build",
+        who: Who::Programs,
+        ..row(
+            "build",
+            "Build three layers",
+            &[Goal { against: Some("sqfstar"), limit: 1.15 }],
+            "Three tar layers (gzip) to squashfs, by sqfstar alone, and by mosfs build with verity, digests, store and signature.",
+        )
+    },
+    Row {
+        ours: "mosfs verity tree",
+        who: Who::Programs,
+        times: 2,
+        ..row(
+            "tree",
+            "Hash tree",
+            &[Goal { against: Some("veritysetup format"), limit: 1.0 / 1.5 }],
+            "The dm-verity tree of the squashfs image; its bytes are the same.",
+        )
+    },
+];
+
+/// The programs of the rows that compare no file systems.
+pub fn programs(row: &Row) -> &'static [&'static str] {
+    match row.id {
+        "build" => &["sqfstar", "mosfs build"],
+        "tree" => &["veritysetup format", "mosfs verity tree"],
+        _ => &[],
+    }
+}
+
+/// The tree's files as the rows want them.
+pub struct Files<'a> {
+    all: Vec<&'a Entry>,
+    large: Vec<&'a Entry>,
+    small: Vec<&'a Entry>,
+    bytes: u64,
+}
+
+impl<'a> Files<'a> {
+    /// Sorts the entries of the tree.
+    pub fn of(fixture: &'a Fixture) -> Self {
+        let all: Vec<&Entry> = fixture.entries.iter().filter(|e| e.is_file).collect();
+        let large = all.iter().copied().filter(|e| e.size >= 1 << 20).collect();
+        let small = all.iter().copied().filter(|e| (1..=32 * 1024).contains(&e.size)).take(8000).collect();
+        let bytes = all.iter().map(|e| e.size).sum();
+        Self { all, large, small, bytes }
+    }
+}
+
+/// Reads of the random rows, over all jobs.
+const RANDOM_READS: usize = 8192;
+
+/// One run of a row on a peer, which is mounted for it alone. None where the row does not apply.
+pub fn measure(row: &Row, peer: &Peer, mnt: &Path, files: &Files) -> Result<Option<f64>> {
+    let before = peers::fuse_servers();
+    let began = Instant::now();
+    peer.mount(mnt)?;
+    let tree = peer.tree(mnt);
+    let result = if row.id == "start" {
+        work::first_read(&tree.join("usr/bin/env")).map(|()| Some(began.elapsed().as_secs_f64()))
+    } else {
+        let own: Vec<u32> = peers::fuse_servers().into_iter().filter(|pid| !before.contains(pid)).collect();
+        on_mount(row, &tree, files, &own)
+    };
+    // Unmounted in any case; the first error is the one to tell.
+    let unmounted = peer.unmount(mnt);
+    let value = result.map_err(|e| format!("{}, {}: {e}", row.id, peer.name))?;
+    unmounted?;
+    Ok(value)
+}
+
+fn on_mount(row: &Row, tree: &Path, files: &Files, servers: &[u32]) -> Result<Option<f64>> {
+    let began = Instant::now();
+    match row.id {
+        "find" | "layers" => work::find(tree)?,
+        "ls" => work::ls(tree)?,
+        "read1" => work::read(tree, &files.all, 1)?,
+        "read2" => work::read(tree, &files.all, 2)?,
+        "large1" => work::read(tree, &files.large, 1)?,
+        "large2" => work::read(tree, &files.large, 2)?,
+        "findtar" => {
+            work::find(tree)?;
+            work::tar(tree, files.bytes)?;
+        }
+        "small" => work::read(tree, &files.small, 1)?,
+        "rand1" | "rand4" => {
+            let jobs = if row.id == "rand1" { 1 } else { 4 };
+            work::random(tree, &files.large, jobs, RANDOM_READS)?;
+            return Ok(Some(RANDOM_READS as f64 / began.elapsed().as_secs_f64()));
+        }
+        "warmsmall" | "warmlarge" => {
+            let list = if row.id == "warmsmall" { &files.small } else { &files.large };
+            work::read(tree, list, 1)?;
+            let again = Instant::now();
+            work::read(tree, list, 1)?;
+            return Ok(Some(again.elapsed().as_secs_f64()));
+        }
+        "python" => work::python(tree)?,
+        "verifycpu" => {
+            let cpu = || {
+                servers
+                    .iter()
+                    .copied()
+                    .chain([std::process::id()])
+                    .filter_map(peers::cpu_seconds)
+                    .sum::<f64>()
+            };
+            let before = cpu();
+            work::read(tree, &files.all, 1)?;
+            return Ok(Some(cpu() - before));
+        }
+        "rss" => {
+            if servers.is_empty() {
+                return Ok(None);
+            }
+            work::find(tree)?;
+            work::ls(tree)?;
+            work::read(tree, &files.all, 2)?;
+            work::random(tree, &files.large, 4, RANDOM_READS)?;
+            let bytes: u64 = servers.iter().copied().filter_map(peers::anonymous_bytes).sum();
+            return Ok(Some(bytes as f64 / 1e6));
+        }
+        other => return Err(format!("nothing is known of row '{other}'").into()),
+    }
+    Ok(Some(began.elapsed().as_secs_f64()))
+}
+
+/// One run of a program of a row that compares no file systems.
+pub fn run_program(name: &str, fixture: &Fixture, mosfs: &Path) -> Result<Option<f64>> {
+    let scratch = fixture.scratch();
+    if scratch.exists() {
+        fs::remove_dir_all(&scratch)?;
+    }
+    fs::create_dir_all(&scratch)?;
+    let dir = scratch.display();
+    let seconds = match name {
+        "sqfstar" => {
+            // The layers of the image as they are, gzip and all, which is what mosfs build gets.
+            let index: serde_json::Value = json_file(&fixture.tar_layout().join("index.json"))?;
+            let manifest = blob(fixture, &index["manifests"][0]["digest"])?;
+            let manifest: serde_json::Value = json_file(&manifest)?;
+            let mut line = String::from("true");
+            for (number, layer) in manifest["layers"].as_array().into_iter().flatten().enumerate() {
+                let layer = blob(fixture, &layer["digest"])?;
+                line += &format!(
+                    " && gzip -dc '{}' | sqfstar -comp zstd -b 131072 -no-progress -quiet '{dir}/{number}.img'",
+                    layer.display()
+                );
+            }
+            let began = Instant::now();
+            shell(&line)?;
+            began.elapsed()
+        }
+        "mosfs build" => {
+            let product = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
+            let manifest = format!(
+                "version: 1\nproduct: {product}\ntargets:\n  bench:\n    url: \"oci:{}:three\"\n    version: 1.0.0\n    service_type: hostfs\n    network: {{type: host}}\n",
+                fixture.tar_layout().display()
+            );
+            fs::write(scratch.join("import.yaml"), manifest)?;
+            let mosfs = mosfs.display();
+            shell(&format!("'{mosfs}' keys generate '{dir}/keys' --product {product}"))?;
+            let began = Instant::now();
+            shell(&format!(
+                "'{mosfs}' build '{dir}/import.yaml' --store '{dir}/store' --key '{dir}/keys/signer.key' --cert '{dir}/keys/signer.pem'"
+            ))?;
+            began.elapsed()
+        }
+        "veritysetup format" => {
+            let image = fixture.squashfs();
+            let began = Instant::now();
+            shell(&format!(
+                "veritysetup format '{}' '{dir}/tree' --salt={}",
+                image.display(),
+                "00".repeat(32)
+            ))?;
+            began.elapsed()
+        }
+        _ => return Ok(None),
+    };
+    fs::remove_dir_all(&scratch)?;
+    Ok(Some(seconds.as_secs_f64()))
+}
+
+fn json_file(path: &Path) -> Result<serde_json::Value> {
+    Ok(serde_json::from_slice(&fs::read(path)?)?)
+}
+
+fn blob(fixture: &Fixture, digest: &serde_json::Value) -> Result<std::path::PathBuf> {
+    let hex =
+        digest.as_str().and_then(|d| d.strip_prefix("sha256:")).ok_or("a descriptor without a digest")?;
+    Ok(fixture.tar_layout().join("blobs/sha256").join(hex))
+}

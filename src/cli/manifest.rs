@@ -1,0 +1,212 @@
+//! `mosfs manifest`: work on manifests alone.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{Global, output};
+use crate::digest::Digest;
+use crate::error::{AnyError, Class, Classified, IoContext, IoError};
+use crate::manifest::{
+    ImportErrors, ImportManifest, SystemError, SystemManifest, json as reproducible, yaml,
+};
+use crate::trust::anchor::CaFile;
+use crate::trust::{self, Anchor, Certificate, Dates, PrivateKey, Signed};
+
+/// Checks, prints, signs and verifies manifests.
+#[derive(Debug, Args)]
+pub struct Manifest {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check an import manifest, or a system manifest; say all that is wrong with it.
+    Check {
+        /// The manifest: YAML, or JSON for a system manifest.
+        file: PathBuf,
+    },
+    /// Print a manifest as reproducible JSON: sorted keys, no white space, no newline.
+    Canonical {
+        /// The manifest: an import manifest in YAML, or any JSON of that subset.
+        file: PathBuf,
+    },
+    /// Sign a system manifest, as `openssl dgst -sha256 -sign KEY` does.
+    Sign {
+        /// The system manifest.
+        file: PathBuf,
+        /// The signer's private key.
+        #[arg(long)]
+        key: PathBuf,
+        /// Where to write the signature instead of FILE.sig.
+        #[arg(short, long, value_name = "SIG")]
+        output: Option<PathBuf>,
+    },
+    /// Verify a system manifest as a device would: chain, dates, product, signature, form.
+    Verify {
+        /// The system manifest.
+        file: PathBuf,
+        /// The signature over it.
+        #[arg(long)]
+        sig: PathBuf,
+        /// The signer's certificate, with those that lead from it to the CA.
+        #[arg(long)]
+        cert: PathBuf,
+        /// The manifest CA.
+        #[arg(long)]
+        ca: PathBuf,
+        /// The product of the device; without it, the product that the certificate names.
+        #[arg(long, value_name = "UUID", value_parser = output::uuid)]
+        product: Option<Uuid>,
+    },
+}
+
+/// Runs `mosfs manifest`.
+pub fn run(args: &Manifest, global: &Global) -> Result<(), AnyError> {
+    match &args.command {
+        Command::Check { file } => check(file, global),
+        Command::Canonical { file } => canonical(file),
+        Command::Sign { file, key, output } => sign(file, key, output.as_deref(), global),
+        Command::Verify { file, sig, cert, ca, product } => {
+            verify(file, [sig.as_path(), cert, ca], *product, global)
+        }
+    }
+}
+
+/// A file that is no manifest, by name.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {source}", path.display())]
+struct BadFile {
+    path: PathBuf,
+    source: SystemError,
+}
+
+impl Classified for BadFile {
+    fn class(&self) -> Class {
+        self.source.class()
+    }
+}
+
+/// Reads a file, or one byte more than a reader of it would take.
+fn read(path: &Path, max: usize) -> Result<Vec<u8>, IoError> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).on("open", path)?;
+    file.take(max as u64 + 1).read_to_end(&mut bytes).on("read", path)?;
+    Ok(bytes)
+}
+
+/// Whether a file is JSON rather than YAML: it is a mapping in braces.
+fn is_json(bytes: &[u8]) -> bool {
+    bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{')
+}
+
+fn check(file: &Path, global: &Global) -> Result<(), AnyError> {
+    let bytes = read(file, reproducible::MAX_BYTES.max(yaml::MAX_BYTES))?;
+    let (kind, version, product, targets) = if is_json(&bytes) {
+        let manifest =
+            SystemManifest::parse(&bytes).map_err(|source| BadFile { path: file.to_path_buf(), source })?;
+        ("system", manifest.version, manifest.product, manifest.targets.len())
+    } else {
+        let manifest = match ImportManifest::parse(file, &bytes) {
+            Ok(manifest) => manifest,
+            Err(errors) if global.json => {
+                output::json(&json!({ "file": file.to_string_lossy(), "errors": import_errors(&errors) }))?;
+                return Err(errors.into());
+            }
+            Err(errors) => return Err(errors.into()),
+        };
+        ("import", manifest.version, manifest.product, manifest.targets.len())
+    };
+    if global.json {
+        let file = file.to_string_lossy();
+        return output::json(&json!({
+            "file": file, "errors": [], "kind": kind, "version": version, "product": product, "targets": targets,
+        }));
+    }
+    let plural = if targets == 1 { "" } else { "s" };
+    output::line(format_args!(
+        "{}: {kind} manifest, version {version}, product {product}, {targets} target{plural}",
+        file.display()
+    ))
+}
+
+fn import_errors(errors: &ImportErrors) -> Vec<serde_json::Value> {
+    let one = |error: &crate::manifest::ImportError| {
+        let problem = &error.problem;
+        json!({
+            "line": problem.at.line, "column": problem.at.column, "field": problem.field,
+            "found": problem.found, "allowed": problem.allowed,
+        })
+    };
+    errors.0.iter().map(one).collect()
+}
+
+fn canonical(file: &Path) -> Result<(), AnyError> {
+    let bytes = read(file, reproducible::MAX_BYTES.max(yaml::MAX_BYTES))?;
+    let out = if is_json(&bytes) {
+        let bad = |problem| BadFile { path: file.to_path_buf(), source: SystemError::Json(problem) };
+        reproducible::write(&reproducible::read(&bytes).map_err(bad)?)
+    } else {
+        ImportManifest::parse(file, &bytes)?.canonical()
+    };
+    output::bytes(&out)
+}
+
+fn sign(file: &Path, key: &Path, to: Option<&Path>, global: &Global) -> Result<(), AnyError> {
+    let bytes = read(file, reproducible::MAX_BYTES)?;
+    // What no device would accept is not signed.
+    SystemManifest::parse(&bytes).map_err(|source| BadFile { path: file.to_path_buf(), source })?;
+    let signature = PrivateKey::load(key)?.sign(&bytes)?;
+    let to = match to {
+        Some(path) => path.to_path_buf(),
+        None => {
+            let mut name = file.as_os_str().to_owned();
+            name.push(".sig");
+            PathBuf::from(name)
+        }
+    };
+    let mut out = File::create(&to).on("create", &to)?;
+    out.write_all(&signature).and_then(|()| out.sync_all()).on("write", &to)?;
+    let digest = Digest::of(&bytes);
+    if global.json {
+        return output::json(&json!({ "manifest": digest.to_string(), "signature": to.to_string_lossy() }));
+    }
+    output::line(format_args!("{}: signature of {digest}", to.display()))
+}
+
+fn verify(
+    file: &Path,
+    [sig, cert, ca]: [&Path; 3],
+    product: Option<Uuid>,
+    global: &Global,
+) -> Result<(), AnyError> {
+    let signed = Signed {
+        manifest: read(file, reproducible::MAX_BYTES)?,
+        signature: read(sig, trust::MAX_SIGNATURE_BYTES)?,
+        certificate: read(cert, trust::MAX_CERTIFICATE_BYTES)?,
+        floor_signature: None,
+    };
+    let ca = CaFile::load(ca)?;
+    let product = match product {
+        Some(product) => product,
+        // Believed only after the chain was checked, like the rest of the certificate.
+        None => Certificate::from_pem(&signed.certificate)?.binding()?.product,
+    };
+    let verified = signed.verify(&Anchor::new(ca, product), Dates::check_now())?;
+    let (digest, signer) = (verified.digest(), verified.signer());
+    let version = verified.manifest().version;
+    if global.json {
+        return output::json(&json!({
+            "digest": digest.to_string(), "version": version, "product": signer.product, "signer": signer.name,
+        }));
+    }
+    output::line(format_args!(
+        "{digest}: version {version}, product {}, signed for {}",
+        signer.product, signer.name
+    ))
+}

@@ -1,0 +1,91 @@
+//! `mosfs mount`: mounts an image, verified.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::Global;
+use crate::digest::Digest;
+use crate::error::AnyError;
+use crate::image::oci::Platform;
+use crate::mount::fuse::FuseOptions;
+use crate::mount::{self, Backend, MountFlags, MountPlan};
+use crate::sys;
+use crate::transport::{OciDir, SourceRef};
+
+/// Mount a target of the current deployment, or any image of an OCI layout.
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// A target's name, or `oci:DIR[:NAME]`.
+    #[arg(value_name = "TARGET|SOURCE")]
+    source: String,
+    /// The folder to mount at.
+    #[arg(value_name = "DIR")]
+    target: PathBuf,
+    /// Require this root hash; one for each layer, the bottom one first.
+    #[arg(long, value_name = "HEX", value_parser = root_hash)]
+    root_hash: Vec<Digest>,
+    /// Who serves the mount: auto, dm-verity or fuse.
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    backend: Backend,
+    /// Stay in the foreground and write the log to stderr.
+    #[arg(long, short)]
+    foreground: bool,
+    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …
+    #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
+    options: Vec<String>,
+    /// Threads that answer requests of the FUSE backend [default: 2 to 4, as there are cores].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: Option<u16>,
+    /// Bound of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    cache_mib: Option<u32>,
+    /// Keep idle cores awake while requests come close together: faster small files, more power.
+    #[arg(long)]
+    spin: bool,
+    /// Mount without verification, also layers that have no root hash.
+    #[arg(long)]
+    unsafe_no_verity: bool,
+}
+
+/// A root hash as 64 hex digits, with or without `sha256:`.
+fn root_hash(text: &str) -> Result<Digest, String> {
+    Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)).map_err(|error| error.to_string())
+}
+
+/// Runs `mosfs mount`.
+pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+    // First of all: what is open now came from whoever started this process, and the daemon must not keep it.
+    let inherited = sys::daemon::open_descriptors();
+    let mut flags = MountFlags::default();
+    for option in &args.options {
+        flags.apply(option)?;
+    }
+    let plan = plan(args, global)?;
+    let options = FuseOptions {
+        threads: args.threads.map_or(0, usize::from),
+        cache_mib: args.cache_mib.map(|mib| mib as usize),
+        spin: args.spin,
+        flags,
+        inherited,
+    };
+    if args.foreground {
+        let terminal = Box::new(std::io::stderr());
+        mount::mount_in_foreground(&plan, &args.target, args.backend, &options, terminal)?;
+    } else {
+        mount::mount(&plan, &args.target, args.backend, &options)?;
+    }
+    Ok(())
+}
+
+/// Finds what is to be mounted.
+fn plan(args: &MountArgs, _: &Global) -> Result<MountPlan, AnyError> {
+    // A source has a scheme; a target's name cannot hold a colon.
+    let source: SourceRef = args.source.parse()?;
+    let transport = source.open()?;
+    let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
+    let image = transport.image(&found)?;
+    let layout = OciDir::open(Path::new(&source.location))?;
+    let path = |digest: &Digest| layout.blob_path(digest);
+    Ok(MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?)
+}

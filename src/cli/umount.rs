@@ -1,0 +1,25 @@
+//! `mosfs umount`: unmounts what `mosfs mount` has mounted.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Global;
+use crate::error::AnyError;
+use crate::mount;
+
+/// Unmount, and wait until nothing is left of the mount.
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// The folder that it is mounted at.
+    #[arg(value_name = "DIR")]
+    target: PathBuf,
+    /// Take it out of the tree now, and end it when its last user is gone.
+    #[arg(long, short)]
+    lazy: bool,
+}
+
+/// Runs `mosfs umount`.
+pub fn run(args: &UmountArgs, _: &Global) -> Result<(), AnyError> {
+    Ok(mount::unmount(&args.target, args.lazy)?)
+}

@@ -1,0 +1,335 @@
+//! The register of what is mounted: one file for each mount, in a folder that only its owner writes.
+//!
+//! ```text
+//! root      /run/mosfs/mounts/MAJOR-MINOR.json      and MAJOR-MINOR.log beside it
+//! others    $XDG_RUNTIME_DIR/mosfs/mounts/…, or /tmp/mosfs-UID/mounts/… (mode 0700, owned by the user)
+//! ```
+//! A mount is known by its device number, which is its own while it is mounted. A record counts only
+//! while the kernel lists a mount of that device at its target (`/proc/self/mountinfo`); any other
+//! is stale and is removed. A process is known by its id and the time when it started, as ids
+//! come back.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::engine::trouble::Counts;
+use crate::digest::Digest;
+use crate::error::{IoContext, IoError};
+use crate::sys;
+
+/// A record is at most this long: 1,000 layers are about 200 KiB.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// What is known of one mount. Stable: this is what `mosfs status --json` shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountRecord {
+    /// Version of this format, 1.
+    pub format: u32,
+    /// What was asked for, as the user wrote it: a target or an OCI source.
+    pub source: String,
+    /// Where it is mounted. In JSON, bytes that are no UTF-8 and backslashes are `\\OOO`, in octal.
+    #[serde(with = "path_text")]
+    pub target: PathBuf,
+    /// Digest of the image's OCI manifest.
+    pub digest: Option<Digest>,
+    /// The layers, the bottom one first.
+    pub layers: Vec<LayerRecord>,
+    /// Which backend serves it: `fuse` or `dm-verity`.
+    pub backend: String,
+    /// Whether every block is verified; false with `--unsafe-no-verity`.
+    pub verified: bool,
+    /// Device number of the mount, `MAJOR:MINOR`.
+    pub device: String,
+    /// The daemon that serves it, if it has one.
+    pub daemon: Option<DaemonRecord>,
+}
+
+/// A layer of a mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerRecord {
+    /// Digest of the layer's blob.
+    pub digest: Digest,
+    /// Root hash of its tree, `None` where it is not verified.
+    pub root_hash: Option<Digest>,
+}
+
+/// The daemon of a mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DaemonRecord {
+    /// Its process id.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (proc(5), /proc/PID/stat, field 22).
+    pub start_ticks: u64,
+    /// Its log file.
+    pub log: Option<PathBuf>,
+    /// What went wrong so far.
+    pub errors: Counts,
+}
+
+/// How a mount is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// Nothing is known against it.
+    Good,
+    /// It is served, and some reads failed.
+    Errors,
+    /// The daemon is gone and every access fails; unmount and mount again.
+    DaemonDead,
+}
+
+impl MountRecord {
+    /// How the mount is now.
+    pub fn health(&self) -> Health {
+        match &self.daemon {
+            Some(daemon) if !daemon.is_alive() => Health::DaemonDead,
+            Some(daemon) if daemon.errors.total() > 0 => Health::Errors,
+            _ => Health::Good,
+        }
+    }
+
+    /// The name of the record's files, without their endings.
+    fn stem(&self) -> String {
+        self.device.replace(':', "-")
+    }
+}
+
+impl DaemonRecord {
+    /// Whether that very process still runs.
+    pub fn is_alive(&self) -> bool {
+        start_ticks(self.pid) == Some(self.start_ticks)
+    }
+}
+
+/// When a process started, in clock ticks since boot; `None` where there is none, or a zombie.
+pub fn start_ticks(pid: u32) -> Option<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is a name in parentheses that may hold anything; what counts follows the last one.
+    let end = stat.iter().rposition(|&byte| byte == b')')?;
+    let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
+    let mut fields = rest.split_ascii_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    // Field 22; the one before was 3.
+    fields.nth(18)?.parse().ok()
+}
+
+/// The folder of this user's records. It is not made here.
+pub fn folder() -> PathBuf {
+    let (uid, _) = sys::daemon::effective_ids();
+    if uid == 0 {
+        return "/run/mosfs/mounts".into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(dir) if dir.is_absolute() => dir.join("mosfs/mounts"),
+        _ => format!("/tmp/mosfs-{uid}/mounts").into(),
+    }
+}
+
+/// The folder of this user's records, made where it is missing.
+///
+/// # Errors
+/// Also where it is not a folder, belongs to somebody else, or others may write to it: in /tmp anybody
+/// can make that name first.
+fn own_folder() -> Result<PathBuf, IoError> {
+    let folder = folder();
+    let (uid, _) = sys::daemon::effective_ids();
+    let mode = if uid == 0 { 0o755 } else { 0o700 };
+    for dir in [folder.parent(), Some(folder.as_path())].into_iter().flatten() {
+        match DirBuilder::new().mode(mode).create(dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).on("create", dir);
+            }
+            _ => {}
+        }
+        let found = fs::symlink_metadata(dir).on("look at", dir)?;
+        if !found.is_dir() || found.uid() != uid || found.mode() & 0o022 != 0 {
+            let why = format!(
+                "expected a folder of user {uid} that only they can write, found user {}, mode {:o}",
+                found.uid(),
+                found.mode()
+            );
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why)).on("use", dir);
+        }
+    }
+    Ok(folder)
+}
+
+/// Where the log of a mount with this device number goes.
+pub(super) fn log_path((major, minor): (u32, u32)) -> Result<PathBuf, IoError> {
+    Ok(own_folder()?.join(format!("{major}-{minor}.log")))
+}
+
+/// Writes or replaces the record of a mount.
+pub fn write(record: &MountRecord) -> Result<(), IoError> {
+    let folder = own_folder()?;
+    let path = folder.join(format!("{}.json", record.stem()));
+    let temp = folder.join(format!(".{}.{}", record.stem(), std::process::id()));
+    let text = serde_json::to_vec(record).map_err(io::Error::other).on("write", &path)?;
+    // No fsync: what is mounted is gone after a power cut, and so is /run.
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
+    options.open(&temp).and_then(|mut file| file.write_all(&text)).on("write", &temp)?;
+    fs::rename(&temp, &path).on("rename", &temp)
+}
+
+/// Removes the record and the log of a mount.
+pub fn remove(record: &MountRecord) {
+    let folder = folder();
+    for ending in ["json", "log"] {
+        let _ = fs::remove_file(folder.join(format!("{}.{ending}", record.stem())));
+    }
+}
+
+/// The mounts of this user that are mounted now. Stale records are removed on the way.
+pub fn mounts() -> Result<Vec<MountRecord>, IoError> {
+    let folder = folder();
+    let list = match fs::read_dir(&folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.on("list", &folder)?,
+    };
+    let mut all = Vec::new();
+    for entry in list {
+        let path = entry.on("list", &folder)?.path();
+        if path.extension().is_some_and(|ending| ending == "json")
+            && let Some(record) = read(&path)
+        {
+            all.push(record);
+        }
+    }
+    // Read after the records, so that a mount that is just being made is not taken for a stale one.
+    let mounted = mounted()?;
+    all.retain(|record| {
+        let live = mounted.iter().any(|one| one.device == record.device && one.target == record.target);
+        // A daemon that lives and has no mount any more is about to end, and removes its record itself.
+        if !live && !record.daemon.as_ref().is_some_and(DaemonRecord::is_alive) {
+            remove(record);
+        }
+        live
+    });
+    all.sort_by(|a, b| a.target.cmp(&b.target));
+    Ok(all)
+}
+
+fn read(path: &Path) -> Option<MountRecord> {
+    let mut text = Vec::new();
+    fs::File::open(path).ok()?.take(MOST_BYTES).read_to_end(&mut text).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// A path as JSON text without loss.
+mod path_text {
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::{Path, PathBuf};
+
+    use super::{OsString, OsStringExt, unescape};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        let mut text = String::new();
+        for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+            text.push_str(&chunk.valid().replace('\\', "\\134"));
+            for byte in chunk.invalid() {
+                text.push_str(&format!("\\{byte:03o}"));
+            }
+        }
+        to.serialize_str(&text)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        let text = String::deserialize(from)?;
+        Ok(OsString::from_vec(unescape(text.as_bytes())).into())
+    }
+}
+
+/// One line of /proc/self/mountinfo.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mounted {
+    /// Device number, `MAJOR:MINOR`.
+    pub device: String,
+    /// Where it is mounted.
+    pub target: PathBuf,
+    /// Type of the file system, `fuse.mosfs` for ours.
+    pub kind: String,
+}
+
+/// What the kernel lists as mounted in this process' name space.
+pub fn mounted() -> Result<Vec<Mounted>, IoError> {
+    let path = "/proc/self/mountinfo";
+    let text = fs::read(path).on("read", path)?;
+    Ok(text.split(|&byte| byte == b'\n').filter_map(parse_mountinfo).collect())
+}
+
+/// The topmost mount at `target`.
+pub fn mounted_at(target: &Path) -> Result<Option<Mounted>, IoError> {
+    Ok(mounted()?.into_iter().rfind(|one| one.target == target))
+}
+
+/// Reads a line of mountinfo (proc(5)): id, parent, device, root, target, options, …, `-`, type, source, options.
+fn parse_mountinfo(line: &[u8]) -> Option<Mounted> {
+    let mut fields = line.split(|&byte| byte == b' ');
+    let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
+    let target = unescape(fields.nth(1)?);
+    let mut rest = fields.skip_while(|field| *field != b"-");
+    rest.next()?;
+    let kind = String::from_utf8(rest.next()?.to_vec()).ok()?;
+    Some(Mounted { device, target: PathBuf::from(OsString::from_vec(target)), kind })
+}
+
+/// Undoes the octal escapes of mountinfo: `\040` for a space.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = |digits: &[u8]| {
+            digits.iter().try_fold(0u32, |value, &digit| {
+                matches!(digit, b'0'..=b'7').then(|| value * 8 + u32::from(digit - b'0'))
+            })
+        };
+        match tail.get(..3).and_then(octal) {
+            Some(value @ 0..=255) if first == b'\\' => {
+                out.push(value as u8);
+                rest = &tail[3..];
+            }
+            _ => {
+                out.push(first);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_is_read_with_its_escapes() {
+        let line = b"36 35 98:0 /mnt1 /a\\040b\\134\xff rw,noatime master:1 shared:2 - fuse.mosfs oci:x rw";
+        let target = OsString::from_vec(b"/a b\\\xff".to_vec()).into();
+        let expected = Mounted { device: "98:0".into(), target, kind: "fuse.mosfs".into() };
+        assert_eq!(parse_mountinfo(line), Some(expected));
+        assert_eq!(parse_mountinfo(b"36 35"), None);
+        assert_eq!(unescape(b"\\9\\777\\04"), b"\\9\\777\\04");
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_start() {
+        let me = std::process::id();
+        let ticks = start_ticks(me).unwrap();
+        let daemon = DaemonRecord { pid: me, start_ticks: ticks, log: None, errors: Counts::default() };
+        assert!(daemon.is_alive());
+        assert!(!DaemonRecord { start_ticks: ticks + 1, ..daemon }.is_alive());
+    }
+}

@@ -1,0 +1,287 @@
+//! What a device trusts: the manifest CA and its product, in CONFIG.
+//!
+//! ```text
+//! CONFIG/manifestCA.pem     one certificate or several, any of which may end a chain
+//! CONFIG/product            the UUID, one line
+//! ```
+//!
+//! Both are written by the first installation, and by nothing after it.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use openssl::x509::X509;
+use uuid::Uuid;
+
+use super::MAX_CERTIFICATE_BYTES;
+use super::certificate::{name_text, read_pem};
+use super::files::{NewFile, read_at_most, write_new};
+use crate::digest::Digest;
+use crate::error::{Class, Classified, IoContext, IoError};
+use crate::failpoint;
+use crate::manifest::rules;
+
+/// Name of the CA's file in CONFIG.
+pub const CA_FILE: &str = "manifestCA.pem";
+/// Name of the product's file in CONFIG.
+pub const PRODUCT_FILE: &str = "product";
+
+/// The manifest CA and the product of a device.
+#[derive(Clone)]
+pub struct Anchor {
+    ca: Vec<X509>,
+    product: Uuid,
+}
+
+/// Why there is no anchor to verify with.
+#[derive(Debug, thiserror::Error)]
+pub enum AnchorError {
+    /// CONFIG lacks a file: nothing can be believed.
+    #[error("{} is missing: this device trusts no {what}", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        what: &'static str,
+    },
+    /// Not a CA certificate.
+    #[error("{} is not a CA certificate: {reason}", path.display())]
+    BadCa {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not a UUID.
+    #[error("{} is not a product: found `{found}`, expected a UUID", path.display())]
+    BadProduct {
+        /// The file.
+        path: PathBuf,
+        /// The first characters of its content.
+        found: String,
+    },
+    /// The device has another CA already.
+    #[error("this device trusts the CA {has} ({}), not the given {given}", path.display())]
+    OtherCa {
+        /// The file of the one it has.
+        path: PathBuf,
+        /// Subject and digest of the one it has.
+        has: String,
+        /// Subject and digest of the one that was given.
+        given: String,
+    },
+    /// The device is of another product already.
+    #[error("this device is product {has} ({}), not the given {given}", path.display())]
+    OtherProduct {
+        /// The file of the one it has.
+        path: PathBuf,
+        /// The one it has.
+        has: Uuid,
+        /// The one that was given.
+        given: Uuid,
+    },
+    /// A file that cannot be read or written.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+impl Classified for AnchorError {
+    fn class(&self) -> Class {
+        match self {
+            // DESIGN.md, section 2: "Any of the three missing: refused".
+            AnchorError::Missing { .. } | AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
+                Class::Verification
+            }
+            AnchorError::BadCa { .. } | AnchorError::BadProduct { .. } => Class::Input,
+            AnchorError::Io(error) => error.class(),
+        }
+    }
+}
+
+impl fmt::Debug for Anchor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Anchor").field("ca", &self.ca_name()).field("product", &self.product).finish()
+    }
+}
+
+impl Anchor {
+    /// An anchor of a CA file and a product.
+    pub fn new(ca: CaFile, product: Uuid) -> Self {
+        Self { ca: ca.certificates, product }
+    }
+
+    /// The anchor of a device.
+    ///
+    /// # Errors
+    /// [`AnchorError::Missing`] if CONFIG does not say what to trust.
+    pub fn load(config: &Path) -> Result<Self, AnchorError> {
+        let missing = |file: &str, what| AnchorError::Missing { path: config.join(file), what };
+        let ca = CaFile::find(&config.join(CA_FILE))?.ok_or_else(|| missing(CA_FILE, "manifest CA"))?;
+        let product = find_product(config)?.ok_or_else(|| missing(PRODUCT_FILE, "product"))?;
+        Ok(Self::new(ca, product))
+    }
+
+    /// Plans the anchor of a first installation: what CONFIG has, and what is given where CONFIG
+    /// has none. Nothing is written before [`AnchorPlan::apply`].
+    ///
+    /// # Errors
+    /// [`AnchorError::OtherCa`] and [`AnchorError::OtherProduct`] if CONFIG has others than those
+    /// given; [`AnchorError::Missing`] if neither has one.
+    pub fn plan(config: &Path, ca: Option<CaFile>, product: Option<Uuid>) -> Result<AnchorPlan, AnchorError> {
+        let mut files = Vec::new();
+        let path = config.join(PRODUCT_FILE);
+        let product = match (find_product(config)?, product) {
+            (Some(has), Some(given)) if has != given => {
+                return Err(AnchorError::OtherProduct { path, has, given });
+            }
+            (Some(has), _) => has,
+            (None, Some(given)) => {
+                files.push(NewFile {
+                    name: PRODUCT_FILE,
+                    bytes: format!("{given}\n").into_bytes(),
+                    mode: 0o644,
+                });
+                given
+            }
+            (None, None) => return Err(AnchorError::Missing { path, what: "product" }),
+        };
+        let path = config.join(CA_FILE);
+        let ca = match (CaFile::find(&path)?, ca) {
+            (Some(has), Some(given)) if has.digests() != given.digests() => {
+                return Err(AnchorError::OtherCa { path, has: has.to_string(), given: given.to_string() });
+            }
+            (Some(has), _) => has,
+            (None, Some(given)) => {
+                files.push(NewFile { name: CA_FILE, bytes: given.to_pem(), mode: 0o644 });
+                given
+            }
+            (None, None) => return Err(AnchorError::Missing { path, what: "manifest CA" }),
+        };
+        Ok(AnchorPlan { config: config.to_path_buf(), anchor: Self::new(ca, product), files })
+    }
+
+    /// The product of the device.
+    pub fn product(&self) -> Uuid {
+        self.product
+    }
+
+    pub(super) fn ca(&self) -> &[X509] {
+        &self.ca
+    }
+
+    /// The subject of the CA, for messages.
+    pub fn ca_name(&self) -> String {
+        self.ca.iter().map(|ca| name_text(ca.subject_name())).collect::<Vec<_>>().join("` or `")
+    }
+}
+
+/// The anchor of a first installation, before it is written.
+pub struct AnchorPlan {
+    config: PathBuf,
+    anchor: Anchor,
+    files: Vec<NewFile>,
+}
+
+impl AnchorPlan {
+    /// What the device will trust, to verify what is to be installed before anything is written.
+    pub fn anchor(&self) -> &Anchor {
+        &self.anchor
+    }
+
+    /// The files that [`Self::apply`] will write.
+    pub fn writes(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|file| self.config.join(file.name)).collect()
+    }
+
+    /// Writes what CONFIG lacks. A crash leaves each file whole or absent, and the same plan again
+    /// completes them.
+    ///
+    /// # Errors
+    /// [`AnchorError::Io`], also if a file has appeared since the plan was made.
+    pub fn apply(self) -> Result<(), AnchorError> {
+        if self.files.is_empty() {
+            return Ok(());
+        }
+        write_new(&self.config, &self.files, |name| match name {
+            PRODUCT_FILE => failpoint::hit("anchor-product"),
+            _ => failpoint::hit("anchor-ca"),
+        })?;
+        Ok(())
+    }
+}
+
+/// One or more CA certificates.
+#[derive(Clone)]
+pub struct CaFile {
+    certificates: Vec<X509>,
+}
+
+impl CaFile {
+    /// Reads a PEM file.
+    ///
+    /// # Errors
+    /// [`AnchorError::BadCa`], [`AnchorError::Io`].
+    pub fn load(path: &Path) -> Result<Self, AnchorError> {
+        let file = File::open(path).on("open", path)?;
+        Self::read(file, path)
+    }
+
+    /// The same, with `None` if there is no such file.
+    fn find(path: &Path) -> Result<Option<Self>, AnchorError> {
+        match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            file => Self::read(file.on("open", path)?, path).map(Some),
+        }
+    }
+
+    fn read(file: File, path: &Path) -> Result<Self, AnchorError> {
+        let bytes = read_at_most(file, path, MAX_CERTIFICATE_BYTES)?;
+        let bad = |reason| AnchorError::BadCa { path: path.to_path_buf(), reason };
+        if bytes.len() > MAX_CERTIFICATE_BYTES {
+            return Err(bad(format!("it has more than {MAX_CERTIFICATE_BYTES} bytes")));
+        }
+        Ok(Self { certificates: read_pem(&bytes).map_err(bad)? })
+    }
+
+    /// The certificates alone, without comments or keys that may stand beside them.
+    fn to_pem(&self) -> Vec<u8> {
+        self.certificates.iter().flat_map(|ca| ca.to_pem().unwrap_or_default()).collect()
+    }
+
+    /// What tells two files apart: the digests of their certificates, in any order.
+    fn digests(&self) -> Vec<Digest> {
+        let mut all: Vec<_> =
+            self.certificates.iter().map(|ca| Digest::of(&ca.to_der().unwrap_or_default())).collect();
+        all.sort();
+        all
+    }
+}
+
+impl fmt::Display for CaFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let one = |ca: &X509| {
+            let digest = Digest::of(&ca.to_der().unwrap_or_default());
+            format!("`{}` {digest}", name_text(ca.subject_name()))
+        };
+        f.write_str(&self.certificates.iter().map(one).collect::<Vec<_>>().join(", "))
+    }
+}
+
+fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
+    let path = config.join(PRODUCT_FILE);
+    let file = match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.on("open", &path)?,
+    };
+    let bytes = read_at_most(file, &path, 256)?;
+    let text = String::from_utf8_lossy(&bytes);
+    match rules::uuid(text.trim_end()) {
+        Ok(product) => Ok(Some(product)),
+        Err(_) => {
+            let found = text.chars().take(40).flat_map(char::escape_debug).collect();
+            Err(AnchorError::BadProduct { path, found })
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Detached signatures over a manifest's bytes, as `openssl dgst -sha256 -sign` makes them:
+//! SHA-256 with RSA PKCS#1 v1.5 (RFC 8017, section 8.2; the bare integer, as long as the
+//! modulus) or ECDSA on P-256 (FIPS 186-5; DER of r and s, RFC 3279, section 2.2.3).
+
+use openssl::ecdsa::EcdsaSig;
+use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
+use openssl::pkey::{HasPublic, Id, PKeyRef};
+use openssl::sign::Verifier;
+
+use super::{Certificate, TrustError};
+use crate::digest::Digest;
+
+/// Fewest bits of an RSA key (DESIGN.md, section 2: "2048 and up").
+pub const MIN_RSA_BITS: u32 = 2048;
+
+/// The kinds of key whose signatures are accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Algorithm {
+    /// RSA PKCS#1 v1.5 of 2048 bits or more, with SHA-256.
+    Rsa,
+    /// ECDSA on the curve P-256, with SHA-256.
+    EcdsaP256,
+}
+
+impl Algorithm {
+    /// The algorithm of a key.
+    ///
+    /// # Errors
+    /// What the key is, where it is of no accepted kind.
+    pub fn of<T: HasPublic>(key: &PKeyRef<T>) -> Result<Self, String> {
+        match key.id() {
+            Id::RSA if key.bits() >= MIN_RSA_BITS => Ok(Algorithm::Rsa),
+            Id::RSA => Err(format!("RSA of {} bits", key.bits())),
+            Id::EC => {
+                let curve = key.ec_key().ok().and_then(|key| key.group().curve_name());
+                match curve {
+                    Some(Nid::X9_62_PRIME256V1) => Ok(Algorithm::EcdsaP256),
+                    Some(curve) => Err(format!("ECDSA on {}", curve.short_name().unwrap_or("another curve"))),
+                    None => Err("ECDSA on a curve without a name".into()),
+                }
+            }
+            Id::RSA_PSS => Err("RSA-PSS".into()),
+            Id::ED25519 => Err("Ed25519".into()),
+            Id::ED448 => Err("Ed448".into()),
+            Id::DSA => Err("DSA".into()),
+            other => Err(format!("of another kind ({})", other.as_raw())),
+        }
+    }
+
+    /// Its name, for messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Algorithm::Rsa => "RSA PKCS#1 v1.5",
+            Algorithm::EcdsaP256 => "ECDSA P-256",
+        }
+    }
+}
+
+/// Checks the signature of a certificate's key over bytes, and returns the digest of the bytes.
+///
+/// # Errors
+/// [`TrustError::UnsupportedKey`], [`TrustError::TruncatedSignature`],
+/// [`TrustError::MalformedSignature`], [`TrustError::BadSignature`].
+pub(super) fn check(certificate: &Certificate, bytes: &[u8], signature: &[u8]) -> Result<Digest, TrustError> {
+    let key = certificate.key()?;
+    let algorithm = Algorithm::of(&key).map_err(|found| TrustError::UnsupportedKey { found })?;
+    let expected = match algorithm {
+        Algorithm::Rsa => key.size(),
+        // SEQUENCE, then a length below 128: P-256 needs 72 bytes at most.
+        Algorithm::EcdsaP256 => match signature {
+            [0x30, length @ 0..0x80, ..] => 2 + usize::from(*length),
+            _ => key.size(),
+        },
+    };
+    if signature.len() < expected {
+        return Err(TrustError::TruncatedSignature { expected, found: signature.len() });
+    }
+    let malformed = TrustError::MalformedSignature { algorithm: algorithm.name() };
+    if signature.len() > expected
+        || (algorithm == Algorithm::EcdsaP256 && EcdsaSig::from_der(signature).is_err())
+    {
+        return Err(malformed);
+    }
+    let openssl = |operation| move |source| TrustError::Openssl { operation, source };
+    let mut verifier =
+        Verifier::new(MessageDigest::sha256(), &key).map_err(openssl("prepare a verification"))?;
+    // An error here is OpenSSL's way to say that the integers are out of range, and the like.
+    match verifier.verify_oneshot(signature, bytes) {
+        Ok(true) => Ok(Digest::of(bytes)),
+        Ok(false) | Err(_) => Err(TrustError::BadSignature { manifest: Digest::of(bytes) }),
+    }
+}
