@@ -3,5 +3,5 @@
 #![allow(dead_code)]
 
 pub mod debian;
-pub mod tools;
+pub mod commands;
 pub mod tree;
