@@ -1,1 +1,4 @@
-//! (to come)
+//! Boot: from the initramfs, choose a deployment, verify it, check the floor, mount the root.
+
+pub mod cmdline;
+pub mod partition;

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use common::{
-    Mounted, View, args, assert_same, feed, list, make_tree, mksquashfs, open, read, run, see, unsquashfs,
+    Mounted, View, args, as_copied, assert_same, feed, list, make_tree, mksquashfs, open, read, run, see,
+    unsquashfs,
 };
 use mosfs::image::layer::{Layer, Place};
 use mosfs::image::squashfs::{Compressor, Event, Options, Squashfs};
@@ -31,28 +32,34 @@ fn tree() -> &'static Path {
     folder.path()
 }
 
+/// Who else can read an image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Others {
+    KernelAndUnsquashfs,
+    /// unsquashfs 4.5 stops at the id table of lz4 images that squashfs-tools-ng made; the kernel reads them.
+    Kernel,
+}
+
 /// Compares an image with the kernel's view of it, and with what unsquashfs extracts.
 ///
 /// The kernel knows all compressors but lzma; one that it should know and does not fails the mount, and so the test.
-fn compare(image: &Path, what: &str) {
+fn compare(image: &Path, what: &str, others: Others) {
     let folder = tempfile::tempdir().unwrap();
     let squashfs = open(image);
+    let ours = read(&squashfs);
     if squashfs.superblock().compressor != Compressor::Lzma {
         // A loop device has whole sectors only: the kernel refuses an image that ends in the middle of one.
         let file = fs::OpenOptions::new().write(true).open(image).unwrap();
         file.set_len(file.metadata().unwrap().len().next_multiple_of(4096)).unwrap();
         let mounted = Mounted::new(image, folder.path().join("mnt"));
         let view = if squashfs.has_xattrs() { View::Mounted } else { View::MountedWithoutXattrs };
-        let (ours, kernel) = (read(&squashfs, View::Mounted), see(&mounted.0, view));
-        assert_same(&format!("{what}: kernel"), &ours, &kernel);
+        assert_same(&format!("{what}: kernel"), &ours, &see(&mounted.0, view));
     }
-    let extracted = folder.path().join("extracted");
-    unsquashfs(image, &extracted);
-    assert_same(
-        &format!("{what}: unsquashfs"),
-        &read(&squashfs, View::Copied),
-        &see(&extracted, View::Copied),
-    );
+    if others == Others::KernelAndUnsquashfs {
+        let extracted = folder.path().join("extracted");
+        unsquashfs(image, &extracted);
+        assert_same(&format!("{what}: unsquashfs"), &as_copied(ours), &see(&extracted, View::Copied));
+    }
 
     let mut files = 0;
     let flow = squashfs.check_all(&mut |event| {
@@ -95,7 +102,7 @@ fn matrix(number: usize, compressor: &str, more: &[&str]) {
         let more = more.get(block).unwrap_or(&"");
         let options = format!("-comp {compressor} -b {size} {fragments} {tables} {more}");
         mksquashfs(&tree().join("tree"), &image, &options);
-        compare(&image, &options);
+        compare(&image, &options, Others::KernelAndUnsquashfs);
         fs::remove_file(&image).unwrap();
     }
 }
@@ -140,9 +147,10 @@ fn squashfs_tools_ng() {
         let image = folder.path().join("image");
         let block = [4096, 131_072, 1 << 20, 65_536][number % 4];
         let more = ["", "-e", "-T", "-e -T"][number % 4];
+        let others = if compressor == "lz4" { Others::Kernel } else { Others::KernelAndUnsquashfs };
         let words = format!("-q -f -k -x -c {compressor} -b {block} {more} -D");
         run("squashfs-tools-ng", "gensquashfs", &args(&words, &[&tree, &image]));
-        compare(&image, &format!("gensquashfs {words}"));
+        compare(&image, &format!("gensquashfs {words}"), others);
     }
 }
 
@@ -167,7 +175,12 @@ fn from_tar() {
     ] {
         // tar cannot hold sockets and leaves them out with a warning.
         feed(package, program, &args(words, &[&image]), &archive);
-        compare(&image, &format!("{program} {words}"));
+        let others = if program == "tar2sqfs" && words.contains("lz4") {
+            Others::Kernel
+        } else {
+            Others::KernelAndUnsquashfs
+        };
+        compare(&image, &format!("{program} {words}"), others);
         fs::remove_file(&image).unwrap();
     }
 }
@@ -217,7 +230,7 @@ fn what_follows_the_image() {
     let appended = [&padded[..], &[0xa5; 8192]].concat();
     for bytes in [padded[..used].to_vec(), padded.clone(), appended] {
         let squashfs = Squashfs::open(Arc::new(MemorySource(bytes))).unwrap();
-        let tree = read(&squashfs, View::Mounted);
+        let tree = read(&squashfs);
         assert_eq!(tree.len(), 2);
     }
     let error = Squashfs::open(Arc::new(MemorySource(padded[..used - 1].to_vec()))).err().unwrap();

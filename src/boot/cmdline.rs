@@ -115,7 +115,8 @@ pub fn parse(line: &str) -> Result<Option<BootOptions>, CmdlineError> {
     let mut is_ours = false;
     for word in words(line) {
         let Some((key, value)) = word.split_once('=') else { continue };
-        let wrong = |key, expected| CmdlineError { key, found: value.chars().take(SHOWN).collect(), expected };
+        let wrong =
+            |key, expected| CmdlineError { key, found: value.chars().take(SHOWN).collect(), expected };
         match key {
             "root" => match value.strip_prefix("mosfs") {
                 Some("") => (is_ours, options.target) = (true, None),
@@ -193,7 +194,13 @@ mod tests {
 
     #[test]
     fn another_root_is_not_ours() {
-        for line in ["", "quiet splash", "root=/dev/sda1 mosfs.backend=fuse", "root=mosfsx", "root=mosfs root=LABEL=x"] {
+        for line in [
+            "",
+            "quiet splash",
+            "root=/dev/sda1 mosfs.backend=fuse",
+            "root=mosfsx",
+            "root=mosfs root=LABEL=x",
+        ] {
             assert_eq!(parse(line), Ok(None), "{line}");
         }
     }
@@ -214,7 +221,10 @@ mod tests {
 
     #[test]
     fn the_last_of_two_counts() {
-        assert_eq!(ours("root=mosfs mosfs.overlay=scratch mosfs.overlay=ro").overlay, Some(Overlay::ReadOnly));
+        assert_eq!(
+            ours("root=mosfs mosfs.overlay=scratch mosfs.overlay=ro").overlay,
+            Some(Overlay::ReadOnly)
+        );
         assert_eq!(ours("root=mosfs:a root=mosfs").target, None);
     }
 

@@ -23,7 +23,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The file systems that a system partition may have.
 const FILE_SYSTEMS: [Layout; 3] = [
-    Layout { name: "ext4", magic_at: 0x438, magic: &[0x53, 0xef], label_at: 0x478, label_bytes: 16, uuid_at: 0x468 },
+    Layout {
+        name: "ext4",
+        magic_at: 0x438,
+        magic: &[0x53, 0xef],
+        label_at: 0x478,
+        label_bytes: 16,
+        uuid_at: 0x468,
+    },
     Layout { name: "xfs", magic_at: 0, magic: b"XFSB", label_at: 108, label_bytes: 12, uuid_at: 32 },
     Layout {
         name: "btrfs",
@@ -109,7 +116,9 @@ fn look(wanted: &Partition) -> Option<Found> {
             let is_block = fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
             is_block.then(|| try_one(Path::new(path))).flatten()
         }
-        Partition::Label(label) => block_devices().iter().filter_map(|d| try_one(d)).find(|f| f.label == *label),
+        Partition::Label(label) => {
+            block_devices().iter().filter_map(|d| try_one(d)).find(|f| f.label == *label)
+        }
         Partition::Uuid(uuid) => block_devices().iter().filter_map(|d| try_one(d)).find(|f| f.uuid == *uuid),
     }
 }
@@ -141,7 +150,10 @@ mod tests {
         let uuid = "6d1f6e2a-0c5c-4b0a-9d2e-0a1b2c3d4e5f";
         let image = dir.path().join("ext4");
         File::create(&image).unwrap().set_len(4 << 20).unwrap();
-        make("e2fsprogs", Command::new("mke2fs").args(["-q", "-t", "ext4", "-L", "mosfs", "-U", uuid]).arg(&image));
+        make(
+            "e2fsprogs",
+            Command::new("mke2fs").args(["-q", "-t", "ext4", "-L", "mosfs", "-U", uuid]).arg(&image),
+        );
         let found = probe(&image).unwrap().unwrap();
         assert_eq!((found.file_system, found.label.as_str(), found.uuid.as_str()), ("ext4", "mosfs", uuid));
     }

@@ -3,12 +3,17 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod commit;
+mod device;
+mod floor;
 mod generate;
 mod global;
+mod install;
 mod keys;
 mod manifest;
 mod mount;
 pub mod output;
+mod status;
 mod umount;
 
 use std::ffi::OsString;
@@ -16,6 +21,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use floor::FloorArgs;
 pub use global::Global;
 
 use crate::error::AnyError;
@@ -34,6 +40,11 @@ pub struct Cli {
 enum Command {
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
+    Install(install::InstallArgs),
+    Update(install::UpdateArgs),
+    Commit(commit::CommitArgs),
+    Status(status::StatusArgs),
+    Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
     Mount(mount::MountArgs),
@@ -42,6 +53,8 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // Before there are threads: it changes the environment.
+    crate::sys::tpm::silence_library();
     run_with(std::env::args_os())
 }
 
@@ -68,6 +81,11 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
+        Command::Install(args) => install::install(args, &cli.global),
+        Command::Update(args) => install::update(args, &cli.global),
+        Command::Commit(args) => commit::run(args, &cli.global),
+        Command::Status(args) => status::run(args, &cli.global),
+        Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::Global;
+use super::{Global, device};
+use crate::deploy;
+use crate::deploy::booted::{self, BootRecord};
 use crate::digest::Digest;
 use crate::error::AnyError;
 use crate::image::oci::Platform;
@@ -12,6 +14,7 @@ use crate::mount::fuse::FuseOptions;
 use crate::mount::{self, Backend, MountFlags, MountPlan};
 use crate::sys;
 use crate::transport::{OciDir, SourceRef};
+use crate::trust::Anchor;
 
 /// Mount a target of the current deployment, or any image of an OCI layout.
 #[derive(Debug, Args)]
@@ -79,13 +82,19 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// Finds what is to be mounted.
-fn plan(args: &MountArgs, _: &Global) -> Result<MountPlan, AnyError> {
+fn plan(args: &MountArgs, global: &Global) -> Result<MountPlan, AnyError> {
     // A source has a scheme; a target's name cannot hold a colon.
-    let source: SourceRef = args.source.parse()?;
-    let transport = source.open()?;
-    let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-    let image = transport.image(&found)?;
-    let layout = OciDir::open(Path::new(&source.location))?;
+    let (layout, image) = if args.source.contains(':') {
+        let source: SourceRef = args.source.parse()?;
+        let transport = source.open()?;
+        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
+        (OciDir::open(Path::new(&source.location))?, transport.image(&found)?)
+    } else {
+        let anchor = Anchor::load(&global.config)?;
+        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let (store, image) = deploy::target_image(&device::system(global), booted, &anchor, &args.source)?;
+        (store.transport().clone(), image)
+    };
     let path = |digest: &Digest| layout.blob_path(digest);
     Ok(MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?)
 }

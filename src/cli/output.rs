@@ -5,6 +5,8 @@ use std::io::{self, Write};
 
 use uuid::Uuid;
 
+use super::Global;
+use crate::deploy::DeployError;
 use crate::error::{AnyError, IoContext};
 use crate::manifest::rules;
 use crate::manifest::{ImportErrors, SystemError};
@@ -27,6 +29,8 @@ fn advice(error: &AnyError) -> Option<&'static str> {
     let mut cause = Some(error.inner());
     while let Some(this) = cause {
         let found = None
+            .or_else(|| this.downcast_ref().and_then(super::floor::advice))
+            .or_else(|| this.downcast_ref().and_then(for_deploy))
             .or_else(|| this.downcast_ref().and_then(for_trust))
             .or_else(|| this.downcast_ref().and_then(for_anchor))
             .or_else(|| this.downcast_ref().and_then(for_key))
@@ -62,6 +66,23 @@ fn for_trust(error: &TrustError) -> Option<&'static str> {
         TrustError::TruncatedSignature { .. } | TrustError::UnreadableCertificate { .. } => {
             "fetch the file again"
         }
+        _ => return None,
+    })
+}
+
+fn for_deploy(error: &DeployError) -> Option<&'static str> {
+    Some(match error {
+        DeployError::Trust(error) => return for_trust(error),
+        DeployError::Floor(error) => return super::floor::advice(error),
+        DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
+        DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
+        DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
+        DeployError::NoSpace { .. } => "run `mosfs gc`, or free space otherwise; nothing was fetched",
+        DeployError::MissingBlob { .. } => "run `mosfs verify`; then install or update again",
+        DeployError::NotSigned { .. } => {
+            "copy the whole system: its signature and certificate are artifacts of their own"
+        }
+        DeployError::State { .. } => "run the mosfs that wrote the file, or a later one",
         _ => return None,
     })
 }
@@ -137,6 +158,18 @@ pub fn bytes(bytes: &[u8]) -> Result<(), AnyError> {
 /// As [`line`].
 pub fn json(answer: &serde_json::Value) -> Result<(), AnyError> {
     line(answer)
+}
+
+/// Prints an answer: JSON with `--json`, else text.
+///
+/// # Errors
+/// As [`line`].
+pub fn answer(
+    global: &Global,
+    json: impl FnOnce() -> serde_json::Value,
+    text: impl FnOnce() -> String,
+) -> Result<(), AnyError> {
+    if global.json { self::json(&json()) } else { line(text()) }
 }
 
 /// Reads a UUID of the command line, in the one form that manifests take.

@@ -368,12 +368,9 @@ impl Tree {
         let Some((name, parents)) = parts.split_last() else {
             return Err(bad(path, "it is a hard link to the root folder"));
         };
-        let mut steps = Steps::new(parents);
-        loop {
-            match steps.next(self, path)? {
-                Step::Done(dir) => return Ok(self.child(dir, name)),
-                Step::Missing(..) => return Ok(None),
-            }
+        match Steps::new(parents).next(self, path)? {
+            Step::Done(dir) => Ok(self.child(dir, name)),
+            Step::Missing(..) => Ok(None),
         }
     }
 

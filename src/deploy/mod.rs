@@ -1,1 +1,203 @@
-//! (to come)
+//! Deployments: signed systems on a device, and which of them runs.
+//!
+//! ```text
+//! SYSTEM/
+//!   store/          the blobs (crate::store)
+//!   deployments/    one folder a signed system (deployment.rs)
+//!   state.json      which is current, pending, previous (state.rs): the one source of truth
+//!   floor.json      the development floor of `--floor file`
+//!   scratch/TARGET/ writable upper layers
+//!   lock            flock: exclusive for whatever changes the above, shared for readers that
+//!                   need two of them to agree
+//! ```
+//!
+//! Invariants: what changes the disk is planned first ([`plan`]) and then applied ([`apply`]) in
+//! the order blobs, deployment folder, state file, each synced before the next begins; so a crash
+//! leaves the old state, plus blobs and folders that `gc` removes, or the new one. Nothing on the
+//! device is trusted: a deployment is verified afresh each time that it is used. The lock order is
+//! the system's lock, then the store's.
+
+pub mod apply;
+pub mod booted;
+pub mod choice;
+pub mod commit;
+pub mod deployment;
+pub mod error;
+
+pub mod plan;
+pub mod state;
+pub mod status;
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+
+pub use error::DeployError;
+pub use state::{DeploymentId, State};
+
+use crate::error::{IoContext, IoError};
+use crate::image::oci::{Descriptor, OciImage};
+use crate::manifest::system::Target;
+use crate::store::Store;
+use crate::trust::floor::{Floor, Policy};
+use crate::trust::{Anchor, Dates, Verified};
+
+/// The folder on a device where the deployed system lives.
+#[derive(Debug, Clone)]
+pub struct System {
+    root: PathBuf,
+}
+
+/// The system's lock, held until it is dropped.
+#[derive(Debug)]
+pub struct SystemLock(#[allow(dead_code, reason = "closing the file releases the lock")] File);
+
+impl System {
+    /// The system at this folder, which need not exist yet.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the blobs are.
+    pub fn store_dir(&self) -> PathBuf {
+        self.root.join("store")
+    }
+
+    /// Where the deployments' folders are.
+    pub fn deployments_dir(&self) -> PathBuf {
+        self.root.join("deployments")
+    }
+
+    /// One deployment's folder.
+    pub fn deployment_dir(&self, id: &DeploymentId) -> PathBuf {
+        self.deployments_dir().join(id.to_string())
+    }
+
+    /// The state file.
+    pub fn state_path(&self) -> PathBuf {
+        self.root.join("state.json")
+    }
+
+    /// Where a target's writable upper layer is kept.
+    pub fn scratch_dir(&self, target: &str) -> PathBuf {
+        self.root.join("scratch").join(target)
+    }
+
+    /// Makes the folders that are missing.
+    pub fn create(&self) -> Result<(), DeployError> {
+        for folder in [self.root.clone(), self.deployments_dir()] {
+            fs::create_dir_all(&folder).on("create", &folder)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the system's lock for a change; waits for whoever holds it, after telling `waiting`.
+    pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
+        let path = self.root.join("lock");
+        let file =
+            OpenOptions::new().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                waiting();
+                file.lock().on("lock", &path)?;
+            }
+            Err(TryLockError::Error(source)) => {
+                return Err(IoError { operation: "lock", path, source }.into());
+            }
+        }
+        Ok(SystemLock(file))
+    }
+
+    /// The state as it is on disk.
+    pub fn state(&self) -> Result<State, DeployError> {
+        State::load(&self.state_path())
+    }
+}
+
+/// What an install or an update asks of the floor.
+#[allow(clippy::large_enum_variant, reason = "there is one, on the stack, for the length of a command")]
+pub enum FloorGate<'a> {
+    /// The device has no floor yet (CONFIG has no `floor.pub`): a first install may go on, so that
+    /// there is something to provision for. Nothing else may.
+    Unprovisioned,
+    /// The floor is read, and the system must not be below it.
+    Enforced {
+        /// The floor.
+        floor: &'a mut dyn Floor,
+        /// What a version's floor signature is checked against; where it is there, a system needs
+        /// a signature.
+        policy: Option<Policy>,
+    },
+}
+
+/// Checks that each image of a deployment is in the store: the OCI manifests by digest and size,
+/// the blobs by size (their content is verified as it is read).
+///
+/// # Errors
+/// [`DeployError::MissingBlob`] and [`DeployError::OtherSize`], naming the target.
+pub fn check_complete(system: &System, verified: &Verified) -> Result<(), DeployError> {
+    let store = Store::open(&system.store_dir())?;
+    for (name, target) in &verified.manifest().targets {
+        let missing = |digest| DeployError::MissingBlob { target: name.to_string(), digest };
+        if !store.blob_path(&target.digest).exists() {
+            return Err(missing(target.digest));
+        }
+        let image = store.image(&target.digest)?;
+        check_size(name.as_str(), target, &image)?;
+        for layer in &image.layers {
+            if !store.has(&Descriptor::new(&layer.media_type, layer.digest, layer.size)) {
+                return Err(missing(layer.digest));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The image of a target of a deployment: the running one where mosfs booted this machine, else the
+/// current one. The deployment is verified afresh.
+///
+/// # Errors
+/// [`DeployError::NothingInstalled`], [`DeployError::NoSuchTarget`] with the targets that there
+/// are, and whatever verification says.
+pub fn target_image(
+    system: &System,
+    booted: Option<DeploymentId>,
+    anchor: &Anchor,
+    name: &str,
+) -> Result<(Store, OciImage), DeployError> {
+    let id = match booted {
+        Some(id) => id,
+        None => system
+            .state()?
+            .current
+            .ok_or_else(|| DeployError::NothingInstalled { path: system.root().to_path_buf() })?,
+    };
+    let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
+    let targets = &verified.manifest().targets;
+    let Some((_, target)) = targets.iter().find(|(known, _)| known.as_str() == name) else {
+        let known = targets.keys().map(ToString::to_string).collect();
+        return Err(DeployError::NoSuchTarget { id, target: name.to_string(), known });
+    };
+    let store = Store::open(&system.store_dir())?;
+    let image = store.image(&target.digest)?;
+    check_size(name, target, &image)?;
+    Ok((store, image))
+}
+
+/// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
+    if image.size == target.size {
+        return Ok(());
+    }
+    Err(DeployError::OtherSize {
+        target: name.to_string(),
+        digest: target.digest,
+        expected: target.size,
+        found: image.size,
+    })
+}

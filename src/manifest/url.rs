@@ -147,7 +147,8 @@ fn split_host(authority: &str) -> Option<(String, Option<u16>)> {
         let inner = label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
         !label.is_empty() && inner && !label.starts_with('-') && !label.ends_with('-')
     };
-    if !host.starts_with('[') && !(host.len() <= 253 && host.split('.').all(label)) {
+    let name = host.len() <= 253 && host.split('.').all(label);
+    if !name && !host.starts_with('[') {
         return None;
     }
     let port = match port {

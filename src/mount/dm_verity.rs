@@ -88,7 +88,7 @@ pub enum DmVerityError {
         /// Its file.
         path: PathBuf,
         /// What was expected and what was found.
-        source: VerityError,
+        source: Box<VerityError>,
     },
     /// A device-mapper or loop command failed.
     #[error("layer {digest}: cannot {operation} {device}: {source}")]
@@ -179,7 +179,18 @@ impl DmVerity {
     /// # Errors
     /// [`DmVerityError::Unavailable`] where the kernel or the user cannot.
     pub fn open(run_dir: &Path) -> Result<Self, DmVerityError> {
-        let control = Control::open().map_err(|source| DmVerityError::Unavailable { source })?;
+        let unavailable = |source| DmVerityError::Unavailable { source };
+        let control = Control::open().map_err(unavailable)?;
+        match control.target_version("verity") {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(unavailable(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "the kernel has no target type verity (module dm-verity)",
+                )));
+            }
+            // Other errors: an older kernel, which will say so when the table is loaded.
+            _ => {}
+        }
         std::fs::create_dir_all(run_dir).on("create", run_dir)?;
         let backend = Self { control, lock_path: run_dir.join("dm.lock") };
         backend.sweep()?;
@@ -275,7 +286,7 @@ impl DmVerity {
         let parameters = VerityParameters::read(&file).map_err(|source| DmVerityError::NoVerity {
             digest: layer.digest,
             path: layer.path.to_path_buf(),
-            source,
+            source: Box::new(source),
         })?;
         let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
         let failed = |operation, source| DmVerityError::Device {

@@ -47,6 +47,7 @@ enum Command {
     DevStatus = 7,
     TableLoad = 9,
     TableStatus = 12,
+    GetTargetVersion = 17,
 }
 
 impl Command {
@@ -120,6 +121,17 @@ impl Control {
     pub fn version(&self) -> io::Result<[u32; 3]> {
         let reply = self.call(Command::Version, &Request::default())?;
         Ok([reply.u32_at(0)?, reply.u32_at(4)?, reply.u32_at(8)?])
+    }
+
+    /// Version of a target type, after the kernel has loaded its module. Linux 5.6 (interface 4.41).
+    ///
+    /// # Errors
+    /// `EINVAL` where the kernel has no such type; `ENOTTY` where it is older.
+    pub fn target_version(&self, kind: &str) -> io::Result<[u32; 3]> {
+        let reply = self.call(Command::GetTargetVersion, &Request { name: kind, ..Request::default() })?;
+        // A struct dm_target_versions: next, then the version.
+        let at = (reply.u32_at(16)? as usize).saturating_add(4);
+        Ok([reply.u32_at(at)?, reply.u32_at(at.saturating_add(4))?, reply.u32_at(at.saturating_add(8))?])
     }
 
     /// Makes a read-only device without a table. `EBUSY` where the name or the UUID is taken.

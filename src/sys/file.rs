@@ -15,3 +15,18 @@ pub fn reflink(from: &File, to: &File) -> io::Result<()> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// How many bytes the file system of `path` still has for this user (statvfs(3), `f_bavail`).
+pub fn available_bytes(path: &std::path::Path) -> io::Result<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let mut answer = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path is NUL-terminated and outlives the call; statvfs fills `answer` on success.
+    let answer = unsafe {
+        if libc::statvfs(path.as_ptr(), answer.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        answer.assume_init()
+    };
+    Ok(answer.f_bavail.saturating_mul(answer.f_frsize))
+}

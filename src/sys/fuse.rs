@@ -153,7 +153,7 @@ fn receive_fd(socket: &OwnedFd) -> io::Result<OwnedFd> {
     let wanted = unsafe { libc::CMSG_LEN(size_of::<RawFd>() as u32) } as usize;
     if header.cmsg_level != libc::SOL_SOCKET
         || header.cmsg_type != libc::SCM_RIGHTS
-        || (header.cmsg_len as usize) < wanted
+        || header.cmsg_len < wanted
     {
         return Err(io::Error::other("the helper sent something else than a connection"));
     }

@@ -3,6 +3,7 @@
 //! Each wrapper returns `io::Result`, owns what it opens (`OwnedFd`), and has a SAFETY line on
 //! each `unsafe` block. Nothing here knows of mosfs' formats.
 
+pub mod atomic;
 pub mod daemon;
 pub mod dm;
 pub mod file;

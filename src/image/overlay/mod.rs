@@ -404,8 +404,7 @@ impl Merged {
         };
         let mut ordinal = if saved.is_some() { cookie } else { 0 };
         let mut merge = Merge::new(self, &dir.parts, saved.as_deref())?;
-        loop {
-            let Some(group) = merge.next()? else { break };
+        while let Some(group) = merge.next()? {
             let name = std::mem::take(&mut group[0].1.name);
             let mut chain = Chain::default();
             for (part, entry) in group.iter() {

@@ -341,10 +341,13 @@ pub fn sign_provision(key: &PrivateKey, message: &[u8], path: &Path) -> Result<S
     key.sign(&Sha256::digest(provision_message(nonce)).into())
 }
 
-/// Reads a provision signature, raw or DER, and checks it.
+/// Reads a signature over a provision message, raw or DER, and checks it.
+///
+/// # Errors
+/// [`FloorError::BadProvisionSignature`].
 pub fn check_provision(
     provision_key: &PublicKey,
-    nonce: &[u8],
+    message: &[u8],
     signature: &[u8],
 ) -> Result<Signature, FloorError> {
     let raw = match Signature::try_from(signature) {
@@ -358,7 +361,7 @@ pub fn check_provision(
         }),
     };
     match raw {
-        Ok(raw) if provision_key.verifies(&Sha256::digest(provision_message(nonce)).into(), &raw) => Ok(raw),
+        Ok(raw) if provision_key.verifies(&Sha256::digest(message).into(), &raw) => Ok(raw),
         _ => Err(FloorError::BadProvisionSignature),
     }
 }

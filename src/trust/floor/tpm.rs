@@ -328,7 +328,7 @@ impl Provisioning {
     /// # Errors
     /// [`FloorError::BadProvisionSignature`] for a signature of another key or of another session's nonce.
     pub fn finish(mut self, signature: &[u8]) -> Result<(), FloorError> {
-        let signature = check_provision(&self.provision_key, &self.nonce, signature)?;
+        let signature = check_provision(&self.provision_key, &self.message(), signature)?;
         self.finish_unchecked(&signature)
     }
 

@@ -1,0 +1,117 @@
+//! `mosfs status`: what is installed, what runs, and how it is.
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{FloorArgs, Global, device, output};
+use crate::deploy::status::{self, DeploymentStatus, Installed};
+use crate::error::AnyError;
+use crate::mount;
+use crate::mount::registry::{Health, MountRecord};
+
+/// Show deployments, versions, floor, mounts and their health.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    floor: FloorArgs,
+}
+
+/// Runs `mosfs status`.
+///
+/// It tells what it can: a floor that cannot be read is a line of the answer, not its end.
+pub fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
+    let installed = status::installed(&device::system(global))?;
+    let floor = floor(args, global);
+    let mounts = mount::registry::mounts()?;
+    output::answer(
+        global,
+        || {
+            json!({
+                "system": global.system, "current": installed.current, "pending": installed.pending,
+                "previous": installed.previous, "unused": installed.unused,
+                "last_boot": installed.last_boot, "last_update": installed.last_update,
+                "floor": floor, "mounts": mounts.iter().map(mount_json).collect::<Vec<_>>(),
+            })
+        },
+        || text(&installed, &floor, &mounts, global),
+    )
+}
+
+/// The floor as the answer shows it: `{"version":N,"place":…}` or `{"error":…,"exit_code":…}`.
+fn floor(args: &StatusArgs, global: &Global) -> Value {
+    let read = || -> Result<Value, AnyError> {
+        let mut floor = args.floor.open_quietly(global)?;
+        let version = floor.read()?;
+        Ok(json!({ "version": version, "place": floor.place() }))
+    };
+    read().unwrap_or_else(|error| json!({ "error": error.chain(), "exit_code": error.class().exit_code() }))
+}
+
+fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &Global) -> String {
+    let mut lines = vec![format!("system    {}", global.system.display())];
+    let row = |name: &str, deployment: &Option<DeploymentStatus>| match deployment {
+        None => format!("{name:<9} none"),
+        Some(one) => {
+            let tries = match one.tries_left {
+                None => String::new(),
+                Some(0) => ", no tries left: it has failed".to_string(),
+                Some(1) => ", 1 try left".to_string(),
+                Some(n) => format!(", {n} tries left"),
+            };
+            format!("{name:<9} version {} ({}){tries}", one.version, one.digest)
+        }
+    };
+    lines.push(row("current", &installed.current));
+    lines.push(row("pending", &installed.pending));
+    lines.push(row("previous", &installed.previous));
+    if !installed.unused.is_empty() {
+        lines.push(format!("unused    {} deployments (`mosfs gc` removes them)", installed.unused.len()));
+    }
+    lines.push(match (&floor["version"], floor["error"].as_str()) {
+        (_, Some(error)) => format!("floor     unknown: {error}"),
+        (version, _) => format!("floor     version {version}, in {}", floor["place"].as_str().unwrap_or("?")),
+    });
+    if let Some(boot) = &installed.last_boot {
+        match &boot.chosen {
+            Some(id) => lines.push(format!("last boot version {} was started", id.version)),
+            None => lines.push("last boot found no deployment to start".to_string()),
+        }
+        for refusal in &boot.refused {
+            lines.push(format!(
+                "          version {} was refused: {}",
+                refusal.deployment.version, refusal.why
+            ));
+        }
+    }
+    if let Some(error) = installed.last_update.as_ref().and_then(|update| update.error.as_ref()) {
+        lines.push(format!("last update failed: {error}"));
+    }
+    lines.push(match mounts.len() {
+        0 => "mounts    none".to_string(),
+        n => format!("mounts    {n}"),
+    });
+    lines.extend(mounts.iter().map(|mount| format!("          {}", mount_line(mount))));
+    lines.join("\n")
+}
+
+fn mount_json(mount: &MountRecord) -> Value {
+    // A record is plain data; what cannot be said is null rather than a failed status.
+    let mut value = serde_json::to_value(mount).unwrap_or_default();
+    if let Some(object) = value.as_object_mut() {
+        object.insert("health".into(), json!(mount.health()));
+    }
+    value
+}
+
+fn mount_line(mount: &MountRecord) -> String {
+    let health = match mount.health() {
+        Health::Good if mount.verified => "verified".to_string(),
+        Health::Good => "NOT VERIFIED".to_string(),
+        Health::Errors => match mount.daemon.as_ref().and_then(|daemon| daemon.log.as_ref()) {
+            Some(log) => format!("some reads failed, see {}", log.display()),
+            None => "some reads failed".to_string(),
+        },
+        Health::DaemonDead => "its daemon is gone: unmount it and mount it again".to_string(),
+    };
+    format!("{} at {} ({}): {health}", mount.source, mount.target.display(), mount.backend)
+}

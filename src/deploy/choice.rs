@@ -1,0 +1,146 @@
+//! Which deployment boots: pending while it has tries, else current, else previous.
+//!
+//! Rules (DESIGN.md, sections 2 and 5): each candidate is verified afresh; a version below the
+//! floor is never started; a pending deployment's try is spent, and synced, before it is used;
+//! every refusal is recorded with its reason. A floor that cannot be read, or that was tampered
+//! with, stops the boot: there is no candidate that could be trusted then.
+
+use super::deployment;
+use super::error::DeployError;
+use super::state::{DeploymentId, LastBoot, Refusal, State, clip};
+use super::{System, check_complete};
+use crate::error::{AnyError, Class};
+use crate::failpoint;
+use crate::trust::floor::{Floor, FloorError};
+use crate::trust::{Anchor, Dates, Verified};
+
+/// In which capacity a deployment is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It was installed by an update and has not yet proved healthy.
+    Pending,
+    /// It proved healthy last.
+    Current,
+    /// It was current before.
+    Previous,
+}
+
+/// A deployment that was started.
+#[derive(Debug)]
+pub struct Booted<T> {
+    /// Which one.
+    pub deployment: DeploymentId,
+    /// In which capacity.
+    pub role: Role,
+    /// Those that were refused before it, in order.
+    pub refused: Vec<Refusal>,
+    /// What starting it gave.
+    pub started: T,
+}
+
+/// Chooses a deployment and starts it with `start`; goes on to the next where that fails.
+///
+/// `start` mounts the deployment; its failure counts as a refusal.
+///
+/// # Errors
+/// [`DeployError::Floor`] where the floor cannot be trusted; [`DeployError::NoneLeft`] where every
+/// deployment was refused, with the class of the gravest reason: rollback before verification
+/// before anything else.
+pub fn choose<T>(
+    system: &System,
+    anchor: &Anchor,
+    floor: &mut dyn Floor,
+    mut start: impl FnMut(&Verified, Role) -> Result<T, AnyError>,
+) -> Result<Booted<T>, DeployError> {
+    let _lock = system.lock(|| {})?;
+    let mut state = system.state()?;
+    let lowest = floor.read()?;
+    let mut refused = Vec::new();
+    let mut gravest = Class::Failure;
+    for (id, role) in candidates(&state) {
+        let attempt = try_one(system, anchor, lowest, &mut state, id, role, &mut start);
+        match attempt {
+            Ok(started) => {
+                record(system, &mut state, Some(id), &refused);
+                return Ok(Booted { deployment: id, role, refused, started });
+            }
+            Err(error) => {
+                gravest = graver(gravest, error.class());
+                log::error!("deployment {id} is not booted: {error}");
+                refused.push(Refusal { deployment: id, why: clip(&error.to_string()) });
+            }
+        }
+    }
+    record(system, &mut state, None, &refused);
+    Err(DeployError::NoneLeft { refused, class: gravest })
+}
+
+/// The deployments that may be tried, in order.
+fn candidates(state: &State) -> Vec<(DeploymentId, Role)> {
+    let pending = state.pending.as_ref().filter(|pending| pending.tries_left > 0);
+    let all = [
+        pending.map(|pending| (pending.deployment, Role::Pending)),
+        state.current.map(|id| (id, Role::Current)),
+        state.previous.map(|id| (id, Role::Previous)),
+    ];
+    let mut list: Vec<(DeploymentId, Role)> = Vec::new();
+    for (id, role) in all.into_iter().flatten() {
+        if !list.iter().any(|(seen, _)| *seen == id) {
+            list.push((id, role));
+        }
+    }
+    list
+}
+
+fn try_one<T>(
+    system: &System,
+    anchor: &Anchor,
+    lowest: u64,
+    state: &mut State,
+    id: DeploymentId,
+    role: Role,
+    start: &mut impl FnMut(&Verified, Role) -> Result<T, AnyError>,
+) -> Result<T, AnyError> {
+    if role == Role::Pending {
+        // Rule: a try is spent and synced before it is used. Where it cannot be written, the
+        // deployment is not tried: a system that fails for ever must not be tried for ever.
+        let mut spent = state.clone();
+        if let Some(pending) = &mut spent.pending {
+            pending.tries_left -= 1;
+        }
+        spent.save(&system.state_path())?;
+        *state = spent;
+        failpoint::hit("boot.try.spent");
+    }
+    // Rule: no clock is trusted in early boot: dates are logged, not enforced.
+    let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
+    // Rule: boot: `version >= floor`.
+    if id.version < lowest {
+        return Err(FloorError::Rollback { version: id.version, floor: lowest }.into());
+    }
+    check_complete(system, &verified)?;
+    start(&verified, role)
+}
+
+fn graver(one: Class, other: Class) -> Class {
+    let rank = |class| match class {
+        Class::Rollback => 4,
+        Class::Verification => 3,
+        Class::Tpm => 2,
+        Class::Input => 1,
+        Class::Failure => 0,
+    };
+    if rank(other) > rank(one) { other } else { one }
+}
+
+/// Keeps how the choice ended. A disk that takes no more writes does not stop a boot.
+fn record(system: &System, state: &mut State, chosen: Option<DeploymentId>, refused: &[Refusal]) {
+    let outcome = Some(LastBoot { chosen, refused: refused.to_vec() });
+    if state.last_boot == outcome {
+        return;
+    }
+    state.last_boot = outcome;
+    if let Err(error) = state.save(&system.state_path()) {
+        log::warn!("the outcome of this boot is not recorded: {error}");
+    }
+}

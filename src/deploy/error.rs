@@ -1,0 +1,184 @@
+//! Why an install, an update, a boot choice or a commit was refused or failed.
+
+use std::path::PathBuf;
+
+use super::state::{DeploymentId, Refusal};
+use crate::digest::Digest;
+use crate::error::{Class, Classified, IoError};
+use crate::image::oci::OciError;
+use crate::store::StoreError;
+use crate::transport::TransportError;
+use crate::trust::TrustError;
+use crate::trust::floor::FloorError;
+
+/// Why an install, an update, a boot choice or a commit was refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// The operating system's answer.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// The store failed or refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The source could not be read, or is not what it says.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// An OCI manifest of a target makes no sense.
+    #[error(transparent)]
+    Oci(#[from] OciError),
+    /// Signature, certificate or product do not match.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// The floor refused, or could not be asked.
+    #[error(transparent)]
+    Floor(#[from] FloorError),
+    /// The state file is not one that this program knows.
+    #[error("state file {}: {why}", path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and found.
+        why: String,
+    },
+    /// A deployment's folder holds another manifest than its name says.
+    #[error("deployment {id}: its manifest is version {version}, {digest}")]
+    OtherManifest {
+        /// The name of the deployment.
+        id: DeploymentId,
+        /// The version that the manifest in the folder has.
+        version: u64,
+        /// The digest that the manifest in the folder has.
+        digest: Digest,
+    },
+    /// A deployment's folder is there already, with other bytes in it.
+    #[error("deployment {id}: file {file} is there already with other content")]
+    OtherContent {
+        /// The deployment.
+        id: DeploymentId,
+        /// The file in its folder.
+        file: &'static str,
+    },
+    /// The system folder has a deployment already: `install` is for the first one only.
+    #[error("{} holds deployment {current} already", path.display())]
+    AlreadyInstalled {
+        /// The system folder.
+        path: PathBuf,
+        /// The deployment that is there.
+        current: DeploymentId,
+    },
+    /// Nothing is installed where a deployment is needed.
+    #[error("{} holds no deployment", path.display())]
+    NothingInstalled {
+        /// The system folder.
+        path: PathBuf,
+    },
+    /// Rule: same version, other digest: refused (DESIGN.md, section 5).
+    #[error("version {version} was offered as {offered}, but {installed} has that version here")]
+    SameVersionOtherDigest {
+        /// The version that both claim.
+        version: u64,
+        /// The system manifest that was offered.
+        offered: Digest,
+        /// The system manifest that is installed.
+        installed: Digest,
+    },
+    /// What was found at a source is not a system manifest.
+    #[error("{object} is not a system: {why}")]
+    NotASystem {
+        /// The source, or the name and digest there.
+        object: String,
+        /// What was expected and found.
+        why: String,
+    },
+    /// A system manifest has no signature, or no certificate for it.
+    #[error("system manifest {digest} comes without a {missing}")]
+    NotSigned {
+        /// The system manifest.
+        digest: Digest,
+        /// What there is none of.
+        missing: &'static str,
+    },
+    /// A blob of a deployment is not in the store.
+    #[error("target {target}: blob {digest} is not in the store")]
+    MissingBlob {
+        /// The target.
+        target: String,
+        /// The blob.
+        digest: Digest,
+    },
+    /// The OCI manifest of a target has another size than the system manifest says.
+    #[error("target {target}: {digest} has {found} bytes, the system manifest says {expected}")]
+    OtherSize {
+        /// The target.
+        target: String,
+        /// The OCI manifest's digest.
+        digest: Digest,
+        /// The size in the system manifest, in bytes.
+        expected: u64,
+        /// The size that was found, in bytes.
+        found: u64,
+    },
+    /// There is too little room, found out before anything was fetched.
+    #[error("{}: the update needs {needed} bytes, {available} are free", path.display())]
+    NoSpace {
+        /// The system folder.
+        path: PathBuf,
+        /// What the missing blobs take, with some reserve, in bytes.
+        needed: u64,
+        /// What the file system has for us, in bytes.
+        available: u64,
+    },
+    /// The running deployment has no such target.
+    #[error("deployment {id} has no target `{target}`; it has: {}", known.join(", "))]
+    NoSuchTarget {
+        /// The deployment.
+        id: DeploymentId,
+        /// What was asked for.
+        target: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// Nothing on the device may be booted.
+    #[error("no deployment can be booted: {}", list(refused))]
+    NoneLeft {
+        /// Each deployment and why it was refused.
+        refused: Vec<Refusal>,
+        /// The class of the gravest reason.
+        class: Class,
+    },
+}
+
+fn list(refused: &[Refusal]) -> String {
+    if refused.is_empty() {
+        return "none is installed".to_string();
+    }
+    refused
+        .iter()
+        .map(|refusal| format!("{}: {}", refusal.deployment, refusal.why))
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+impl Classified for DeployError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Io(error) => error.class(),
+            Self::Store(error) => error.class(),
+            Self::Transport(error) => error.class(),
+            Self::Oci(error) => error.class(),
+            Self::Trust(error) => error.class(),
+            Self::Floor(error) => error.class(),
+            Self::NoneLeft { class, .. } => *class,
+            Self::OtherManifest { .. } | Self::OtherContent { .. } | Self::OtherSize { .. } => {
+                Class::Verification
+            }
+            Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
+            Self::SameVersionOtherDigest { .. } => Class::Rollback,
+            Self::NoSuchTarget { .. } | Self::NotASystem { .. } => Class::Input,
+            Self::State { .. }
+            | Self::AlreadyInstalled { .. }
+            | Self::NothingInstalled { .. }
+            | Self::NoSpace { .. } => Class::Failure,
+        }
+    }
+}

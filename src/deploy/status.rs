@@ -1,0 +1,66 @@
+//! The stable view of a device that `mosfs status --json` prints.
+//!
+//! Fields are only ever added. Everything here is read without the lock and without verification:
+//! it tells what the disk says, not what would be allowed to boot.
+
+use serde::Serialize;
+
+use super::System;
+use super::deployment;
+use super::error::DeployError;
+use super::state::{DeploymentId, LastBoot, LastUpdate, State};
+
+/// A deployment as `mosfs status` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DeploymentStatus {
+    /// Its name, `VERSION-HEX`.
+    pub id: DeploymentId,
+    /// The version of the system.
+    pub version: u64,
+    /// The digest of its system manifest.
+    pub digest: crate::digest::Digest,
+    /// How many boots it still may try; only a pending one counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tries_left: Option<u32>,
+}
+
+impl DeploymentStatus {
+    fn of(id: DeploymentId) -> Self {
+        Self { id, version: id.version, digest: id.digest, tries_left: None }
+    }
+}
+
+/// What is installed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Installed {
+    /// The deployment that has proved healthy last.
+    pub current: Option<DeploymentStatus>,
+    /// The deployment to try at the next boot.
+    pub pending: Option<DeploymentStatus>,
+    /// What was current before.
+    pub previous: Option<DeploymentStatus>,
+    /// Deployments on the disk that no state names: `mosfs gc` removes them.
+    pub unused: Vec<DeploymentId>,
+    /// How the last boot choice ended.
+    pub last_boot: Option<LastBoot>,
+    /// How the last install or update ended.
+    pub last_update: Option<LastUpdate>,
+}
+
+/// Reads what is installed.
+pub fn installed(system: &System) -> Result<Installed, DeployError> {
+    let state: State = system.state()?;
+    let named = state.named();
+    let (whole, _) = deployment::list(system)?;
+    Ok(Installed {
+        current: state.current.map(DeploymentStatus::of),
+        pending: state.pending.as_ref().map(|pending| DeploymentStatus {
+            tries_left: Some(pending.tries_left),
+            ..DeploymentStatus::of(pending.deployment)
+        }),
+        previous: state.previous.map(DeploymentStatus::of),
+        unused: whole.into_iter().filter(|id| !named.contains(id)).collect(),
+        last_boot: state.last_boot,
+        last_update: state.last_update,
+    })
+}

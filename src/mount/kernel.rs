@@ -1,0 +1,116 @@
+//! Mounting a plan through the kernel: dm-verity layers, overlayfs, a record in the register.
+//!
+//! Also the writable layer over a FUSE mount, which is the kernel's overlayfs too.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::dm_verity::{DmVerity, LayerInput};
+use super::kernel_overlay::{self, Upper};
+use super::registry::{self, MountRecord};
+use super::{MountError, MountFlags, MountPlan};
+use crate::sys::mountapi;
+
+/// Where locks and records of root's mounts are.
+pub const RUN_DIR: &str = "/run/mosfs";
+
+/// The name of this backend in records.
+pub const NAME: &str = "dm-verity";
+
+/// Mounts a plan at `target`; with `upper` the tree is writable.
+///
+/// Nothing is left where it fails, and a plain umount(8) frees everything.
+pub fn mount(
+    backend: &DmVerity,
+    plan: &MountPlan,
+    upper: Option<&Upper>,
+    target: &Path,
+    flags: &MountFlags,
+) -> Result<(), MountError> {
+    let inputs = plan
+        .layers
+        .iter()
+        .map(|layer| {
+            // DESIGN.md, section 3: "A mount without verification exists only as
+            // --unsafe-no-verity", and not in this backend.
+            let root_hash = layer.root_hash.ok_or(MountError::NoRootHash { layer: layer.digest })?;
+            Ok(LayerInput {
+                path: &layer.path,
+                digest: layer.digest,
+                root_hash,
+                media_type: &layer.media_type,
+            })
+        })
+        .collect::<Result<Vec<_>, MountError>>()?;
+    let target = folder(target)?;
+    let source = format!("mosfs:{}", plan.source);
+    let tree = backend.stack(&inputs, upper, &source, attributes(flags))?;
+    mountapi::attach(tree, &target).map_err(super::dm_verity::DmVerityError::Mount)?;
+    record(plan, &target, NAME)
+}
+
+/// Puts a writable layer over the tree that is mounted at `lower`, and mounts both at `target`.
+pub fn mount_over(
+    lower: &Path,
+    plan: &MountPlan,
+    upper: &Upper,
+    target: &Path,
+    flags: &MountFlags,
+) -> Result<(), MountError> {
+    let target = folder(target)?;
+    let tree = mountapi::clone_mount(lower)
+        .and_then(|lower| {
+            let source = format!("mosfs:{}", plan.source);
+            kernel_overlay::assemble(&[lower.as_fd()], Some(upper), &source, attributes(flags))
+        })
+        .map_err(super::dm_verity::DmVerityError::Mount)?;
+    mountapi::attach(tree, &target).map_err(super::dm_verity::DmVerityError::Mount)?;
+    record(plan, &target, "fuse")
+}
+
+/// The mount point as the kernel will list it.
+fn folder(target: &Path) -> Result<std::path::PathBuf, MountError> {
+    let wrong = |source| MountError::Target { target: target.to_path_buf(), source };
+    let target = target.canonicalize().map_err(wrong)?;
+    if !target.is_dir() {
+        return Err(wrong(io::Error::from_raw_os_error(libc::ENOTDIR)));
+    }
+    Ok(target)
+}
+
+fn attributes(flags: &MountFlags) -> u64 {
+    [
+        (flags.nosuid, libc::MOUNT_ATTR_NOSUID),
+        (flags.nodev, libc::MOUNT_ATTR_NODEV),
+        (flags.noexec, libc::MOUNT_ATTR_NOEXEC),
+    ]
+    .iter()
+    .filter(|(wanted, _)| *wanted)
+    .fold(0, |all, (_, bit)| all | bit)
+}
+
+/// Writes the record of a mount; undoes the mount where that fails.
+fn record(plan: &MountPlan, target: &Path, backend: &str) -> Result<(), MountError> {
+    let written = fs::metadata(target)
+        .map_err(|source| MountError::Target { target: target.to_path_buf(), source })
+        .and_then(|metadata| {
+            let dev = metadata.dev();
+            Ok(registry::write(&MountRecord {
+                format: 1,
+                source: plan.source.clone(),
+                target: target.to_path_buf(),
+                digest: plan.digest,
+                layers: plan.records(),
+                backend: backend.into(),
+                verified: plan.is_verified(),
+                device: format!("{}:{}", libc::major(dev), libc::minor(dev)),
+                daemon: None,
+            })?)
+        });
+    written.inspect_err(|_| {
+        let _ = mountapi::unmount(target, true);
+    })
+}
