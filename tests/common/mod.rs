@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
-pub mod debian;
 pub mod commands;
+pub mod debian;
+pub mod layers;
+pub mod system;
 pub mod tree;

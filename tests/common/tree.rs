@@ -1,12 +1,15 @@
 //! What a file system shows of a tree, path by path, and how two trees differ.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::ffi::OsStrExt;
+use std::io::{self, Read};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirEntryExt, FileTypeExt, MetadataExt};
 use std::path::Path;
+
+use serde::{Deserialize, Serialize};
 
 use mosfs::digest::{Digest, Hasher};
 
@@ -14,7 +17,7 @@ use mosfs::digest::{Digest, Hasher};
 pub type Tree = BTreeMap<Vec<u8>, Node>;
 
 /// What is seen of one path.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
     /// `d`, `-`, `l`, `b`, `c`, `p` or `s`, as ls(1) has them.
     pub kind: char,
@@ -39,6 +42,7 @@ pub struct Node {
     /// SHA-256 of a regular file's content, or the number of the error that reading it gives.
     pub content: Option<Result<Digest, i32>>,
     /// Extended attributes.
+    #[serde(with = "pairs")]
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
@@ -47,62 +51,109 @@ pub fn show(bytes: &[u8]) -> String {
     bytes.escape_ascii().to_string()
 }
 
+/// What [`try_scan`] could read, and what it could not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scan {
+    /// What was read.
+    #[serde(with = "pairs")]
+    pub tree: Tree,
+    /// Paths that could not be looked at, or listed, with the number of the error. Those that
+    /// could not be listed are in the tree too.
+    #[serde(with = "pairs")]
+    pub errors: BTreeMap<Vec<u8>, i32>,
+}
+
 /// Reads everything below `root`.
 ///
 /// # Panics
-/// Where the folder lists a name twice, or with another type or inode number than stat(2) has, and
-/// on any error but of reading content.
+/// As [`try_scan`], and on any error but of reading content.
 pub fn scan(root: &Path) -> Tree {
-    let mut tree = Tree::new();
+    let scan = try_scan(root);
+    let list: Vec<_> = scan.errors.iter().map(|(path, error)| format!("/{}: error {error}", show(path))).collect();
+    assert!(list.is_empty(), "{root:?} cannot be read:\n{}", list.join("\n"));
+    scan.tree
+}
+
+/// Reads everything below `root`, as far as it can be read.
+///
+/// # Panics
+/// Where the folder lists a name twice, or with another type or inode number than stat(2) has.
+pub fn try_scan(root: &Path) -> Scan {
+    let mut scan = Scan::default();
     let mut first = HashMap::new();
     let mut todo = vec![Vec::new()];
     while let Some(path) = todo.pop() {
-        let full = root.join(std::ffi::OsStr::from_bytes(&path));
-        let stat = fs::symlink_metadata(&full).unwrap_or_else(|error| panic!("stat {full:?}: {error}"));
-        let kind = letter(stat.file_type());
-        if kind == 'd' {
-            for entry in fs::read_dir(&full).unwrap_or_else(|error| panic!("list {full:?}: {error}")) {
-                let entry = entry.unwrap_or_else(|error| panic!("list {full:?}: {error}"));
-                let inner = fs::symlink_metadata(entry.path())
-                    .unwrap_or_else(|error| panic!("stat {:?}: {error}", entry.path()));
-                let listed = entry.file_type().map(letter).expect("d_type");
-                assert_eq!(listed, letter(inner.file_type()), "d_type and st_mode of {:?}", entry.path());
-                assert_eq!(entry.ino(), inner.ino(), "d_ino and st_ino of {:?}", entry.path());
-                let mut below = path.clone();
-                if !below.is_empty() {
-                    below.push(b'/');
-                }
-                below.extend_from_slice(entry.file_name().as_bytes());
-                todo.push(below);
+        let full = root.join(OsStr::from_bytes(&path));
+        let (node, ino) = match look(&full) {
+            Ok(seen) => seen,
+            Err(error) => {
+                scan.errors.insert(path, number(&error));
+                continue;
             }
+        };
+        if node.kind == 'd'
+            && let Err(error) = list(&full, |name| {
+                let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
+                todo.push([&path, slash, name].concat());
+            })
+        {
+            scan.errors.insert(path.clone(), number(&error));
         }
-        let name: &mut Vec<u8> = first.entry(stat.ino()).or_insert_with(|| path.clone());
+        let name: &mut Vec<u8> = first.entry(ino).or_insert_with(|| path.clone());
         if path < *name {
             name.clone_from(&path);
         }
-        let node = Node {
-            kind,
-            mode: stat.mode() & 0o7777,
-            uid: stat.uid(),
-            gid: stat.gid(),
-            size: if kind == 'd' { 0 } else { stat.size() },
-            mtime: stat.mtime(),
-            rdev: if matches!(kind, 'b' | 'c') { stat.rdev() } else { 0 },
-            nlink: stat.nlink(),
-            // The number for now; the name is known when all have been seen.
-            same_as: stat.ino().to_ne_bytes().to_vec(),
-            target: (kind == 'l').then(|| fs::read_link(&full).expect("readlink").as_os_str().as_bytes().to_vec()),
-            content: (kind == '-').then(|| content(&full)),
-            xattrs: xattrs(&full),
-        };
-        let twice = tree.insert(path, node);
+        let twice = scan.tree.insert(path, node);
         assert!(twice.is_none(), "{full:?} is listed twice");
     }
-    for node in tree.values_mut() {
-        let number = u64::from_ne_bytes(node.same_as[..8].try_into().expect("eight bytes"));
-        node.same_as.clone_from(&first[&number]);
+    for node in scan.tree.values_mut() {
+        let ino = u64::from_ne_bytes(node.same_as[..8].try_into().expect("eight bytes"));
+        node.same_as.clone_from(&first[&ino]);
     }
-    tree
+    scan
+}
+
+fn number(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(-1)
+}
+
+/// What is to be seen of one path, and its inode number.
+fn look(full: &Path) -> io::Result<(Node, u64)> {
+    let stat = fs::symlink_metadata(full)?;
+    let kind = letter(stat.file_type());
+    let node = Node {
+        kind,
+        mode: stat.mode() & 0o7777,
+        uid: stat.uid(),
+        gid: stat.gid(),
+        size: if kind == 'd' { 0 } else { stat.size() },
+        mtime: stat.mtime(),
+        rdev: if matches!(kind, 'b' | 'c') { stat.rdev() } else { 0 },
+        nlink: stat.nlink(),
+        // The number for now; the name is known when all have been seen.
+        same_as: stat.ino().to_ne_bytes().to_vec(),
+        target: match kind {
+            'l' => Some(fs::read_link(full)?.into_os_string().into_vec()),
+            _ => None,
+        },
+        content: (kind == '-').then(|| content(full).map_err(|error| number(&error))),
+        xattrs: xattrs(full)?,
+    };
+    Ok((node, stat.ino()))
+}
+
+fn list(full: &Path, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+    for entry in fs::read_dir(full)? {
+        let entry = entry?;
+        // What cannot be looked at is told when its turn comes.
+        if let Ok(inner) = fs::symlink_metadata(entry.path()) {
+            let listed = letter(entry.file_type()?);
+            assert_eq!(listed, letter(inner.file_type()), "d_type and st_mode of {:?}", entry.path());
+            assert_eq!(entry.ino(), inner.ino(), "d_ino and st_ino of {:?}", entry.path());
+        }
+        each(entry.file_name().as_bytes());
+    }
+    Ok(())
 }
 
 fn letter(kind: fs::FileType) -> char {
@@ -117,13 +168,12 @@ fn letter(kind: fs::FileType) -> char {
     }
 }
 
-fn content(path: &Path) -> Result<Digest, i32> {
-    let number = |error: std::io::Error| error.raw_os_error().unwrap_or(-1);
-    let mut file = File::open(path).map_err(number)?;
+fn content(path: &Path) -> io::Result<Digest> {
+    let mut file = File::open(path)?;
     let mut hasher = Hasher::new();
     let mut buffer = vec![0; 256 << 10];
     loop {
-        match file.read(&mut buffer).map_err(number)? {
+        match file.read(&mut buffer)? {
             0 => return Ok(hasher.finish()),
             got => hasher.update(&buffer[..got]),
         }
@@ -131,19 +181,33 @@ fn content(path: &Path) -> Result<Digest, i32> {
 }
 
 /// The extended attributes of a path, of a link itself.
-pub fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
+pub fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let mut names = vec![0; 64 << 10];
-    let got = rustix::fs::llistxattr(path, &mut names[..])
-        .unwrap_or_else(|error| panic!("list attributes of {path:?}: {error}"));
+    let got = rustix::fs::llistxattr(path, &mut names[..])?;
     let mut all = BTreeMap::new();
     for name in names[..got].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         let mut value = vec![0; 64 << 10];
-        let got = rustix::fs::lgetxattr(path, name, &mut value[..])
-            .unwrap_or_else(|error| panic!("attribute {} of {path:?}: {error}", show(name)));
+        let got = rustix::fs::lgetxattr(path, name, &mut value[..])?;
         value.truncate(got);
         all.insert(name.to_vec(), value);
     }
-    all
+    Ok(all)
+}
+
+/// Maps whose keys are bytes, as lists of pairs.
+mod pairs {
+    use super::{BTreeMap, Deserialize, Serialize};
+    use serde::{Deserializer, Serializer};
+
+    pub fn serialize<V: Serialize, S: Serializer>(map: &BTreeMap<Vec<u8>, V>, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(map)
+    }
+
+    pub fn deserialize<'de, V: Deserialize<'de>, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<BTreeMap<Vec<u8>, V>, D::Error> {
+        Ok(Vec::<(Vec<u8>, V)>::deserialize(from)?.into_iter().collect())
+    }
 }
 
 /// One difference between two trees.
