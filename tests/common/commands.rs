@@ -9,6 +9,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("debootstrap", "debootstrap"),
     ("faketime", "faketime"),
     ("fusermount3", "fuse3"),
+    ("mknod", "coreutils"),
+    ("mksquashfs", "squashfs-tools"),
     ("mmdebstrap", "mmdebstrap"),
     ("mount", "mount"),
     ("openssl", "openssl"),
