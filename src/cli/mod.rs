@@ -6,6 +6,7 @@
 mod commit;
 mod device;
 mod floor;
+mod build;
 mod generate;
 mod global;
 mod install;
@@ -14,6 +15,7 @@ mod manifest;
 mod mount;
 pub mod output;
 mod status;
+mod progress;
 mod umount;
 
 use std::ffi::OsString;
@@ -38,6 +40,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
     Install(install::InstallArgs),
@@ -79,6 +82,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
+        Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),

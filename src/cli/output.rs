@@ -20,6 +20,11 @@ pub fn report(error: &AnyError) {
     }
 }
 
+/// Prints a remark to stderr: something that is not wrong, but worth knowing.
+pub fn note(text: impl Display) {
+    eprintln!("mosfs: note: {text}");
+}
+
 /// What a user can do about an error, if there is something. The library's errors say what is
 /// wrong; only here is it said what to run.
 ///

@@ -18,6 +18,7 @@
 //! Digest of the compressed blob and of the uncompressed stream (`diff_id`) are checked on the way;
 //! what was written before a mismatch shows never leaves its temporary file.
 
+pub mod image;
 mod pack;
 mod squashfs;
 mod tar;
@@ -33,6 +34,7 @@ pub use tree::Meta;
 
 use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
+use crate::image::LayerError;
 use crate::image::oci::Compression;
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
@@ -333,6 +335,14 @@ pub enum ConvertError {
         layer: Digest,
         /// The first such block.
         source: ReadError,
+    },
+    /// A layer below, which is asked for the attributes of a folder, cannot be read.
+    #[error("layer {layer}: {source}")]
+    Below {
+        /// The layer below.
+        layer: Digest,
+        /// What is wrong with it.
+        source: LayerError,
     },
     /// The tree of a new image cannot be made.
     #[error("cannot append the verity tree: {0}")]

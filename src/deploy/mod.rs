@@ -19,6 +19,7 @@
 
 pub mod apply;
 pub mod booted;
+pub mod build;
 pub mod choice;
 pub mod commit;
 pub mod deployment;

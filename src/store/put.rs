@@ -82,6 +82,22 @@ impl<'a> Writer<'a> {
             task.advance(blob.size);
             return Ok(false);
         }
+        let temp = self.receive(from, blob, task)?;
+        self.commit(temp, &blob.digest)?;
+        Ok(true)
+    }
+
+    /// Fetches a blob into a temporary file, checked against digest and size: for a blob that is
+    /// to be changed before it is stored.
+    ///
+    /// # Errors
+    /// As [`Writer::fetch`].
+    pub fn receive(
+        &self,
+        from: &dyn Transport,
+        blob: &Descriptor,
+        task: &Task,
+    ) -> Result<TempBlob, StoreError> {
         let object = format!("{} in {}", blob.digest, from.location());
         let mut temp = self.temp()?;
         let (found, size) = temp.fill(from.open(&blob.digest)?, blob.size, task)?;
@@ -91,8 +107,7 @@ impl<'a> Writer<'a> {
         if found != blob.digest {
             return Err(TransportError::DigestMismatch { object, expected: blob.digest, found }.into());
         }
-        self.commit(temp, &blob.digest)?;
-        Ok(true)
+        Ok(temp)
     }
 
     /// Puts an artifact: its content, the empty config, and its manifest.
@@ -120,7 +135,31 @@ impl<'a> Writer<'a> {
     ///
     /// Every blob that they reach must be in the store.
     pub fn set_entries(&self, entries: &[(Option<&str>, &Descriptor)]) -> Result<(), StoreError> {
+        self.replace_entries(&[], entries, &[])
+    }
+
+    /// The same, and takes away the entries without a name that have one of the digests in `remove`.
+    ///
+    /// # Errors
+    /// [`StoreError::NameTaken`], and nothing changes, where a name of `fixed` stands for something else.
+    pub fn replace_entries(
+        &self,
+        remove: &[Digest],
+        entries: &[(Option<&str>, &Descriptor)],
+        fixed: &[&str],
+    ) -> Result<(), StoreError> {
         self.change_index(|index| {
+            for (name, new) in entries.iter().filter_map(|(name, new)| Some(((*name)?, *new))) {
+                let old = index.iter().find(|old| old.ref_name() == Some(name) && old.digest != new.digest);
+                if let (Some(old), true) = (old, fixed.contains(&name)) {
+                    return Err(StoreError::NameTaken {
+                        name: name.into(),
+                        found: old.digest,
+                        expected: new.digest,
+                    });
+                }
+            }
+            index.retain(|old| old.ref_name().is_some() || !remove.contains(&old.digest));
             for (name, descriptor) in entries {
                 let mut entry = (*descriptor).clone();
                 entry.annotations.remove(REF_NAME);
@@ -137,6 +176,7 @@ impl<'a> Writer<'a> {
                     }
                 }
             }
+            Ok(())
         })
     }
 
@@ -149,10 +189,14 @@ impl<'a> Writer<'a> {
     pub fn remove_names(&self, names: &[&str]) -> Result<(), StoreError> {
         self.change_index(|index| {
             index.retain(|entry| entry.ref_name().is_none_or(|name| !names.contains(&name)));
+            Ok(())
         })
     }
 
-    pub(super) fn change_index(&self, change: impl FnOnce(&mut Vec<Descriptor>)) -> Result<(), StoreError> {
+    fn change_index(
+        &self,
+        change: impl FnOnce(&mut Vec<Descriptor>) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
         change_index(self.store, change)
     }
 }
@@ -160,13 +204,13 @@ impl<'a> Writer<'a> {
 /// Replaces `index.json` under its lock. The caller holds the store's lock, shared or exclusive.
 pub(super) fn change_index(
     store: &Store,
-    change: impl FnOnce(&mut Vec<Descriptor>),
+    change: impl FnOnce(&mut Vec<Descriptor>) -> Result<(), StoreError>,
 ) -> Result<(), StoreError> {
     let lock = store.lock_file("index.lock")?;
     lock.lock().on("lock", store.private("index.lock"))?;
     let mut index = store.layout.index()?;
     let before = index.manifests.clone();
-    change(&mut index.manifests);
+    change(&mut index.manifests)?;
     if index.manifests != before {
         replace_file(store.dir(), "index.json", &index.to_bytes())?;
     }

@@ -1,0 +1,356 @@
+//! A whole image into the store: each layer verified, and all of them file system images.
+//!
+//! An image whose layers all have verity trees is stored as it is: manifest, config and digest do
+//! not change. Of any other image a new manifest is made:
+//!
+//! - A tar layer is converted; a file system image without a tree gets one.
+//! - The config stays, but for `rootfs.diff_ids`: they are the digests of the new layers, since a file system image
+//!   is its own uncompressed form (as stacker does it). An artifact's config stays untouched.
+//! - Annotations and artifact type stay; `subject` goes, as it spoke of the other manifest.
+//!
+//! The bytes of both depend on the source image alone.
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::Value;
+
+use super::{ConvertError, Meta, Ready, TarLayer, convert_tar, examine};
+use crate::digest::Digest;
+use crate::error::{Class, Classified, IoContext, IoError};
+use crate::failpoint;
+use crate::image::oci::{
+    CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError,
+    OciImage, SQUASHFS_ZSTD,
+};
+use crate::image::squashfs::Squashfs;
+use crate::image::verified::VerifiedSource;
+use crate::image::verity;
+use crate::image::{FileType, Layer, LayerError};
+use crate::progress::Progress;
+use crate::store::{Store, StoreError, Writer};
+use crate::transport::{Transport, TransportError};
+
+/// Docker's media type of an image config.
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+
+/// An image that is in the store.
+#[derive(Debug)]
+pub struct Ingested {
+    /// The manifest, also where a new one was made.
+    pub manifest: Descriptor,
+    /// Whether manifest and layers are the source's own.
+    pub untouched: bool,
+    /// What a conversion changed or dropped, for people.
+    pub notes: Vec<String>,
+}
+
+/// Where an image comes from and goes to.
+pub struct Ingest<'a> {
+    /// The place that has it.
+    pub from: &'a dyn Transport,
+    /// The store, with its lock held.
+    pub writer: &'a Writer<'a>,
+    /// How many threads work at a time.
+    pub jobs: NonZeroUsize,
+    /// Who hears of it.
+    pub progress: &'a Progress,
+}
+
+/// Checks that all layers of an image can be read, before anything is fetched.
+///
+/// # Errors
+/// [`OciError::UnknownLayer`].
+pub fn check_layers(image: &OciImage) -> Result<(), OciError> {
+    image.layers.iter().try_for_each(|layer| layer.format().map(|_| ()))
+}
+
+/// Brings an image into the store. What is stored has no name yet.
+pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestError> {
+    let bytes = job.from.fetch(source, MAX_MANIFEST_BYTES)?;
+    let image = OciImage::parse(&bytes)?;
+    check_layers(&image)?;
+    let config = job.from.fetch(&image.manifest.config, MAX_MANIFEST_BYTES)?;
+    let diff_ids = diff_ids(&image, &config)?;
+
+    let mut layers = images(job, &image)?;
+    let mut notes = Vec::new();
+    for (at, layer) in image.layers.iter().enumerate() {
+        let LayerFormat::Tar(compression) = layer.format()? else { continue };
+        let tar = TarLayer {
+            digest: layer.digest,
+            size: layer.size,
+            compression,
+            diff_id: diff_ids.as_ref().and_then(|ids| ids.get(at).copied()),
+        };
+        let temp = job.writer.temp()?;
+        let (below, _) = layers.split_at(at);
+        let store = job.writer.store();
+        let mut attributes = |path: &[u8]| attributes_below(store, below, path);
+        let converted = convert_tar(
+            job.from.open(&layer.digest)?,
+            &tar,
+            &temp.file,
+            job.jobs,
+            &mut attributes,
+            job.progress,
+        )
+        .map_err(|source| IngestError::Layer { layer: layer.digest, source })?;
+        job.writer.commit(temp, &converted.sealed.digest)?;
+        failpoint::hit("build.layer");
+        notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
+        if let Some(place) = layers.get_mut(at) {
+            *place = LayerDescriptor {
+                digest: converted.sealed.digest,
+                size: converted.sealed.size_bytes,
+                media_type: SQUASHFS_ZSTD.into(),
+                root_hash: Some(converted.sealed.root_hash),
+            };
+        }
+    }
+
+    let writer = job.writer;
+    if layers == image.layers {
+        writer.put_bytes(&image.manifest.config.media_type, &config)?;
+        let manifest = writer.put_bytes(&source.media_type, &bytes)?;
+        return Ok(Ingested { manifest, untouched: true, notes });
+    }
+    let new_config = match diff_ids {
+        Some(_) => with_diff_ids(&config, &layers)?,
+        None => config,
+    };
+    let config_type = match image.manifest.config.media_type.as_str() {
+        DOCKER_CONFIG => CONFIG,
+        other => other,
+    };
+    let manifest = Manifest {
+        schema_version: 2,
+        media_type: Some(MANIFEST.into()),
+        artifact_type: image.manifest.artifact_type.clone(),
+        config: writer.put_bytes(config_type, &new_config)?,
+        layers: layers.iter().map(LayerDescriptor::to_descriptor).collect(),
+        subject: None,
+        annotations: image.manifest.annotations.clone(),
+        extra: Default::default(),
+    };
+    let manifest = writer.put_bytes(MANIFEST, &manifest.to_bytes())?;
+    Ok(Ingested { manifest, untouched: false, notes })
+}
+
+/// Stores the layers that are images of file systems, several at a time. Tar layers stay as they are.
+fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, IngestError> {
+    let next = AtomicUsize::new(0);
+    // Threads for the layers, and what is left of them for the blocks of each.
+    let outer = job.jobs.get().min(image.layers.len().max(1));
+    let inner = NonZeroUsize::new(job.jobs.get() / outer).unwrap_or(NonZeroUsize::MIN);
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(layer) = image.layers.get(at) else { return Ok(done) };
+            if matches!(layer.format()?, LayerFormat::Squashfs | LayerFormat::Erofs) {
+                // An error ends this thread alone; the others end after the layer that they are at.
+                let stored = image_layer(job, layer, inner).inspect_err(|_| {
+                    next.store(usize::MAX / 2, Ordering::Relaxed);
+                })?;
+                done.push((at, stored));
+            }
+        }
+    };
+    let results: Vec<Result<Vec<_>, IngestError>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..outer).map(|_| scope.spawn(work)).collect();
+        let mut results = vec![work()];
+        results.extend(threads.into_iter().map(|thread| thread.join().unwrap_or(Err(IngestError::Panicked))));
+        results
+    });
+    let mut layers = image.layers.clone();
+    for result in results {
+        for (at, stored) in result? {
+            if let Some(layer) = layers.get_mut(at) {
+                *layer = stored;
+            }
+        }
+    }
+    Ok(layers)
+}
+
+/// Stores one image of a file system, with a tree.
+fn image_layer(
+    job: &Ingest<'_>,
+    layer: &LayerDescriptor,
+    threads: NonZeroUsize,
+) -> Result<LayerDescriptor, IngestError> {
+    let wrong = |source| IngestError::Layer { layer: layer.digest, source };
+    let blob = Descriptor::new(&layer.media_type, layer.digest, layer.size);
+    let store = job.writer.store();
+    if layer.root_hash.is_some() && store.has(&blob) {
+        let path = store.blob_path(&layer.digest);
+        let file = File::open(&path).on("open", &path)?;
+        // It is there already, whole or not: what was checked once is checked again before it is signed for.
+        examine(&file, &layer.digest, layer.root_hash, threads, job.progress).map_err(wrong)?;
+        return Ok(layer.clone());
+    }
+    let task = job.progress.task("fetch", &layer.digest.to_string(), Some(layer.size));
+    let temp = job.writer.receive(job.from, &blob, &task)?;
+    drop(task);
+    match examine(&temp.file, &layer.digest, layer.root_hash, threads, job.progress).map_err(wrong)? {
+        Ready::Untouched => {
+            job.writer.commit(temp, &layer.digest)?;
+            failpoint::hit("build.layer");
+            Ok(layer.clone())
+        }
+        Ready::NeedsTree(image_bytes) => {
+            let sealed = verity::seal(&temp.file, image_bytes, threads, job.progress)
+                .map_err(|source| wrong(ConvertError::Seal(source)))?;
+            job.writer.commit(temp, &sealed.digest)?;
+            failpoint::hit("build.layer");
+            Ok(LayerDescriptor {
+                digest: sealed.digest,
+                size: sealed.size_bytes,
+                media_type: layer.media_type.clone(),
+                root_hash: Some(sealed.root_hash),
+            })
+        }
+    }
+}
+
+/// The digests of the uncompressed layers that an image's config names; `None` for an artifact.
+fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
+    if !matches!(image.manifest.config.media_type.as_str(), CONFIG | DOCKER_CONFIG) {
+        return Ok(None);
+    }
+    let config: Value = serde_json::from_slice(config).map_err(IngestError::Config)?;
+    let Some(list) = config.pointer("/rootfs/diff_ids").and_then(Value::as_array) else { return Ok(None) };
+    let bad = |found: String| IngestError::DiffIds { layers: image.layers.len(), found };
+    if list.len() != image.layers.len() {
+        return Err(bad(format!("{} diff_ids", list.len())));
+    }
+    let digest =
+        |id: &Value| id.as_str().and_then(|text| text.parse().ok()).ok_or_else(|| bad(id.to_string()));
+    list.iter().map(digest).collect::<Result<_, _>>().map(Some)
+}
+
+/// The config with the digests of the layers as they are stored.
+fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, IngestError> {
+    let mut config: Value = serde_json::from_slice(config).map_err(IngestError::Config)?;
+    if let Some(place) = config.pointer_mut("/rootfs/diff_ids") {
+        *place = layers.iter().map(|layer| Value::from(layer.digest.to_string())).collect();
+    }
+    // serde_json sorts the keys of a map.
+    serde_json::to_vec(&config).map_err(IngestError::Config)
+}
+
+/// What the layers below say of a folder, from the top one down.
+fn attributes_below(
+    store: &Store,
+    layers: &[LayerDescriptor],
+    path: &[u8],
+) -> Result<Option<Meta>, ConvertError> {
+    for layer in layers.iter().rev() {
+        let Some(root_hash) = layer.root_hash else { continue };
+        // There is no reader for other formats: such a layer cannot be asked.
+        if layer.format().ok() != Some(LayerFormat::Squashfs) {
+            continue;
+        }
+        let verity = |source| ConvertError::Verity { layer: layer.digest, source };
+        let below = |source| ConvertError::Below { layer: layer.digest, source };
+        let file = File::open(store.blob_path(&layer.digest))?;
+        let image = Squashfs::open(Arc::new(VerifiedSource::open(file, root_hash).map_err(verity)?))
+            .map_err(below)?;
+        match folder(&image, path).map_err(below)? {
+            Folder::Here(meta) => return Ok(Some(meta)),
+            Folder::Hidden => return Ok(None),
+            Folder::Unknown => {}
+        }
+    }
+    Ok(None)
+}
+
+/// What one layer says of a folder.
+enum Folder {
+    Here(Meta),
+    /// There is none, and none below counts: removed, or behind an opaque folder.
+    Hidden,
+    /// The layer does not speak of it.
+    Unknown,
+}
+
+fn folder(image: &Squashfs, path: &[u8]) -> Result<Folder, LayerError> {
+    let mut node = image.root();
+    for part in Path::new(std::ffi::OsStr::from_bytes(path)).components() {
+        let Component::Normal(name) = part else { continue };
+        match image.lookup(node, name.as_bytes())? {
+            Some(entry) if entry.kind == FileType::Directory => node = entry.node,
+            Some(_) => return Ok(Folder::Hidden),
+            None if is_opaque(&image.xattrs(node)?) => return Ok(Folder::Hidden),
+            None => return Ok(Folder::Unknown),
+        }
+    }
+    let (attr, mut xattrs) = (image.attr(node)?, image.xattrs(node)?);
+    xattrs.retain(|(name, _)| !name.starts_with(b"trusted.overlay.") && !name.starts_with(b"user.overlay."));
+    xattrs.sort();
+    let mtime = attr.mtime.clamp(0, i64::from(u32::MAX)) as u32;
+    Ok(Folder::Here(Meta { mode: attr.permissions, uid: attr.uid, gid: attr.gid, mtime, xattrs }))
+}
+
+fn is_opaque(xattrs: &[(Vec<u8>, Vec<u8>)]) -> bool {
+    xattrs.iter().any(|(name, value)| {
+        (name == b"trusted.overlay.opaque" || name == b"user.overlay.opaque") && value == b"y"
+    })
+}
+
+/// Why an image cannot be brought into the store.
+#[derive(Debug, thiserror::Error)]
+pub enum IngestError {
+    /// The source does not give it.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The store does not take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The manifest cannot be read, or has a layer of an unknown kind.
+    #[error(transparent)]
+    Oci(#[from] OciError),
+    /// A layer cannot be converted or verified.
+    #[error("{source}")]
+    Layer {
+        /// The layer, as the source names it.
+        layer: Digest,
+        /// What is wrong with it.
+        source: ConvertError,
+    },
+    /// The config is not JSON.
+    #[error("the image's config cannot be read: {0}")]
+    Config(serde_json::Error),
+    /// The config does not fit the layers.
+    #[error("the image's config names {found}, expected one digest for each of the {layers} layers")]
+    DiffIds {
+        /// How many layers the manifest has.
+        layers: usize,
+        /// What the config has.
+        found: String,
+    },
+    /// The operating system's answer.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// A defect.
+    #[error("a thread that stored a layer panicked")]
+    Panicked,
+}
+
+impl Classified for IngestError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Transport(error) => error.class(),
+            Self::Store(error) => error.class(),
+            Self::Oci(error) => error.class(),
+            Self::Layer { source, .. } => source.class(),
+            Self::DiffIds { .. } => Class::Verification,
+            Self::Config(_) | Self::Io(_) | Self::Panicked => Class::Failure,
+        }
+    }
+}

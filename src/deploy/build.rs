@@ -1,0 +1,253 @@
+//! Build: an import manifest into a signed system in a store. The publisher's side.
+//!
+//! ```text
+//! find every image, check every pin ─> store every image ─> system manifest ─> sign ─> names
+//! ```
+//!
+//! Everything that can be refused without fetching is refused first: key and certificate, pins,
+//! sources, kinds of layers. The names are set in one step at the end, after all that they reach,
+//! so that a store has a system whole or not at all; a build that was interrupted leaves blobs, which the next one
+//! uses or `mosfs gc` removes.
+//!
+//! A version stands for one system: if `mos/system/system:VERSION` is another one already, the
+//! build is refused. Building the same system again gives the same digest, and replaces its
+//! signature, certificate and floor signature: that is how a system gets a renewed certificate.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use crate::convert::image::{Ingest, IngestError, check_layers, ingest};
+use crate::digest::Digest;
+use crate::error::{Class, Classified};
+use crate::failpoint;
+use crate::image::oci::{Descriptor, Platform};
+use crate::manifest::import::Resolved;
+use crate::manifest::{
+    ImageUrl, ImportErrors, ImportManifest, ImportTarget, SYSTEM_MEDIA_TYPE, StorageType, SystemManifest,
+    TargetName,
+};
+use crate::progress::Progress;
+use crate::store::{Store, StoreError, image_name, system_name, version_name};
+use crate::transport::{SourceRef, Transport, TransportError};
+use crate::trust::floor::{self, FloorError};
+use crate::trust::{
+    CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, SignError, Signed,
+};
+
+/// Who signs.
+pub struct Signer<'a> {
+    /// The private key.
+    pub key: &'a PrivateKey,
+    /// Its certificate in PEM, with those that lead from it to the CA.
+    pub certificate: &'a [u8],
+    /// When the certificate has to be valid.
+    pub dates: Dates,
+    /// The key that signs the version for the devices' floor.
+    pub floor_key: Option<&'a floor::PrivateKey>,
+}
+
+/// A system that was built.
+#[derive(Debug)]
+pub struct Built {
+    /// SHA-256 of the system manifest.
+    pub digest: Digest,
+    /// The system manifest.
+    pub manifest: SystemManifest,
+    /// The targets, each with whether its image is the source's own, and what a conversion
+    /// changed or dropped.
+    pub targets: BTreeMap<TargetName, BuiltTarget>,
+}
+
+/// A target of a system that was built.
+#[derive(Debug)]
+pub struct BuiltTarget {
+    /// Whether manifest and layers are the source's own.
+    pub untouched: bool,
+    /// What a conversion changed or dropped, for people.
+    pub notes: Vec<String>,
+}
+
+/// An image that was found.
+struct Found {
+    from: Box<dyn Transport>,
+    descriptor: Descriptor,
+}
+
+/// Builds a system.
+///
+/// # Errors
+/// See [`BuildError`]. The store has no new name then.
+pub fn build(
+    import: &ImportManifest,
+    store: &Store,
+    signer: &Signer<'_>,
+    jobs: NonZeroUsize,
+    progress: &Progress,
+) -> Result<Built, BuildError> {
+    if import.storage_type() != StorageType::Atomfs {
+        return Err(BuildError::StorageType { found: format!("{:?}", import.storage_type()).to_lowercase() });
+    }
+    let writer = store.writer()?;
+    let mut found = BTreeMap::new();
+    let mut resolved = BTreeMap::new();
+    for (name, target) in &import.targets {
+        let (image, source) = find(import, name, target)?;
+        resolved.insert(name.clone(), source);
+        found.insert(name.clone(), image);
+    }
+    // A trial, with the sources' digests: key, certificate, product and dates are refused here.
+    Signed::create(&import.to_system(&resolved)?, signer.key, signer.certificate, signer.dates)?;
+
+    let mut targets = BTreeMap::new();
+    let mut names = Vec::new();
+    for (name, image) in &found {
+        let job = Ingest { from: &*image.from, writer: &writer, jobs, progress };
+        let done = ingest(&job, &image.descriptor)
+            .map_err(|source| BuildError::Image { target: name.clone(), source })?;
+        failpoint::hit("build.image");
+        resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
+        names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));
+        targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });
+    }
+
+    let manifest = import.to_system(&resolved)?;
+    let digest = manifest.digest();
+    let signed = Signed::create(&manifest, signer.key, signer.certificate, signer.dates)?;
+    let floor_signature = match signer.floor_key {
+        Some(key) => Some(floor::sign_version(key, &manifest.product, manifest.version)?),
+        None => None,
+    };
+
+    let artifact = writer.put_artifact(SYSTEM_MEDIA_TYPE, &signed.manifest, None)?;
+    refuse_other(store, manifest.version, &artifact)?;
+    let mut referrers = vec![
+        writer.put_artifact(SIGNATURE_TYPE, &signed.signature, Some(&artifact))?,
+        writer.put_artifact(CERTIFICATE_TYPE, &signed.certificate, Some(&artifact))?,
+    ];
+    if let Some(signature) = &floor_signature {
+        referrers.push(writer.put_artifact(FLOOR_SIGNATURE_TYPE, signature, Some(&artifact))?);
+    }
+    names.push((system_name(&digest), artifact.clone()));
+    names.push((version_name(manifest.version), artifact.clone()));
+
+    let mut replaced = Vec::new();
+    for kind in [SIGNATURE_TYPE, CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE] {
+        replaced.extend(store.referrers(&artifact.digest, Some(kind))?.iter().map(|old| old.digest));
+    }
+    let entries: Vec<_> = names
+        .iter()
+        .map(|(name, entry)| (Some(name.as_str()), entry))
+        .chain(referrers.iter().map(|entry| (None, entry)))
+        .collect();
+    failpoint::hit("build.signed");
+    // Another build may have taken the version meanwhile: it is checked again under the index's lock.
+    writer.replace_entries(&replaced, &entries, &[&version_name(manifest.version)])?;
+    failpoint::hit("build.named");
+    Ok(Built { digest, manifest, targets })
+}
+
+/// Finds a target's image, and checks what can be checked without its blobs.
+fn find(
+    import: &ImportManifest,
+    name: &TargetName,
+    target: &ImportTarget,
+) -> Result<(Found, Resolved), BuildError> {
+    let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
+    let source = source_of(&target.url).map_err(wrong)?;
+    let from = source.open().map_err(wrong)?;
+    let descriptor = from.find_image(source.name.as_deref(), &Platform::this_machine()).map_err(wrong)?;
+    let resolved = Resolved { digest: descriptor.digest, size: descriptor.size };
+    import.check_pins(name, &resolved)?;
+    let image = from.image(&descriptor).map_err(wrong)?;
+    check_layers(&image)
+        .map_err(|source| BuildError::Image { target: name.clone(), source: source.into() })?;
+    Ok((Found { from, descriptor }, resolved))
+}
+
+/// The place that a URL of an import manifest names.
+fn source_of(url: &ImageUrl) -> Result<SourceRef, TransportError> {
+    match url {
+        ImageUrl::Oci { path, reference } => Ok(SourceRef::oci(Path::new(path), reference.as_deref())),
+        ImageUrl::Docker { .. } => url.to_string().parse(),
+    }
+}
+
+/// Refuses to give a version to a second system.
+fn refuse_other(store: &Store, version: u64, artifact: &Descriptor) -> Result<(), BuildError> {
+    let name = version_name(version);
+    match store.resolve(&name) {
+        Ok(old) if old.digest != artifact.digest => {
+            Err(BuildError::VersionTaken { version, found: old.digest, expected: artifact.digest })
+        }
+        Ok(_) | Err(StoreError::Transport(TransportError::NameMissing { .. })) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Why a system cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The import manifest, or a pin in it, is wrong.
+    #[error(transparent)]
+    Import(#[from] ImportErrors),
+    /// A storage type that this version cannot make.
+    #[error("storage_type `{found}` cannot be built by this version; expected `atomfs`")]
+    StorageType {
+        /// What the manifest says.
+        found: String,
+    },
+    /// A target's image cannot be had.
+    #[error("target `{target}`, {url}: {source}")]
+    Source {
+        /// The target.
+        target: TargetName,
+        /// Where its image should be.
+        url: String,
+        /// Why it is not.
+        source: TransportError,
+    },
+    /// A target's image cannot be stored.
+    #[error("target `{target}`: {source}")]
+    Image {
+        /// The target.
+        target: TargetName,
+        /// Why.
+        source: IngestError,
+    },
+    /// Key or certificate are of no use.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// The floor key is of no use.
+    #[error(transparent)]
+    Floor(#[from] FloorError),
+    /// A version stands for one system.
+    #[error(
+        "version {version} is another system in this store already: its manifest is {found}, the new one's {expected}"
+    )]
+    VersionTaken {
+        /// The version.
+        version: u64,
+        /// Digest of the OCI manifest of the system that has it.
+        found: Digest,
+        /// Digest of the OCI manifest of the system that was built.
+        expected: Digest,
+    },
+    /// The store does not take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Classified for BuildError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Import(error) => error.class(),
+            Self::StorageType { .. } | Self::VersionTaken { .. } => Class::Input,
+            Self::Source { source, .. } => source.class(),
+            Self::Image { source, .. } => source.class(),
+            Self::Sign(error) => error.class(),
+            Self::Floor(error) => error.class(),
+            Self::Store(error) => error.class(),
+        }
+    }
+}
