@@ -166,10 +166,13 @@ impl Tree {
         if parents.iter().any(|part| part.starts_with(b".wh..wh.")) {
             return Ok(());
         }
-        let dir = self.walk(parents, &path)?;
         if let Some(hidden) = name.strip_prefix(b".wh.") {
-            return self.whiteout(dir, hidden, &path);
+            return match self.whiteout_dir(parents)? {
+                Some(dir) => self.whiteout(dir, hidden, &path),
+                None => Ok(()),
+            };
         }
+        let dir = self.walk(parents, &path)?;
         let kind = match entry.kind.clone() {
             EntryKind::Directory => {
                 let meta = self.meta(&path, entry)?;
@@ -314,6 +317,36 @@ impl Tree {
         }
     }
 
+    /// The folder that a whiteout stands in, made where it is missing. `None` where this layer has
+    /// something else in its place, or nothing: then all that was below it is hidden already.
+    ///
+    /// Links are not followed: tools that compare trees write whiteouts of what was in a folder also
+    /// where a link took the folder's place, and never mean what the link leads to.
+    fn whiteout_dir(&mut self, parents: &[&[u8]]) -> Result<Option<NodeIndex>, ConvertError> {
+        let mut dir = 0;
+        for name in parents {
+            dir = match self.child(dir, name) {
+                Some(index) if self.children(index).is_some() => index,
+                Some(_) => return Ok(None),
+                None => self.make_dir(dir, name)?,
+            };
+        }
+        Ok(Some(dir))
+    }
+
+    /// Whether a folder is there only because whiteouts stand in it.
+    fn only_whiteouts(&self, dir: NodeIndex) -> bool {
+        let mut todo = vec![dir];
+        while let Some(index) = todo.pop() {
+            match self.nodes.get(index).map(|node| &node.kind) {
+                Some(NodeKind::Dir { children, implied: true, .. }) => todo.extend(children.values()),
+                Some(NodeKind::Whiteout) => {}
+                _ => return false,
+            }
+        }
+        true
+    }
+
     fn whiteout(&mut self, dir: NodeIndex, hidden: &[u8], path: &[u8]) -> Result<(), ConvertError> {
         match hidden {
             b".wh..opq" => {
@@ -326,11 +359,11 @@ impl Tree {
         }
         match self.child(dir, hidden) {
             // An entry of this layer stays; a folder must not be merged with the one below.
-            Some(index) => {
+            Some(index) if !self.only_whiteouts(index) => {
                 self.make_opaque(index);
                 Ok(())
             }
-            None => self.put(dir, hidden, Node { kind: NodeKind::Whiteout, meta: Meta::default() }),
+            _ => self.put(dir, hidden, Node { kind: NodeKind::Whiteout, meta: Meta::default() }),
         }
     }
 

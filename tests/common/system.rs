@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use mosfs::digest::Digest;
+use mosfs::store::Store;
 use tempfile::TempDir;
 
 use super::commands::{command, mosfs, run};
@@ -49,14 +50,13 @@ pub fn digest(printed: &str) -> Digest {
     printed.trim().parse().unwrap_or_else(|error| panic!("mosfs build printed `{printed}`: {error}"))
 }
 
-/// The name in a store of the image of target `hostfs` of the only system there.
+/// The name in a store of its only image of the target `hostfs`.
 pub fn image_name(store: &Path) -> String {
-    let mut source = OsStr::new("oci:").to_os_string();
-    source.push(store);
-    let shown = run(mosfs().args(["manifest", "show"]).arg(source));
-    let manifest: serde_json::Value = serde_json::from_str(&shown).expect("a manifest in JSON");
-    let digest = manifest["targets"]["hostfs"]["digest"].as_str().expect("a digest").to_string();
-    format!("mos/images/hostfs:{}", digest.replacen("sha256:", "sha256/", 1))
+    let names = Store::open(store).and_then(|store| store.names()).expect("list the names of the store");
+    let mut images = names.into_iter().map(|(name, _)| name).filter(|name| name.starts_with("mos/images/hostfs:"));
+    let name = images.next().expect("an image in the store");
+    assert_eq!(images.next(), None, "one image");
+    name
 }
 
 /// `oci:STORE:NAME`.
