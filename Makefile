@@ -27,7 +27,7 @@ BENCH ?=
 HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 AS_ROOT = env "CARGO_TARGET_$(HOST)_RUNNER=$(CURDIR)/tests/as-root"
 
-.PHONY: help build demo test campaign fuzz bench soak fmt lint install clean
+.PHONY: help build demo test campaign fuzz bench scale soak fmt lint install clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do
@@ -59,9 +59,15 @@ bench: ## Measure mosfs beside its peers: target/bench/report.html; BENCH='--qui
 	$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench compare -- $(BENCH)
 
+scale: ## Measure how cost grows: millions of files, large folders, many layers
+	@tests/setup bench
+	$(CARGO) build --release --locked
+	$(CARGO) bench --locked --bench compare -- --scale
+
 soak: ## Mixed load for MINUTES=60; memory, descriptors and threads must stay flat
 	@tests/setup bench
 	$(CARGO) build --release --locked
+	$(CARGO) bench --locked --bench compare -- --prepare
 	tests/soak "$(MINUTES)"
 
 fmt: ## Format the source

@@ -5,6 +5,7 @@
 //! source, squashfs reader, merged view, engine. Some go through a real mount. `MOSFS_CAMPAIGN=long` makes it
 //! thousands of flips, and takes the Debian image too.
 
+#[path = "common/whole/mod.rs"]
 mod common;
 
 use std::collections::BTreeMap;
@@ -19,7 +20,7 @@ use common::commands::{command, join, mosfs, need_root, output, run};
 use common::debian::{self, noise};
 use common::layers::{self, layer};
 use common::system::{Mounted, build, image_name, import_manifest, keys, scratch, source};
-use common::tree;
+use common::scan;
 use mosfs::digest::{Digest, Hasher};
 use mosfs::error::{Class, Classified};
 use mosfs::image::layer::{Attr, FileType, Xattrs};
@@ -100,7 +101,7 @@ fn content(engine: &Engine, ino: u64, size: u64) -> Result<Digest, EngineError> 
 fn nothing_wrong(before: &BTreeMap<Vec<u8>, Seen>, after: &BTreeMap<Vec<u8>, Seen>, what: &str) -> usize {
     let mut errors = 0;
     for (path, now) in after {
-        let name = tree::show(path);
+        let name = scan::show(path);
         let then = before.get(path).unwrap_or_else(|| panic!("{what}: {name} came from nowhere"));
         // A link count is counted over all layers; where one cannot be read it may stay too high.
         let attr = |seen: &Seen| seen.attr.as_ref().ok().map(|attr| Attr { nlink: 0, ..*attr });
@@ -122,7 +123,7 @@ fn nothing_wrong(before: &BTreeMap<Vec<u8>, Seen>, after: &BTreeMap<Vec<u8>, See
         let unlisted = (0..path.len()).rev().filter(|end| path[*end] == b'/').any(|end| {
             after.get(&path[..end]).is_some_and(|parent| matches!(parent.listing, Some(Err(_))))
         });
-        assert!(unlisted, "{what}: {} is gone, and nobody says why", tree::show(path));
+        assert!(unlisted, "{what}: {} is gone, and nobody says why", scan::show(path));
     }
     errors
 }

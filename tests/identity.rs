@@ -3,6 +3,7 @@
 //! The images are made by umoci, and by hand where no tool writes such layers. What umoci itself does not keep is
 //! listed in [`umoci_keeps_all_but`]; the reference is what it unpacks.
 
+#[path = "common/whole/mod.rs"]
 mod common;
 
 use std::ffi::OsString;
@@ -13,7 +14,7 @@ use std::path::Path;
 use common::commands::{command, join, mosfs, need_root, refused, run};
 use common::layers::{Layer, layer};
 use common::system::{Mounted, PRODUCT, build, digest, image_name, import_manifest, keys, scratch, source};
-use common::tree::{Tree, assert_same, scan, show, try_scan};
+use common::scan::{Tree, assert_same, scan, show, try_scan};
 use common::{debian, layers};
 use tar::EntryType;
 

@@ -534,3 +534,75 @@ proptest! {
         let _ = parse(text.as_bytes());
     }
 }
+
+/// Runs `mosfs manifest` in a folder that holds `good.yaml`, `bad.yaml` and `m.json`.
+fn command(words: &[&str]) -> (Option<i32>, String, String) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("good.yaml"), EXAMPLE).unwrap();
+    std::fs::write(dir.path().join("bad.yaml"), EXAMPLE.replace("200 ", "0 ").replace("iso ", "raw "))
+        .unwrap();
+    std::fs::write(dir.path().join("m.json"), example_system().canonical()).unwrap();
+    let pretty: serde_json::Value = serde_json::from_slice(&example_system().canonical()).unwrap();
+    std::fs::write(dir.path().join("pretty.json"), format!("\n{pretty:#}\n")).unwrap();
+    std::fs::write(dir.path().join("float.json"), r#"{"b":[1.5],"a":"\u00e9"}"#).unwrap();
+    std::fs::write(dir.path().join("any.json"), r#"{"b": [true, null, -7], "a": "\u00e9\/\"\\"}"#).unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_mosfs"))
+        .arg("manifest")
+        .args(words)
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn the_command_checks_and_says_where() {
+    let (code, stdout, stderr) = command(&["check", "good.yaml"]);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    assert_eq!(
+        stdout,
+        "good.yaml: import manifest, version 200, product de6c82c5-2e01-4c92-949b-a6545d30fc06, 2 targets\n"
+    );
+    let (code, stdout, _) = command(&["check", "m.json"]);
+    assert_eq!((code, stdout.starts_with("m.json: system manifest, version 200")), (Some(0), true));
+    let (code, stdout, stderr) = command(&["check", "bad.yaml"]);
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
+    assert!(
+        stderr.starts_with("mosfs: the import manifest has 2 errors\nbad.yaml:1:10: version: found `0`"),
+        "{stderr}"
+    );
+    assert!(stderr.contains("\nbad.yaml:3:13: image_type: found `raw`; allowed: iso\n"), "{stderr}");
+    let (code, stdout, _) = command(&["check", "bad.yaml", "--json"]);
+    let answer: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(
+        (code, &answer["errors"][1]["line"], &answer["errors"][1]["field"]),
+        (Some(2), &3.into(), &"image_type".into())
+    );
+    let (code, _, stderr) = command(&["check", "pretty.json"]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("not in canonical form at byte 0"), "{stderr}");
+    assert!(stderr.contains("mosfs manifest canonical"), "{stderr}");
+    let (code, _, stderr) = command(&["check", "absent.yaml"]);
+    assert_eq!((code, stderr.contains("cannot open absent.yaml")), (Some(1), true), "{stderr}");
+}
+
+#[test]
+fn the_command_prints_reproducible_json() {
+    let canonical = String::from_utf8(example_system().canonical()).unwrap();
+    for file in ["m.json", "pretty.json"] {
+        assert_eq!(command(&["canonical", file]), (Some(0), canonical.clone(), String::new()));
+    }
+    let (code, stdout, _) = command(&["canonical", "any.json"]);
+    assert_eq!((code, stdout.as_str()), (Some(0), r#"{"a":"é/\"\\","b":[true,null,-7]}"#));
+    let (code, stdout, stderr) = command(&["canonical", "float.json"]);
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
+    assert!(stderr.contains("float.json") && stderr.contains("byte 6") && stderr.contains("1.5"), "{stderr}");
+    let (code, stdout, _) = command(&["canonical", "good.yaml"]);
+    assert_eq!(code, Some(0));
+    assert!(
+        stdout.starts_with(r#"{"image_type":"iso","mediatype":"application/vnd.mos.import.manifest.v1","#),
+        "{stdout}"
+    );
+    assert!(!stdout.ends_with('\n'));
+}

@@ -556,9 +556,7 @@ fn guest_killed_at_any_step_leaves_nothing() {
 fn guest_writable_over_verity() {
     let all = layers(&["base", "middle"]);
     let inputs: Vec<_> = all.iter().map(GuestLayer::input).collect();
-    let upper = Upper { upper: "/tmp/upper".into(), work: "/tmp/work".into() };
-    fs::create_dir_all(&upper.upper).unwrap();
-    fs::create_dir_all(&upper.work).unwrap();
+    let upper = Upper::Folder { upper: "/tmp/upper".into(), work: "/tmp/work".into() };
     let target = Path::new("/mnt/writable");
     fs::create_dir_all(target).unwrap();
     let mount = backend().stack(&inputs, Some(&upper), "mosfs:test", 0).unwrap();
@@ -571,4 +569,10 @@ fn guest_writable_over_verity() {
     nothing_left();
     assert_eq!(text("/tmp/upper/etc/keep".into()), "mine");
     assert_eq!(fs::symlink_metadata("/tmp/upper/big").unwrap().rdev(), 0);
+    let mount = backend().stack(&inputs, Some(&Upper::Memory), "mosfs:test", 0).unwrap();
+    mountapi::attach(mount, target).unwrap();
+    fs::write(target.join("etc/keep"), "mine").unwrap();
+    assert_eq!(text(target.join("etc/keep")), "mine");
+    mountapi::unmount(target, false).unwrap();
+    nothing_left();
 }

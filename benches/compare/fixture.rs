@@ -227,12 +227,10 @@ impl Fixture {
 
     /// The layout for mosfs: the image of all as one layer, three layers, and twenty.
     fn make_layers(&self, to: &Path) -> Result<()> {
-        fs::create_dir_all(to.join("blobs/sha256"))?;
-        fs::write(to.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-        let mut index = Vec::new();
+        fs::create_dir_all(to)?;
         let one = to.join("one.img");
         fs::copy(self.squashfs(), &one)?;
-        index.push(image(to, "one", &[one])?);
+        let mut tags = vec![("one", vec![one])];
         for (name, count) in [("three", 3), ("twenty", 20)] {
             let work = to.join(name);
             fs::create_dir_all(&work)?;
@@ -242,17 +240,15 @@ impl Fixture {
                 Ok("./opt/gone".into())
             })?;
             let mut images = Vec::new();
-            for tar in &tars {
-                let image = tar.with_extension("img");
-                shell(&format!("sqfstar {} '{}' <'{}'", SQUASHFS_TAR, image.display(), tar.display()))?;
+            for (number, tar) in tars.iter().enumerate() {
+                let image = to.join(format!("{name}-{number}.img"));
+                shell(&format!("sqfstar {SQUASHFS_TAR} '{}' <'{}'", image.display(), tar.display()))?;
                 images.push(image);
             }
-            index.push(image(to, name, &images)?);
             fs::remove_dir_all(&work)?;
+            tags.push((name, images));
         }
-        let index = json!({"schemaVersion": 2, "manifests": index});
-        fs::write(to.join("index.json"), index.to_string())?;
-        Ok(())
+        new_layout(to, &tags)
     }
 
     /// The layout for umoci, and the tars that `mosfs build` and sqfstar are compared on.
@@ -275,6 +271,18 @@ impl Fixture {
 
 /// [`SQUASHFS`] for sqfstar, which knows no `-noappend`.
 const SQUASHFS_TAR: &str = "-comp zstd -b 131072 -no-progress -quiet";
+
+/// Makes an OCI layout of squashfs images in `layout`, which become verity layers and are moved there.
+/// Each tag has its images, lowest layer first.
+pub fn new_layout(layout: &Path, tags: &[(&str, Vec<PathBuf>)]) -> Result<()> {
+    fs::create_dir_all(layout.join("blobs/sha256"))?;
+    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    let manifests: Vec<Value> =
+        tags.iter().map(|(tag, images)| image(layout, tag, images)).collect::<Result<_>>()?;
+    let index = json!({"schemaVersion": 2, "manifests": manifests});
+    fs::write(layout.join("index.json"), index.to_string())?;
+    Ok(())
+}
 
 /// Turns squashfs images into verity layers of a layout; returns the descriptor for its index.
 fn image(layout: &Path, tag: &str, images: &[PathBuf]) -> Result<Value> {
@@ -340,7 +348,7 @@ fn add_bytes(layout: &Path, bytes: &[u8], media_type: &str) -> Result<Value> {
 }
 
 /// Makes `to` by writing it under another name first; does nothing where it is there.
-fn once(to: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub fn once(to: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if to.exists() {
         return Ok(());
     }

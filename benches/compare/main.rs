@@ -9,6 +9,7 @@ mod page;
 mod peers;
 mod report;
 mod rows;
+mod scale;
 mod stats;
 mod work;
 
@@ -59,6 +60,12 @@ struct Args {
     /// Write the report anew from report.json, without measuring.
     #[arg(long)]
     report_only: bool,
+    /// Make the tree and the images, and stop.
+    #[arg(long)]
+    prepare: bool,
+    /// Measure how cost grows with files, folders and layers instead; `--rows` names cases.
+    #[arg(long)]
+    scale: bool,
     /// List the rows.
     #[arg(long)]
     list: bool,
@@ -84,6 +91,10 @@ fn run(args: &Args) -> Result<()> {
         }
         return Ok(());
     }
+    if args.scale {
+        fs::create_dir_all(&args.output)?;
+        return scale::run(&args.dir, &args.output, &args.mosfs, &args.rows);
+    }
     if let Some(unknown) = args.rows.iter().find(|id| !rows::ROWS.iter().any(|row| row.id == **id)) {
         return Err(format!("no row '{unknown}'; --list shows them").into());
     }
@@ -93,6 +104,9 @@ fn run(args: &Args) -> Result<()> {
         return report::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
     }
     let fixture = Fixture::make(&args.dir)?;
+    if args.prepare {
+        return Ok(());
+    }
     let figures = measure(args, &fixture)?;
     report::print(&figures);
     report::write(&args.output, &figures)?;

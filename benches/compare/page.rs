@@ -232,7 +232,7 @@ fn bars(page: &mut String, figures: &RowFigures) {
                 x(max)
             );
             for run in &sample.runs {
-                let _ = write!(page, "<circle class=\"run\" cx=\"{:.1}\" cy=\"{y}\" r=\"2\"/>", x(*run));
+                let _ = write!(page, "<circle class=\"run\" cx=\"{:.1}\" cy=\"{y}\" r=\"2.4\"/>", x(*run));
             }
         }
         let _ = write!(

@@ -3,10 +3,11 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod boot;
+mod build;
 mod commit;
 mod device;
 mod floor;
-mod build;
 mod generate;
 mod global;
 mod install;
@@ -14,8 +15,8 @@ mod keys;
 mod manifest;
 mod mount;
 pub mod output;
-mod status;
 mod progress;
+mod status;
 mod umount;
 
 use std::ffi::OsString;
@@ -50,6 +51,7 @@ enum Command {
     Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Boot(boot::BootArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
 }
@@ -91,6 +93,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
     }

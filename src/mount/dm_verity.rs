@@ -217,10 +217,8 @@ impl DmVerity {
         ExclusiveLock::wait(&self.lock_path).on("lock", &self.lock_path)
     }
 
-    /// Mounts a stack of layers (bottom first) as one tree that is attached nowhere yet.
-    ///
-    /// `source` is what the mount table will show as its device. With an upper folder the tree is
-    /// writable. `attributes` are `MOUNT_ATTR_*` bits of the result.
+    /// Mounts a stack of layers (bottom first) as one tree that is attached nowhere yet: what
+    /// [`DmVerity::layers`] and [`assemble`] do.
     pub fn stack(
         &self,
         layers: &[LayerInput<'_>],
@@ -228,14 +226,15 @@ impl DmVerity {
         source: &str,
         attributes: u64,
     ) -> Result<OwnedFd, DmVerityError> {
+        assemble(&self.layers(layers)?, upper, source, attributes)
+    }
+
+    /// Mounts layers, each attached nowhere. Where one fails, those before it are freed.
+    pub fn layers(&self, layers: &[LayerInput<'_>]) -> Result<Vec<LayerMount>, DmVerityError> {
         if layers.is_empty() || layers.len() > kernel_overlay::MAX_LAYERS {
             return Err(DmVerityError::LayerCount { count: layers.len() });
         }
-        let mounts = layers.iter().map(|layer| self.layer(layer)).collect::<Result<Vec<_>, _>>()?;
-        let lowers: Vec<_> = mounts.iter().map(|layer| layer.mount.as_fd()).collect();
-        let overlay = kernel_overlay::assemble(&lowers, upper, source, attributes)?;
-        failpoint::hit("dm-verity-overlay");
-        Ok(overlay)
+        layers.iter().map(|layer| self.layer(layer)).collect()
     }
 
     /// Mounts one layer, attached nowhere, and checks that the kernel found nothing wrong with it.
@@ -408,6 +407,22 @@ impl DmVerity {
         self.check(name, layer)?;
         Ok(device)
     }
+}
+
+/// Makes one tree of mounted layers (bottom first), attached nowhere yet.
+///
+/// `source` is what the mount table will show as its device. With an upper folder the tree is
+/// writable. `attributes` are `MOUNT_ATTR_*` bits of the result.
+pub fn assemble(
+    layers: &[LayerMount],
+    upper: Option<&Upper>,
+    source: &str,
+    attributes: u64,
+) -> Result<OwnedFd, DmVerityError> {
+    let lowers: Vec<_> = layers.iter().map(|layer| layer.mount.as_fd()).collect();
+    let overlay = kernel_overlay::assemble(&lowers, upper, source, attributes)?;
+    failpoint::hit("dm-verity-overlay");
+    Ok(overlay)
 }
 
 /// An active device, held open.

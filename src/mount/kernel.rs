@@ -6,9 +6,10 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use super::dm_verity::{DmVerity, LayerInput};
+use super::dm_verity::{self, DmVerity, DmVerityError, LayerInput};
 use super::kernel_overlay::{self, Upper};
 use super::registry::{self, MountRecord};
 use super::{MountError, MountFlags, MountPlan};
@@ -20,6 +21,15 @@ pub const RUN_DIR: &str = "/run/mosfs";
 /// The name of this backend in records.
 pub const NAME: &str = "dm-verity";
 
+/// How long the two parts of a mount took.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// Loop and dm-verity devices, and mounting the layers.
+    pub layers: Duration,
+    /// The overlay, attaching it, and the record.
+    pub tree: Duration,
+}
+
 /// Mounts a plan at `target`; with `upper` the tree is writable.
 ///
 /// Nothing is left where it fails, and a plain umount(8) frees everything.
@@ -29,7 +39,7 @@ pub fn mount(
     upper: Option<&Upper>,
     target: &Path,
     flags: &MountFlags,
-) -> Result<(), MountError> {
+) -> Result<Timing, MountError> {
     let inputs = plan
         .layers
         .iter()
@@ -47,9 +57,13 @@ pub fn mount(
         .collect::<Result<Vec<_>, MountError>>()?;
     let target = folder(target)?;
     let source = format!("mosfs:{}", plan.source);
-    let tree = backend.stack(&inputs, upper, &source, attributes(flags))?;
-    mountapi::attach(tree, &target).map_err(super::dm_verity::DmVerityError::Mount)?;
-    record(plan, &target, NAME)
+    let begin = Instant::now();
+    let layers = backend.layers(&inputs)?;
+    let with_layers = begin.elapsed();
+    let tree = dm_verity::assemble(&layers, upper, &source, attributes(flags))?;
+    mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
+    record(plan, &target, NAME)?;
+    Ok(Timing { layers: with_layers, tree: begin.elapsed() - with_layers })
 }
 
 /// Puts a writable layer over the tree that is mounted at `lower`, and mounts both at `target`.
@@ -66,13 +80,13 @@ pub fn mount_over(
             let source = format!("mosfs:{}", plan.source);
             kernel_overlay::assemble(&[lower.as_fd()], Some(upper), &source, attributes(flags))
         })
-        .map_err(super::dm_verity::DmVerityError::Mount)?;
-    mountapi::attach(tree, &target).map_err(super::dm_verity::DmVerityError::Mount)?;
+        .map_err(DmVerityError::Mount)?;
+    mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
     record(plan, &target, "fuse")
 }
 
 /// The mount point as the kernel will list it.
-fn folder(target: &Path) -> Result<std::path::PathBuf, MountError> {
+fn folder(target: &Path) -> Result<PathBuf, MountError> {
     let wrong = |source| MountError::Target { target: target.to_path_buf(), source };
     let target = target.canonicalize().map_err(wrong)?;
     if !target.is_dir() {

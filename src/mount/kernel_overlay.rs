@@ -18,6 +18,7 @@
 
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 
 use crate::sys::mountapi::{self, FsContext, MountError};
@@ -25,13 +26,24 @@ use crate::sys::mountapi::{self, FsContext, MountError};
 /// Most layers of a stack: `OVL_MAX_STACK` in the kernel's fs/overlayfs/params.h, less the empty one.
 pub const MAX_LAYERS: usize = 499;
 
-/// Where the writes of a writable mount go. Both folders exist and are on one file system.
+/// Where the writes of a writable mount go.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Upper {
-    /// The folder of changed files.
-    pub upper: PathBuf,
-    /// overlayfs' own working folder.
-    pub work: PathBuf,
+pub enum Upper {
+    /// Into memory that goes with the mount.
+    Memory,
+    /// Into folders, which are made where they are missing and must be on one file system.
+    Folder {
+        /// The folder of changed files.
+        upper: PathBuf,
+        /// overlayfs' own working folder.
+        work: PathBuf,
+    },
+}
+
+/// The two folders of an upper layer, as overlayfs takes them.
+struct UpperPaths {
+    upper: PathBuf,
+    work: PathBuf,
 }
 
 /// Options of every overlay.
@@ -65,6 +77,8 @@ pub fn assemble(
         names.reverse();
         names.push("e".into());
         // overlayfs takes the uppermost layer first.
+        let upper = upper.map(|upper| prepare(folder, upper, lowers.last())).transpose()?;
+        let upper = upper.as_ref();
         let attributes = attributes | if upper.is_none() { libc::MOUNT_ATTR_RDONLY } else { 0 };
         if !FsContext::open("overlay")?.checks_options() {
             return with_string(folder, &names, upper, source, attributes);
@@ -85,7 +99,7 @@ pub fn assemble(
 /// Linux 6.7 and up: one `lowerdir+` for each layer, so that nothing limits their text.
 fn with_context(
     names: &[String],
-    upper: Option<&Upper>,
+    upper: Option<&UpperPaths>,
     source: &str,
     attributes: u64,
 ) -> Result<OwnedFd, MountError> {
@@ -98,7 +112,7 @@ fn with_context(
         context.set_string("lowerdir+", name.as_bytes())?;
     }
     match upper {
-        Some(Upper { upper, work }) => {
+        Some(UpperPaths { upper, work }) => {
             context.set_string("upperdir", escape(upper).as_bytes())?;
             context.set_string("workdir", escape(work).as_bytes())?;
         }
@@ -111,12 +125,12 @@ fn with_context(
 fn with_string(
     folder: BorrowedFd<'_>,
     names: &[String],
-    upper: Option<&Upper>,
+    upper: Option<&UpperPaths>,
     source: &str,
     attributes: u64,
 ) -> Result<OwnedFd, MountError> {
     let mut options = format!("lowerdir={}", names.join(":"));
-    if let Some(Upper { upper, work }) = upper {
+    if let Some(UpperPaths { upper, work }) = upper {
         let _ = write!(options, ",upperdir={},workdir={}", escape(upper), escape(work));
     }
     for (key, value) in OPTIONS {
@@ -128,6 +142,42 @@ fn with_string(
     let mount = mountapi::clone_mount(Path::new("m"))?;
     mountapi::set_attributes(mount.as_fd(), attributes, 0)?;
     Ok(mount)
+}
+
+/// Makes the folders of an upper layer. A new upper folder gets owner and mode of the uppermost
+/// lower root, because overlayfs shows its own for the root of the whole.
+fn prepare(
+    folder: BorrowedFd<'_>,
+    upper: &Upper,
+    root: Option<&BorrowedFd<'_>>,
+) -> Result<UpperPaths, MountError> {
+    let paths = match upper {
+        Upper::Folder { upper, work } => UpperPaths { upper: upper.clone(), work: work.clone() },
+        Upper::Memory => {
+            let context = FsContext::open("tmpfs")?;
+            context.set_string("mode", b"0700")?;
+            mountapi::make_folder(folder, "u")?;
+            mountapi::attach_at(context.mount(0)?.as_fd(), folder, "u")?;
+            UpperPaths { upper: "u/upper".into(), work: "u/work".into() }
+        }
+    };
+    let failed = |path: &Path, source| {
+        let call = format!("prepare the upper folder {}", path.display());
+        MountError { call, source, log: Vec::new() }
+    };
+    std::fs::create_dir_all(&paths.work).map_err(|source| failed(&paths.work, source))?;
+    if !paths.upper.is_dir() {
+        std::fs::create_dir_all(&paths.upper).map_err(|source| failed(&paths.upper, source))?;
+        if let Some(root) = root {
+            let copy = || {
+                let root = std::fs::File::from(root.try_clone_to_owned()?).metadata()?;
+                chown(&paths.upper, Some(root.uid()), Some(root.gid()))?;
+                std::fs::set_permissions(&paths.upper, root.permissions())
+            };
+            copy().map_err(|source| failed(&paths.upper, source))?;
+        }
+    }
+    Ok(paths)
 }
 
 /// A path as overlayfs unescapes it, in a string of options and in one option alike: `,`, `:` and `\` behind a backslash.
@@ -145,6 +195,7 @@ fn escape(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     /// A tmpfs with one file, attached nowhere.
     fn layer(dir: &Path, files: &[(&str, &str)]) -> OwnedFd {
@@ -201,16 +252,39 @@ mod tests {
     fn writes_go_to_the_upper_folder_even_with_odd_characters_in_its_path() {
         let dir = tempfile::tempdir().unwrap();
         let bottom = layer(&dir.path().join("0"), &[("a", "bottom")]);
-        let top = Upper { upper: dir.path().join("up,p:e\\r"), work: dir.path().join("work") };
-        std::fs::create_dir(&top.upper).unwrap();
-        std::fs::create_dir(&top.work).unwrap();
+        std::fs::set_permissions(dir.path().join("0"), PermissionsExt::from_mode(0o1751)).unwrap();
+        let changed = dir.path().join("up,p:e\\r");
+        let top = Upper::Folder { upper: changed.clone(), work: dir.path().join("work") };
         let mount = assemble(&[bottom.as_fd()], Some(&top), "mosfs:test", 0).unwrap();
         let target = dir.path().join("t");
         std::fs::create_dir(&target).unwrap();
         mountapi::attach(mount, &target).unwrap();
         std::fs::write(target.join("a"), "changed").unwrap();
+        let mode = std::fs::metadata(&target).unwrap().mode();
         mountapi::unmount(&target, false).unwrap();
-        assert_eq!(std::fs::read_to_string(top.upper.join("a")).unwrap(), "changed");
+        assert_eq!(mode & 0o7777, 0o1751, "the root looks like that of the image");
+        assert_eq!(std::fs::read_to_string(changed.join("a")).unwrap(), "changed");
+        assert_eq!(std::fs::read_to_string(dir.path().join("0/a")).unwrap(), "bottom");
+    }
+
+    #[test]
+    fn writes_to_memory_go_with_the_mount() {
+        let dir = tempfile::tempdir().unwrap();
+        let bottom = layer(&dir.path().join("0"), &[("a", "bottom")]);
+        std::fs::set_permissions(dir.path().join("0"), PermissionsExt::from_mode(0o755)).unwrap();
+        let target = dir.path().join("t");
+        std::fs::create_dir(&target).unwrap();
+        let before = mount_points();
+        let mount = assemble(&[bottom.as_fd()], Some(&Upper::Memory), "mosfs:test", 0).unwrap();
+        mountapi::attach(mount, &target).unwrap();
+        let lines = (before.lines().count(), mount_points().lines().count());
+        std::fs::write(target.join("a"), "changed").unwrap();
+        let (text, mode) =
+            (std::fs::read_to_string(target.join("a")), std::fs::metadata(&target).unwrap().mode());
+        mountapi::unmount(&target, false).unwrap();
+        assert_eq!(text.unwrap(), "changed");
+        assert_eq!(mode & 0o7777, 0o755);
+        assert_eq!(lines.1, lines.0 + 1);
         assert_eq!(std::fs::read_to_string(dir.path().join("0/a")).unwrap(), "bottom");
     }
 

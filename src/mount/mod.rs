@@ -102,7 +102,7 @@ pub fn mount(
     options: &fuse::FuseOptions,
 ) -> Result<(), MountError> {
     match choose(backend, plan)? {
-        Chosen::Kernel(open) => kernel::mount(&open, plan, None, target, &options.flags),
+        Chosen::Kernel(open) => kernel::mount(&open, plan, None, target, &options.flags).map(|_| ()),
         Chosen::Fuse => fuse::mount(plan, target, options),
     }
 }

@@ -213,8 +213,8 @@ impl Certificate {
                     TrustError::IncompleteChain { certificate, issuer, ca }
                 }
             }
-            // INVALID_CA
-            24 => TrustError::NotACa { certificate },
+            // INVALID_CA; KEYUSAGE_NO_CERTSIGN
+            79 | 32 => TrustError::NotACa { certificate },
             // EE_KEY_TOO_SMALL, CA_KEY_TOO_SMALL, CA_MD_TOO_WEAK
             66..=68 => TrustError::WeakCertificate { certificate, reason },
             _ => TrustError::BadChain { certificate, reason },

@@ -32,8 +32,7 @@ pub(super) struct NewFile {
 /// `after` is called once each file has its name.
 pub(super) fn write_new(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Result<(), IoError> {
     fs::create_dir_all(dir).on("create", dir)?;
-    let scratch = Scratch(dir.join(format!(".new.{}", std::process::id())));
-    fs::DirBuilder::new().mode(0o700).create(&scratch.0).on("create", &scratch.0)?;
+    let scratch = Scratch::new(dir)?;
     for file in files {
         let path = scratch.0.join(file.name);
         let mut open = OpenOptions::new();
@@ -63,6 +62,20 @@ fn sync_dir(dir: &Path) -> Result<(), IoError> {
 
 /// A temporary folder that goes with its last user.
 struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(dir: &Path) -> Result<Self, IoError> {
+        // A crash leaves its folder behind, and process ids come again: another number then.
+        let mut attempt = 0;
+        loop {
+            let path = dir.join(format!(".new.{}.{attempt}", std::process::id()));
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => attempt += 1,
+                outcome => return outcome.on("create", &path).map(|()| Self(path)),
+            }
+        }
+    }
+}
 
 impl Drop for Scratch {
     fn drop(&mut self) {

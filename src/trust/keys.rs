@@ -30,6 +30,7 @@ use openssl::x509::{X509, X509Builder, X509Name, X509Ref};
 use uuid::Uuid;
 
 use super::files::{NewFile, read_at_most, write_new};
+use super::floor::{self, FloorError};
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
@@ -90,6 +91,9 @@ pub enum KeyError {
         /// How many characters fit beside `manifest ` and the UUID.
         max: usize,
     },
+    /// The floor key cannot authorize the provisioning key.
+    #[error("cannot authorize the provisioning key: {0}")]
+    Authorize(#[source] Box<FloorError>),
     /// A file that cannot be read or written.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -101,6 +105,18 @@ pub enum KeyError {
         /// What it says.
         source: ErrorStack,
     },
+}
+
+impl From<FloorError> for KeyError {
+    fn from(error: FloorError) -> Self {
+        KeyError::Authorize(Box::new(error))
+    }
+}
+
+impl From<floor::KeyError> for KeyError {
+    fn from(error: floor::KeyError) -> Self {
+        FloorError::from(error).into()
+    }
 }
 
 impl Classified for KeyError {
@@ -214,7 +230,8 @@ pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, KeyError>
             return Err(KeyError::Exists { path });
         }
     }
-    let files = make(request, &common_name).map_err(openssl("make keys"))?;
+    let mut files = make(request, &common_name).map_err(openssl("make keys"))?;
+    authorize(&mut files, &request.product)?;
     let outcome = write_new(dir, &files, |_| failpoint::hit("keys-file"));
     outcome.map_err(|error| match error.source.kind() {
         std::io::ErrorKind::AlreadyExists => KeyError::Exists { path: error.path },
@@ -243,6 +260,22 @@ fn make(request: &Request, common_name: &str) -> Result<Vec<NewFile>, ErrorStack
         private("provision.key", &provision)?,
         public("provision.pub", provision.public_key_to_pem()?),
     ])
+}
+
+/// Appends the floor key's authorization of the provisioning key to both of its files: without it
+/// no device takes that key's word (FLOOR.md, first write).
+fn authorize(files: &mut [NewFile], product: &Uuid) -> Result<(), KeyError> {
+    let pem = |name: &str| {
+        files.iter().find(|file| file.name == name).map(|file| file.bytes.clone()).unwrap_or_default()
+    };
+    let floor_key = floor::PrivateKey::from_pem(&pem("floor.key"), Path::new("floor.key"))?;
+    let provision = floor::PublicKey::from_pem(&pem("provision.pub"), Path::new("provision.pub"))?;
+    let authorization = floor::signature::authorize(&floor_key, product, &provision)?;
+    let block = floor::signature::authorization_block(&authorization);
+    for file in files.iter_mut().filter(|file| file.name.starts_with("provision.")) {
+        file.bytes.extend_from_slice(block.as_bytes());
+    }
+    Ok(())
 }
 
 fn new_p256() -> Result<PKey<Private>, ErrorStack> {

@@ -97,13 +97,11 @@ pub struct Verified {
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
     /// A part of a signed manifest that is larger than any real one.
-    #[error("the {what} has {bytes} bytes, more than the {max} that it may have")]
+    #[error("the {what} has more than the {max} bytes that it may have")]
     TooLarge {
         /// Which part.
         what: &'static str,
-        /// Its size.
-        bytes: usize,
-        /// What it may have.
+        /// How many bytes it may have.
         max: usize,
     },
     /// Not PEM certificates: cut short, or something else.
@@ -332,7 +330,7 @@ impl Signed {
 
 fn at_most(what: &'static str, bytes: &[u8], max: usize) -> Result<(), TrustError> {
     if bytes.len() > max {
-        return Err(TrustError::TooLarge { what, bytes: bytes.len(), max });
+        return Err(TrustError::TooLarge { what, max });
     }
     Ok(())
 }

@@ -1,9 +1,4 @@
-//! What several test programs share. Each file is one area; a test program uses what it needs.
-
+//! Helpers that test files share. Not every file uses all of them.
 #![allow(dead_code)]
 
-pub mod commands;
-pub mod debian;
-pub mod layers;
-pub mod system;
-pub mod tree;
+pub mod swtpm;

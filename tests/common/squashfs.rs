@@ -416,8 +416,8 @@ fn xattr(path: &Path, name: &str, value: &str) {
     );
 }
 
-/// Makes the tree.
-pub fn make_tree(root: &Path) {
+/// Makes the tree, with a folder of that many entries (3,000 and more get an index).
+pub fn make_tree(root: &Path, many: u32) {
     need_root();
     fs::create_dir(root).unwrap();
     let at = |name: &str| root.join(name);
@@ -453,9 +453,8 @@ pub fn make_tree(root: &Path) {
     file(at("deep/a/b/c/d/e/f/g/h/i/j/k/l/m/n/o/p/q/r/s/t/u/v/w/x/y/z/leaf"), b"leaf");
     fs::create_dir(at("empty")).unwrap();
 
-    // A folder that has an index.
     fs::create_dir(at("many")).unwrap();
-    for number in 0..3100 {
+    for number in 0..many {
         let content = format!("{number}");
         let content = if number % 10 == 0 { content.as_bytes() } else { b"" };
         file(at(&format!("many/entry number {number} with some more text")), content);

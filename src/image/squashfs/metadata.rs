@@ -21,6 +21,12 @@ use crate::image::{LayerError, Source};
 /// Size of a full metadata block when it is decoded, in bytes.
 pub const METADATA_BYTES: usize = 8192;
 
+/// Size of a header, in bytes.
+const HEADER_BYTES: u64 = 2;
+
+/// The unit in which a verified source reads, in bytes.
+const PAGE_BYTES: u64 = 4096;
+
 /// Bit of a header: the block is stored as it is.
 const STORED: u16 = 1 << 15;
 
@@ -150,15 +156,25 @@ impl Metadata {
 
     fn load(&self, region: &Region, at: u64, scratch: &mut Scratch) -> Result<Block, LayerError> {
         let Scratch { input, metadata, codecs } = scratch;
-        // One read for the header and, most of the time more than, its block.
-        let room = (METADATA_BYTES as u64 + 2).min(region.end - at);
-        let bytes = self.source.read(at, room as usize, input)?;
+        // Most blocks are shorter than a block of the verity data below, and are read in one go. No read goes
+        // beyond what is needed: what is broken there does not matter here.
+        let room = (METADATA_BYTES as u64 + HEADER_BYTES).min(region.end - at);
+        let mut page = PAGE_BYTES - at % PAGE_BYTES;
+        if page < HEADER_BYTES {
+            page += PAGE_BYTES;
+        }
+        let mut bytes = self.source.read(at, page.min(room) as usize, input)?;
         let header = u16::from_le_bytes(field(bytes, 0));
         let size = usize::from(header & !STORED);
-        let Some(stored) = bytes.get(2..2 + size).filter(|_| (1..=METADATA_BYTES).contains(&size)) else {
-            let why = format!("a metadata block of {size} bytes, expected 1 to {}", room.saturating_sub(2));
+        let end = size + HEADER_BYTES as usize;
+        if size == 0 || size > METADATA_BYTES || end as u64 > room {
+            let why = format!("a metadata block of {size} bytes, expected 1 to {}", room - HEADER_BYTES);
             return Err(corrupt(region.table, at, why));
-        };
+        }
+        if bytes.len() < end {
+            bytes = self.source.read(at, end, input)?;
+        }
+        let stored = bytes.get(HEADER_BYTES as usize..end).unwrap_or_default();
         let data: Arc<[u8]> = if header & STORED != 0 {
             Arc::from(stored)
         } else {
@@ -174,7 +190,7 @@ impl Metadata {
             }
             Arc::from(metadata.as_slice())
         };
-        Ok(Block { data, next: at + 2 + size as u64 })
+        Ok(Block { data, next: at + end as u64 })
     }
 
     /// A cursor at byte `offset` of the decoded block of `region` at `at`.

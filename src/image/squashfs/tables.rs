@@ -84,14 +84,15 @@ impl Squashfs {
             let why = format!("entry {index} is asked for, expected below {count}");
             return Err(corrupt(self.id_table.name, self.id_table.pointers_at, why));
         }
-        // At most 65535 ids, 256 KiB.
-        let mut ids = Vec::with_capacity(count.into());
-        for number in 0..count {
+        let entry = |number: u16| {
             let entry: [u8; 4] = self.id_table.entry(&self.metadata, number.into())?;
-            ids.push(u32_at(&entry, 0));
+            Ok::<_, LayerError>(u32_at(&entry, 0))
+        };
+        let id = entry(index)?;
+        // At most 65535 ids, 256 KiB. Where one of them cannot be read, those that can still are.
+        if let Ok(ids) = (0..count).map(entry).collect() {
+            let _ = self.ids.set(ids);
         }
-        let id = ids.get(usize::from(index)).copied().unwrap_or_default();
-        let _ = self.ids.set(ids.into_boxed_slice());
         Ok(id)
     }
 

@@ -271,6 +271,23 @@ impl Tpm {
         }
     }
 
+    /// Extends a PCR, in its SHA-256 bank, with a digest.
+    ///
+    /// Where the TPM has no such bank it answers with success and changes nothing (TPM 2.0 part 3,
+    /// section "TPM2_PCR_Extend").
+    pub fn pcr_extend(&self, pcr: u32, digest: &[u8; 32]) -> Result<(), TpmError> {
+        let mut values = tss::TPML_DIGEST_VALUES { count: 1, ..Default::default() };
+        values.digests[0].hashAlg = ALG_SHA256;
+        values.digests[0].digest = tss::TPMU_HA { sha256: *digest };
+        self.0.call("extend a PCR", |library, esys| {
+            // SAFETY: the context is live, and `values` outlives the call. The handles of PCRs are
+            // their numbers (ESYS_TR_PCR0 is 0); their authorization is the empty password.
+            unsafe {
+                (library.Esys_PCR_Extend)(esys, pcr, PASSWORD, NONE, NONE, &raw const values)
+            }
+        })
+    }
+
     /// Looks up an NV index.
     pub fn nv_index(&self, index: u32) -> Result<NvIndex, TpmError> {
         let mut handle = NONE;

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, makedev};
 
 use super::commands::{command, join, need_root, run};
-use super::tree;
+use super::scan::{differences, scan};
 use mosfs::digest::Digest;
 
 /// The image and what it should look like.
@@ -108,7 +108,7 @@ pub fn image() -> Image {
     run(command("umoci").args(["unpack", "--image"]).arg(&name).arg(dir.join("bundle")));
     // The inserted layer is not in the working tree.
     let inserted = |path: &[u8]| path == b"odd" || path.starts_with(b"odd/opaque");
-    let lost = tree::differences(&tree::scan(&root), &tree::scan(&image.unpacked));
+    let lost = differences(&scan(&root), &scan(&image.unpacked));
     let lost: Vec<_> = lost.iter().filter(|one| !inserted(&one.path)).map(|one| one.to_string() + "\n").collect();
     write(&dir.join("lost"), lost.concat().as_bytes());
     fs::remove_dir_all(&work).expect("remove the working tree");

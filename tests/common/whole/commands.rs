@@ -30,7 +30,7 @@ const PACKAGES: &[(&str, &str)] = &[
 /// Where the tool is missing, with its Debian package.
 pub fn command(tool: &str) -> Command {
     let package = PACKAGES.iter().find(|(name, _)| *name == tool).map(|(_, package)| *package);
-    let package = package.unwrap_or_else(|| panic!("tests/common/commands.rs lacks a row for {tool}"));
+    let package = package.unwrap_or_else(|| panic!("commands.rs lacks a row for {tool}"));
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/local/sbin:/usr/sbin:/sbin";
     let found = std::env::split_paths(&path).any(|folder| folder.join(tool).is_file());
     assert!(found, "{tool} is missing: install the Debian package {package}");

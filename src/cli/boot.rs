@@ -1,0 +1,110 @@
+//! `mosfs boot`: from the initramfs, choose, verify, check the floor, mount the root.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+
+use super::floor::FloorArgs;
+use super::{Global, output};
+use crate::boot::cmdline;
+use crate::boot::{self, Setup};
+use crate::error::{AnyError, Class, Classified, IoContext};
+
+/// From the initramfs: choose a deployment, verify it, check the floor, mount its root.
+#[derive(Debug, Args)]
+pub struct BootArgs {
+    /// Where to mount the root.
+    #[arg(long, value_name = "DIR")]
+    sysroot: PathBuf,
+    /// The kernel command line.
+    #[arg(long, value_name = "FILE", default_value = "/proc/cmdline")]
+    cmdline: PathBuf,
+    /// How long to wait for the system partition, in seconds.
+    #[arg(long, value_name = "S", default_value_t = 30)]
+    wait: u64,
+    #[command(flatten)]
+    floor: FloorArgs,
+}
+
+/// Why `mosfs boot` does not begin.
+#[derive(Debug, thiserror::Error)]
+enum RefusedError {
+    /// `root=` names something else.
+    #[error("{}: the kernel command line has no root=mosfs", path.display())]
+    NotOurs {
+        /// The file with the command line.
+        path: PathBuf,
+    },
+    /// The kernel puts words of its command line into the environment of the first process.
+    #[error("{name} is set in the environment, which the kernel command line can do: start mosfs boot with env -i")]
+    Environment {
+        /// The variable.
+        name: String,
+    },
+    /// A word of ours makes no sense.
+    #[error(transparent)]
+    Cmdline(#[from] cmdline::CmdlineError),
+}
+
+impl Classified for RefusedError {
+    fn class(&self) -> Class {
+        Class::Input
+    }
+}
+
+/// Runs `mosfs boot`.
+pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
+    let real = args.cmdline.as_os_str() == "/proc/cmdline";
+    // Rule (DESIGN.md, section 5): "Nothing on the kernel command line can turn the check off." A
+    // word like MOSFS_CONFIG=/tmp on it becomes an environment variable of init.
+    if let Some((name, _)) = std::env::vars_os().find(|(name, _)| {
+        real && name.as_encoded_bytes().starts_with(b"MOSFS_") && name != "MOSFS_FAILPOINT"
+    }) {
+        return Err(RefusedError::Environment { name: name.to_string_lossy().into_owned() }.into());
+    }
+    let text = fs::read(&args.cmdline).on("read", &args.cmdline)?;
+    let options = cmdline::parse(&String::from_utf8_lossy(&text))
+        .map_err(RefusedError::Cmdline)?
+        .ok_or_else(|| RefusedError::NotOurs { path: args.cmdline.clone() })?;
+    let setup = Setup {
+        system: global.system.clone(),
+        config: global.config.clone(),
+        sysroot: args.sysroot.clone(),
+        run_dir: crate::deploy::booted::path().parent().map(PathBuf::from).unwrap_or_default(),
+        floor: args.floor.place(global),
+        patience: Duration::from_secs(args.wait),
+    };
+    let report = boot::boot(&setup, &options)?;
+    for refused in &report.refused {
+        eprintln!("mosfs: deployment {} was not booted: {}", refused.deployment, refused.why);
+    }
+    let ms = |time: &Duration| time.as_secs_f64() * 1e3;
+    output::answer(
+        global,
+        || {
+            let phases: Vec<_> =
+                report.phases.iter().map(|(name, time)| json!({"phase": name, "ms": ms(time)})).collect();
+            json!({
+                "deployment": report.deployment, "version": report.deployment.version,
+                "target": report.target, "backend": report.backend, "overlay": report.overlay.name(),
+                "phases": phases,
+            })
+        },
+        || {
+            let phases: Vec<_> =
+                report.phases.iter().map(|(name, time)| format!("{name} {:.1} ms", ms(time))).collect();
+            format!(
+                "booting version {} ({}), {} through {}, writes go to {}: {}",
+                report.deployment.version,
+                report.deployment,
+                report.target,
+                report.backend,
+                report.overlay.name(),
+                phases.join(", ")
+            )
+        },
+    )
+}

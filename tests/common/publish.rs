@@ -1,0 +1,181 @@
+//! A publisher for tests: signed systems of small images, made through the library in milliseconds.
+
+use std::fs;
+use std::io::{self, Seek};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use mosfs::digest::Digest;
+use mosfs::image::oci::{self, Descriptor, LayerDescriptor, Manifest};
+use mosfs::image::verity;
+use mosfs::manifest::import::ImportManifest;
+use mosfs::manifest::system::{SystemManifest, Target};
+use mosfs::progress::Progress;
+use mosfs::store::{Store, image_name, system_name, version_name};
+use mosfs::trust::floor;
+use mosfs::trust::keys::{self, PrivateKey, Request};
+use mosfs::trust::{CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed};
+use uuid::Uuid;
+
+/// The product that the tests publish for.
+pub const PRODUCT: &str = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
+
+/// Someone with keys and a store.
+pub struct Publisher {
+    dir: PathBuf,
+    product: Uuid,
+}
+
+impl Publisher {
+    /// A publisher with new keys in `dir/keys` and an empty store in `dir/store`.
+    pub fn new(dir: &Path) -> Self {
+        Self::of_product(dir, PRODUCT)
+    }
+
+    /// The same for another product.
+    pub fn of_product(dir: &Path, product: &str) -> Self {
+        let product = product.parse().expect("a UUID");
+        let request = Request { product, name: "test".into(), rsa_signer: false };
+        keys::generate(&dir.join("keys"), &request).expect("keys");
+        Store::create(&dir.join("store")).expect("a store");
+        Self { dir: dir.to_path_buf(), product }
+    }
+
+    /// A file of `mosfs keys generate`.
+    pub fn key(&self, name: &str) -> PathBuf {
+        self.dir.join("keys").join(name)
+    }
+
+    /// The store as a SOURCE.
+    pub fn source(&self) -> String {
+        format!("oci:{}", self.dir.join("store").display())
+    }
+
+    /// One version in the store as a SOURCE.
+    pub fn source_of(&self, version: u64) -> String {
+        format!("{}:{}", self.source(), version_name(version))
+    }
+
+    /// The store itself.
+    pub fn store(&self) -> Store {
+        Store::open(&self.dir.join("store")).expect("a store")
+    }
+
+    /// Publishes a version whose hostfs has one file, `content`; signed for the floor.
+    pub fn publish(&self, version: u64, content: &str) -> Digest {
+        self.publish_with(version, content, true)
+    }
+
+    /// The same, with or without a floor signature.
+    pub fn publish_with(&self, version: u64, content: &str, for_floor: bool) -> Digest {
+        let store = self.store();
+        let writer = store.writer().expect("a writer");
+        let layer = self.layer(&writer, content);
+        let config = writer.put_bytes(oci::CONFIG, config(version).as_bytes()).expect("put");
+        let image = Manifest { layers: vec![layer], ..image_manifest(config) }.to_bytes();
+        let image = writer.put_bytes(oci::MANIFEST, &image).expect("put");
+        let manifest = self.system(version, &image);
+        let key = PrivateKey::load(&self.key("signer.key")).expect("the signer's key");
+        let certificate = fs::read(self.key("signer.pem")).expect("the certificate");
+        let signed = Signed::create(&manifest, &key, &certificate, Dates::check_now()).expect("signing");
+        let system =
+            writer.put_artifact(mosfs::manifest::SYSTEM_MEDIA_TYPE, &signed.manifest, None).expect("put");
+        let mut referrers = vec![
+            writer.put_artifact(SIGNATURE_TYPE, &signed.signature, Some(&system)).expect("put"),
+            writer.put_artifact(CERTIFICATE_TYPE, &signed.certificate, Some(&system)).expect("put"),
+        ];
+        if for_floor {
+            let key = floor::PrivateKey::read(&self.key("floor.key")).expect("the floor key");
+            let signature = floor::sign_version(&key, &self.product, version).expect("signing");
+            referrers
+                .push(writer.put_artifact(FLOOR_SIGNATURE_TYPE, &signature, Some(&system)).expect("put"));
+        }
+        let digest = Digest::of(&signed.manifest);
+        let (image_name, system_name) = (image_name("hostfs", &image.digest), system_name(&digest));
+        let version_name = version_name(version);
+        let mut entries = vec![
+            (Some(image_name.as_str()), &image),
+            (Some(system_name.as_str()), &system),
+            (Some(version_name.as_str()), &system),
+        ];
+        entries.extend(referrers.iter().map(|one| (None, one)));
+        writer.set_entries(&entries).expect("names");
+        digest
+    }
+
+    fn system(&self, version: u64, image: &Descriptor) -> SystemManifest {
+        let yaml = format!(
+            "version: {version}\nproduct: {}\ntargets:\n  hostfs:\n    url: oci:/unused:x\n    version: 1.0.0\n    \
+             service_type: hostfs\n    network: {{type: host}}\n",
+            self.product
+        );
+        let import =
+            ImportManifest::parse(Path::new("import.yaml"), yaml.as_bytes()).expect("an import manifest");
+        let targets = import
+            .targets
+            .iter()
+            .map(|(name, target)| {
+                let target = Target {
+                    digest: image.digest,
+                    size: image.size,
+                    version: target.version.clone(),
+                    service_type: target.service_type,
+                    network: target.network.clone(),
+                    nsgroup: None,
+                    mounts: None,
+                };
+                (name.clone(), target)
+            })
+            .collect();
+        SystemManifest { version, product: self.product, targets }
+    }
+
+    /// A squashfs layer with a verity tree.
+    fn layer(&self, writer: &mosfs::store::Writer<'_>, content: &str) -> Descriptor {
+        let work = tempfile::tempdir_in(&self.dir).expect("a folder");
+        let (tree, image) = (work.path().join("tree"), work.path().join("image"));
+        fs::create_dir(&tree).expect("a folder");
+        fs::write(tree.join("content"), content).expect("a file");
+        let made = Command::new("mksquashfs")
+            .args([&tree, &image])
+            .args(["-comp", "zstd", "-noappend", "-quiet", "-no-progress", "-all-root", "-processors", "1"])
+            .output()
+            .unwrap_or_else(|error| {
+                panic!("cannot run mksquashfs: {error}; install the Debian package `squashfs-tools`")
+            });
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let mut temp = writer.temp().expect("a file");
+        let mut made = fs::File::open(&image).expect("the image");
+        let mut head = [0; 96];
+        io::Read::read_exact(&mut made, &mut head).expect("a superblock");
+        // squashfs 4.0, superblock: bytes_used is the 64-bit word at 40.
+        let bytes_used = u64::from_le_bytes(head[40..48].try_into().expect("8 bytes"));
+        made.rewind().expect("rewind");
+        io::copy(&mut made, &mut temp.file).expect("a copy");
+        let sealed =
+            verity::seal(&temp.file, bytes_used, NonZeroUsize::MIN, &Progress::silent()).expect("sealing");
+        writer.commit(temp, &sealed.digest).expect("a blob");
+        LayerDescriptor {
+            digest: sealed.digest,
+            size: sealed.size_bytes,
+            media_type: oci::SQUASHFS_ZSTD.into(),
+            root_hash: Some(sealed.root_hash),
+        }
+        .to_descriptor()
+    }
+}
+
+fn config(version: u64) -> String {
+    format!(
+        r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":[]}},"author":"{version}"}}"#
+    )
+}
+
+/// An image manifest without layers.
+fn image_manifest(config: Descriptor) -> Manifest {
+    let text = serde_json::json!({
+        "schemaVersion": 2, "mediaType": oci::MANIFEST, "config": config, "layers": [],
+    });
+    Manifest::parse(text.to_string().as_bytes()).expect("a manifest")
+}

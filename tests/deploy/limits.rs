@@ -1,0 +1,86 @@
+//! A disk that is full, and commands that run at once.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::device::{Device, text};
+use crate::publish::Publisher;
+
+/// A small file system at the device's system folder, unmounted on drop.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(device: &Device, megabytes: u64) -> Self {
+        let at = device.system();
+        std::fs::create_dir_all(&at).unwrap();
+        tool("mount", &["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "tmpfs"], &at);
+        Self(at)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        tool("umount", &[], &self.0);
+    }
+}
+
+fn tool(name: &str, args: &[&str], path: &Path) {
+    let done = Command::new(name)
+        .args(args)
+        .arg(path)
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {name}: {error}; install the Debian package `mount`"));
+    assert!(done.status.success(), "{name}: {} (this test must run as root)", text(&done.stderr));
+}
+
+/// Text that does not compress.
+fn noise(bytes: usize, mut seed: u64) -> String {
+    let mut text = String::with_capacity(bytes);
+    while text.len() < bytes {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        text.push(char::from(33 + (seed >> 57) as u8 % 90));
+    }
+    text
+}
+
+#[test]
+fn too_little_space_is_found_before_anything_is_fetched() {
+    let dir = tempfile::tempdir().unwrap();
+    let publisher = Publisher::new(dir.path());
+    publisher.publish(200, "small");
+    publisher.publish(201, &noise(12 << 20, 1));
+    let device = Device::with_file_floor();
+    let _disk = SmallDisk::mount(&device, 8);
+    device.install(&publisher, 200);
+    let before = device.snapshot();
+    device.refused(&["update", &publisher.source_of(201)], 1, &["needs", "bytes", "are free"]);
+    let rest = |files: Vec<(std::path::PathBuf, Vec<u8>)>| {
+        files.into_iter().filter(|(path, _)| !path.ends_with("state.json")).collect::<Vec<_>>()
+    };
+    assert_eq!(rest(device.snapshot()), rest(before));
+    assert_eq!(device.boot().0, 200);
+    let status = device.ok(&["status"]);
+    assert!(status.contains("last update failed"), "{status}");
+}
+
+#[test]
+fn two_updates_at_once_are_as_if_one_after_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let publisher = Publisher::new(dir.path());
+    publisher.publish(200, "first");
+    publisher.publish(201, "second");
+    publisher.publish(202, "third");
+    let device = Device::with_file_floor();
+    device.install(&publisher, 200);
+    let both: Vec<_> = [201, 202]
+        .map(|version| device.command(&["update", &publisher.source_of(version)]).spawn().unwrap())
+        .into();
+    for mut one in both {
+        assert!(one.wait().unwrap().success());
+    }
+    // Either order is right; each leaves a whole deployment that boots.
+    let (version, _) = device.boot();
+    assert!([201, 202].contains(&version));
+    device.ok(&["commit"]);
+    assert_eq!(device.state().current.unwrap().version, version);
+}

@@ -1,0 +1,1 @@
+//! `mosfs floor` as a person and a script use it.

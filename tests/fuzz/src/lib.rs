@@ -1,0 +1,20 @@
+//! The entry functions of the fuzz targets, one row for each in [`TARGETS`].
+//!
+//! `tests/fuzz_corpus.rs` includes this file and runs each function over its corpus, on any toolchain.
+
+pub mod build;
+pub mod squashfs;
+
+/// A target's name, which is that of its binary and of its folder in `corpus`, and its entry function.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: &[Target] = &[
+    ("squashfs_superblock", squashfs::superblock),
+    ("squashfs_inodes", squashfs::inodes),
+    ("squashfs_directory", squashfs::directory),
+    ("squashfs_tables", squashfs::tables),
+    ("squashfs_xattrs", squashfs::xattrs),
+    ("squashfs_data", squashfs::data),
+    ("squashfs_image", squashfs::image),
+];
