@@ -6,18 +6,15 @@ mod tarball;
 mod tools;
 
 use std::fs::{self, File};
-use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use mosfs::convert::{ConvertError, Converted, Meta, TarError, TarLayer, convert_tar};
+use mosfs::convert::{ConvertError, Converted, TarLayer, convert_tar};
 use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
 use mosfs::image::oci::Compression;
 use mosfs::progress::Progress;
-use tarball::{Header, Tarball};
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, sh, snapshot};
 

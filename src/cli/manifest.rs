@@ -1,7 +1,7 @@
 //! `mosfs manifest`: work on manifests alone.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -9,11 +9,13 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{Global, output};
+use crate::deploy::plan::fetch_offer;
 use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::manifest::{
     ImportErrors, ImportManifest, SystemError, SystemManifest, json as reproducible, yaml,
 };
+use crate::transport::SourceRef;
 use crate::trust::anchor::CaFile;
 use crate::trust::{self, Anchor, Certificate, Dates, PrivateKey, Signed};
 
@@ -35,6 +37,11 @@ enum Command {
     Canonical {
         /// The manifest: an import manifest in YAML, or any JSON of that subset.
         file: PathBuf,
+    },
+    /// Print the system manifest of a source, as it is stored. It is not verified.
+    Show {
+        /// Where it is: `oci:DIR[:VERSION]`, or `oci:DIR:sha256:HEX`; without a name, the highest version there.
+        source: String,
     },
     /// Sign a system manifest, as `openssl dgst -sha256 -sign KEY` does.
     Sign {
@@ -71,6 +78,7 @@ pub fn run(args: &Manifest, global: &Global) -> Result<(), AnyError> {
     match &args.command {
         Command::Check { file } => check(file, global),
         Command::Canonical { file } => canonical(file),
+        Command::Show { source } => show(source),
         Command::Sign { file, key, output } => sign(file, key, output.as_deref(), global),
         Command::Verify { file, sig, cert, ca, product } => {
             verify(file, [sig.as_path(), cert, ca], *product, global)
@@ -155,6 +163,17 @@ fn canonical(file: &Path) -> Result<(), AnyError> {
         ImportManifest::parse(file, &bytes)?.canonical()
     };
     output::bytes(&out)
+}
+
+fn show(source: &str) -> Result<(), AnyError> {
+    let source: SourceRef = source.parse()?;
+    let transport = source.open()?;
+    let offer = fetch_offer(&*transport, source.name.as_deref())?;
+    SystemManifest::parse(offer.manifest_bytes())
+        .map_err(|error| BadFile { path: source.to_string().into(), source: error })?;
+    // Byte for byte, so that a pipe gets what was signed; a person gets a newline.
+    output::bytes(offer.manifest_bytes())?;
+    if io::stdout().is_terminal() { output::line("") } else { Ok(()) }
 }
 
 fn sign(file: &Path, key: &Path, to: Option<&Path>, global: &Global) -> Result<(), AnyError> {

@@ -8,6 +8,7 @@ mod build;
 mod commit;
 mod device;
 mod floor;
+mod gc;
 mod generate;
 mod global;
 mod install;
@@ -18,6 +19,7 @@ pub mod output;
 mod progress;
 mod status;
 mod umount;
+mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -54,6 +56,8 @@ enum Command {
     Boot(boot::BootArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
+    Verify(verify::Verify),
+    Gc(gc::Gc),
 }
 
 /// Runs the command line of this process.
@@ -96,5 +100,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
+        Command::Verify(args) => verify::run(args, &cli.global),
+        Command::Gc(args) => gc::run(args, &cli.global),
     }
 }

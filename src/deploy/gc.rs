@@ -1,10 +1,13 @@
 //! `mosfs gc` on a device: what no deployment needs goes.
 //!
-//! Kept: current, pending and previous, and whatever is mounted. The order keeps a crash
+//! Kept: current, pending and previous, and what this boot runs. What is mounted from another deployment stays
+//! readable until it is unmounted, as its files are open. The order keeps a crash
 //! harmless: folders first (nothing names them), then the names in the store, then the blobs that
-//! no name reaches.
+//! no name reaches. Names that are not mosfs' own (`mos/…`) are somebody else's and stay.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::io;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -13,9 +16,10 @@ use super::deployment;
 use super::error::DeployError;
 use super::state::DeploymentId;
 use super::{System, SystemLock};
-use crate::digest::Digest;
+use crate::error::IoError;
 use crate::failpoint;
-use crate::store::gc::Removal;
+use crate::manifest::SystemManifest;
+use crate::store::gc::{Collector, Removal};
 use crate::store::{Store, image_name, system_name, version_name};
 
 /// What `gc` would remove.
@@ -25,8 +29,63 @@ pub struct GcPlan {
     pub deployments: Vec<DeploymentId>,
     /// Folders that crashes left behind.
     pub leftovers: Vec<PathBuf>,
-    /// Names in the store that no kept deployment has.
-    pub names: Vec<String>,
-    /// Blobs and temporary files of the store.
+    /// Names, blobs and temporary files of the store.
     pub store: Removal,
+}
+
+/// Looks what can go. The system is locked, and its store too.
+///
+/// # Errors
+/// A deployment that is kept but cannot be read: what it needs is not known then.
+pub fn plan(
+    system: &System,
+    _lock: &SystemLock,
+    collector: &Collector<'_>,
+    store: &Store,
+    booted: Option<DeploymentId>,
+) -> Result<GcPlan, DeployError> {
+    let mut kept = system.state()?.named();
+    kept.extend(booted);
+    let mut names = BTreeSet::new();
+    for id in &kept {
+        let signed = deployment::read(system, id)?;
+        let manifest = SystemManifest::parse(&signed.manifest).map_err(|source| DeployError::State {
+            path: system.deployment_dir(id),
+            why: source.to_string(),
+        })?;
+        names.insert(system_name(&id.digest));
+        names.insert(version_name(manifest.version));
+        names.extend(manifest.targets.iter().map(|(name, target)| image_name(name.as_str(), &target.digest)));
+    }
+    let (mut deployments, leftovers) = deployment::list(system)?;
+    deployments.retain(|id| !kept.contains(id));
+    let dropped: Vec<String> = store
+        .names()?
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|name| name.starts_with("mos/") && !names.contains(name))
+        .collect();
+    Ok(GcPlan { deployments, leftovers, store: collector.plan(&dropped, &[])? })
+}
+
+/// Removes what [`plan`] found under the same locks.
+pub fn apply(
+    system: &System,
+    _lock: &SystemLock,
+    collector: &Collector<'_>,
+    plan: &GcPlan,
+) -> Result<(), DeployError> {
+    for folder in &plan.leftovers {
+        match fs::remove_dir_all(folder) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(IoError { operation: "remove", path: folder.clone(), source }.into());
+            }
+            _ => {}
+        }
+    }
+    for id in &plan.deployments {
+        deployment::remove(system, id)?;
+    }
+    failpoint::hit("deploy.gc.folders");
+    Ok(collector.apply(&plan.store)?)
 }

@@ -101,6 +101,11 @@ fn highest(from: &dyn Transport) -> Result<String, DeployError> {
 }
 
 impl Offer {
+    /// The bytes of the offered system manifest. Nobody has vouched for them yet.
+    pub fn manifest_bytes(&self) -> &[u8] {
+        &self.manifest
+    }
+
     /// The digest of the offered system manifest's bytes.
     pub fn digest(&self) -> Digest {
         Digest::of(&self.manifest)

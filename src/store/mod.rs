@@ -38,6 +38,8 @@
 //! between two stores: whoever may write to the other name of the file could change a blob after
 //! it was checked. What is hashed is the store's own copy.
 
+pub mod fsck;
+pub mod gc;
 mod put;
 
 use std::fs::{self, File, OpenOptions};

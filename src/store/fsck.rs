@@ -1,0 +1,449 @@
+//! Checking a store: everything that is there is read, and everything that should be there is looked for.
+//!
+//! 1. every blob is hashed, on many threads
+//! 2. every entry of `index.json` is followed: manifests parse, and config, layers and subject are there
+//! 3. every layer that is an image of a file system is read through its verity tree ("root hash
+//!    and tree both there, or both absent; anything else is refused")
+//!
+//! Blobs that no entry reaches and temporary files are told, but are not wrong: an interrupted
+//! build leaves them. Every bad object is listed, not just the first.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::gc::files;
+use super::{Store, StoreError};
+use crate::digest::{Digest, Hasher};
+use crate::error::{AnyError, Class, Classified};
+use crate::image::oci::{
+    Descriptor, Index, LayerDescriptor, LayerFormat, MAX_MANIFEST_BYTES, Manifest, OciImage,
+};
+use crate::image::source::ReadError;
+use crate::image::verified::VerifiedSource;
+use crate::image::verity::{self, VerityError};
+use crate::progress::{Progress, Task};
+use crate::transport::{OciDir, Transport, TransportError};
+
+/// How deep indexes may nest.
+const MAX_DEPTH: usize = 8;
+
+/// What a check found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// What is wrong, each with its object; sorted.
+    pub problems: Vec<Problem>,
+    /// How many blobs were hashed.
+    pub blobs: usize,
+    /// How many bytes they have.
+    pub bytes: u64,
+    /// How many names were followed.
+    pub names: usize,
+    /// How many layers were read through their verity tree.
+    pub layers: usize,
+    /// Blobs that nothing reaches. Not wrong.
+    pub unreachable: Vec<Digest>,
+    /// Files that were being written when their writer died, or that are no blobs. Not wrong.
+    pub extra_files: Vec<PathBuf>,
+}
+
+/// Something that is wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    /// A blob is not what its name says.
+    #[error("blob {expected}: its content has digest {found}")]
+    Blob {
+        /// The blob.
+        expected: Digest,
+        /// What it is.
+        found: Digest,
+    },
+    /// A blob cannot be read.
+    #[error("blob {blob}: {source}")]
+    Unreadable {
+        /// The blob.
+        blob: Digest,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A blob that should be there is not.
+    #[error("{needed_by}: blob {blob} is missing")]
+    Missing {
+        /// The blob.
+        blob: Digest,
+        /// What needs it.
+        needed_by: String,
+    },
+    /// A blob has another size than its descriptor says.
+    #[error("{needed_by}: blob {blob} has {found} bytes, expected {expected}")]
+    Size {
+        /// The blob.
+        blob: Digest,
+        /// What the descriptor says, in bytes.
+        expected: u64,
+        /// Its size in bytes.
+        found: u64,
+        /// What needs it.
+        needed_by: String,
+    },
+    /// A manifest, index or layer makes no sense.
+    #[error("{object}: {why}")]
+    Document {
+        /// What.
+        object: String,
+        /// Why.
+        why: String,
+    },
+    /// A layer's verity data is missing, not asked for, or malformed.
+    #[error("{object}: layer {layer}: {source}")]
+    Verity {
+        /// What has the layer.
+        object: String,
+        /// The layer.
+        layer: Digest,
+        /// What is wrong.
+        source: VerityError,
+    },
+    /// A layer has a tree, but no root hash to check it against.
+    #[error("{object}: layer {layer}: it has a verity tree but no root hash")]
+    NoRootHash {
+        /// What has the layer.
+        object: String,
+        /// The layer.
+        layer: Digest,
+    },
+    /// A block of a layer is not what the root hash promises.
+    #[error("{object}: layer {layer}: {source}")]
+    Block {
+        /// What has the layer.
+        object: String,
+        /// The layer.
+        layer: Digest,
+        /// Which block, and its hashes.
+        source: ReadError,
+    },
+    /// More of the same, not listed.
+    #[error("{object}: layer {layer}: {count} more bad blocks")]
+    MoreBlocks {
+        /// What has the layer.
+        object: String,
+        /// The layer.
+        layer: Digest,
+        /// How many.
+        count: u64,
+    },
+}
+
+/// A store or an image that is not whole. The problems were reported one by one.
+#[derive(Debug, thiserror::Error)]
+#[error("{object}: {count} problems; the first is: {first}")]
+pub struct NotWhole {
+    /// What was checked.
+    pub object: String,
+    /// How many problems there are.
+    pub count: usize,
+    /// The first one.
+    pub first: String,
+}
+
+impl Classified for NotWhole {
+    fn class(&self) -> Class {
+        Class::Verification
+    }
+}
+
+impl Report {
+    /// Whether nothing is wrong.
+    pub fn is_good(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    /// An error where something is wrong.
+    pub fn verdict(&self, object: &str) -> Result<(), NotWhole> {
+        match self.problems.first() {
+            None => Ok(()),
+            Some(first) => {
+                let (object, first) = (object.to_string(), first.to_string());
+                Err(NotWhole { object, count: self.problems.len(), first })
+            }
+        }
+    }
+}
+
+/// What the entries reach, each thing once.
+#[derive(Default)]
+struct Reached {
+    blobs: BTreeSet<Digest>,
+    layers: BTreeMap<Digest, (LayerDescriptor, String)>,
+    documents: BTreeSet<Digest>,
+}
+
+/// Checks a whole store, or any other layout in a folder, on up to `threads` threads.
+///
+/// A store's lock is held, shared, where it can be had, so that no garbage collection interferes.
+///
+/// # Errors
+/// Only where the store cannot be read at all; what is wrong in it is in the report.
+pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Result<Report, StoreError> {
+    // A layout of another tool, or one that may not be written to, has no lock; then nobody collects it either.
+    let _writer = if store.private("lock").exists() { store.writer().ok() } else { None };
+    let layout = store.transport();
+    let mut report = Report::default();
+    let entries = layout.entries()?;
+
+    let mut blobs = Vec::new();
+    for (path, size) in files(&store.dir().join("blobs/sha256"))? {
+        match path.file_name().and_then(|name| Digest::from_hex(name.to_str()?).ok()) {
+            Some(digest) => blobs.push((digest, size)),
+            None => report.extra_files.push(path),
+        }
+    }
+    report.extra_files.extend(files(&store.private("tmp"))?.into_iter().map(|(path, _)| path));
+    blobs.sort();
+    report.blobs = blobs.len();
+    report.bytes = blobs.iter().map(|(_, size)| size).sum();
+
+    let bad = hash_blobs(layout, &blobs, threads, progress);
+    let broken: BTreeSet<Digest> = bad.iter().map(|(digest, _)| *digest).collect();
+    report.problems.extend(bad.into_iter().map(|(_, problem)| problem));
+
+    let mut reached = Reached::default();
+    for entry in &entries {
+        let object = match entry.ref_name() {
+            Some(name) => {
+                report.names += 1;
+                format!("`{name}`")
+            }
+            None => format!("entry {}", entry.digest),
+        };
+        follow(layout, entry, &object, &broken, &mut reached, &mut report.problems);
+    }
+    check_layers(layout, &reached, &broken, threads, progress, &mut report);
+    report.unreachable =
+        blobs.iter().map(|(digest, _)| *digest).filter(|digest| !reached.blobs.contains(digest)).collect();
+    Ok(report)
+}
+
+/// Checks one image of a layout: its manifest, config and layers.
+///
+/// # Errors
+/// [`TransportError`] where the name cannot be resolved to begin with.
+pub fn check_image(
+    layout: &OciDir,
+    manifest: &Descriptor,
+    object: &str,
+    threads: NonZeroUsize,
+    progress: &Progress,
+) -> Result<Report, AnyError> {
+    let mut report = Report { names: 1, ..Report::default() };
+    let mut reached = Reached::default();
+    let none = BTreeSet::new();
+    follow(layout, manifest, object, &none, &mut reached, &mut report.problems);
+    let mut blobs = Vec::new();
+    for digest in &reached.blobs {
+        // What is missing was told already.
+        if let Ok((_, size)) = layout.open_blob(digest) {
+            blobs.push((*digest, size));
+        }
+    }
+    report.blobs = blobs.len();
+    report.bytes = blobs.iter().map(|(_, size)| size).sum();
+    let bad = hash_blobs(layout, &blobs, threads, progress);
+    report.problems.extend(bad.into_iter().map(|(_, problem)| problem));
+    // A broken layer is read through its tree all the same: that names the blocks.
+    check_layers(layout, &reached, &none, threads, progress, &mut report);
+    Ok(report)
+}
+
+/// Hashes blobs, the largest ones first, so that the threads end together.
+fn hash_blobs(
+    layout: &OciDir,
+    blobs: &[(Digest, u64)],
+    threads: NonZeroUsize,
+    progress: &Progress,
+) -> Vec<(Digest, Problem)> {
+    let mut order: Vec<_> = blobs.to_vec();
+    order.sort_by_key(|(digest, size)| (std::cmp::Reverse(*size), *digest));
+    let total = blobs.iter().map(|(_, size)| size).sum();
+    let task = progress.task("verify", &layout.location(), Some(total));
+    let (next, bad) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let work = || {
+        while let Some((digest, _)) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let problem = match hash(layout, digest, &task) {
+                Ok(found) if found == *digest => continue,
+                Ok(found) => Problem::Blob { expected: *digest, found },
+                Err(source) => Problem::Unreadable { blob: *digest, source },
+            };
+            if let Ok(mut bad) = bad.lock() {
+                bad.push((*digest, problem));
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads.get().min(order.len().max(1)) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let mut bad = bad.into_inner().unwrap_or_default();
+    bad.sort_by_key(|(digest, _)| *digest);
+    bad
+}
+
+fn hash(layout: &OciDir, digest: &Digest, task: &Task) -> std::io::Result<Digest> {
+    let other = |error: TransportError| std::io::Error::other(error.to_string());
+    let (mut file, _) = layout.open_blob(digest).map_err(other)?;
+    let mut hasher = Hasher::new();
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hasher.finish()),
+            got => {
+                hasher.update(buffer.get(..got).unwrap_or_default());
+                task.advance(got as u64);
+            }
+        }
+    }
+}
+
+/// Follows an entry to all that it reaches.
+fn follow(
+    layout: &OciDir,
+    entry: &Descriptor,
+    object: &str,
+    broken: &BTreeSet<Digest>,
+    reached: &mut Reached,
+    problems: &mut Vec<Problem>,
+) {
+    let mut todo = vec![(entry.clone(), 0)];
+    while let Some((entry, depth)) = todo.pop() {
+        let nested = depth > 0;
+        if !reach(layout, &entry, object, nested, reached, problems)
+            || !reached.documents.insert(entry.digest)
+        {
+            continue;
+        }
+        // Its content is a problem that was told.
+        if broken.contains(&entry.digest) || !(entry.is_index() || entry.is_manifest()) {
+            continue;
+        }
+        let mut wrong = |why: String| {
+            let object = format!("{object} ({})", entry.digest);
+            problems.push(Problem::Document { object, why });
+        };
+        let bytes = match layout.fetch(&entry, MAX_MANIFEST_BYTES) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                wrong(error.to_string());
+                continue;
+            }
+        };
+        if entry.is_index() {
+            match Index::parse(&bytes, MAX_MANIFEST_BYTES) {
+                Ok(_) if depth >= MAX_DEPTH => wrong(format!("indexes nest deeper than {MAX_DEPTH}")),
+                Ok(index) => todo.extend(index.manifests.into_iter().map(|inner| (inner, depth + 1))),
+                Err(error) => wrong(error.to_string()),
+            }
+            continue;
+        }
+        let image = match OciImage::parse(&bytes) {
+            Ok(image) => image,
+            Err(error) => {
+                wrong(error.to_string());
+                continue;
+            }
+        };
+        let Manifest { config, layers, subject, .. } = image.manifest;
+        for blob in layers.iter().chain([&config]).chain(&subject) {
+            reach(layout, blob, object, false, reached, problems);
+        }
+        for layer in image.layers {
+            reached.layers.entry(layer.digest).or_insert_with(|| (layer, object.to_string()));
+        }
+    }
+}
+
+/// Notes that a blob is needed; whether it is there. Manifests of other platforms, in an index,
+/// need not be: tools copy one platform and keep the index.
+fn reach(
+    layout: &OciDir,
+    blob: &Descriptor,
+    object: &str,
+    optional: bool,
+    reached: &mut Reached,
+    problems: &mut Vec<Problem>,
+) -> bool {
+    reached.blobs.insert(blob.digest);
+    let problem = match layout.open_blob(&blob.digest) {
+        Ok((_, size)) if size == blob.size => return true,
+        Ok((_, found)) => {
+            Problem::Size { blob: blob.digest, expected: blob.size, found, needed_by: object.into() }
+        }
+        Err(TransportError::BlobMissing { .. }) if optional => return false,
+        Err(TransportError::BlobMissing { .. }) => {
+            Problem::Missing { blob: blob.digest, needed_by: object.into() }
+        }
+        Err(error) => Problem::Document { object: object.into(), why: error.to_string() },
+    };
+    problems.push(problem);
+    false
+}
+
+/// Reads every layer that has a tree through it.
+fn check_layers(
+    layout: &OciDir,
+    reached: &Reached,
+    skip: &BTreeSet<Digest>,
+    threads: NonZeroUsize,
+    progress: &Progress,
+    report: &mut Report,
+) {
+    for (digest, (layer, object)) in &reached.layers {
+        let image =
+            matches!(LayerFormat::of(&layer.media_type), Some(LayerFormat::Squashfs | LayerFormat::Erofs));
+        let Ok((file, _)) = layout.open_blob(digest) else { continue };
+        if !image {
+            continue;
+        }
+        let object = object.clone();
+        match layer.root_hash {
+            Some(root_hash) => {
+                report.layers += 1;
+                let found = VerifiedSource::open(file, root_hash)
+                    .and_then(|source| source.verify_all(threads, progress));
+                match found {
+                    Ok(found) => {
+                        let more = found.bad_count.saturating_sub(found.bad.len() as u64);
+                        report.problems.extend(found.bad.into_iter().map(|source| Problem::Block {
+                            object: object.clone(),
+                            layer: *digest,
+                            source,
+                        }));
+                        if more > 0 {
+                            report.problems.push(Problem::MoreBlocks { object, layer: *digest, count: more });
+                        }
+                    }
+                    Err(source) => report.problems.push(Problem::Verity { object, layer: *digest, source }),
+                }
+            }
+            // Rule (INTEROP.md, "Layers"): "root hash and tree both there, or both absent".
+            None if !skip.contains(digest) && has_tree(&file) => {
+                report.problems.push(Problem::NoRootHash { object, layer: *digest });
+            }
+            None => {}
+        }
+    }
+}
+
+/// Whether a verity superblock stands behind an image.
+fn has_tree(file: &File) -> bool {
+    let mut head = vec![0; 4096];
+    let mut signature = [0; 8];
+    let end = file.read_exact_at(&mut head, 0).ok().and_then(|()| verity::data_bytes(&head).ok());
+    end.is_some_and(|end| file.read_exact_at(&mut signature, end).is_ok()) && signature == *b"verity\0\0"
+}
