@@ -265,10 +265,8 @@ fn mount_partition(setup: &Setup, options: &BootOptions) -> Result<(), BootError
         return Ok(());
     }
     let wanted = &options.partition;
-    let found = partition::find(wanted, setup.patience).ok_or_else(|| BootError::NoPartition {
-        partition: wanted.to_string(),
-        waited: setup.patience,
-    })?;
+    let found = partition::find(wanted, setup.patience)
+        .ok_or_else(|| BootError::NoPartition { partition: wanted.to_string(), waited: setup.patience })?;
     log::info!("system partition: {} ({}), {wanted}", found.device.display(), found.file_system);
     fs::create_dir_all(&setup.system).on("create", &setup.system)?;
     let mount = || {

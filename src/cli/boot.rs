@@ -39,7 +39,9 @@ enum RefusedError {
         path: PathBuf,
     },
     /// The kernel puts words of its command line into the environment of the first process.
-    #[error("{name} is set in the environment, which the kernel command line can do: start mosfs boot with env -i")]
+    #[error(
+        "{name} is set in the environment, which the kernel command line can do: start mosfs boot with env -i"
+    )]
     Environment {
         /// The variable.
         name: String,
@@ -60,9 +62,9 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     let real = args.cmdline.as_os_str() == "/proc/cmdline";
     // Rule (DESIGN.md, section 5): "Nothing on the kernel command line can turn the check off." A
     // word like MOSFS_CONFIG=/tmp on it becomes an environment variable of init.
-    if let Some((name, _)) = std::env::vars_os().find(|(name, _)| {
-        real && name.as_encoded_bytes().starts_with(b"MOSFS_") && name != "MOSFS_FAILPOINT"
-    }) {
+    if let Some((name, _)) = std::env::vars_os()
+        .find(|(name, _)| real && name.as_encoded_bytes().starts_with(b"MOSFS_") && name != "MOSFS_FAILPOINT")
+    {
         return Err(RefusedError::Environment { name: name.to_string_lossy().into_owned() }.into());
     }
     let text = fs::read(&args.cmdline).on("read", &args.cmdline)?;

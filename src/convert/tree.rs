@@ -189,6 +189,10 @@ impl Tree {
             EntryKind::Fifo => NodeKind::Fifo,
         };
         let mut meta = self.meta(&path, entry)?;
+        if matches!(kind, NodeKind::Char(0)) {
+            // overlayfs.rst: "A whiteout is created as a character device with 0/0 device number".
+            self.note(|| format!("{}: a character device 0:0 hides the name and is not shown", show(&path)));
+        }
         if matches!(kind, NodeKind::Symlink(_)) {
             // Linux gives every symbolic link these, whatever a stream says.
             meta.mode = 0o777;

@@ -282,9 +282,7 @@ impl Tpm {
         self.0.call("extend a PCR", |library, esys| {
             // SAFETY: the context is live, and `values` outlives the call. The handles of PCRs are
             // their numbers (ESYS_TR_PCR0 is 0); their authorization is the empty password.
-            unsafe {
-                (library.Esys_PCR_Extend)(esys, pcr, PASSWORD, NONE, NONE, &raw const values)
-            }
+            unsafe { (library.Esys_PCR_Extend)(esys, pcr, PASSWORD, NONE, NONE, &raw const values) }
         })
     }
 

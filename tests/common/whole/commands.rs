@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 /// The Debian package of each tool that is called by [`command`].
 const PACKAGES: &[(&str, &str)] = &[
+    ("chroot", "coreutils"),
     ("debootstrap", "debootstrap"),
     ("faketime", "faketime"),
     ("fusermount3", "fuse3"),
@@ -18,8 +19,10 @@ const PACKAGES: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("skopeo", "skopeo"),
     ("tar", "tar"),
+    ("taskset", "util-linux"),
     ("umoci", "umoci"),
     ("umount", "mount"),
+    ("unshare", "util-linux"),
     ("unsquashfs", "squashfs-tools"),
     ("veritysetup", "cryptsetup-bin"),
 ];

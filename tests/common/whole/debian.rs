@@ -109,7 +109,8 @@ pub fn image() -> Image {
     // The inserted layer is not in the working tree.
     let inserted = |path: &[u8]| path == b"odd" || path.starts_with(b"odd/opaque");
     let lost = differences(&scan(&root), &scan(&image.unpacked));
-    let lost: Vec<_> = lost.iter().filter(|one| !inserted(&one.path)).map(|one| one.to_string() + "\n").collect();
+    let lost: Vec<_> =
+        lost.iter().filter(|one| !inserted(&one.path)).map(|one| one.to_string() + "\n").collect();
     write(&dir.join("lost"), lost.concat().as_bytes());
     fs::remove_dir_all(&work).expect("remove the working tree");
     write(&dir.join("done"), b"");
@@ -129,7 +130,8 @@ fn hard_link(from: &Path, to: &Path) {
 }
 
 fn mode(path: &Path, mode: u32) {
-    fs::set_permissions(path, Permissions::from_mode(mode)).unwrap_or_else(|error| panic!("chmod {path:?}: {error}"));
+    fs::set_permissions(path, Permissions::from_mode(mode))
+        .unwrap_or_else(|error| panic!("chmod {path:?}: {error}"));
 }
 
 fn node(path: &Path, kind: FileType, major: u32, minor: u32) {
@@ -198,7 +200,9 @@ fn first(root: &Path) {
         write(&path, b"");
         chown(&path, Some(100_000 + id), Some(200_000 + id)).expect("chown");
     }
-    for (name, uid, gid) in [("nobody", 65534, 65534), ("large", 4_294_967_294, 2_147_483_648), ("mixed", 1234, 0)] {
+    for (name, uid, gid) in
+        [("nobody", 65534, 65534), ("large", 4_294_967_294, 2_147_483_648), ("mixed", 1234, 0)]
+    {
         let path = odd.join("owners").join(name);
         symlink("/etc/passwd", &path).expect("symlink");
         lchown(&path, Some(uid), Some(gid)).expect("chown");
@@ -211,7 +215,10 @@ fn first(root: &Path) {
     }
     for size in [0, 1, 2, 4095, 4096, 4097, 131_071, 131_072, 131_073, 262_144, 1_000_003] {
         write(&odd.join("sizes").join(format!("noise-{size}")), &noise(size, size as u64));
-        write(&odd.join("sizes").join(format!("text-{size}")), &b"all work and no play\n".repeat(size / 21 + 1)[..size]);
+        write(
+            &odd.join("sizes").join(format!("text-{size}")),
+            &b"all work and no play\n".repeat(size / 21 + 1)[..size],
+        );
         // A multiple of the block size shared by two files: found twice or stored once, both must read.
         write(&odd.join("sizes").join(format!("again-{size}")), &noise(size, size as u64));
     }
@@ -241,7 +248,10 @@ fn first(root: &Path) {
     // A folder with so many names that its index has several steps, and its listing several blocks.
     mkdir(&odd.join("wide"));
     for number in 0..3000 {
-        write(&odd.join("wide").join(format!("a-rather-long-name-of-a-small-file-{number}")), &[number as u8]);
+        write(
+            &odd.join("wide").join(format!("a-rather-long-name-of-a-small-file-{number}")),
+            &[number as u8],
+        );
     }
     let mut deep = odd.join("deep");
     for level in 0..40 {
@@ -346,7 +356,11 @@ fn xattrs(dir: &Path) {
     attribute(&dir.join("long-again"), b"user.long", &noise(3000, 3));
     write(&dir.join("many"), b"");
     for number in 0..70 {
-        attribute(&dir.join("many"), format!("user.attribute-{number}").as_bytes(), number.to_string().as_bytes());
+        attribute(
+            &dir.join("many"),
+            format!("user.attribute-{number}").as_bytes(),
+            number.to_string().as_bytes(),
+        );
     }
     // More sets of attributes than one block of the table holds.
     mkdir(&dir.join("each"));
@@ -396,8 +410,10 @@ fn sparse(dir: &Path) {
 fn second(root: &Path) {
     let odd = &root.join("odd");
     let links = &odd.join("links");
-    let remove = |path: PathBuf| fs::remove_file(&path).unwrap_or_else(|error| panic!("remove {path:?}: {error}"));
-    let remove_all = |path: PathBuf| fs::remove_dir_all(&path).unwrap_or_else(|error| panic!("remove {path:?}: {error}"));
+    let remove =
+        |path: PathBuf| fs::remove_file(&path).unwrap_or_else(|error| panic!("remove {path:?}: {error}"));
+    let remove_all =
+        |path: PathBuf| fs::remove_dir_all(&path).unwrap_or_else(|error| panic!("remove {path:?}: {error}"));
     for name in ["three-b", "two", "two-b", "symlink", "fifo", "many-0000", "many-0100"] {
         remove(links.join(name));
     }
@@ -464,7 +480,8 @@ fn third(root: &Path) {
     fs::remove_dir_all(odd.join("link-folder-link")).expect("remove");
     symlink("kept/one", odd.join("link-folder-link")).expect("symlink");
     for number in (0..3000).step_by(5) {
-        let _ = fs::remove_file(odd.join("wide").join(format!("a-rather-long-name-of-a-small-file-{number}")));
+        let _ =
+            fs::remove_file(odd.join("wide").join(format!("a-rather-long-name-of-a-small-file-{number}")));
     }
     write(&odd.join("wide/a-rather-long-name-of-a-small-file-0"), b"back in layer 3");
     mkdir(&root.join("usr/share/doc/new"));

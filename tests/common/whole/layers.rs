@@ -47,6 +47,11 @@ impl Layer {
         self.entry(path.as_bytes(), EntryType::Regular, 0o644, b"", content.as_bytes())
     }
 
+    /// A regular file of any bytes.
+    pub fn content(self, path: &str, content: &[u8]) -> Self {
+        self.entry(path.as_bytes(), EntryType::Regular, 0o644, b"", content)
+    }
+
     /// A folder.
     pub fn dir(self, path: &str) -> Self {
         self.entry(path.as_bytes(), EntryType::Directory, 0o755, b"", b"")

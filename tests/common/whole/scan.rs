@@ -69,7 +69,8 @@ pub struct Scan {
 /// As [`try_scan`], and on any error but of reading content.
 pub fn scan(root: &Path) -> Tree {
     let scan = try_scan(root);
-    let list: Vec<_> = scan.errors.iter().map(|(path, error)| format!("/{}: error {error}", show(path))).collect();
+    let list: Vec<_> =
+        scan.errors.iter().map(|(path, error)| format!("/{}: error {error}", show(path))).collect();
     assert!(list.is_empty(), "{root:?} cannot be read:\n{}", list.join("\n"));
     scan.tree
 }
@@ -203,7 +204,10 @@ mod pairs {
     use super::{BTreeMap, Deserialize, Serialize};
     use serde::{Deserializer, Serializer};
 
-    pub fn serialize<V: Serialize, S: Serializer>(map: &BTreeMap<Vec<u8>, V>, to: S) -> Result<S::Ok, S::Error> {
+    pub fn serialize<V: Serialize, S: Serializer>(
+        map: &BTreeMap<Vec<u8>, V>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
         to.collect_seq(map)
     }
 

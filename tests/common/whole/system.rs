@@ -53,7 +53,8 @@ pub fn digest(printed: &str) -> Digest {
 /// The name in a store of its only image of the target `hostfs`.
 pub fn image_name(store: &Path) -> String {
     let names = Store::open(store).and_then(|store| store.names()).expect("list the names of the store");
-    let mut images = names.into_iter().map(|(name, _)| name).filter(|name| name.starts_with("mos/images/hostfs:"));
+    let mut images =
+        names.into_iter().map(|(name, _)| name).filter(|name| name.starts_with("mos/images/hostfs:"));
     let name = images.next().expect("an image in the store");
     assert_eq!(images.next(), None, "one image");
     name
@@ -74,6 +75,11 @@ impl Mounted {
     pub fn new(source: &str, dir: &Path) -> Self {
         fs::create_dir_all(dir).expect("make the mount point");
         run(mosfs().args(["mount", "--backend", "fuse", source]).arg(dir));
+        Self { dir: dir.to_path_buf() }
+    }
+
+    /// A mount that was made already.
+    pub fn of(dir: &Path) -> Self {
         Self { dir: dir.to_path_buf() }
     }
 
