@@ -326,7 +326,9 @@ fn start(
         return Ok(Started { digest, target: name.into(), backend: kernel::NAME, layers, tree });
     }
     let begin = Instant::now();
-    let fuse = FuseOptions { flags: flags.clone(), ..FuseOptions::default() };
+    // The daemon lives as long as the system: it must not keep the TPM, the lock, or the console.
+    let inherited = crate::sys::daemon::open_descriptors();
+    let fuse = FuseOptions { flags: flags.clone(), inherited, ..FuseOptions::default() };
     let (layers, tree) = match &upper {
         None => {
             mount::mount(&plan, &setup.sysroot, Backend::Fuse, &fuse)?;

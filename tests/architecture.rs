@@ -26,7 +26,8 @@ const ORDER: &[&[&str]] = &[
 const MAX_LINES: usize = 800;
 
 /// Files over [`MAX_LINES`], each with the reason why it is not two files.
-const LONG_FILES: &[(&str, &str)] = &[];
+const LONG_FILES: &[(&str, &str)] =
+    &[("src/sys/tpm/mod.rs", "each TPM command is a function of its own, and they share their types")];
 
 /// A source file: its path below the package, its text, and its code without comments and literals.
 struct SourceFile {
@@ -244,7 +245,7 @@ fn check_unsafe(file: &SourceFile, report: &mut String) {
             writeln!(report, "{}:{line}: unsafe outside src/sys", file.path).unwrap();
             continue;
         }
-        if is_fn_pointer_type(&file.code[at..]) {
+        if is_a_contract(&file.code[at..]) {
             continue;
         }
         // Upwards: the rest of the statement, then the comment above it.
@@ -270,11 +271,13 @@ fn has_reason(line: &str) -> bool {
     line.contains("// SAFETY:") || line.contains("/// # Safety")
 }
 
-/// `unsafe extern "C" fn(…)` as a type: it does nothing by itself.
-fn is_fn_pointer_type(code: &str) -> bool {
-    let words: String = code.chars().take(60).collect();
-    let compact: Vec<&str> = words.split_whitespace().take(3).collect();
-    compact.iter().any(|word| word.starts_with("fn("))
+/// Whether this `unsafe` only says what callers must hold: a function that is not public, or a type of function.
+/// (What public ones ask for is in their documentation, which clippy wants.) Its body has blocks of its own.
+fn is_a_contract(code: &str) -> bool {
+    let mut words =
+        code.split_whitespace().skip(1).skip_while(|word| *word == "extern" || word.starts_with('"'));
+    // The ABI's name is a literal, and blank by now.
+    words.next().is_some_and(|word| word == "fn" || word.starts_with("fn("))
 }
 
 fn check_printing(file: &SourceFile, report: &mut String) {
@@ -387,6 +390,12 @@ mod the_rules_themselves {
         );
         let reasoned = "fn f() {\n    // SAFETY: g takes nothing.\n    let a =\n        unsafe { g() };\n}\n";
         assert_eq!(said("src/sys/a.rs", reasoned, check_unsafe), "");
+        let callback = "unsafe extern \"C\" fn f(_: *mut u8) -> u32 {\n    0\n}\ntype F = unsafe fn(u8);\n";
+        assert_eq!(said("src/sys/a.rs", callback, check_unsafe), "");
+        assert!(said("src/sys/a.rs", "unsafe extern \"C\" {}\n", check_unsafe).contains("without a SAFETY"));
+        assert!(
+            said("src/sys/a.rs", "unsafe impl Send for A {}\n", check_unsafe).contains("without a SAFETY")
+        );
         let words = "// unsafe\nconst A: &str = \"unsafe\";\n#[allow(unsafe_code)]\nconst B: char = '\"';\n";
         assert_eq!(said("src/image/a.rs", words, check_unsafe), "");
     }

@@ -37,7 +37,7 @@ fn everything() -> &'static (PathBuf, PathBuf) {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuse");
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
-        make_tree(&folder.join("tree"));
+        make_tree(&folder.join("tree"), 3100);
         mksquashfs(&folder.join("tree"), &folder.join("image"), "-comp zstd -xattrs");
         (folder.join("tree"), folder.join("image"))
     })
@@ -54,7 +54,7 @@ fn fixture() -> Fixture {
     let folder = tempfile::tempdir().unwrap();
     let layout = Layout::new(&folder.path().join("oci"));
     let layer = layout.layer(&everything().1);
-    layout.image("all", &[layer.descriptor.clone()]);
+    layout.image("all", std::slice::from_ref(&layer.descriptor));
     Fixture { folder, layout, layer }
 }
 
@@ -344,7 +344,7 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     assert!(said.contains(wrong) && said.contains("expected"), "{said}");
 
     // Pins: the right one, a wrong one, too many.
-    layout.image("x", &[good.descriptor.clone()]);
+    layout.image("x", std::slice::from_ref(&good.descriptor));
     let said = refused(&with(&["--root-hash", wrong]), 3);
     assert!(said.contains(wrong) && said.contains(&good.root_hash.hex()), "{said}");
     refused(&with(&["--root-hash", wrong, "--root-hash", wrong]), 2);
@@ -363,7 +363,7 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     }
 
     // The superblock of the image, and that of the tree, in a blob of their own.
-    layout.image("x", &[good.descriptor.clone()]);
+    layout.image("x", std::slice::from_ref(&good.descriptor));
     let blob = layout.blob(&good.digest);
     let bytes = fs::read(&blob).unwrap();
     for at in [0, 8, 40, 4095] {

@@ -542,6 +542,15 @@ fn command(words: &[&str]) -> (Option<i32>, String, String) {
     std::fs::write(dir.path().join("bad.yaml"), EXAMPLE.replace("200 ", "0 ").replace("iso ", "raw "))
         .unwrap();
     std::fs::write(dir.path().join("m.json"), example_system().canonical()).unwrap();
+    let import = ImportManifest::parse(Path::new("good.yaml"), EXAMPLE.as_bytes()).unwrap().canonical();
+    std::fs::write(dir.path().join("import.json"), &import).unwrap();
+    let unquoted =
+        String::from_utf8(import).unwrap().replace(['"'], "").replace(':', ": ").replace(": //", "://");
+    let unquoted = unquoted
+        .replace("oci: ", "oci:")
+        .replace("layout: ran", "layout:ran")
+        .replace("hostfs: latest", "hostfs:latest");
+    std::fs::write(dir.path().join("flow.yaml"), unquoted.replace("nsgroup: ,", "nsgroup: '',")).unwrap();
     let pretty: serde_json::Value = serde_json::from_slice(&example_system().canonical()).unwrap();
     std::fs::write(dir.path().join("pretty.json"), format!("\n{pretty:#}\n")).unwrap();
     std::fs::write(dir.path().join("float.json"), r#"{"b":[1.5],"a":"\u00e9"}"#).unwrap();
@@ -566,6 +575,11 @@ fn the_command_checks_and_says_where() {
     );
     let (code, stdout, _) = command(&["check", "m.json"]);
     assert_eq!((code, stdout.starts_with("m.json: system manifest, version 200")), (Some(0), true));
+    // JSON is YAML, and so are braces without quotes: both are import manifests still.
+    for file in ["import.json", "flow.yaml"] {
+        let (code, stdout, stderr) = command(&["check", file]);
+        assert_eq!((code, stdout.contains("import manifest, version 200")), (Some(0), true), "{stderr}");
+    }
     let (code, stdout, stderr) = command(&["check", "bad.yaml"]);
     assert_eq!((code, stdout.as_str()), (Some(2), ""));
     assert!(

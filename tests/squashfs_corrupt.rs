@@ -281,6 +281,28 @@ fn listings() {
     }
 }
 
+/// An order that breaks where a run begins is seen by who reads on from there as well, before and after others read.
+#[test]
+fn an_order_that_breaks_between_runs_of_a_large_folder() {
+    let mut root = NodeId(0);
+    let (image, built, _) = changed(|parts, _| {
+        root = NodeId(parts.inodes.len() as u64);
+        parts.listings.clear();
+        for number in (0..200u32).chain(100..300) {
+            parts.listings.extend([run(1, 0, 1), entry(0, 0, 6, format!("{number:05}").as_bytes())].concat());
+        }
+        parts.inodes.extend(folder(9, 1, 0, 0, parts.listings.len() as u32, 0));
+    });
+    let at = 201 * 25;
+    let why = format!(
+        "the name \"00100\" after \"00199\", expected rising order (byte {at} of the metadata block)"
+    );
+    for cookie in [200 * 25, 0, 200 * 25, 100 * 25, 200 * 25 - 1, 300 * 25] {
+        let result = image.read_dir(root, cookie, &mut |_| true);
+        expect(result, "directory table", built.directory_table, &why);
+    }
+}
+
 /// A listing that claims to be longer than the table ends where the table does.
 #[test]
 fn a_listing_ends_with_its_table() {

@@ -133,6 +133,7 @@ struct Show {
 
 /// Sign a version for every device of a product (64 bytes, to stdout or a file).
 #[derive(Debug, Args)]
+#[command(disable_version_flag = true)]
 struct Sign {
     /// The version.
     #[arg(long, value_name = "V")]
@@ -458,11 +459,19 @@ pub fn advice(error: &FloorError) -> Option<&'static str> {
             "a device keeps its product and its floor key; name the recorded ones"
         }
         FloorError::FileTampered { .. } => "delete the file: it is a development floor",
-        FloorError::Key(KeyError::Exposed { .. }) => "chmod 600 the key",
-        FloorError::Tpm(_) | FloorError::VersionRange { .. } | FloorError::Key(_) | FloorError::Io(_) => {
-            return None;
-        }
+        FloorError::Config(error) => return super::output::for_anchor(error),
+        FloorError::Key(error) => return for_key(error),
+        FloorError::Tpm(_) | FloorError::VersionRange { .. } | FloorError::Io(_) => return None,
     })
+}
+
+/// What to do about a key of the floor that cannot be used.
+pub fn for_key(error: &KeyError) -> Option<&'static str> {
+    match error {
+        KeyError::Private(error) => super::output::for_key(error),
+        KeyError::Unusable { .. } => Some("make the floor's keys with `mosfs keys generate`"),
+        _ => None,
+    }
 }
 
 const _: () = assert!(PROVISION_MESSAGE_BYTES == 36, "the help text says so");

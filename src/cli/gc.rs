@@ -9,6 +9,7 @@ use super::{Global, device, output};
 use crate::deploy::booted::{self, BootRecord};
 use crate::deploy::gc::{self, GcPlan};
 use crate::error::AnyError;
+use crate::mount::registry;
 use crate::store::Store;
 
 /// Removes deployments that are neither current, pending nor previous, and what only they need.
@@ -40,7 +41,9 @@ pub fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
             let lock = system.lock(device::waiting(global))?;
             let collector = store.collector()?;
             let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-            let plan = gc::plan(&system, &lock, &collector, &store, booted)?;
+            let mounts = registry::mounts()?;
+            let mounted: Vec<_> = mounts.iter().filter_map(|mount| mount.digest).collect();
+            let plan = gc::plan(&system, &lock, &collector, &store, booted, &mounted)?;
             if !args.dry_run {
                 gc::apply(&system, &lock, &collector, &plan)?;
             }

@@ -6,11 +6,10 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{FloorArgs, Global, device, output};
+use super::{FloorArgs, Global, device, output, progress};
 use crate::deploy::plan::{self, Plan, Verdict};
 use crate::deploy::{DeployError, State, System, apply};
 use crate::error::AnyError;
-use crate::progress::Progress;
 use crate::transport::{SourceRef, Transport};
 use crate::trust::anchor::CaFile;
 use crate::trust::{Anchor, Dates};
@@ -74,7 +73,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
             return print_plan(&plan, global);
         }
         trust.apply()?;
-        apply::apply(&system, from.as_ref(), &plan, &Progress::silent())?;
+        apply::apply(&system, from.as_ref(), &plan, &progress::of(global)?)?;
         say(&plan, global)
     })
 }
@@ -115,7 +114,7 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
         if args.dry_run {
             return print_plan(plan, global);
         }
-        apply::apply(&system, from.as_ref(), plan, &Progress::silent())?;
+        apply::apply(&system, from.as_ref(), plan, &progress::of(global)?)?;
         say(plan, global)
     });
     if let Err(error) = &outcome

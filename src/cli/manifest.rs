@@ -108,14 +108,21 @@ fn read(path: &Path, max: usize) -> Result<Vec<u8>, IoError> {
     Ok(bytes)
 }
 
-/// Whether a file is JSON rather than YAML: it is a mapping in braces.
+/// Whether a file is JSON rather than YAML: a mapping in braces whose first key has quotes.
 fn is_json(bytes: &[u8]) -> bool {
-    bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{')
+    let mut marks = bytes.iter().filter(|byte| !byte.is_ascii_whitespace());
+    marks.next() == Some(&b'{') && matches!(marks.next(), Some(b'"' | b'}'))
+}
+
+/// Whether a file is a system manifest: JSON, and not an import manifest, which may be written
+/// so as well, as JSON is YAML. Only system manifests lack the field `url`.
+fn is_system(bytes: &[u8]) -> bool {
+    is_json(bytes) && !bytes.windows(5).any(|window| window == b"\"url\"")
 }
 
 fn check(file: &Path, global: &Global) -> Result<(), AnyError> {
     let bytes = read(file, reproducible::MAX_BYTES.max(yaml::MAX_BYTES))?;
-    let (kind, version, product, targets) = if is_json(&bytes) {
+    let (kind, version, product, targets) = if is_system(&bytes) {
         let manifest =
             SystemManifest::parse(&bytes).map_err(|source| BadFile { path: file.to_path_buf(), source })?;
         ("system", manifest.version, manifest.product, manifest.targets.len())

@@ -35,6 +35,7 @@ fn advice(error: &AnyError) -> Option<&'static str> {
     while let Some(this) = cause {
         let found = None
             .or_else(|| this.downcast_ref().and_then(super::floor::advice))
+            .or_else(|| this.downcast_ref().and_then(super::floor::for_key))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
             .or_else(|| this.downcast_ref().and_then(for_trust))
             .or_else(|| this.downcast_ref().and_then(for_anchor))
@@ -92,7 +93,7 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
     })
 }
 
-fn for_anchor(error: &AnchorError) -> Option<&'static str> {
+pub(super) fn for_anchor(error: &AnchorError) -> Option<&'static str> {
     Some(match error {
         AnchorError::Missing { .. } => {
             "give --ca and --product to `mosfs install`, or --config if the configuration is elsewhere"
@@ -104,7 +105,7 @@ fn for_anchor(error: &AnchorError) -> Option<&'static str> {
     })
 }
 
-fn for_key(error: &KeyError) -> Option<&'static str> {
+pub(super) fn for_key(error: &KeyError) -> Option<&'static str> {
     Some(match error {
         KeyError::OpenToOthers { .. } => "run `chmod 600` on it, and consider whether someone has read it",
         KeyError::Exists { .. } => "choose another folder",

@@ -161,6 +161,13 @@ pub fn list(system: &System) -> Result<(Vec<DeploymentId>, Vec<PathBuf>), Deploy
     Ok((whole, left))
 }
 
+/// Removes a folder that a crash left behind. The caller holds the exclusive lock.
+pub fn remove_leftover(system: &System, path: &Path) -> Result<(), DeployError> {
+    remove_if_there(path)?;
+    let parent = system.deployments_dir();
+    Ok(atomic::sync_folder(&parent).on("sync", &parent)?)
+}
+
 /// Removes a deployment that no state names. The caller holds the exclusive lock.
 ///
 /// It is renamed first: a crash leaves either the whole folder or one that `list` calls a

@@ -1,13 +1,10 @@
 //! `mosfs gc` on a device: what no deployment needs goes.
 //!
-//! Kept: current, pending and previous, and what this boot runs. What is mounted from another deployment stays
-//! readable until it is unmounted, as its files are open. The order keeps a crash
+//! Kept: current, pending and previous, what this boot runs, and whatever is mounted. The order keeps a crash
 //! harmless: folders first (nothing names them), then the names in the store, then the blobs that
 //! no name reaches. Names that are not mosfs' own (`mos/…`) are somebody else's and stay.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -16,7 +13,7 @@ use super::deployment;
 use super::error::DeployError;
 use super::state::DeploymentId;
 use super::{System, SystemLock};
-use crate::error::IoError;
+use crate::digest::Digest;
 use crate::failpoint;
 use crate::manifest::SystemManifest;
 use crate::store::gc::{Collector, Removal};
@@ -33,7 +30,8 @@ pub struct GcPlan {
     pub store: Removal,
 }
 
-/// Looks what can go. The system is locked, and its store too.
+/// Looks what can go. The system is locked, and its store too. `mounted` are the OCI manifests of
+/// what is mounted.
 ///
 /// # Errors
 /// A deployment that is kept but cannot be read: what it needs is not known then.
@@ -43,6 +41,7 @@ pub fn plan(
     collector: &Collector<'_>,
     store: &Store,
     booted: Option<DeploymentId>,
+    mounted: &[Digest],
 ) -> Result<GcPlan, DeployError> {
     let mut kept = system.state()?.named();
     kept.extend(booted);
@@ -65,7 +64,7 @@ pub fn plan(
         .map(|(name, _)| name)
         .filter(|name| name.starts_with("mos/") && !names.contains(name))
         .collect();
-    Ok(GcPlan { deployments, leftovers, store: collector.plan(&dropped, &[])? })
+    Ok(GcPlan { deployments, leftovers, store: collector.plan(&dropped, mounted)? })
 }
 
 /// Removes what [`plan`] found under the same locks.
@@ -76,12 +75,7 @@ pub fn apply(
     plan: &GcPlan,
 ) -> Result<(), DeployError> {
     for folder in &plan.leftovers {
-        match fs::remove_dir_all(folder) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(IoError { operation: "remove", path: folder.clone(), source }.into());
-            }
-            _ => {}
-        }
+        deployment::remove_leftover(system, folder)?;
     }
     for id in &plan.deployments {
         deployment::remove(system, id)?;

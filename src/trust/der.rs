@@ -55,3 +55,22 @@ fn marked_ca(certificate: &[u8]) -> Option<bool> {
     // DER writes TRUE as ff; FALSE is the default and left out.
     Some(expect(0x01, expect(0x30, value)?)? == [0xff])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_understood_is_no_ca() {
+        for bytes in [
+            &b""[..],
+            b"\x30",
+            b"\x30\x80",
+            b"\x30\x84\xff\xff\xff\xff",
+            b"\x30\x83\xff\xff\xff",
+            &[0x30; 99],
+        ] {
+            assert!(!is_marked_ca(bytes), "{bytes:x?}");
+        }
+    }
+}

@@ -69,11 +69,21 @@ impl Publisher {
 
     /// The same, with or without a floor signature.
     pub fn publish_with(&self, version: u64, content: &str, for_floor: bool) -> Digest {
+        let layer = self.layer(&self.store().writer().expect("a writer"), content);
+        self.publish_layers(version, vec![layer], for_floor)
+    }
+
+    /// Puts a squashfs image into the store, with a verity tree.
+    pub fn add_image(&self, image: &Path) -> Descriptor {
+        seal(&self.store().writer().expect("a writer"), image)
+    }
+
+    /// Publishes a version whose hostfs has these layers, the bottom one first.
+    pub fn publish_layers(&self, version: u64, layers: Vec<Descriptor>, for_floor: bool) -> Digest {
         let store = self.store();
         let writer = store.writer().expect("a writer");
-        let layer = self.layer(&writer, content);
         let config = writer.put_bytes(oci::CONFIG, config(version).as_bytes()).expect("put");
-        let image = Manifest { layers: vec![layer], ..image_manifest(config) }.to_bytes();
+        let image = Manifest { layers, ..image_manifest(config) }.to_bytes();
         let image = writer.put_bytes(oci::MANIFEST, &image).expect("put");
         let manifest = self.system(version, &image);
         let key = PrivateKey::load(&self.key("signer.key")).expect("the signer's key");
@@ -145,25 +155,30 @@ impl Publisher {
                 panic!("cannot run mksquashfs: {error}; install the Debian package `squashfs-tools`")
             });
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let mut temp = writer.temp().expect("a file");
-        let mut made = fs::File::open(&image).expect("the image");
-        let mut head = [0; 96];
-        io::Read::read_exact(&mut made, &mut head).expect("a superblock");
-        // squashfs 4.0, superblock: bytes_used is the 64-bit word at 40.
-        let bytes_used = u64::from_le_bytes(head[40..48].try_into().expect("8 bytes"));
-        made.rewind().expect("rewind");
-        io::copy(&mut made, &mut temp.file).expect("a copy");
-        let sealed =
-            verity::seal(&temp.file, bytes_used, NonZeroUsize::MIN, &Progress::silent()).expect("sealing");
-        writer.commit(temp, &sealed.digest).expect("a blob");
-        LayerDescriptor {
-            digest: sealed.digest,
-            size: sealed.size_bytes,
-            media_type: oci::SQUASHFS_ZSTD.into(),
-            root_hash: Some(sealed.root_hash),
-        }
-        .to_descriptor()
+        seal(writer, &image)
     }
+}
+
+/// Puts a squashfs image into a store, with a verity tree.
+fn seal(writer: &mosfs::store::Writer<'_>, image: &Path) -> Descriptor {
+    let mut temp = writer.temp().expect("a file");
+    let mut made = fs::File::open(image).expect("the image");
+    let mut head = [0; 96];
+    io::Read::read_exact(&mut made, &mut head).expect("a superblock");
+    // squashfs 4.0, superblock: bytes_used is the 64-bit word at 40.
+    let bytes_used = u64::from_le_bytes(head[40..48].try_into().expect("8 bytes"));
+    made.rewind().expect("rewind");
+    io::copy(&mut made, &mut temp.file).expect("a copy");
+    let sealed =
+        verity::seal(&temp.file, bytes_used, NonZeroUsize::MIN, &Progress::silent()).expect("sealing");
+    writer.commit(temp, &sealed.digest).expect("a blob");
+    LayerDescriptor {
+        digest: sealed.digest,
+        size: sealed.size_bytes,
+        media_type: oci::SQUASHFS_ZSTD.into(),
+        root_hash: Some(sealed.root_hash),
+    }
+    .to_descriptor()
 }
 
 fn config(version: u64) -> String {

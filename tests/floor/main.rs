@@ -52,8 +52,7 @@ fn provision_key() -> PrivateKey {
 }
 
 fn new_key() -> PrivateKey {
-    let group = openssl::ec::EcGroup::from_curve_name(openssl::nid::Nid::X9_62_PRIME256V1).expect("a curve");
-    PrivateKey::from_ec(openssl::ec::EcKey::generate(&group).expect("a key")).expect("a key")
+    PrivateKey::generate().expect("a key")
 }
 
 fn policy() -> Policy {

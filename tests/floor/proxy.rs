@@ -96,6 +96,8 @@ impl Proxy {
                         break;
                     }
                 }
+                // There is another descriptor of it in the slot.
+                let _ = client.shutdown(Shutdown::Both);
             }
         });
         Self { port, stop, client: current, thread: Some(thread) }

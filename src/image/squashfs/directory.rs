@@ -94,10 +94,13 @@ pub(super) struct Walk<'a> {
     before: Name,
     /// Whether a name came before.
     any: bool,
-    /// Where runs begin: that of this walk's start, if the folder is large.
-    step: u32,
+    /// Where runs begin, if the folder is large: at least `step` bytes from each other.
     places: Vec<Place>,
+    step: u32,
     last_place: u32,
+    /// Where this run begins. It is remembered once its first name proved to come after the one before: a
+    /// walk that starts there cannot see that one.
+    place: Option<Place>,
 }
 
 impl<'a> Walk<'a> {
@@ -122,6 +125,7 @@ impl<'a> Walk<'a> {
             step,
             places: Vec::new(),
             last_place: at,
+            place: None,
         }
     }
 
@@ -144,8 +148,7 @@ impl<'a> Walk<'a> {
 
     fn run(&mut self) -> Result<(), LayerError> {
         if self.at - self.last_place >= self.step {
-            let position = self.cursor.position();
-            self.places.push(Place { item: self.at.into(), position, data: 0 });
+            self.place = Some(Place { item: self.at.into(), position: self.cursor.position(), data: 0 });
             self.last_place = self.at;
         }
         self.forward(RUN_BYTES)?;
@@ -199,6 +202,7 @@ impl<'a> Walk<'a> {
         self.name.len = len as u8;
         self.cursor.read(&mut self.name.bytes[..len])?;
         self.check_name()?;
+        self.places.extend(self.place.take());
         Ok(RawEntry {
             node: NodeId(u64::from(self.run_block) << 16 | u64::from(offset)),
             kind,

@@ -9,6 +9,7 @@ use super::digests::Name;
 use super::signature::KeyError;
 use crate::error::{Class, Classified, IoError};
 use crate::sys::tpm::{Tcti, TpmError};
+use crate::trust::anchor::AnchorError;
 
 /// Why a floor cannot be read or raised, or why a version is refused.
 ///
@@ -202,6 +203,9 @@ pub enum FloorError {
         /// What was recorded.
         found: String,
     },
+    /// CONFIG names no product that can be understood.
+    #[error(transparent)]
+    Config(#[from] AnchorError),
     /// A key file that cannot be used.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -229,6 +233,7 @@ impl Classified for FloorError {
             FloorError::VersionRange { .. }
             | FloorError::ConfigConflict { .. }
             | FloorError::FirstWriteNotAuthorized { .. } => Class::Input,
+            FloorError::Config(error) => error.class(),
             FloorError::Key(error) => error.class(),
             FloorError::Io(error) => error.class(),
             _ => Class::Tpm,

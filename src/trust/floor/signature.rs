@@ -13,28 +13,28 @@
 //! person may have made it so: for the provision message.
 
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use openssl::bn::{BigNum, BigNumContext};
-use openssl::ec::{EcGroup, EcKey};
+use openssl::ec::{EcGroup, EcKey, EcKeyRef};
 use openssl::ecdsa::EcdsaSig;
 use openssl::error::ErrorStack;
 use openssl::nid::Nid;
-use openssl::pkey::{Id, PKey, Private, Public};
+use openssl::pkey::{HasPublic, PKey, PKeyRef, Private, Public};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use super::digests::{MAX_VERSION, Policy};
 use super::error::FloorError;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::trust::files::read_at_most;
+use crate::trust::keys;
 
 /// A floor signature, a provision signature or an authorization: `r ‖ s`.
 pub type Signature = [u8; 64];
 
 /// No key file is larger than this, in bytes.
-const MAX_KEY_BYTES: u64 = 64 * 1024;
+const MAX_KEY_BYTES: usize = 64 << 10;
 /// The length of a provision message, in bytes: a SHA-256 session's nonce and an expiration.
 pub const PROVISION_MESSAGE_BYTES: usize = 36;
 /// The label of the PEM block that authorizes a provisioning key.
@@ -43,16 +43,11 @@ const AUTHORIZATION: &str = "MOSFS FIRST WRITE AUTHORIZATION";
 /// A key file that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// Others than its owner may read a private key.
-    #[error("{}: a private key that others can read: mode {mode:04o}, expected 0600 or less", path.display())]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// The file holds no such key.
-    #[error("{}: expected {expected} in PEM, found {found}", path.display())]
+    /// The file holds no private key, or others can read it.
+    #[error(transparent)]
+    Private(#[from] keys::KeyError),
+    /// The file holds another kind of key.
+    #[error("{}: expected {expected}, found {found}", path.display())]
     Unusable {
         /// The file.
         path: PathBuf,
@@ -61,7 +56,7 @@ pub enum KeyError {
         /// What is wrong with what is there.
         found: String,
     },
-    /// The library refused to sign: the key does not fit its own public half.
+    /// OpenSSL refused to sign.
     #[error("cannot sign: {0}")]
     Sign(#[from] ErrorStack),
     /// The file cannot be read.
@@ -72,8 +67,10 @@ pub enum KeyError {
 impl Classified for KeyError {
     fn class(&self) -> Class {
         match self {
+            KeyError::Private(error) => error.class(),
             KeyError::Io(error) => error.class(),
-            _ => Class::Input,
+            KeyError::Sign(_) => Class::Failure,
+            KeyError::Unusable { .. } => Class::Input,
         }
     }
 }
@@ -88,13 +85,13 @@ pub struct PublicKey {
 /// The public half of the floor key.
 pub type FloorKey = PublicKey;
 
-const PUBLIC: &str = "a P-256 public key";
-const PRIVATE: &str = "a P-256 private key";
+const PUBLIC: &str = "a P-256 public key in PEM";
+const PRIVATE: &str = "a P-256 private key in PEM";
 
 impl PublicKey {
     /// Reads a public key from a PEM file.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        Self::from_pem(&read_bounded(path)?, path)
+        Self::from_pem(&read_at_most(File::open(path).on("open", path)?, path, MAX_KEY_BYTES)?, path)
     }
 
     /// The public key in a PEM text; `path` is for the error.
@@ -105,7 +102,7 @@ impl PublicKey {
             .map_err(wrong)
     }
 
-    fn from_ec<T: openssl::pkey::HasPublic>(key: &openssl::ec::EcKeyRef<T>) -> Result<Self, String> {
+    fn from_ec<T: HasPublic>(key: &EcKeyRef<T>) -> Result<Self, String> {
         // Rule: both keys are P-256; another curve would give another Name, or none.
         if key.group().curve_name() != Some(Nid::X9_62_PRIME256V1) {
             return Err(format!(
@@ -113,15 +110,17 @@ impl PublicKey {
                 key.group().curve_name().map(|nid| nid.short_name())
             ));
         }
-        let point = || -> Result<Self, ErrorStack> {
-            // Refuses points that are not on the curve.
-            key.check_key()?;
-            let (mut x, mut y) = (BigNum::new()?, BigNum::new()?);
-            let mut context = BigNumContext::new()?;
-            key.public_key().affine_coordinates(key.group(), &mut x, &mut y, &mut context)?;
-            Ok(Self { x: fixed(&x)?, y: fixed(&y)? })
-        };
-        point().map_err(|error| format!("a point that is not on the curve ({error})"))
+        // Refuses points that are not on the curve.
+        key.check_key()
+            .and_then(|()| Self::coordinates(key))
+            .map_err(|error| format!("a point that is not on the curve ({error})"))
+    }
+
+    fn coordinates<T: HasPublic>(key: &EcKeyRef<T>) -> Result<Self, ErrorStack> {
+        let (mut x, mut y) = (BigNum::new()?, BigNum::new()?);
+        let mut context = BigNumContext::new()?;
+        key.public_key().affine_coordinates(key.group(), &mut x, &mut y, &mut context)?;
+        Ok(Self { x: fixed(&x)?, y: fixed(&y)? })
     }
 
     /// The key in PEM, as `openssl pkey -pubout` writes it.
@@ -178,31 +177,28 @@ pub struct PrivateKey {
 impl PrivateKey {
     /// Reads a private key from a PEM file that only its owner may read.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        // The permissions of what was opened, not of what the path names a moment later.
-        let file = File::open(path).on("open", path)?;
-        let mode = file.metadata().on("inspect", path)?.permissions().mode() & 0o7777;
         // Rule (issue of the floor): private keys are refused when others can read them.
-        if mode & 0o077 != 0 {
-            return Err(KeyError::Exposed { path: path.to_path_buf(), mode });
-        }
-        Self::from_pem(&read_file(file, path)?, path)
+        Self::from_pkey(keys::PrivateKey::load(path)?.pkey(), path)
     }
 
     /// The private key in a PEM text; `path` is for the error.
     pub fn from_pem(pem: &[u8], path: &Path) -> Result<Self, KeyError> {
-        let wrong = |found: String| KeyError::Unusable { path: path.to_path_buf(), expected: PRIVATE, found };
-        // An encrypted key is refused, never asked about: there may be nobody to ask.
-        let key = PKey::private_key_from_pem_callback(pem, |_| Ok(0))
-            .map_err(|_| wrong("no PEM private key, or one with a passphrase".into()))?;
-        if key.id() != Id::EC {
-            return Err(wrong(format!("a key of type {:?}", key.id())));
-        }
-        Self::from_ec(key.ec_key()?).map_err(wrong)
+        let key = PKey::private_key_from_pem_callback(pem, |_| Err(ErrorStack::get()))?;
+        Self::from_pkey(&key, path)
     }
 
-    /// A key of the `openssl` crate.
-    pub fn from_ec(key: EcKey<Private>) -> Result<Self, String> {
-        let public = PublicKey::from_ec(key.as_ref())?;
+    fn from_pkey(key: &PKeyRef<Private>, path: &Path) -> Result<Self, KeyError> {
+        let wrong = |found: String| KeyError::Unusable { path: path.to_path_buf(), expected: PRIVATE, found };
+        let key = key.ec_key().map_err(|_| wrong(format!("a key of type {:?}", key.id())))?;
+        let public = PublicKey::from_ec(key.as_ref()).map_err(wrong)?;
+        Ok(Self { key, public })
+    }
+
+    /// A new key.
+    pub fn generate() -> Result<Self, KeyError> {
+        let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?;
+        let key = EcKey::generate(&group)?;
+        let public = PublicKey::coordinates(key.as_ref())?;
         Ok(Self { key, public })
     }
 
@@ -211,15 +207,22 @@ impl PrivateKey {
         &self.public
     }
 
-    /// Signs a digest.
     fn sign(&self, digest: &[u8; 32]) -> Result<Signature, KeyError> {
-        let made = EcdsaSig::sign(digest, self.key.as_ref())?;
-        let mut signature = [0; 64];
-        let (r, s) = signature.split_at_mut(32);
-        r.copy_from_slice(&fixed(made.r())?);
-        s.copy_from_slice(&fixed(made.s())?);
-        Ok(signature)
+        Ok(sign(&self.key, digest)?)
     }
+}
+
+fn sign(key: &EcKeyRef<Private>, digest: &[u8; 32]) -> Result<Signature, ErrorStack> {
+    raw(&EcdsaSig::sign(digest, key)?)
+}
+
+/// `r ‖ s` of a signature.
+fn raw(signature: &EcdsaSig) -> Result<Signature, ErrorStack> {
+    let mut raw = [0; 64];
+    let (r, s) = raw.split_at_mut(32);
+    r.copy_from_slice(&fixed(signature.r())?);
+    s.copy_from_slice(&fixed(signature.s())?);
+    Ok(raw)
 }
 
 /// A number in 32 bytes, big-endian.
@@ -227,16 +230,6 @@ fn fixed(number: &openssl::bn::BigNumRef) -> Result<[u8; 32], ErrorStack> {
     let bytes = number.to_vec_padded(32)?;
     // `to_vec_padded` gives 32 bytes or an error.
     Ok(bytes.try_into().unwrap_or_default())
-}
-
-fn read_bounded(path: &Path) -> Result<Vec<u8>, KeyError> {
-    read_file(File::open(path).on("open", path)?, path)
-}
-
-fn read_file(file: File, path: &Path) -> Result<Vec<u8>, KeyError> {
-    let mut bytes = Vec::new();
-    file.take(MAX_KEY_BYTES).read_to_end(&mut bytes).on("read", path)?;
-    Ok(bytes)
 }
 
 /// Signs a version for every device of a product: the floor signature.
@@ -352,13 +345,7 @@ pub fn check_provision(
 ) -> Result<Signature, FloorError> {
     let raw = match Signature::try_from(signature) {
         Ok(raw) => Ok(raw),
-        Err(_) => EcdsaSig::from_der(signature).and_then(|der| {
-            let mut raw = [0; 64];
-            let (r, s) = raw.split_at_mut(32);
-            r.copy_from_slice(&fixed(der.r())?);
-            s.copy_from_slice(&fixed(der.s())?);
-            Ok(raw)
-        }),
+        Err(_) => EcdsaSig::from_der(signature).and_then(|der| self::raw(&der)),
     };
     match raw {
         Ok(raw) if provision_key.verifies(&Sha256::digest(message).into(), &raw) => Ok(raw),

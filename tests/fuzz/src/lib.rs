@@ -3,7 +3,9 @@
 //! `tests/fuzz_corpus.rs` includes this file and runs each function over its corpus, on any toolchain.
 
 pub mod build;
+pub mod manifest;
 pub mod squashfs;
+pub mod trust;
 
 /// A target's name, which is that of its binary and of its folder in `corpus`, and its entry function.
 pub type Target = (&'static str, fn(&[u8]));
@@ -17,4 +19,7 @@ pub const TARGETS: &[Target] = &[
     ("squashfs_xattrs", squashfs::xattrs),
     ("squashfs_data", squashfs::data),
     ("squashfs_image", squashfs::image),
+    ("manifest_import", manifest::import),
+    ("manifest_system", manifest::system),
+    ("trust_certificate", trust::certificate),
 ];
