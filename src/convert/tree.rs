@@ -7,7 +7,7 @@
 //!   over a folder takes the children away.
 //! - Missing parents are made; what they look like is asked of the layers below (a folder that a
 //!   layer does not mention keeps its attributes), else 0755, root, 1970.
-//! - A parent that is a symbolic link of this layer is followed, within the layer's root.
+//! - A parent that is a symbolic link of this layer is followed, within the layer's root; a whiteout's is not.
 //! - OCI whiteouts (image-spec, layer.md) become overlayfs' own (kernel, overlayfs.rst): `.wh.NAME` a character device
 //!   0:0, `.wh..wh..opq` the attribute `trusted.overlay.opaque=y` of its folder, wherever in the stream it stands. Both
 //!   speak of the layers below only: an entry of that name in the same layer stays, and if it is a
