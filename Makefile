@@ -51,7 +51,7 @@ campaign: ## Run all tests with long campaigns of random faults and inputs
 	MOSFS_CAMPAIGN=long PROPTEST_CASES=20000 $(AS_ROOT) $(CARGO) test --locked --release --features failpoints $(TEST)
 
 fuzz: ## Fuzz every reader of hostile input, SECONDS=600 for each
-	@tests/setup build
+	@tests/setup fuzz
 	tests/fuzz/run "$(SECONDS)"
 
 bench: ## Measure mosfs beside its peers: target/bench/report.html; BENCH='--quick --rows find'
@@ -77,7 +77,7 @@ lint: ## Check format, lints, documentation and scripts
 	@tests/setup lint
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
-	shellcheck -x $$(git ls-files | xargs grep -lE '^#!(/usr)?/bin/(env )?(ba)?sh')
+	shellcheck -x -S warning $$(git ls-files | xargs grep -lE '^#!(/usr)?/bin/(env )?(ba)?sh')
 
 install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does
 	@if [ ! -x target/release/mosfs ]; then
@@ -85,22 +85,19 @@ install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does
 	fi
 	install -D -m 0755 target/release/mosfs "$(BINDIR)/mosfs"
 	for file in mount-helpers/mount.*; do
-		[ ! -e "$$file" ] || install -D -m 0755 "$$file" "$(SBINDIR)/$${file##*/}"
+		install -D -m 0755 "$$file" "$(SBINDIR)/$${file##*/}"
 	done
 	for file in mount-helpers/*.service mount-helpers/*.target mount-helpers/*.timer; do
 		[ ! -e "$$file" ] || install -D -m 0644 "$$file" "$(LIBDIR)/systemd/system/$${file##*/}"
 	done
-	# The folders of initramfs/ carry the names that dracut and initramfs-tools look for.
-	if [ -d initramfs/dracut ]; then
-		for file in initramfs/dracut/*; do
-			install -D -m 0755 "$$file" "$(LIBDIR)/dracut/modules.d/91mosfs/$${file##*/}"
+	# Their folders carry the names that dracut and initramfs-tools look for; some files are sourced, not run.
+	put() {
+		(cd "$$1" && find . -type f -printf '%m %P\n') | while read -r mode file; do
+			install -D -m "$$mode" "$$1/$$file" "$$2/$$file"
 		done
-	fi
-	if [ -d initramfs/initramfs-tools ]; then
-		(cd initramfs/initramfs-tools && find . -type f) | while read -r file; do
-			install -D -m 0755 "initramfs/initramfs-tools/$$file" "$(SHAREDIR)/initramfs-tools/$$file"
-		done
-	fi
+	}
+	put initramfs/dracut "$(LIBDIR)/dracut/modules.d"
+	put initramfs/initramfs-tools "$(SHAREDIR)/initramfs-tools"
 	mosfs=target/release/mosfs
 	install -d "$(SHAREDIR)/bash-completion/completions" "$(SHAREDIR)/zsh/vendor-completions" \
 		"$(SHAREDIR)/fish/vendor_completions.d" "$(SHAREDIR)/man/man1"

@@ -326,22 +326,17 @@ fn start(
         return Ok(Started { digest, target: name.into(), backend: kernel::NAME, layers, tree });
     }
     let begin = Instant::now();
-    let fuse = FuseOptions { flags: flags.clone(), ..FuseOptions::default() };
+    // The daemon lives as long as the system: it must not keep the TPM, the lock, or the console.
+    let inherited = crate::sys::daemon::open_descriptors();
+    let fuse = FuseOptions { flags: flags.clone(), inherited, ..FuseOptions::default() };
     let (layers, tree) = match &upper {
         None => {
             mount::mount(&plan, &setup.sysroot, Backend::Fuse, &fuse)?;
             (begin.elapsed(), Duration::ZERO)
         }
         Some(upper) => {
-            let lower = setup.run_dir.join("lower").join(name);
-            fs::create_dir_all(&lower).on("create", &lower)?;
-            mount::mount(&plan, &lower, Backend::Fuse, &fuse)?;
-            let layers = begin.elapsed();
-            if let Err(error) = kernel::mount_over(&lower, &plan, upper, &setup.sysroot, &flags) {
-                let _ = mount::unmount(&lower, true);
-                return Err(error.into());
-            }
-            (layers, begin.elapsed() - layers)
+            let timing = kernel::mount_over_fuse(&plan, upper, &setup.sysroot, &fuse)?;
+            (timing.layers, timing.tree)
         }
     };
     Ok(Started { digest, target: name.into(), backend: "fuse", layers, tree })

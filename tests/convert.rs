@@ -11,12 +11,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use mosfs::convert::{ConvertError, Converted, TarLayer, convert_tar};
+use mosfs::convert::{ConvertError, Converted, Effort, TarLayer, convert_tar};
 use mosfs::digest::Digest;
+use mosfs::error::{Class, Classified};
 use mosfs::image::oci::Compression;
 use mosfs::progress::Progress;
+use tarball::{Header, Tarball};
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, sh, snapshot};
+
+/// What the small layer below becomes.
+const GOLDEN_SIZE: u64 = 8192;
+const GOLDEN_DIGEST: &str = "sha256:45cfe3fadcaa7248385619929baf293072e0aa0ea90ba2ad7a3f3056d4a499bc";
 
 fn layer_of(bytes: &[u8], compression: Compression) -> TarLayer {
     TarLayer { digest: Digest::of(bytes), size: bytes.len() as u64, compression, diff_id: None }
@@ -29,8 +35,8 @@ fn convert_with(
     threads: usize,
 ) -> Result<Converted, ConvertError> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
-    let threads = NonZeroUsize::new(threads).unwrap();
-    convert_tar(bytes, layer, &file, threads, &mut |_| Ok(None), &Progress::silent())
+    let effort = Effort { threads: NonZeroUsize::new(threads).unwrap(), level: 3 };
+    convert_tar(bytes, layer, &file, effort, &mut |_| Ok(None), &Progress::silent())
 }
 
 fn convert(bytes: &[u8], to: &Path) -> Result<Converted, ConvertError> {
@@ -83,7 +89,7 @@ fn everything() -> &'static Path {
             printf y > "$(printf 'bad\377utf8')"; printf z > 'new
 line'
             mkdir -p deep/$name/$name/$name; echo d > deep/$name/$name/$name/file
-            mkdir many; i=0; while [ $i -lt 3000 ]; do echo $((i % 7)) > many/file-with-a-long-enough-name-$i; i=$((i+1)); done
+            mkdir many; i=0; while [ $i -lt 1500 ]; do echo $((i % 7)) > many/file-with-a-long-enough-name-$i; i=$((i+1)); done
             setfattr -n user.text -v value dir/small; setfattr -n user.binary -v 0x000a3d00ff dir/small
             setfattr -n trusted.thing -v t dir; setfattr -n security.capability -v 0x0100000200040000000000000000000000000000 block
             setfattr -n user.empty dir/empty; setfattr -h -n trusted.link -v l soft; setfattr -h -n trusted.dev -v l null
@@ -126,6 +132,9 @@ fn everything_arrives_as_it_was() {
         let mounted = Mounted::new(&image, folder.path().join("mnt"));
         assert_same_tree(&expected, &snapshot(&mounted.0));
         drop(mounted);
+        if options != "--format=posix" {
+            continue;
+        }
         let out = folder.path().join("unsquashed");
         run(Command::new("unsquashfs")
             .args(["-quiet", "-no-progress", "-strict-errors", "-d"])
@@ -134,4 +143,621 @@ fn everything_arrives_as_it_was() {
         assert_same_tree(&expected, &snapshot(&out));
         fs::remove_dir_all(out).unwrap();
     }
+}
+
+#[test]
+fn gnu_headers_too() {
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    let out = folder.path().join("out");
+    fs::create_dir(&out).unwrap();
+    for options in [
+        "--format=gnu --no-xattrs",
+        "--format=gnu --sparse --no-xattrs",
+        "--format=oldgnu --sparse --no-xattrs",
+    ] {
+        let stream = pack(options);
+        convert(&stream, &image).unwrap();
+        let tar = folder.path().join("tar");
+        fs::write(&tar, &stream).unwrap();
+        let unpacked = folder.path().join("unpacked");
+        fs::create_dir(&unpacked).unwrap();
+        run(Command::new("tar").arg("-xpf").arg(&tar).arg("-C").arg(&unpacked));
+        let mounted = Mounted::new(&image, folder.path().join("mnt"));
+        assert_same_tree(&snapshot(&unpacked), &snapshot(&mounted.0));
+        drop(mounted);
+        fs::remove_dir_all(unpacked).unwrap();
+    }
+}
+
+#[test]
+fn the_same_bytes_for_any_compression_and_number_of_threads() {
+    let folder = TempDir::new().unwrap();
+    let stream = pack("--format=posix");
+    let first = convert(&stream, &folder.path().join("first")).unwrap().sealed;
+    fs::write(folder.path().join("tar"), &stream).unwrap();
+    sh(
+        folder.path(),
+        "gzip -k tar; zstd -q -k tar; head -c 1000000 tar | gzip > two; tail -c +1000001 tar | gzip >> two",
+    );
+    for (file, compression, threads) in [
+        ("tar", Compression::None, 1),
+        ("tar", Compression::None, 8),
+        ("tar.gz", Compression::Gzip, 3),
+        ("tar.zst", Compression::Zstd, 2),
+        // Two members, as some tools write: one stream.
+        ("two", Compression::Gzip, 2),
+    ] {
+        let bytes = fs::read(folder.path().join(file)).unwrap();
+        let layer = TarLayer { diff_id: Some(Digest::of(&stream)), ..layer_of(&bytes, compression) };
+        let image = folder.path().join("image");
+        let sealed = convert_with(&bytes, &layer, &image, threads).unwrap().sealed;
+        assert_eq!((sealed.digest, sealed.root_hash), (first.digest, first.root_hash), "{file}, {threads}");
+        assert_eq!(Digest::of(&fs::read(&image).unwrap()), first.digest);
+    }
+    run(Command::new("veritysetup")
+        .args(["verify", "--hash-offset"])
+        .arg((first.superblock.data_blocks * 4096).to_string())
+        .args([folder.path().join("first"), folder.path().join("first")])
+        .arg(first.root_hash.hex()));
+}
+
+/// A small layer whose image never changes its bytes: a change of the writer or of the library that
+/// compresses must be seen, as it changes the digest of every system that is built again.
+#[test]
+fn the_bytes_are_those_of_the_last_version() {
+    let mut tar = Tarball::default();
+    tar.dir("etc")
+        .file("etc/hostname", b"mosfs\n")
+        .link(b'2', "etc/link", "hostname")
+        .file("zeros", &[0; 300_000]);
+    tar.pax(&[(b"SCHILY.xattr.user.a", b"b")]).file("x", &[b'x'; 200_000]);
+    tar.file("same", b"mosfs\n").file("other", b"fsmos\n");
+    let folder = TempDir::new().unwrap();
+    let sealed = convert(&tar.end(), &folder.path().join("image")).unwrap().sealed;
+    assert_eq!((sealed.size_bytes, sealed.digest.to_string().as_str()), (GOLDEN_SIZE, GOLDEN_DIGEST));
+}
+
+/// Converts a stream, mounts the image, and shows each path with its type and what `attributes` finds.
+fn view(tar: &Tarball, check: impl FnOnce(&Path)) {
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    convert(&tar.end(), &image).unwrap();
+    let mounted = Mounted::new(&image, folder.path().join("mnt"));
+    check(&mounted.0);
+}
+
+fn opaque(path: &Path) -> bool {
+    let output = tools::run_any(
+        Command::new("getfattr").args(["--only-values", "-n", "trusted.overlay.opaque"]).arg(path),
+    );
+    output.stdout == b"y"
+}
+
+fn whiteout(path: &Path) -> bool {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let data = path.symlink_metadata().unwrap();
+    data.file_type().is_char_device() && data.rdev() == 0
+}
+
+#[test]
+fn whiteouts_become_those_of_overlayfs() {
+    let mut tar = Tarball::default();
+    tar.dir("before").file("before/.wh..wh..opq", b"").file("before/new", b"");
+    // The marker stands behind all else, before its folder's own entry, or for a folder without one.
+    tar.dir("after").file("after/new", b"").file("middle", b"").file("after/.wh..wh..opq", b"");
+    tar.file("early/.wh..wh..opq", b"").dir("early").file("implied/.wh..wh..opq", b"");
+    tar.file(".wh.gone", b"").file("dir/.wh.gone", b"");
+    // A folder that was removed and made again hides the old one; a file does so by itself.
+    tar.file(".wh.again", b"").dir("again").dir("again-2").file(".wh.again-2", b"");
+    tar.file(".wh.again-3", b"").file("again-3/x", b"x").file(".wh.file", b"").file("file", b"f");
+    tar.file("file-2", b"f").file(".wh.file-2", b"");
+    tar.file(".wh..wh.aufs", b"").file(".wh..wh.plnk/1.2", b"");
+    view(&tar, |root| {
+        for name in ["before", "after", "early", "implied", "again", "again-2", "again-3"] {
+            assert!(opaque(&root.join(name)), "{name}");
+        }
+        for name in ["gone", "dir/gone"] {
+            assert!(whiteout(&root.join(name)), "{name}");
+        }
+        assert!(!opaque(&root.join("dir")) && !opaque(root));
+        assert_eq!(fs::read(root.join("file")).unwrap(), b"f");
+        assert_eq!(fs::read(root.join("file-2")).unwrap(), b"f");
+        let mut names: Vec<_> = fs::read_dir(root)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        let expected = [
+            "after", "again", "again-2", "again-3", "before", "dir", "early", "file", "file-2", "gone",
+            "implied", "middle",
+        ];
+        assert_eq!(names, expected);
+    });
+}
+
+#[test]
+fn the_last_entry_of_a_name_counts() {
+    let mut tar = Tarball::default();
+    tar.file("a", b"first").link(b'1', "link-to-first", "a").file("./a", b"second");
+    tar.dir("d").file("d/x", b"x").dir("d/").file("was-dir/x", b"x").file("was-dir", b"file");
+    tar.file("was-file", b"file").dir("was-file").file("was-file/x", b"x");
+    tar.link(b'1', "early-link", "later").file("later", b"later").link(b'1', "second-early", "early-link");
+    tar.link(b'2', "soft", "d").file("soft/through", b"t").link(b'2', "abs", "/e/f").file("abs/x", b"e");
+    tar.link(b'2', "up", "../../d").file("up/y", b"y").file("/rooted", b"r").file("implied/a/b", b"b");
+    view(&tar, |root| {
+        use std::os::unix::fs::MetadataExt;
+        let read = |name: &str| String::from_utf8(fs::read(root.join(name)).unwrap()).unwrap();
+        assert_eq!(read("a"), "second");
+        assert_eq!(read("link-to-first"), "first");
+        assert_eq!(
+            (read("d/x"), read("was-dir"), read("was-file/x")),
+            ("x".into(), "file".into(), "x".into())
+        );
+        let ino = |name: &str| root.join(name).metadata().unwrap().ino();
+        assert_eq!(read("early-link"), "later");
+        assert_eq!((ino("early-link"), ino("second-early")), (ino("later"), ino("later")));
+        assert_eq!(root.join("later").metadata().unwrap().nlink(), 3);
+        assert_eq!((read("d/through"), read("e/f/x"), read("d/y")), ("t".into(), "e".into(), "y".into()));
+        assert_eq!(read("rooted"), "r");
+        let implied = root.join("implied/a").metadata().unwrap();
+        assert_eq!((implied.mode() & 0o7777, implied.uid(), implied.mtime()), (0o755, 0, 0));
+    });
+}
+
+#[test]
+fn numbers_beyond_octal() {
+    let mut tar = Tarball::default();
+    let big = |header: &mut Header, at: usize, len: usize, value: i64| {
+        let bytes = (i128::from(value) & ((1 << (len * 8 - 1)) - 1) | 1 << (len * 8 - 1)).to_be_bytes();
+        header.set(at, &bytes[16 - len..]);
+    };
+    let mut header = Header::new(b'0', b"base256", 0);
+    big(&mut header, 108, 8, 4_000_000_000);
+    big(&mut header, 136, 12, 4_000_000_000);
+    tar.raw(header, b"");
+    tar.pax(&[(b"uid", b"3000000000"), (b"gid", b"2097152"), (b"mtime", b"1.999999999")]).file("pax", b"");
+    tar.pax(&[(b"mtime", b"-5.5")])
+        .file("before-1970", b"")
+        .pax(&[(b"mtime", b"99999999999")])
+        .file("far", b"");
+    tar.pax(&[
+        (b"SCHILY.xattr.system.posix_acl_access", b"\x02"),
+        (b"SCHILY.xattr.trusted.overlay.redirect", b"/x"),
+    ]);
+    tar.file("dropped", b"");
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    let notes = convert(&tar.end(), &image).unwrap().notes;
+    assert_eq!(notes.len(), 4, "{notes:?}");
+    for text in ["-6", "99999999999", "posix_acl", "overlay.redirect"] {
+        assert!(notes.iter().any(|note| note.contains(text)), "{text}: {notes:?}");
+    }
+    let mounted = Mounted::new(&image, folder.path().join("mnt"));
+    use std::os::unix::fs::MetadataExt;
+    let data = |name: &str| mounted.0.join(name).metadata().unwrap();
+    assert_eq!((data("base256").uid(), data("base256").mtime()), (4_000_000_000, 4_000_000_000));
+    assert_eq!((data("pax").uid(), data("pax").gid(), data("pax").mtime()), (3_000_000_000, 2_097_152, 1));
+    assert_eq!((data("before-1970").mtime(), data("far").mtime()), (0, i64::from(u32::MAX)));
+}
+
+/// A hostile or broken stream, and the words of the error that it gives.
+#[test]
+fn hostile_streams_are_refused() {
+    type Make = fn(&mut Tarball);
+    let cases: &[(&str, Make, &str)] = &[
+        (
+            "a name with ..",
+            |t| {
+                t.file("a/../../etc/passwd", b"");
+            },
+            "`..`",
+        ),
+        (
+            "a hard link with ..",
+            |t| {
+                t.link(b'1', "l", "../../etc/shadow");
+            },
+            "`..`",
+        ),
+        (
+            "a hard link to nothing",
+            |t| {
+                t.link(b'1', "l", "nowhere");
+            },
+            "hard link to `nowhere`",
+        ),
+        (
+            "hard links in a ring",
+            |t| {
+                t.link(b'1', "a", "b").link(b'1', "b", "a");
+            },
+            "hard link to",
+        ),
+        (
+            "a hard link to itself",
+            |t| {
+                t.link(b'1', "a", "a");
+            },
+            "hard link to",
+        ),
+        (
+            "a hard link to a folder",
+            |t| {
+                t.dir("d").link(b'1', "l", "d");
+            },
+            "hard link to a folder",
+        ),
+        (
+            "a file below a file",
+            |t| {
+                t.file("f", b"").file("f/x", b"");
+            },
+            "not a folder",
+        ),
+        (
+            "links in a ring",
+            |t| {
+                t.link(b'2', "a", "b").link(b'2', "b", "a").file("a/x", b"");
+            },
+            "too many symbolic links",
+        ),
+        (
+            "a file as the root",
+            |t| {
+                t.file("./", b"").file(".", b"");
+            },
+            "replace the root",
+        ),
+        (
+            "a whiteout of ..",
+            |t| {
+                t.file("d/.wh...", b"");
+            },
+            "impossible name",
+        ),
+        (
+            "a whiteout of nothing",
+            |t| {
+                t.file(".wh.", b"");
+            },
+            "impossible name",
+        ),
+        (
+            "a long part",
+            |t| {
+                t.pax(&[(b"path", &[b'n'; 256])]).file("x", b"");
+            },
+            "longer than 255",
+        ),
+        (
+            "a long path",
+            |t| {
+                t.pax(&[(b"path", &b"a/".repeat(2100))]).file("x", b"");
+            },
+            "length of a name",
+        ),
+        (
+            "a NUL in a name",
+            |t| {
+                t.pax(&[(b"path", b"a\0b")]).file("x", b"");
+            },
+            "impossible name",
+        ),
+        (
+            "a NUL in an attribute's name",
+            |t| {
+                t.pax(&[(b"SCHILY.xattr.user.a\0b", b"x")]).file("x", b"");
+            },
+            "attribute name",
+        ),
+        (
+            "an attribute too long",
+            |t| {
+                t.pax(&[(b"SCHILY.xattr.user.a", &[1; 65537])]).file("x", b"");
+            },
+            "longer than Linux",
+        ),
+        (
+            "an extended header too long",
+            |t| {
+                t.raw(Header::new(b'x', b"p", 2 << 20), b"");
+            },
+            "more than the 1048576",
+        ),
+        (
+            "a long name too long",
+            |t| {
+                t.raw(Header::new(b'L', b"p", 1 << 40), b"");
+            },
+            "more than the 1048576",
+        ),
+        (
+            "a record beyond its header",
+            |t| {
+                t.raw(Header::new(b'x', b"p", 9), b"99 a=bcd\n");
+            },
+            "longer than the header",
+        ),
+        (
+            "a record of length 0",
+            |t| {
+                t.raw(Header::new(b'x', b"p", 9), b"0 a=bcde\n");
+            },
+            "longer than the header",
+        ),
+        (
+            "a record without a value",
+            |t| {
+                t.raw(Header::new(b'x', b"p", 9), b"9 abcdef\n");
+            },
+            "no `=`",
+        ),
+        (
+            "a global path",
+            |t| {
+                let r = tarball::record(b"path", b"x");
+                t.raw(Header::new(b'g', b"p", r.len() as u64), &r);
+            },
+            "global `path`",
+        ),
+        (
+            "an owner too large",
+            |t| {
+                t.pax(&[(b"uid", b"4294967296")]).file("x", b"");
+            },
+            "uid",
+        ),
+        (
+            "an owner below 0",
+            |t| {
+                t.pax(&[(b"uid", b"-1")]).file("x", b"");
+            },
+            "uid",
+        ),
+        (
+            "a time that is none",
+            |t| {
+                t.pax(&[(b"mtime", b"yesterday")]).file("x", b"");
+            },
+            "mtime",
+        ),
+        (
+            "a size that is none",
+            |t| {
+                t.pax(&[(b"size", b"1e3")]).file("x", b"");
+            },
+            "size",
+        ),
+        (
+            "a size below 0",
+            |t| {
+                let mut h = Header::new(b'0', b"x", 0);
+                h.set(124, &[0xff; 12]);
+                t.raw(h, b"");
+            },
+            "size",
+        ),
+        (
+            "a size of 2^63",
+            |t| {
+                t.pax(&[(b"size", b"9223372036854775808")]).file("x", b"");
+            },
+            "size",
+        ),
+        (
+            "a device number too large",
+            |t| {
+                let mut h = Header::new(b'3', b"x", 0);
+                h.octal(329, 8, 0o10000);
+                t.raw(h, b"");
+            },
+            "device number",
+        ),
+        (
+            "a type that is none",
+            |t| {
+                t.raw(Header::new(b'M', b"x", 0), b"");
+            },
+            "type `M`",
+        ),
+        (
+            "a link to nothing",
+            |t| {
+                t.link(b'2', "l", "");
+            },
+            "empty name",
+        ),
+        (
+            "no name",
+            |t| {
+                t.file("", b"");
+            },
+            "impossible name",
+        ),
+        (
+            "a file that ends early",
+            |t| {
+                t.raw(Header::new(b'0', b"x", 100_000), b"short");
+            },
+            "the stream ends there",
+        ),
+        (
+            "no tar at all",
+            |t| {
+                t.bytes.extend_from_slice(&[b'x'; 2048]);
+            },
+            "checksum",
+        ),
+        (
+            "a sparse map out of order",
+            |t| {
+                t.pax(&[(b"GNU.sparse.map", b"10,5,0,5"), (b"GNU.sparse.size", b"20")])
+                    .file("x", b"0123456789");
+            },
+            "out of order",
+        ),
+        (
+            "a sparse map beyond the file",
+            |t| {
+                t.pax(&[(b"GNU.sparse.map", b"0,10"), (b"GNU.sparse.size", b"5")]).file("x", b"0123456789");
+            },
+            "beyond the file",
+        ),
+        (
+            "a sparse map that overflows",
+            |t| {
+                t.pax(&[(b"GNU.sparse.map", b"18446744073709551615,10"), (b"GNU.sparse.size", b"5")])
+                    .file("x", b"0123456789");
+            },
+            "beyond 2^64",
+        ),
+        (
+            "a sparse map that does not add up",
+            |t| {
+                t.pax(&[(b"GNU.sparse.map", b"0,3"), (b"GNU.sparse.size", b"20")]).file("x", b"0123456789");
+            },
+            "add up",
+        ),
+        (
+            "a sparse file of 2^62 bytes",
+            |t| {
+                t.pax(&[(b"GNU.sparse.map", b"0,1"), (b"GNU.sparse.size", b"4611686018427387904")])
+                    .file("x", b"0");
+            },
+            "too many names, attributes or blocks",
+        ),
+        (
+            "a sparse map in the content that never ends",
+            |t| {
+                t.pax(&[
+                    (b"GNU.sparse.major", b"1"),
+                    (b"GNU.sparse.minor", b"0"),
+                    (b"GNU.sparse.realsize", b"5"),
+                ])
+                .file("x", &[b'1'; 600]);
+            },
+            "number is malformed",
+        ),
+        (
+            "a sparse map in the content that is too long",
+            |t| {
+                t.pax(&[
+                    (b"GNU.sparse.major", b"1"),
+                    (b"GNU.sparse.minor", b"0"),
+                    (b"GNU.sparse.realsize", b"5"),
+                ])
+                .file("x", b"9\n0\n1\n");
+            },
+            "longer than the entry",
+        ),
+        (
+            "a sparse map of a billion pieces",
+            |t| {
+                t.pax(&[
+                    (b"GNU.sparse.major", b"1"),
+                    (b"GNU.sparse.minor", b"0"),
+                    (b"GNU.sparse.realsize", b"5"),
+                ])
+                .file("x", b"1000000000\n");
+            },
+            "map of a sparse file",
+        ),
+    ];
+    let folder = TempDir::new().unwrap();
+    for (what, make, words) in cases {
+        let mut tar = Tarball::default();
+        make(&mut tar);
+        let stream = if *what == "a file that ends early" { tar.bytes.clone() } else { tar.end() };
+        let error = convert(&stream, &folder.path().join("image")).expect_err(what);
+        let typed = matches!(
+            error,
+            ConvertError::Tar(_)
+                | ConvertError::Entry { .. }
+                | ConvertError::HardLink { .. }
+                | ConvertError::TooMuch { .. }
+        );
+        assert!(typed && error.to_string().contains(words), "{what}: {error:?}");
+    }
+}
+
+/// Any damage to a good stream gives an image or an error, never a panic or a hang.
+#[test]
+fn damaged_streams_never_panic() {
+    let mut tar = Tarball::default();
+    tar.dir("d").pax(&[(b"SCHILY.xattr.user.a", b"b"), (b"mtime", b"1.5")]).file("d/f", b"content");
+    tar.link(b'1', "h", "d/f").link(b'2', "s", "d").file("s/.wh.x", b"").file("d/.wh..wh..opq", b"");
+    tar.pax(&[
+        (b"GNU.sparse.major", b"1"),
+        (b"GNU.sparse.minor", b"0"),
+        (b"GNU.sparse.realsize", b"70000"),
+        (b"GNU.sparse.name", b"sp"),
+    ]);
+    let mut map = b"1\n65536\n5\n".to_vec();
+    map.resize(512, 0);
+    tar.file("x", &[&map[..], b"hello"].concat());
+    let good = tar.end();
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    convert(&good, &image).unwrap();
+    let (mut state, mut refused) = (0x9e37_79b9_7f4a_7c15_u64, 0);
+    for _ in 0..1500 {
+        let mut bytes = good.clone();
+        for _ in 0..1 + state % 3 {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let at = (state >> 20) as usize % bytes.len();
+            bytes[at] ^= (state >> 8) as u8 | 1;
+            // Repair the checksum, or nearly every change would be refused by it.
+            let start = at / 512 * 512;
+            let mut header: [u8; 512] = bytes[start..start + 512].try_into().unwrap();
+            header[148..156].copy_from_slice(b"        ");
+            let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum();
+            bytes[start + 148..start + 156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        }
+        refused +=
+            usize::from(convert_with(&bytes, &layer_of(&bytes, Compression::None), &image, 1).is_err());
+    }
+    assert!(refused > 100, "{refused}");
+}
+
+#[test]
+fn what_is_not_the_layer_asked_for_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    let mut tar = Tarball::default();
+    tar.file("file", &[b'x'; 100_000]);
+    let stream = tar.end();
+    fs::write(folder.path().join("tar"), &stream).unwrap();
+    sh(folder.path(), "gzip -k tar");
+    let gz = fs::read(folder.path().join("tar.gz")).unwrap();
+    let good = layer_of(&gz, Compression::Gzip);
+    convert_with(&gz, &good, &image, 1).unwrap();
+
+    let other = Digest::of(b"other");
+    let refused = |bytes: &[u8], layer: &TarLayer| {
+        let error = convert_with(bytes, layer, &image, 1).unwrap_err();
+        assert_eq!(error.class(), Class::Verification, "{error}");
+        error
+    };
+    let error = refused(&gz, &TarLayer { digest: other, ..good });
+    assert!(matches!(error, ConvertError::Digest { found, .. } if found == good.digest));
+    let error = refused(&gz, &TarLayer { diff_id: Some(other), ..good });
+    assert!(
+        matches!(error, ConvertError::DiffId { expected, found, .. } if expected == other && found == Digest::of(&stream))
+    );
+    let error = refused(&gz[..gz.len() - 10], &good);
+    assert!(matches!(error, ConvertError::Size { found, .. } if found == gz.len() as u64 - 10));
+    let longer = [&gz[..], &[0; 100]].concat();
+    assert!(matches!(refused(&longer, &good), ConvertError::Size { .. }));
+    // A damaged blob is named as such, whatever the decompressor says of it.
+    let mut damaged = gz.clone();
+    damaged[50] ^= 1;
+    assert!(matches!(refused(&damaged, &good), ConvertError::Digest { .. }));
+    // A blob that was cut off, with the digest of what is left, is not a whole stream.
+    let cut = &gz[..gz.len() - 10];
+    let error = convert_with(cut, &layer_of(cut, Compression::Gzip), &image, 1).unwrap_err();
+    assert!(matches!(error, ConvertError::Tar(_)), "{error}");
+    // Nor is anything behind the stream's end passed over.
+    let error = convert_with(&longer, &layer_of(&longer, Compression::Gzip), &image, 1).unwrap_err();
+    assert!(matches!(error, ConvertError::Tar(_)), "{error}");
 }

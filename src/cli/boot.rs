@@ -1,7 +1,9 @@
 //! `mosfs boot`: from the initramfs, choose, verify, check the floor, mount the root.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use clap::Args;
@@ -57,6 +59,21 @@ impl Classified for RefusedError {
     }
 }
 
+/// Starts this program again with a name that begins with `@`, unless it has one.
+///
+/// systemd in an initramfs ends all processes before it switches the root, but for those of root
+/// whose argv[0] begins so (systemd, "Storage Daemons for the Root File System"). The daemon of a FUSE
+/// root is forked from this process and has its name.
+fn protect_from_switch_root() {
+    let mut arguments = std::env::args_os();
+    if arguments.next().is_some_and(|name| name.as_encoded_bytes().starts_with(b"@")) {
+        return;
+    }
+    // It returns only where it fails; a boot through dm-verity needs no such name.
+    let error = Command::new("/proc/self/exe").arg0("@mosfs").args(arguments).exec();
+    log::warn!("the name that survives switch_root cannot be had: {error}");
+}
+
 /// Runs `mosfs boot`.
 pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     let real = args.cmdline.as_os_str() == "/proc/cmdline";
@@ -66,6 +83,9 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
         .find(|(name, _)| real && name.as_encoded_bytes().starts_with(b"MOSFS_") && name != "MOSFS_FAILPOINT")
     {
         return Err(RefusedError::Environment { name: name.to_string_lossy().into_owned() }.into());
+    }
+    if real {
+        protect_from_switch_root();
     }
     let text = fs::read(&args.cmdline).on("read", &args.cmdline)?;
     let options = cmdline::parse(&String::from_utf8_lossy(&text))

@@ -9,6 +9,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{Global, output, progress};
+use crate::convert::{DEFAULT_LEVEL, Effort};
 use crate::deploy::build::{Signer, build};
 use crate::error::{AnyError, IoContext, IoError};
 use crate::manifest::{ImportManifest, yaml};
@@ -37,6 +38,9 @@ pub struct Build {
     /// How many threads work at a time; without it, one for each processor.
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
+    /// How hard to compress, as zstd counts: another level gives another digest.
+    #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
+    level: i32,
 }
 
 /// Runs `mosfs build`.
@@ -52,8 +56,8 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         dates: Dates::check_now(),
         floor_key: floor_key.as_ref(),
     };
-    let jobs = args.jobs.unwrap_or_else(threads);
-    let built = build(&import, &store, &signer, jobs, &progress::of(global)?)?;
+    let effort = Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level };
+    let built = build(&import, &store, &signer, effort, &progress::of(global)?)?;
     for (name, target) in &built.targets {
         target.notes.iter().for_each(|note| output::note(format_args!("target `{name}`: {note}")));
     }

@@ -8,9 +8,10 @@ use super::{Global, device};
 use crate::deploy;
 use crate::deploy::booted::{self, BootRecord};
 use crate::digest::Digest;
-use crate::error::AnyError;
+use crate::error::{AnyError, IoContext};
 use crate::image::oci::Platform;
 use crate::mount::fuse::FuseOptions;
+use crate::mount::kernel_overlay::Upper;
 use crate::mount::{self, Backend, MountFlags, MountPlan};
 use crate::sys;
 use crate::transport::{OciDir, SourceRef};
@@ -31,6 +32,13 @@ pub struct MountArgs {
     /// Who serves the mount: auto, dm-verity or fuse.
     #[arg(long, default_value = "auto", value_name = "NAME")]
     backend: Backend,
+    /// Let the tree be written to: a deployed target's changes are kept in SYSTEM/scratch/TARGET,
+    /// those of another image in memory.
+    #[arg(long)]
+    writable: bool,
+    /// Let the tree be written to, and keep what changes in this folder.
+    #[arg(long, value_name = "DIR")]
+    upper: Option<PathBuf>,
     /// Stay in the foreground and write the log to stderr.
     #[arg(long, short)]
     foreground: bool,
@@ -72,13 +80,40 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         flags,
         inherited,
     };
-    if args.foreground {
+    if let Some(upper) = upper(args, global)? {
+        if args.foreground {
+            let why = "a writable mount has no process that could stay in the foreground".into();
+            return Err(mount::MountError::NoBackend { backend: "overlayfs", why }.into());
+        }
+        mount::mount_writable(&plan, &args.target, args.backend, &options, &upper)?;
+    } else if args.foreground {
         let terminal = Box::new(std::io::stderr());
         mount::mount_in_foreground(&plan, &args.target, args.backend, &options, terminal)?;
     } else {
         mount::mount(&plan, &args.target, args.backend, &options)?;
     }
     Ok(())
+}
+
+/// Where the writes go, if there are to be any.
+fn upper(args: &MountArgs, global: &Global) -> Result<Option<Upper>, AnyError> {
+    if let Some(upper) = &args.upper {
+        // overlayfs wants its working folder on the same file system, and not inside.
+        let upper = std::path::absolute(upper).on("find", upper)?;
+        let mut work = std::ffi::OsString::from(".");
+        work.push(upper.file_name().unwrap_or_default());
+        work.push(".mosfs-work");
+        let work = upper.with_file_name(work);
+        return Ok(Some(Upper::Folder { upper, work }));
+    }
+    if !args.writable {
+        return Ok(None);
+    }
+    if args.source.contains(':') {
+        return Ok(Some(Upper::Memory));
+    }
+    let folder = device::system(global).scratch_dir(&args.source);
+    Ok(Some(Upper::Folder { upper: folder.join("upper"), work: folder.join("work") }))
 }
 
 /// Finds what is to be mounted.

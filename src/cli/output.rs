@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::Global;
 use crate::deploy::DeployError;
-use crate::error::{AnyError, IoContext};
+use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::manifest::rules;
 use crate::manifest::{ImportErrors, SystemError};
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
@@ -129,8 +129,13 @@ fn for_system(error: &SystemError) -> Option<&'static str> {
     }
 }
 
-fn for_import(_: &ImportErrors) -> Option<&'static str> {
-    Some("`mosfs manifest check FILE` checks a manifest without building it")
+fn for_import(errors: &ImportErrors) -> Option<&'static str> {
+    Some(match errors.class() {
+        Class::Verification => {
+            "another image is there than the one that was pinned; look at it before changing the pin"
+        }
+        _ => "`mosfs manifest check FILE` checks a manifest without building it",
+    })
 }
 
 /// Prints one line of an answer to stdout.

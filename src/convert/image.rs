@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-use super::{ConvertError, Meta, Ready, TarLayer, convert_tar, examine};
+use super::{ConvertError, Effort, Meta, Ready, TarLayer, convert_tar, examine};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
@@ -55,8 +55,8 @@ pub struct Ingest<'a> {
     pub from: &'a dyn Transport,
     /// The store, with its lock held.
     pub writer: &'a Writer<'a>,
-    /// How many threads work at a time.
-    pub jobs: NonZeroUsize,
+    /// How many threads work at a time, and how hard.
+    pub effort: Effort,
     /// Who hears of it.
     pub progress: &'a Progress,
 }
@@ -95,7 +95,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
             job.from.open(&layer.digest)?,
             &tar,
             &temp.file,
-            job.jobs,
+            job.effort,
             &mut attributes,
             job.progress,
         )
@@ -145,8 +145,8 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
 fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, IngestError> {
     let next = AtomicUsize::new(0);
     // Threads for the layers, and what is left of them for the blocks of each.
-    let outer = job.jobs.get().min(image.layers.len().max(1));
-    let inner = NonZeroUsize::new(job.jobs.get() / outer).unwrap_or(NonZeroUsize::MIN);
+    let outer = job.effort.threads.get().min(image.layers.len().max(1));
+    let inner = NonZeroUsize::new(job.effort.threads.get() / outer).unwrap_or(NonZeroUsize::MIN);
     let work = || {
         let mut done = Vec::new();
         loop {

@@ -9,11 +9,13 @@
 //! input gives the same bytes for any N. Memory: a few blocks a thread, as both queues are bounded.
 //!
 //! A file below [`BLOCK_BYTES`] shares a fragment block with its neighbours; the tail of a larger
-//! one is a short block of its own (mksquashfs' default). A block of zeros is not stored.
+//! one is a short block of its own (mksquashfs' default). A small file with the content of an earlier one
+//! takes its place in the fragment. A block of zeros is not stored.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -21,7 +23,8 @@ use std::thread::JoinHandle;
 
 use super::tar::Content;
 use super::tree::MAX_METADATA_BYTES;
-use super::{COMPRESSION_LEVEL, ConvertError};
+use super::{ConvertError, Effort};
+use crate::digest::Digest;
 
 /// Size of a data block: 128 KiB (DESIGN.md, "Layers").
 pub const BLOCK_BYTES: usize = 128 << 10;
@@ -82,11 +85,14 @@ pub struct Packer {
     next_fragment: u32,
     fragment: Vec<u8>,
     list_bytes: u64,
+    /// Where the content of each small file is, by its digest.
+    small: HashMap<Digest, (u32, u32)>,
 }
 
 impl Packer {
-    /// A packer that writes to `file` from offset `start` on and compresses on `threads` threads.
-    pub fn new(file: File, start: u64, threads: NonZeroUsize) -> io::Result<Self> {
+    /// A packer that writes to `file` from offset `start` on.
+    pub fn new(file: File, start: u64, effort: Effort) -> io::Result<Self> {
+        let Effort { threads, level } = effort;
         let (jobs, queue) = sync_channel::<Job>(threads.get());
         let (order, results) = sync_channel::<Pending>(threads.get() * 4);
         let queue = Arc::new(Mutex::new(queue));
@@ -99,11 +105,12 @@ impl Packer {
             next_fragment: 0,
             fragment: Vec::with_capacity(BLOCK_BYTES),
             list_bytes: 0,
+            small: HashMap::new(),
         };
         for number in 0..threads.get() {
             let queue = Arc::clone(&queue);
             let worker = std::thread::Builder::new().name(format!("compress-{number}"));
-            packer.workers.push(worker.spawn(move || compress_all(&queue))?);
+            packer.workers.push(worker.spawn(move || compress_all(&queue, level))?);
         }
         let writer = std::thread::Builder::new().name("write".into());
         packer.writer = Some(writer.spawn(move || write_all(&results, &file, start))?);
@@ -246,6 +253,18 @@ impl FileWriter<'_> {
     /// Ends the file.
     pub fn finish(mut self) -> Result<FileData, ConvertError> {
         self.flush_if(1)?;
+        if let Some(place) = &mut self.data.fragment {
+            let content = self.packer.fragment.get(place.1 as usize..).unwrap_or_default();
+            match self.packer.small.entry(Digest::of(content)) {
+                Entry::Occupied(earlier) => {
+                    self.packer.fragment.truncate(place.1 as usize);
+                    *place = *earlier.get();
+                }
+                Entry::Vacant(first) => {
+                    first.insert(*place);
+                }
+            }
+        }
         Ok(self.data)
     }
 }
@@ -256,8 +275,8 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// A worker: compresses blocks until the queue is closed.
-fn compress_all(queue: &Mutex<Receiver<Job>>) {
-    let mut compressor = zstd::bulk::Compressor::new(COMPRESSION_LEVEL);
+fn compress_all(queue: &Mutex<Receiver<Job>>, level: i32) {
+    let mut compressor = zstd::bulk::Compressor::new(level);
     loop {
         let job = match queue.lock() {
             Ok(queue) => queue.recv(),

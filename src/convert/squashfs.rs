@@ -21,9 +21,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use super::ConvertError;
 use super::pack::{BLOCK_BYTES, Packed, Stored};
 use super::tree::{NodeIndex, NodeKind, Tree, Xattrs};
-use super::{COMPRESSION_LEVEL, ConvertError};
 
 /// Size of the superblock, where content begins, in bytes.
 pub const SUPERBLOCK_BYTES: u64 = 96;
@@ -49,8 +49,8 @@ struct Metadata {
 }
 
 impl Metadata {
-    fn new() -> io::Result<Self> {
-        let compressor = zstd::bulk::Compressor::new(COMPRESSION_LEVEL)?;
+    fn new(level: i32) -> io::Result<Self> {
+        let compressor = zstd::bulk::Compressor::new(level)?;
         Ok(Self {
             stored: Vec::new(),
             block: Vec::with_capacity(METADATA_BYTES),
@@ -122,6 +122,7 @@ struct Listing {
 struct TableWriter<'a> {
     tree: &'a Tree,
     packed: &'a Packed,
+    level: i32,
     inodes: Metadata,
     directories: Metadata,
     nodes: Vec<Written>,
@@ -135,12 +136,13 @@ struct TableWriter<'a> {
 
 /// Writes all tables and the superblock of an image whose content is in `file`; the image's size
 /// in bytes, which the superblock says too. The tree is finished.
-pub fn write_tables(tree: &Tree, packed: &Packed, file: &File) -> Result<u64, ConvertError> {
+pub fn write_tables(tree: &Tree, packed: &Packed, file: &File, level: i32) -> Result<u64, ConvertError> {
     let mut writer = TableWriter {
         tree,
         packed,
-        inodes: Metadata::new()?,
-        directories: Metadata::new()?,
+        level,
+        inodes: Metadata::new(level)?,
+        directories: Metadata::new(level)?,
         nodes: vec![Written::default(); tree.nodes.len()],
         listings: HashMap::new(),
         parents: HashMap::new(),
@@ -416,7 +418,7 @@ impl<'a> TableWriter<'a> {
         let inode_table = append(&self.inodes.stored)?;
         let directory_table = append(&self.directories.stored)?;
 
-        let mut fragments = Metadata::new()?;
+        let mut fragments = Metadata::new(self.level)?;
         for Stored { start, word } in &self.packed.fragments {
             fragments.write(&start.to_le_bytes())?;
             fragments.write(&word.to_le_bytes())?;
@@ -427,7 +429,7 @@ impl<'a> TableWriter<'a> {
             false => indexed(&mut fragments, &mut append)?,
         };
 
-        let mut ids = Metadata::new()?;
+        let mut ids = Metadata::new(self.level)?;
         for id in &self.ids {
             ids.write(&id.to_le_bytes())?;
         }
@@ -464,7 +466,7 @@ impl<'a> TableWriter<'a> {
         &self,
         append: &mut dyn FnMut(&[u8]) -> Result<u64, ConvertError>,
     ) -> Result<u64, ConvertError> {
-        let (mut pairs, mut lists) = (Metadata::new()?, Metadata::new()?);
+        let (mut pairs, mut lists) = (Metadata::new(self.level)?, Metadata::new(self.level)?);
         for list in &self.xattr_lists {
             let reference = pairs.reference();
             let mut size = 0;

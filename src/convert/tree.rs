@@ -339,6 +339,9 @@ impl Tree {
             Some(index) => {
                 self.check_link_target(index, path)?;
                 self.charge(NODE_BYTES)?;
+                if matches!(self.nodes.get(index).map(|node| &node.kind), Some(NodeKind::PendingLink(_))) {
+                    self.pending.push((dir, name.into()));
+                }
                 self.set_child(dir, name, index);
                 Ok(())
             }

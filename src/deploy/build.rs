@@ -14,9 +14,9 @@
 //! signature, certificate and floor signature: that is how a system gets a renewed certificate.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
 use std::path::Path;
 
+use crate::convert::Effort;
 use crate::convert::image::{Ingest, IngestError, check_layers, ingest};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
@@ -82,7 +82,7 @@ pub fn build(
     import: &ImportManifest,
     store: &Store,
     signer: &Signer<'_>,
-    jobs: NonZeroUsize,
+    effort: Effort,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     if import.storage_type() != StorageType::Atomfs {
@@ -102,7 +102,7 @@ pub fn build(
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
-        let job = Ingest { from: &*image.from, writer: &writer, jobs, progress };
+        let job = Ingest { from: &*image.from, writer: &writer, effort, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
         failpoint::hit("build.image");

@@ -137,7 +137,8 @@ pub enum Place {
 pub struct BlockId {
     /// Offset in the image, in bytes.
     pub start: u64,
-    /// Size word as the format stores it (squashfs: bit 24 set means not compressed).
+    /// Size word as the format stores it (squashfs: bit 24 set means not compressed). Bits that the format leaves
+    /// at 0 are the reader's own: make a `BlockId` of nothing but what `extent` answered.
     pub size_word: u32,
     /// How many bytes it decodes to at the most; a data block decodes to exactly its extent's length.
     pub decoded_max: u32,

@@ -119,13 +119,9 @@ impl fmt::Display for Path<'_> {
     }
 }
 
-/// At most 80 characters of a text, with control characters escaped: file content goes to terminals.
+/// At most 80 characters of a text, for messages.
 pub(super) fn excerpt(text: &str) -> String {
-    let mut short: String = text.chars().take(80).flat_map(char::escape_debug).collect();
-    if text.chars().nth(80).is_some() {
-        short.push('…');
-    }
-    short
+    rules::printable(text, 80)
 }
 
 /// A node in words.

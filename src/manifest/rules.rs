@@ -29,6 +29,23 @@ pub fn has_control(text: &str) -> bool {
     text.chars().any(char::is_control)
 }
 
+/// At most `max` characters of a text, for messages: what others wrote goes to terminals and logs, so
+/// control characters and those that turn the direction of text or cannot be seen are escaped.
+pub fn printable(text: &str, max: usize) -> String {
+    let hidden = |c| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let mut short = String::new();
+    for c in text.chars().take(max) {
+        match c {
+            c if c.is_control() || hidden(c) => short.extend(c.escape_debug()),
+            c => short.push(c),
+        }
+    }
+    if text.chars().nth(max).is_some() {
+        short.push('…');
+    }
+    short
+}
+
 /// A name: `[a-z0-9]+([._-][a-z0-9]+)*`, at most 63 characters.
 pub fn name(text: &str) -> Result<(), Refused> {
     let part =

@@ -10,9 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::dm_verity::{self, DmVerity, DmVerityError, LayerInput};
+use super::fuse::{self, FuseOptions};
 use super::kernel_overlay::{self, Upper};
-use super::registry::{self, MountRecord};
+use super::registry::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan};
+use crate::error::IoContext;
 use crate::sys::mountapi;
 
 /// Where locks and records of root's mounts are.
@@ -62,27 +64,62 @@ pub fn mount(
     let with_layers = begin.elapsed();
     let tree = dm_verity::assemble(&layers, upper, &source, attributes(flags))?;
     mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
-    record(plan, &target, NAME)?;
+    record(plan, &target, NAME, None)?;
     Ok(Timing { layers: with_layers, tree: begin.elapsed() - with_layers })
 }
 
-/// Puts a writable layer over the tree that is mounted at `lower`, and mounts both at `target`.
-pub fn mount_over(
-    lower: &Path,
+/// Mounts a plan through FUSE, puts a writable layer over it, and mounts that at `target`.
+///
+/// The FUSE mount is made at a folder in [`RUN_DIR`] and taken out of the tree as soon as the overlay
+/// has a mount of its own of it; so it lives exactly as long as the overlay, and so does its daemon.
+pub fn mount_over_fuse(
     plan: &MountPlan,
     upper: &Upper,
     target: &Path,
-    flags: &MountFlags,
-) -> Result<(), MountError> {
+    options: &FuseOptions,
+) -> Result<Timing, MountError> {
     let target = folder(target)?;
-    let tree = mountapi::clone_mount(lower)
-        .and_then(|lower| {
-            let source = format!("mosfs:{}", plan.source);
-            kernel_overlay::assemble(&[lower.as_fd()], Some(upper), &source, attributes(flags))
-        })
-        .map_err(DmVerityError::Mount)?;
-    mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
-    record(plan, &target, "fuse")
+    let begin = Instant::now();
+    let lower = LowerFolder::new()?;
+    fuse::mount(plan, &lower.0, options)?;
+    let with_layers = begin.elapsed();
+    let made = mountapi::clone_mount(&lower.0).and_then(|mount| {
+        let source = format!("mosfs:{}", plan.source);
+        kernel_overlay::assemble(&[mount.as_fd()], Some(upper), &source, attributes(&options.flags))
+    });
+    let daemon = registry::mounts()?.into_iter().find(|one| one.target == lower.0).and_then(|one| one.daemon);
+    let _ = mountapi::unmount(&lower.0, true);
+    mountapi::attach(made.map_err(DmVerityError::Mount)?, &target).map_err(DmVerityError::Mount)?;
+    record(plan, &target, "fuse", daemon)?;
+    Ok(Timing { layers: with_layers, tree: begin.elapsed() - with_layers })
+}
+
+/// An empty folder in [`RUN_DIR`] that is removed again.
+struct LowerFolder(PathBuf);
+
+impl LowerFolder {
+    fn new() -> Result<Self, MountError> {
+        let parent = Path::new(RUN_DIR).join("lower");
+        fs::create_dir_all(&parent).on("create", &parent)?;
+        let mut number = 0;
+        loop {
+            let path = parent.join(format!("{}-{number}", std::process::id()));
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < 1000 => number += 1,
+                result => {
+                    result.on("create", &path)?;
+                    return Ok(Self(path));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for LowerFolder {
+    fn drop(&mut self) {
+        let _ = mountapi::unmount(&self.0, true);
+        let _ = fs::remove_dir(&self.0);
+    }
 }
 
 /// The mount point as the kernel will list it.
@@ -107,7 +144,12 @@ fn attributes(flags: &MountFlags) -> u64 {
 }
 
 /// Writes the record of a mount; undoes the mount where that fails.
-fn record(plan: &MountPlan, target: &Path, backend: &str) -> Result<(), MountError> {
+fn record(
+    plan: &MountPlan,
+    target: &Path,
+    backend: &str,
+    daemon: Option<DaemonRecord>,
+) -> Result<(), MountError> {
     let written = fs::metadata(target)
         .map_err(|source| MountError::Target { target: target.to_path_buf(), source })
         .and_then(|metadata| {
@@ -121,7 +163,7 @@ fn record(plan: &MountPlan, target: &Path, backend: &str) -> Result<(), MountErr
                 backend: backend.into(),
                 verified: plan.is_verified(),
                 device: format!("{}:{}", libc::major(dev), libc::minor(dev)),
-                daemon: None,
+                daemon,
             })?)
         });
     written.inspect_err(|_| {

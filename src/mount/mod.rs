@@ -13,6 +13,7 @@
 pub mod dm_verity;
 pub mod engine;
 pub mod fuse;
+pub mod holders;
 pub mod kernel;
 pub mod kernel_overlay;
 mod log;
@@ -104,6 +105,36 @@ pub fn mount(
     match choose(backend, plan)? {
         Chosen::Kernel(open) => kernel::mount(&open, plan, None, target, &options.flags).map(|_| ()),
         Chosen::Fuse => fuse::mount(plan, target, options),
+    }
+}
+
+/// As [`mount`], with a writable layer above: the kernel's overlayfs, over either backend.
+///
+/// Gives the name of the backend. Over FUSE the image's own mount shows nowhere; it ends with the
+/// overlay, and its daemon with it.
+///
+/// # Errors
+/// [`MountError::NoBackend`] for users other than root; else as [`mount`].
+pub fn mount_writable(
+    plan: &MountPlan,
+    target: &Path,
+    backend: Backend,
+    options: &fuse::FuseOptions,
+    upper: &kernel_overlay::Upper,
+) -> Result<&'static str, MountError> {
+    if sys::daemon::effective_ids().0 != 0 {
+        let why = "a writable mount is an overlay of the kernel, which takes root".to_string();
+        return Err(MountError::NoBackend { backend: "overlayfs", why });
+    }
+    match choose(backend, plan)? {
+        Chosen::Kernel(open) => {
+            kernel::mount(&open, plan, Some(upper), target, &options.flags)?;
+            Ok(kernel::NAME)
+        }
+        Chosen::Fuse => {
+            kernel::mount_over_fuse(plan, upper, target, options)?;
+            Ok("fuse")
+        }
     }
 }
 

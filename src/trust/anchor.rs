@@ -12,11 +12,12 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use openssl::error::ErrorStack;
 use openssl::x509::X509;
 use uuid::Uuid;
 
 use super::MAX_CERTIFICATE_BYTES;
-use super::certificate::{name_text, read_pem};
+use super::certificate::{name_text, read_pem, reason};
 use super::files::{NewFile, read_at_most, write_new};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
@@ -154,7 +155,9 @@ impl Anchor {
             }
             (Some(has), _) => has,
             (None, Some(given)) => {
-                files.push(NewFile { name: CA_FILE, bytes: given.to_pem(), mode: 0o644 });
+                let bytes =
+                    given.to_pem().map_err(|error| AnchorError::BadCa { path, reason: reason(&error) })?;
+                files.push(NewFile { name: CA_FILE, bytes, mode: 0o644 });
                 given
             }
             (None, None) => return Err(AnchorError::Missing { path, what: "manifest CA" }),
@@ -216,6 +219,8 @@ impl AnchorPlan {
 #[derive(Clone)]
 pub struct CaFile {
     certificates: Vec<X509>,
+    /// The same in DER.
+    der: Vec<Vec<u8>>,
 }
 
 impl CaFile {
@@ -242,18 +247,22 @@ impl CaFile {
         if bytes.len() > MAX_CERTIFICATE_BYTES {
             return Err(bad(format!("it has more than {MAX_CERTIFICATE_BYTES} bytes")));
         }
-        Ok(Self { certificates: read_pem(&bytes).map_err(bad)? })
+        let certificates = read_pem(&bytes).map_err(bad)?;
+        let der = certificates.iter().map(|ca| ca.to_der()).collect::<Result<_, _>>();
+        Ok(Self { certificates, der: der.map_err(|error| bad(reason(&error)))? })
     }
 
     /// The certificates alone, without comments or keys that may stand beside them.
-    fn to_pem(&self) -> Vec<u8> {
-        self.certificates.iter().flat_map(|ca| ca.to_pem().unwrap_or_default()).collect()
+    fn to_pem(&self) -> Result<Vec<u8>, ErrorStack> {
+        self.certificates.iter().try_fold(Vec::new(), |mut all, ca| {
+            all.extend(ca.to_pem()?);
+            Ok(all)
+        })
     }
 
     /// What tells two files apart: the digests of their certificates, in any order.
     fn digests(&self) -> Vec<Digest> {
-        let mut all: Vec<_> =
-            self.certificates.iter().map(|ca| Digest::of(&ca.to_der().unwrap_or_default())).collect();
+        let mut all: Vec<_> = self.der.iter().map(|der| Digest::of(der)).collect();
         all.sort();
         all
     }
@@ -261,11 +270,9 @@ impl CaFile {
 
 impl fmt::Display for CaFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let one = |ca: &X509| {
-            let digest = Digest::of(&ca.to_der().unwrap_or_default());
-            format!("`{}` {digest}", name_text(ca.subject_name()))
-        };
-        f.write_str(&self.certificates.iter().map(one).collect::<Vec<_>>().join(", "))
+        let one =
+            |(ca, der): (&X509, &Vec<u8>)| format!("`{}` {}", name_text(ca.subject_name()), Digest::of(der));
+        f.write_str(&self.certificates.iter().zip(&self.der).map(one).collect::<Vec<_>>().join(", "))
     }
 }
 
@@ -280,9 +287,6 @@ pub(super) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
     let text = String::from_utf8_lossy(&bytes);
     match rules::uuid(text.trim_end()) {
         Ok(product) => Ok(Some(product)),
-        Err(_) => {
-            let found = text.chars().take(40).flat_map(char::escape_debug).collect();
-            Err(AnchorError::BadProduct { path, found })
-        }
+        Err(_) => Err(AnchorError::BadProduct { path, found: rules::printable(&text, 40) }),
     }
 }

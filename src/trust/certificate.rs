@@ -67,8 +67,7 @@ pub(super) fn name_text(name: &X509NameRef) -> String {
     let entry = |entry: &openssl::x509::X509NameEntryRef| {
         let kind = entry.object().nid().short_name().unwrap_or("?");
         let value = entry.data().to_string().unwrap_or_else(|_| "?".into());
-        let value: String = value.chars().take(128).flat_map(char::escape_debug).collect();
-        format!("{kind}={value}")
+        format!("{kind}={}", rules::printable(&value, 128))
     };
     name.entries().map(entry).collect::<Vec<_>>().join(", ")
 }

@@ -565,7 +565,7 @@ pub fn make_tree(root: &Path, many: u32) {
 
 /// Makes an image with mksquashfs.
 pub fn mksquashfs(tree: &Path, image: &Path, options: &str) {
-    let common = "-quiet -no-progress -noappend -processors 2 ";
+    let common = "-quiet -no-progress -noappend -processors 1 ";
     let mut all: Vec<&OsStr> = vec![tree.as_os_str(), image.as_os_str()];
     let words = common.to_string() + options;
     all.extend(args(&words, &[]));
@@ -574,7 +574,7 @@ pub fn mksquashfs(tree: &Path, image: &Path, options: &str) {
 
 /// Extracts an image with unsquashfs.
 pub fn unsquashfs(image: &Path, folder: &Path) {
-    run("squashfs-tools", "unsquashfs", &args("-quiet -no-progress -processors 2 -d", &[folder, image]));
+    run("squashfs-tools", "unsquashfs", &args("-quiet -no-progress -processors 1 -d", &[folder, image]));
 }
 
 /// Runs a tool that reads its input from a pipe.

@@ -4,6 +4,7 @@
 //! is tpm2-tools'.
 
 #[path = "../common/publish.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
 mod publish;
 #[path = "../common/swtpm.rs"]
 #[allow(dead_code, reason = "the floor's own tests use the rest")]

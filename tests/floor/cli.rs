@@ -460,10 +460,7 @@ fn a_crash_at_each_step_of_provisioning_can_be_run_again() {
         }
         assert!(bench.ok(Some(&swtpm), &["show"]).starts_with("floor: 0\n"));
         assert_eq!(fs::read_to_string(bench.path("config/product")).unwrap(), format!("{PRODUCT_TEXT}\n"));
-        assert_eq!(
-            fs::read(bench.path("config/floor.pub")).unwrap(),
-            floor_key().public().to_pem().unwrap()
-        );
+        assert_eq!(fs::read(bench.path("config/floor.pub")).unwrap(), floor_key().public().to_pem().unwrap());
     }
 }
 

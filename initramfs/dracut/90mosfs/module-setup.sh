@@ -22,7 +22,7 @@ installkernel() {
 
 install() {
     local file
-    inst_multiple mosfs env modprobe
+    inst_multiple mosfs env modprobe mount
     # Loaded with dlopen when the TPM is asked, so nothing that lists libraries sees it.
     inst_libdir_file "libtss2-esys.so.0*" "libtss2-sys.so.1*" "libtss2-mu.so.0*"
     for file in manifestCA.pem product floor.pub overlay; do
@@ -30,5 +30,9 @@ install() {
     done
     inst_hook cmdline 90 "$moddir/parse-mosfs.sh"
     inst_hook mount 90 "$moddir/mount-mosfs.sh"
+    inst_script "$moddir/mosfs-root.sh" /sbin/mount.mosfsroot
+    if dracut_module_included "systemd"; then
+        inst_script "$moddir/mosfs-generator.sh" "${systemdutildir:-/usr/lib/systemd}/system-generators/mosfs-generator"
+    fi
     dracut_need_initqueue
 }

@@ -1,20 +1,10 @@
 #!/bin/sh
-# Mounts the root with `mosfs boot`, once: each call may spend a try of a pending system.
+# Mount hook: only for a dracut without systemd; else sysroot.mount has done it (mosfs-generator.sh).
 
 case "$root" in
     mosfs | mosfs:*)
-        if [ ! -e /run/mosfs.tried ]; then
-            : > /run/mosfs.tried
-            modprobe -q -a loop dm_verity squashfs overlay 2> /dev/null
-            # Words of the kernel command line that nobody knows become environment variables of
-            # init, so mosfs gets none of them.
-            env -i PATH=/usr/bin:/bin mosfs boot --system /run/mosfs/system --config /etc/mosfs \
-                --sysroot "$NEWROOT" > /dev/console 2>&1
-            mosfs_code=$?
-            if [ "$mosfs_code" -ne 0 ]; then
-                echo "mosfs: no system is booted (exit code $mosfs_code); the reason is above" > /dev/console
-                die "mosfs: no system is booted (exit code $mosfs_code)"
-            fi
+        if [ -z "$DRACUT_SYSTEMD" ] && [ ! -e /run/mosfs.tried ]; then
+            /sbin/mount.mosfsroot mosfs "$NEWROOT" || die "mosfs: no system is booted"
         fi
         ;;
 esac

@@ -356,9 +356,10 @@ impl Squashfs {
         name: &[u8],
     ) -> Result<Option<(u32, u32)>, LayerError> {
         let mut found = None;
+        let mut buffer = [0; NAME_BYTES_MAX];
         for _ in 0..folder.index {
-            let (at, block, first) = index_entry(&mut cursor)?;
-            if first.get() > name {
+            let (at, block, first) = index_entry(&mut cursor, &mut buffer)?;
+            if first > name {
                 break;
             }
             if at >= folder.listing_bytes() {
@@ -380,9 +381,11 @@ impl Squashfs {
             return Ok(());
         }
         let mut walk = self.walk(&folder)?;
+        let mut buffer = [0; NAME_BYTES_MAX];
         for _ in 0..folder.index {
-            let (at, block, first) = index_entry(&mut cursor)?;
-            let bad = |why: String| Err(corrupt(super::inode::TABLE, cursor.position().at, why));
+            let here = cursor.position().at;
+            let bad = |why: String| Err(corrupt(super::inode::TABLE, here, why));
+            let (at, block, first) = index_entry(&mut cursor, &mut buffer)?;
             while walk.left != 0 || walk.at != at {
                 if walk.at > at || walk.next()?.is_none() {
                     return bad(format!("the index of a folder names offset {at}, where no run begins"));
@@ -392,8 +395,8 @@ impl Squashfs {
             walk.cursor.rest()?;
             let found = walk.cursor.position().at - self.superblock.directory_table;
             walk.next()?;
-            if found != u64::from(block) || walk.name() != first.get() {
-                let (first, name) = (show(first.get()), show(walk.name()));
+            if found != u64::from(block) || walk.name() != first {
+                let (first, name) = (show(first), show(walk.name()));
                 return bad(format!(
                     "the index of a folder names block {block} and {first:?} at offset {at}, found {found} and {name:?}"
                 ));
@@ -403,17 +406,18 @@ impl Squashfs {
     }
 }
 
-/// Reads an entry of an index.
-fn index_entry(cursor: &mut Cursor<'_>) -> Result<(u32, u32, Name), LayerError> {
+/// Reads an entry of an index: offset in the listing, block of the listing, and name.
+fn index_entry<'b>(
+    cursor: &'b mut Cursor<'_>,
+    buffer: &'b mut [u8; NAME_BYTES_MAX],
+) -> Result<(u32, u32, &'b [u8]), LayerError> {
     let entry: [u8; 12] = cursor.array()?;
     let len = u32_at(&entry, 8);
     if len >= NAME_BYTES_MAX as u32 {
-        return Err(cursor.corrupt(format!(
-            "a name of {} bytes in the index of a folder, expected at most {NAME_BYTES_MAX}",
-            u64::from(len) + 1
-        )));
+        let found = u64::from(len) + 1;
+        let why =
+            format!("a name of {found} bytes in the index of a folder, expected at most {NAME_BYTES_MAX}");
+        return Err(cursor.corrupt(why));
     }
-    let mut name = Name { len: len as u8 + 1, ..Name::EMPTY };
-    cursor.read(&mut name.bytes[..=len as usize])?;
-    Ok((u32_at(&entry, 0), u32_at(&entry, 4), name))
+    Ok((u32_at(&entry, 0), u32_at(&entry, 4), cursor.slice(len as usize + 1, buffer)?))
 }

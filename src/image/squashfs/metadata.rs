@@ -315,6 +315,19 @@ impl Cursor<'_> {
         Ok(bytes)
     }
 
+    /// The next `len` bytes: where they lie, or put together in `buffer`, which has at least `len` bytes.
+    #[inline]
+    pub fn slice<'b>(&'b mut self, len: usize, buffer: &'b mut [u8]) -> Result<&'b [u8], LayerError> {
+        let from = self.offset;
+        if from + len <= self.block.data.len() {
+            self.offset += len;
+            return Ok(self.block.data.get(from..from + len).unwrap_or_default());
+        }
+        let buffer = buffer.get_mut(..len).unwrap_or_default();
+        self.read_slowly(buffer)?;
+        Ok(buffer)
+    }
+
     /// Appends the next `len` bytes to `out`. The caller has bounded `len`.
     pub fn append(&mut self, len: usize, out: &mut Vec<u8>) -> Result<(), LayerError> {
         out.reserve_exact(len);

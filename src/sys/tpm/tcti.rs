@@ -361,6 +361,10 @@ unsafe fn channel<'a>(context: *mut tss::TSS2_TCTI_CONTEXT) -> Option<&'a Channe
     unsafe { context.cast::<Channel>().as_ref() }
 }
 
+/// TCTI specification, `transmit`: sends a command.
+///
+/// # Safety
+/// Called by the library alone, with the context that it was given and, for its length, valid pointers.
 unsafe extern "C" fn transmit(
     context: *mut tss::TSS2_TCTI_CONTEXT,
     size: tss::size_t,
@@ -385,6 +389,10 @@ unsafe extern "C" fn transmit(
     }
 }
 
+/// TCTI specification, `receive`: gives the response, or its size where there is no room for it yet.
+///
+/// # Safety
+/// Called by the library alone, with the context that it was given and, for its length, valid pointers.
 unsafe extern "C" fn receive(
     context: *mut tss::TSS2_TCTI_CONTEXT,
     size: *mut tss::size_t,
@@ -422,10 +430,18 @@ unsafe extern "C" fn receive(
     0
 }
 
+/// TCTI specification, `cancel`: not offered.
+///
+/// # Safety
+/// Called by the library alone, with the context that it was given and, for its length, valid pointers.
 unsafe extern "C" fn cancel(_context: *mut tss::TSS2_TCTI_CONTEXT) -> u32 {
     RC_NOT_IMPLEMENTED
 }
 
+/// TCTI specification, `getPollHandles`: not offered.
+///
+/// # Safety
+/// Called by the library alone, with the context that it was given and, for its length, valid pointers.
 unsafe extern "C" fn poll_handles(
     _context: *mut tss::TSS2_TCTI_CONTEXT,
     _handles: *mut tss::TSS2_TCTI_POLL_HANDLE,
@@ -434,10 +450,18 @@ unsafe extern "C" fn poll_handles(
     RC_NOT_IMPLEMENTED
 }
 
+/// TCTI specification, `setLocality`: not offered.
+///
+/// # Safety
+/// Called by the library alone, with the context that it was given and, for its length, valid pointers.
 unsafe extern "C" fn set_locality(_context: *mut tss::TSS2_TCTI_CONTEXT, _locality: u8) -> u32 {
     RC_NOT_IMPLEMENTED
 }
 
+/// TCTI specification, `makeSticky`: not offered.
+///
+/// # Safety
+/// Called by the library alone, with the context that it was given and, for its length, valid pointers.
 unsafe extern "C" fn make_sticky(
     _context: *mut tss::TSS2_TCTI_CONTEXT,
     _handle: *mut tss::TPM2_HANDLE,

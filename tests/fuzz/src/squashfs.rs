@@ -69,7 +69,12 @@ pub fn directory(data: &[u8]) {
         true
     });
     let step = names.len() / 50 + 1;
-    for (number, entry) in names.iter().enumerate().step_by(step).chain(names.iter().enumerate().last()) {
+<<<<<<< HEAD
+    for (number, entry) in names.iter().enumerate().step_by(step).chain(names.iter().enumerate().next_back()) {
+=======
+    for (number, entry) in names.iter().enumerate().step_by(step).chain(names.iter().enumerate().next_back())
+    {
+>>>>>>> tools
         // An index can lead astray; without one a name is where it is.
         match image.lookup(root, &entry.name) {
             Ok(found) if entries == 0 => assert_eq!(found.as_ref(), Some(entry)),

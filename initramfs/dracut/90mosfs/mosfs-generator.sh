@@ -1,0 +1,33 @@
+#!/bin/sh
+# systemd generator (systemd.generator(7)): makes sysroot.mount for root=mosfs.
+#
+# systemd's own generator takes `mosfs` for the name of a device; a unit in the early folder ($2) has
+# precedence over what it makes.
+
+ours=
+# shellcheck disable=SC2013
+for word in $(cat /proc/cmdline); do
+    case "$word" in
+        root=mosfs | root=mosfs:*) ours=yes ;;
+        root=*) ours= ;;
+    esac
+done
+[ -n "$ours" ] || exit 0
+
+cat > "$2/sysroot.mount" << 'UNIT'
+[Unit]
+Description=Root of the signed system
+Documentation=man:mosfs(1)
+DefaultDependencies=no
+After=systemd-udevd.service dracut-pre-mount.service
+Before=initrd-root-fs.target
+Conflicts=umount.target
+
+[Mount]
+What=mosfs
+Where=/sysroot
+Type=mosfsroot
+TimeoutSec=300
+UNIT
+mkdir -p "$2/initrd-root-fs.target.requires"
+ln -sf ../sysroot.mount "$2/initrd-root-fs.target.requires/sysroot.mount"
