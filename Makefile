@@ -48,7 +48,7 @@ test: ## Run all tests (as root, with sudo if need be); TEST='--test NAME' for s
 
 campaign: ## Run all tests with long campaigns of random faults and inputs
 	@tests/setup test
-	MOSFS_CAMPAIGN=long PROPTEST_CASES=20000 $(AS_ROOT) $(CARGO) test --locked --release --features failpoints $(TEST)
+	MOSFS_CAMPAIGN=long PROPTEST_CASES=20000 $(AS_ROOT) $(CARGO) test --locked --release --features failpoints,campaign $(TEST)
 
 fuzz: ## Fuzz every reader of hostile input, SECONDS=600 for each
 	@tests/setup fuzz

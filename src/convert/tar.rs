@@ -613,14 +613,27 @@ impl<R: Read> TarReader<R> {
     }
 
     /// Passes over what is left of the current entry.
+    ///
+    /// A stream may end where padding should be: `umoci insert` writes such layers, and Go reads them.
     fn skip(&mut self, what: &'static str) -> Result<(), TarError> {
-        let mut left = self.content + self.padding;
+        let (mut left, padding) = (self.content + self.padding, self.padding);
         (self.content, self.padding, self.pieces, self.size) = (0, 0, None, 0);
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut result = Ok(());
         while left > 0 && result.is_ok() {
             let want = left.min(buffer.len() as u64) as usize;
-            result = self.read_some(&mut buffer[..want], what).map(|got| left -= got as u64);
+            result = match self.read_some(&mut buffer[..want], what) {
+                Ok(got) => {
+                    left -= got as u64;
+                    Ok(())
+                }
+                Err(TarError::Read { source, .. })
+                    if source.kind() == io::ErrorKind::UnexpectedEof && left <= padding =>
+                {
+                    break;
+                }
+                Err(error) => Err(error),
+            };
         }
         self.buffer = buffer;
         result

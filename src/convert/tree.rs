@@ -7,7 +7,7 @@
 //!   over a folder takes the children away.
 //! - Missing parents are made; what they look like is asked of the layers below (a folder that a
 //!   layer does not mention keeps its attributes), else 0755, root, 1970.
-//! - A parent that is a symbolic link of this layer is followed, within the layer's root.
+//! - A parent that is a symbolic link of this layer is followed, within the layer's root; a whiteout's is not.
 //! - OCI whiteouts (image-spec, layer.md) become overlayfs' own (kernel, overlayfs.rst): `.wh.NAME` a character device
 //!   0:0, `.wh..wh..opq` the attribute `trusted.overlay.opaque=y` of its folder, wherever in the stream it stands. Both
 //!   speak of the layers below only: an entry of that name in the same layer stays, and if it is a
@@ -166,10 +166,13 @@ impl Tree {
         if parents.iter().any(|part| part.starts_with(b".wh..wh.")) {
             return Ok(());
         }
-        let dir = self.walk(parents, &path)?;
         if let Some(hidden) = name.strip_prefix(b".wh.") {
-            return self.whiteout(dir, hidden, &path);
+            return match self.whiteout_dir(parents)? {
+                Some(dir) => self.whiteout(dir, hidden, &path),
+                None => Ok(()),
+            };
         }
+        let dir = self.walk(parents, &path)?;
         let kind = match entry.kind.clone() {
             EntryKind::Directory => {
                 let meta = self.meta(&path, entry)?;
@@ -186,6 +189,10 @@ impl Tree {
             EntryKind::Fifo => NodeKind::Fifo,
         };
         let mut meta = self.meta(&path, entry)?;
+        if matches!(kind, NodeKind::Char(0)) {
+            // overlayfs.rst: "A whiteout is created as a character device with 0/0 device number".
+            self.note(|| format!("{}: a character device 0:0 hides the name and is not shown", show(&path)));
+        }
         if matches!(kind, NodeKind::Symlink(_)) {
             // Linux gives every symbolic link these, whatever a stream says.
             meta.mode = 0o777;
@@ -314,6 +321,36 @@ impl Tree {
         }
     }
 
+    /// The folder that a whiteout stands in, made where it is missing. `None` where this layer has
+    /// something else in its place, or nothing: then all that was below it is hidden already.
+    ///
+    /// Links are not followed: tools that compare trees write whiteouts of what was in a folder also
+    /// where a link took the folder's place, and never mean what the link leads to.
+    fn whiteout_dir(&mut self, parents: &[&[u8]]) -> Result<Option<NodeIndex>, ConvertError> {
+        let mut dir = 0;
+        for name in parents {
+            dir = match self.child(dir, name) {
+                Some(index) if self.children(index).is_some() => index,
+                Some(_) => return Ok(None),
+                None => self.make_dir(dir, name)?,
+            };
+        }
+        Ok(Some(dir))
+    }
+
+    /// Whether a folder is there only because whiteouts stand in it.
+    fn only_whiteouts(&self, dir: NodeIndex) -> bool {
+        let mut todo = vec![dir];
+        while let Some(index) = todo.pop() {
+            match self.nodes.get(index).map(|node| &node.kind) {
+                Some(NodeKind::Dir { children, implied: true, .. }) => todo.extend(children.values()),
+                Some(NodeKind::Whiteout) => {}
+                _ => return false,
+            }
+        }
+        true
+    }
+
     fn whiteout(&mut self, dir: NodeIndex, hidden: &[u8], path: &[u8]) -> Result<(), ConvertError> {
         match hidden {
             b".wh..opq" => {
@@ -326,11 +363,11 @@ impl Tree {
         }
         match self.child(dir, hidden) {
             // An entry of this layer stays; a folder must not be merged with the one below.
-            Some(index) => {
+            Some(index) if !self.only_whiteouts(index) => {
                 self.make_opaque(index);
                 Ok(())
             }
-            None => self.put(dir, hidden, Node { kind: NodeKind::Whiteout, meta: Meta::default() }),
+            _ => self.put(dir, hidden, Node { kind: NodeKind::Whiteout, meta: Meta::default() }),
         }
     }
 

@@ -107,6 +107,16 @@ pub fn run_only_when_idle() -> io::Result<()> {
     }
 }
 
+/// How many cores this thread may run on.
+pub fn usable_cores() -> usize {
+    // SAFETY: cpu_set_t is plain data, for which zeros are a valid value.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` has the size that is given; 0 means this thread.
+    let done = unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) };
+    // SAFETY: counts bits of an initialised set. More cores than the set has room for are an error above.
+    if done == 0 { unsafe { libc::CPU_COUNT(&set) as usize } } else { 2 }
+}
+
 /// Effective user id and group id.
 pub fn effective_ids() -> (u32, u32) {
     // SAFETY: no arguments, cannot fail.

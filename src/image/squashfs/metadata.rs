@@ -103,7 +103,6 @@ impl Cache {
             return;
         }
         if set.keys.len() < WAYS {
-            set.used |= 1 << set.keys.len();
             set.keys.push(at);
             set.blocks.push(block);
             return;
@@ -114,7 +113,6 @@ impl Cache {
         }
         set.keys[set.hand] = at;
         set.blocks[set.hand] = block;
-        set.used |= 1 << set.hand;
         set.hand = (set.hand + 1) % WAYS;
     }
 

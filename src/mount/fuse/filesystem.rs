@@ -243,8 +243,9 @@ impl Filesystem for Tree {
                         self.siblings.seen(&self.engine, child, &attr);
                         (TTL, file_attr(child, &attr))
                     }
-                    // The name is there; whoever wants more of it asks again and gets the error.
-                    Err(_) => (Duration::ZERO, bare_attr(child, file_type)),
+                    // The name is there; whoever wants more of it asks again and gets the error. Node 0: the
+                    // kernel takes nothing over, so that no made-up size ends up in an inode it knows.
+                    Err(_) => (Duration::ZERO, bare_attr(0, file_type)),
                 }
             };
             reply.add(INodeNo(child), next, OsStr::from_bytes(name), &ttl, &attr, GENERATION)

@@ -330,16 +330,20 @@ pub fn serve(
     let _clean = Clean(kept.clone());
     ready().map_err(failed("say that the mount is ready"))?;
 
-    // None of these threads is waited for: they end with the process.
+    // None of these threads is waited for: they end with the process. The first one starts the
+    // others, so that the first request waits for one new thread and not for four.
     let notifier = session.notifier();
-    spawn("store", move || store::run(&news, &siblings, &notifier))?;
-    spawn("signals", move || obey(&signals, &target, device, as_root))?;
     let reported = engine.clone();
-    spawn("report", move || report(&reported, &kept))?;
-    if let Some(pulse) = pulse {
-        spawn("spin", move || spin::run(&pulse))?;
-    }
     drop(engine);
+    spawn("signals", move || {
+        let others = spawn("store", move || store::run(&news, &siblings, &notifier))
+            .and_then(|()| spawn("report", move || report(&reported, &kept)))
+            .and_then(|()| pulse.map_or(Ok(()), |pulse| spawn("spin", move || spin::run(&pulse))));
+        if let Err(error) = others {
+            log::warn!("{error}");
+        }
+        obey(&signals, &target, device, as_root);
+    })?;
     session.run().map_err(failed("serve requests"))
 }
 

@@ -78,7 +78,7 @@ impl Keeper {
         }
         let shared = Arc::new(Spinners { on: false.into(), lock: Mutex::default(), start: Condvar::new() });
         // One core is busy with whoever asks; all others can be kept awake.
-        let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
+        let cores = crate::sys::daemon::usable_cores();
         for _ in 0..cores.min(4) {
             let shared = shared.clone();
             let spin = move || {
