@@ -252,15 +252,22 @@ fn whiteouts_become_those_of_overlayfs() {
     tar.file(".wh.again", b"").dir("again").dir("again-2").file(".wh.again-2", b"");
     tar.file(".wh.again-3", b"").file("again-3/x", b"x").file(".wh.file", b"").file("file", b"f");
     tar.file("file-2", b"f").file(".wh.file-2", b"");
+    // As umoci writes them: one for each file of a folder that is gone, or that is a file or a link now.
+    tar.file(".wh.gone-2", b"").file("gone-2/.wh.x", b"").file("gone-3/.wh.x", b"").file(".wh.gone-3", b"");
+    tar.file("now-file", b"f")
+        .file("now-file/.wh.x", b"")
+        .file("now-file-2/.wh.x", b"")
+        .file("now-file-2", b"f");
+    tar.link(b'2', "now-link", "dir").file("now-link/.wh.middle", b"");
     tar.file(".wh..wh.aufs", b"").file(".wh..wh.plnk/1.2", b"");
     view(&tar, |root| {
         for name in ["before", "after", "early", "implied", "again", "again-2", "again-3"] {
             assert!(opaque(&root.join(name)), "{name}");
         }
-        for name in ["gone", "dir/gone"] {
+        for name in ["gone", "dir/gone", "gone-2", "gone-3"] {
             assert!(whiteout(&root.join(name)), "{name}");
         }
-        assert!(!opaque(&root.join("dir")) && !opaque(root));
+        assert!(!opaque(&root.join("dir")) && !opaque(root) && !root.join("dir/middle").exists());
         assert_eq!(fs::read(root.join("file")).unwrap(), b"f");
         assert_eq!(fs::read(root.join("file-2")).unwrap(), b"f");
         let mut names: Vec<_> = fs::read_dir(root)
@@ -269,8 +276,23 @@ fn whiteouts_become_those_of_overlayfs() {
             .collect();
         names.sort();
         let expected = [
-            "after", "again", "again-2", "again-3", "before", "dir", "early", "file", "file-2", "gone",
-            "implied", "middle",
+            "after",
+            "again",
+            "again-2",
+            "again-3",
+            "before",
+            "dir",
+            "early",
+            "file",
+            "file-2",
+            "gone",
+            "gone-2",
+            "gone-3",
+            "implied",
+            "middle",
+            "now-file",
+            "now-file-2",
+            "now-link",
         ];
         assert_eq!(names, expected);
     });

@@ -53,14 +53,14 @@ pub fn need_root() {
 }
 
 /// What lstat(2) and the content of a file say, as one line, without the name.
-fn line(path: &Path, names: &mut BTreeMap<u64, PathBuf>, relative: &Path) -> String {
+fn line(path: &Path, names: &mut BTreeMap<(u64, u64), PathBuf>, relative: &Path) -> String {
     let data = path.symlink_metadata().unwrap();
     let kind = data.file_type();
     let mut text = format!("{:o} {}:{} {}", data.mode(), data.uid(), data.gid(), data.mtime());
     if kind.is_file() {
         let content = mosfs::digest::Digest::of(&std::fs::read(path).unwrap());
         // Links of one file are told by the first of their names.
-        let first = names.entry(data.ino()).or_insert_with(|| relative.to_path_buf());
+        let first = names.entry((data.dev(), data.ino())).or_insert_with(|| relative.to_path_buf());
         text += &format!(" nlink {} size {} {content} as {}", data.nlink(), data.len(), first.display());
     } else if kind.is_symlink() {
         text += &format!(" -> {}", std::fs::read_link(path).unwrap().as_os_str().as_bytes().escape_ascii());
