@@ -8,12 +8,14 @@
 //! Only bytes that were checked against a digest go in here (INTEROP.md, "Layers"). What comes out
 //! keeps the fields that mosfs does not know, so that rewriting another tool's `index.json` loses
 //! nothing, and writes them in one order, so that the same value always gives the same bytes: that
-//! is why these are not the types of the `oci-spec` crate, whose maps have a random order.
+//! is why documents are not the types of the `oci-spec` crate, whose maps have a random order; names
+//! of machines and annotations are its own.
 //!
 //! Bounds: [`MAX_MANIFEST_BYTES`] a document, [`MAX_LAYERS`] layers, [`MAX_INDEX_ENTRIES`] entries.
 
 use std::collections::BTreeMap;
 
+use oci_spec::image::{Arch, Os};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -47,7 +49,7 @@ pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.lis
 pub const SQUASHFS_ZSTD: &str = "application/vnd.stacker.image.layer.squashfs+zstd";
 
 /// Annotation of a descriptor in `index.json` that names it.
-pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
+pub const REF_NAME: &str = oci_spec::image::ANNOTATION_REF_NAME;
 /// Annotation of a layer's descriptor with its root hash: 64 hex digits.
 pub const ROOT_HASH: &str = "io.stackeroci.stacker.atomfs_verity_root_hash";
 /// Older name of [`ROOT_HASH`].
@@ -130,16 +132,8 @@ pub struct Platform {
 impl Platform {
     /// The platform of this machine.
     pub fn this_machine() -> Self {
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "x86" => "386",
-            "aarch64" => "arm64",
-            "powerpc64" if cfg!(target_endian = "little") => "ppc64le",
-            "powerpc64" => "ppc64",
-            "loongarch64" => "loong64",
-            other => other,
-        };
-        Self { architecture: architecture.into(), os: "linux".into(), variant: None, extra: BTreeMap::new() }
+        let (architecture, os) = (Arch::default().to_string(), Os::default().to_string());
+        Self { architecture, os, variant: None, extra: BTreeMap::new() }
     }
 
     /// How well an image for `other` runs on this platform: lower is better, `None` is not at all.
