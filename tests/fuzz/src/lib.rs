@@ -6,6 +6,7 @@ pub mod build;
 pub mod manifest;
 pub mod squashfs;
 pub mod trust;
+pub mod verity;
 
 /// A target's name, which is that of its binary and of its folder in `corpus`, and its entry function.
 pub type Target = (&'static str, fn(&[u8]));
@@ -22,4 +23,6 @@ pub const TARGETS: &[Target] = &[
     ("manifest_import", manifest::import),
     ("manifest_system", manifest::system),
     ("trust_certificate", trust::certificate),
+    ("verity_superblock", verity::superblock),
+    ("verity_tree", verity::tree),
 ];
