@@ -59,7 +59,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     if !args.dry_run {
         system.create()?;
     }
-    let _lock = (!args.dry_run).then(|| system.lock(device::waiting(global))).transpose()?;
+    let lock = (!args.dry_run).then(|| system.lock(device::waiting(global))).transpose()?;
     let state = system.state()?;
     if let Some(current) = state.current
         && current.digest != verified.digest()
@@ -69,11 +69,9 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     device::with_gate(&args.floor, global, true, |gate| {
         let plan =
             plan::plan(&system, &state, from.as_ref(), &offer, trust.anchor(), Dates::check_now(), gate)?;
-        if args.dry_run {
-            return print_plan(&plan, global);
-        }
+        let Some(lock) = &lock else { return print_plan(&plan, global) };
         trust.apply()?;
-        apply::apply(&system, from.as_ref(), &plan, &progress::of(global)?)?;
+        apply::apply(&system, lock, from.as_ref(), &plan, &progress::of(global)?)?;
         say(&plan, global)
     })
 }
@@ -109,12 +107,12 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     if !system.state_path().exists() {
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
     }
-    let _lock = system.lock(device::waiting(global))?;
+    let lock = system.lock(device::waiting(global))?;
     let outcome = make_plan(args, global, &system, from.as_ref(), |plan| {
         if args.dry_run {
             return print_plan(plan, global);
         }
-        apply::apply(&system, from.as_ref(), plan, &progress::of(global)?)?;
+        apply::apply(&system, &lock, from.as_ref(), plan, &progress::of(global)?)?;
         say(plan, global)
     });
     if let Err(error) = &outcome

@@ -1,21 +1,24 @@
 //! Carries out a [`Plan`]: blobs, then the deployment's folder, then the state file, each synced
 //! before the next begins.
 
+use super::booted::{self, BootRecord};
 use super::error::DeployError;
 use super::plan::{Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
-use super::{System, deployment};
+use super::{System, SystemLock, deployment, gc};
 use crate::failpoint;
+use crate::mount::registry;
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::transport::Transport;
 
 /// Carries out a plan. The caller holds the system's lock since before it made the plan.
 ///
-/// On an error the running deployment is untouched, the reason is kept in the state file, and the
-/// space of what was fetched is given back.
+/// On an error the running deployment is untouched, and the space of what was fetched is given
+/// back.
 pub fn apply(
     system: &System,
+    lock: &SystemLock,
     from: &dyn Transport,
     plan: &Plan,
     progress: &Progress,
@@ -23,7 +26,24 @@ pub fn apply(
     if matches!(plan.verdict, Verdict::UpToDate | Verdict::AlreadyPending) {
         return Ok(());
     }
-    fetch_and_switch(system, from, plan, progress)
+    let outcome = fetch_and_switch(system, from, plan, progress);
+    if outcome.is_err()
+        && let Err(error) = give_back(system, lock)
+    {
+        // What stays is removed by the next `mosfs gc`.
+        log::warn!("the space of the failed update is not given back: {error}");
+    }
+    outcome
+}
+
+/// Removes what no deployment needs, as `mosfs gc` does.
+fn give_back(system: &System, lock: &SystemLock) -> Result<(), DeployError> {
+    let store = Store::open(&system.store_dir())?;
+    let collector = store.collector()?;
+    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+    let mounted: Vec<_> = registry::mounts()?.iter().filter_map(|mount| mount.digest).collect();
+    let plan = gc::plan(system, lock, &collector, &store, booted, &mounted)?;
+    gc::apply(system, lock, &collector, &plan)
 }
 
 fn fetch_and_switch(

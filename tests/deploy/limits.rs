@@ -84,3 +84,81 @@ fn two_updates_at_once_are_as_if_one_after_the_other() {
     device.ok(&["commit"]);
     assert_eq!(device.state().current.unwrap().version, version);
 }
+
+#[test]
+fn a_write_that_fails_leaves_the_running_deployment_and_gives_the_space_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let publisher = Publisher::new(dir.path());
+    publisher.publish(200, "small");
+    publisher.publish(201, &noise(2 << 20, 2));
+    let device = Device::with_file_floor();
+    device.install(&publisher, 200);
+    let rest = |files: Vec<(std::path::PathBuf, Vec<u8>)>| {
+        files.into_iter().filter(|(path, _)| !path.ends_with("state.json")).collect::<Vec<_>>()
+    };
+    let before = rest(device.snapshot());
+    // No file may grow beyond 256 KiB (units of 512 bytes), and the signal that says so is ignored.
+    let update = device.command(&["update", &publisher.source_of(201)]);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "trap '' XFSZ; ulimit -f 512; exec \"$@\"", "sh"]).arg(update.get_program());
+    limited.args(update.get_args());
+    for (name, value) in update.get_envs() {
+        match value {
+            Some(value) => limited.env(name, value),
+            None => limited.env_remove(name),
+        };
+    }
+    let output = limited.output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot write") && said.contains("File too large"), "{said}");
+    assert_eq!(rest(device.snapshot()), before);
+    assert_eq!(device.boot().0, 200);
+    // With room, the same command finishes.
+    device.ok(&["update", &publisher.source_of(201)]);
+    assert_eq!(device.boot().0, 201);
+}
+
+#[test]
+fn gc_keeps_current_pending_and_previous_and_a_crash_of_it_can_be_run_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let publisher = Publisher::new(dir.path());
+    let device = Device::with_file_floor();
+    for version in 200..=203 {
+        publisher.publish(version, &format!("content of {version}"));
+        if version == 200 {
+            device.install(&publisher, version);
+        } else {
+            device.ok(&["update", &publisher.source_of(version)]);
+        }
+        // The last one stays pending.
+        if version < 203 {
+            device.ok(&["commit"]);
+        }
+    }
+    let versions = || {
+        let mut versions: Vec<u64> = std::fs::read_dir(device.system().join("deployments"))
+            .unwrap()
+            .map(|entry| text(entry.unwrap().file_name().as_encoded_bytes()))
+            .filter_map(|name| name.split_once('-')?.0.parse().ok())
+            .collect();
+        versions.sort_unstable();
+        versions
+    };
+    assert_eq!(versions(), [200, 201, 202, 203]);
+    let before = device.snapshot();
+    let said = device.ok(&["gc", "--dry-run"]);
+    assert!(said.contains("would remove deployment 200-"), "{said}");
+    assert_eq!(device.snapshot(), before);
+    for point in ["deploy.folder.removing", "deploy.gc.folders", "store.gc.names", "store.gc.blob"] {
+        let _ = device.command(&["gc"]).env("MOSFS_FAILPOINT", point).output().unwrap();
+        device.ok(&["verify"]);
+        assert_eq!(device.state().current.unwrap().version, 202, "{point}");
+    }
+    device.ok(&["gc"]);
+    assert_eq!(versions(), [201, 202, 203]);
+    device.ok(&["verify"]);
+    let said = device.ok(&["gc"]);
+    assert!(said.contains("removed 0 blobs"), "{said}");
+    assert_eq!(device.boot().0, 203);
+}
