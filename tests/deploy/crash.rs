@@ -120,7 +120,7 @@ fn a_crash_at_each_commit_point_leaves_a_system_that_boots_and_can_go_on() {
 #[test]
 fn a_kill_at_a_random_time_leaves_a_system_that_boots_and_can_go_on() {
     let world = World::new();
-    let runs = if std::env::var_os("MOSFS_CAMPAIGN").is_some() { 1000 } else { 102 };
+    let runs = if std::env::var_os("MOSFS_CAMPAIGN").is_some() { 1200 } else { 120 };
     // A fixed sequence of delays, so that a failure can be looked at again: a linear congruential
     // generator (Knuth, MMIX), over the time that the commands take.
     let mut seed = 20_261_123_u64;
@@ -129,7 +129,7 @@ fn a_kill_at_a_random_time_leaves_a_system_that_boots_and_can_go_on() {
         most.mul_f64((seed >> 11) as f64 / (1_u64 << 53) as f64)
     };
     let mut killed = 0;
-    for run in 0..runs / 3 {
+    for run in 0..runs / 4 {
         let device = Device::with_file_floor();
         let mut kill = |args: &[String]| {
             let mut child =
@@ -144,6 +144,10 @@ fn a_kill_at_a_random_time_leaves_a_system_that_boots_and_can_go_on() {
         check_update(&world, &device, &format!("update, run {run}"));
         kill(&["commit".into()]);
         check_commit(&device, &format!("commit, run {run}"));
+        kill(&["gc".into()]);
+        device.ok(&["verify"]);
+        device.ok(&["gc"]);
+        check_commit(&device, &format!("gc, run {run}"));
     }
     assert!(killed > runs / 10, "only {killed} of {runs} commands were cut off: the delays do not fit");
 }

@@ -162,3 +162,34 @@ fn gc_keeps_current_pending_and_previous_and_a_crash_of_it_can_be_run_again() {
     assert!(said.contains("removed 0 blobs"), "{said}");
     assert_eq!(device.boot().0, 203);
 }
+
+#[test]
+fn a_disk_with_any_amount_of_room_is_updated_or_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let publisher = Publisher::new(dir.path());
+    publisher.publish(200, "small");
+    publisher.publish(201, &noise(1 << 20, 3));
+    let (mut refused, mut done) = (0, 0);
+    for free_kib in (0..3072).step_by(256) {
+        let device = Device::with_file_floor();
+        let _disk = SmallDisk::mount(&device, 8);
+        device.install(&publisher, 200);
+        let ballast = device.system().join("ballast");
+        let room = mosfs::sys::file::available_bytes(&device.system()).unwrap();
+        let fill = room.saturating_sub(free_kib * 1024);
+        std::fs::write(&ballast, vec![1; usize::try_from(fill).unwrap()]).unwrap();
+        let output = device.run(&["update", &publisher.source_of(201)]);
+        if output.status.success() {
+            done += 1;
+        } else {
+            refused += 1;
+            assert_eq!(output.status.code(), Some(1), "{free_kib} KiB: {}", text(&output.stderr));
+            assert_eq!(device.state().current.unwrap().version, 200);
+            device.ok(&["verify"]);
+            std::fs::remove_file(&ballast).unwrap();
+            device.ok(&["update", &publisher.source_of(201)]);
+        }
+        assert_eq!(device.boot().0, 201, "{free_kib} KiB");
+    }
+    assert!(refused > 0 && done > 0, "{refused} refused, {done} done: the amounts do not reach both");
+}
