@@ -13,7 +13,6 @@
 pub mod dm_verity;
 pub mod engine;
 pub mod fuse;
-pub mod holders;
 pub mod kernel;
 pub mod kernel_overlay;
 mod log;
