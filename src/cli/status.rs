@@ -4,6 +4,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{FloorArgs, Global, device, output};
+use crate::deploy::state::TRIES;
 use crate::deploy::status::{self, DeploymentStatus, Installed};
 use crate::error::AnyError;
 use crate::mount;
@@ -54,7 +55,7 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
         Some(one) => {
             let tries = match one.tries_left {
                 None => String::new(),
-                Some(0) => ", no tries left: it has failed".to_string(),
+                Some(0) => format!(", no tries left: it was started {TRIES} times and never committed"),
                 Some(1) => ", 1 try left".to_string(),
                 Some(n) => format!(", {n} tries left"),
             };
@@ -111,6 +112,10 @@ fn mount_line(mount: &MountRecord) -> String {
             Some(log) => format!("some reads failed, see {}", log.display()),
             None => "some reads failed".to_string(),
         },
+        Health::Corrupt => format!(
+            "CORRUPT: {} has status C; `mosfs verify` lists the blocks",
+            mount.corrupt_device().unwrap_or_default()
+        ),
         Health::DaemonDead => "its daemon is gone: unmount it and mount it again".to_string(),
     };
     format!("{} at {} ({}): {health}", mount.source, mount.target.display(), mount.backend)
