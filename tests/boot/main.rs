@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! debian.rs      boots to multi-user on each backend from each generator; updates, failures, rollback
+//! figures.rs     how long `mosfs boot` takes, for docs/boot.md
+//! host.rs        `mosfs boot` without a machine
 //! refused.rs     what is refused before anything of it runs
 //! power.rs       power cuts during update and commit, with a disk that loses its write cache
 //! ```
@@ -22,6 +24,7 @@ mod publish;
 mod swtpm;
 
 mod debian;
+mod figures;
 mod host;
 mod power;
 mod refused;

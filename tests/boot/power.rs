@@ -159,7 +159,7 @@ impl Source {
 }
 
 /// The library that mosfs loads when it asks a TPM.
-fn esys() -> PathBuf {
+pub fn esys() -> PathBuf {
     let list = tool("libc-bin", Command::new("ldconfig").arg("-p")).stdout;
     let list = String::from_utf8_lossy(&list).into_owned();
     let line = list.lines().find(|line| line.contains("libtss2-esys.so.0"));

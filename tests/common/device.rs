@@ -391,6 +391,17 @@ impl Device {
         self.system().join("store/blobs/sha256").join(digest.hex())
     }
 
+    /// The layers of a version's hostfs, the bottom one first: digest, offset of the verity superblock, root
+    /// hash, each as veritysetup wants it.
+    pub fn layers(&self, version: u64) -> Vec<(String, usize, String)> {
+        let image = self.publisher.store().image(&self.image(version)).expect("the image");
+        let layers = image.layers.iter().map(|layer| {
+            let root = layer.root_hash.expect("a root hash");
+            (layer.digest.hex(), superblock(&self.blob(&layer.digest)), root.hex())
+        });
+        layers.collect()
+    }
+
     /// The topmost layer of a version's hostfs.
     pub fn own_layer(&self, version: u64) -> PathBuf {
         let image = self.publisher.store().image(&self.image(version)).expect("the image");
