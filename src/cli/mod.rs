@@ -17,6 +17,7 @@ mod manifest;
 mod mount;
 pub mod output;
 mod progress;
+pub mod start;
 mod status;
 mod umount;
 mod verify;
@@ -77,13 +78,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            output::report(&error);
-            ExitCode::from(error.class().exit_code())
-        }
-    }
+    output::exit_code(run(&cli))
 }
 
 fn run(cli: &Cli) -> Result<(), AnyError> {

@@ -1,5 +1,6 @@
 //! `mosfs mount`: mounts an image, verified.
 
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -9,7 +10,7 @@ use crate::deploy;
 use crate::deploy::booted::{self, BootRecord};
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
-use crate::image::oci::Platform;
+use crate::image::oci::{OciImage, Platform};
 use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel_overlay::Upper;
 use crate::mount::{self, Backend, MountFlags, MountPlan};
@@ -84,15 +85,54 @@ fn root_hash(text: &str) -> Result<Digest, String> {
     Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)).map_err(|error| error.to_string())
 }
 
+impl MountArgs {
+    /// Whether it is an image, and not a target of a deployed system, that is to be mounted.
+    pub fn is_of_image(&self) -> bool {
+        // A source has a scheme; a target's name cannot hold a colon.
+        self.source.contains(':')
+    }
+}
+
 /// Runs `mosfs mount`.
 pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
-    // First of all: what is open now came from whoever started this process, and the daemon must not keep it.
+    if args.is_of_image() {
+        return run_image(args, global);
+    }
     let inherited = sys::daemon::open_descriptors();
+    let anchor = Anchor::load(&global.config)?;
+    let system = device::system(global);
+    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+    let (store, image) = deploy::target_image(&system, booted, &anchor, &args.source)?;
+    let folder = system.scratch_dir(&args.source);
+    let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
+    mount(args, inherited, store.transport(), &image, scratch)
+}
+
+/// Runs `mosfs mount` of an image, for which nobody's signature is asked.
+pub fn run_image(args: &MountArgs, _: &Global) -> Result<(), AnyError> {
+    let inherited = sys::daemon::open_descriptors();
+    let source: SourceRef = args.source.parse()?;
+    let transport = source.open()?;
+    let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
+    let layout = OciDir::open(Path::new(&source.location))?;
+    mount(args, inherited, &layout, &transport.image(&found)?, Upper::Memory)
+}
+
+/// Mounts an image of a layout. `inherited` is what was open when this process started, which a daemon must
+/// not keep; `writable` is where the writes go for `--writable`.
+fn mount(
+    args: &MountArgs,
+    inherited: Vec<RawFd>,
+    layout: &OciDir,
+    image: &OciImage,
+    writable: Upper,
+) -> Result<(), AnyError> {
     let mut flags = MountFlags::default();
     for option in &args.options {
         flags.apply(option)?;
     }
-    let plan = plan(args, global)?;
+    let path = |digest: &Digest| layout.blob_path(digest);
+    let plan = MountPlan::new(&args.source, image, &path, &args.root_hash, args.unsafe_no_verity)?;
     let options = FuseOptions {
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
@@ -100,7 +140,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         flags,
         inherited,
     };
-    if let Some(upper) = upper(args, global)? {
+    if let Some(upper) = upper(args, writable)? {
         if args.foreground {
             let why = "a writable mount has no process that could stay in the foreground".into();
             return Err(mount::MountError::NoBackend { backend: "overlayfs", why }.into());
@@ -116,40 +156,13 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// Where the writes go, if there are to be any.
-fn upper(args: &MountArgs, global: &Global) -> Result<Option<Upper>, AnyError> {
-    if let Some(upper) = &args.upper {
-        // overlayfs wants its working folder on the same file system, and not inside.
-        let upper = std::path::absolute(upper).on("find", upper)?;
-        let mut work = std::ffi::OsString::from(".");
-        work.push(upper.file_name().unwrap_or_default());
-        work.push(".mosfs-work");
-        let work = upper.with_file_name(work);
-        return Ok(Some(Upper::Folder { upper, work }));
-    }
-    if !args.writable {
-        return Ok(None);
-    }
-    if args.source.contains(':') {
-        return Ok(Some(Upper::Memory));
-    }
-    let folder = device::system(global).scratch_dir(&args.source);
-    Ok(Some(Upper::Folder { upper: folder.join("upper"), work: folder.join("work") }))
-}
-
-/// Finds what is to be mounted.
-fn plan(args: &MountArgs, global: &Global) -> Result<MountPlan, AnyError> {
-    // A source has a scheme; a target's name cannot hold a colon.
-    let (layout, image) = if args.source.contains(':') {
-        let source: SourceRef = args.source.parse()?;
-        let transport = source.open()?;
-        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-        (OciDir::open(Path::new(&source.location))?, transport.image(&found)?)
-    } else {
-        let anchor = Anchor::load(&global.config)?;
-        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-        let (store, image) = deploy::target_image(&device::system(global), booted, &anchor, &args.source)?;
-        (store.transport().clone(), image)
-    };
-    let path = |digest: &Digest| layout.blob_path(digest);
-    Ok(MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?)
+fn upper(args: &MountArgs, writable: Upper) -> Result<Option<Upper>, AnyError> {
+    let Some(upper) = &args.upper else { return Ok(args.writable.then_some(writable)) };
+    // overlayfs wants its working folder on the same file system, and not inside.
+    let upper = std::path::absolute(upper).on("find", upper)?;
+    let mut work = std::ffi::OsString::from(".");
+    work.push(upper.file_name().unwrap_or_default());
+    work.push(".mosfs-work");
+    let work = upper.with_file_name(work);
+    Ok(Some(Upper::Folder { upper, work }))
 }

@@ -186,6 +186,8 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
         Forked::Parent(_) => {
             // The connection is the daemon's alone: if it dies, the mount must not hang on us.
             drop((writer, mounted));
+            // Its pages are shared with the daemon: to free what is in them would copy them first.
+            std::mem::forget(engine);
             let done = wait_until_ready(reader, &undo.0);
             if done.is_err() {
                 let _ = unmount_at(&undo.0, undo.1, true);
