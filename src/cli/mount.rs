@@ -1,10 +1,12 @@
 //! `mosfs mount`: mounts an image, verified.
 
+use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{Global, device};
+use super::{Global, device, notify, output};
 use crate::deploy;
 use crate::deploy::booted::{self, BootRecord};
 use crate::digest::Digest;
@@ -12,6 +14,7 @@ use crate::error::{AnyError, IoContext};
 use crate::image::oci::Platform;
 use crate::mount::fuse::FuseOptions;
 use crate::mount::kernel_overlay::Upper;
+use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{self, Backend, MountFlags, MountPlan};
 use crate::sys;
 use crate::transport::{OciDir, SourceRef};
@@ -39,10 +42,15 @@ pub struct MountArgs {
     /// Let the tree be written to, and keep what changes in this folder.
     #[arg(long, value_name = "DIR")]
     upper: Option<PathBuf>,
+    /// Who keeps the daemon of a FUSE mount: fork (nobody), unit (a unit of systemd, which mounts
+    /// again when it dies), or auto (a unit where systemd runs this machine).
+    #[arg(long, default_value = "fork", value_name = "HOW", conflicts_with = "foreground")]
+    daemon: Keeper,
     /// Stay in the foreground and write the log to stderr.
     #[arg(long, short)]
     foreground: bool,
-    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …
+    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …; notify_pipe=PATH
+    /// writes `s` to a named pipe when the mount is ready, `f` when it failed.
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
     options: Vec<String>,
     /// Threads that answer requests of the FUSE backend [default: 2 to 4, as there are cores].
@@ -68,8 +76,24 @@ fn root_hash(text: &str) -> Result<Digest, String> {
 pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     // First of all: what is open now came from whoever started this process, and the daemon must not keep it.
     let inherited = sys::daemon::open_descriptors();
+    let pipe = notify::Pipe::of(&args.options)?;
+    let done = mount(args, global, inherited, &pipe);
+    // In the foreground it was said when the mount was ready.
+    match &done {
+        Ok(()) => pipe.say_in_background(notify::SUCCESS),
+        Err(_) => pipe.say(notify::FAILURE),
+    }
+    done
+}
+
+fn mount(
+    args: &MountArgs,
+    global: &Global,
+    inherited: Vec<RawFd>,
+    pipe: &notify::Pipe,
+) -> Result<(), AnyError> {
     let mut flags = MountFlags::default();
-    for option in &args.options {
+    for option in args.options.iter().filter(|option| !notify::is_option(option)) {
         flags.apply(option)?;
     }
     let plan = plan(args, global)?;
@@ -88,11 +112,75 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         mount::mount_writable(&plan, &args.target, args.backend, &options, &upper)?;
     } else if args.foreground {
         let terminal = Box::new(std::io::stderr());
-        mount::mount_in_foreground(&plan, &args.target, args.backend, &options, terminal)?;
+        let mut ready = || {
+            if let Err(error) = sys::notify::service_is_ready() {
+                output::note(format_args!("the service manager was not told: {error}"));
+            }
+            pipe.say_from_thread(notify::SUCCESS);
+        };
+        mount::mount_in_foreground(&plan, &args.target, args.backend, &options, terminal, &mut ready)?;
+    } else if units::wanted(args.daemon)? {
+        mount::mount_in_unit(&plan, args.backend, &options.flags, unit(args, global, &options.flags)?)?;
     } else {
         mount::mount(&plan, &args.target, args.backend, &options)?;
     }
     Ok(())
+}
+
+/// The unit that keeps the daemon of this mount.
+fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, AnyError> {
+    let absolute = |path: &Path| std::path::absolute(path).on("find", path);
+    let target = args.target.canonicalize().on("find", &args.target)?;
+    let (system, config) = (absolute(&global.system)?, absolute(&global.config)?);
+    let (source, layout) = if args.source.contains(':') {
+        let source: SourceRef = args.source.parse()?;
+        let layout = absolute(Path::new(&source.location))?;
+        (SourceRef::oci(&layout, source.name.as_deref()).to_string(), layout)
+    } else {
+        (args.source.clone(), system.clone())
+    };
+    let mut arguments = foreground_arguments(&source, &target, &system, &config, flags);
+    // Before the source and the folder, which stand behind `--`.
+    let mut option = |name: &str, value: Option<String>| {
+        arguments.insert(1, value.map_or(name.into(), |value| format!("{name}={value}").into()));
+    };
+    args.root_hash.iter().rev().for_each(|hash| option("--root-hash", Some(hash.hex())));
+    args.threads.iter().for_each(|threads| option("--threads", Some(threads.to_string())));
+    args.cache_mib.iter().for_each(|mib| option("--cache-mib", Some(mib.to_string())));
+    if args.spin {
+        option("--spin", None);
+    }
+    if args.unsafe_no_verity {
+        option("--unsafe-no-verity", None);
+    }
+    Ok(Unit { source, target, needs: vec![layout], arguments })
+}
+
+/// The arguments of `mosfs` that mount through FUSE in the foreground. All paths are absolute.
+pub(super) fn foreground_arguments(
+    source: &str,
+    target: &Path,
+    system: &Path,
+    config: &Path,
+    flags: &MountFlags,
+) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = vec!["mount".into(), "--foreground".into(), "--backend=fuse".into()];
+    for (name, path) in [("--system", system), ("--config", config)] {
+        arguments.push(name.into());
+        arguments.push(path.into());
+    }
+    for (is_set, name) in [
+        (flags.nosuid, "nosuid"),
+        (flags.nodev, "nodev"),
+        (flags.noexec, "noexec"),
+        (flags.allow_other, "allow_other"),
+    ] {
+        if is_set {
+            arguments.push(format!("-o{name}").into());
+        }
+    }
+    arguments.extend(["--".into(), source.into(), target.into()]);
+    arguments
 }
 
 /// Where the writes go, if there are to be any.

@@ -111,6 +111,9 @@ fn mount_line(mount: &MountRecord) -> String {
             Some(log) => format!("some reads failed, see {}", log.display()),
             None => "some reads failed".to_string(),
         },
+        Health::DaemonDead if super::activate::is_target(&mount.target) => {
+            "its daemon is gone, nothing can be read: `mosfs activate` mounts it again".to_string()
+        }
         Health::DaemonDead => "its daemon is gone: unmount it and mount it again".to_string(),
     };
     format!("{} at {} ({}): {health}", mount.source, mount.target.display(), mount.backend)
