@@ -4,6 +4,7 @@
 //! plan.rs       MountPlan (pure): layers with their root hashes, from a checked manifest
 //! engine/       reads a merged view: block cache, errors. Free of FUSE
 //! fuse/         backend: the engine as a FUSE mount with a daemon of its own
+//! through_device.rs  a layer that the engine reads from the kernel's dm-verity device
 //! kernel.rs     backend: dm_verity.rs under kernel_overlay.rs
 //! units.rs      daemons in units of systemd
 //! registry.rs   /run/mosfs/mounts: what is mounted, by whom, how it is
@@ -21,6 +22,7 @@ pub mod kernel_overlay;
 mod log;
 mod plan;
 pub mod registry;
+pub mod through_device;
 pub mod units;
 
 use std::io;

@@ -83,6 +83,19 @@ impl Publisher {
         self.publish_targets(version, &[("hostfs", "hostfs", layers)], for_floor)
     }
 
+    /// Puts a sealed layer into the store as it is.
+    pub fn add_sealed(&self, layer: &Path, media_type: &str, root_hash: Digest) -> Descriptor {
+        let store = self.store();
+        let writer = store.writer().expect("a writer");
+        let bytes = fs::read(layer).expect("the layer");
+        let digest = Digest::of(&bytes);
+        let mut temp = writer.temp().expect("a file");
+        io::Write::write_all(&mut temp.file, &bytes).expect("a copy");
+        writer.commit(temp, &digest).expect("a blob");
+        let (size, media_type) = (bytes.len() as u64, media_type.to_string());
+        LayerDescriptor { digest, size, media_type, root_hash: Some(root_hash) }.to_descriptor()
+    }
+
     /// Publishes a version of these targets: name, service type, and layers, the bottom one first.
     pub fn publish_targets(
         &self,
