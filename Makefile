@@ -90,7 +90,9 @@ install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does
 		install -D -m 0755 "$$file" "$(SBINDIR)/$${file##*/}"
 	done
 	for file in mount-helpers/*.service mount-helpers/*.target mount-helpers/*.timer; do
-		[ ! -e "$$file" ] || install -D -m 0644 "$$file" "$(LIBDIR)/systemd/system/$${file##*/}"
+		[ -e "$$file" ] || continue
+		install -D -m 0644 "$$file" "$(LIBDIR)/systemd/system/$${file##*/}"
+		sed -i 's|=/usr/bin/mosfs |=$(PREFIX)/bin/mosfs |' "$(LIBDIR)/systemd/system/$${file##*/}"
 	done
 	# Their folders carry the names that dracut and initramfs-tools look for; some files are sourced, not run.
 	put() {
