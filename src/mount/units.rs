@@ -136,6 +136,16 @@ fn join(parts: &[&OsStr]) -> OsString {
     })
 }
 
+/// Whether the unit of the mount at `target` keeps this process.
+pub fn keeps(target: &Path, pid: u32) -> bool {
+    // cgroups(7): `0::/system.slice/…/UNIT` in the one hierarchy that systemd makes.
+    let groups = fs::read(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let name = name(target);
+    groups
+        .split(|&byte| byte == b'\n')
+        .any(|line| line.rsplit(|&byte| byte == b'/').next() == Some(name.as_bytes()))
+}
+
 /// A word of a property, quoted as systemd reads it (systemd.syntax(7), "Quoting").
 fn quoted(word: &OsStr) -> OsString {
     let mut out = vec![b'"'];
