@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{Global, device, notify, output};
 use crate::deploy;
@@ -12,7 +12,7 @@ use crate::deploy::booted::{self, BootRecord};
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
 use crate::image::oci::Platform;
-use crate::mount::fuse::FuseOptions;
+use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel_overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{self, Backend, MountFlags, MountPlan};
@@ -59,12 +59,32 @@ pub struct MountArgs {
     /// Bound of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     cache_mib: Option<u32>,
-    /// Keep idle cores awake while requests come close together: faster small files, more power.
-    #[arg(long)]
-    spin: bool,
+    /// Keep idle cores awake while requests come close together: faster small files, more power; takes
+    /// root. auto: in virtual machines whose idle cores go back to the host at once.
+    #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "always")]
+    #[arg(num_args = 0..=1, require_equals = true)]
+    spin: SpinArg,
     /// Mount without verification, also layers that have no root hash.
     #[arg(long)]
     unsafe_no_verity: bool,
+}
+
+/// Values of `--spin`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum SpinArg {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<SpinArg> for Spin {
+    fn from(arg: SpinArg) -> Self {
+        match arg {
+            SpinArg::Auto => Self::Auto,
+            SpinArg::Always => Self::Always,
+            SpinArg::Never => Self::Never,
+        }
+    }
 }
 
 /// A root hash as 64 hex digits, with or without `sha256:`.
@@ -100,7 +120,7 @@ fn mount(
     let options = FuseOptions {
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
-        spin: args.spin,
+        spin: args.spin.into(),
         flags,
         inherited,
     };

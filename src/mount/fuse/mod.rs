@@ -33,6 +33,7 @@ use std::time::Duration;
 use fuser::{Config, Session, SessionACL};
 
 pub use limits::DEFAULT_CACHE_MIB;
+pub use spin::Spin;
 
 use self::filesystem::{Tree, check_root};
 use self::spin::Pulse;
@@ -61,8 +62,8 @@ pub struct FuseOptions {
     pub threads: usize,
     /// Bound of the cache of decoded blocks, in MiB; `None` is [`DEFAULT_CACHE_MIB`].
     pub cache_mib: Option<usize>,
-    /// Keep cores awake while requests come close together.
-    pub spin: bool,
+    /// When to keep cores awake while requests come close together.
+    pub spin: Spin,
     /// Flags of the mount.
     pub flags: MountFlags,
     /// Descriptors that this process was started with and that the daemon must not keep.
@@ -311,7 +312,7 @@ pub fn serve(
     engine.set_surplus(Box::new(queue));
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
-    let pulse = options.spin.then(|| Arc::new(Pulse::default()));
+    let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
     let tree = Tree {
         has_xattrs: engine.view().has_xattrs(),
         engine: engine.clone(),
@@ -339,11 +340,10 @@ pub fn serve(
     // others, so that the first request waits for one new thread and not for four.
     let notifier = session.notifier();
     let reported = engine.clone();
-    drop(engine);
     spawn("signals", move || {
-        let others = spawn("store", move || store::run(&news, &siblings, &notifier))
+        let others = spawn("store", move || store::run(&news, &engine, &siblings, &notifier))
             .and_then(|()| spawn("report", move || report(&reported, &kept)))
-            .and_then(|()| pulse.map_or(Ok(()), |pulse| spawn("spin", move || spin::run(&pulse))));
+            .and_then(|()| spawn("spin", move || spin::run(&pulse, when)));
         if let Err(error) = others {
             log::warn!("{error}");
         }
