@@ -167,9 +167,7 @@ fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, A
     args.root_hash.iter().rev().for_each(|hash| option("--root-hash", Some(hash.hex())));
     args.threads.iter().for_each(|threads| option("--threads", Some(threads.to_string())));
     args.cache_mib.iter().for_each(|mib| option("--cache-mib", Some(mib.to_string())));
-    if args.spin {
-        option("--spin", None);
-    }
+    option("--spin", args.spin.to_possible_value().map(|value| value.get_name().to_string()));
     if args.unsafe_no_verity {
         option("--unsafe-no-verity", None);
     }
