@@ -48,6 +48,7 @@ fn advice(error: &AnyError) -> Option<&'static str> {
         let found = None
             .or_else(|| this.downcast_ref().and_then(super::floor::advice))
             .or_else(|| this.downcast_ref().and_then(super::floor::for_key))
+            .or_else(|| this.downcast_ref().and_then(super::activate::advice))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
             .or_else(|| this.downcast_ref().and_then(for_trust))
             .or_else(|| this.downcast_ref().and_then(for_anchor))

@@ -41,12 +41,16 @@ use self::store::Siblings;
 use super::engine::Engine;
 use super::registry::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log};
+use crate::failpoint;
 use crate::image::overlay::Merged;
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
 
 /// The type that the kernel lists our mounts with.
 pub const KIND: &str = "fuse.mosfs";
+
+/// The name of this backend in records.
+pub const NAME: &str = "fuse";
 
 /// How often the error counts in a mount's record are brought up to date, at the most.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -175,6 +179,7 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
     sys::daemon::lean_allocator();
     let engine = prepare(plan, options)?;
     let mounted = Mounted::new(&plan.source, target, &options.flags)?;
+    failpoint::hit("fuse.mounted");
     let undo = (mounted.target.clone(), mounted.as_root);
     let failed = |operation| move |source| MountError::System { operation, source };
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;
@@ -280,7 +285,7 @@ fn record(plan: &MountPlan, mounted: &Mounted, log: Option<PathBuf>) -> MountRec
         target: mounted.target.clone(),
         digest: plan.digest,
         layers: plan.records(),
-        backend: "fuse".into(),
+        backend: NAME.into(),
         verified: plan.is_verified(),
         device: format!("{major}:{minor}"),
         daemon: Some(DaemonRecord {
