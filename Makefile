@@ -11,6 +11,8 @@ CARGO ?= cargo
 PREFIX ?= /usr
 SYSCONFDIR ?= /etc
 DESTDIR ?=
+# What `make install` installs.
+MOSFS ?= target/release/mosfs
 BINDIR = $(DESTDIR)$(PREFIX)/bin
 SBINDIR = $(DESTDIR)$(PREFIX)/sbin
 LIBDIR = $(DESTDIR)$(PREFIX)/lib
@@ -80,15 +82,17 @@ lint: ## Check format, lints, documentation and scripts
 	shellcheck -x -S warning $$(git ls-files | xargs grep -lE '^#!(/usr)?/bin/(env )?(ba)?sh')
 
 install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does
-	@if [ ! -x target/release/mosfs ]; then
+	@if [ ! -x "$(MOSFS)" ]; then
 		$(CARGO) build --release --locked
 	fi
-	install -D -m 0755 target/release/mosfs "$(BINDIR)/mosfs"
+	install -D -m 0755 "$(MOSFS)" "$(BINDIR)/mosfs"
 	for file in mount-helpers/mount.*; do
 		install -D -m 0755 "$$file" "$(SBINDIR)/$${file##*/}"
 	done
 	for file in mount-helpers/*.service mount-helpers/*.target mount-helpers/*.timer; do
-		[ ! -e "$$file" ] || install -D -m 0644 "$$file" "$(LIBDIR)/systemd/system/$${file##*/}"
+		[ -e "$$file" ] || continue
+		install -D -m 0644 "$$file" "$(LIBDIR)/systemd/system/$${file##*/}"
+		sed -i 's|=/usr/bin/mosfs |=$(PREFIX)/bin/mosfs |' "$(LIBDIR)/systemd/system/$${file##*/}"
 	done
 	# Their folders carry the names that dracut and initramfs-tools look for; some files are sourced, not run.
 	put() {
@@ -98,13 +102,12 @@ install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does
 	}
 	put initramfs/dracut "$(LIBDIR)/dracut/modules.d"
 	put initramfs/initramfs-tools "$(SHAREDIR)/initramfs-tools"
-	mosfs=target/release/mosfs
 	install -d "$(SHAREDIR)/bash-completion/completions" "$(SHAREDIR)/zsh/vendor-completions" \
 		"$(SHAREDIR)/fish/vendor_completions.d" "$(SHAREDIR)/man/man1"
-	$$mosfs generate completions bash >"$(SHAREDIR)/bash-completion/completions/mosfs"
-	$$mosfs generate completions zsh >"$(SHAREDIR)/zsh/vendor-completions/_mosfs"
-	$$mosfs generate completions fish >"$(SHAREDIR)/fish/vendor_completions.d/mosfs.fish"
-	$$mosfs generate man "$(SHAREDIR)/man/man1"
+	"$(MOSFS)" generate completions bash >"$(SHAREDIR)/bash-completion/completions/mosfs"
+	"$(MOSFS)" generate completions zsh >"$(SHAREDIR)/zsh/vendor-completions/_mosfs"
+	"$(MOSFS)" generate completions fish >"$(SHAREDIR)/fish/vendor_completions.d/mosfs.fish"
+	"$(MOSFS)" generate man "$(SHAREDIR)/man/man1"
 
 clean: ## Remove all that was built
 	$(CARGO) clean

@@ -4,6 +4,12 @@
 //! of a small initramfs with this very program in it. They are ignored here; the tests of the host
 //! side boot the machine and want each of them to pass there.
 
+#[path = "common/publish.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod publish;
+#[path = "vm/targets.rs"]
+mod targets;
+
 use std::fs;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -3,6 +3,7 @@
 //! A command is one file here with a `clap::Args` struct and a `run` function, and one row in
 //! [`Command`] and in [`run`].
 
+mod activate;
 mod boot;
 mod build;
 mod commit;
@@ -15,8 +16,10 @@ mod install;
 mod keys;
 mod manifest;
 mod mount;
+mod notify;
 pub mod output;
 mod progress;
+pub mod start;
 mod status;
 mod umount;
 mod verify;
@@ -53,6 +56,7 @@ enum Command {
     Floor(floor::FloorCommand),
     #[command(hide = true)]
     Generate(generate::Generate),
+    Activate(activate::ActivateArgs),
     Boot(boot::BootArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
@@ -77,13 +81,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            output::report(&error);
-            ExitCode::from(error.class().exit_code())
-        }
-    }
+    output::exit_code(run(&cli))
 }
 
 fn run(cli: &Cli) -> Result<(), AnyError> {
@@ -97,6 +95,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Activate(args) => activate::run(args, &cli.global),
         Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),

@@ -1,17 +1,19 @@
 //! `mosfs mount`: mounts an image, verified.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
-use super::{Global, device};
+use super::{Global, device, notify, output};
 use crate::deploy;
 use crate::deploy::booted::{self, BootRecord};
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
-use crate::image::oci::Platform;
-use crate::mount::fuse::FuseOptions;
+use crate::image::oci::{OciImage, Platform};
+use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel_overlay::Upper;
+use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{self, Backend, MountFlags, MountPlan};
 use crate::sys;
 use crate::transport::{OciDir, SourceRef};
@@ -39,10 +41,15 @@ pub struct MountArgs {
     /// Let the tree be written to, and keep what changes in this folder.
     #[arg(long, value_name = "DIR")]
     upper: Option<PathBuf>,
+    /// Who keeps the daemon of a FUSE mount: fork (nobody), unit (a unit of systemd, which mounts
+    /// again when it dies), or auto (a unit where systemd runs this machine).
+    #[arg(long, default_value = "fork", value_name = "HOW", conflicts_with = "foreground")]
+    daemon: Keeper,
     /// Stay in the foreground and write the log to stderr.
     #[arg(long, short)]
     foreground: bool,
-    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …
+    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …; notify_pipe=PATH
+    /// writes `s` to a named pipe when the mount is ready, `f` when it failed.
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
     options: Vec<String>,
     /// Threads that answer requests of the FUSE backend [default: 2 to 4, as there are cores].
@@ -51,12 +58,32 @@ pub struct MountArgs {
     /// Bound of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     cache_mib: Option<u32>,
-    /// Keep idle cores awake while requests come close together: faster small files, more power.
-    #[arg(long)]
-    spin: bool,
+    /// Keep idle cores awake while requests come close together: faster small files, more power; takes
+    /// root. auto: in virtual machines whose idle cores go back to the host at once.
+    #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "always")]
+    #[arg(num_args = 0..=1, require_equals = true)]
+    spin: SpinArg,
     /// Mount without verification, also layers that have no root hash.
     #[arg(long)]
     unsafe_no_verity: bool,
+}
+
+/// Values of `--spin`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum SpinArg {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<SpinArg> for Spin {
+    fn from(arg: SpinArg) -> Self {
+        match arg {
+            SpinArg::Auto => Self::Auto,
+            SpinArg::Always => Self::Always,
+            SpinArg::Never => Self::Never,
+        }
+    }
 }
 
 /// A root hash as 64 hex digits, with or without `sha256:`.
@@ -64,23 +91,87 @@ fn root_hash(text: &str) -> Result<Digest, String> {
     Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)).map_err(|error| error.to_string())
 }
 
+impl MountArgs {
+    /// Whether it is an image, and not a target of a deployed system, that is to be mounted.
+    pub fn is_of_image(&self) -> bool {
+        // A source has a scheme; a target's name cannot hold a colon.
+        self.source.contains(':')
+    }
+}
+
 /// Runs `mosfs mount`.
 pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+    if args.is_of_image() {
+        return run_image(args, global);
+    }
+    mount(args, global, || {
+        let anchor = Anchor::load(&global.config)?;
+        let system = device::system(global);
+        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let (store, image) = deploy::target_image(&system, booted, &anchor, &args.source)?;
+        let folder = system.scratch_dir(&args.source);
+        let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
+        Ok(Found { layout: store.transport().clone(), image, scratch })
+    })
+}
+
+/// Runs `mosfs mount` of an image, for which nobody's signature is asked.
+pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+    mount(args, global, || {
+        let source: SourceRef = args.source.parse()?;
+        let transport = source.open()?;
+        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
+        let layout = OciDir::open(Path::new(&source.location))?;
+        Ok(Found { layout, image: transport.image(&found)?, scratch: Upper::Memory })
+    })
+}
+
+/// What is to be mounted.
+struct Found {
+    layout: OciDir,
+    image: OciImage,
+    /// Where the writes go for `--writable`.
+    scratch: Upper,
+}
+
+fn mount(
+    args: &MountArgs,
+    global: &Global,
+    find: impl FnOnce() -> Result<Found, AnyError>,
+) -> Result<(), AnyError> {
+    let pipe = notify::Pipe::of(&args.options)?;
+    let done = try_mount(args, global, find, &pipe);
+    // In the foreground it was said when the mount was ready.
+    match &done {
+        Ok(()) => pipe.say_in_background(notify::SUCCESS),
+        Err(_) => pipe.say(notify::FAILURE),
+    }
+    done
+}
+
+fn try_mount(
+    args: &MountArgs,
+    global: &Global,
+    find: impl FnOnce() -> Result<Found, AnyError>,
+    pipe: &notify::Pipe,
+) -> Result<(), AnyError> {
     // First of all: what is open now came from whoever started this process, and the daemon must not keep it.
     let inherited = sys::daemon::open_descriptors();
     let mut flags = MountFlags::default();
-    for option in &args.options {
+    for option in args.options.iter().filter(|option| !notify::is_option(option)) {
         flags.apply(option)?;
     }
-    let plan = plan(args, global)?;
+    let Found { layout, image, scratch } = find()?;
+    let path = |digest: &Digest| layout.blob_path(digest);
+    let plan = MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?;
     let options = FuseOptions {
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
-        spin: args.spin,
+        spin: args.spin.into(),
         flags,
         inherited,
     };
-    if let Some(upper) = upper(args, global)? {
+    if let Some(upper) = upper(args, scratch)? {
         if args.foreground {
             let why = "a writable mount has no process that could stay in the foreground".into();
             return Err(mount::MountError::NoBackend { backend: "overlayfs", why }.into());
@@ -88,48 +179,83 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         mount::mount_writable(&plan, &args.target, args.backend, &options, &upper)?;
     } else if args.foreground {
         let terminal = Box::new(std::io::stderr());
-        mount::mount_in_foreground(&plan, &args.target, args.backend, &options, terminal)?;
+        let mut ready = || {
+            if let Err(error) = sys::notify::service_is_ready() {
+                output::note(format_args!("the service manager was not told: {error}"));
+            }
+            pipe.say_from_thread(notify::SUCCESS);
+        };
+        mount::mount_in_foreground(&plan, &args.target, args.backend, &options, terminal, &mut ready)?;
+    } else if units::wanted(args.daemon)? {
+        mount::mount_in_unit(&plan, args.backend, &options.flags, unit(args, global, &options.flags)?)?;
     } else {
         mount::mount(&plan, &args.target, args.backend, &options)?;
     }
     Ok(())
 }
 
-/// Where the writes go, if there are to be any.
-fn upper(args: &MountArgs, global: &Global) -> Result<Option<Upper>, AnyError> {
-    if let Some(upper) = &args.upper {
-        // overlayfs wants its working folder on the same file system, and not inside.
-        let upper = std::path::absolute(upper).on("find", upper)?;
-        let mut work = std::ffi::OsString::from(".");
-        work.push(upper.file_name().unwrap_or_default());
-        work.push(".mosfs-work");
-        let work = upper.with_file_name(work);
-        return Ok(Some(Upper::Folder { upper, work }));
+/// The unit that keeps the daemon of this mount.
+fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, AnyError> {
+    let absolute = |path: &Path| std::path::absolute(path).on("find", path);
+    let target = args.target.canonicalize().on("find", &args.target)?;
+    let (system, config) = (absolute(&global.system)?, absolute(&global.config)?);
+    let (source, layout) = if args.is_of_image() {
+        let source: SourceRef = args.source.parse()?;
+        let layout = absolute(Path::new(&source.location))?;
+        (SourceRef::oci(&layout, source.name.as_deref()).to_string(), layout)
+    } else {
+        (args.source.clone(), system.clone())
+    };
+    let mut arguments = foreground_arguments(&source, &target, &system, &config, flags);
+    // Before the source and the folder, which stand behind `--`.
+    let mut option = |name: &str, value: Option<String>| {
+        arguments.insert(1, value.map_or(name.into(), |value| format!("{name}={value}").into()));
+    };
+    args.root_hash.iter().rev().for_each(|hash| option("--root-hash", Some(hash.hex())));
+    args.threads.iter().for_each(|threads| option("--threads", Some(threads.to_string())));
+    args.cache_mib.iter().for_each(|mib| option("--cache-mib", Some(mib.to_string())));
+    option("--spin", args.spin.to_possible_value().map(|value| value.get_name().to_string()));
+    if args.unsafe_no_verity {
+        option("--unsafe-no-verity", None);
     }
-    if !args.writable {
-        return Ok(None);
-    }
-    if args.source.contains(':') {
-        return Ok(Some(Upper::Memory));
-    }
-    let folder = device::system(global).scratch_dir(&args.source);
-    Ok(Some(Upper::Folder { upper: folder.join("upper"), work: folder.join("work") }))
+    Ok(Unit { source, target, needs: vec![layout], arguments })
 }
 
-/// Finds what is to be mounted.
-fn plan(args: &MountArgs, global: &Global) -> Result<MountPlan, AnyError> {
-    // A source has a scheme; a target's name cannot hold a colon.
-    let (layout, image) = if args.source.contains(':') {
-        let source: SourceRef = args.source.parse()?;
-        let transport = source.open()?;
-        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-        (OciDir::open(Path::new(&source.location))?, transport.image(&found)?)
-    } else {
-        let anchor = Anchor::load(&global.config)?;
-        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-        let (store, image) = deploy::target_image(&device::system(global), booted, &anchor, &args.source)?;
-        (store.transport().clone(), image)
-    };
-    let path = |digest: &Digest| layout.blob_path(digest);
-    Ok(MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?)
+/// The arguments of `mosfs` that mount through FUSE in the foreground. All paths are absolute.
+pub(super) fn foreground_arguments(
+    source: &str,
+    target: &Path,
+    system: &Path,
+    config: &Path,
+    flags: &MountFlags,
+) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = vec!["mount".into(), "--foreground".into(), "--backend=fuse".into()];
+    for (name, path) in [("--system", system), ("--config", config)] {
+        arguments.push(name.into());
+        arguments.push(path.into());
+    }
+    for (is_set, name) in [
+        (flags.nosuid, "nosuid"),
+        (flags.nodev, "nodev"),
+        (flags.noexec, "noexec"),
+        (flags.allow_other, "allow_other"),
+    ] {
+        if is_set {
+            arguments.push(format!("-o{name}").into());
+        }
+    }
+    arguments.extend(["--".into(), source.into(), target.into()]);
+    arguments
+}
+
+/// Where the writes go, if there are to be any.
+fn upper(args: &MountArgs, scratch: Upper) -> Result<Option<Upper>, AnyError> {
+    let Some(upper) = &args.upper else { return Ok(args.writable.then_some(scratch)) };
+    // overlayfs wants its working folder on the same file system, and not inside.
+    let upper = std::path::absolute(upper).on("find", upper)?;
+    let mut work = OsString::from(".");
+    work.push(upper.file_name().unwrap_or_default());
+    work.push(".mosfs-work");
+    let work = upper.with_file_name(work);
+    Ok(Some(Upper::Folder { upper, work }))
 }

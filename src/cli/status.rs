@@ -8,7 +8,8 @@ use crate::deploy::state::TRIES;
 use crate::deploy::status::{self, DeploymentStatus, Installed};
 use crate::error::AnyError;
 use crate::mount;
-use crate::mount::registry::{Health, MountRecord};
+use crate::mount::registry::{DaemonRecord, Health, MountRecord};
+use crate::mount::units;
 
 /// Show deployments, versions, floor, mounts and their health.
 #[derive(Debug, Args)]
@@ -108,10 +109,17 @@ fn mount_line(mount: &MountRecord) -> String {
     let health = match mount.health() {
         Health::Good if mount.verified => "verified".to_string(),
         Health::Good => "NOT VERIFIED".to_string(),
-        Health::Errors => match mount.daemon.as_ref().and_then(|daemon| daemon.log.as_ref()) {
-            Some(log) => format!("some reads failed, see {}", log.display()),
-            None => "some reads failed".to_string(),
+        Health::Errors => match &mount.daemon {
+            Some(DaemonRecord { log: Some(log), .. }) => format!("some reads failed, see {}", log.display()),
+            Some(daemon) if units::keeps(&mount.target, daemon.pid) => {
+                let unit = units::name(&mount.target);
+                format!("some reads failed, see `journalctl -u '{}'`", unit.display())
+            }
+            _ => "some reads failed".to_string(),
         },
+        Health::DaemonDead if super::activate::is_target(&mount.target) => {
+            "its daemon is gone, nothing can be read: `mosfs activate` mounts it again".to_string()
+        }
         Health::Corrupt => format!(
             "CORRUPT: {} has status C; `mosfs verify` lists the blocks",
             mount.corrupt_device().unwrap_or_default()

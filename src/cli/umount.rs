@@ -17,9 +17,16 @@ pub struct UmountArgs {
     /// Take it out of the tree now, and end it when its last user is gone.
     #[arg(long, short)]
     lazy: bool,
+    /// Only if its daemon is dead, and then lazily; anything else is left alone and no failure.
+    #[arg(long, conflicts_with = "lazy")]
+    dead: bool,
 }
 
 /// Runs `mosfs umount`.
 pub fn run(args: &UmountArgs, _: &Global) -> Result<(), AnyError> {
+    if args.dead {
+        mount::unmount_dead(&args.target)?;
+        return Ok(());
+    }
     Ok(mount::unmount(&args.target, args.lazy)?)
 }

@@ -27,10 +27,14 @@ pub struct BootRecord {
     pub phases_ms: Vec<(String, f64)>,
 }
 
-/// Where the record is: `$MOSFS_RUN` or `/run/mosfs`.
+/// The folder of what lives as long as this boot: `$MOSFS_RUN` or `/run/mosfs`.
+pub fn run_dir() -> PathBuf {
+    std::env::var_os("MOSFS_RUN").map_or_else(|| PathBuf::from("/run/mosfs"), PathBuf::from)
+}
+
+/// Where the record is, in [`run_dir`].
 pub fn path() -> PathBuf {
-    let folder = std::env::var_os("MOSFS_RUN").map_or_else(|| PathBuf::from("/run/mosfs"), PathBuf::from);
-    folder.join(FILE)
+    run_dir().join(FILE)
 }
 
 impl BootRecord {

@@ -128,7 +128,8 @@ fn try_one<T>(
     Ok((start(&verified, role)?, verifying))
 }
 
-fn graver(one: Class, other: Class) -> Class {
+/// The class that is worth more words: rollback before verification before anything else.
+pub(super) fn graver(one: Class, other: Class) -> Class {
     let rank = |class| match class {
         Class::Rollback => 4,
         Class::Verification => 3,

@@ -138,6 +138,14 @@ pub enum DeployError {
         /// What there is.
         known: Vec<String>,
     },
+    /// The root is mounted by `mosfs boot`, not by `mosfs activate`.
+    #[error("target {target} of deployment {id} is the root (service type hostfs): it is mounted at boot")]
+    IsHostfs {
+        /// The running deployment.
+        id: DeploymentId,
+        /// What was asked for.
+        target: String,
+    },
     /// Nothing on the device may be booted.
     #[error("no deployment can be booted: {}", list(refused))]
     NoneLeft {
@@ -174,7 +182,7 @@ impl Classified for DeployError {
             }
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::SameVersionOtherDigest { .. } => Class::Rollback,
-            Self::NoSuchTarget { .. } | Self::NotASystem { .. } => Class::Input,
+            Self::NoSuchTarget { .. } | Self::IsHostfs { .. } | Self::NotASystem { .. } => Class::Input,
             Self::State { .. }
             | Self::AlreadyInstalled { .. }
             | Self::NothingInstalled { .. }

@@ -17,6 +17,7 @@
 //! device is trusted: a deployment is verified afresh each time that it is used. The lock order is
 //! the system's lock, then the store's.
 
+pub mod activate;
 pub mod apply;
 pub mod booted;
 pub mod build;
@@ -172,6 +173,20 @@ pub fn target_image(
     anchor: &Anchor,
     name: &str,
 ) -> Result<(Store, OciImage), DeployError> {
+    let (id, verified) = running(system, booted, anchor)?;
+    let target = find_target(&id, &verified, name)?;
+    let store = Store::open(&system.store_dir())?;
+    let image = image_of(&store, name, target)?;
+    Ok((store, image))
+}
+
+/// The deployment that runs, verified afresh: the booted one where mosfs booted this machine, else the
+/// current one.
+fn running(
+    system: &System,
+    booted: Option<DeploymentId>,
+    anchor: &Anchor,
+) -> Result<(DeploymentId, Verified), DeployError> {
     let id = match booted {
         Some(id) => id,
         None => system
@@ -180,15 +195,23 @@ pub fn target_image(
             .ok_or_else(|| DeployError::NothingInstalled { path: system.root().to_path_buf() })?,
     };
     let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
+    Ok((id, verified))
+}
+
+fn find_target<'a>(id: &DeploymentId, verified: &'a Verified, name: &str) -> Result<&'a Target, DeployError> {
     let targets = &verified.manifest().targets;
-    let Some((_, target)) = targets.iter().find(|(known, _)| known.as_str() == name) else {
+    let found = targets.iter().find(|(known, _)| known.as_str() == name).map(|(_, target)| target);
+    found.ok_or_else(|| {
         let known = targets.keys().map(ToString::to_string).collect();
-        return Err(DeployError::NoSuchTarget { id, target: name.to_string(), known });
-    };
-    let store = Store::open(&system.store_dir())?;
+        DeployError::NoSuchTarget { id: *id, target: name.to_string(), known }
+    })
+}
+
+/// The image of a target, its OCI manifest checked by digest and size.
+fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, DeployError> {
     let image = store.image(&target.digest)?;
     check_size(name, target, &image)?;
-    Ok((store, image))
+    Ok(image)
 }
 
 /// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).

@@ -336,6 +336,22 @@ impl DmVerity {
         }
     }
 
+    /// The device of a layer, held open, if the kernel has one that is what [`DmVerity::layer`] would make.
+    ///
+    /// Nothing is made, and no module is loaded: `None` is any reason why there is none.
+    pub fn existing(layer: &LayerInput<'_>) -> Option<File> {
+        // The driver; opening its control node would load it.
+        if !Path::new("/sys/class/misc/device-mapper").exists() {
+            return None;
+        }
+        let backend = Self { control: Control::open().ok()?, lock_path: PathBuf::new() };
+        let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
+        let status = backend.control.status(&name).ok().filter(|status| status.live)?;
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(layer.path).ok()?;
+        let parameters = VerityParameters::read(&file).ok()?;
+        backend.join(&name, status.dev, layer, &parameters).ok().map(|device| device.holder)
+    }
+
     /// Makes the device. On an error nothing of it is left.
     fn create(
         &self,
@@ -440,7 +456,7 @@ struct Device {
     name: String,
     node: PathBuf,
     /// Keeps the device until the mounted file system does.
-    _holder: File,
+    holder: File,
 }
 
 /// Opens the node of a device-mapper device and makes sure that it is that device.
@@ -456,7 +472,7 @@ fn open_node(name: &str, dev: u64) -> io::Result<Device> {
             libc::minor(dev)
         )));
     }
-    Ok(Device { name: name.into(), node, _holder: holder })
+    Ok(Device { name: name.into(), node, holder })
 }
 
 fn mount_device(file_system: KernelFs, node: &Path) -> Result<OwnedFd, MountError> {

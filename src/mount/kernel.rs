@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use super::kernel_overlay::{self, Upper};
 use super::registry::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan};
 use crate::error::IoContext;
+use crate::failpoint;
 use crate::sys::mountapi;
 
 /// Where locks and records of root's mounts are.
@@ -22,6 +23,9 @@ pub const RUN_DIR: &str = "/run/mosfs";
 
 /// The name of this backend in records.
 pub const NAME: &str = "dm-verity";
+
+/// What the mount table shows as the device of our overlays begins so; what was asked for follows.
+pub const SOURCE_PREFIX: &str = "mosfs:";
 
 /// How long the two parts of a mount took.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +46,21 @@ pub fn mount(
     target: &Path,
     flags: &MountFlags,
 ) -> Result<Timing, MountError> {
+    // Before anything is made: a target that is no folder is the likeliest mistake.
+    let target = folder(target)?;
+    let begin = Instant::now();
+    let (tree, layers) = assemble(backend, plan, upper, flags)?;
+    attach(tree, plan, &target)?;
+    Ok(Timing { layers, tree: begin.elapsed() - layers })
+}
+
+/// The tree of a plan, attached nowhere, and how long its layers took. Dropping it frees everything.
+pub fn assemble(
+    backend: &DmVerity,
+    plan: &MountPlan,
+    upper: Option<&Upper>,
+    flags: &MountFlags,
+) -> Result<(OwnedFd, Duration), MountError> {
     let inputs = plan
         .layers
         .iter()
@@ -57,15 +76,20 @@ pub fn mount(
             })
         })
         .collect::<Result<Vec<_>, MountError>>()?;
-    let target = folder(target)?;
-    let source = format!("mosfs:{}", plan.source);
+    let source = format!("{SOURCE_PREFIX}{}", plan.source);
     let begin = Instant::now();
     let layers = backend.layers(&inputs)?;
     let with_layers = begin.elapsed();
     let tree = dm_verity::assemble(&layers, upper, &source, attributes(flags))?;
+    Ok((tree, with_layers))
+}
+
+/// Attaches what [`assemble`] made, and records it.
+pub fn attach(tree: OwnedFd, plan: &MountPlan, target: &Path) -> Result<(), MountError> {
+    let target = folder(target)?;
     mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
-    record(plan, &target, NAME, None)?;
-    Ok(Timing { layers: with_layers, tree: begin.elapsed() - with_layers })
+    failpoint::hit("kernel.attached");
+    record(plan, &target, NAME, None)
 }
 
 /// Mounts a plan through FUSE, puts a writable layer over it, and mounts that at `target`.
@@ -84,13 +108,13 @@ pub fn mount_over_fuse(
     fuse::mount(plan, &lower.0, options)?;
     let with_layers = begin.elapsed();
     let made = mountapi::clone_mount(&lower.0).and_then(|mount| {
-        let source = format!("mosfs:{}", plan.source);
+        let source = format!("{SOURCE_PREFIX}{}", plan.source);
         kernel_overlay::assemble(&[mount.as_fd()], Some(upper), &source, attributes(&options.flags))
     });
     let daemon = registry::mounts()?.into_iter().find(|one| one.target == lower.0).and_then(|one| one.daemon);
     let _ = mountapi::unmount(&lower.0, true);
     mountapi::attach(made.map_err(DmVerityError::Mount)?, &target).map_err(DmVerityError::Mount)?;
-    record(plan, &target, "fuse", daemon)?;
+    record(plan, &target, fuse::NAME, daemon)?;
     Ok(Timing { layers: with_layers, tree: begin.elapsed() - with_layers })
 }
 

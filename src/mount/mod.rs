@@ -4,8 +4,11 @@
 //! plan.rs       MountPlan (pure): layers with their root hashes, from a checked manifest
 //! engine/       reads a merged view: block cache, errors. Free of FUSE
 //! fuse/         backend: the engine as a FUSE mount with a daemon of its own
+//! through_device.rs  a layer that the engine reads from the kernel's dm-verity device
 //! kernel.rs     backend: dm_verity.rs under kernel_overlay.rs
+//! units.rs      daemons in units of systemd
 //! registry.rs   /run/mosfs/mounts: what is mounted, by whom, how it is
+//! holders.rs    who uses a mount that is busy
 //! log.rs        where daemons write
 //! ```
 //! A backend is one file and one row in [`Backend`].
@@ -13,13 +16,17 @@
 pub mod dm_verity;
 pub mod engine;
 pub mod fuse;
+pub mod holders;
 pub mod kernel;
 pub mod kernel_overlay;
 mod log;
 mod plan;
 pub mod registry;
+pub mod through_device;
+pub mod units;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -107,6 +114,49 @@ pub fn mount(
     }
 }
 
+/// A mount that is checked, and as far made as it can be without its mount point.
+///
+/// With it a mount can be replaced with little risk: what is wrong with the new image is found while
+/// the old one is still there.
+pub struct Prepared {
+    plan: MountPlan,
+    flags: MountFlags,
+    /// The tree, where the kernel serves it. FUSE opens the layers once more when it is attached.
+    tree: Option<OwnedFd>,
+}
+
+/// Opens and checks all of a plan.
+///
+/// # Errors
+/// Everything that can be wrong with the image; nothing is left then, or when it is dropped.
+pub fn prepare(plan: MountPlan, backend: Backend, flags: &MountFlags) -> Result<Prepared, MountError> {
+    let tree = match choose(backend, &plan)? {
+        Chosen::Kernel(open) => Some(kernel::assemble(&open, &plan, None, flags)?.0),
+        Chosen::Fuse => {
+            fuse::prepare(&plan, &fuse::FuseOptions::default())?;
+            None
+        }
+    };
+    Ok(Prepared { plan, flags: flags.clone(), tree })
+}
+
+impl Prepared {
+    /// Mounts it; gives the backend's name. `unit` makes the unit of a FUSE daemon; without it the daemon is forked.
+    pub fn attach(self, target: &Path, unit: Option<units::Unit>) -> Result<&'static str, MountError> {
+        match (self.tree, unit) {
+            (Some(tree), _) => kernel::attach(tree, &self.plan, target).map(|()| kernel::NAME),
+            (None, Some(unit)) => unit.start().map(|()| fuse::NAME),
+            (None, None) => {
+                // Locks and sockets of this process are not the daemon's to keep.
+                let inherited = sys::daemon::open_descriptors();
+                let options =
+                    fuse::FuseOptions { flags: self.flags, inherited, ..fuse::FuseOptions::default() };
+                fuse::mount(&self.plan, target, &options).map(|()| fuse::NAME)
+            }
+        }
+    }
+}
+
 /// As [`mount`], with a writable layer above: the kernel's overlayfs, over either backend.
 ///
 /// Gives the name of the backend. Over FUSE the image's own mount shows nowhere; it ends with the
@@ -132,25 +182,38 @@ pub fn mount_writable(
         }
         Chosen::Fuse => {
             kernel::mount_over_fuse(plan, upper, target, options)?;
-            Ok("fuse")
+            Ok(fuse::NAME)
         }
     }
 }
 
-/// As [`mount`], but serves the mount in this process until it is unmounted. `terminal` gets the log.
+/// Mounts a plan with a unit for its FUSE daemon. Where the kernel serves it, there is no daemon and no unit.
+pub fn mount_in_unit(
+    plan: &MountPlan,
+    backend: Backend,
+    flags: &MountFlags,
+    unit: units::Unit,
+) -> Result<(), MountError> {
+    let target = unit.target.clone();
+    prepare(plan.clone(), backend, flags)?.attach(&target, Some(unit)).map(|_| ())
+}
+
+/// As [`mount`], but serves the mount in this process until it is unmounted. `terminal` gets the log;
+/// `ready` is called when the mount is ready.
 pub fn mount_in_foreground(
     plan: &MountPlan,
     target: &Path,
     backend: Backend,
     options: &fuse::FuseOptions,
     terminal: Box<dyn io::Write + Send>,
+    ready: &mut dyn FnMut(),
 ) -> Result<(), MountError> {
     // Rule: what was asked for is used or refused, never replaced without a word.
     if backend == Backend::DmVerity {
         let why = "a mount of the kernel has no process that could stay in the foreground".into();
         return Err(MountError::NoBackend { backend: kernel::NAME, why });
     }
-    fuse::mount_in_foreground(plan, target, options, terminal, &mut || ())
+    fuse::mount_in_foreground(plan, target, options, terminal, ready)
 }
 
 /// How long [`unmount`] waits for a daemon to end.
@@ -180,8 +243,7 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
     let record = registry::mounts()?.into_iter().find(|record| {
         record.target == target && found.as_ref().is_some_and(|found| found.device == record.device)
     });
-    let is_fuse = found.as_ref().is_some_and(|found| found.kind == fuse::KIND);
-    if !is_fuse && record.is_none() {
+    if !found.as_ref().is_some_and(registry::Mounted::is_ours) && record.is_none() {
         return Err(MountError::NotOurs { target, found: found.map(|found| found.kind) });
     }
     let as_root = sys::daemon::effective_ids().0 == 0;
@@ -207,6 +269,30 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
         registry::remove(&record);
     }
     Ok(())
+}
+
+/// Takes a mount whose daemon is dead out of the tree; gives whether there was one.
+///
+/// # Errors
+/// [`MountError::Unmount`].
+pub fn unmount_dead(target: &Path) -> Result<bool, MountError> {
+    let Some(found) = registry::mounted_at(target)? else { return Ok(false) };
+    let record =
+        registry::mounts()?.into_iter().find(|one| one.target == target && one.device == found.device);
+    let is_dead = match record {
+        Some(record) => record.health() == Health::DaemonDead,
+        // The daemon took its record away, or never wrote one: ask the mount itself.
+        None => {
+            found.kind == fuse::KIND
+                && std::fs::metadata(target).is_err_and(|error| {
+                    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
+                })
+        }
+    };
+    if is_dead {
+        unmount(target, true)?;
+    }
+    Ok(is_dead)
 }
 
 /// What a mount does to the file system as a whole, of what `-o` can ask for.
@@ -414,6 +500,20 @@ pub enum MountError {
     /// A file in the register of mounts.
     #[error(transparent)]
     Register(#[from] IoError),
+    /// A unit for the daemon was asked for and cannot be had.
+    #[error("no unit of systemd can keep the mount's daemon: {why}")]
+    NoUnit {
+        /// What is missing.
+        why: String,
+    },
+    /// The unit of a daemon did not start.
+    #[error("unit {unit} did not mount: {why}")]
+    Unit {
+        /// Its name.
+        unit: String,
+        /// What systemd said.
+        why: String,
+    },
     /// The kernel's backend failed.
     #[error(transparent)]
     DmVerity(Box<dm_verity::DmVerityError>),
@@ -439,6 +539,7 @@ impl Classified for MountError {
             | Self::Erofs { .. }
             | Self::Format { .. }
             | Self::Option { .. }
+            | Self::NoUnit { .. }
             | Self::NotOurs { .. } => Class::Input,
             _ => Class::Failure,
         }

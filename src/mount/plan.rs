@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::MountError;
+use super::dm_verity::LayerInput;
 use super::registry::LayerRecord;
+use super::through_device::through_device;
 use crate::digest::Digest;
 use crate::image::layer::Layer;
 use crate::image::oci::{LayerFormat, OciImage};
@@ -124,7 +126,14 @@ impl PlannedLayer {
             source,
         })?;
         let source: Arc<dyn Source> = match self.root_hash {
-            Some(hash) => Arc::new(VerifiedSource::open(file, hash).map_err(|error| self.failed(error))?),
+            Some(root_hash) => {
+                let verified = VerifiedSource::open(file, root_hash).map_err(|error| self.failed(error))?;
+                let (path, digest, media_type) = (self.path.as_path(), self.digest, self.media_type.as_str());
+                match through_device(&LayerInput { path, digest, root_hash, media_type }, verified) {
+                    Ok(device) => Arc::new(device),
+                    Err(verified) => Arc::new(verified),
+                }
+            }
             None => Arc::new(PlainSource::unsafe_no_verity(file).map_err(|source| {
                 MountError::LayerRead { layer: self.digest, path: self.path.clone(), source: source.into() }
             })?),

@@ -8,6 +8,9 @@
 //! while the kernel lists a mount of that device at its target (`/proc/self/mountinfo`); any other
 //! is stale and is removed. A process is known by its id and the time when it started, as ids
 //! come back.
+//!
+//! **Lock.** Device numbers come back too, so a stale record and a new one can have one name. Whoever writes
+//! a record, or removes one as stale, holds `lock` (flock) in the folder, and looks again under it.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
@@ -23,6 +26,7 @@ use super::engine::trouble::Counts;
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::sys;
+use crate::sys::flock::ExclusiveLock;
 
 /// A record is at most this long: 1,000 layers are about 200 KiB.
 const MOST_BYTES: u64 = 1 << 20;
@@ -99,6 +103,12 @@ impl MountRecord {
             _ if self.corrupt_device().is_some() => Health::Corrupt,
             _ => Health::Good,
         }
+    }
+
+    /// Whether both are of one mount, whatever was counted meanwhile.
+    fn is_of_same_mount(&self, other: &Self) -> bool {
+        let process = |record: &Self| record.daemon.as_ref().map(|daemon| (daemon.pid, daemon.start_ticks));
+        (&self.device, &self.target, process(self)) == (&other.device, &other.target, process(other))
     }
 
     /// The first of its dm-verity devices that has status C; only root can ask for it.
@@ -208,6 +218,7 @@ fn write_in(folder: &Path, record: &MountRecord) -> Result<(), IoError> {
     let path = folder.join(format!("{}.json", record.stem()));
     let temp = folder.join(format!(".{}.{}", record.stem(), std::process::id()));
     let text = serde_json::to_vec(record).map_err(io::Error::other).on("write", &path)?;
+    let _lock = lock(&folder)?;
     // No fsync: what is mounted is gone after a power cut, and so is /run.
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
@@ -215,14 +226,24 @@ fn write_in(folder: &Path, record: &MountRecord) -> Result<(), IoError> {
     fs::rename(&temp, &path).on("rename", &temp)
 }
 
-/// Removes the record and the log of a mount.
+fn lock(folder: &Path) -> Result<ExclusiveLock, IoError> {
+    let path = folder.join("lock");
+    ExclusiveLock::wait(&path).on("lock", &path)
+}
+
+/// Removes the record and the log of a mount, unless another mount's record has the name by now.
 pub fn remove(record: &MountRecord) {
     remove_in(&folder(), record);
 }
 
 fn remove_in(folder: &Path, record: &MountRecord) {
-    for ending in ["json", "log"] {
-        let _ = fs::remove_file(folder.join(format!("{}.{ending}", record.stem())));
+    // Without the lock nothing is removed: a stale record does no harm.
+    let Ok(_lock) = lock(folder) else { return };
+    let path = |ending: &str| folder.join(format!("{}.{ending}", record.stem()));
+    if read(&path("json")).is_some_and(|found| found.is_of_same_mount(record)) {
+        for ending in ["json", "log"] {
+            let _ = fs::remove_file(path(ending));
+        }
     }
 }
 
@@ -315,6 +336,16 @@ pub struct Mounted {
     pub target: PathBuf,
     /// Type of the file system, `fuse.mosfs` for ours.
     pub kind: String,
+    /// What the mount table shows as its device.
+    pub source: String,
+}
+
+impl Mounted {
+    /// Whether it looks like a mount that mosfs made, whatever the register says.
+    pub fn is_ours(&self) -> bool {
+        self.kind == super::fuse::KIND
+            || self.kind == "overlay" && self.source.starts_with(super::kernel::SOURCE_PREFIX)
+    }
 }
 
 /// What the kernel lists as mounted in this process' name space.
@@ -337,7 +368,8 @@ fn parse_mountinfo(line: &[u8]) -> Option<Mounted> {
     let mut rest = fields.skip_while(|field| *field != b"-");
     rest.next()?;
     let kind = String::from_utf8(rest.next()?.to_vec()).ok()?;
-    Some(Mounted { device, target: PathBuf::from(OsString::from_vec(target)), kind })
+    let source = String::from_utf8_lossy(&unescape(rest.next()?)).into_owned();
+    Some(Mounted { device, target: PathBuf::from(OsString::from_vec(target)), kind, source })
 }
 
 /// Undoes the octal escapes of mountinfo: `\040` for a space.
@@ -372,7 +404,9 @@ mod tests {
     fn mountinfo_is_read_with_its_escapes() {
         let line = b"36 35 98:0 /mnt1 /a\\040b\\134\xff rw,noatime master:1 shared:2 - fuse.mosfs oci:x rw";
         let target = OsString::from_vec(b"/a b\\\xff".to_vec()).into();
-        let expected = Mounted { device: "98:0".into(), target, kind: "fuse.mosfs".into() };
+        let (kind, source) = ("fuse.mosfs".into(), "oci:x".into());
+        let expected = Mounted { device: "98:0".into(), target, kind, source };
+        assert!(expected.is_ours());
         assert_eq!(parse_mountinfo(line), Some(expected));
         assert_eq!(parse_mountinfo(b"36 35"), None);
         assert_eq!(unescape(b"\\9\\777\\04"), b"\\9\\777\\04");

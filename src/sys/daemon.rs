@@ -96,17 +96,6 @@ impl Signals {
     }
 }
 
-/// Puts this thread into the class of those that run only when nothing else wants to (SCHED_IDLE).
-pub fn run_only_when_idle() -> io::Result<()> {
-    let param = libc::sched_param { sched_priority: 0 };
-    // SAFETY: `param` outlives the call; 0 means this thread.
-    if unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &param) } == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// How many cores this thread may run on.
 pub fn usable_cores() -> usize {
     // SAFETY: cpu_set_t is plain data, for which zeros are a valid value.

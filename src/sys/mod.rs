@@ -11,6 +11,7 @@ pub mod flock;
 pub mod fuse;
 pub mod loopdev;
 pub mod mountapi;
+pub mod notify;
 pub mod process;
 pub mod sha256;
 pub mod tpm;

@@ -85,12 +85,41 @@ impl Publisher {
 
     /// Publishes a version whose hostfs has these layers, the bottom one first.
     pub fn publish_layers(&self, version: u64, layers: Vec<Descriptor>, for_floor: bool) -> Digest {
+        self.publish_targets(version, &[("hostfs", "hostfs", layers)], for_floor)
+    }
+
+    /// Puts a sealed layer into the store as it is.
+    pub fn add_sealed(&self, layer: &Path, media_type: &str, root_hash: Digest) -> Descriptor {
         let store = self.store();
         let writer = store.writer().expect("a writer");
-        let config = writer.put_bytes(oci::CONFIG, config(version).as_bytes()).expect("put");
-        let image = Manifest { layers, ..image_manifest(config) }.to_bytes();
-        let image = writer.put_bytes(oci::MANIFEST, &image).expect("put");
-        let manifest = self.system(version, &image);
+        let bytes = fs::read(layer).expect("the layer");
+        let digest = Digest::of(&bytes);
+        let mut temp = writer.temp().expect("a file");
+        io::Write::write_all(&mut temp.file, &bytes).expect("a copy");
+        writer.commit(temp, &digest).expect("a blob");
+        let (size, media_type) = (bytes.len() as u64, media_type.to_string());
+        LayerDescriptor { digest, size, media_type, root_hash: Some(root_hash) }.to_descriptor()
+    }
+
+    /// Publishes a version of these targets: name, service type, and layers, the bottom one first.
+    pub fn publish_targets(
+        &self,
+        version: u64,
+        targets: &[(&str, &str, Vec<Descriptor>)],
+        for_floor: bool,
+    ) -> Digest {
+        let store = self.store();
+        let writer = store.writer().expect("a writer");
+        let image = |name: &str, layers: &[Descriptor]| {
+            // An image of its own for each version of a hostfs; others stay as long as their layers do.
+            let text = config(if name == "hostfs" { version } else { 0 });
+            let config = writer.put_bytes(oci::CONFIG, text.as_bytes()).expect("put");
+            let image = Manifest { layers: layers.to_vec(), ..image_manifest(config) }.to_bytes();
+            writer.put_bytes(oci::MANIFEST, &image).expect("put")
+        };
+        let images: Vec<(&str, &str, Descriptor)> =
+            targets.iter().map(|(name, service, layers)| (*name, *service, image(name, layers))).collect();
+        let manifest = self.system(version, &images);
         let key = PrivateKey::load(&self.key("signer.key")).expect("the signer's key");
         let certificate = fs::read(self.key("signer.pem")).expect("the certificate");
         let signed = Signed::create(&manifest, &key, &certificate, Dates::check_now()).expect("signing");
@@ -107,30 +136,32 @@ impl Publisher {
                 .push(writer.put_artifact(FLOOR_SIGNATURE_TYPE, &signature, Some(&system)).expect("put"));
         }
         let digest = Digest::of(&signed.manifest);
-        let (image_name, system_name) = (image_name("hostfs", &image.digest), system_name(&digest));
-        let version_name = version_name(version);
-        let mut entries = vec![
-            (Some(image_name.as_str()), &image),
-            (Some(system_name.as_str()), &system),
-            (Some(version_name.as_str()), &system),
-        ];
+        let (system_name, version_name) = (system_name(&digest), version_name(version));
+        let names: Vec<String> =
+            images.iter().map(|(name, _, image)| image_name(name, &image.digest)).collect();
+        let mut entries: Vec<_> =
+            names.iter().zip(&images).map(|(name, (.., image))| (Some(name.as_str()), image)).collect();
+        entries.extend([(Some(system_name.as_str()), &system), (Some(version_name.as_str()), &system)]);
         entries.extend(referrers.iter().map(|one| (None, one)));
         writer.set_entries(&entries).expect("names");
         digest
     }
 
-    fn system(&self, version: u64, image: &Descriptor) -> SystemManifest {
-        let yaml = format!(
-            "version: {version}\nproduct: {}\ntargets:\n  hostfs:\n    url: oci:/unused:x\n    version: 1.0.0\n    \
-             service_type: hostfs\n    network: {{type: host}}\n",
-            self.product
-        );
+    fn system(&self, version: u64, images: &[(&str, &str, Descriptor)]) -> SystemManifest {
+        let mut yaml = format!("version: {version}\nproduct: {}\ntargets:\n", self.product);
+        for (name, service, _) in images {
+            yaml += &format!(
+                "  {name}:\n    url: oci:/unused:x\n    version: 1.0.0\n    service_type: {service}\n    \
+                 network: {{type: host}}\n"
+            );
+        }
         let import =
             ImportManifest::parse(Path::new("import.yaml"), yaml.as_bytes()).expect("an import manifest");
         let targets = import
             .targets
             .iter()
             .map(|(name, target)| {
+                let (.., image) = images.iter().find(|(one, ..)| *one == name.as_str()).expect("an image");
                 let target = Target {
                     digest: image.digest,
                     size: image.size,
@@ -146,6 +177,11 @@ impl Publisher {
         SystemManifest { version, product: self.product, targets }
     }
 
+    /// Puts a layer into the store that has one file, `content`.
+    pub fn add_layer(&self, content: &str) -> Descriptor {
+        self.layer(&self.store().writer().expect("a writer"), content)
+    }
+
     /// A squashfs layer with a verity tree.
     fn layer(&self, writer: &mosfs::store::Writer<'_>, content: &str) -> Descriptor {
         let work = tempfile::tempdir_in(&self.dir).expect("a folder");
@@ -155,6 +191,8 @@ impl Publisher {
         let made = Command::new("mksquashfs")
             .args([&tree, &image])
             .args(["-comp", "zstd", "-noappend", "-quiet", "-no-progress", "-all-root", "-processors", "1"])
+            // The same content is the same layer.
+            .args(["-mkfs-time", "0", "-all-time", "0"])
             .output()
             .unwrap_or_else(|error| {
                 panic!("cannot run mksquashfs: {error}; install the Debian package `squashfs-tools`")

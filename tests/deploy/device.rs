@@ -62,7 +62,7 @@ impl Device {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mosfs"));
         command.args(args);
-        if ["install", "update", "commit", "status", "floor"].contains(&args[0]) {
+        if ["install", "update", "commit", "status", "floor", "activate"].contains(&args[0]) {
             command.args(&self.floor);
         }
         command

@@ -261,6 +261,13 @@ impl Engine {
         Ok(block)
     }
 
+    /// A shared block by way of the cache, before anybody asks for it. Its errors are not logged.
+    pub fn shared_block(&self, layer: usize, id: BlockId) -> Result<Arc<Block>, EngineError> {
+        let image = self.view.layers().get(layer).ok_or(EngineError::Io)?;
+        self.cache
+            .get_or_decode(Share::Shared, layer, id, |out| image.decode(id, out).map_err(|_| EngineError::Io))
+    }
+
     /// The first offset at or after `offset` that is data (`data`) or a hole (`!data`), as lseek(2)
     /// with SEEK_DATA and SEEK_HOLE has it: the end of the file counts as a hole, and `None` means
     /// that there is no such offset (ENXIO).

@@ -33,15 +33,13 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 pub(super) struct Tree {
     pub engine: Arc<Engine>,
     pub siblings: Arc<Siblings>,
-    pub pulse: Option<Arc<Pulse>>,
+    pub pulse: Arc<Pulse>,
     pub has_xattrs: bool,
 }
 
 impl Tree {
     fn beat(&self) {
-        if let Some(pulse) = &self.pulse {
-            pulse.beat();
-        }
+        self.pulse.beat();
     }
 
     /// Calls `add` with offset, name, inode number and attributes of each entry of a folder from

@@ -33,6 +33,7 @@ use std::time::Duration;
 use fuser::{Config, Session, SessionACL};
 
 pub use limits::DEFAULT_CACHE_MIB;
+pub use spin::Spin;
 
 use self::filesystem::{Tree, check_root};
 use self::spin::Pulse;
@@ -40,12 +41,16 @@ use self::store::Siblings;
 use super::engine::Engine;
 use super::registry::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log};
+use crate::failpoint;
 use crate::image::overlay::Merged;
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
 
 /// The type that the kernel lists our mounts with.
 pub const KIND: &str = "fuse.mosfs";
+
+/// The name of this backend in records.
+pub const NAME: &str = "fuse";
 
 /// How often the error counts in a mount's record are brought up to date, at the most.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -57,8 +62,8 @@ pub struct FuseOptions {
     pub threads: usize,
     /// Bound of the cache of decoded blocks, in MiB; `None` is [`DEFAULT_CACHE_MIB`].
     pub cache_mib: Option<usize>,
-    /// Keep cores awake while requests come close together.
-    pub spin: bool,
+    /// When to keep cores awake while requests come close together.
+    pub spin: Spin,
     /// Flags of the mount.
     pub flags: MountFlags,
     /// Descriptors that this process was started with and that the daemon must not keep.
@@ -174,6 +179,7 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
     sys::daemon::lean_allocator();
     let engine = prepare(plan, options)?;
     let mounted = Mounted::new(&plan.source, target, &options.flags)?;
+    failpoint::hit("fuse.mounted");
     let undo = (mounted.target.clone(), mounted.as_root);
     let failed = |operation| move |source| MountError::System { operation, source };
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;
@@ -185,6 +191,8 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
         Forked::Parent(_) => {
             // The connection is the daemon's alone: if it dies, the mount must not hang on us.
             drop((writer, mounted));
+            // Its pages are shared with the daemon: to free what is in them would copy them first.
+            std::mem::forget(engine);
             let done = wait_until_ready(reader, &undo.0);
             if done.is_err() {
                 let _ = unmount_at(&undo.0, undo.1, true);
@@ -279,7 +287,7 @@ fn record(plan: &MountPlan, mounted: &Mounted, log: Option<PathBuf>) -> MountRec
         target: mounted.target.clone(),
         digest: plan.digest,
         layers: plan.records(),
-        backend: "fuse".into(),
+        backend: NAME.into(),
         verified: plan.is_verified(),
         device: format!("{major}:{minor}"),
         daemon: Some(DaemonRecord {
@@ -308,7 +316,7 @@ pub fn serve(
     engine.set_surplus(Box::new(queue));
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
-    let pulse = options.spin.then(|| Arc::new(Pulse::default()));
+    let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
     let tree = Tree {
         has_xattrs: engine.view().has_xattrs(),
         engine: engine.clone(),
@@ -337,11 +345,10 @@ pub fn serve(
     // others, so that the first request waits for one new thread and not for four.
     let notifier = session.notifier();
     let reported = engine.clone();
-    drop(engine);
     spawn("signals", move || {
-        let others = spawn("store", move || store::run(&news, &siblings, &notifier))
+        let others = spawn("store", move || store::run(&news, &engine, &siblings, &notifier))
             .and_then(|()| spawn("report", move || report(&reported, &kept)))
-            .and_then(|()| pulse.map_or(Ok(()), |pulse| spawn("spin", move || spin::run(&pulse))));
+            .and_then(|()| spawn("spin", move || spin::run(&pulse, when)));
         if let Err(error) = others {
             log::warn!("{error}");
         }

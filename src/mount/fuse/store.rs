@@ -11,22 +11,34 @@
 //!
 //! The queue is bounded too, by [`QUEUE`] blocks; news that does not fit is dropped.
 //!
+//! # Ahead
+//! Who reads small files one after the other (tar, cp, a compiler its headers) waits for one shared block after
+//! the other, while a core sleeps. So, when shared blocks are asked for in the order in which they
+//! lie in the image, the same thread decodes up to [`AHEAD`] of those that come next, as far as
+//! they hold files that the kernel knows and has not read, and stores those files.
+//!
 //! # Locks
 //! [`Siblings`] has one mutex, a leaf, held for a look-up or an insert.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Bound;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Mutex, PoisonError};
 
 use fuser::{INodeNo, Notifier};
 
 use crate::image::layer::{Attr, BlockId, FileType, Place};
+use crate::mount::engine::cache::Block;
 use crate::mount::engine::{Decoded, Engine, Surplus};
 
 /// How many decoded blocks may wait to be stored; each holds its memory while it waits.
 const QUEUE: usize = 8;
-/// How many files the table of siblings knows, 40 bytes each.
-const MOST_SIBLINGS: usize = 16 * 1024;
+/// How many shared blocks are decoded ahead of the one that was asked for.
+const AHEAD: usize = 4;
+/// How many files the table of siblings knows, 16 bytes each (and as many for the room that vectors keep).
+const MOST_SIBLINGS: usize = 64 * 1024;
+/// How many shared blocks the table knows, 100 bytes each.
+const MOST_BLOCKS: usize = 16 * 1024;
 /// Files above this size are not looked at for a tail in a shared block, in bytes.
 const SMALL_FILE_BYTES: u64 = 128 * 1024;
 const PAGE: u64 = 4096;
@@ -41,6 +53,9 @@ struct Sibling {
     len: u32,
 }
 
+/// A shared block: the index of its layer, and where it lies there. In the order of reading.
+type Key = (usize, BlockId);
+
 /// Which small files lie in which shared block, of those that the kernel knows and has not read.
 #[derive(Default)]
 pub(super) struct Siblings {
@@ -49,9 +64,9 @@ pub(super) struct Siblings {
 
 #[derive(Default)]
 struct Table {
-    blocks: HashMap<(usize, u64), Vec<Sibling>>,
+    blocks: BTreeMap<Key, Vec<Sibling>>,
     /// The blocks in the order in which they came up, to forget the oldest first.
-    order: VecDeque<(usize, u64)>,
+    order: VecDeque<Key>,
     files: usize,
 }
 
@@ -68,20 +83,28 @@ impl Siblings {
             return;
         }
         let sibling = Sibling { ino, offset, len: extent.len };
-        self.table.lock().unwrap_or_else(PoisonError::into_inner).insert((layer, block.start), sibling);
+        self.table.lock().unwrap_or_else(PoisonError::into_inner).insert((layer, block), sibling);
     }
 
     /// Takes the files of a block off the table.
-    fn take(&self, layer: usize, block: BlockId) -> Vec<Sibling> {
+    fn take(&self, key: &Key) -> Vec<Sibling> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = table.blocks.remove(&(layer, block.start)).unwrap_or_default();
+        let taken = table.blocks.remove(key).unwrap_or_default();
         table.files = table.files.saturating_sub(taken.len());
         taken
+    }
+
+    /// The first block of the table that lies behind `key` in the same layer.
+    fn after(&self, key: &Key) -> Option<Key> {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let behind = (Bound::Excluded(*key), Bound::Unbounded);
+        let next = table.blocks.range(behind).next().map(|(next, _)| *next);
+        next.filter(|next| next.0 == key.0)
     }
 }
 
 impl Table {
-    fn insert(&mut self, key: (usize, u64), sibling: Sibling) {
+    fn insert(&mut self, key: Key, sibling: Sibling) {
         let files = self.blocks.entry(key).or_insert_with(|| {
             self.order.push_back(key);
             Vec::new()
@@ -91,7 +114,7 @@ impl Table {
         }
         files.push(sibling);
         self.files += 1;
-        while self.files > MOST_SIBLINGS || self.order.len() > MOST_SIBLINGS {
+        while self.files > MOST_SIBLINGS || self.order.len() > MOST_BLOCKS {
             let Some(oldest) = self.order.pop_front() else { break };
             self.files -= self.blocks.remove(&oldest).map_or(0, |files| files.len());
         }
@@ -113,22 +136,79 @@ pub(super) fn queue() -> (StoreQueue, Receiver<Decoded>) {
     (StoreQueue(sender), receiver)
 }
 
-/// Stores what comes through the queue until the mount ends.
-pub(super) fn run(receiver: &Receiver<Decoded>, siblings: &Arc<Siblings>, notifier: &Notifier) {
-    while let Ok(news) = receiver.recv() {
-        if let Place::Shared { offset, .. } = news.extent.place {
-            store_rest(notifier, &news, offset as usize);
-            for one in siblings.take(news.layer, news.id) {
-                let (from, len) = (one.offset as usize, one.len as usize);
-                if one.ino != news.ino
-                    && let Some(bytes) = from.checked_add(len).and_then(|to| news.block.bytes().get(from..to))
-                {
-                    // Fails for an inode that the kernel has forgotten: nothing is lost.
-                    let _ = notifier.store(INodeNo(one.ino), 0, bytes);
+/// Stores what comes through the queue, and decodes ahead, until the mount ends.
+pub(super) fn run(receiver: &Receiver<Decoded>, engine: &Engine, siblings: &Siblings, notifier: &Notifier) {
+    let mut ahead = Ahead::default();
+    loop {
+        let next = match ahead.left {
+            0 => receiver.recv().map_err(|_| TryRecvError::Disconnected),
+            _ => receiver.try_recv(),
+        };
+        match next {
+            Ok(news) => {
+                if let Place::Shared { offset, .. } = news.extent.place {
+                    let key = (news.layer, news.id);
+                    ahead.asked(key, siblings);
+                    store_rest(notifier, &news, offset as usize);
+                    store_files(notifier, &news.block, siblings.take(&key), Some(news.ino));
+                } else {
+                    store_rest(notifier, &news, 0);
                 }
             }
-        } else {
-            store_rest(notifier, &news, 0);
+            Err(TryRecvError::Empty) => {
+                let Some(key) = ahead.step(siblings) else { continue };
+                // An error is met again, and logged, when one of the files is read.
+                if let Ok(block) = engine.shared_block(key.0, key.1) {
+                    store_files(notifier, &block, siblings.take(&key), None);
+                }
+            }
+            Err(TryRecvError::Disconnected) => return,
+        }
+    }
+}
+
+/// Where in a layer the reading of shared blocks has come to.
+#[derive(Default)]
+struct Ahead {
+    /// The block that comes next if the reading is one of blocks in their order.
+    next: Option<Key>,
+    /// How many more blocks to decode before anybody asks.
+    left: usize,
+}
+
+impl Ahead {
+    /// Somebody had to wait for a block.
+    fn asked(&mut self, key: Key, siblings: &Siblings) {
+        match self.next {
+            Some(next) if next == key => self.left = AHEAD,
+            // A part of a block that is done with: the tail of a large file, say.
+            Some((layer, block)) if layer == key.0 && key.1 < block => return,
+            _ => self.left = 0,
+        }
+        self.next = siblings.after(&key);
+    }
+
+    /// The block to decode now.
+    fn step(&mut self, siblings: &Siblings) -> Option<Key> {
+        let Some(key) = self.next else {
+            self.left = 0;
+            return None;
+        };
+        self.left -= 1;
+        self.next = siblings.after(&key);
+        Some(key)
+    }
+}
+
+/// Stores the files of a shared block, but the one that was asked for.
+fn store_files(notifier: &Notifier, block: &Block, files: Vec<Sibling>, asked: Option<u64>) {
+    for Sibling { ino, offset, len } in files {
+        let (from, len) = (offset as usize, len as usize);
+        if asked != Some(ino)
+            && let Some(bytes) = from.checked_add(len).and_then(|to| block.bytes().get(from..to))
+        {
+            // Fails for an inode that the kernel has forgotten: nothing is lost.
+            let _ = notifier.store(INodeNo(ino), 0, bytes);
         }
     }
 }
@@ -150,5 +230,56 @@ fn store_rest(notifier: &Notifier, news: &Decoded, start: usize) {
         if let Some(bytes) = news.block.bytes().get(a..b) {
             let _ = notifier.store(INodeNo(news.ino), from, bytes);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(layer: usize, start: u64) -> Key {
+        (layer, BlockId { start, size_word: 1, decoded_max: 4096 })
+    }
+
+    fn table(keys: impl IntoIterator<Item = Key>) -> Siblings {
+        let siblings = Siblings::default();
+        for (key, ino) in keys.into_iter().zip(1..) {
+            let sibling = Sibling { ino, offset: 0, len: 1 };
+            siblings.table.lock().unwrap().insert(key, sibling);
+        }
+        siblings
+    }
+
+    #[test]
+    fn blocks_asked_for_in_their_order_are_decoded_ahead() {
+        let siblings = table((0..20).map(|start| key(1, start * 10)).chain([key(2, 500)]));
+        let mut ahead = Ahead::default();
+        ahead.asked(key(1, 0), &siblings);
+        assert_eq!(ahead.left, 0, "one block is no order");
+        ahead.asked(key(1, 10), &siblings);
+        let steps: Vec<_> = std::iter::from_fn(|| (ahead.left > 0).then(|| ahead.step(&siblings))).collect();
+        assert_eq!(steps, [20, 30, 40, 50].map(|start| Some(key(1, start))));
+        // The tail of a large file in a block that is done with changes nothing.
+        ahead.asked(key(1, 30), &siblings);
+        assert_eq!((ahead.left, ahead.next), (0, Some(key(1, 60))));
+        ahead.asked(key(1, 60), &siblings);
+        assert_eq!(ahead.left, AHEAD);
+        ahead.asked(key(1, 150), &siblings);
+        assert_eq!(ahead.left, 0, "a jump ends it");
+        // It ends with its layer.
+        for start in [160, 170, 180, 190] {
+            ahead.asked(key(1, start), &siblings);
+        }
+        assert_eq!(ahead.step(&siblings), None);
+        assert_eq!(ahead.left, 0);
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_forgets_the_oldest() {
+        let siblings = table((0..2 * MOST_BLOCKS as u64).map(|start| key(0, start)));
+        let table = siblings.table.lock().unwrap();
+        assert_eq!((table.blocks.len(), table.order.len()), (MOST_BLOCKS, MOST_BLOCKS));
+        assert_eq!(table.files, MOST_BLOCKS);
+        assert!(!table.blocks.contains_key(&key(0, 0)));
     }
 }

@@ -1,0 +1,159 @@
+//! `mosfs activate`: mounts the targets of the running deployment.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{FloorArgs, Global, device, mount, output};
+use crate::deploy::activate::{self, Action, ActivationPlan, NotActive, Outcome, Taken, Ways};
+use crate::deploy::booted::{self, BootRecord};
+use crate::error::{AnyError, IoContext};
+use crate::mount::Backend;
+use crate::mount::units::{self, Keeper, Unit};
+use crate::trust::Anchor;
+use crate::trust::floor::Config;
+
+/// Mount the targets of the running deployment at /run/mosfs/targets/NAME; only what changed is remounted.
+///
+/// What is in use is named, left as it is, and exit code 1. The deployment is verified afresh, and its version
+/// compared with the floor where this device has one.
+#[derive(Debug, Args)]
+pub struct ActivateArgs {
+    /// The targets [default: all but the root; what the deployment no longer has is unmounted].
+    #[arg(value_name = "TARGET")]
+    targets: Vec<String>,
+    /// Who serves the mounts: auto, dm-verity or fuse.
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    backend: Backend,
+    /// Who keeps the daemons of FUSE mounts: auto, unit (a unit of systemd each) or fork.
+    #[arg(long, default_value = "auto", value_name = "HOW")]
+    daemon: Keeper,
+    /// Only print what would be done.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    floor: FloorArgs,
+}
+
+/// Runs `mosfs activate`.
+pub fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> {
+    let run = booted::run_dir();
+    let run = std::path::absolute(&run).on("find", &run)?;
+    let in_unit = units::wanted(args.daemon)?;
+    // Before anything is looked at: two at once would both mount what is missing.
+    let _lock = if args.dry_run { None } else { Some(activate::lock(&run)?) };
+    let plan = plan(args, global, &run)?;
+    if args.dry_run {
+        return output::answer(global, || plan_json(&plan), || plan_text(&plan));
+    }
+    let (system, config) = (
+        std::path::absolute(&global.system).on("find", &global.system)?,
+        std::path::absolute(&global.config).on("find", &global.config)?,
+    );
+    let unit = |target: &str, place: &Path| {
+        in_unit.then(|| Unit {
+            source: target.into(),
+            target: place.into(),
+            needs: vec![system.clone()],
+            arguments: mount::foreground_arguments(target, place, &system, &config, &activate::flags()),
+        })
+    };
+    let deployment = plan.deployment;
+    let taken = activate::apply(plan, &run, &Ways { backend: args.backend, unit: &unit })?;
+    let verdict = activate::verdict(&taken);
+    if global.json {
+        let targets: Vec<_> = taken.iter().map(taken_json).collect();
+        let answer = json!({ "deployment": deployment, "version": deployment.version, "targets": targets });
+        output::json(&answer)?;
+    } else {
+        for one in taken.iter().filter(|one| matches!(one.outcome, Outcome::Done(_))) {
+            output::line(done_text(one))?;
+        }
+    }
+    Ok(verdict?)
+}
+
+fn plan(args: &ActivateArgs, global: &Global, run: &Path) -> Result<ActivationPlan, AnyError> {
+    let anchor = Anchor::load(&global.config)?;
+    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+    // A device that was told of no floor key has no floor yet: there is nothing to compare with.
+    let has_floor = args.floor.in_file() || Config::load(&global.config)?.floor_pub.is_some();
+    let mut floor = if has_floor { Some(args.floor.open(global)?) } else { None };
+    let system = device::system(global);
+    let floor = floor.as_mut().map(|floor| floor.as_mut() as _);
+    Ok(activate::plan(&system, run, booted, &anchor, floor, args.backend, &args.targets)?)
+}
+
+fn verb(action: Action) -> &'static str {
+    match action {
+        Action::Keep => "keep",
+        Action::Mount => "mount",
+        Action::Remount => "remount",
+        Action::Mend => "mend",
+        Action::Unmount => "unmount",
+        Action::Refuse => "leave alone",
+    }
+}
+
+fn plan_json(plan: &ActivationPlan) -> Value {
+    let step = |step: &activate::Step| json!({ "target": step.target, "path": step.path, "action": step.action, "why": step.why });
+    let targets: Vec<_> = plan.steps.iter().map(step).collect();
+    json!({ "dry_run": true, "deployment": plan.deployment, "version": plan.deployment.version, "targets": targets })
+}
+
+fn plan_text(plan: &ActivationPlan) -> String {
+    let line = |step: &activate::Step| {
+        let why = if step.why.is_empty() { String::new() } else { format!(": {}", step.why) };
+        format!("would {} {} at {}{why}", verb(step.action), step.target, step.path.display())
+    };
+    let lines: Vec<_> = plan.steps.iter().map(line).collect();
+    if lines.is_empty() {
+        "nothing to do: the deployment has the root alone".into()
+    } else {
+        lines.join("\n")
+    }
+}
+
+fn taken_json(taken: &Taken) -> Value {
+    let mut value = json!({ "target": taken.target, "path": taken.path, "action": taken.action });
+    let (outcome, key, what) = match &taken.outcome {
+        Outcome::Done(backend) => ("done", "backend", json!(backend)),
+        Outcome::Busy(users) => ("busy", "users", json!(users)),
+        Outcome::Failed(error) => ("failed", "error", json!(error.chain())),
+    };
+    value["outcome"] = json!(outcome);
+    value[key] = what;
+    value
+}
+
+fn done_text(taken: &Taken) -> String {
+    let Taken { target, path, action, outcome } = taken;
+    let backend = match outcome {
+        Outcome::Done(Some(backend)) => format!(" ({backend})"),
+        _ => String::new(),
+    };
+    let what = match action {
+        Action::Keep => "is mounted already",
+        Action::Mount => "mounted",
+        Action::Remount => "remounted",
+        Action::Mend => "mounted again",
+        Action::Unmount => "unmounted, the deployment has it no more,",
+        Action::Refuse => "left alone",
+    };
+    format!("{target} {what} at {}{backend}", path.display())
+}
+
+/// What a user can do about targets that are not active.
+pub(super) fn advice(error: &NotActive) -> Option<&'static str> {
+    error
+        .only_busy
+        .then_some("end those who use it, then run `mosfs activate` again; nothing was taken from them")
+}
+
+/// Where a target would be mounted, to tell in other commands what `mosfs activate` mends.
+pub(super) fn is_target(path: &Path) -> bool {
+    let folder = activate::targets_dir(&booted::run_dir());
+    let folder: PathBuf = folder.canonicalize().unwrap_or(folder);
+    path.parent() == Some(&folder)
+}

@@ -1,0 +1,501 @@
+//! `mosfs activate`: the targets of the running deployment, mounted where services find them.
+//!
+//! ```text
+//! RUN/targets/NAME    one read-only mount a target, hostfs aside (it is the root, and mounted by boot)
+//! RUN/activate.lock   flock: one activation at a time
+//! ```
+//! RUN is `/run/mosfs`, or `$MOSFS_RUN`. The mounts are `nosuid` and `nodev`: every user of the host can
+//! reach them, and a setuid program of a container was made for another system. Whoever runs a
+//! container makes a mount of its own of the tree, with the flags that it needs.
+//!
+//! **Trust.** `boot.json` (else `state.json`) says which deployment runs, and nothing else is taken from it:
+//! signature, certificate and product are checked afresh, and the version against the floor,
+//! where the device has one. On a device that mosfs did not boot this is the only check of the floor,
+//! so that a disk that was put back does not bring old targets with it.
+//!
+//! **Plan, then apply.** The plan compares what is mounted with what the signed manifest wants; what is as
+//! wanted is not touched. To replace a mount, the new image is opened and checked while the old one is
+//! still there; then the old one is unmounted, never lazily while its daemon lives: where it is in use,
+//! it stays, and those who use it are named. Nothing is written but mounts and their records, which are
+//! gone after a power cut; what a killed activation leaves is found by the next plan:
+//!
+//! | killed… | leaves | the next activation |
+//! | --- | --- | --- |
+//! | before the mount | at the most an empty folder | mounts |
+//! | after the old mount went | nothing mounted | mounts |
+//! | between a mount and its record | a mount that is not in the register | replaces it |
+//! | after the record | what was wanted | keeps it |
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::error::DeployError;
+use super::state::DeploymentId;
+use super::{System, find_target, image_of, running};
+use crate::error::{AnyError, Class, Classified, IoContext, IoError};
+use crate::failpoint;
+use crate::manifest::ServiceType;
+use crate::mount::holders::{self, Users};
+use crate::mount::registry::{self, MountRecord, Mounted};
+use crate::mount::units::{self, Unit};
+use crate::mount::{self, Backend, Health, MountError, MountFlags, MountPlan};
+use crate::store::Store;
+use crate::sys::flock::ExclusiveLock;
+use crate::trust::Anchor;
+use crate::trust::floor::{self, Floor};
+
+/// Mounts that lie on top of each other at one place; more are not taken apart.
+const MOST_STACKED: usize = 16;
+
+/// Where the targets of the running deployment are mounted.
+pub fn targets_dir(run: &Path) -> PathBuf {
+    run.join("targets")
+}
+
+/// What is to be done with a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// It is mounted as wanted.
+    Keep,
+    /// Nothing is mounted.
+    Mount,
+    /// Another image is mounted, or with another backend.
+    Remount,
+    /// Its mount is of no use: the daemon is dead, or the mount was never finished.
+    Mend,
+    /// The deployment has no such target any more.
+    Unmount,
+    /// Something is mounted there that mosfs did not mount; it is not touched.
+    Refuse,
+}
+
+/// What was found at a target's place.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The topmost mount there.
+    pub mounted: Option<Mounted>,
+    /// Its record.
+    pub record: Option<MountRecord>,
+    /// How it is, where there is a record.
+    pub health: Option<Health>,
+}
+
+/// One target of a plan.
+#[derive(Debug)]
+pub struct Step {
+    /// The target.
+    pub target: String,
+    /// Where it is mounted.
+    pub path: PathBuf,
+    /// What is to be done.
+    pub action: Action,
+    /// Why, where it is not plain.
+    pub why: String,
+    /// What is wanted there, or why it cannot be had.
+    wanted: Result<Option<MountPlan>, AnyError>,
+}
+
+/// What an activation would do.
+#[derive(Debug)]
+pub struct ActivationPlan {
+    /// The deployment that runs.
+    pub deployment: DeploymentId,
+    /// Its targets by name, then what is to go.
+    pub steps: Vec<Step>,
+}
+
+/// How a step ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It is as wanted; which backend serves it, where it is mounted.
+    Done(Option<String>),
+    /// It is in use, and was left in place.
+    Busy(Users),
+    /// It failed.
+    Failed(AnyError),
+}
+
+/// A step that was taken.
+#[derive(Debug)]
+pub struct Taken {
+    /// The target.
+    pub target: String,
+    /// Where it is mounted.
+    pub path: PathBuf,
+    /// What was to be done.
+    pub action: Action,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// Targets that are not as the deployment wants them.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", reasons.join("; "))]
+pub struct NotActive {
+    /// One sentence a target.
+    pub reasons: Vec<String>,
+    /// Whether all that is wrong is that mounts are in use.
+    pub only_busy: bool,
+    class: Class,
+}
+
+impl Classified for NotActive {
+    fn class(&self) -> Class {
+        self.class
+    }
+}
+
+/// Takes the lock for an activation; waits for another one.
+pub fn lock(run: &Path) -> Result<ExclusiveLock, IoError> {
+    fs::create_dir_all(run).on("create", run)?;
+    let path = run.join("activate.lock");
+    ExclusiveLock::wait(&path).on("lock", &path)
+}
+
+/// Plans an activation of these targets, of all where none are named. Nothing is changed.
+///
+/// `floor` is asked where the device has one.
+///
+/// # Errors
+/// What the running deployment's verification says, [`DeployError::Floor`] with `Rollback` for a version
+/// below the floor, and names that are no targets of it. What is wrong with one target's image
+/// is an error of its step alone.
+pub fn plan(
+    system: &System,
+    run: &Path,
+    booted: Option<DeploymentId>,
+    anchor: &Anchor,
+    floor: Option<&mut dyn Floor>,
+    backend: Backend,
+    names: &[String],
+) -> Result<ActivationPlan, DeployError> {
+    let (id, verified) = running(system, booted, anchor)?;
+    if let Some(floor) = floor {
+        // Rule (DESIGN.md, section 5): `version >= floor`.
+        floor::check(floor, id.version)?;
+    }
+    let targets = &verified.manifest().targets;
+    for name in names {
+        if find_target(&id, &verified, name)?.service_type == ServiceType::Hostfs {
+            return Err(DeployError::IsHostfs { id, target: name.clone() });
+        }
+    }
+    let folder = targets_dir(run);
+    // As the kernel will list it.
+    let folder = folder.canonicalize().unwrap_or(folder);
+    let register = registry::mounts()?;
+    let mounted = registry::mounted()?;
+    let store = Store::open(&system.store_dir())?;
+    let mut steps = Vec::new();
+    for (name, target) in targets {
+        let name = name.as_str();
+        let is_meant = names.is_empty() || names.iter().any(|meant| meant == name);
+        if target.service_type == ServiceType::Hostfs || !is_meant {
+            continue;
+        }
+        let wanted = image_of(&store, name, target).map_err(AnyError::from).and_then(|image| {
+            Ok(MountPlan::new(name, &image, &|digest| store.blob_path(digest), &[], false)?)
+        });
+        let path = folder.join(name);
+        let found = find(&path, &mounted, &register);
+        let (action, why) = match &wanted {
+            Ok(plan) => decide(Some(plan), &found, backend),
+            // What is mounted stays until there is something to replace it.
+            Err(_) if found.mounted.is_some() => (Action::Remount, String::new()),
+            Err(_) => (Action::Mount, String::new()),
+        };
+        steps.push(Step { target: name.into(), path, action, why, wanted: wanted.map(Some) });
+    }
+    if names.is_empty() {
+        let known = |name: &str| {
+            targets.iter().any(|(one, t)| one.as_str() == name && t.service_type != ServiceType::Hostfs)
+        };
+        let mut gone: Vec<(String, PathBuf)> = mounted
+            .iter()
+            .filter(|one| one.target.parent() == Some(&folder))
+            .filter_map(|one| Some((one.target.file_name()?.to_str()?.to_string(), one.target.clone())))
+            .filter(|(name, _)| !known(name))
+            .collect();
+        gone.sort();
+        gone.dedup();
+        for (target, path) in gone {
+            let found = find(&path, &mounted, &register);
+            let (action, why) = decide(None, &found, backend);
+            steps.push(Step { target, path, action, why, wanted: Ok(None) });
+        }
+    }
+    Ok(ActivationPlan { deployment: id, steps })
+}
+
+fn find(path: &Path, mounted: &[Mounted], register: &[MountRecord]) -> Found {
+    let mounted = mounted.iter().rfind(|one| one.target == path).cloned();
+    let device = mounted.as_ref().map(|one| one.device.as_str());
+    let record =
+        register.iter().find(|one| one.target == path && Some(one.device.as_str()) == device).cloned();
+    let health = record.as_ref().map(MountRecord::health);
+    Found { mounted, record, health }
+}
+
+/// What is to be done where `found` is and `wanted` should be, and why.
+fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Action, String) {
+    let Some(mounted) = &found.mounted else {
+        return (if wanted.is_some() { Action::Mount } else { Action::Keep }, String::new());
+    };
+    if found.record.is_none() && !mounted.is_ours() {
+        return (Action::Refuse, format!("a mount of type {} is there, which is not ours", mounted.kind));
+    }
+    let Some(wanted) = wanted else {
+        return (Action::Unmount, "the running deployment has no such target".into());
+    };
+    let Some(record) = &found.record else {
+        return (Action::Mend, "its mount was never finished".into());
+    };
+    if found.health == Some(Health::DaemonDead) {
+        return (Action::Mend, "its daemon is gone".into());
+    }
+    // The register is root's own; the layers are compared all the same, as they are what is verified.
+    if record.digest != wanted.digest || record.layers != wanted.records() || !record.verified {
+        let old = record.digest.map_or("another image".into(), |digest| digest.to_string());
+        return (Action::Remount, format!("{old} is mounted"));
+    }
+    let other = Backend::NAMES.iter().find(|(_, one)| *one == backend && backend != Backend::Auto);
+    match other {
+        Some((name, _)) if *name != record.backend => {
+            (Action::Remount, format!("it is mounted through {}", record.backend))
+        }
+        _ => (Action::Keep, String::new()),
+    }
+}
+
+/// How targets are mounted.
+pub struct Ways<'a> {
+    /// The backend.
+    pub backend: Backend,
+    /// The unit that keeps the daemon of a target's FUSE mount, by name and mount point; none where it is forked.
+    pub unit: &'a dyn Fn(&str, &Path) -> Option<Unit>,
+}
+
+/// Does what was planned, target by target; what fails for one does not keep the others.
+///
+/// The caller holds the lock.
+pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
+    let folder = targets_dir(run);
+    fs::create_dir_all(&folder).on("create", &folder)?;
+    failpoint::hit("activate.planned");
+    let take = |step: Step| {
+        let Step { target, path, action, why, wanted } = step;
+        let outcome = match take(&target, &path, action, &why, wanted, &folder, ways) {
+            Ok(outcome) => outcome,
+            Err(error) => Outcome::Failed(error),
+        };
+        Taken { target, path, action, outcome }
+    };
+    Ok(plan.steps.into_iter().map(take).collect())
+}
+
+fn take(
+    target: &str,
+    path: &Path,
+    action: Action,
+    why: &str,
+    wanted: Result<Option<MountPlan>, AnyError>,
+    folder: &Path,
+    ways: &Ways<'_>,
+) -> Result<Outcome, AnyError> {
+    if action == Action::Refuse {
+        let path = path.to_path_buf();
+        return Err(RefusedError { path, why: why.to_string() }.into());
+    }
+    let wanted = wanted?;
+    if action == Action::Keep {
+        let register = registry::mounts()?;
+        let backend = register.into_iter().find(|one| one.target == path).map(|one| one.backend);
+        return Ok(Outcome::Done(backend));
+    }
+    // Everything that can be wrong with the new image is found before the old one goes.
+    let prepared = match wanted {
+        Some(plan) => Some(mount::prepare(plan, ways.backend, &flags())?),
+        None => None,
+    };
+    failpoint::hit("activate.prepared");
+    if action != Action::Mount
+        && let Some(users) = clear(path, action == Action::Mend)?
+    {
+        return Ok(Outcome::Busy(users));
+    }
+    failpoint::hit("activate.cleared");
+    let Some(prepared) = prepared else {
+        // Only an empty folder of ours goes.
+        let _ = fs::remove_dir(path);
+        return Ok(Outcome::Done(None));
+    };
+    let place = folder.join(target);
+    match fs::create_dir(&place) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(error).on("create", &place)?;
+        }
+        _ => {}
+    }
+    failpoint::hit("activate.folder");
+    let place = place.canonicalize().on("find", &place)?;
+    let backend = prepared.attach(&place, (ways.unit)(target, &place))?;
+    failpoint::hit("activate.mounted");
+    Ok(Outcome::Done(Some(backend.to_string())))
+}
+
+/// The flags of each target's mount: see the module's text.
+pub fn flags() -> MountFlags {
+    MountFlags { nosuid: true, nodev: true, ..MountFlags::default() }
+}
+
+/// Unmounts what is at a target's place; gives who uses it where it is in use.
+///
+/// `of_no_use`: the mount answers nobody, so it leaves the tree at once, whoever still has it open.
+fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
+    if of_no_use {
+        // First its unit: it would mount again what is unmounted here.
+        units::stop(path);
+    }
+    for _ in 0..MOST_STACKED {
+        match registry::mounted_at(path)? {
+            Some(one) if one.is_ours() => {}
+            Some(other) => {
+                return Err(MountError::NotOurs { target: path.to_path_buf(), found: Some(other.kind) });
+            }
+            None => return Ok(None),
+        }
+        match mount::unmount(path, of_no_use) {
+            Ok(()) => {}
+            Err(MountError::Unmount { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
+                return Ok(Some(holders::of(path)));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(MountError::NotOurs { target: path.to_path_buf(), found: None })
+}
+
+/// Somebody else's mount is where a target's should be.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing is mounted at {}: {why}", path.display())]
+struct RefusedError {
+    path: PathBuf,
+    why: String,
+}
+
+impl Classified for RefusedError {
+    fn class(&self) -> Class {
+        Class::Failure
+    }
+}
+
+/// Whether all is as wanted.
+///
+/// # Errors
+/// [`NotActive`] with the class of the gravest reason.
+pub fn verdict(taken: &[Taken]) -> Result<(), NotActive> {
+    let mut reasons = Vec::new();
+    let mut classes = Vec::new();
+    let mut only_busy = true;
+    for one in taken {
+        match &one.outcome {
+            Outcome::Done(_) => {}
+            Outcome::Busy(users) => {
+                let what = if one.action == Action::Unmount { "stays mounted" } else { "stays as it was" };
+                reasons.push(format!("target {} {what}, it is in use by {users}", one.target));
+                classes.push(Class::Failure);
+            }
+            Outcome::Failed(error) => {
+                reasons.push(format!("target {}: {error}", one.target));
+                classes.push(error.class());
+                only_busy = false;
+            }
+        }
+    }
+    match classes.into_iter().reduce(super::choice::graver) {
+        None => Ok(()),
+        Some(class) => Err(NotActive { reasons, only_busy, class }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::Digest;
+    use crate::mount::PlannedLayer;
+
+    fn wanted() -> MountPlan {
+        let layer = PlannedLayer {
+            path: "/layer".into(),
+            digest: Digest::of(b"layer"),
+            size: 4096,
+            media_type: "application/vnd.stacker.image.layer.squashfs+zstd+verity".into(),
+            root_hash: Some(Digest::of(b"root")),
+        };
+        MountPlan { source: "app".into(), digest: Some(Digest::of(b"image")), layers: vec![layer] }
+    }
+
+    fn found(change: impl FnOnce(&mut MountRecord)) -> Found {
+        let plan = wanted();
+        let mut record = MountRecord {
+            format: 1,
+            source: "app".into(),
+            target: "/t/app".into(),
+            digest: plan.digest,
+            layers: plan.records(),
+            backend: "fuse".into(),
+            verified: true,
+            device: "0:9".into(),
+            daemon: None,
+        };
+        change(&mut record);
+        let mounted = Mounted {
+            device: "0:9".into(),
+            target: "/t/app".into(),
+            kind: "fuse.mosfs".into(),
+            source: "app".into(),
+        };
+        Found { mounted: Some(mounted), record: Some(record), health: Some(Health::Good) }
+    }
+
+    #[test]
+    fn only_what_differs_is_remounted() {
+        let wanted = wanted();
+        let action = |found: &Found, backend| decide(Some(&wanted), found, backend).0;
+        assert_eq!(action(&found(|_| ()), Backend::Auto), Action::Keep);
+        assert_eq!(action(&found(|_| ()), Backend::Fuse), Action::Keep);
+        assert_eq!(action(&found(|_| ()), Backend::DmVerity), Action::Remount);
+        assert_eq!(action(&found(|r| r.digest = Some(Digest::of(b"old"))), Backend::Auto), Action::Remount);
+        assert_eq!(action(&found(|r| r.layers[0].root_hash = None), Backend::Auto), Action::Remount);
+        assert_eq!(action(&found(|r| r.verified = false), Backend::Auto), Action::Remount);
+        assert_eq!(action(&Found::default(), Backend::Auto), Action::Mount);
+        let errors = Found { health: Some(Health::Errors), ..found(|_| ()) };
+        assert_eq!(action(&errors, Backend::Auto), Action::Keep);
+        let dead = Found { health: Some(Health::DaemonDead), ..found(|_| ()) };
+        assert_eq!(action(&dead, Backend::Auto), Action::Mend);
+        let unrecorded = Found { record: None, health: None, ..found(|_| ()) };
+        assert_eq!(action(&unrecorded, Backend::Auto), Action::Mend);
+        let mut foreign = unrecorded.clone();
+        foreign.mounted.as_mut().unwrap().kind = "tmpfs".into();
+        assert_eq!(action(&foreign, Backend::Auto), Action::Refuse);
+        assert_eq!(decide(None, &found(|_| ()), Backend::Auto).0, Action::Unmount);
+        assert_eq!(decide(None, &foreign, Backend::Auto).0, Action::Refuse);
+    }
+
+    #[test]
+    fn the_gravest_reason_is_the_exit_code() {
+        let taken =
+            |outcome| Taken { target: "a".into(), path: "/a".into(), action: Action::Remount, outcome };
+        assert!(verdict(&[taken(Outcome::Done(None))]).is_ok());
+        let busy = verdict(&[taken(Outcome::Busy(Users::default()))]).unwrap_err();
+        assert_eq!((busy.class(), busy.only_busy), (Class::Failure, true));
+        let bad = DeployError::MissingBlob { target: "a".into(), digest: Digest::of(b"x") };
+        let both = [taken(Outcome::Busy(Users::default())), taken(Outcome::Failed(bad.into()))];
+        let both = verdict(&both).unwrap_err();
+        assert_eq!((both.class(), both.only_busy, both.reasons.len()), (Class::Verification, false, 2));
+    }
+}

@@ -1,0 +1,333 @@
+//! `mosfs activate` under systemd: a Debian in a virtual machine, installed with `make install`.
+//!
+//! The targets are mounted at boot by mosfs-activate.service, FUSE daemons live in units of their own,
+//! come back when they are killed, and do not keep the machine from shutting down in order.
+//! What the booted system does is a script in its image; each of its steps prints a line, and the
+//! verdict is that of the first step that failed.
+
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "common/publish.rs"]
+mod publish;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "common/swtpm.rs"]
+mod swtpm;
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use publish::{PRODUCT, Publisher};
+use swtpm::Swtpm;
+use tempfile::TempDir;
+
+const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
+
+fn source_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+fn tool(package: &str, command: &mut Command) -> Output {
+    let output = command.output().unwrap_or_else(|error| {
+        panic!("cannot run {:?}: {error}; install the Debian package {package}", command.get_program())
+    });
+    assert!(
+        output.status.success(),
+        "{command:?} ended with {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
+
+/// A script of tests/vm; it says itself which package it lacks.
+fn script(name: &str) -> Command {
+    Command::new(source_file("tests/vm").join(name))
+}
+
+fn squashfs(tree: &Path, image: &Path, more: &[&str]) {
+    let mut command = Command::new("mksquashfs");
+    command.args([tree, image]).args(["-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet"]);
+    tool("squashfs-tools", command.arg("-no-progress").args(more));
+}
+
+/// The squashfs of a Debian root with systemd, made once.
+fn debian_image() -> PathBuf {
+    let root = tool("mmdebstrap", script("debian-root").arg("hostfs")).stdout;
+    let root = PathBuf::from(String::from_utf8(root).unwrap().trim());
+    let image = root.with_extension("squashfs");
+    if !image.exists() {
+        let part = image.with_extension(format!("part{}", std::process::id()));
+        squashfs(&root, &part, &[]);
+        fs::rename(&part, &image).unwrap();
+    }
+    image
+}
+
+/// Runs when multi-user.target is reached; `/usr/local/bin/vm-steps` does what is tested.
+const VERDICT_UNIT: &str = "[Unit]\nDefaultDependencies=no\nAfter=multi-user.target\n\
+    [Service]\nType=oneshot\nStandardOutput=tty\nStandardError=tty\nTTYPath=/dev/ttyS0\n\
+    ExecStart=/bin/sh /usr/local/bin/vm-verdict\n\
+    [Install]\nWantedBy=multi-user.target\n";
+
+/// Reports what is not as it should be, and goes down in order: systemd ends all that runs, and the log of the
+/// shutdown is on the console.
+const VERDICT: &str = r#"
+code=0
+sh /usr/local/bin/vm-steps || code=$?
+if [ $code -ne 0 ]; then
+    journalctl --no-pager -b -o cat -u 'mosfs*' -u 'mnt-*' | tail -n 60
+    systemctl --no-pager --no-legend list-units 'mosfs*' 'mnt-*' 'run-mosfs-targets-*'
+    mosfs status
+fi
+echo "MOSFS-VM-VERDICT: $code"
+systemctl --no-block poweroff
+"#;
+
+/// What both boots do. `step NUMBER WORDS` comes before what may fail with that number.
+const STEPS: &str = r#"
+export MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
+targets=/run/mosfs/targets
+step() { number=$1; shift; echo "vm: step $number: $*"; }
+fail() { echo "vm: failed at step $number: $*"; exit "$number"; }
+want() { "$@" || fail "$*"; }
+unit_of() { echo "mosfs-fuse@$(systemd-escape --path "$1").service"; }
+property() { systemctl show --value -p "$1" "$2"; }
+# Waits until a command succeeds, for a minute of this slow machine.
+await() {
+    for _ in $(seq 300); do
+        if "$@" 2>/dev/null; then return 0; fi
+        sleep 0.2
+    done
+    fail "waited in vain: $*"
+}
+backend() { mosfs status --json | tr '{' '\n' | grep -F "\"source\":\"$1\"" | head -n 1; }
+content() { test "$(cat "$1/content")" = "$2"; }
+is_new() { now=$(property MainPID "$1"); test "$now" != 0 && test "$now" != "$2"; }
+
+step 10 "the service has mounted the targets before multi-user.target"
+want systemctl is-active mosfs-activate.service
+for name in app data-set; do want content $targets/$name "$name"; done
+want test ! -e $targets/hostfs
+mosfs activate --json | tee /tmp/kept
+want test "$(grep -o '"action":"keep"' /tmp/kept | wc -l)" = 2
+
+step 11 "lines of fstab are mounted, early and late"
+for name in early late; do
+    want systemctl is-active mnt-$name.mount
+    want content /mnt/$name app
+    want systemctl is-active "$(unit_of /mnt/$name)"
+done
+
+step 12 "through FUSE, each daemon is in a unit of its own"
+want mosfs activate --backend fuse
+for name in app data-set; do
+    unit=$(unit_of $targets/$name)
+    want content $targets/$name "$name"
+    want systemctl is-active "$unit"
+    want test "$(property KillMode "$unit")" = process
+    want test "$(property Restart "$unit")" = on-failure
+    pid=$(property MainPID "$unit")
+    want grep -qF "/$unit" "/proc/$pid/cgroup"
+done
+mosfs status | grep -F "$targets" | sed 's/^/vm: /'
+
+step 13 "a daemon that is killed comes back, and is mounted again"
+for place in $targets/data-set /mnt/early; do
+    unit=$(unit_of $place)
+    pid=$(property MainPID "$unit")
+    want kill -KILL "$pid"
+    await is_new "$unit" "$pid"
+    await systemctl --quiet is-active "$unit"
+    await cat $place/content
+done
+want content $targets/data-set data-set
+want content /mnt/early app
+await systemctl --quiet is-active mnt-early.mount
+
+step 14 "one that is killed while somebody is inside, too"
+unit=$(unit_of $targets/app)
+pid=$(property MainPID "$unit")
+(cd $targets/app && exec sleep 1000) &
+holder=$!
+want kill -KILL "$pid"
+await is_new "$unit" "$pid"
+await content $targets/app app
+kill $holder
+
+step 15 "the daemons do not end with the service that started them"
+pid=$(property MainPID "$unit")
+want systemctl restart mosfs-activate.service
+want test "$(property MainPID "$unit")" != 0
+want content $targets/app app
+
+step 16 "a dead daemon that no unit keeps is seen and mended"
+want mosfs umount $targets/app
+await sh -c "! systemctl --quiet is-active '$unit'"
+want mosfs mount --backend fuse --daemon fork app $targets/app
+pid=$(mosfs status --json | tr '{' '\n' | grep -o '"pid":[0-9]*' | cut -d: -f2 | sort -n | tail -n 1)
+want kill -KILL "$pid"
+await sh -c "mosfs status | grep -F '$targets/app' | grep -q 'mosfs activate'"
+want mosfs activate --backend fuse
+want content $targets/app app
+want systemctl is-active "$unit"
+
+step 17 "a mount that is unmounted ends its unit and is not mounted again"
+want umount $targets/data-set
+unit=$(unit_of $targets/data-set)
+await sh -c "! systemctl --quiet is-active '$unit'"
+want test "$(property LoadState "$unit")" = not-found
+want mosfs activate --backend fuse
+want content $targets/data-set data-set
+
+step 18 "an image that does not verify says so, not its unit"
+# (mosfs mount: what is wrong is found before the unit is started)
+mosfs mount --backend fuse --daemon unit --root-hash "$(printf '%064d' 1)" app /mnt/none >/tmp/said 2>&1
+want test $? = 3
+want grep -q 'root hash' /tmp/said
+"#;
+
+struct Device {
+    dir: TempDir,
+    publisher: Publisher,
+}
+
+impl Device {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let publisher = Publisher::new(dir.path());
+        fs::create_dir(dir.path().join("tpm")).unwrap();
+        Self { dir, publisher }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Publishes version 200: Debian with what `make install` installs, and two targets.
+    fn publish(&self, steps: &str) {
+        let top = self.path("top");
+        let put = |name: &str, text: &str| {
+            let path = top.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let stripped = self.path("mosfs");
+        tool("binutils", Command::new("strip").arg("-o").arg(&stripped).arg(MOSFS));
+        fs::set_permissions(&stripped, PermissionsExt::from_mode(0o755)).unwrap();
+        let mut install = Command::new("make");
+        install.arg("--silent").arg("install").current_dir(source_file(""));
+        install.arg(format!("DESTDIR={}", top.display())).arg(format!("MOSFS={}", stripped.display()));
+        tool("make", &mut install);
+        put("etc/machine-id", "0123456789abcdef0123456789abcdef\n");
+        put("etc/systemd/system/vm-verdict.service", VERDICT_UNIT);
+        put("usr/local/bin/vm-verdict", VERDICT);
+        put("usr/local/bin/vm-steps", steps);
+        put(
+            "etc/fstab",
+            "app /mnt/early mosfs backend=fuse,system=/run/mosfs/system,config=/run/mosfs/config,ro 0 0\n\
+             app /mnt/late mosfs _netdev,x-systemd.after=mosfs-activate.service,backend=fuse,nosuid 0 0\n",
+        );
+        for folder in ["etc/mosfs", "var/lib/mosfs", "mnt/early", "mnt/late", "mnt/none"] {
+            fs::create_dir_all(top.join(folder)).unwrap();
+        }
+        let units = top.join("etc/systemd/system");
+        let enable = |unit: &str, target: &str, from: &str| {
+            let folder = units.join(target);
+            fs::create_dir_all(&folder).unwrap();
+            symlink(format!("{from}/{unit}"), folder.join(unit)).unwrap();
+        };
+        enable("vm-verdict.service", "multi-user.target.wants", "..");
+        for unit in ["mosfs-activate.service", "mosfs-commit.service"] {
+            enable(unit, "multi-user.target.wants", "/usr/lib/systemd/system");
+        }
+        enable("mosfs-activate.service", "boot-complete.target.requires", "/usr/lib/systemd/system");
+        // A login prompt would hang up the line that the verdict is printed on.
+        symlink("/dev/null", units.join("serial-getty@ttyS0.service")).unwrap();
+        let image = self.path("top.squashfs");
+        squashfs(&top, &image, &["-all-root"]);
+        let publisher = &self.publisher;
+        let host = vec![publisher.add_image(&debian_image()), publisher.add_image(&image)];
+        let target = |name: &str| vec![publisher.add_layer(name)];
+        let targets = [
+            ("hostfs", "hostfs", host),
+            ("app", "container", target("app")),
+            ("data-set", "fs-only", target("data-set")),
+        ];
+        publisher.publish_targets(200, &targets, true);
+    }
+
+    /// Installs what was published, and gives the device's TPM its floor.
+    fn install(&self) {
+        let tpm = Swtpm::start_in(&self.path("tpm"));
+        let mosfs = |arguments: &[&str]| {
+            let mut command = Command::new(MOSFS);
+            command.args(arguments).env("MOSFS_SYSTEM", self.path("system"));
+            command.env("MOSFS_CONFIG", self.path("config")).env("MOSFS_RUN", self.path("run"));
+            tool("", command.env("MOSFS_TPM", tpm.tcti_text()));
+        };
+        let key = |name: &str| self.publisher.key(name).to_str().unwrap().to_string();
+        let source = self.publisher.source();
+        mosfs(&["install", &source, "--ca", &key("ca.pem"), "--product", PRODUCT]);
+        let (provision, public) = (key("provision.key"), key("floor.pub"));
+        mosfs(&["floor", "provision", "--provision-key", &provision, "--floor-pub", &public]);
+    }
+
+    /// Boots, wants verdict 0 and these words on the console.
+    fn boots(&self, cmdline: &str, words: &[&str]) -> String {
+        let initrd = self.path("initrd");
+        let mut make = script("make-initrd");
+        make.arg("initramfs-tools")
+            .arg(&initrd)
+            .args(["--mosfs", MOSFS])
+            .arg("--config")
+            .arg(self.path("config"));
+        tool("", &mut make);
+        let mut command = script("run");
+        command.arg("--system").arg(self.path("system")).arg("--initrd").arg(initrd);
+        command.arg("--tpm-state").arg(self.path("tpm")).args(["--timeout", "420", "--memory", "768"]);
+        command.arg("--cmdline").arg(format!("root=mosfs rd.shell=0 {cmdline}"));
+        let output = command.output().unwrap();
+        let console = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        println!("{console}{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(0), "the verdict");
+        for word in words {
+            assert!(console.contains(word), "expected `{word}` on the console");
+        }
+        console
+    }
+}
+
+/// What systemd and the kernel say at the end of a shutdown in order.
+const IN_ORDER: &str = "reboot: Power down";
+
+#[test]
+fn targets_are_active_at_boot_and_their_daemons_come_back() {
+    let device = Device::new();
+    let first = "grep -q '^mosfs:' /proc/self/mounts || exit 3\n\
+         test $(grep -c ' /run/mosfs/targets/[^ ]* overlay ro,nosuid,nodev' /proc/self/mounts) = 2 || exit 4\n";
+    device.publish(&format!("{first}{STEPS}"));
+    device.install();
+    let words = ["vm: step 18", "data-set (fuse): verified", IN_ORDER];
+    let console = device.boots("loglevel=6", &words);
+    assert!(!console.contains("Failed to start"), "some unit has failed");
+}
+
+#[test]
+fn a_root_through_fuse_serves_to_the_end_of_an_orderly_shutdown() {
+    let device = Device::new();
+    device.publish(
+        "mosfs activate --backend fuse || exit 3\n\
+         pid=$(pgrep -f '^@mosfs') || pid=$(grep -l '^@mosfs' /proc/[0-9]*/cmdline | head -n 1 | cut -d/ -f3)\n\
+         test -n \"$pid\" || exit 4\n\
+         echo \"vm: the root's daemon is $pid: $(tr '\\0' ' ' </proc/$pid/cmdline)\"\n\
+         test \"$(cat /run/mosfs/targets/app/content)\" = app || exit 5\n",
+    );
+    device.install();
+    let console = device.boots("loglevel=6 mosfs.backend=fuse", &["vm: the root's daemon is ", IN_ORDER]);
+    // A root whose daemon was killed would have said so here.
+    for word in ["Transport endpoint is not connected", "Input/output error", "Failed to execute shutdown"] {
+        assert!(!console.contains(word), "`{word}` is on the console");
+    }
+}
