@@ -218,7 +218,7 @@ fn write_in(folder: &Path, record: &MountRecord) -> Result<(), IoError> {
     let path = folder.join(format!("{}.json", record.stem()));
     let temp = folder.join(format!(".{}.{}", record.stem(), std::process::id()));
     let text = serde_json::to_vec(record).map_err(io::Error::other).on("write", &path)?;
-    let _lock = lock(&folder)?;
+    let _lock = lock(folder)?;
     // No fsync: what is mounted is gone after a power cut, and so is /run.
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
