@@ -25,7 +25,7 @@ use super::publish::{PRODUCT, Publisher};
 use super::swtpm::Swtpm;
 
 /// The command under test.
-pub const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
+pub const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs-full");
 
 /// A healthy Debian, and the next one.
 pub const GOOD: u64 = 200;
