@@ -26,6 +26,8 @@ use super::swtpm::Swtpm;
 
 /// The command under test.
 pub const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs-full");
+/// The program that is called by this name, and runs the other one.
+const START: &str = env!("CARGO_BIN_EXE_mosfs");
 
 /// A healthy Debian, and the next one.
 pub const GOOD: u64 = 200;
@@ -98,7 +100,7 @@ fn key(debian: &Path) -> String {
         .iter()
         .map(|name| source_file(name))
         .collect();
-    todo.push(MOSFS.into());
+    todo.extend([MOSFS.into(), START.into()]);
     while let Some(path) = todo.pop() {
         if path.is_dir() {
             let mut list: Vec<_> =
@@ -204,11 +206,13 @@ fn publish_all(dir: &Path, debian: &Path) {
         put(top, "etc/systemd/system/vm-verdict.service", VERDICT_UNIT);
         put(top, "usr/local/bin/vm-verdict", VERDICT);
         executable(&put(top, "usr/local/bin/vm-quick", QUICK));
-        for folder in ["etc/mosfs", "var/lib/mosfs", "usr/bin"] {
+        for folder in ["etc/mosfs", "var/lib/mosfs", "usr/bin", "usr/libexec/mosfs"] {
             fs::create_dir_all(top.join(folder)).expect("a folder");
         }
-        tool("binutils", Command::new("strip").arg("-o").arg(top.join("usr/bin/mosfs")).arg(MOSFS));
-        executable(&top.join("usr/bin/mosfs"));
+        for (program, at) in [(START, "usr/bin/mosfs"), (MOSFS, "usr/libexec/mosfs/mosfs-full")] {
+            tool("binutils", Command::new("strip").arg("-o").arg(top.join(at)).arg(program));
+            executable(&top.join(at));
+        }
         let commit = fs::read(source_file("mount-helpers/mosfs-commit.service")).expect("the unit");
         put(top, "etc/systemd/system/mosfs-commit.service", commit);
         let units = top.join("etc/systemd/system");
