@@ -53,6 +53,7 @@ export MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
 echo "vm: version $(cat /etc/vm-version) reached multi-user with $(cat /proc/1/comm)"
 echo "vm: root is $(sed -n 's/^.* \/ \/ [^-]*- \([^ ]*\) \([^ ]*\) .*/\1 \2/p' /proc/self/mountinfo)"
 echo "vm: boot.json $(cat /run/mosfs/boot.json)"
+echo "vm: pcr15 $(cat /sys/class/tpm/tpm0/pcr-sha256/15)"
 code=0
 if [ -e $MOSFS_SYSTEM/vm-action ]; then
     sh $MOSFS_SYSTEM/vm-action "$(sed -n 's/.*vm\.do=\([^ ]*\).*/\1/p' /proc/cmdline)"
@@ -136,6 +137,12 @@ impl Fleet {
             File::create(dir.join("complete")).expect("a mark");
         }
         Self { publisher: Publisher::again(&dir), dir, _lock: lock }
+    }
+
+    /// The digest of the system manifest of a version with Debian in it.
+    pub fn digest(&self, version: u64) -> Digest {
+        let hex = fs::read_to_string(self.dir.join(format!("digest.{version}"))).expect("the digest");
+        Digest::from_hex(&hex).expect("a digest")
     }
 
     /// The initramfs of a real generator for one of Debian's kernels.
@@ -241,7 +248,8 @@ fn publish_all(dir: &Path, debian: &Path) {
                 executable(&put(top, "usr/lib/systemd/systemd", fs::read(init).expect("systemd")));
             }
         });
-        publisher.publish_layers(version, vec![base.clone(), common.clone(), own], true);
+        let digest = publisher.publish_layers(version, vec![base.clone(), common.clone(), own], true);
+        fs::write(dir.join(format!("digest.{version}")), digest.hex()).expect("the digest");
     }
     publisher.publish(SMALL, "small");
     publisher.publish(SMALL_NEXT, "another small one");
@@ -373,13 +381,6 @@ impl Device {
             path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&format!("{version}-")))
         });
         found.next().unwrap_or_else(|| panic!("version {version} is deployed"))
-    }
-
-    /// The digest of a version's system manifest.
-    pub fn digest(&self, version: u64) -> Digest {
-        let folder = self.deployment(version);
-        let name = folder.file_name().expect("a name").to_string_lossy().into_owned();
-        Digest::from_hex(name.split_once('-').expect("VERSION-H3").1).expect("a digest")
     }
 
     /// The digest of the OCI manifest of a version's hostfs.
