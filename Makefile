@@ -11,11 +11,12 @@ CARGO ?= cargo
 PREFIX ?= /usr
 SYSCONFDIR ?= /etc
 DESTDIR ?=
-# What `make install` installs.
+# What `make install` installs; mosfs-full lies beside it.
 MOSFS ?= target/release/mosfs
 BINDIR = $(DESTDIR)$(PREFIX)/bin
 SBINDIR = $(DESTDIR)$(PREFIX)/sbin
 LIBDIR = $(DESTDIR)$(PREFIX)/lib
+LIBEXECDIR = $(DESTDIR)$(PREFIX)/libexec/mosfs
 SHAREDIR = $(DESTDIR)$(PREFIX)/share
 
 # How long `make fuzz` runs each target, and `make soak` its load.
@@ -39,6 +40,11 @@ help: ## Show this list
 build: ## Build mosfs (target/release/mosfs)
 	@tests/setup build
 	$(CARGO) build --release --locked
+	# What makes it quick to start.
+	if readelf --dynamic target/release/mosfs | grep -q 'NEEDED.*libcrypto'; then
+		echo "target/release/mosfs loads libcrypto: something of src/cli/start.rs asks for a signature" >&2
+		exit 1
+	fi
 
 demo: ## Go the whole way once on a real Debian root file system, and explain it
 	@tests/setup demo
@@ -86,6 +92,7 @@ install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does
 		$(CARGO) build --release --locked
 	fi
 	install -D -m 0755 "$(MOSFS)" "$(BINDIR)/mosfs"
+	install -D -m 0755 "$(MOSFS)-full" "$(LIBEXECDIR)/mosfs-full"
 	for file in mount-helpers/mount.*; do
 		install -D -m 0755 "$$file" "$(SBINDIR)/$${file##*/}"
 	done

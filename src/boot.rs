@@ -3,7 +3,8 @@
 //! ```text
 //! partition   find the system partition and mount it (untrusted: nosuid, nodev, noexec)
 //! floor       read it from the TPM; its index must have the expected Name
-//! verify      signature, certificate, product, version >= floor, images complete
+//! read        state, try spent where it is a pending one, images complete
+//! signature   manifest, signature, certificate, product; then version >= floor
 //! layers      loop and dm-verity devices, or the start of the FUSE daemon
 //! tree        overlay, attached at the sysroot
 //! measure     extend PCR 15 with the manifest's digest
@@ -203,7 +204,7 @@ pub fn boot(setup: &Setup, options: &BootOptions) -> Result<Report, BootError> {
         verified_at.set(Instant::now());
         start(setup, &system, options, overlay, verified)
     })?;
-    let verify = (verified_at.get() - begin).saturating_sub(floor_time.get());
+    let read = (verified_at.get() - begin).saturating_sub(floor_time.get() + booted.verifying);
     // A TPM behind a socket takes one connection at a time.
     drop(floor);
 
@@ -216,7 +217,8 @@ pub fn boot(setup: &Setup, options: &BootOptions) -> Result<Report, BootError> {
     let phases = vec![
         ("partition", partition),
         ("floor", floor_time.get()),
-        ("verify", verify),
+        ("read", read),
+        ("signature", booted.verifying),
         ("layers", booted.started.layers),
         ("tree", booted.started.tree),
         ("measure and hand over", begin.elapsed()),

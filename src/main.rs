@@ -1,7 +1,7 @@
-//! The `mosfs` command.
+//! The `mosfs` command: see [`mosfs::cli::start`].
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    mosfs::cli::main()
+    mosfs::cli::start::main()
 }

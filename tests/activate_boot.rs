@@ -21,7 +21,7 @@ use publish::{PRODUCT, Publisher};
 use swtpm::Swtpm;
 use tempfile::TempDir;
 
-const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
+const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs-full");
 
 fn source_file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)

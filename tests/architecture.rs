@@ -46,7 +46,7 @@ impl SourceFile {
         let below = self.path.strip_prefix("src/")?;
         let name = below.split('/').next()?;
         let name = name.strip_suffix(".rs").unwrap_or(name);
-        (!matches!(name, "lib" | "main")).then_some(name)
+        (!matches!(name, "lib" | "main" | "full")).then_some(name)
     }
 
     fn line_of(&self, offset: usize) -> usize {

@@ -528,7 +528,8 @@ fn the_daemon_keeps_nothing_of_who_started_it() {
 
     let mount = OurMount { at: target.canonicalize().unwrap() };
     let pid = mount.pid();
-    assert_eq!(fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), Path::new("/"));
+    // The folder of its own record, which it can reach from there when the root is switched.
+    assert_eq!(fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), Path::new("/run/mosfs/mounts"));
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let session: u32 = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(3).unwrap().parse().unwrap();
     assert_eq!(session, pid, "a session of its own");
@@ -576,7 +577,7 @@ fn as_user(uid: u32, binary: &Path, args: &[&OsStr]) -> std::process::Output {
 fn user_folder(uid: u32, folder: &Path) -> (PathBuf, PathBuf) {
     open_to_all(folder);
     let (binary, target) = (folder.join("mosfs"), folder.join("target"));
-    fs::copy(env!("CARGO_BIN_EXE_mosfs"), &binary).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_mosfs-full"), &binary).unwrap();
     fs::create_dir(&target).unwrap();
     std::os::unix::fs::chown(&target, Some(uid), Some(uid)).unwrap();
     (binary, target)

@@ -12,6 +12,7 @@ const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
 /// What is installed besides man pages, by path below DESTDIR: the mode, and what begins each file.
 const FILES: &[(&str, u32, &str)] = &[
     ("usr/bin/mosfs", 0o755, "\x7fELF"),
+    ("usr/libexec/mosfs/mosfs-full", 0o755, "\x7fELF"),
     ("usr/lib/dracut/modules.d/90mosfs/module-setup.sh", 0o755, "#!/bin/bash"),
     ("usr/lib/dracut/modules.d/90mosfs/mosfs-generator.sh", 0o755, "#!/bin/sh"),
     ("usr/lib/dracut/modules.d/90mosfs/mosfs-root.sh", 0o755, "#!/bin/sh"),

@@ -15,7 +15,7 @@ use std::io::Write as _;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use mosfs::digest::Digest;
@@ -26,33 +26,13 @@ use mosfs::sys::dm::{Control, Target};
 use mosfs::sys::loopdev::LoopDevice;
 use mosfs::sys::mountapi;
 
+#[path = "common/machine.rs"]
+mod machine;
+use machine::{Machine, mini_initrd, noise, squashfs, tool};
+
 // ---------------------------------------------------------------------------------------------
 // Host side
 // ---------------------------------------------------------------------------------------------
-
-/// Runs a program that must be there and must succeed.
-fn tool(package: &str, command: &mut Command) -> Output {
-    let output = command.output().unwrap_or_else(|error| {
-        panic!("cannot run {:?}: {error}; install the package {package}", command.get_program())
-    });
-    assert!(
-        output.status.success(),
-        "{command:?} failed: {}\n{}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
-}
-
-fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm").join(name)
-}
-
-/// One machine at a time: two would only slow each other down under emulation.
-fn turn() -> std::sync::MutexGuard<'static, ()> {
-    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
 
 /// Appends a verity tree to an image, made by the reference tool; the root hash.
 fn add_verity(image: &Path) -> String {
@@ -72,37 +52,9 @@ fn add_verity(image: &Path) -> String {
     line.split_whitespace().last().unwrap().to_string()
 }
 
-fn squashfs(dir: &Path, image: &Path) {
-    tool(
-        "squashfs-tools",
-        Command::new("mksquashfs").args([dir, image]).args([
-            "-noappend",
-            "-quiet",
-            "-no-progress",
-            "-comp",
-            "zstd",
-            "-Xcompression-level",
-            "1",
-        ]),
-    );
-}
-
 fn write(path: PathBuf, content: &[u8]) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, content).unwrap();
-}
-
-/// Bytes that do not compress, the same every time.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    (0..len)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state as u8
-        })
-        .collect()
 }
 
 /// Makes the layers that the guest mounts, with a list of `NAME ROOTHASH MEDIATYPE`.
@@ -131,7 +83,7 @@ fn make_layers(out: &Path, scratch: &Path) {
         write(dir.join("big"), &noise(1 << 20, 1));
         write(dir.join("empty"), b"");
         symlink("etc/keep", dir.join("link")).unwrap();
-        squashfs(dir, image);
+        squashfs(dir, image, &[]);
     });
     seal("middle", SQUASHFS, &|dir, image| {
         write(dir.join("etc/changed"), b"middle");
@@ -143,12 +95,12 @@ fn make_layers(out: &Path, scratch: &Path) {
                 .args(["-n", "trusted.overlay.opaque", "-v", "y"])
                 .arg(dir.join("opaque")),
         );
-        squashfs(dir, image);
+        squashfs(dir, image, &[]);
     });
     seal("top", SQUASHFS, &|dir, image| {
         write(dir.join("etc/gone"), b"again");
         whiteout(dir.join("never-was"));
-        squashfs(dir, image);
+        squashfs(dir, image, &[]);
     });
     seal("erofs", EROFS, &|dir, image| {
         write(dir.join("etc/changed"), b"erofs");
@@ -159,7 +111,7 @@ fn make_layers(out: &Path, scratch: &Path) {
         seal(&format!("l{i}"), SQUASHFS, &|dir, image| {
             write(dir.join("last"), format!("{i}").as_bytes());
             write(dir.join(format!("only{i}")), b"");
-            squashfs(dir, image);
+            squashfs(dir, image, &[]);
         });
     }
     fs::write(out.join("list"), list).unwrap();
@@ -180,48 +132,17 @@ poweroff -f
 "#;
 
 /// Boots the guest tests under a Debian kernel and wants all of them to pass.
-fn run_guest_tests(kernel: &str) {
-    let _turn = turn();
+fn run_guest_tests(kernel: &'static str) {
     let dir = tempfile::tempdir().unwrap();
-    let layers = dir.path().join("layers");
+    let (layers, initrd) = (dir.path().join("layers"), dir.path().join("initrd"));
     make_layers(&layers, &dir.path().join("scratch"));
-    let init = dir.path().join("init");
-    fs::write(&init, GUEST_INIT).unwrap();
-    let kernel_dir = tool("apt", Command::new(script("kernel")).arg(kernel));
-    let kernel_dir = String::from_utf8(kernel_dir.stdout).unwrap().trim().to_string();
-    let initrd = dir.path().join("initrd");
-    tool(
-        "busybox-static",
-        Command::new(script("mini-initrd"))
-            .arg(&initrd)
-            .args(["--kernel-dir", &kernel_dir])
-            .args([Path::new("--init"), &init])
-            .arg("--program")
-            .arg(format!("{}:/guest", std::env::current_exe().unwrap().display()))
-            .arg("--file")
-            .arg(format!("{}:/layers", layers.display())),
-    );
-    let output = Command::new(script("run"))
-        .args([Path::new("--initrd"), &initrd])
-        .args(["--kernel", kernel, "--timeout", "300"])
-        .output()
-        .unwrap();
-    let console = String::from_utf8_lossy(&output.stdout).replace('\r', "");
-    println!("{console}");
-    assert!(
-        output.status.success(),
-        "the machine ended with {}\n{console}\n{}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let listed = Command::new(std::env::current_exe().unwrap())
-        .args(["--list", "--ignored", "guest_"])
-        .output()
-        .unwrap();
+    let me = std::env::current_exe().unwrap();
+    mini_initrd(&initrd, kernel, GUEST_INIT, &[(&me, "/guest")], &[(&layers, "/layers")]);
+    let listed = Command::new(me).args(["--list", "--ignored", "guest_"]).output().unwrap();
     let count = String::from_utf8_lossy(&listed.stdout).lines().filter(|l| l.ends_with(": test")).count();
     assert!(count > 0);
     let passed = format!("test result: ok. {count} passed; 0 failed");
-    assert!(console.contains(&passed), "expected `{passed}` on the console:\n{console}");
+    Machine { kernel, ..Machine::new(&initrd) }.expect(0, &[&passed]);
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod mount;
 mod notify;
 pub mod output;
 mod progress;
+pub mod start;
 mod status;
 mod umount;
 mod verify;
@@ -80,13 +81,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            output::report(&error);
-            ExitCode::from(error.class().exit_code())
-        }
-    }
+    output::exit_code(run(&cli))
 }
 
 fn run(cli: &Cli) -> Result<(), AnyError> {

@@ -1,7 +1,6 @@
 //! `mosfs mount`: mounts an image, verified.
 
 use std::ffi::OsString;
-use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -11,7 +10,7 @@ use crate::deploy;
 use crate::deploy::booted::{self, BootRecord};
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
-use crate::image::oci::Platform;
+use crate::image::oci::{OciImage, Platform};
 use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel_overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
@@ -92,12 +91,56 @@ fn root_hash(text: &str) -> Result<Digest, String> {
     Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)).map_err(|error| error.to_string())
 }
 
+impl MountArgs {
+    /// Whether it is an image, and not a target of a deployed system, that is to be mounted.
+    pub fn is_of_image(&self) -> bool {
+        // A source has a scheme; a target's name cannot hold a colon.
+        self.source.contains(':')
+    }
+}
+
 /// Runs `mosfs mount`.
 pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
-    // First of all: what is open now came from whoever started this process, and the daemon must not keep it.
-    let inherited = sys::daemon::open_descriptors();
+    if args.is_of_image() {
+        return run_image(args, global);
+    }
+    mount(args, global, || {
+        let anchor = Anchor::load(&global.config)?;
+        let system = device::system(global);
+        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let (store, image) = deploy::target_image(&system, booted, &anchor, &args.source)?;
+        let folder = system.scratch_dir(&args.source);
+        let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
+        Ok(Found { layout: store.transport().clone(), image, scratch })
+    })
+}
+
+/// Runs `mosfs mount` of an image, for which nobody's signature is asked.
+pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+    mount(args, global, || {
+        let source: SourceRef = args.source.parse()?;
+        let transport = source.open()?;
+        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
+        let layout = OciDir::open(Path::new(&source.location))?;
+        Ok(Found { layout, image: transport.image(&found)?, scratch: Upper::Memory })
+    })
+}
+
+/// What is to be mounted.
+struct Found {
+    layout: OciDir,
+    image: OciImage,
+    /// Where the writes go for `--writable`.
+    scratch: Upper,
+}
+
+fn mount(
+    args: &MountArgs,
+    global: &Global,
+    find: impl FnOnce() -> Result<Found, AnyError>,
+) -> Result<(), AnyError> {
     let pipe = notify::Pipe::of(&args.options)?;
-    let done = mount(args, global, inherited, &pipe);
+    let done = try_mount(args, global, find, &pipe);
     // In the foreground it was said when the mount was ready.
     match &done {
         Ok(()) => pipe.say_in_background(notify::SUCCESS),
@@ -106,17 +149,21 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     done
 }
 
-fn mount(
+fn try_mount(
     args: &MountArgs,
     global: &Global,
-    inherited: Vec<RawFd>,
+    find: impl FnOnce() -> Result<Found, AnyError>,
     pipe: &notify::Pipe,
 ) -> Result<(), AnyError> {
+    // First of all: what is open now came from whoever started this process, and the daemon must not keep it.
+    let inherited = sys::daemon::open_descriptors();
     let mut flags = MountFlags::default();
     for option in args.options.iter().filter(|option| !notify::is_option(option)) {
         flags.apply(option)?;
     }
-    let plan = plan(args, global)?;
+    let Found { layout, image, scratch } = find()?;
+    let path = |digest: &Digest| layout.blob_path(digest);
+    let plan = MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?;
     let options = FuseOptions {
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
@@ -124,7 +171,7 @@ fn mount(
         flags,
         inherited,
     };
-    if let Some(upper) = upper(args, global)? {
+    if let Some(upper) = upper(args, scratch)? {
         if args.foreground {
             let why = "a writable mount has no process that could stay in the foreground".into();
             return Err(mount::MountError::NoBackend { backend: "overlayfs", why }.into());
@@ -152,7 +199,7 @@ fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, A
     let absolute = |path: &Path| std::path::absolute(path).on("find", path);
     let target = args.target.canonicalize().on("find", &args.target)?;
     let (system, config) = (absolute(&global.system)?, absolute(&global.config)?);
-    let (source, layout) = if args.source.contains(':') {
+    let (source, layout) = if args.is_of_image() {
         let source: SourceRef = args.source.parse()?;
         let layout = absolute(Path::new(&source.location))?;
         (SourceRef::oci(&layout, source.name.as_deref()).to_string(), layout)
@@ -202,40 +249,13 @@ pub(super) fn foreground_arguments(
 }
 
 /// Where the writes go, if there are to be any.
-fn upper(args: &MountArgs, global: &Global) -> Result<Option<Upper>, AnyError> {
-    if let Some(upper) = &args.upper {
-        // overlayfs wants its working folder on the same file system, and not inside.
-        let upper = std::path::absolute(upper).on("find", upper)?;
-        let mut work = std::ffi::OsString::from(".");
-        work.push(upper.file_name().unwrap_or_default());
-        work.push(".mosfs-work");
-        let work = upper.with_file_name(work);
-        return Ok(Some(Upper::Folder { upper, work }));
-    }
-    if !args.writable {
-        return Ok(None);
-    }
-    if args.source.contains(':') {
-        return Ok(Some(Upper::Memory));
-    }
-    let folder = device::system(global).scratch_dir(&args.source);
-    Ok(Some(Upper::Folder { upper: folder.join("upper"), work: folder.join("work") }))
-}
-
-/// Finds what is to be mounted.
-fn plan(args: &MountArgs, global: &Global) -> Result<MountPlan, AnyError> {
-    // A source has a scheme; a target's name cannot hold a colon.
-    let (layout, image) = if args.source.contains(':') {
-        let source: SourceRef = args.source.parse()?;
-        let transport = source.open()?;
-        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-        (OciDir::open(Path::new(&source.location))?, transport.image(&found)?)
-    } else {
-        let anchor = Anchor::load(&global.config)?;
-        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-        let (store, image) = deploy::target_image(&device::system(global), booted, &anchor, &args.source)?;
-        (store.transport().clone(), image)
-    };
-    let path = |digest: &Digest| layout.blob_path(digest);
-    Ok(MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?)
+fn upper(args: &MountArgs, scratch: Upper) -> Result<Option<Upper>, AnyError> {
+    let Some(upper) = &args.upper else { return Ok(args.writable.then_some(scratch)) };
+    // overlayfs wants its working folder on the same file system, and not inside.
+    let upper = std::path::absolute(upper).on("find", upper)?;
+    let mut work = OsString::from(".");
+    work.push(upper.file_name().unwrap_or_default());
+    work.push(".mosfs-work");
+    let work = upper.with_file_name(work);
+    Ok(Some(Upper::Folder { upper, work }))
 }

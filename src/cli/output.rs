@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::process::ExitCode;
 
 use uuid::Uuid;
 
@@ -17,6 +18,17 @@ pub fn report(error: &AnyError) {
     eprintln!("mosfs: {error}");
     if let Some(advice) = advice(error) {
         eprintln!("hint: {advice}");
+    }
+}
+
+/// Prints how a command ended, if it failed, and returns its exit code (DESIGN.md, section 3).
+pub fn exit_code(done: Result<(), AnyError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(error.class().exit_code())
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{FloorArgs, Global, device, output};
+use crate::deploy::state::TRIES;
 use crate::deploy::status::{self, DeploymentStatus, Installed};
 use crate::error::AnyError;
 use crate::mount;
@@ -55,7 +56,7 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
         Some(one) => {
             let tries = match one.tries_left {
                 None => String::new(),
-                Some(0) => ", no tries left: it has failed".to_string(),
+                Some(0) => format!(", no tries left: it was started {TRIES} times and never committed"),
                 Some(1) => ", 1 try left".to_string(),
                 Some(n) => format!(", {n} tries left"),
             };
@@ -119,6 +120,10 @@ fn mount_line(mount: &MountRecord) -> String {
         Health::DaemonDead if super::activate::is_target(&mount.target) => {
             "its daemon is gone, nothing can be read: `mosfs activate` mounts it again".to_string()
         }
+        Health::Corrupt => format!(
+            "CORRUPT: {} has status C; `mosfs verify` lists the blocks",
+            mount.corrupt_device().unwrap_or_default()
+        ),
         Health::DaemonDead => "its daemon is gone: unmount it and mount it again".to_string(),
     };
     format!("{} at {} ({}): {health}", mount.source, mount.target.display(), mount.backend)

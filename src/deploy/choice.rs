@@ -5,6 +5,8 @@
 //! every refusal is recorded with its reason. A floor that cannot be read, or that was tampered
 //! with, stops the boot: there is no candidate that could be trusted then.
 
+use std::time::{Duration, Instant};
+
 use super::deployment;
 use super::error::DeployError;
 use super::state::{DeploymentId, LastBoot, Refusal, State, clip};
@@ -34,6 +36,8 @@ pub struct Booted<T> {
     pub role: Role,
     /// Those that were refused before it, in order.
     pub refused: Vec<Refusal>,
+    /// How long its signature, certificate and manifest took to verify.
+    pub verifying: Duration,
     /// What starting it gave.
     pub started: T,
 }
@@ -60,9 +64,9 @@ pub fn choose<T>(
     for (id, role) in candidates(&state) {
         let attempt = try_one(system, anchor, lowest, &mut state, id, role, &mut start);
         match attempt {
-            Ok(started) => {
+            Ok((started, verifying)) => {
                 record(system, &mut state, Some(id), &refused);
-                return Ok(Booted { deployment: id, role, refused, started });
+                return Ok(Booted { deployment: id, role, refused, verifying, started });
             }
             Err(error) => {
                 gravest = graver(gravest, error.class());
@@ -100,7 +104,7 @@ fn try_one<T>(
     id: DeploymentId,
     role: Role,
     start: &mut impl FnMut(&Verified, Role) -> Result<T, AnyError>,
-) -> Result<T, AnyError> {
+) -> Result<(T, Duration), AnyError> {
     if role == Role::Pending {
         // Rule: a try is spent and synced before it is used. Where it cannot be written, the
         // deployment is not tried: a system that fails for ever must not be tried for ever.
@@ -113,13 +117,15 @@ fn try_one<T>(
         failpoint::hit("boot.try.spent");
     }
     // Rule: no clock is trusted in early boot: dates are logged, not enforced.
+    let clock = Instant::now();
     let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
+    let verifying = clock.elapsed();
     // Rule: boot: `version >= floor`.
     if id.version < lowest {
         return Err(FloorError::Rollback { version: id.version, floor: lowest }.into());
     }
     check_complete(system, &verified)?;
-    start(&verified, role)
+    Ok((start(&verified, role)?, verifying))
 }
 
 /// The class that is worth more words: rollback before verification before anything else.

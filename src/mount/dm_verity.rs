@@ -155,6 +155,15 @@ impl Classified for DmVerityError {
     }
 }
 
+/// The first device of these root hashes in which the kernel has met a block that does not match.
+pub fn corrupt_device(root_hashes: impl IntoIterator<Item = Digest>) -> Option<String> {
+    let control = Control::open().ok()?;
+    root_hashes.into_iter().map(|hash| format!("{NAME_PREFIX}{}", hash.hex())).find(|name| {
+        let status = control.target_status(name).unwrap_or_default();
+        matches!(status.as_slice(), [one] if one.kind == "verity" && one.parameters.starts_with('C'))
+    })
+}
+
 /// The backend, with device-mapper open.
 #[derive(Debug)]
 pub struct DmVerity {

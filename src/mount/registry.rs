@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::dm_verity;
 use super::engine::trouble::Counts;
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
@@ -87,6 +88,8 @@ pub enum Health {
     Good,
     /// It is served, and some reads failed.
     Errors,
+    /// The kernel met a block of it that its root hash does not cover, and refuses such blocks.
+    Corrupt,
     /// The daemon is gone and every access fails; unmount and mount again.
     DaemonDead,
 }
@@ -97,6 +100,7 @@ impl MountRecord {
         match &self.daemon {
             Some(daemon) if !daemon.is_alive() => Health::DaemonDead,
             Some(daemon) if daemon.errors.total() > 0 => Health::Errors,
+            _ if self.corrupt_device().is_some() => Health::Corrupt,
             _ => Health::Good,
         }
     }
@@ -105,6 +109,12 @@ impl MountRecord {
     fn is_of_same_mount(&self, other: &Self) -> bool {
         let process = |record: &Self| record.daemon.as_ref().map(|daemon| (daemon.pid, daemon.start_ticks));
         (&self.device, &self.target, process(self)) == (&other.device, &other.target, process(other))
+    }
+
+    /// The first of its dm-verity devices that has status C; only root can ask for it.
+    pub fn corrupt_device(&self) -> Option<String> {
+        let hashes = self.layers.iter().filter_map(|layer| layer.root_hash);
+        (self.backend == super::kernel::NAME).then(|| dm_verity::corrupt_device(hashes))?
     }
 
     /// The name of the record's files, without their endings.
@@ -182,11 +192,33 @@ pub(super) fn log_path((major, minor): (u32, u32)) -> Result<PathBuf, IoError> {
 
 /// Writes or replaces the record of a mount.
 pub fn write(record: &MountRecord) -> Result<(), IoError> {
+    write_in(&own_folder()?, record)
+}
+
+/// Makes the folder of records this process' own one, for [`write_here`] and [`remove_here`].
+///
+/// A daemon that is started in an initramfs stays in it when the root is switched: `/run` moves away
+/// from under its path, but a working directory goes along.
+pub(super) fn enter() -> Result<(), IoError> {
     let folder = own_folder()?;
+    std::env::set_current_dir(&folder).on("enter", &folder)
+}
+
+/// Does what [`write`] does after [`enter`].
+pub(super) fn write_here(record: &MountRecord) -> Result<(), IoError> {
+    write_in(Path::new("."), record)
+}
+
+/// Does what [`remove`] does after [`enter`].
+pub(super) fn remove_here(record: &MountRecord) {
+    remove_in(Path::new("."), record);
+}
+
+fn write_in(folder: &Path, record: &MountRecord) -> Result<(), IoError> {
     let path = folder.join(format!("{}.json", record.stem()));
     let temp = folder.join(format!(".{}.{}", record.stem(), std::process::id()));
     let text = serde_json::to_vec(record).map_err(io::Error::other).on("write", &path)?;
-    let _lock = lock(&folder)?;
+    let _lock = lock(folder)?;
     // No fsync: what is mounted is gone after a power cut, and so is /run.
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
@@ -201,9 +233,12 @@ fn lock(folder: &Path) -> Result<Lock, IoError> {
 
 /// Removes the record and the log of a mount, unless another mount's record has the name by now.
 pub fn remove(record: &MountRecord) {
-    let folder = folder();
+    remove_in(&folder(), record);
+}
+
+fn remove_in(folder: &Path, record: &MountRecord) {
     // Without the lock nothing is removed: a stale record does no harm.
-    let Ok(_lock) = lock(&folder) else { return };
+    let Ok(_lock) = lock(folder) else { return };
     let path = |ending: &str| folder.join(format!("{}.{ending}", record.stem()));
     if read(&path("json")).is_some_and(|found| found.is_of_same_mount(record)) {
         for ending in ["json", "log"] {
@@ -230,6 +265,25 @@ pub fn mounts() -> Result<Vec<MountRecord>, IoError> {
     }
     // Read after the records, so that a mount that is just being made is not taken for a stale one.
     let mounted = mounted()?;
+    for at in 0..all.len() {
+        // The root of a booted system was mounted elsewhere, and moved by switch_root.
+        let device = &all[at].device;
+        let is_at = |target: &Path| mounted.iter().any(|one| one.device == *device && one.target == target);
+        let moved = !is_at(&all[at].target) && is_at(Path::new("/"));
+        // A daemon below an overlay counts its errors in the record of its own mount.
+        let errors = all[at].daemon.as_ref().and_then(|daemon| {
+            let same = |one: &&DaemonRecord| (one.pid, one.start_ticks) == (daemon.pid, daemon.start_ticks);
+            let all = all.iter().filter_map(|record| record.daemon.as_ref()).filter(same);
+            all.max_by_key(|one| one.errors.total()).map(|one| one.errors.clone())
+        });
+        let record = &mut all[at];
+        if moved {
+            record.target = "/".into();
+        }
+        if let (Some(daemon), Some(errors)) = (&mut record.daemon, errors) {
+            daemon.errors = errors;
+        }
+    }
     all.retain(|record| {
         let live = mounted.iter().any(|one| one.device == record.device && one.target == record.target);
         // A daemon that lives and has no mount any more is about to end, and removes its record itself.

@@ -42,6 +42,11 @@ impl Publisher {
         Self { dir: dir.to_path_buf(), product }
     }
 
+    /// A publisher that was made in this folder before.
+    pub fn again(dir: &Path) -> Self {
+        Self { dir: dir.to_path_buf(), product: PRODUCT.parse().expect("a UUID") }
+    }
+
     /// A file of `mosfs keys generate`.
     pub fn key(&self, name: &str) -> PathBuf {
         self.dir.join("keys").join(name)

@@ -21,8 +21,13 @@ installkernel() {
 }
 
 install() {
-    local file
-    inst_multiple mosfs env modprobe mount
+    local file mosfs full
+    # The full program; the one in PATH only mounts images by itself.
+    mosfs=$(find_binary mosfs)
+    full=${mosfs%/bin/mosfs}/libexec/mosfs/mosfs-full
+    [[ -x ${dracutsysrootdir-}$full ]] || full=$mosfs
+    inst_binary "$full" /usr/bin/mosfs
+    inst_multiple env modprobe mount
     # Loaded with dlopen when the TPM is asked, so nothing that lists libraries sees it.
     inst_libdir_file "libtss2-esys.so.0*" "libtss2-sys.so.1*" "libtss2-mu.so.0*"
     for file in manifestCA.pem product floor.pub overlay; do

@@ -7,7 +7,7 @@
 sysroot=${2:-/sysroot}
 [ ! -e /run/mosfs.tried ] || exit 1
 : > /run/mosfs.tried
-modprobe -q -a loop dm_verity squashfs overlay 2> /dev/null
+modprobe -q -a loop dm_verity squashfs overlay fuse 2> /dev/null
 # Words of the kernel command line that nobody knows become environment variables of init, so mosfs
 # gets none of them.
 code=0

@@ -191,6 +191,8 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
         Forked::Parent(_) => {
             // The connection is the daemon's alone: if it dies, the mount must not hang on us.
             drop((writer, mounted));
+            // Its pages are shared with the daemon: to free what is in them would copy them first.
+            std::mem::forget(engine);
             let done = wait_until_ready(reader, &undo.0);
             if done.is_err() {
                 let _ = unmount_at(&undo.0, undo.1, true);
@@ -253,7 +255,9 @@ fn daemon(plan: &MountPlan, mounted: Mounted, engine: Engine, options: &FuseOpti
         .map_err(|source| MountError::System { operation: "detach from the terminal", source })
         .and_then(|()| {
             let log = registry::log_path(mounted.device)?;
-            daemon_log::install(Some(&log), true, None);
+            // By its name in that folder, for the same reason.
+            registry::enter()?;
+            daemon_log::install(log.file_name().map(Path::new), true, None);
             let record = record(plan, &mounted, Some(log));
             serve(mounted, engine, options, Some(record), &mut || match pipe.take() {
                 // Dropping the writing end is what lets the reader go on.
@@ -330,7 +334,8 @@ pub fn serve(
         limits::raise_read_ahead(device);
     }
     if let Some(record) = &record {
-        registry::write(record)?;
+        registry::enter()?;
+        registry::write_here(record)?;
     }
     let kept = Kept(Arc::new(Mutex::new(record)));
     let _clean = Clean(kept.clone());
@@ -368,7 +373,7 @@ struct Kept(Arc<Mutex<Option<MountRecord>>>);
 impl Drop for Clean {
     fn drop(&mut self) {
         if let Some(record) = lock(&self.0.0).take() {
-            registry::remove(&record);
+            registry::remove_here(&record);
         }
     }
 }
@@ -421,7 +426,7 @@ fn report(engine: &Engine, kept: &Kept) {
             if let Some(daemon) = &mut record.daemon {
                 daemon.errors = counts;
             }
-            if let Err(error) = registry::write(record) {
+            if let Err(error) = registry::write_here(record) {
                 log::warn!("{error}");
             }
         }

@@ -1,0 +1,92 @@
+//! The start of `mosfs`: mounts an image by itself, and leaves everything else to the full program.
+//!
+//! Most of what it takes to start the full program is the loading of libcrypto: 1.2 ms and 270 page faults, twice
+//! what mounting takes. To mount an image nobody asks for a signature, so the program that is
+//! installed as `mosfs` is one without it, and runs [`FULL`] in its place for all other commands, for
+//! help, and for a command line that it does not understand.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use super::mount::MountArgs;
+use super::{Global, mount, output};
+use crate::error::{Class, Classified};
+
+/// The file name of the full program.
+const FULL: &str = "mosfs-full";
+
+/// The part of the command line that is run here: the same words, the same meaning.
+#[derive(Debug, Parser)]
+#[command(name = "mosfs")]
+struct Start {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: StartCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum StartCommand {
+    Mount(MountArgs),
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    if let Some(Start { global, command: StartCommand::Mount(mount) }) = mount_of_an_image(&args) {
+        return output::exit_code(mount::run_image(&mount, &global));
+    }
+    let tried = full_programs();
+    for program in &tried {
+        let error = replace(program, &args);
+        if error.kind() != io::ErrorKind::NotFound {
+            return output::exit_code(
+                Err(StartError::Run { program: program.clone(), source: error }.into()),
+            );
+        }
+    }
+    output::exit_code(Err(StartError::Missing { tried }.into()))
+}
+
+/// Why the full program cannot be run.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("cannot run {}: {source}", program.display())]
+    Run { program: PathBuf, source: io::Error },
+    #[error("the program {FULL} is not installed; looked for {tried:?}")]
+    Missing { tried: Vec<PathBuf> },
+}
+
+impl Classified for StartError {
+    fn class(&self) -> Class {
+        Class::Failure
+    }
+}
+
+/// The command line, if it is one of `mosfs mount` with an image.
+fn mount_of_an_image(args: &[OsString]) -> Option<Start> {
+    // Saves the parsing where it is plain that it is another.
+    let likely =
+        args.iter().any(|arg| arg == "mount") && args.iter().any(|arg| arg.as_bytes().contains(&b':'));
+    let start = if likely { Start::try_parse_from(args).ok() } else { None };
+    start.filter(|Start { command: StartCommand::Mount(mount), .. }| mount.is_of_image())
+}
+
+/// Where the full program may be: beside this one, and where it is installed.
+fn full_programs() -> Vec<PathBuf> {
+    let own = std::env::current_exe().unwrap_or_default();
+    let folder = own.parent().unwrap_or(Path::new("/usr/bin"));
+    vec![folder.join(FULL), folder.join("../libexec/mosfs").join(FULL)]
+}
+
+/// Runs another program in place of this one; returns only where that cannot be.
+fn replace(program: &Path, args: &[OsString]) -> io::Error {
+    let name = args.first().map_or(OsStr::new("mosfs"), OsString::as_os_str);
+    Command::new(program).arg0(name).args(args.iter().skip(1)).exec()
+}

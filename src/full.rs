@@ -1,0 +1,7 @@
+//! `mosfs-full`: every command of `mosfs`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mosfs::cli::main()
+}

@@ -1,0 +1,36 @@
+//! Boots in a virtual machine: a real Debian, an initramfs of the real generators, a TPM.
+//!
+//! ```text
+//! debian.rs      boots to multi-user on each backend from each generator; updates, failures, rollback
+//! figures.rs     how long `mosfs boot` takes, for docs/boot.md
+//! host.rs        `mosfs boot` without a machine
+//! refused.rs     what is refused before anything of it runs
+//! power.rs       power cuts during update and commit, with a disk that loses its write cache
+//! ```
+//! Each test prepares a system partition and a TPM on the host with the real commands, boots
+//! (tests/vm/run), and reads the serial console. Fixtures: common/device.rs.
+
+#[path = "../common/device.rs"]
+mod device;
+#[path = "../common/machine.rs"]
+mod machine;
+#[path = "../common/nbd.rs"]
+mod nbd;
+#[allow(dead_code)]
+#[path = "../common/publish.rs"]
+mod publish;
+#[allow(dead_code)]
+#[path = "../common/swtpm.rs"]
+mod swtpm;
+
+mod debian;
+mod figures;
+mod host;
+mod power;
+mod refused;
+
+/// The generators of initramfs that Debian has.
+const INITRAMFS_TOOLS: &str = "initramfs-tools";
+const DRACUT: &str = "dracut";
+/// The kernel that most boots run.
+const KERNEL: &str = "6.12";
