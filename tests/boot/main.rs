@@ -34,3 +34,5 @@ const INITRAMFS_TOOLS: &str = "initramfs-tools";
 const DRACUT: &str = "dracut";
 /// The kernel that most boots run.
 const KERNEL: &str = "6.12";
+/// The oldest one that is supported: Debian 12's own.
+const OLD_KERNEL: &str = "6.1";

@@ -269,7 +269,10 @@ fn chain(source: &Source, cuts: u64, seed: u64) -> (Promised, usize, usize) {
             .rfind(|line| !line.starts_with("floor"))
             .unwrap_or("")
             .to_string();
-        println!("FIGURE seed {seed} cut {number}: {kind}, in `{last:.60}`: {loss:?}");
+        println!(
+            "FIGURE seed {seed} cut {number}: {kind}, in `{last:.60}`, at operation {}: {} of {} sectors lost",
+            loss.operations, loss.lost, loss.cached
+        );
         assert_eq!(ended.verdict, 137, "the power was cut\n{}", ended.console);
         promised.follow(&ended);
         cached += loss.cached;

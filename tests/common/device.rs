@@ -26,6 +26,8 @@ use super::swtpm::Swtpm;
 
 /// The command under test.
 pub const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs-full");
+/// The program that is called by this name, and runs the other one.
+const START: &str = env!("CARGO_BIN_EXE_mosfs");
 
 /// A healthy Debian, and the next one.
 pub const GOOD: u64 = 200;
@@ -51,6 +53,7 @@ export MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
 echo "vm: version $(cat /etc/vm-version) reached multi-user with $(cat /proc/1/comm)"
 echo "vm: root is $(sed -n 's/^.* \/ \/ [^-]*- \([^ ]*\) \([^ ]*\) .*/\1 \2/p' /proc/self/mountinfo)"
 echo "vm: boot.json $(cat /run/mosfs/boot.json)"
+echo "vm: pcr15 $(cat /sys/class/tpm/tpm0/pcr-sha256/15)"
 code=0
 if [ -e $MOSFS_SYSTEM/vm-action ]; then
     sh $MOSFS_SYSTEM/vm-action "$(sed -n 's/.*vm\.do=\([^ ]*\).*/\1/p' /proc/cmdline)"
@@ -98,7 +101,7 @@ fn key(debian: &Path) -> String {
         .iter()
         .map(|name| source_file(name))
         .collect();
-    todo.push(MOSFS.into());
+    todo.extend([MOSFS.into(), START.into()]);
     while let Some(path) = todo.pop() {
         if path.is_dir() {
             let mut list: Vec<_> =
@@ -134,6 +137,12 @@ impl Fleet {
             File::create(dir.join("complete")).expect("a mark");
         }
         Self { publisher: Publisher::again(&dir), dir, _lock: lock }
+    }
+
+    /// The digest of the system manifest of a version with Debian in it.
+    pub fn digest(&self, version: u64) -> Digest {
+        let hex = fs::read_to_string(self.dir.join(format!("digest.{version}"))).expect("the digest");
+        Digest::from_hex(&hex).expect("a digest")
     }
 
     /// The initramfs of a real generator for one of Debian's kernels.
@@ -204,11 +213,13 @@ fn publish_all(dir: &Path, debian: &Path) {
         put(top, "etc/systemd/system/vm-verdict.service", VERDICT_UNIT);
         put(top, "usr/local/bin/vm-verdict", VERDICT);
         executable(&put(top, "usr/local/bin/vm-quick", QUICK));
-        for folder in ["etc/mosfs", "var/lib/mosfs", "usr/bin"] {
+        for folder in ["etc/mosfs", "var/lib/mosfs", "usr/bin", "usr/libexec/mosfs"] {
             fs::create_dir_all(top.join(folder)).expect("a folder");
         }
-        tool("binutils", Command::new("strip").arg("-o").arg(top.join("usr/bin/mosfs")).arg(MOSFS));
-        executable(&top.join("usr/bin/mosfs"));
+        for (program, at) in [(START, "usr/bin/mosfs"), (MOSFS, "usr/libexec/mosfs/mosfs-full")] {
+            tool("binutils", Command::new("strip").arg("-o").arg(top.join(at)).arg(program));
+            executable(&top.join(at));
+        }
         let commit = fs::read(source_file("mount-helpers/mosfs-commit.service")).expect("the unit");
         put(top, "etc/systemd/system/mosfs-commit.service", commit);
         let units = top.join("etc/systemd/system");
@@ -237,7 +248,8 @@ fn publish_all(dir: &Path, debian: &Path) {
                 executable(&put(top, "usr/lib/systemd/systemd", fs::read(init).expect("systemd")));
             }
         });
-        publisher.publish_layers(version, vec![base.clone(), common.clone(), own], true);
+        let digest = publisher.publish_layers(version, vec![base.clone(), common.clone(), own], true);
+        fs::write(dir.join(format!("digest.{version}")), digest.hex()).expect("the digest");
     }
     publisher.publish(SMALL, "small");
     publisher.publish(SMALL_NEXT, "another small one");
@@ -369,13 +381,6 @@ impl Device {
             path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&format!("{version}-")))
         });
         found.next().unwrap_or_else(|| panic!("version {version} is deployed"))
-    }
-
-    /// The digest of a version's system manifest.
-    pub fn digest(&self, version: u64) -> Digest {
-        let folder = self.deployment(version);
-        let name = folder.file_name().expect("a name").to_string_lossy().into_owned();
-        Digest::from_hex(name.split_once('-').expect("VERSION-H3").1).expect("a digest")
     }
 
     /// The digest of the OCI manifest of a version's hostfs.

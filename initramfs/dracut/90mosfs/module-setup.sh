@@ -24,8 +24,10 @@ install() {
     local file mosfs full
     # The full program; the one in PATH only mounts images by itself.
     mosfs=$(find_binary mosfs)
-    full=${mosfs%/bin/mosfs}/libexec/mosfs/mosfs-full
-    [[ -x ${dracutsysrootdir-}$full ]] || full=$mosfs
+    # /bin may be a link to /usr/bin, and come first in PATH.
+    for full in "${mosfs%/bin/mosfs}/libexec/mosfs/mosfs-full" /usr/libexec/mosfs/mosfs-full "$mosfs"; do
+        [[ ! -x ${dracutsysrootdir-}$full ]] || break
+    done
     inst_binary "$full" /usr/bin/mosfs
     inst_multiple env modprobe mount
     # Loaded with dlopen when the TPM is asked, so nothing that lists libraries sees it.
