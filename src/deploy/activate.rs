@@ -370,6 +370,8 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
         }
         match mount::unmount(path, of_no_use) {
             Ok(()) => {}
+            // The place is free; the daemon serves a copy of the mount in another namespace until that goes.
+            Err(MountError::Daemon { .. }) => {}
             Err(MountError::Unmount { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
                 return Ok(Some(holders::of(path)));
             }
