@@ -21,7 +21,8 @@ use publish::{PRODUCT, Publisher};
 use swtpm::Swtpm;
 use tempfile::TempDir;
 
-const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs-full");
+const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
+const FULL: &str = env!("CARGO_BIN_EXE_mosfs-full");
 
 fn source_file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
@@ -214,8 +215,10 @@ impl Device {
             fs::write(path, text).unwrap();
         };
         let stripped = self.path("mosfs");
-        tool("binutils", Command::new("strip").arg("-o").arg(&stripped).arg(MOSFS));
-        fs::set_permissions(&stripped, PermissionsExt::from_mode(0o755)).unwrap();
+        for (from, to) in [(MOSFS, stripped.clone()), (FULL, self.path("mosfs-full"))] {
+            tool("binutils", Command::new("strip").arg("-o").arg(&to).arg(from));
+            fs::set_permissions(&to, PermissionsExt::from_mode(0o755)).unwrap();
+        }
         let mut install = Command::new("make");
         install.arg("--silent").arg("install").current_dir(source_file(""));
         install.arg(format!("DESTDIR={}", top.display())).arg(format!("MOSFS={}", stripped.display()));
@@ -280,7 +283,7 @@ impl Device {
         let mut make = script("make-initrd");
         make.arg("initramfs-tools")
             .arg(&initrd)
-            .args(["--mosfs", MOSFS])
+            .args(["--mosfs", FULL])
             .arg("--config")
             .arg(self.path("config"));
         tool("", &mut make);

@@ -76,7 +76,8 @@ impl Input {
     }
 }
 
-/// All names in `failpoint::hit("…")` below these folders of the source, so that a new one is tested too.
+/// All names in `failpoint::hit("…")`, and those of files that `sys::atomic` writes, below these folders of the
+/// source, so that a new one is tested too.
 fn failpoints(folders: &[&str]) -> Vec<String> {
     let mut names = Vec::new();
     let mut todo: Vec<_> =
@@ -92,6 +93,14 @@ fn failpoints(folders: &[&str]) -> Vec<String> {
                 .skip(1)
                 .filter_map(|rest| Some(rest.split_once('"')?.0.to_string())),
         );
+        // The name is the first text among the arguments.
+        let first_text = |rest: &str| rest.split('"').nth(1).expect("a name").to_string();
+        for (call, points) in
+            [("atomic::replace", &["written", "renamed"][..]), ("atomic::publish(", &["renamed"])]
+        {
+            let named = text.split(call).skip(1).map(first_text);
+            names.extend(named.flat_map(|name| points.iter().map(move |point| format!("{name}.{point}"))));
+        }
     }
     names.sort();
     names.dedup();

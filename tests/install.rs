@@ -178,6 +178,23 @@ fn systemd_takes_the_units() {
 }
 
 #[test]
+fn the_units_can_be_enabled() {
+    let place = tempfile::tempdir().unwrap();
+    install(place.path(), &[]);
+    let mut enable = Command::new("systemctl");
+    enable.arg(format!("--root={}", place.path().display())).args(["--quiet", "enable"]);
+    quiet("systemd", enable.args(["mosfs-activate.service", "mosfs-commit.service"]));
+    for link in [
+        "multi-user.target.wants/mosfs-activate.service",
+        "multi-user.target.wants/mosfs-commit.service",
+        "boot-complete.target.requires/mosfs-activate.service",
+    ] {
+        let link = place.path().join("etc/systemd/system").join(link);
+        assert!(link.symlink_metadata().is_ok(), "{}", link.display());
+    }
+}
+
+#[test]
 fn units_call_commands_that_there_are() {
     for (path, ..) in FILES.iter().filter(|(path, ..)| path.ends_with(".service")) {
         let text = fs::read_to_string(installed().join(path)).unwrap();

@@ -64,7 +64,9 @@ impl Fixture {
     /// Runs a script in a mount namespace of its own, where mount(8) finds the helper. `$T` is the
     /// fixture's folder; what is mounted at `$T/m` is unmounted in the end.
     fn script(&self, text: &str) -> Output {
-        let begin = "mount -t overlay -o lowerdir=$T/sbin:/usr/sbin none /usr/sbin || exit 99\n\
+        // The namespace begins with copies of all mounts: those of other tests would not end while it lasts.
+        let begin = "awk '/ - fuse.mosfs | - overlay mosfs:/ { print $5 }' /proc/self/mountinfo | xargs -r umount -l\n\
+                     mount -t overlay -o lowerdir=$T/sbin:/usr/sbin none /usr/sbin || exit 99\n\
                      trap 'while mountpoint -q $T/m; do umount -l $T/m; done' EXIT\n";
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh", "-uc", &format!("{begin}{text}")]);

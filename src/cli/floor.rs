@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::Global;
 use crate::digest::hex;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
+use crate::sys::atomic;
 use crate::trust::floor::signature::{self, PROVISION_MESSAGE_BYTES};
 use crate::trust::floor::{
     self, Config, FileFloor, Floor, FloorError, KeyError, Place, PrivateKey, PublicKey, Signature, Tcti,
@@ -336,20 +337,11 @@ fn write_out(path: Option<&Path>, bytes: &[u8]) -> Result<(), AnyError> {
         file.write_all(bytes).on("write", path)?;
         return Ok(());
     }
+    // A temporary name of this process' own: there is no lock.
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = path.with_file_name(name);
-    let write = || -> Result<(), IoError> {
-        let mut file = File::create(&temporary).on("create", &temporary)?;
-        file.write_all(bytes).on("write", &temporary)?;
-        file.sync_all().on("sync", &temporary)?;
-        fs::rename(&temporary, path).on("rename", path)
-    };
-    let written = write();
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    Ok(written?)
+    Ok(atomic::replace_through(&temporary, path, bytes, 0o644, "floor.out").on("write", path)?)
 }
 
 /// Reads what is small, from a file or from stdin.

@@ -43,7 +43,7 @@ use crate::mount::registry::{self, MountRecord, Mounted};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Health, MountError, MountFlags, MountPlan};
 use crate::store::Store;
-use crate::sys::flock::ExclusiveLock;
+use crate::sys::flock::Lock;
 use crate::trust::Anchor;
 use crate::trust::floor::{self, Floor};
 
@@ -150,10 +150,10 @@ impl Classified for NotActive {
 }
 
 /// Takes the lock for an activation; waits for another one.
-pub fn lock(run: &Path) -> Result<ExclusiveLock, IoError> {
+pub fn lock(run: &Path) -> Result<Lock, IoError> {
     fs::create_dir_all(run).on("create", run)?;
     let path = run.join("activate.lock");
-    ExclusiveLock::wait(&path).on("lock", &path)
+    Lock::exclusive(&path).on("lock", &path)
 }
 
 /// Plans an activation of these targets, of all where none are named. Nothing is changed.
@@ -370,6 +370,8 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
         }
         match mount::unmount(path, of_no_use) {
             Ok(()) => {}
+            // The place is free; the daemon serves a copy of the mount in another namespace until that goes.
+            Err(MountError::Daemon { .. }) => {}
             Err(MountError::Unmount { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
                 return Ok(Some(holders::of(path)));
             }

@@ -121,13 +121,10 @@ pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, Deplo
 }
 
 fn write_files(folder: &Path, files: &[(&'static str, &[u8])]) -> Result<(), IoError> {
-    use std::io::Write;
     fs::create_dir(folder).on("create", folder)?;
     for (name, bytes) in files {
         let path = folder.join(name);
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&path).on("create", &path)?;
-        file.write_all(bytes).on("write", &path)?;
-        file.sync_all().on("sync", &path)?;
+        atomic::write_new(&path, bytes, 0o644).on("write", &path)?;
     }
     atomic::sync_folder(folder).on("sync", folder)
 }

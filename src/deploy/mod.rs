@@ -31,16 +31,17 @@ pub mod plan;
 pub mod state;
 pub mod status;
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use error::DeployError;
 pub use state::{DeploymentId, State};
 
-use crate::error::{IoContext, IoError};
+use crate::error::IoContext;
 use crate::image::oci::{Descriptor, OciImage};
 use crate::manifest::system::Target;
 use crate::store::Store;
+use crate::sys::flock::Lock;
 use crate::trust::floor::{Floor, Policy};
 use crate::trust::{Anchor, Dates, Verified};
 
@@ -52,7 +53,7 @@ pub struct System {
 
 /// The system's lock, held until it is dropped.
 #[derive(Debug)]
-pub struct SystemLock(#[allow(dead_code, reason = "closing the file releases the lock")] File);
+pub struct SystemLock(#[allow(dead_code, reason = "dropping it releases the lock")] Lock);
 
 impl System {
     /// The system at this folder, which need not exist yet.
@@ -101,19 +102,11 @@ impl System {
     /// Takes the system's lock for a change; waits for whoever holds it, after telling `waiting`.
     pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
         let path = self.root.join("lock");
-        let file =
-            OpenOptions::new().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                waiting();
-                file.lock().on("lock", &path)?;
-            }
-            Err(TryLockError::Error(source)) => {
-                return Err(IoError { operation: "lock", path, source }.into());
-            }
+        if let Some(lock) = Lock::try_exclusive(&path).on("lock", &path)? {
+            return Ok(SystemLock(lock));
         }
-        Ok(SystemLock(file))
+        waiting();
+        Ok(SystemLock(Lock::exclusive(&path).on("lock", &path)?))
     }
 
     /// The state as it is on disk.

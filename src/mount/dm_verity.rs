@@ -36,7 +36,7 @@ use crate::failpoint;
 use crate::image::ReadError;
 use crate::image::verity::{self, BLOCK_BYTES, Geometry, Superblock, VerityError};
 use crate::sys::dm::{Control, Target};
-use crate::sys::flock::ExclusiveLock;
+use crate::sys::flock::Lock;
 use crate::sys::loopdev::LoopDevice;
 use crate::sys::mountapi::{FsContext, MountError};
 
@@ -222,8 +222,8 @@ impl DmVerity {
         Ok(())
     }
 
-    fn lock(&self) -> Result<ExclusiveLock, IoError> {
-        ExclusiveLock::wait(&self.lock_path).on("lock", &self.lock_path)
+    fn lock(&self) -> Result<Lock, IoError> {
+        Lock::exclusive(&self.lock_path).on("lock", &self.lock_path)
     }
 
     /// Mounts a stack of layers (bottom first) as one tree that is attached nowhere yet: what

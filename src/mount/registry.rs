@@ -26,7 +26,7 @@ use super::engine::trouble::Counts;
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::sys;
-use crate::sys::flock::ExclusiveLock;
+use crate::sys::flock::Lock;
 
 /// A record is at most this long: 1,000 layers are about 200 KiB.
 const MOST_BYTES: u64 = 1 << 20;
@@ -226,9 +226,9 @@ fn write_in(folder: &Path, record: &MountRecord) -> Result<(), IoError> {
     fs::rename(&temp, &path).on("rename", &temp)
 }
 
-fn lock(folder: &Path) -> Result<ExclusiveLock, IoError> {
+fn lock(folder: &Path) -> Result<Lock, IoError> {
     let path = folder.join("lock");
-    ExclusiveLock::wait(&path).on("lock", &path)
+    Lock::exclusive(&path).on("lock", &path)
 }
 
 /// Removes the record and the log of a mount, unless another mount's record has the name by now.

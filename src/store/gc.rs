@@ -9,17 +9,19 @@
 //! to tell. But a manifest that cannot be read hides what it reaches, so then nothing is removed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{Store, StoreError, put, sync_dir};
+use super::{Store, StoreError, put};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Index, MAX_MANIFEST_BYTES, Manifest};
+use crate::sys::atomic::sync_folder;
+use crate::sys::flock::Lock;
 use crate::transport::{Transport, TransportError};
 
 /// What a collection removes, or would remove.
@@ -47,7 +49,7 @@ impl Removal {
 /// Someone who collects garbage: holds the store's lock, exclusive.
 pub struct Collector<'a> {
     store: &'a Store,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Store {
@@ -56,16 +58,13 @@ impl Store {
     /// # Errors
     /// [`StoreError::Busy`] while anyone writes to the store.
     pub fn collector(&self) -> Result<Collector<'_>, StoreError> {
-        let lock = self.lock_file("lock")?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Collector { store: self, _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(StoreError::Busy {
+        let path = self.lock_path("lock")?;
+        match Lock::try_exclusive(&path).on("lock", &path)? {
+            Some(lock) => Ok(Collector { store: self, _lock: lock }),
+            None => Err(StoreError::Busy {
                 dir: self.dir().to_path_buf(),
                 holder: "someone is writing to it or collecting its garbage",
             }),
-            Err(TryLockError::Error(source)) => {
-                Err(IoError { operation: "lock", path: self.private("lock"), source }.into())
-            }
         }
     }
 }
@@ -167,7 +166,7 @@ impl Collector<'_> {
         }
         for folder in [self.store.dir().join("blobs/sha256"), self.store.private("tmp")] {
             if folder.exists() {
-                sync_dir(&folder)?;
+                sync_folder(&folder).on("sync", &folder)?;
             }
         }
         Ok(())

@@ -42,7 +42,7 @@ pub mod fsck;
 pub mod gc;
 mod put;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -51,6 +51,8 @@ pub use put::{TempBlob, Writer};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::image::oci::{Descriptor, OciError, OciImage};
+use crate::sys::atomic::sync_folder;
+use crate::sys::flock::Lock;
 use crate::transport::{OciDir, Transport, TransportError};
 
 /// Names of system manifests begin so; what follows is a version or `sha256/HEX`.
@@ -117,11 +119,13 @@ impl Store {
             fs::create_dir_all(&folder).on("create", &folder)?;
         }
         for folder in [&dir.join("blobs"), dir] {
-            sync_dir(folder)?;
+            sync_folder(folder).on("sync", folder)?;
         }
         if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            sync_dir(parent)?;
+            sync_folder(parent).on("sync", parent)?;
         }
+        let lock = dir.join(".mosfs/index.lock");
+        let _lock = Lock::exclusive(&lock).on("lock", &lock)?;
         // index.json before oci-layout: a folder with the latter is a whole layout.
         for (name, content) in [
             ("index.json", crate::image::oci::Index::empty().to_bytes()),
@@ -220,25 +224,15 @@ impl Store {
         self.dir().join(".mosfs").join(name)
     }
 
-    /// Opens one of the lock files, making it where it is missing.
-    fn lock_file(&self, name: &str) -> Result<File, StoreError> {
-        let path = self.private(name);
-        let open = || OpenOptions::new().create(true).write(true).truncate(false).open(&path);
-        match open() {
-            // A layout that another tool made has no private folder yet.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let tmp = self.private("tmp");
-                fs::create_dir_all(&tmp).on("create", &tmp)?;
-                Ok(open().on("open", &path)?)
-            }
-            other => Ok(other.on("open", &path)?),
+    /// Where one of the lock files is, or is to be made.
+    fn lock_path(&self, name: &str) -> Result<PathBuf, StoreError> {
+        // A layout that another tool made has no private folder yet.
+        let tmp = self.private("tmp");
+        if !tmp.is_dir() {
+            fs::create_dir_all(&tmp).on("create", &tmp)?;
         }
+        Ok(self.private(name))
     }
-}
-
-/// Makes the entries of a folder durable.
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), IoError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).on("sync", dir)
 }
 
 /// Why the store cannot do something.

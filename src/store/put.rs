@@ -6,13 +6,15 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Store, StoreError, sync_dir};
+use super::{Store, StoreError};
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Manifest, REF_NAME};
 use crate::progress::Task;
+use crate::sys::atomic;
 use crate::sys::file::reflink;
+use crate::sys::flock::Lock;
 use crate::transport::{Blob, Transport, TransportError};
 
 /// How much is read, hashed and written at a time, in bytes.
@@ -23,15 +25,14 @@ const CHUNK_BYTES: usize = 1 << 20;
 pub struct Writer<'a> {
     store: &'a Store,
     /// Locked, shared, until it is closed.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl<'a> Writer<'a> {
     pub(super) fn new(store: &'a Store) -> Result<Self, StoreError> {
-        let lock = store.lock_file("lock")?;
+        let path = store.lock_path("lock")?;
         // Garbage collection holds it for seconds: wait.
-        lock.lock_shared().on("lock", store.private("lock"))?;
-        Ok(Self { store, _lock: lock })
+        Ok(Self { store, _lock: Lock::shared(&path).on("lock", &path)? })
     }
 
     /// The store that is written to.
@@ -54,10 +55,9 @@ impl<'a> Writer<'a> {
         let path = self.store.blob_path(digest);
         failpoint::hit("store.blob.synced");
         // Where the blob is there already, the new file takes its place: the same bytes, or better.
-        fs::rename(&temp.path, &path).on("rename to", &path)?;
+        atomic::publish(&temp.path, &path, "store.blob").on("rename to", &path)?;
         temp.keep();
-        failpoint::hit("store.blob.renamed");
-        Ok(path.parent().map_or(Ok(()), sync_dir)?)
+        Ok(())
     }
 
     /// Puts bytes that are held in memory.
@@ -206,8 +206,8 @@ pub(super) fn change_index(
     store: &Store,
     change: impl FnOnce(&mut Vec<Descriptor>) -> Result<(), StoreError>,
 ) -> Result<(), StoreError> {
-    let lock = store.lock_file("index.lock")?;
-    lock.lock().on("lock", store.private("index.lock"))?;
+    let path = store.lock_path("index.lock")?;
+    let _lock = Lock::exclusive(&path).on("lock", &path)?;
     let mut index = store.layout.index()?;
     let before = index.manifests.clone();
     change(&mut index.manifests)?;
@@ -217,18 +217,11 @@ pub(super) fn change_index(
     Ok(())
 }
 
-/// Replaces a file at the top of the store, so that at any time it is the old or the new one.
+/// Replaces a file at the top of the store, so that at any time it is the old or the new one. The
+/// caller holds `index.lock`.
 pub(super) fn replace_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), IoError> {
-    let mut temp = TempBlob::new(&dir.join(".mosfs/tmp"))?;
-    temp.file.write_all(bytes).on("write", &temp.path)?;
-    temp.file.set_permissions(Permissions::from_mode(0o644)).on("change the mode of", &temp.path)?;
-    temp.file.sync_all().on("sync", &temp.path)?;
-    let path = dir.join(name);
-    failpoint::hit("store.index.synced");
-    fs::rename(&temp.path, &path).on("rename to", &path)?;
-    temp.keep();
-    failpoint::hit("store.index.renamed");
-    sync_dir(dir)
+    let (temporary, path) = (dir.join(".mosfs/tmp").join(name), dir.join(name));
+    atomic::replace_through(&temporary, &path, bytes, 0o644, "store.index").on("replace", &path)
 }
 
 /// A file that is being written. Unlinked when dropped, unless it was made a blob.

@@ -1,10 +1,12 @@
-//! Files that change as a whole: written beside, synced, renamed over, folder synced.
+//! Files that change as a whole: written beside, synced, given their name, folder synced. All that mosfs
+//! keeps on a disk is written by these functions.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
+use crate::error::{IoContext, IoError};
 use crate::failpoint;
 
 /// Replaces `path` by a file of these bytes and this mode, so that a crash leaves the old file or
@@ -12,30 +14,122 @@ use crate::failpoint;
 ///
 /// `failpoint` names the commit points: `NAME.written`, `NAME.renamed`.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32, failpoint: &str) -> io::Result<()> {
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
     name.push(".new");
-    let temporary = folder.join(name);
+    replace_through(&folder_of(path).join(name), path, bytes, mode, failpoint)
+}
+
+/// As [`replace`], with a temporary file of this name, which is on the same file system.
+pub fn replace_through(
+    temporary: &Path,
+    path: &Path,
+    bytes: &[u8],
+    mode: u32,
+    failpoint: &str,
+) -> io::Result<()> {
     // A temporary file of an earlier crash is ours to overwrite: the caller holds the lock.
-    match std::fs::remove_file(&temporary) {
+    match fs::remove_file(temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
+    write_new(temporary, bytes, mode)?;
+    failpoint::hit(&format!("{failpoint}.written"));
+    publish(temporary, path, failpoint)
+}
+
+/// Writes a new file, and syncs it; its name is not synced yet. An error leaves nothing.
+///
+/// The mode is exact, whatever the umask, on a file system that has modes.
+pub fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
     let written = (|| {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
         file.write_all(bytes)?;
+        // The umask can only have taken bits away, so that a failure makes nothing more open.
+        let _ = file.set_permissions(Permissions::from_mode(mode));
         file.sync_all()
     })();
-    if let Err(error) = written {
-        // Give the space back: a full disk is the likeliest reason to be here.
-        let _ = std::fs::remove_file(&temporary);
-        return Err(error);
-    }
-    failpoint::hit(&format!("{failpoint}.written"));
-    std::fs::rename(&temporary, path)?;
+    // Give the space back: a full disk is the likeliest reason to fail.
+    written.inspect_err(|_| {
+        let _ = fs::remove_file(path);
+    })
+}
+
+/// Gives a synced file its name, in place of what has it, and syncs the name.
+///
+/// `failpoint` names the commit point: `NAME.renamed`.
+pub fn publish(temporary: &Path, path: &Path, failpoint: &str) -> io::Result<()> {
+    fs::rename(temporary, path)?;
     failpoint::hit(&format!("{failpoint}.renamed"));
-    sync_folder(folder)
+    sync_folder(folder_of(path))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A new file, for [`create`].
+pub struct NewFile {
+    /// Its name in the folder.
+    pub name: &'static str,
+    /// Its content.
+    pub bytes: Vec<u8>,
+    /// Its mode.
+    pub mode: u32,
+}
+
+/// Writes new files into a folder, which is made where it is missing. None of them appears with part of its
+/// content, and none replaces a file that is there: each is written into a temporary folder, and linked to
+/// its name, which fails if the name is taken. If one cannot be linked, those before it are removed.
+///
+/// `after` is called once each file has its name.
+///
+/// # Errors
+/// With the path that it was about.
+pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Result<(), IoError> {
+    fs::create_dir_all(dir).on("create", dir)?;
+    let scratch = Scratch::new(dir)?;
+    for file in files {
+        let path = scratch.0.join(file.name);
+        write_new(&path, &file.bytes, file.mode).on("write", &path)?;
+    }
+    let mut done: Vec<PathBuf> = Vec::new();
+    for file in files {
+        let path = dir.join(file.name);
+        if let Err(error) = fs::hard_link(scratch.0.join(file.name), &path).on("create", &path) {
+            for path in done {
+                let _ = fs::remove_file(path);
+            }
+            return Err(error);
+        }
+        done.push(path);
+        sync_folder(dir).on("sync", dir)?;
+        after(file.name);
+    }
+    Ok(())
+}
+
+/// A temporary folder that goes with its last user.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(dir: &Path) -> Result<Self, IoError> {
+        // A crash leaves its folder behind, and process ids come again: another number then.
+        let mut attempt = 0;
+        loop {
+            let path = dir.join(format!(".new.{}.{attempt}", std::process::id()));
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => attempt += 1,
+                outcome => return outcome.on("create", &path).map(|()| Self(path)),
+            }
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _: io::Result<()> = fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Exchanges two paths of one file system, so that each name always leads to one of them
@@ -81,5 +175,24 @@ mod tests {
         assert_eq!(read_bounded(&path, 3).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         assert_eq!(read_bounded(&path, 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+    }
+
+    #[test]
+    fn new_files_replace_nothing_and_come_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("made");
+        let file = |name, bytes: &[u8]| NewFile { name, bytes: bytes.to_vec(), mode: 0o640 };
+        create(&dir, &[file("b", b"one")], |_| ()).unwrap();
+        let mode = fs::metadata(dir.join("b")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o640, "the umask does not matter");
+        let error = create(&dir, &[file("a", b"two"), file("b", b"two")], |_| ()).unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(error.path, dir.join("b"));
+        assert_eq!(fs::read(dir.join("b")).unwrap(), b"one");
+        assert_eq!(
+            fs::read_dir(&dir).unwrap().count(),
+            1,
+            "neither the first nor a temporary folder is left"
+        );
     }
 }

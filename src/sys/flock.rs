@@ -1,38 +1,52 @@
-//! Whole-file locks between processes: flock(2).
+//! Whole-file locks between processes: flock(2), through the standard library.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// An exclusive lock; dropping it, or the death of the process, releases it.
+/// A lock of a file; dropping it, or the death of the process, releases it.
+///
+/// The file is made where it is missing (mode 0600) and stays: removing it would let two
+/// processes lock two files of one name.
 #[derive(Debug)]
-pub struct ExclusiveLock {
+pub struct Lock {
     _file: File,
 }
 
-impl ExclusiveLock {
-    /// Waits for the lock of the file at `path`, which is made where it is missing (mode 0600).
-    ///
-    /// The file stays: removing it would let two processes lock two files of one name.
-    pub fn wait(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(path)?;
-        loop {
-            // SAFETY: flock takes no pointers; the descriptor is open.
-            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } == 0 {
-                return Ok(Self { _file: file });
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
+impl Lock {
+    /// Waits until nobody else has the lock.
+    pub fn exclusive(path: &Path) -> io::Result<Self> {
+        wait(open(path)?, File::lock)
+    }
+
+    /// Waits until nobody has the lock for themselves.
+    pub fn shared(path: &Path) -> io::Result<Self> {
+        wait(open(path)?, File::lock_shared)
+    }
+
+    /// Takes the lock if nobody else has it.
+    pub fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
+        let file = open(path)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Self { _file: file })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    options.custom_flags(libc::O_NOFOLLOW).open(path)
+}
+
+fn wait(file: File, lock: impl Fn(&File) -> io::Result<()>) -> io::Result<Lock> {
+    loop {
+        match lock(&file) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result.map(|()| Lock { _file: file }),
         }
     }
 }
@@ -51,7 +65,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..50 {
-                        let _lock = ExclusiveLock::wait(&path).unwrap();
+                        let _lock = Lock::exclusive(&path).unwrap();
                         assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                         std::thread::yield_now();
                         inside.fetch_sub(1, Ordering::SeqCst);
@@ -59,5 +73,19 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn shared_holders_keep_an_exclusive_one_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let (one, two) = (Lock::shared(&path).unwrap(), Lock::shared(&path).unwrap());
+        assert!(Lock::try_exclusive(&path).unwrap().is_none());
+        drop(one);
+        assert!(Lock::try_exclusive(&path).unwrap().is_none());
+        drop(two);
+        assert!(Lock::try_exclusive(&path).unwrap().is_some());
+        std::os::unix::fs::symlink(&path, dir.path().join("link")).unwrap();
+        assert!(Lock::exclusive(&dir.path().join("link")).is_err(), "no link is followed");
     }
 }

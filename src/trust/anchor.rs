@@ -18,11 +18,12 @@ use uuid::Uuid;
 
 use super::MAX_CERTIFICATE_BYTES;
 use super::certificate::{name_text, read_pem, reason};
-use super::files::{NewFile, read_at_most, write_new};
+use super::files::read_at_most;
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::manifest::rules;
+use crate::sys::atomic::{self, NewFile};
 
 /// Name of the CA's file in CONFIG.
 pub const CA_FILE: &str = "manifestCA.pem";
@@ -207,7 +208,7 @@ impl AnchorPlan {
         if self.files.is_empty() {
             return Ok(());
         }
-        write_new(&self.config, &self.files, |name| match name {
+        atomic::create(&self.config, &self.files, |name| match name {
             PRODUCT_FILE => failpoint::hit("anchor-product"),
             _ => failpoint::hit("anchor-ca"),
         })?;

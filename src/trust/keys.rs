@@ -29,12 +29,13 @@ use openssl::x509::extension::{
 use openssl::x509::{X509, X509Builder, X509Name, X509Ref};
 use uuid::Uuid;
 
-use super::files::{NewFile, read_at_most, write_new};
+use super::files::read_at_most;
 use super::floor::{self, FloorError};
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::manifest::rules;
+use crate::sys::atomic::{self, NewFile};
 
 /// Most bytes of a key file.
 const MAX_KEY_BYTES: usize = 64 << 10;
@@ -223,7 +224,7 @@ pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, KeyError>
         "provision.key",
         "provision.pub",
     ];
-    // Before the keys are made, which takes a while; `write_new` does not overwrite either.
+    // Before the keys are made, which takes a while; `create` does not overwrite either.
     for name in NAMES {
         let path = dir.join(name);
         if path.symlink_metadata().is_ok() {
@@ -232,7 +233,7 @@ pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, KeyError>
     }
     let mut files = make(request, &common_name).map_err(openssl("make keys"))?;
     authorize(&mut files, &request.product)?;
-    let outcome = write_new(dir, &files, |_| failpoint::hit("keys-file"));
+    let outcome = atomic::create(dir, &files, |_| failpoint::hit("keys-file"));
     outcome.map_err(|error| match error.source.kind() {
         std::io::ErrorKind::AlreadyExists => KeyError::Exists { path: error.path },
         _ => KeyError::Io(error),

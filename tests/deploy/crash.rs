@@ -12,7 +12,7 @@ const FAILPOINTS: &[(&str, u64)] = &[
     ("store.blob.written", 8),
     ("store.blob.synced", 8),
     ("store.blob.renamed", 8),
-    ("store.index.synced", 3),
+    ("store.index.written", 3),
     ("store.index.renamed", 3),
     ("deploy.blob.fetched", 3),
     ("deploy.blobs.fetched", 1),

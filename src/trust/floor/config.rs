@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Rule (DESIGN.md, section 3): what is given is written where CONFIG has none, and refused where it has
-//! another. A file is written whole or not at all, and never replaced (`trust::files`).
+//! another. A file is written whole or not at all, and never replaced (`sys::atomic`).
 
 use std::fs::File;
 use std::io;
@@ -19,8 +19,9 @@ use super::error::FloorError;
 use super::signature::PublicKey;
 use crate::error::IoError;
 use crate::failpoint;
+use crate::sys::atomic::{self, NewFile};
 use crate::trust::anchor::{PRODUCT_FILE, find_product};
-use crate::trust::files::{NewFile, read_at_most, write_new};
+use crate::trust::files::read_at_most;
 
 /// Name of the floor key's file in CONFIG.
 pub const FLOOR_KEY_FILE: &str = "floor.pub";
@@ -100,7 +101,7 @@ impl Config {
             add(PRODUCT_FILE, format!("{product}\n").into_bytes());
         }
         if !files.is_empty() {
-            write_new(&self.folder, &files, |_| failpoint::hit("floor.config"))?;
+            atomic::create(&self.folder, &files, |_| failpoint::hit("floor.config"))?;
         }
         Ok(())
     }

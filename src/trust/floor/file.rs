@@ -7,8 +7,8 @@
 //!
 //! The file changes by atomic replace: temporary file, fsync, rename, fsync of the folder.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use super::Floor;
@@ -16,7 +16,8 @@ use super::digests::{MAX_VERSION, Policy};
 use super::error::FloorError;
 use super::signature::{check_signature, check_version};
 use crate::error::{IoContext, IoError};
-use crate::failpoint;
+use crate::sys::atomic;
+use crate::sys::flock::Lock;
 
 /// What is said each time that the development floor is used.
 pub const FILE_WARNING: &str = "the floor is kept in a file (--floor file): \
@@ -54,26 +55,16 @@ impl FileFloor {
         self.path.parent().unwrap_or(Path::new("."))
     }
 
-    fn lock(&self) -> Result<File, IoError> {
+    fn lock(&self) -> Result<Lock, IoError> {
         let path = self.path.with_extension("lock");
         fs::create_dir_all(self.folder()).on("create", self.folder())?;
-        let file =
-            OpenOptions::new().create(true).truncate(false).write(true).open(&path).on("open", &path)?;
         // Held for one small write by whoever holds it.
-        file.lock().on("lock", &path)?;
-        Ok(file)
+        Lock::exclusive(&path).on("lock", &path)
     }
 
     fn write(&self, version: u64) -> Result<(), FloorError> {
-        let temporary = self.path.with_extension("tmp");
-        let mut file = File::create(&temporary).on("create", &temporary)?;
-        file.write_all(format!("{version}\n").as_bytes()).on("write", &temporary)?;
-        file.sync_all().on("sync", &temporary)?;
-        failpoint::hit("floor.file.written");
-        fs::rename(&temporary, &self.path).on("rename", &self.path)?;
-        failpoint::hit("floor.file.renamed");
-        File::open(self.folder()).and_then(|folder| folder.sync_all()).on("sync", self.folder())?;
-        Ok(())
+        let text = format!("{version}\n");
+        Ok(atomic::replace(&self.path, text.as_bytes(), 0o644, "floor.file").on("replace", &self.path)?)
     }
 }
 
