@@ -16,6 +16,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 use publish::{PRODUCT, Publisher};
 use swtpm::Swtpm;
@@ -53,17 +54,21 @@ fn squashfs(tree: &Path, image: &Path, more: &[&str]) {
     tool("squashfs-tools", command.arg("-no-progress").args(more));
 }
 
-/// The squashfs of a Debian root with systemd, made once.
-fn debian_image() -> PathBuf {
-    let root = tool("mmdebstrap", script("debian-root").arg("hostfs")).stdout;
-    let root = PathBuf::from(String::from_utf8(root).unwrap().trim());
-    let image = root.with_extension("squashfs");
-    if !image.exists() {
-        let part = image.with_extension(format!("part{}", std::process::id()));
-        squashfs(&root, &part, &[]);
-        fs::rename(&part, &image).unwrap();
-    }
-    image
+/// The squashfs of a Debian root with systemd, made once, by whichever test comes first.
+fn debian_image() -> &'static Path {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        let root = tool("mmdebstrap", script("debian-root").arg("hostfs")).stdout;
+        let root = PathBuf::from(String::from_utf8(root).unwrap().trim());
+        let image = root.with_extension("squashfs");
+        if !image.exists() {
+            let part = image.with_extension("part");
+            let _ = fs::remove_file(&part);
+            squashfs(&root, &part, &[]);
+            fs::rename(&part, &image).unwrap();
+        }
+        image
+    })
 }
 
 /// Runs when multi-user.target is reached; `/usr/local/bin/vm-steps` does what is tested.
@@ -251,7 +256,7 @@ impl Device {
         let image = self.path("top.squashfs");
         squashfs(&top, &image, &["-all-root"]);
         let publisher = &self.publisher;
-        let host = vec![publisher.add_image(&debian_image()), publisher.add_image(&image)];
+        let host = vec![publisher.add_image(debian_image()), publisher.add_image(&image)];
         let target = |name: &str| vec![publisher.add_layer(name)];
         let targets = [
             ("hostfs", "hostfs", host),
