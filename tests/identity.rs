@@ -438,6 +438,7 @@ fn an_ordinary_user_sees_the_same() {
     run(Command::new("cp").args(["-r", "--no-preserve=mode"]).arg(&layout).arg(&home));
     for (program, name) in [
         (PathBuf::from(mosfs().get_program()), "mosfs"),
+        (PathBuf::from(env!("CARGO_BIN_EXE_mosfs-full")), "mosfs-full"),
         (std::env::current_exe().expect("this program"), "test"),
     ] {
         fs::copy(program, there.join(name)).expect("copy a program");

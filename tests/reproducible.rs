@@ -119,8 +119,12 @@ fn another_user_with_another_copy_gets_the_same_digest() {
     // Where that user can get at everything.
     let there = tempfile::tempdir().expect("make a folder");
     run(Command::new("cp").args(["-r", "--no-preserve=all"]).arg(&layout).arg(&input.keys).arg(there.path()));
-    fs::copy(mosfs().get_program(), there.path().join("mosfs")).expect("copy the program");
-    fs::set_permissions(there.path().join("mosfs"), fs::Permissions::from_mode(0o755)).expect("chmod");
+    for (program, name) in
+        [(mosfs().get_program(), "mosfs"), (env!("CARGO_BIN_EXE_mosfs-full").as_ref(), "mosfs-full")]
+    {
+        fs::copy(program, there.path().join(name)).expect("copy the program");
+        fs::set_permissions(there.path().join(name), fs::Permissions::from_mode(0o755)).expect("chmod");
+    }
     let mut url = OsString::from("oci:");
     url.push(join(&there.path().join("layout"), ":", "same"));
     import_manifest(&there.path().join("import.yaml"), &url);
