@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,7 +40,7 @@ impl Swtpm {
 
     /// The TPM whose state is in this folder: the same chip after a power cycle.
     pub fn start_in(state: &Path) -> Self {
-        for _ in 0..20 {
+        for _ in 0..200 {
             let Some(port) = free_pair() else { continue };
             let mut child = Command::new("swtpm")
                 .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear"])
@@ -134,10 +135,19 @@ impl Drop for Swtpm {
 }
 
 /// A port that is free together with the next one, for the moment.
+///
+/// None is given twice by one process, and none is among those that the kernel gives to connections: a test would
+/// talk to another test's TPM.
 fn free_pair() -> Option<u16> {
-    let first = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
-    let port = first.local_addr().ok()?.port();
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port.checked_add(1)?)).ok()?;
+    const FIRST: u32 = 15_000;
+    const PAIRS: u32 = 8_000;
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    let begin = std::process::id().wrapping_mul(97);
+    let pair = begin.wrapping_add(GIVEN.fetch_add(1, Ordering::Relaxed)) % PAIRS;
+    let port = u16::try_from(FIRST + 2 * pair).ok()?;
+    for port in [port, port + 1] {
+        TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok()?;
+    }
     Some(port)
 }
 
