@@ -96,8 +96,8 @@ impl Store {
         if !dir.join("oci-layout").exists() {
             match fs::read_dir(dir) {
                 Ok(entries) => {
-                    // What an interrupted creation may have left, and what mkfs leaves.
-                    let ours = ["blobs", ".mosfs", "index.json", "lost+found"];
+                    // What an interrupted creation may have left, or another one has just made, and what mkfs leaves.
+                    let ours = ["blobs", ".mosfs", "index.json", "oci-layout", "lost+found"];
                     for entry in entries {
                         let name = entry.on("list", dir)?.file_name();
                         if !ours.iter().any(|known| name == *known) {
