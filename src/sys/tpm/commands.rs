@@ -12,7 +12,7 @@ use tss_esapi::structures::{
 };
 use tss_esapi::tss2_esys as tss;
 
-use super::{NONE, NvArea, NvIndex, Object, PASSWORD, PublicPoint, Session, TpmError, VerifiedTicket};
+use super::{Inner, NONE, NvArea, NvIndex, Object, PASSWORD, PublicPoint, Session, TpmError, VerifiedTicket};
 
 /// `TPM2_EO_UNSIGNED_LT`.
 const EO_UNSIGNED_LT: u16 = 0x0005;
@@ -20,15 +20,7 @@ const EO_UNSIGNED_LT: u16 = 0x0005;
 impl NvIndex {
     /// The index's Name: the digest of its public area behind the algorithm's number.
     pub fn name(&self) -> Result<Vec<u8>, TpmError> {
-        let operation = "give an index's Name";
-        let mut name = null_mut();
-        self.inner.call(operation, |library, esys| {
-            // SAFETY: the context is live and the out-pointer valid.
-            unsafe { (library.Esys_TR_GetName)(esys, self.handle, &raw mut name) }
-        })?;
-        // SAFETY: the call succeeded, so that `name` is ours to free.
-        let name = unsafe { self.inner.take(operation, name) }?;
-        Ok(self.inner.parsed(operation, Name::try_from(name))?.value().to_vec())
+        name_of(&self.inner, "give an index's Name", self.handle)
     }
 
     /// The index's public area, as the TPM tells it.
@@ -64,25 +56,13 @@ impl NvIndex {
     /// Reads the first `bytes` bytes under the index's own, empty authorization.
     pub fn read(&self, bytes: u16) -> Result<Vec<u8>, TpmError> {
         let operation = "read an NV index";
-        let mut data = null_mut();
-        self.inner.call(operation, |library, esys| {
-            // SAFETY: the context is live and the out-pointer valid.
-            unsafe {
-                (library.Esys_NV_Read)(
-                    esys,
-                    self.handle,
-                    self.handle,
-                    PASSWORD,
-                    NONE,
-                    NONE,
-                    bytes,
-                    0,
-                    &raw mut data,
-                )
-            }
-        })?;
-        // SAFETY: the call succeeded, so that `data` is ours to free.
-        let data = unsafe { self.inner.take(operation, data) }?;
+        let at = self.handle;
+        // SAFETY: the closure makes one call of the library, with a live context, that fills the pointer.
+        let data = unsafe {
+            self.inner.fetch(operation, |library, esys, data| {
+                (library.Esys_NV_Read)(esys, at, at, PASSWORD, NONE, NONE, bytes, 0, data)
+            })
+        }?;
         Ok(self.inner.parsed(operation, MaxNvBuffer::try_from(data))?.value().to_vec())
     }
 
@@ -115,24 +95,13 @@ impl Object {
         let digest =
             tss::TPM2B_DIGEST::from(self.inner.built(operation, Digest::try_from(digest.as_slice()))?);
         let signature = self.inner.built(operation, build_signature(signature))?;
-        let mut ticket = null_mut();
-        self.inner.call(operation, |library, esys| {
-            // SAFETY: the context is live, and all pointers are to values that outlive the call.
-            unsafe {
-                (library.Esys_VerifySignature)(
-                    esys,
-                    self.handle,
-                    NONE,
-                    NONE,
-                    NONE,
-                    &raw const digest,
-                    &raw const signature,
-                    &raw mut ticket,
-                )
-            }
-        })?;
-        // SAFETY: the call succeeded, so that `ticket` is ours to free.
-        let ticket = unsafe { self.inner.take(operation, ticket) }?;
+        let (digest, signature) = (&raw const digest, &raw const signature);
+        // SAFETY: as in `NvIndex::read`; and what is pointed to outlives the call.
+        let ticket = unsafe {
+            self.inner.fetch(operation, |library, esys, ticket| {
+                (library.Esys_VerifySignature)(esys, self.handle, NONE, NONE, NONE, digest, signature, ticket)
+            })
+        }?;
         // Only parsed to have its sizes checked; it goes back as it came.
         self.inner.parsed(operation, Ticket::try_from(ticket))?;
         Ok(VerifiedTicket(ticket))
@@ -140,15 +109,7 @@ impl Object {
 
     /// The Name that the TPM gives to the key.
     pub fn name(&self) -> Result<Vec<u8>, TpmError> {
-        let operation = "give a key's Name";
-        let mut name = null_mut();
-        self.inner.call(operation, |library, esys| {
-            // SAFETY: the context is live and the out-pointer valid.
-            unsafe { (library.Esys_TR_GetName)(esys, self.handle, &raw mut name) }
-        })?;
-        // SAFETY: the call succeeded, so that `name` is ours to free.
-        let name = unsafe { self.inner.take(operation, name) }?;
-        Ok(self.inner.parsed(operation, Name::try_from(name))?.value().to_vec())
+        name_of(&self.inner, "give a key's Name", self.handle)
     }
 }
 
@@ -156,26 +117,24 @@ impl Session {
     /// The number that the TPM drew for this session.
     pub fn nonce(&self) -> Result<Vec<u8>, TpmError> {
         let operation = "give a session's nonce";
-        let mut nonce = null_mut();
-        self.inner.call(operation, |library, esys| {
-            // SAFETY: the context is live and the out-pointer valid.
-            unsafe { (library.Esys_TRSess_GetNonceTPM)(esys, self.handle, &raw mut nonce) }
-        })?;
-        // SAFETY: the call succeeded, so that `nonce` is ours to free.
-        let nonce = unsafe { self.inner.take(operation, nonce) }?;
+        // SAFETY: as in `NvIndex::read`.
+        let nonce = unsafe {
+            self.inner.fetch(operation, |library, esys, nonce| {
+                (library.Esys_TRSess_GetNonceTPM)(esys, self.handle, nonce)
+            })
+        }?;
         Ok(self.inner.parsed(operation, Nonce::try_from(nonce))?.value().to_vec())
     }
 
     /// The digest of what the session has proved.
     pub fn digest(&self) -> Result<Vec<u8>, TpmError> {
         let operation = "give a session's digest";
-        let mut digest = null_mut();
-        self.inner.call(operation, |library, esys| {
-            // SAFETY: the context is live and the out-pointer valid.
-            unsafe { (library.Esys_PolicyGetDigest)(esys, self.handle, NONE, NONE, NONE, &raw mut digest) }
-        })?;
-        // SAFETY: the call succeeded, so that `digest` is ours to free.
-        let digest = unsafe { self.inner.take(operation, digest) }?;
+        // SAFETY: as in `NvIndex::read`.
+        let digest = unsafe {
+            self.inner.fetch(operation, |library, esys, digest| {
+                (library.Esys_PolicyGetDigest)(esys, self.handle, NONE, NONE, NONE, digest)
+            })
+        }?;
         Ok(self.inner.parsed(operation, Digest::try_from(digest))?.value().to_vec())
     }
 
@@ -287,6 +246,15 @@ impl Session {
             }
         })
     }
+}
+
+/// The Name of an object or index.
+fn name_of(inner: &Inner, operation: &'static str, handle: tss::ESYS_TR) -> Result<Vec<u8>, TpmError> {
+    // SAFETY: as in `NvIndex::read`.
+    let name = unsafe {
+        inner.fetch(operation, |library, esys, name| (library.Esys_TR_GetName)(esys, handle, name))
+    }?;
+    Ok(inner.parsed(operation, Name::try_from(name))?.value().to_vec())
 }
 
 pub(super) fn build_nv_public(area: &NvArea) -> tss_esapi::Result<tss::TPM2B_NV_PUBLIC> {

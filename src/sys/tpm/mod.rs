@@ -458,6 +458,21 @@ impl Inner {
         Ok(value)
     }
 
+    /// Makes a call that gives one value which its caller has to free, and returns a copy of the value.
+    ///
+    /// # Safety
+    /// `call` may only let the library put a pointer of that kind into its last argument.
+    unsafe fn fetch<T: Copy>(
+        &self,
+        operation: &'static str,
+        mut call: impl FnMut(&Library, *mut tss::ESYS_CONTEXT, *mut *mut T) -> u32,
+    ) -> Result<T, TpmError> {
+        let mut value = null_mut();
+        self.call(operation, |library, esys| call(library, esys, &raw mut value))?;
+        // SAFETY: by the caller's word null or ours to free, and this is its only use.
+        unsafe { self.take(operation, value) }
+    }
+
     fn flush(&self, handle: tss::ESYS_TR, what: &str) {
         if handle == NONE {
             return;
