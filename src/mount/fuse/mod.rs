@@ -218,10 +218,12 @@ pub fn mount_in_foreground(
     let record = record(plan, &mounted, None);
     let undo = (mounted.target.clone(), mounted.as_root);
     let mut is_ready = false;
-    let done = serve(mounted, engine, options, Some(record), &mut || {
-        is_ready = true;
-        ready();
-        Ok(())
+    let done = registry::enter().map_err(MountError::from).and_then(|()| {
+        serve(mounted, engine, options, record, &mut || {
+            is_ready = true;
+            ready();
+            Ok(())
+        })
     });
     if !is_ready {
         let _ = unmount_at(&undo.0, undo.1, true);
@@ -255,11 +257,11 @@ fn daemon(plan: &MountPlan, mounted: Mounted, engine: Engine, options: &FuseOpti
         .map_err(|source| MountError::System { operation: "detach from the terminal", source })
         .and_then(|()| {
             let log = registry::log_path(mounted.device)?;
-            // By its name in that folder, for the same reason.
+            // By its name in that folder, which goes along when the root is switched.
             registry::enter()?;
             daemon_log::install(log.file_name().map(Path::new), true, None);
             let record = record(plan, &mounted, Some(log));
-            serve(mounted, engine, options, Some(record), &mut || match pipe.take() {
+            serve(mounted, engine, options, record, &mut || match pipe.take() {
                 // Dropping the writing end is what lets the reader go on.
                 Some(mut pipe) => pipe.write_all(READY),
                 None => Ok(()),
@@ -299,14 +301,15 @@ fn record(plan: &MountPlan, mounted: &Mounted, log: Option<PathBuf>) -> MountRec
     }
 }
 
-/// Serves a mounted connection until it is gone. Calls `ready` when the kernel's INIT is answered.
+/// Serves a mounted connection until it is gone, from the folder of records ([`registry::enter`]).
+/// Calls `ready` when the kernel's INIT is answered.
 ///
 /// Blocks SIGTERM, SIGINT and SIGHUP in this process and takes them as the wish to unmount.
-pub fn serve(
+fn serve(
     mounted: Mounted,
     mut engine: Engine,
     options: &FuseOptions,
-    record: Option<MountRecord>,
+    record: MountRecord,
     ready: &mut dyn FnMut() -> io::Result<()>,
 ) -> Result<(), MountError> {
     let failed = |operation| move |source| MountError::System { operation, source };
@@ -333,11 +336,8 @@ pub fn serve(
     if as_root {
         limits::raise_read_ahead(device);
     }
-    if let Some(record) = &record {
-        registry::enter()?;
-        registry::write_here(record)?;
-    }
-    let kept = Kept(Arc::new(Mutex::new(record)));
+    registry::write_here(&record)?;
+    let kept = Kept(Arc::new(Mutex::new(Some(record))));
     let _clean = Clean(kept.clone());
     ready().map_err(failed("say that the mount is ready"))?;
 

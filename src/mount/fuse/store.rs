@@ -23,7 +23,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fuser::{INodeNo, Notifier};
 
@@ -71,6 +71,10 @@ struct Table {
 }
 
 impl Siblings {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes a file that the kernel has just been told of.
     pub fn seen(&self, engine: &Engine, ino: u64, attr: &Attr) {
         if attr.kind != FileType::Regular || attr.size_bytes == 0 || attr.size_bytes > SMALL_FILE_BYTES {
@@ -83,12 +87,12 @@ impl Siblings {
             return;
         }
         let sibling = Sibling { ino, offset, len: extent.len };
-        self.table.lock().unwrap_or_else(PoisonError::into_inner).insert((layer, block), sibling);
+        self.lock().insert((layer, block), sibling);
     }
 
     /// Takes the files of a block off the table.
     fn take(&self, key: &Key) -> Vec<Sibling> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.lock();
         let taken = table.blocks.remove(key).unwrap_or_default();
         table.files = table.files.saturating_sub(taken.len());
         taken
@@ -96,7 +100,7 @@ impl Siblings {
 
     /// The first block of the table that lies behind `key` in the same layer.
     fn after(&self, key: &Key) -> Option<Key> {
-        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let table = self.lock();
         let behind = (Bound::Excluded(*key), Bound::Unbounded);
         let next = table.blocks.range(behind).next().map(|(next, _)| *next);
         next.filter(|next| next.0 == key.0)
