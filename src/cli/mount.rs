@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::{Global, device, notify, output};
 use crate::deploy;
@@ -59,31 +59,13 @@ pub struct MountArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     cache_mib: Option<u32>,
     /// Keep idle cores awake while requests come close together: faster small files, more power; takes
-    /// root. auto: in virtual machines whose idle cores go back to the host at once.
+    /// root. auto: in virtual machines whose idle cores go back to the host at once; always; never.
     #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "always")]
     #[arg(num_args = 0..=1, require_equals = true)]
-    spin: SpinArg,
+    spin: Spin,
     /// Mount without verification, also layers that have no root hash.
     #[arg(long)]
     unsafe_no_verity: bool,
-}
-
-/// Values of `--spin`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum SpinArg {
-    Auto,
-    Always,
-    Never,
-}
-
-impl From<SpinArg> for Spin {
-    fn from(arg: SpinArg) -> Self {
-        match arg {
-            SpinArg::Auto => Self::Auto,
-            SpinArg::Always => Self::Always,
-            SpinArg::Never => Self::Never,
-        }
-    }
 }
 
 /// A root hash as 64 hex digits, with or without `sha256:`.
@@ -167,7 +149,7 @@ fn try_mount(
     let options = FuseOptions {
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
-        spin: args.spin.into(),
+        spin: args.spin,
         flags,
         inherited,
     };
@@ -214,7 +196,7 @@ fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, A
     args.root_hash.iter().rev().for_each(|hash| option("--root-hash", Some(hash.hex())));
     args.threads.iter().for_each(|threads| option("--threads", Some(threads.to_string())));
     args.cache_mib.iter().for_each(|mib| option("--cache-mib", Some(mib.to_string())));
-    option("--spin", args.spin.to_possible_value().map(|value| value.get_name().to_string()));
+    option("--spin", Some(args.spin.name().to_string()));
     if args.unsafe_no_verity {
         option("--unsafe-no-verity", None);
     }

@@ -64,10 +64,17 @@ impl FromStr for Backend {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let row = Self::NAMES.iter().find(|(name, _)| *name == text);
-        row.map(|(_, backend)| *backend)
-            .ok_or_else(|| format!("`{text}` is not a backend; expected auto, dm-verity or fuse"))
+        by_name(&Self::NAMES, text, "is not a backend")
     }
+}
+
+/// The value of that name; else a sentence with the names that there are.
+fn by_name<T: Copy>(names: &[(&str, T)], text: &str, wrong: &str) -> Result<T, String> {
+    names.iter().find(|(name, _)| *name == text).map(|(_, value)| *value).ok_or_else(|| {
+        let (last, others) = names.split_last().map_or(("", names), |((last, _), others)| (*last, others));
+        let others: Vec<&str> = others.iter().map(|(name, _)| *name).collect();
+        format!("`{text}` {wrong}; expected {} or {last}", others.join(", "))
+    })
 }
 
 /// A backend that can be used here and now.

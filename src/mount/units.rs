@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 
-use super::MountError;
+use super::{MountError, by_name};
 use crate::sys;
 
 /// Who keeps the daemon of a FUSE mount.
@@ -49,9 +49,7 @@ impl FromStr for Keeper {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let row = Self::NAMES.iter().find(|(name, _)| *name == text);
-        row.map(|(_, keeper)| *keeper)
-            .ok_or_else(|| format!("`{text}` is no way to keep a daemon; expected auto, unit or fork"))
+        by_name(&Self::NAMES, text, "is no way to keep a daemon")
     }
 }
 

@@ -14,9 +14,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
+
+use crate::mount::by_name;
 
 /// When cores are kept awake.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,6 +32,25 @@ pub enum Spin {
     Always,
     /// Not at all.
     Never,
+}
+
+impl Spin {
+    /// The names that `--spin` takes.
+    pub const NAMES: [(&'static str, Spin); 3] =
+        [("auto", Spin::Auto), ("always", Spin::Always), ("never", Spin::Never)];
+
+    /// Its name for `--spin`.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, spin)| *spin == self).map_or("", |(name, _)| name)
+    }
+}
+
+impl FromStr for Spin {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        by_name(&Self::NAMES, text, "is no time to spin")
+    }
 }
 
 /// How often it is looked at whether requests still come.
