@@ -5,6 +5,10 @@
 //! What the booted system does is a script in its image; each of its steps prints a line, and the
 //! verdict is that of the first step that failed.
 
+#[path = "common/device.rs"]
+mod device;
+#[path = "common/machine.rs"]
+mod machine;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "common/publish.rs"]
 mod publish;
@@ -13,63 +17,13 @@ mod publish;
 mod swtpm;
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::OnceLock;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
 
-use publish::{PRODUCT, Publisher};
-use swtpm::Swtpm;
-use tempfile::TempDir;
-
-const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
-const FULL: &str = env!("CARGO_BIN_EXE_mosfs-full");
-
-fn source_file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
-}
-
-fn tool(package: &str, command: &mut Command) -> Output {
-    let output = command.output().unwrap_or_else(|error| {
-        panic!("cannot run {:?}: {error}; install the Debian package {package}", command.get_program())
-    });
-    assert!(
-        output.status.success(),
-        "{command:?} ended with {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
-}
-
-/// A script of tests/vm; it says itself which package it lacks.
-fn script(name: &str) -> Command {
-    Command::new(source_file("tests/vm").join(name))
-}
-
-fn squashfs(tree: &Path, image: &Path, more: &[&str]) {
-    let mut command = Command::new("mksquashfs");
-    command.args([tree, image]).args(["-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet"]);
-    tool("squashfs-tools", command.arg("-no-progress").args(more));
-}
-
-/// The squashfs of a Debian root with systemd, made once, by whichever test comes first.
-fn debian_image() -> &'static Path {
-    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
-    IMAGE.get_or_init(|| {
-        let root = tool("mmdebstrap", script("debian-root").arg("hostfs")).stdout;
-        let root = PathBuf::from(String::from_utf8(root).unwrap().trim());
-        let image = root.with_extension("squashfs");
-        if !image.exists() {
-            let part = image.with_extension("part");
-            let _ = fs::remove_file(&part);
-            squashfs(&root, &part, &[]);
-            fs::rename(&part, &image).unwrap();
-        }
-        image
-    })
-}
+use device::{Device, MOSFS, START, make_initrd, no_login, put, strip};
+use machine::{Ended, debian_image, source_file, squashfs, tool};
+use publish::Publisher;
 
 /// Runs when multi-user.target is reached; `/usr/local/bin/vm-steps` does what is tested.
 const VERDICT_UNIT: &str = "[Unit]\nDefaultDependencies=no\nAfter=multi-user.target\n\
@@ -194,117 +148,67 @@ want test $? = 3
 want grep -q 'root hash' /tmp/said
 "#;
 
-struct Device {
-    dir: TempDir,
-    publisher: Publisher,
+/// The version that is published and booted.
+const VERSION: u64 = 200;
+
+/// Publishes Debian with what `make install` installs, and two targets. Files are made in `dir`.
+fn publish(publisher: &Publisher, dir: &Path, steps: &str) {
+    let top = &dir.join("top");
+    let stripped = dir.join("mosfs");
+    strip(START, &stripped);
+    strip(MOSFS, &dir.join("mosfs-full"));
+    let mut install = Command::new("make");
+    install.arg("--silent").arg("install").current_dir(source_file(""));
+    install.arg(format!("DESTDIR={}", top.display())).arg(format!("MOSFS={}", stripped.display()));
+    tool("make", &mut install);
+    put(top, "etc/machine-id", "0123456789abcdef0123456789abcdef\n");
+    put(top, "etc/systemd/system/vm-verdict.service", VERDICT_UNIT);
+    put(top, "usr/local/bin/vm-verdict", VERDICT);
+    put(top, "usr/local/bin/vm-steps", steps);
+    put(
+        top,
+        "etc/fstab",
+        "app /mnt/early mosfs backend=fuse,system=/run/mosfs/system,config=/run/mosfs/config,ro 0 0\n\
+         app /mnt/late mosfs _netdev,x-systemd.after=mosfs-activate.service,backend=fuse,nosuid 0 0\n",
+    );
+    for folder in ["etc/mosfs", "var/lib/mosfs", "mnt/early", "mnt/late", "mnt/none"] {
+        fs::create_dir_all(top.join(folder)).unwrap();
+    }
+    let units = top.join("etc/systemd/system");
+    let enable = |unit: &str, target: &str, from: &str| {
+        let folder = units.join(target);
+        fs::create_dir_all(&folder).unwrap();
+        symlink(format!("{from}/{unit}"), folder.join(unit)).unwrap();
+    };
+    enable("vm-verdict.service", "multi-user.target.wants", "..");
+    for unit in ["mosfs-activate.service", "mosfs-commit.service"] {
+        enable(unit, "multi-user.target.wants", "/usr/lib/systemd/system");
+    }
+    enable("mosfs-activate.service", "boot-complete.target.requires", "/usr/lib/systemd/system");
+    no_login(top);
+    let image = dir.join("top.squashfs");
+    squashfs(top, &image, &["-all-root"]);
+    let host = vec![publisher.add_image(debian_image()), publisher.add_image(&image)];
+    let target = |name: &str| vec![publisher.add_layer(name)];
+    let targets = [
+        ("hostfs", "hostfs", host),
+        ("app", "container", target("app")),
+        ("data-set", "fs-only", target("data-set")),
+    ];
+    publisher.publish_targets(VERSION, &targets, true);
 }
 
-impl Device {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let publisher = Publisher::new(dir.path());
-        fs::create_dir(dir.path().join("tpm")).unwrap();
-        Self { dir, publisher }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// Publishes version 200: Debian with what `make install` installs, and two targets.
-    fn publish(&self, steps: &str) {
-        let top = self.path("top");
-        let put = |name: &str, text: &str| {
-            let path = top.join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
-        let stripped = self.path("mosfs");
-        for (from, to) in [(MOSFS, stripped.clone()), (FULL, self.path("mosfs-full"))] {
-            tool("binutils", Command::new("strip").arg("-o").arg(&to).arg(from));
-            fs::set_permissions(&to, PermissionsExt::from_mode(0o755)).unwrap();
-        }
-        let mut install = Command::new("make");
-        install.arg("--silent").arg("install").current_dir(source_file(""));
-        install.arg(format!("DESTDIR={}", top.display())).arg(format!("MOSFS={}", stripped.display()));
-        tool("make", &mut install);
-        put("etc/machine-id", "0123456789abcdef0123456789abcdef\n");
-        put("etc/systemd/system/vm-verdict.service", VERDICT_UNIT);
-        put("usr/local/bin/vm-verdict", VERDICT);
-        put("usr/local/bin/vm-steps", steps);
-        put(
-            "etc/fstab",
-            "app /mnt/early mosfs backend=fuse,system=/run/mosfs/system,config=/run/mosfs/config,ro 0 0\n\
-             app /mnt/late mosfs _netdev,x-systemd.after=mosfs-activate.service,backend=fuse,nosuid 0 0\n",
-        );
-        for folder in ["etc/mosfs", "var/lib/mosfs", "mnt/early", "mnt/late", "mnt/none"] {
-            fs::create_dir_all(top.join(folder)).unwrap();
-        }
-        let units = top.join("etc/systemd/system");
-        let enable = |unit: &str, target: &str, from: &str| {
-            let folder = units.join(target);
-            fs::create_dir_all(&folder).unwrap();
-            symlink(format!("{from}/{unit}"), folder.join(unit)).unwrap();
-        };
-        enable("vm-verdict.service", "multi-user.target.wants", "..");
-        for unit in ["mosfs-activate.service", "mosfs-commit.service"] {
-            enable(unit, "multi-user.target.wants", "/usr/lib/systemd/system");
-        }
-        enable("mosfs-activate.service", "boot-complete.target.requires", "/usr/lib/systemd/system");
-        // A login prompt would hang up the line that the verdict is printed on.
-        symlink("/dev/null", units.join("serial-getty@ttyS0.service")).unwrap();
-        let image = self.path("top.squashfs");
-        squashfs(&top, &image, &["-all-root"]);
-        let publisher = &self.publisher;
-        let host = vec![publisher.add_image(debian_image()), publisher.add_image(&image)];
-        let target = |name: &str| vec![publisher.add_layer(name)];
-        let targets = [
-            ("hostfs", "hostfs", host),
-            ("app", "container", target("app")),
-            ("data-set", "fs-only", target("data-set")),
-        ];
-        publisher.publish_targets(200, &targets, true);
-    }
-
-    /// Installs what was published, and gives the device's TPM its floor.
-    fn install(&self) {
-        let tpm = Swtpm::start_in(&self.path("tpm"));
-        let mosfs = |arguments: &[&str]| {
-            let mut command = Command::new(MOSFS);
-            command.args(arguments).env("MOSFS_SYSTEM", self.path("system"));
-            command.env("MOSFS_CONFIG", self.path("config")).env("MOSFS_RUN", self.path("run"));
-            tool("", command.env("MOSFS_TPM", tpm.tcti_text()));
-        };
-        let key = |name: &str| self.publisher.key(name).to_str().unwrap().to_string();
-        let source = self.publisher.source();
-        mosfs(&["install", &source, "--ca", &key("ca.pem"), "--product", PRODUCT]);
-        let (provision, public) = (key("provision.key"), key("floor.pub"));
-        mosfs(&["floor", "provision", "--provision-key", &provision, "--floor-pub", &public]);
-    }
-
-    /// Boots, wants verdict 0 and these words on the console.
-    fn boots(&self, cmdline: &str, words: &[&str]) -> String {
-        let initrd = self.path("initrd");
-        let mut make = script("make-initrd");
-        make.arg("initramfs-tools")
-            .arg(&initrd)
-            .args(["--mosfs", FULL])
-            .arg("--config")
-            .arg(self.path("config"));
-        tool("", &mut make);
-        let mut command = script("run");
-        command.arg("--system").arg(self.path("system")).arg("--initrd").arg(initrd);
-        command.arg("--tpm-state").arg(self.path("tpm")).args(["--timeout", "420", "--memory", "768"]);
-        command.arg("--cmdline").arg(format!("root=mosfs rd.shell=0 {cmdline}"));
-        let output = command.output().unwrap();
-        let console = String::from_utf8_lossy(&output.stdout).replace('\r', "");
-        println!("{console}{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(output.status.code(), Some(0), "the verdict");
-        for word in words {
-            assert!(console.contains(word), "expected `{word}` on the console");
-        }
-        console
-    }
+/// Boots a device whose system does `steps`; wants verdict 0 and these words on the console.
+fn boots(steps: &str, cmdline: &str, words: &[&str]) -> Ended {
+    let dir = tempfile::tempdir().unwrap();
+    let publisher = Publisher::new(dir.path());
+    publish(&publisher, dir.path(), steps);
+    let device = Device::of(publisher, VERSION);
+    let initrd = device.path("initrd");
+    let mut machine = device.machine_with(&initrd);
+    make_initrd(&initrd, "initramfs-tools", machine.kernel, device.config());
+    machine.cmdline += &format!(" loglevel=6 {cmdline}");
+    machine.expect(0, words)
 }
 
 /// What systemd and the kernel say at the end of a shutdown in order.
@@ -312,30 +216,26 @@ const IN_ORDER: &str = "reboot: Power down";
 
 #[test]
 fn targets_are_active_at_boot_and_their_daemons_come_back() {
-    let device = Device::new();
     let first = "grep -q '^mosfs:' /proc/self/mounts || exit 3\n\
          test $(grep -c ' /run/mosfs/targets/[^ ]* overlay ro,nosuid,nodev' /proc/self/mounts) = 2 || exit 4\n";
-    device.publish(&format!("{first}{STEPS}"));
-    device.install();
     let words = ["vm: step 18", "data-set (fuse): verified", IN_ORDER];
-    let console = device.boots("loglevel=6", &words);
-    assert!(!console.contains("Failed to start"), "some unit has failed");
+    let ended = boots(&format!("{first}{STEPS}"), "", &words);
+    // What systemd says of any unit.
+    ended.without(&["Failed to start"]);
 }
 
 #[test]
 fn a_root_through_fuse_serves_to_the_end_of_an_orderly_shutdown() {
-    let device = Device::new();
-    device.publish(
-        "mosfs activate --backend fuse || exit 3\n\
+    let steps = "mosfs activate --backend fuse || exit 3\n\
          pid=$(pgrep -f '^@mosfs') || pid=$(grep -l '^@mosfs' /proc/[0-9]*/cmdline | head -n 1 | cut -d/ -f3)\n\
          test -n \"$pid\" || exit 4\n\
          echo \"vm: the root's daemon is $pid: $(tr '\\0' ' ' </proc/$pid/cmdline)\"\n\
-         test \"$(cat /run/mosfs/targets/app/content)\" = app || exit 5\n",
-    );
-    device.install();
-    let console = device.boots("loglevel=6 mosfs.backend=fuse", &["vm: the root's daemon is ", IN_ORDER]);
+         test \"$(cat /run/mosfs/targets/app/content)\" = app || exit 5\n";
+    let ended = boots(steps, "mosfs.backend=fuse", &["vm: the root's daemon is ", IN_ORDER]);
     // A root whose daemon was killed would have said so here.
-    for word in ["Transport endpoint is not connected", "Input/output error", "Failed to execute shutdown"] {
-        assert!(!console.contains(word), "`{word}` is on the console");
-    }
+    ended.without(&[
+        "Transport endpoint is not connected",
+        "Input/output error",
+        "Failed to execute shutdown",
+    ]);
 }

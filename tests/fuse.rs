@@ -5,8 +5,8 @@
 mod images;
 #[path = "common/layout.rs"]
 mod layout;
-#[path = "common/tree.rs"]
-mod tree;
+#[path = "common/whole/scan.rs"]
+mod scan;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -26,6 +26,7 @@ use layout::{
     wait_until,
 };
 use mosfs::mount::{Health, MountError, mounts};
+use scan::{assert_same, scan};
 use tempfile::TempDir;
 
 /// An image of a tree with one of everything, made once for all tests.
@@ -108,11 +109,11 @@ fn is_gone(result: io::Result<impl Sized>) -> bool {
 fn the_tree_is_what_the_kernel_shows_of_the_image() {
     let fixture = fixture();
     let kernel = Mounted::new(&everything().1, fixture.path("kernel"));
-    let mut expected = tree::walk(&kernel.0);
+    let mut expected = scan(&kernel.0);
     // Whiteouts and the overlay's own attributes are what the merged view hides.
-    assert!(expected.remove(Path::new("dev/whiteout")).is_some());
-    for record in expected.values_mut() {
-        record.xattrs.retain(|name, _| !name.starts_with(b"trusted.overlay."));
+    assert!(expected.remove(b"dev/whiteout".as_slice()).is_some());
+    for node in expected.values_mut() {
+        node.xattrs.retain(|name, _| !name.starts_with(b"trusted.overlay."));
     }
     for options in [
         &[][..],
@@ -121,9 +122,9 @@ fn the_tree_is_what_the_kernel_shows_of_the_image() {
         &["--spin=never"],
     ] {
         let mount = fixture.mount(options);
-        tree::assert_same(&format!("{options:?}"), &expected, &tree::walk(&mount.at));
+        assert_same(&expected, &scan(&mount.at), &format!("{options:?}"));
         // Once more, now from the kernel's caches.
-        tree::assert_same("again", &expected, &tree::walk(&mount.at));
+        assert_same(&expected, &scan(&mount.at), "again");
         assert_eq!(mount.record().unwrap().health(), Health::Good);
         end(mount);
     }

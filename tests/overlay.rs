@@ -2,23 +2,22 @@
 
 #[path = "common/memory.rs"]
 mod memory;
-#[path = "common/tree.rs"]
-mod tree;
+#[path = "common/whole/scan.rs"]
+mod scan;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use memory::MemoryLayer;
+use mosfs::digest::Hasher;
 use mosfs::image::layer::{FileType, Layer};
 use mosfs::image::overlay::{MAX_LAYERS, Merged, OverlayError, ROOT};
 use mosfs::mount::engine::Engine;
-use sha2::Digest as _;
-use tree::Record;
+use scan::{Node, Tree, assert_same, scan};
 
 fn view(layers: Vec<MemoryLayer>) -> Merged {
     Merged::new(layers.into_iter().map(|layer| Arc::new(layer) as Arc<dyn Layer>).collect()).unwrap()
@@ -397,19 +396,20 @@ impl Drop for Mount {
     }
 }
 
-/// Walks a view without a mount.
-fn walk_view(engine: &Engine) -> BTreeMap<PathBuf, Record> {
+/// Scans a view without a mount.
+fn scan_view(engine: &Engine) -> Tree {
     let view = engine.view();
     let mut all = BTreeMap::new();
-    let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
-    let mut todo = vec![(PathBuf::new(), ROOT)];
+    let mut first: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
+    let mut todo = vec![(Vec::new(), ROOT)];
     while let Some((path, ino)) = todo.pop() {
         let attr = view.attr(ino).unwrap();
         if attr.kind == FileType::Directory {
             view.read_dir(ino, 0, &mut |entry| {
                 let (found, attr) = view.lookup(ino, &entry.name).unwrap().expect("listed and not found");
                 assert_eq!((found, attr.kind), (entry.ino, entry.kind));
-                todo.push((path.join(std::ffi::OsStr::from_bytes(&entry.name)), entry.ino));
+                let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
+                todo.push(([&path, slash, &entry.name].concat(), entry.ino));
                 true
             })
             .unwrap();
@@ -419,42 +419,40 @@ fn walk_view(engine: &Engine) -> BTreeMap<PathBuf, Record> {
             known.clone_from(&path);
         }
         let content = (attr.kind == FileType::Regular).then(|| {
-            let mut hasher = sha2::Sha256::new();
+            let mut hasher = Hasher::new();
             let mut offset = 0;
             while offset < attr.size_bytes {
                 engine.read(ino, offset, 5000, &mut |part| hasher.update(part)).unwrap();
                 offset += 5000;
             }
-            hasher.finalize().into()
+            Ok(hasher.finish())
         });
         let kind = match attr.kind {
             FileType::Directory => 'd',
-            FileType::Regular => 'f',
+            FileType::Regular => '-',
             FileType::Symlink => 'l',
             FileType::BlockDevice => 'b',
             FileType::CharDevice => 'c',
             FileType::Fifo => 'p',
             FileType::Socket => 's',
         };
-        let record = Record {
+        let node = Node {
             kind,
             mode: attr.permissions.into(),
             uid: attr.uid,
             gid: attr.gid,
-            size: (kind != 'd').then_some(attr.size_bytes),
+            size: if kind == 'd' { 0 } else { attr.size_bytes },
             mtime: attr.mtime,
-            rdev: matches!(kind, 'b' | 'c').then_some(attr.rdev.into()),
+            rdev: if matches!(kind, 'b' | 'c') { attr.rdev.into() } else { 0 },
             nlink: attr.nlink.into(),
             xattrs: view.xattrs(ino).unwrap().into_iter().collect(),
             content,
-            target: (kind == 'l').then(|| std::ffi::OsStr::from_bytes(&view.read_link(ino).unwrap()).into()),
-            same_as: PathBuf::new(),
+            target: (kind == 'l').then(|| view.read_link(ino).unwrap()),
+            same_as: Vec::new(),
         };
-        all.insert(path, (ino, record));
+        all.insert(path, (ino, node));
     }
-    all.into_iter()
-        .map(|(path, (ino, record))| (path, Record { same_as: first[&ino].clone(), ..record }))
-        .collect()
+    all.into_iter().map(|(path, (ino, node))| (path, Node { same_as: first[&ino].clone(), ..node })).collect()
 }
 
 /// Random stacks of squashfs layers, against a copy of what the kernel's overlayfs shows of the same images.
@@ -505,7 +503,7 @@ fn random_stacks_are_what_the_kernel_shows() {
 
         let engine = Engine::new(Merged::new(layers).unwrap(), vec![], 1 << 20);
         let what = format!("seed {seed}, {count} layers");
-        tree::assert_same(&what, &tree::walk(&copy), &walk_view(&engine));
+        assert_same(&scan(&copy), &scan_view(&engine), &what);
         assert_eq!(engine.troubles().total(), 0);
     }
 }

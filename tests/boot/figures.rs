@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::KERNEL;
 use super::device::{Device, GOOD, MOSFS};
-use super::machine::{Machine, mini_initrd};
+use super::machine::{Machine, mini_initrd, tool};
 use super::power::esys;
 
 /// How often each way is taken.
@@ -102,16 +102,8 @@ fn boot_times() {
 /// Runs a command that must succeed; how long it took from its start to its end, and what it printed.
 fn timed(command: &mut Command) -> (Duration, String) {
     let begin = Instant::now();
-    let output = command.output().expect("a command");
-    let time = begin.elapsed();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{text}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    (time, text)
+    let output = tool("", command);
+    (begin.elapsed(), String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn mounted() -> Vec<String> {

@@ -20,14 +20,14 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use mosfs::digest::{self, Digest};
 use tempfile::TempDir;
 
-use super::machine::{Machine, noise, script, script_path, source_file, squashfs, tool};
+use super::machine::{Machine, debian_image, noise, script, source_file, squashfs, tool};
 use super::publish::{PRODUCT, Publisher};
 use super::swtpm::Swtpm;
 
 /// The command under test.
 pub const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs-full");
 /// The program that is called by this name, and runs the other one.
-const START: &str = env!("CARGO_BIN_EXE_mosfs");
+pub const START: &str = env!("CARGO_BIN_EXE_mosfs");
 
 /// A healthy Debian, and the next one.
 pub const GOOD: u64 = 200;
@@ -120,7 +120,7 @@ impl Fleet {
     fn prepare() -> Self {
         let debian = debian_image();
         let cache = debian.parent().and_then(Path::parent).expect("target/vm");
-        let name = format!("fleet-{}", key(&debian));
+        let name = format!("fleet-{}", key(debian));
         let lock = File::create(cache.join("fleet.lock")).expect("a lock file");
         lock.lock().expect("a lock");
         let dir = cache.join(&name);
@@ -133,7 +133,7 @@ impl Fleet {
                 }
             }
             fs::create_dir(&dir).expect("a folder");
-            publish_all(&dir, &debian);
+            publish_all(&dir, debian);
             File::create(dir.join("complete")).expect("a mark");
         }
         Self { publisher: Publisher::again(&dir), dir, _lock: lock }
@@ -163,29 +163,22 @@ impl Fleet {
         };
         once.get_or_init(|| {
             if !initrd.exists() {
-                let mut command = script("make-initrd");
-                command.arg(generator).arg(&initrd).args(["--mosfs", MOSFS, "--kernel", kernel]);
-                tool("", command.arg("--config").arg(self.dir.join("config")));
+                make_initrd(&initrd, generator, kernel, &self.dir.join("config"));
             }
         });
         initrd
     }
 }
 
-/// The squashfs of a Debian root with systemd, made once.
-fn debian_image() -> PathBuf {
-    let root = script_path(script("debian-root").arg("hostfs"));
-    let image = root.with_extension("squashfs");
-    if !image.exists() {
-        let part = image.with_extension("part");
-        let _ = fs::remove_file(&part);
-        squashfs(&root, &part, &[]);
-        fs::rename(&part, &image).expect("rename");
-    }
-    image
+/// Makes the initramfs of a real generator for one of Debian's kernels, which trusts what `config` says.
+pub fn make_initrd(out: &Path, generator: &str, kernel: &str, config: &Path) {
+    let mut command = script("make-initrd");
+    command.arg(generator).arg(out).args(["--mosfs", MOSFS, "--kernel", kernel]);
+    tool("", command.arg("--config").arg(config));
 }
 
-fn put(root: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+/// Writes a file below `root`, and makes the folders that it is in.
+pub fn put(root: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = root.join(name);
     fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
     fs::write(&path, content).expect("a file");
@@ -194,6 +187,18 @@ fn put(root: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
 
 fn executable(path: &Path) {
     fs::set_permissions(path, PermissionsExt::from_mode(0o755)).expect("a mode");
+}
+
+/// Puts a program somewhere, without what only a debugger reads.
+pub fn strip(program: &str, to: &Path) {
+    tool("binutils", Command::new("strip").arg("-o").arg(to).arg(program));
+    executable(to);
+}
+
+/// No login prompt in the tree of a system: it would hang up the line that the verdict is printed on.
+pub fn no_login(root: &Path) {
+    let units = root.join("etc/systemd/system");
+    symlink("/dev/null", units.join("serial-getty@ttyS0.service")).expect("a link");
 }
 
 /// Publishes all versions: Debian below, what all versions add, and what makes it this version.
@@ -217,8 +222,7 @@ fn publish_all(dir: &Path, debian: &Path) {
             fs::create_dir_all(top.join(folder)).expect("a folder");
         }
         for (program, at) in [(START, "usr/bin/mosfs"), (MOSFS, "usr/libexec/mosfs/mosfs-full")] {
-            tool("binutils", Command::new("strip").arg("-o").arg(top.join(at)).arg(program));
-            executable(&top.join(at));
+            strip(program, &top.join(at));
         }
         let commit = fs::read(source_file("mount-helpers/mosfs-commit.service")).expect("the unit");
         put(top, "etc/systemd/system/mosfs-commit.service", commit);
@@ -228,8 +232,7 @@ fn publish_all(dir: &Path, debian: &Path) {
         for unit in ["mosfs-commit.service", "vm-verdict.service"] {
             symlink(format!("../{unit}"), wants.join(unit)).expect("a link");
         }
-        // A login prompt would hang up the line that the verdict is printed on.
-        symlink("/dev/null", units.join("serial-getty@ttyS0.service")).expect("a link");
+        no_login(top);
     });
     for version in [GOOD, NEXT, SICK, OWN_INIT] {
         let options: &[&str] = if version == OWN_INIT { &["-noD", "-noF"] } else { &[] };
@@ -353,13 +356,17 @@ impl Device {
 
     /// A machine of this device, whose partition is made from the folder and goes with the machine.
     pub fn machine(&self, generator: &'static str, kernel: &'static str) -> Machine {
+        Machine { kernel, ..self.machine_with(&fleet().initrd(generator, kernel)) }
+    }
+
+    /// The same with an initramfs that is not the fleet's.
+    pub fn machine_with(&self, initrd: &Path) -> Machine {
         Machine {
             system: Some(self.system()),
             tpm: Some(self.path("tpm")),
-            kernel,
             memory: 768,
             cmdline: "root=mosfs rd.shell=0 rd.emergency=poweroff".into(),
-            ..Machine::new(&fleet().initrd(generator, kernel))
+            ..Machine::new(initrd)
         }
     }
 

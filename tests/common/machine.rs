@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Runs a program that must be there and must succeed.
@@ -47,6 +47,22 @@ pub fn squashfs(dir: &Path, image: &Path, options: &[&str]) {
             .args(["-comp", "zstd", "-Xcompression-level", "1", "-noappend", "-quiet", "-no-progress"])
             .args(options),
     );
+}
+
+/// The squashfs of a Debian root with systemd, made once. Beside it, without the ending, is the root itself.
+pub fn debian_image() -> &'static Path {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        let root = script_path(script("debian-root").arg("hostfs"));
+        let image = root.with_extension("squashfs");
+        if !image.exists() {
+            let part = image.with_extension("part");
+            let _ = fs::remove_file(&part);
+            squashfs(&root, &part, &[]);
+            fs::rename(&part, &image).expect("rename");
+        }
+        image
+    })
 }
 
 /// Bytes that do not compress, the same every time.

@@ -66,11 +66,17 @@ pub struct Scan {
 /// Reads everything below `root`.
 ///
 /// # Panics
-/// As [`try_scan`], and on any error but of reading content.
+/// As [`try_scan`], and on any error.
 pub fn scan(root: &Path) -> Tree {
     let scan = try_scan(root);
-    let list: Vec<_> =
-        scan.errors.iter().map(|(path, error)| format!("/{}: error {error}", show(path))).collect();
+    let contents =
+        scan.tree.iter().filter_map(|(path, node)| Some((path, node.content.as_ref()?.as_ref().err()?)));
+    let list: Vec<_> = scan
+        .errors
+        .iter()
+        .chain(contents)
+        .map(|(path, error)| format!("/{}: error {error}", show(path)))
+        .collect();
     assert!(list.is_empty(), "{root:?} cannot be read:\n{}", list.join("\n"));
     scan.tree
 }
