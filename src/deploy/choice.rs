@@ -13,7 +13,7 @@ use super::state::{DeploymentId, LastBoot, Refusal, State, clip};
 use super::{System, check_complete};
 use crate::error::{AnyError, Class};
 use crate::failpoint;
-use crate::trust::floor::{Floor, FloorError};
+use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates, Verified};
 
 /// In which capacity a deployment is tried.

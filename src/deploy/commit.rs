@@ -10,7 +10,7 @@ use super::deployment;
 use super::error::DeployError;
 use super::state::DeploymentId;
 use crate::failpoint;
-use crate::trust::floor::{Floor, FloorError};
+use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates};
 
 /// What a commit did.

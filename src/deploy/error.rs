@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use super::state::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
+use crate::floor::FloorError;
 use crate::image::oci::OciError;
 use crate::store::StoreError;
 use crate::transport::TransportError;
 use crate::trust::TrustError;
-use crate::trust::floor::FloorError;
 
 /// Why an install, an update, a boot choice or a commit was refused or failed.
 #[derive(Debug, thiserror::Error)]

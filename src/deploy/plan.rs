@@ -10,11 +10,11 @@ use super::error::DeployError;
 use super::state::{DeploymentId, State};
 use super::{FloorGate, System};
 use crate::digest::Digest;
+use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::store::{SYSTEM_PREFIX, Store, image_name, system_name, version_name};
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
-use crate::trust::floor::{self, FloorError};
 use crate::trust::{
     Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed, TrustError, Verified,
 };

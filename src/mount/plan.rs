@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::MountError;
-use super::dm_verity::LayerInput;
-use super::registry::LayerRecord;
-use super::through_device::through_device;
+use super::kernel::dm_verity::LayerInput;
+use super::kernel::through_device::through_device;
+use super::table::LayerRecord;
 use crate::digest::Digest;
 use crate::image::layer::Layer;
 use crate::image::oci::{LayerFormat, OciImage};

@@ -278,7 +278,7 @@ impl fmt::Display for CaFile {
 }
 
 /// The product that CONFIG names, if it names one.
-pub(super) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
+pub(crate) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
     let path = config.join(PRODUCT_FILE);
     let file = match File::open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -30,10 +30,10 @@ use openssl::x509::{X509, X509Builder, X509Name, X509Ref};
 use uuid::Uuid;
 
 use super::files::read_at_most;
-use super::floor::{self, FloorError};
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
+use crate::floor::{self, FloorError};
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
 

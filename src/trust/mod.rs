@@ -23,8 +23,7 @@
 pub mod anchor;
 pub mod certificate;
 mod der;
-mod files;
-pub mod floor;
+pub(crate) mod files;
 pub mod keys;
 pub mod signature;
 

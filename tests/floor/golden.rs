@@ -6,7 +6,7 @@ use std::process::Command;
 
 use mosfs::digest::hex;
 use mosfs::error::{Class, Classified};
-use mosfs::trust::floor::{
+use mosfs::floor::{
     FloorError, FloorKey, KeyError, MAX_VERSION, Name, Policy, PrivateKey, check_signature, sign_version,
 };
 use mosfs::trust::keys;

@@ -29,7 +29,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::kernel_overlay::{self, Upper};
+use super::overlay::{self, Upper};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
@@ -138,7 +138,7 @@ pub enum DmVerityError {
     #[error(transparent)]
     Mount(#[from] MountError),
     /// More layers than overlayfs takes, or none.
-    #[error("{count} layers: overlayfs takes 1 to {max}", max = kernel_overlay::MAX_LAYERS)]
+    #[error("{count} layers: overlayfs takes 1 to {max}", max = overlay::MAX_LAYERS)]
     LayerCount {
         /// How many there are.
         count: usize,
@@ -240,7 +240,7 @@ impl DmVerity {
 
     /// Mounts layers, each attached nowhere. Where one fails, those before it are freed.
     pub fn layers(&self, layers: &[LayerInput<'_>]) -> Result<Vec<LayerMount>, DmVerityError> {
-        if layers.is_empty() || layers.len() > kernel_overlay::MAX_LAYERS {
+        if layers.is_empty() || layers.len() > overlay::MAX_LAYERS {
             return Err(DmVerityError::LayerCount { count: layers.len() });
         }
         layers.iter().map(|layer| self.layer(layer)).collect()
@@ -445,7 +445,7 @@ pub fn assemble(
     attributes: u64,
 ) -> Result<OwnedFd, DmVerityError> {
     let lowers: Vec<_> = layers.iter().map(|layer| layer.mount.as_fd()).collect();
-    let overlay = kernel_overlay::assemble(&lowers, upper, source, attributes)?;
+    let overlay = overlay::assemble(&lowers, upper, source, attributes)?;
     failpoint::hit("dm-verity-overlay");
     Ok(overlay)
 }
