@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! build.rs   import manifest -> images in a store, a signed system manifest
+//! keys.rs    a set of keys and certificates for development
 //! ```
 
 pub mod build;
+pub mod keys;
