@@ -4,6 +4,7 @@
 //! [`Source`] and never do I/O of their own, so that the same reader serves a verified file, a
 //! device, memory and a fuzzer.
 
+pub mod bytes;
 pub mod layer;
 pub mod oci;
 pub mod overlay;
