@@ -205,7 +205,7 @@ fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, Depl
     Ok(image)
 }
 
-/// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+/// Rule: a target is told by digest and size (docs/design.md, targets by digest).
 fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
     if image.size == target.size {
         return Ok(());

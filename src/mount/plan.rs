@@ -72,7 +72,7 @@ impl MountPlan {
             {
                 return Err(MountError::Pin { layer: layer.digest, expected, found });
             }
-            // DESIGN.md, section 3: "A mount without verification exists only as --unsafe-no-verity."
+            // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
             let root_hash = match layer.root_hash.or(pin) {
                 Some(hash) => (!unsafe_no_verity).then_some(hash),
                 None if unsafe_no_verity => None,

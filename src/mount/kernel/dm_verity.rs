@@ -252,7 +252,7 @@ impl DmVerity {
         let device = self.activate(layer)?;
         let mounted = mount_device(file_system, &device.node);
         failpoint::hit("dm-verity-layer");
-        // Rule (DESIGN.md, section 4 and INTEROP.md, "corruption reported as success"): after
+        // Rule (docs/design.md, corrupt is seen): after
         // activation the device's status is checked. Mounting has read the superblock and the
         // tables at both ends of the image, so the tree has been used by now; a mount that failed
         // because of a bad block is reported as what it is.
@@ -417,7 +417,7 @@ impl DmVerity {
             return Err(failed("use", io::Error::from_raw_os_error(libc::EBUSY)));
         }
         let targets = self.control.table(name).map_err(|source| failed("read the table of", source))?;
-        // Rule (DESIGN.md, section 4): "named by root hash, the live table compared before reuse".
+        // Rule (docs/design.md, named by root hash): the live table is compared before the device is used again.
         // Which loop device it reads is of no matter: what it reads is checked.
         let expected = describe(&[parameters.target("-", &layer.root_hash)]);
         let found = describe(&targets);
@@ -506,7 +506,7 @@ enum KernelFs {
 }
 
 impl KernelFs {
-    /// By media type, matched by prefix (INTEROP.md, "Layers").
+    /// By media type, matched by prefix (docs/design.md, media types).
     fn of(layer: &LayerInput<'_>) -> Result<Self, DmVerityError> {
         const TYPES: [(&str, KernelFs); 2] = [
             ("application/vnd.stacker.image.layer.squashfs", KernelFs::Squashfs),
@@ -543,7 +543,7 @@ struct VerityParameters {
 }
 
 impl VerityParameters {
-    /// Reads the verity superblock behind the image (INTEROP.md, "where the verity data is").
+    /// Reads the verity superblock behind the image (docs/design.md, verity location).
     fn read(file: &File) -> Result<Self, VerityError> {
         let read = |offset, block: &mut [u8; BLOCK_BYTES]| {
             file.read_exact_at(block, offset)

@@ -75,8 +75,7 @@ pub fn assemble(
         .layers
         .iter()
         .map(|layer| {
-            // DESIGN.md, section 3: "A mount without verification exists only as
-            // --unsafe-no-verity", and not in this backend.
+            // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one, and not in this backend.
             let root_hash = layer.root_hash.ok_or(MountError::NoRootHash { layer: layer.digest })?;
             Ok(LayerInput {
                 path: &layer.path,
