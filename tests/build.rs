@@ -260,7 +260,7 @@ fn a_damaged_blob_is_named() {
     assert!(publisher.verify("store").status.success());
 }
 
-/// Rule (DESIGN.md, "Store"): "a crash at any point leaves a store that `mosfs verify` accepts,
+/// Rule (docs/design.md, crash): "a crash at any point leaves a store that `mosfs verify` accepts,
 /// plus temporary files that `mosfs gc` removes".
 #[test]
 fn a_kill_at_any_commit_point_leaves_a_store_that_verifies() {

@@ -250,7 +250,7 @@ fn overlay(config: &Path, asked: Option<Overlay>) -> Result<Overlay, BootError> 
         Err(source) => return Err(IoError { operation: "read", path, source }.into()),
     };
     match asked {
-        // Rule (DESIGN.md, section 5 and issue 5): nothing on the command line can lower security.
+        // Rule (docs/design.md, kernel command line): no word can lower what CONFIG demands.
         Some(asked) if asked < allowed => {
             Err(BootError::LaxOverlay { asked: asked.name(), allowed: allowed.name() })
         }

@@ -22,7 +22,7 @@ pub fn report(error: &AnyError) {
     }
 }
 
-/// Prints how a command ended, if it failed, and returns its exit code (DESIGN.md, section 3).
+/// Prints how a command ended, if it failed, and returns its exit code (docs/design.md, exit codes).
 pub fn exit_code(done: Result<(), AnyError>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -175,7 +175,7 @@ pub fn plan(
 ) -> Result<ActivationPlan, DeployError> {
     let (id, verified) = target::running(system, booted, anchor)?;
     if let Some(floor) = floor {
-        // Rule (DESIGN.md, section 5): `version >= floor`.
+        // Rule (docs/design.md, floor at boot): `version >= floor`.
         floor::check(floor, id.version)?;
     }
     let targets = &verified.manifest().targets;

@@ -76,7 +76,7 @@ pub enum DeployError {
         /// The system folder.
         path: PathBuf,
     },
-    /// Rule: same version, other digest: refused (DESIGN.md, section 5).
+    /// Rule: same version, other digest: refused (docs/design.md, one version, one system).
     #[error("version {version} was offered as {offered}, but {installed} has that version here")]
     SameVersionOtherDigest {
         /// The version that both claim.

@@ -5,7 +5,7 @@
 //!                                  └────── descriptors ─> layers, first = bottom
 //! ```
 //!
-//! Only bytes that were checked against a digest go in here (INTEROP.md, "Layers"). What comes out
+//! Only bytes that were checked against a digest go in here (docs/design.md, chain of trust). What comes out
 //! keeps the fields that mosfs does not know, so that rewriting another tool's `index.json` loses
 //! nothing, and writes them in one order, so that the same value always gives the same bytes: that
 //! is why documents are not the types of the `oci-spec` crate, whose maps have a random order; names

@@ -92,7 +92,7 @@ pub enum AnchorError {
 impl Classified for AnchorError {
     fn class(&self) -> Class {
         match self {
-            // DESIGN.md, section 2: "Any of the three missing: refused".
+            // docs/design.md, three checks: if any of the three fails, the system is refused.
             AnchorError::Missing { .. } | AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
                 Class::Verification
             }

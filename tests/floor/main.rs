@@ -97,7 +97,7 @@ fn second_opinion(swtpm: &Swtpm) -> u64 {
     u64::from_be_bytes(bytes.try_into().expect("8 bytes"))
 }
 
-/// Rule (FLOOR.md): flush on every error path. A simulator has three slots for each.
+/// Rule (docs/design.md, flush): every path flushes what it made. A simulator has three slots for each.
 fn assert_nothing_left(swtpm: &Swtpm) {
     assert_eq!(swtpm.handles("handles-transient"), [""; 0], "keys left in the TPM");
     assert_eq!(swtpm.handles("handles-loaded-session"), [""; 0], "sessions left in the TPM");

@@ -263,7 +263,7 @@ impl DmVerity {
         let device = self.activate(layer)?;
         let mounted = mount_device(layer.file_system, &device.node);
         failpoint::hit("dm-verity-layer");
-        // Rule (DESIGN.md, section 4 and INTEROP.md, "corruption reported as success"): after
+        // Rule (docs/design.md, corrupt is seen): after
         // activation the device's status is checked. Mounting has read the superblock and the
         // tables at both ends of the image, so the tree has been used by now; a mount that failed
         // because of a bad block is reported as what it is.
@@ -422,7 +422,7 @@ impl DmVerity {
             return Err(failed("use", io::Error::from_raw_os_error(libc::EBUSY)));
         }
         let targets = self.control.table(name).map_err(|source| failed("read the table of", source))?;
-        // Rule (DESIGN.md, section 4): "named by root hash, the live table compared before reuse".
+        // Rule (docs/design.md, named by root hash): the live table is compared before the device is used again.
         // Which loop device it reads is of no matter: what it reads is checked.
         let expected = describe(&[target(data, "-", &layer.root_hash)]);
         let found = describe(&targets);
