@@ -383,7 +383,7 @@ fn images_of_file_systems() {
     publisher.build("third", &[]);
     assert_eq!(publisher.image("third").layers, converted.layers);
 
-    // Rule (INTEROP.md, "Layers"): "root hash and tree both there, or both absent; anything else is refused".
+    // Rule (docs/design.md, both or neither).
     let hash = layer.trust.root_hash().unwrap().hex();
     put("no-hash", &whole, None);
     put("no-tree", &whole[..used as usize], Some(&hash));

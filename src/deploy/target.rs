@@ -76,7 +76,7 @@ pub fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, 
     Ok(image)
 }
 
-/// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+/// Rule: a target is told by digest and size (docs/design.md, targets by digest).
 pub(super) fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
     if image.size == target.size {
         return Ok(());

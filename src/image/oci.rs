@@ -364,8 +364,8 @@ pub struct LayerDescriptor {
     pub digest: Digest,
     /// Size of the blob, in bytes, with the verity tree.
     pub size: u64,
-    /// What its bytes are checked against. Whoever reads a blob with a root hash holds the rule of INTEROP.md:
-    /// "root hash and tree both there, or both absent; anything else is refused".
+    /// What its bytes are checked against. Whoever reads a blob with a root hash holds the rule (docs/design.md,
+    /// both or neither): root hash and tree are both there, or both absent.
     pub trust: Trust,
     /// As the manifest says it, to be written again.
     media_type: String,

@@ -100,7 +100,7 @@ fn trust(layer: &LayerDescriptor, pin: Option<Digest>, unsafe_no_verity: bool) -
         // There is no root hash that could be the one required.
         (Trust::Content, Some(_)) => Err(PlanError::NoRootHash { layer: layer.digest }),
         (Trust::Content, None) => Ok(Trust::Content),
-        // DESIGN.md, section 3: "A mount without verification exists only as --unsafe-no-verity."
+        // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
         (Trust::RootHash(_) | Trust::None, _) if unsafe_no_verity => Ok(Trust::None),
         (Trust::RootHash(hash), _) | (Trust::None, Some(hash)) => Ok(Trust::RootHash(hash)),
         (Trust::None, None) => Err(PlanError::NoRootHash { layer: layer.digest }),

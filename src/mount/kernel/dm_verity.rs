@@ -67,8 +67,7 @@ impl<'a> KernelLayer<'a> {
             .image()
             .ok_or_else(|| DmVerityError::MediaType { digest, media_type: media_type() })?;
         let path = layer.file().ok_or(DmVerityError::NotAFile { digest })?;
-        // DESIGN.md, section 3: "A mount without verification exists only as --unsafe-no-verity", and not in
-        // this backend.
+        // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one, and not in this backend.
         let root_hash = descriptor.trust.root_hash().ok_or(DmVerityError::NoRootHash { digest })?;
         Ok(Self { path, digest, root_hash, file_system: format.kernel })
     }
