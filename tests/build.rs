@@ -391,7 +391,7 @@ fn images_of_file_systems() {
     let mut damaged = whole.clone();
     damaged[5000] ^= 1;
     put("damaged", &damaged, Some(&hash));
-    // Rule: the file ends with the tree, since no hash covers what lies behind it.
+    // Rule (docs/design.md, verity location): the file ends with the tree, since no hash covers what lies behind it.
     let longer = [&whole[..], b"extra"].concat();
     put("longer", &longer, Some(&hash));
     put("longer-no-hash", &longer, None);

@@ -372,7 +372,7 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     layout.image("x", std::slice::from_ref(&good.descriptor));
     let blob = layout.blob(&good.digest);
     let bytes = fs::read(&blob).unwrap();
-    // Rule: the file ends with the tree, since no hash covers what lies behind it.
+    // Rule (docs/design.md, verity location): the file ends with the tree, since no hash covers what lies behind it.
     for extra in [1, 4096] {
         fs::write(&blob, [&bytes[..], &vec![0; extra]].concat()).unwrap();
         let said = refused(&with(&[]), 3);
