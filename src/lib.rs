@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! cli -> boot -> deploy -> mount -> trust -> manifest -> convert -> store -> transport -> image
-//!     -> (digest, error, progress, failpoint, sys)
+//!     -> (digest, error, progress, failpoint, sys, text)
 //! ```
 
 pub mod boot;
@@ -22,5 +22,6 @@ pub mod progress;
 pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod text;
 pub mod transport;
 pub mod trust;

@@ -82,9 +82,13 @@ impl Fixture {
     /// The mounts of this device, by target.
     fn mounts(&self) -> BTreeMap<String, MountRecord> {
         let folder = self.target("");
-        registry::mounts()
-            .unwrap()
-            .into_iter()
+        let records = self.device.dir.join("run/mounts");
+        let Ok(list) = fs::read_dir(records) else { return BTreeMap::new() };
+        let mounted = registry::mounted().unwrap();
+        list.map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|ending| ending == "json"))
+            .map(|path| serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+            .filter(|record: &MountRecord| mounted.iter().any(|one| one.device == record.device))
             .filter_map(|record| {
                 let name = record.target.strip_prefix(&folder).ok()?.to_str()?.to_string();
                 Some((name, record))

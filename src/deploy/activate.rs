@@ -42,7 +42,7 @@ use crate::mount::holders::{self, Users};
 use crate::mount::registry::{self, MountRecord, Mounted};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Health, MountError, MountFlags, MountPlan};
-use crate::store::Store;
+use crate::sys::file;
 use crate::sys::flock::Lock;
 use crate::trust::Anchor;
 use crate::trust::floor::{self, Floor};
@@ -151,7 +151,7 @@ impl Classified for NotActive {
 
 /// Takes the lock for an activation; waits for another one.
 pub fn lock(run: &Path) -> Result<Lock, IoError> {
-    fs::create_dir_all(run).on("create", run)?;
+    file::create_folders(run)?;
     let path = run.join("activate.lock");
     Lock::exclusive(&path).on("lock", &path)
 }
@@ -189,7 +189,7 @@ pub fn plan(
     let folder = folder.canonicalize().unwrap_or(folder);
     let register = registry::mounts()?;
     let mounted = registry::mounted()?;
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let mut steps = Vec::new();
     for (name, target) in targets {
         let name = name.as_str();
@@ -284,7 +284,7 @@ pub struct Ways<'a> {
 /// The caller holds the lock.
 pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
     let folder = targets_dir(run);
-    fs::create_dir_all(&folder).on("create", &folder)?;
+    file::create_folders(&folder)?;
     failpoint::hit("activate.planned");
     let take = |step: Step| {
         let Step { target, path, action, why, wanted } = step;
@@ -334,10 +334,8 @@ fn take(
         return Ok(Outcome::Done(None));
     };
     let place = folder.join(target);
-    match fs::create_dir(&place) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(error).on("create", &place)?;
-        }
+    match file::create_folder(&place, 0o755) {
+        Err(error) if error.source.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
         _ => {}
     }
     failpoint::hit("activate.folder");

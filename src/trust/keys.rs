@@ -29,13 +29,13 @@ use openssl::x509::extension::{
 use openssl::x509::{X509, X509Builder, X509Name, X509Ref};
 use uuid::Uuid;
 
-use super::files::read_at_most;
 use super::floor::{self, FloorError};
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
+use crate::sys::file::read_at_most;
 
 /// Most bytes of a key file.
 const MAX_KEY_BYTES: usize = 64 << 10;
@@ -147,7 +147,7 @@ impl PrivateKey {
         if mode & 0o077 != 0 {
             return Err(KeyError::OpenToOthers { path: path.to_path_buf(), mode });
         }
-        let pem = read_at_most(file, path, MAX_KEY_BYTES)?;
+        let pem = read_at_most(file, path, MAX_KEY_BYTES as u64)?;
         let unreadable = |reason: String| KeyError::Unreadable { path: path.to_path_buf(), reason };
         // Without a callback OpenSSL would ask on the terminal for the passphrase.
         let mut encrypted = false;

@@ -23,7 +23,6 @@
 pub mod anchor;
 pub mod certificate;
 mod der;
-mod files;
 pub mod floor;
 pub mod keys;
 pub mod signature;

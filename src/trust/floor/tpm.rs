@@ -9,6 +9,10 @@ use super::signature::{PublicKey, Signature, check_provision, check_signature, p
 use crate::digest::hex;
 use crate::failpoint;
 use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
+use crate::sys::{self, file};
+
+/// Held in the run folder while a floor is raised.
+const LOCK_FILE: &str = "tpm.lock";
 
 /// The time that one use of the TPM may take: reading takes milliseconds, a raise some 200 ms on a slow chip.
 pub const DEFAULT_BUDGET: Duration = Duration::from_secs(30);
@@ -205,7 +209,9 @@ impl Here<'_> {
     }
 
     fn raise(&self, version: u64, signature: &Signature) -> Result<(), FloorError> {
-        let _lock = self.tpm.lock().map_err(FloorError::of_tpm)?;
+        let folder = sys::run_dir();
+        file::create_folders(&folder)?;
+        let _lock = self.tpm.lock(&folder.join(LOCK_FILE)).map_err(FloorError::of_tpm)?;
         let index = self.find()?;
         self.check_name(&index)?;
         if self.read_index(&index)? >= version {
