@@ -229,7 +229,7 @@ pub fn boot(setup: &Setup, options: &BootOptions) -> Result<Report, BootError> {
         phases_ms: phases.iter().map(|(name, time)| (name.to_string(), time.as_secs_f64() * 1e3)).collect(),
     };
     record.save(&setup.run_dir.join("boot.json"))?;
-    failpoint::hit("boot.done");
+    failpoint::hit("boot.root.ready");
     Ok(Report {
         deployment: booted.deployment,
         role: booted.role,

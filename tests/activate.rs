@@ -471,13 +471,13 @@ fn after_a_crash_at_any_step_the_next_activation_mends_all() {
         for point in
             ["planned", "prepared", "cleared", "folder", "mounted"].map(|name| format!("activate.{name}"))
         {
-            if point == "activate.planned" && number > 1 {
+            if point == "activate.plan.made" && number > 1 {
                 continue;
             }
             mends_after(&format!("{point}:{number}"));
         }
         // The mount is there, and its daemon is not yet.
-        mends_after(&format!("fuse.mounted:{number}"));
+        mends_after(&format!("fuse.tree.attached:{number}"));
     }
 }
 

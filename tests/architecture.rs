@@ -408,6 +408,24 @@ fn files_are_opened_by_how_far_they_are_trusted() {
     assert_eq!(report, "src/store/a.rs:2: File::open outside src/sys/file.rs\n");
 }
 
+#[test]
+fn failpoints_have_names_of_one_form() {
+    let mut names = 0;
+    for file in sources(&["src"]) {
+        for rest in file.text.split("failpoint::hit(\"").skip(1) {
+            let name = rest.split('"').next().unwrap_or_default();
+            let word = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase());
+            assert!(
+                name.split('.').count() == 3 && name.split('.').all(word),
+                "{}: failpoint `{name}`, expected MODULE.OBJECT.STATE",
+                file.path
+            );
+            names += 1;
+        }
+    }
+    assert!(names > 20, "{names} failpoints found");
+}
+
 #[cfg(test)]
 mod the_rules_themselves {
     use super::*;

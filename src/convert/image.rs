@@ -101,7 +101,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         )
         .map_err(|source| IngestError::Layer { layer: layer.digest, source })?;
         job.writer.commit(temp, &converted.sealed.digest)?;
-        failpoint::hit("build.layer");
+        failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
             *place = LayerDescriptor {
@@ -199,14 +199,14 @@ fn image_layer(
     match examine(&temp.file, &layer.digest, layer.root_hash, threads, job.progress).map_err(wrong)? {
         Ready::Untouched => {
             job.writer.commit(temp, &layer.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(layer.clone())
         }
         Ready::NeedsTree(image_bytes) => {
             let sealed = verity::seal(&temp.file, image_bytes, threads, job.progress)
                 .map_err(|source| wrong(ConvertError::Seal(source)))?;
             job.writer.commit(temp, &sealed.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(LayerDescriptor {
                 digest: sealed.digest,
                 size: sealed.size_bytes,

@@ -285,7 +285,7 @@ pub struct Ways<'a> {
 pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
     let folder = targets_dir(run);
     file::create_folders(&folder)?;
-    failpoint::hit("activate.planned");
+    failpoint::hit("activate.plan.made");
     let take = |step: Step| {
         let Step { target, path, action, why, wanted } = step;
         let outcome = match take(&target, &path, action, &why, wanted, &folder, ways) {
@@ -321,13 +321,13 @@ fn take(
         Some(plan) => Some(mount::prepare(plan, ways.backend, &flags())?),
         None => None,
     };
-    failpoint::hit("activate.prepared");
+    failpoint::hit("activate.mount.prepared");
     if action != Action::Mount
         && let Some(users) = clear(path, action == Action::Mend)?
     {
         return Ok(Outcome::Busy(users));
     }
-    failpoint::hit("activate.cleared");
+    failpoint::hit("activate.place.cleared");
     let Some(prepared) = prepared else {
         // Only an empty folder of ours goes.
         let _ = fs::remove_dir(path);
@@ -338,10 +338,10 @@ fn take(
         Err(error) if error.source.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
         _ => {}
     }
-    failpoint::hit("activate.folder");
+    failpoint::hit("activate.place.made");
     let place = place.canonicalize().on("find", &place)?;
     let backend = prepared.attach(&place, (ways.unit)(target, &place))?;
-    failpoint::hit("activate.mounted");
+    failpoint::hit("activate.mount.attached");
     Ok(Outcome::Done(Some(backend.to_string())))
 }
 

@@ -255,7 +255,7 @@ impl DmVerity {
         let file_system = KernelFs::of(layer)?;
         let device = self.activate(layer)?;
         let mounted = mount_device(file_system, &device.node);
-        failpoint::hit("dm-verity-layer");
+        failpoint::hit("kernel.layer.mounted");
         // Rule (DESIGN.md, section 4 and INTEROP.md, "corruption reported as success"): after
         // activation the device's status is checked. Mounting has read the superblock and the
         // tables at both ends of the image, so the tree has been used by now; a mount that failed
@@ -377,17 +377,17 @@ impl DmVerity {
             })?;
         let uuid = format!("{UUID_PREFIX}{}", layer.root_hash.hex());
         self.control.create(name, &uuid).map_err(|source| failed("create", source))?;
-        failpoint::hit("dm-verity-created");
+        failpoint::hit("kernel.device.created");
         let finish = || {
             let target = parameters.target(&loop_device.major_minor(), &layer.root_hash);
             self.control.load(name, &target).map_err(|source| failed("load a table into", source))?;
-            failpoint::hit("dm-verity-loaded");
+            failpoint::hit("kernel.device.loaded");
             let status = self.control.status(name).map_err(|source| failed("look for", source))?;
             let device = open_node(name, status.dev).map_err(|source| failed("open", source))?;
             // From here on the device goes when its last holder does, and we are one.
             self.control.remove(name, true).map_err(|source| failed("mark for removal", source))?;
             self.control.resume(name).map_err(|source| failed("activate", source))?;
-            failpoint::hit("dm-verity-live");
+            failpoint::hit("kernel.device.live");
             Ok(device)
         };
         finish().inspect_err(|_| {
@@ -446,7 +446,7 @@ pub fn assemble(
 ) -> Result<OwnedFd, DmVerityError> {
     let lowers: Vec<_> = layers.iter().map(|layer| layer.mount.as_fd()).collect();
     let overlay = kernel_overlay::assemble(&lowers, upper, source, attributes)?;
-    failpoint::hit("dm-verity-overlay");
+    failpoint::hit("kernel.overlay.assembled");
     Ok(overlay)
 }
 

@@ -84,7 +84,7 @@ pub fn assemble(
 pub fn attach(tree: OwnedFd, plan: &MountPlan, target: &Path) -> Result<(), MountError> {
     let target = folder(target)?;
     mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
-    failpoint::hit("kernel.attached");
+    failpoint::hit("kernel.tree.attached");
     record(plan, &target, NAME, None)
 }
 

@@ -207,8 +207,8 @@ impl AnchorPlan {
             return Ok(());
         }
         atomic::create(&self.config, &self.files, |name| match name {
-            PRODUCT_FILE => failpoint::hit("anchor-product"),
-            _ => failpoint::hit("anchor-ca"),
+            PRODUCT_FILE => failpoint::hit("config.product.linked"),
+            _ => failpoint::hit("config.ca.linked"),
         })?;
         Ok(())
     }

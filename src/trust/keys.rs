@@ -233,7 +233,7 @@ pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, KeyError>
     }
     let mut files = make(request, &common_name).map_err(openssl("make keys"))?;
     authorize(&mut files, &request.product)?;
-    let outcome = atomic::create(dir, &files, |_| failpoint::hit("keys-file"));
+    let outcome = atomic::create(dir, &files, |_| failpoint::hit("keys.file.linked"));
     outcome.map_err(|error| match error.source.kind() {
         std::io::ErrorKind::AlreadyExists => KeyError::Exists { path: error.path },
         _ => KeyError::Io(error),

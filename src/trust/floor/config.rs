@@ -96,7 +96,7 @@ impl Config {
             add(PRODUCT_FILE, format!("{product}\n").into_bytes());
         }
         if !files.is_empty() {
-            atomic::create(&self.folder, &files, |_| failpoint::hit("floor.config"))?;
+            atomic::create(&self.folder, &files, |_| failpoint::hit("config.floor.linked"))?;
         }
         Ok(())
     }

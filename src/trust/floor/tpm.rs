@@ -109,7 +109,7 @@ impl TpmFloor {
             Err(FloorError::NotProvisioned { .. }) => (here.define()?, true),
             Err(error) => return Err(error),
         };
-        failpoint::hit("floor.defined");
+        failpoint::hit("floor.index.defined");
         let mut begun = Provisioning {
             session: None,
             nonce: Vec::new(),
@@ -231,9 +231,9 @@ impl Here<'_> {
         session.policy_cp_hash(&self.policy.write_parameters(version)).map_err(FloorError::of_tpm)?;
         let bad_signature = || FloorError::BadFloorSignature { version, product: self.policy.product() };
         self.authorize(&session, &bump, signature, bad_signature, || format!("version {version}"))?;
-        failpoint::hit("floor.authorized");
+        failpoint::hit("floor.session.authorized");
         self.write(&index, &session, &operand, || format!("version {version}"))?;
-        failpoint::hit("floor.written");
+        failpoint::hit("floor.index.written");
         // Rule (DESIGN.md, section 5): raise the floor, then read it back. The Name as well: it
         // is what tells a floor from a look-alike.
         // ESYS has one handle for an index: the old one goes first.
@@ -367,7 +367,7 @@ impl Provisioning {
         here.write(index, session, &[0; 8], || "the first write".into())?;
         // The index is written: it is the floor now, and stays.
         self.defined_here = false;
-        failpoint::hit("floor.provisioned");
+        failpoint::hit("floor.index.provisioned");
         self.index = None;
         let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
         // Rule (FLOOR.md): write 0, check the Name.
