@@ -468,8 +468,8 @@ fn crash(fixture: &Fixture, point: &str) {
 #[test]
 fn after_a_crash_at_any_step_the_next_activation_mends_all() {
     for number in [1, 2] {
-        for point in
-            ["planned", "prepared", "cleared", "folder", "mounted"].map(|name| format!("activate.{name}"))
+        for point in ["plan.made", "mount.prepared", "place.cleared", "place.made", "mount.attached"]
+            .map(|name| format!("activate.{name}"))
         {
             if point == "activate.plan.made" && number > 1 {
                 continue;
