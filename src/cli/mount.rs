@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::{Global, device, notify, output};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::deploy::target;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
@@ -91,7 +91,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     mount(args, global, || {
         let anchor = Anchor::load(&global.config)?;
         let system = device::system(global);
-        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let booted = booted::deployment()?;
         let (store, image) = target::image(&system, booted, &anchor, &args.source)?;
         let folder = system.scratch_dir(&args.source);
         let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
@@ -154,7 +154,7 @@ fn try_mount(
         pipe.say_from_thread(notify::SUCCESS);
     };
     let daemon = if args.foreground {
-        Daemon::Foreground { terminal: Box::new(std::io::stderr()), ready: &mut ready }
+        Daemon::Foreground { terminal: output::log(), ready: &mut ready }
     } else if upper.is_none() && units::wanted(args.daemon)? {
         Daemon::Unit(unit(args, global, &flags)?)
     } else {

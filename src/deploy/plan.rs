@@ -12,7 +12,7 @@ use super::{FloorGate, System};
 use crate::digest::Digest;
 use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
-use crate::store::{SYSTEM_PREFIX, Store, image_name, system_name, version_name};
+use crate::store::{SYSTEM_PREFIX, image_name, system_name, version_name};
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
 use crate::trust::{
@@ -267,7 +267,7 @@ fn check_floor(
 
 /// Finds the blobs that the store lacks. The OCI manifests are read from the source, in memory.
 fn plan_blobs(plan: &mut Plan, system: &System, from: &dyn Transport) -> Result<(), DeployError> {
-    let store = Store::open(&system.store_dir()).ok();
+    let store = system.store().ok();
     let here = |blob: &Descriptor| store.as_ref().is_some_and(|store| store.has(blob));
     let mut seen = std::collections::BTreeSet::new();
     for (name, target) in &plan.verified.manifest().targets {

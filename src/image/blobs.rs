@@ -7,15 +7,14 @@
 //! digest of that copy.
 
 use std::fmt;
-use std::fs::OpenOptions;
 use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
+use crate::sys::file::{Links, open_regular};
 
 /// A place that has blobs, by their digests.
 pub trait Blobs: fmt::Debug + Send + Sync {
@@ -144,17 +143,20 @@ pub fn read_whole(
 
 /// The blobs of an OCI layout in a folder: `DIR/blobs/sha256/HEX`.
 #[derive(Debug, Clone)]
-pub struct BlobFolder(PathBuf);
+pub struct BlobFolder {
+    folder: PathBuf,
+    links: Links,
+}
 
 impl BlobFolder {
-    /// The blobs of the layout in `dir`.
-    pub fn of_layout(dir: &Path) -> Self {
-        Self(dir.join("blobs/sha256"))
+    /// The blobs of the layout in `dir`, whose files may or may not be links.
+    pub fn of_layout(dir: &Path, links: Links) -> Self {
+        Self { folder: dir.join("blobs/sha256"), links }
     }
 
     /// Where a blob is, or would be.
     pub fn path(&self, digest: &Digest) -> PathBuf {
-        self.0.join(digest.hex())
+        self.folder.join(digest.hex())
     }
 }
 
@@ -164,16 +166,9 @@ impl Blobs for BlobFolder {
     }
 
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
-        let failed = |source| BlobError::Io { digest: *digest, source };
-        // O_NONBLOCK: opening a pipe that nobody writes to must not hang. It means nothing for files.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(self.path(digest))
-            .map_err(failed)?;
-        if !file.metadata().map_err(failed)?.is_file() {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file")));
-        }
+        bytes.clear();
+        let (file, _) = open_regular(&self.path(digest), self.links)
+            .map_err(|error| BlobError::Io { digest: *digest, source: error.source })?;
         read_whole(file, digest, stored_bytes, bytes)
     }
 }
@@ -187,7 +182,7 @@ mod tests {
     #[test]
     fn a_blob_is_the_right_one_or_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        let blobs = BlobFolder::of_layout(dir.path());
+        let blobs = BlobFolder::of_layout(dir.path(), Links::Refused);
         let digest = Digest::of(b"content");
         let path = blobs.path(&digest);
         fs::create_dir_all(path.parent().unwrap()).unwrap();

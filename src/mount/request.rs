@@ -194,7 +194,7 @@ impl<'a> Request<'a> {
             if let Some(layer) = self.plan.layers.iter().find(|layer| layer.file().is_none()) {
                 return Err(format!("layer {} is not one file of this machine", layer.descriptor.digest));
             }
-            DmVerity::open(Path::new(kernel::RUN_DIR)).map_err(|error| error.to_string())
+            DmVerity::open(&sys::run_dir()).map_err(|error| error.to_string())
         };
         match (kernel(), self.backend) {
             (Ok(open), _) => Ok(Chosen::Kernel(open)),
