@@ -66,18 +66,27 @@ const PAGES: &[Page] = &[
     page("manifest check", Group::Publisher, &["json"], &["mosfs manifest check import.yaml"]),
     page("manifest canonical", Group::Publisher, &[], &["mosfs manifest canonical manifest.json"]),
     page("manifest show", Group::Publisher, &["json"], &["mosfs manifest show oci:store > manifest.json"]),
-    page("manifest sign", Group::Publisher, &[], &["mosfs manifest sign manifest.json --key keys/signer.key"]),
+    page(
+        "manifest sign",
+        Group::Publisher,
+        &[],
+        &["mosfs manifest sign manifest.json --key keys/signer.key"],
+    ),
     page(
         "manifest verify",
         Group::Publisher,
         &["json"],
-        &["mosfs manifest verify manifest.json --sig manifest.json.sig --cert keys/signer.pem --ca keys/ca.pem"],
+        &[
+            "mosfs manifest verify manifest.json --sig manifest.json.sig --cert keys/signer.pem --ca keys/ca.pem",
+        ],
     ),
     page(
         "build",
         Group::Publisher,
         &["json", "progress_fd"],
-        &["mosfs build import.yaml --store store --key keys/signer.key --cert keys/signer.pem --floor-key keys/floor.key"],
+        &[
+            "mosfs build import.yaml --store store --key keys/signer.key --cert keys/signer.pem --floor-key keys/floor.key",
+        ],
     ),
     page(
         "install",
@@ -92,7 +101,12 @@ const PAGES: &[Page] = &[
         &["mosfs update oci:store --check", "mosfs update oci:store"],
     ),
     page("status", Group::Device, &["system", "config", "json"], &["mosfs status", "mosfs status --json"]),
-    page("activate", Group::Device, &["system", "config", "json"], &["mosfs activate --dry-run", "mosfs activate"]),
+    page(
+        "activate",
+        Group::Device,
+        &["system", "config", "json"],
+        &["mosfs activate --dry-run", "mosfs activate"],
+    ),
     page("commit", Group::Device, &["system", "config", "json"], &["mosfs commit"]),
     page("gc", Group::Device, &["system", "json"], &["mosfs gc --dry-run", "mosfs gc --store store"]),
     page("floor", Group::Device, &[], &[]),
@@ -108,8 +122,10 @@ const PAGES: &[Page] = &[
         "floor sign",
         Group::Device,
         &[],
-        &["mosfs floor sign --version 200 --key keys/floor.key --product de6c82c5-2e01-4c92-949b-a6545d30fc06 \
-            --output floor.sig"],
+        &[
+            "mosfs floor sign --version 200 --key keys/floor.key --product de6c82c5-2e01-4c92-949b-a6545d30fc06 \
+            --output floor.sig",
+        ],
     ),
     page(
         "floor authorize",
@@ -226,7 +242,8 @@ mod tests {
     #[test]
     fn the_dressed_command_line_still_parses() {
         command().debug_assert();
-        let matches = command().try_get_matches_from(["mosfs", "--json", "umount", "--system", "/x", "mnt"]).unwrap();
+        let matches =
+            command().try_get_matches_from(["mosfs", "--json", "umount", "--system", "/x", "mnt"]).unwrap();
         let (name, umount) = matches.subcommand().unwrap();
         assert_eq!(name, "umount");
         // Accepted, though the help does not show it.

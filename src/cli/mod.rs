@@ -75,7 +75,8 @@ pub fn main() -> ExitCode {
 
 /// Runs a command line; prints, and returns the exit code (docs/design.md, exit codes).
 pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let parsed = help::command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed =
+        help::command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return output::usage(&error),
