@@ -18,6 +18,7 @@ use crate::trust::floor::{
     self, Config, FileFloor, Floor, FloorError, KeyError, Place, PrivateKey, PublicKey, Signature, Tcti,
     TpmFloor,
 };
+use crate::trust::pem::public_only;
 
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]
@@ -251,6 +252,9 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     };
     let source = args.authorization.as_ref().unwrap_or(file);
     let text = fs::read(source).on("read", source)?;
+    if args.authorization.is_some() || private.is_none() {
+        public_only(&text, source)?;
+    }
     let authorization =
         signature::find_authorization(&policy, &public, &text, &source.display().to_string())?;
     let mut floor = TpmFloor::new(policy, tcti, budget);

@@ -21,17 +21,22 @@ pub mod activate;
 pub mod apply;
 pub mod booted;
 pub mod build;
+pub mod check;
 pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod gc;
-
+pub mod halves;
+pub mod offer;
 pub mod plan;
+pub mod repair;
+pub mod space;
 pub mod state;
 pub mod status;
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 pub use error::DeployError;
@@ -113,6 +118,11 @@ impl System {
     pub fn state(&self) -> Result<State, DeployError> {
         State::load(&self.state_path())
     }
+}
+
+/// As many threads as this machine works on at a time.
+fn threads() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
 /// What an install or an update asks of the floor.

@@ -260,6 +260,19 @@ pub fn check_image(
     Ok(report)
 }
 
+/// Which of these blobs a store lacks: those that are not there, and those whose content is another.
+pub fn lacking(
+    store: &Store,
+    blobs: &[Descriptor],
+    threads: NonZeroUsize,
+    progress: &Progress,
+) -> BTreeSet<Digest> {
+    let (here, gone): (Vec<_>, Vec<_>) = blobs.iter().partition(|blob| store.has(blob));
+    let here: Vec<_> = here.into_iter().map(|blob| (blob.digest, blob.size)).collect();
+    let bad = hash_blobs(store.transport(), &here, threads, progress);
+    bad.into_iter().map(|(digest, _)| digest).chain(gone.into_iter().map(|blob| blob.digest)).collect()
+}
+
 /// Hashes blobs, the largest ones first, so that the threads end together.
 fn hash_blobs(
     layout: &OciDir,
