@@ -11,14 +11,15 @@ use serde_json::json;
 
 use super::{Global, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
-use crate::deploy::build::{Built, Signer, build};
-use crate::deploy::halves::{self, Made};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
+use crate::floor;
 use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
 use crate::progress::Progress;
+use crate::publish::build::{Built, Signer, build};
+use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
-use crate::trust::{self, Dates, PrivateKey, floor};
+use crate::trust::{self, Dates, PrivateKey};
 
 /// Most bytes of a floor signature file: DER has 72 at the most.
 const MAX_FLOOR_SIGNATURE: usize = 1 << 10;

@@ -4,7 +4,7 @@ use super::{FloorArgs, Global, output};
 use crate::deploy::gc::Needs;
 use crate::deploy::{FloorGate, System, space};
 use crate::error::AnyError;
-use crate::trust::floor::{Config, Floor};
+use crate::floor::{Config, Floor};
 
 /// The system folder of the command line.
 pub fn system(global: &Global) -> System {

@@ -12,9 +12,9 @@ use crate::deploy::plan::{self, Options, Plan, Verdict};
 use crate::deploy::state::TRIES;
 use crate::deploy::{DeployError, State, System, apply};
 use crate::error::AnyError;
+use crate::floor::Config;
 use crate::transport::{SourceRef, Transport};
 use crate::trust::anchor::CaFile;
-use crate::trust::floor::Config;
 use crate::trust::{Anchor, Dates};
 
 /// Install the first deployment of this device.

@@ -7,9 +7,9 @@ use super::{FloorArgs, Global, device, output, progress};
 use crate::deploy::DeployError;
 use crate::deploy::repair::{self, Means};
 use crate::error::AnyError;
+use crate::floor::Config;
 use crate::transport::SourceRef;
 use crate::trust::Anchor;
-use crate::trust::floor::Config;
 
 /// Mends what is damaged: the state file, deployments, names, and with a source also blobs.
 ///

@@ -11,12 +11,12 @@ use crate::deploy::booted::{self, BootRecord};
 use crate::deploy::check::{self, Checked};
 use crate::deploy::{self, System};
 use crate::error::AnyError;
+use crate::floor::{Config, Policy};
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::store::Store;
 use crate::store::fsck::{self, NotWhole, Report};
 use crate::transport::{OciDir, SourceRef};
 use crate::trust::Anchor;
-use crate::trust::floor::{Config, Policy};
 
 /// Reads and checks everything: every blob against its digest, every layer against its verity
 /// tree, every name against what it stands for. Lists all that is wrong.

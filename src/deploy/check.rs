@@ -4,7 +4,7 @@
 use super::error::DeployError;
 use super::state::{DeploymentId, State};
 use super::{System, check_complete, deployment};
-use crate::trust::floor::{self, FloorError, Policy};
+use crate::floor::{self, FloorError, Policy};
 use crate::trust::{Anchor, Dates};
 
 /// What was found.

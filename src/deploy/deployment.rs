@@ -21,8 +21,8 @@ use super::error::DeployError;
 use super::state::DeploymentId;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
+use crate::floor::{self, Policy};
 use crate::sys::atomic;
-use crate::trust::floor::{self, Policy};
 use crate::trust::{Anchor, Dates, Signed, Verified};
 
 /// No system manifest is longer, in bytes (its reader has the same bound).

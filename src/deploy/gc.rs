@@ -28,7 +28,7 @@ use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::failpoint;
 use crate::manifest::SystemManifest;
-use crate::mount::registry;
+use crate::mount::table;
 use crate::store::gc::{Collector, Removal};
 use crate::store::{Store, image_name, system_name, version_name};
 
@@ -53,7 +53,7 @@ impl Needs {
             .ok()
             .flatten()
             .map(|record| record.deployment);
-        let mounts = registry::mounts()
+        let mounts = table::mounts()
             .inspect_err(|error| log::warn!("what is mounted is not known: {error}"))
             .unwrap_or_default();
         let mounted = mounts.iter().filter_map(|mount| mount.digest).collect();
@@ -146,7 +146,7 @@ fn pending_to_keep(state: &State, needs: &Needs) -> Option<DeploymentId> {
 
 /// Why the previous deployment is of no use, if it is of none.
 fn useless(system: &System, id: &DeploymentId, needs: &Needs) -> Option<String> {
-    // Rule: boot: `version >= floor` (DESIGN.md, section 5).
+    // Rule: boot: `version >= floor` (docs/design.md, floor at boot).
     if let Some(floor) = needs.floor.filter(|floor| id.version < *floor) {
         return Some(format!("version {} is below the floor {floor}: it can never be booted", id.version));
     }

@@ -20,14 +20,12 @@
 pub mod activate;
 pub mod apply;
 pub mod booted;
-pub mod build;
 pub mod check;
 pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod gc;
-pub mod halves;
 pub mod offer;
 pub mod plan;
 pub mod repair;
@@ -43,11 +41,11 @@ pub use error::DeployError;
 pub use state::{DeploymentId, State};
 
 use crate::error::IoContext;
+use crate::floor::{Floor, Policy};
 use crate::image::oci::{Descriptor, OciImage};
 use crate::manifest::system::Target;
 use crate::store::Store;
 use crate::sys::flock::Lock;
-use crate::trust::floor::{Floor, Policy};
 use crate::trust::{Anchor, Dates, Verified};
 
 /// The folder on a device where the deployed system lives.
@@ -217,7 +215,7 @@ fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, Depl
     Ok(image)
 }
 
-/// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+/// Rule: a target is told by digest and size (docs/design.md, targets by digest).
 fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
     if image.size == target.size {
         return Ok(());

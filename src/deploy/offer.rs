@@ -13,12 +13,12 @@ use std::collections::BTreeMap;
 
 use super::error::DeployError;
 use crate::digest::Digest;
+use crate::floor::{self, Policy};
 use crate::image::oci::Descriptor;
 use crate::manifest::{SYSTEM_MEDIA_TYPE, SystemManifest};
 use crate::store::SYSTEM_PREFIX;
 use crate::transport::{Transport, TransportError};
 use crate::trust::evidence::{MAX_ALTERNATIVES, Taken, verify_any};
-use crate::trust::floor::{self, Policy};
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
 
 /// No system manifest is longer, in bytes.

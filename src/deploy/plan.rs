@@ -1,6 +1,6 @@
 //! What an install or an update would do, found out before anything is fetched or written.
 //!
-//! The checks, in their order (DESIGN.md, sections 2, 3 and 5): signature, certificate and
+//! The checks, in their order (docs/design.md, three checks, newer only): signature, certificate and
 //! product ([`super::offer`]); `version > current`; `version > floor`; the floor signature; free space. Only
 //! the targets' OCI manifests are read from the source, in memory and bounded; of the store, every blob that the system
 //! needs is read, because a blob that has rotted is as good as none.
@@ -17,11 +17,11 @@ use super::error::DeployError;
 use super::offer::Accepted;
 use super::state::{DeploymentId, State};
 use super::{FloorGate, System, deployment, space};
+use crate::floor::{self, FloorError, Policy};
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::progress::Progress;
 use crate::store::{Store, fsck, image_name, system_name, version_name};
 use crate::transport::Transport;
-use crate::trust::floor::{self, FloorError, Policy};
 use crate::trust::{Anchor, Verified};
 
 /// Blobs take whole blocks of the file system, in bytes.
@@ -146,7 +146,7 @@ pub fn plan(
 }
 
 /// Rules: `version > current`; same version and same digest: nothing to do; same version, other
-/// digest: refused (DESIGN.md, section 5). What failed its tries is tried again only where a person insists.
+/// digest: refused (docs/design.md, one version, one system). What failed its tries is tried again only where a person insists.
 fn relation(state: &State, id: &DeploymentId, again: bool) -> Result<Verdict, DeployError> {
     for installed in state.named() {
         if installed.version == id.version && installed.digest != id.digest {
@@ -171,7 +171,7 @@ fn relation(state: &State, id: &DeploymentId, again: bool) -> Result<Verdict, De
     }
 }
 
-/// Rules (DESIGN.md, section 5): `version > current` and `version > floor`; a device whose floor is
+/// Rules (docs/design.md, newer only, floor signature): `version > current` and `version > floor`; a device whose floor is
 /// provisioned refuses a system that has no valid floor signature, which is checked in software.
 /// Returns the floor.
 fn check_floor(

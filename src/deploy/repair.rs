@@ -23,12 +23,12 @@ use super::state::{DeploymentId, State};
 use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::failpoint;
+use crate::floor::Policy;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::manifest::SYSTEM_MEDIA_TYPE;
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, fsck, image_name, system_name};
 use crate::transport::Transport;
-use crate::trust::floor::Policy;
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
 
 /// What a repair did.
@@ -124,7 +124,7 @@ fn folder(
     let verified = deployment::verify(system, id, means.anchor, Dates::LogOnly);
     let floor_holds = |verified: &Verified| match (means.policy, verified.floor_signature()) {
         (Some(policy), Some(signature)) => {
-            crate::trust::floor::check_signature(policy, id.version, signature).is_ok()
+            crate::floor::check_signature(policy, id.version, signature).is_ok()
         }
         (Some(_), None) => false,
         (None, _) => true,

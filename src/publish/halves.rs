@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 
 use super::build::{Assembled, BuildError, Built, assemble, publish};
 use crate::convert::Effort;
+use crate::floor::{self, FloorError, Policy, PublicKey, signature};
 use crate::image::oci::{Descriptor, MANIFEST};
 use crate::manifest::{ImportManifest, SystemManifest};
 use crate::progress::Progress;
 use crate::store::{Store, Writer, image_name};
-use crate::trust::floor::{self, FloorError, Policy, PublicKey, signature};
 use crate::trust::{Dates, Signed, signer_for};
 
 /// The first half: the images are put into the store and named; the system is not.
