@@ -7,10 +7,11 @@ use crate::device::{Device, text};
 use crate::publish::Publisher;
 
 /// A small file system at the device's system folder, unmounted on drop.
-struct SmallDisk(std::path::PathBuf);
+pub struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
-    fn mount(device: &Device, megabytes: u64) -> Self {
+    /// Mounts it.
+    pub fn mount(device: &Device, megabytes: u64) -> Self {
         let at = device.system();
         std::fs::create_dir_all(&at).unwrap();
         tool("mount", &["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "tmpfs"], &at);
@@ -34,7 +35,7 @@ fn tool(name: &str, args: &[&str], path: &Path) {
 }
 
 /// Text that does not compress.
-fn noise(bytes: usize, mut seed: u64) -> String {
+pub fn noise(bytes: usize, mut seed: u64) -> String {
     let mut text = String::with_capacity(bytes);
     while text.len() < bytes {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
