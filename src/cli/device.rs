@@ -50,10 +50,11 @@ pub fn floor_if_known(args: &FloorArgs, global: &Global) -> Option<u64> {
 /// Removes what nothing needs, after a command that has done its work: what stands in the way of that is said, and is
 /// no failure of the command.
 pub fn tidy(system: &System, floor: Option<u64>, global: &Global) {
-    let tidied = system
-        .lock(waiting(global))
-        .and_then(|lock| space::tidy(system, &lock, &Needs { floor, ..Needs::of_this_boot() }));
-    match tidied {
+    let tidied = || {
+        let lock = system.lock(waiting(global))?;
+        space::tidy(system, &lock, &Needs { floor, ..Needs::of_this_boot()? })
+    };
+    match tidied() {
         Ok(problems) => problems.iter().for_each(output::note),
         Err(error) => output::note(format_args!("what nothing needs is not removed: {error}")),
     }

@@ -46,7 +46,8 @@ pub fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
             let store = Store::open(&system.store_dir())?;
             let lock = system.lock(device::waiting(global))?;
             let collector = store.collector()?;
-            let needs = Needs { floor: device::floor_if_known(&args.floor, global), ..Needs::of_this_boot() };
+            let needs =
+                Needs { floor: device::floor_if_known(&args.floor, global), ..Needs::of_this_boot()? };
             let plan = gc::plan(&system, &collector, &store, &needs)?;
             problems = if args.dry_run {
                 plan.damaged.clone()

@@ -41,7 +41,7 @@ fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, 
     if !system.store_dir().join("oci-layout").exists() {
         return Ok(Vec::new());
     }
-    space::tidy(system, lock, &Needs { floor: plan.floor, ..Needs::of_this_boot() })
+    space::tidy(system, lock, &Needs { floor: plan.floor, ..Needs::of_this_boot()? })
 }
 
 fn fetch_and_switch(

@@ -46,18 +46,14 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// What this boot runs and has mounted, as far as it can be read.
-    pub fn of_this_boot() -> Self {
-        let booted = BootRecord::load(&booted::path())
-            .inspect_err(|error| log::warn!("what this boot runs is not known: {error}"))
-            .ok()
-            .flatten()
-            .map(|record| record.deployment);
-        let mounts = table::mounts()
-            .inspect_err(|error| log::warn!("what is mounted is not known: {error}"))
-            .unwrap_or_default();
-        let mounted = mounts.iter().filter_map(|mount| mount.digest).collect();
-        Self { booted, mounted, ..Self::default() }
+    /// What this boot runs and has mounted.
+    ///
+    /// # Errors
+    /// Where that cannot be read: then nothing is known of what has to stay.
+    pub fn of_this_boot() -> Result<Self, DeployError> {
+        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let mounted = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
+        Ok(Self { booted, mounted, ..Self::default() })
     }
 }
 

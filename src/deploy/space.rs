@@ -38,7 +38,7 @@ pub(super) fn make(system: &System, lock: &SystemLock, plan: &Plan) -> Result<()
     if needed(plan) <= available(system)? {
         return Ok(());
     }
-    if let Err(error) = tidy(system, lock, &needs(plan)) {
+    if let Err(error) = needs(plan).and_then(|needs| tidy(system, lock, &needs)) {
         log::warn!("no space is freed: {error}");
     }
     require(system, plan, available(system)?)
@@ -56,15 +56,15 @@ pub fn tidy(system: &System, lock: &SystemLock, needs: &Needs) -> Result<Vec<Str
 }
 
 /// What has to stay for a plan beside what runs: what it has found in the store already.
-fn needs(plan: &Plan) -> Needs {
+fn needs(plan: &Plan) -> Result<Needs, DeployError> {
     let keep: Vec<Digest> = plan.blobs.iter().map(|blob| blob.digest).collect();
-    Needs { floor: plan.floor, keep, ..Needs::of_this_boot() }
+    Ok(Needs { floor: plan.floor, keep, ..Needs::of_this_boot()? })
 }
 
 fn reclaimable(system: &System, plan: &Plan) -> Result<u64, DeployError> {
     let store = Store::open(&system.store_dir())?;
     let collector = store.collector()?;
-    Ok(gc::plan(system, &collector, &store, &needs(plan))?.store.bytes)
+    Ok(gc::plan(system, &collector, &store, &needs(plan)?)?.store.bytes)
 }
 
 fn needed(plan: &Plan) -> u64 {

@@ -191,7 +191,7 @@ struct Reached {
 /// Only where the store cannot be read at all; what is wrong in it is in the report.
 pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Result<Report, StoreError> {
     // A layout of another tool, or one that may not be written to, has no lock; then nobody collects it either.
-    let _writer = if store.private("lock").exists() { store.writer().ok() } else { None };
+    let _held = if store.private("lock").exists() { store.hold().ok() } else { None };
     let layout = store.transport();
     let mut report = Report::default();
     let entries = layout.entries()?;

@@ -220,6 +220,12 @@ impl Store {
         Writer::new(self)
     }
 
+    /// Keeps garbage from being collected as long as what is returned lives; changes nothing.
+    fn hold(&self) -> Result<Lock, StoreError> {
+        let path = self.private("lock");
+        Ok(Lock::shared(&path).on("lock", &path)?)
+    }
+
     fn private(&self, name: &str) -> PathBuf {
         self.dir().join(".mosfs").join(name)
     }

@@ -44,7 +44,8 @@ fn no_name_hides_the_highest_version_that_verifies() {
     let nothing = Descriptor::of(SYSTEM_MEDIA_TYPE, b"nothing");
     let nothing = Descriptor::new(mosfs::image::oci::MANIFEST, nothing.digest, nothing.size);
     name(&publisher, &version_name(9_999_995), &nothing);
-    name(&publisher, &version_name(u64::MAX), &rubbish);
+    let other = writer.put_artifact(SYSTEM_MEDIA_TYPE, b"{}", None).unwrap();
+    name(&publisher, &version_name(u64::MAX), &other);
     let check = device.run(&["update", "--check", "--json", &publisher.source()]);
     let answer: serde_json::Value = serde_json::from_slice(&check.stdout).unwrap();
     assert_eq!((answer["update"].as_bool(), answer["version"].as_u64()), (Some(true), Some(201)));

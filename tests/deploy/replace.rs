@@ -165,7 +165,7 @@ fn a_list_of_another_key_or_of_no_use_is_told_before_it_is_believed() {
     // Of the same name, by another key: somebody who is not the CA cannot revoke, nor be taken for it.
     let forger = Pki::new();
     fs::copy(publisher.key("signer.pem"), forger.path("signer.pem")).unwrap();
-    forger.root("ca", "/CN=default manifest CA", crate::pki::CA);
+    forger.root("ca", "/CN=test manifest CA", crate::pki::CA);
     forger.revoke("signer", "ca").crl("ca", "crl.pem");
     for (content, word) in [
         (forger.read("crl.pem"), "is not signed by that CA"),

@@ -65,8 +65,8 @@ fn an_update_makes_room_before_it_says_that_there_is_none() {
     let dir = tempfile::tempdir().unwrap();
     let publisher = Publisher::new(dir.path());
     publisher.publish(200, "small");
-    publisher.publish(201, &noise(4 << 20, 1));
-    publisher.publish(202, &noise(4 << 20, 2));
+    publisher.publish(201, &noise(6 << 20, 1));
+    publisher.publish(202, &noise(6 << 20, 2));
     let device = Device::with_file_floor();
     let _disk = SmallDisk::mount(&device, 8);
     device.install(&publisher, 200);
@@ -83,7 +83,7 @@ fn an_update_makes_room_before_it_says_that_there_is_none() {
     assert_eq!(device.versions(), [200, 202]);
     assert_eq!(device.boot(), (202, Role::Pending));
     // While it runs, its room is not taken.
-    publisher.publish(203, &noise(4 << 20, 3));
+    publisher.publish(203, &noise(6 << 20, 3));
     device.refused(&["update", &publisher.source()], 1, &["needs", "bytes, ", "are free"]);
     device.ok(&["verify"]);
 }
