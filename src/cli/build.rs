@@ -1,7 +1,5 @@
 //! `mosfs build`: an import manifest into a signed system in a store.
 
-use std::fs::File;
-use std::io::Read;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +9,7 @@ use serde_json::json;
 
 use super::{Global, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
-use crate::error::{AnyError, Class, Classified, IoContext, IoError};
+use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
 use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
 use crate::progress::Progress;
@@ -19,6 +17,7 @@ use crate::publish::build::{Built, Signer, build};
 use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
+use crate::sys::file::read_named;
 use crate::trust::{self, Dates, PrivateKey};
 
 /// Most bytes of a floor signature file: DER has 72 at the most.
@@ -101,9 +100,9 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         return Err(KeyInToken { key: key.clone() }.into());
     }
     let certificate =
-        args.cert.as_deref().map(|path| read(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
+        args.cert.as_deref().map(|path| read_file(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
     let floor_pub: Vec<_> =
-        args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
+        args.floor_pub.iter().map(|path| floor::PublicKey::read_file(path)).collect::<Result<_, _>>()?;
     let progress = progress::of(global)?;
     let built = match (&args.key, &args.to_sign, &args.signature) {
         (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &progress)?,
@@ -121,7 +120,7 @@ fn effort(args: &Build) -> Effort {
 }
 
 fn import(args: &Build) -> Result<ImportManifest, AnyError> {
-    Ok(ImportManifest::parse(&args.file, &read(&args.file, yaml::MAX_BYTES)?)?)
+    Ok(ImportManifest::parse(&args.file, &read_file(&args.file, yaml::MAX_BYTES)?)?)
 }
 
 /// With both keys at hand.
@@ -129,7 +128,7 @@ fn whole(args: &Build, key: &Path, certificate: &[u8], progress: &Progress) -> R
     let import = import(args)?;
     let key = PrivateKey::load(key)?;
     let floor_keys: Vec<_> =
-        args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
+        args.floor_key.iter().map(|path| floor::PrivateKey::read_file(path)).collect::<Result<_, _>>()?;
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
     Ok(build(&import, &store, &signer, effort(args), progress)?)
@@ -145,10 +144,10 @@ fn first_half(
     let import = import(args)?;
     let store = Store::create(&args.store)?;
     let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), progress)?;
-    atomic::replace(to, &built.manifest.canonical(), 0o644, "build.to-sign").on("write", to)?;
+    atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
     if let (Some(to), Some(key)) = (&args.floor_to_sign, floor_pub.first()) {
         let message = halves::floor_message(&built.manifest, key)?;
-        atomic::replace(to, &message, 0o644, "build.floor-to-sign").on("write", to)?;
+        atomic::replace(to, &message, 0o644, "build.message").on("write", to)?;
     }
     Ok(built)
 }
@@ -160,10 +159,10 @@ fn second_half(
     floor_keys: &[floor::PublicKey],
     progress: &Progress,
 ) -> Result<Built, AnyError> {
-    let signature = read(signature, trust::MAX_SIGNATURE_BYTES)?;
+    let signature = read_file(signature, trust::MAX_SIGNATURE_BYTES)?;
     let mut floor_signatures = Vec::new();
     for path in &args.floor_signature {
-        floor_signatures.push((path.clone(), read(path, MAX_FLOOR_SIGNATURE)?));
+        floor_signatures.push((path.clone(), read_file(path, MAX_FLOOR_SIGNATURE)?));
     }
     let made = Made {
         signature: &signature,
@@ -172,7 +171,7 @@ fn second_half(
         floor_signatures: &floor_signatures,
         floor_keys,
     };
-    let bytes = read(&args.file, reproducible::MAX_BYTES.max(yaml::MAX_BYTES))?;
+    let bytes = read_file(&args.file, reproducible::MAX_BYTES.max(yaml::MAX_BYTES))?;
     // What the first half wrote is a system manifest in its one form, and nothing else is.
     if let Ok(manifest) = SystemManifest::parse(&bytes) {
         return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
@@ -208,10 +207,7 @@ pub fn threads() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Reads a file, or one byte more than a reader of it would take.
-fn read(path: &std::path::Path, max: usize) -> Result<Vec<u8>, IoError> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).on("open", path)?;
-    file.take(max as u64 + 1).read_to_end(&mut bytes).on("read", path)?;
-    Ok(bytes)
+/// Reads a file that the publisher names, or one byte more than a reader of it would take.
+fn read_file(path: &Path, max: usize) -> Result<Vec<u8>, AnyError> {
+    Ok(read_named(path, max as u64)?)
 }

@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{FloorArgs, Global, device, output};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::deploy::commit::{self, Ran};
 use crate::error::AnyError;
 use crate::trust::Anchor;
@@ -26,8 +26,8 @@ pub struct CommitArgs {
 pub fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
-    let ran = match BootRecord::load(&booted::path())? {
-        Some(record) => Ran::This(record.deployment),
+    let ran = match booted::deployment()? {
+        Some(deployment) => Ran::This(deployment),
         // The development floor can be lowered again, so that a guess can be undone.
         None => Ran::Unknown { take_pending: args.unbooted || args.floor.in_file() },
     };

@@ -43,7 +43,7 @@ pub fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
         }
         None => {
             let system = device::system(global);
-            let store = Store::open(&system.store_dir())?;
+            let store = system.store()?;
             let lock = system.lock(device::waiting(global))?;
             let collector = store.collector()?;
             let needs =

@@ -237,7 +237,7 @@ fn print_plan(plan: &Plan, global: &Global) -> Result<(), AnyError> {
         },
         || {
             let version = plan.id.version;
-            let mut text = match plan.verdict {
+            let mut lines = vec![match plan.verdict {
                 Verdict::UpToDate | Verdict::AlreadyPending => {
                     let state = if plan.verdict == Verdict::UpToDate { "installed" } else { "pending" };
                     match plan.renew.is_empty() && plan.fetch.is_empty() {
@@ -250,17 +250,15 @@ fn print_plan(plan: &Plan, global: &Global) -> Result<(), AnyError> {
                 Verdict::Update => {
                     format!("would install version {version}, to be tried at the next boot")
                 }
-            };
-            for file in &plan.renew {
-                text += &format!("\nwould replace {file}");
-            }
+            }];
+            lines.extend(plan.renew.iter().map(|file| format!("would replace {file}")));
             for fetch in &plan.fetch {
-                text += &format!(
-                    "\nwould fetch {} ({} bytes) for {}",
+                lines.push(format!(
+                    "would fetch {} ({} bytes) for {}",
                     fetch.blob.digest, fetch.blob.size, fetch.target
-                );
+                ));
             }
-            text
+            lines
         },
     )
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::build::threads;
 use super::{Global, device, output, progress};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::deploy::check::{self, Checked};
 use crate::deploy::{self, System};
 use crate::error::AnyError;
@@ -37,7 +37,7 @@ pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
         None => {
             let system = device::system(global);
             deployments = check_deployments(&system, global);
-            let store = Store::open(&system.store_dir())?;
+            let store = system.store()?;
             (store.dir().display().to_string(), fsck::check(&store, threads(), &progress)?)
         }
         // A source has a scheme; a target's name cannot hold a colon.
@@ -56,7 +56,7 @@ pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
         }
         Some(target) => {
             let anchor = Anchor::load(&global.config)?;
-            let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+            let booted = booted::deployment()?;
             let (store, image) = deploy::target_image(&device::system(global), booted, &anchor, target)?;
             let manifest = Descriptor::new(MANIFEST, image.digest, image.size);
             let report = fsck::check_image(store.transport(), &manifest, target, threads(), &progress)?;

@@ -23,6 +23,7 @@ use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Policy};
 use crate::sys::atomic;
+use crate::sys::file::{self, Links};
 use crate::trust::{Anchor, Dates, Signed, Verified};
 
 /// No system manifest is longer, in bytes (its reader has the same bound).
@@ -38,19 +39,12 @@ const FLOOR_SIGNATURE: &str = "floor.sig";
 /// Reads a deployment's folder. Nothing is verified yet.
 pub fn read(system: &System, id: &DeploymentId) -> Result<Signed, DeployError> {
     let folder = system.deployment_dir(id);
-    let file = |name: &str, max| {
-        let path = folder.join(name);
-        atomic::read_bounded(&path, max).on("read", &path)
-    };
-    let floor_signature = match file(FLOOR_SIGNATURE, MAX_SMALL) {
-        Ok(bytes) => Some(bytes),
-        Err(IoError { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error.into()),
-    };
+    let read = |name: &str, max| file::read_regular(&folder.join(name), Links::Refused, max);
+    let floor_signature = file::find_regular(&folder.join(FLOOR_SIGNATURE), Links::Refused, MAX_SMALL)?;
     Ok(Signed {
-        manifest: file(MANIFEST, MAX_MANIFEST)?,
-        signature: file(SIGNATURE, MAX_SMALL)?,
-        certificate: file(CERTIFICATE, MAX_SMALL)?,
+        manifest: read(MANIFEST, MAX_MANIFEST)?,
+        signature: read(SIGNATURE, MAX_SMALL)?,
+        certificate: read(CERTIFICATE, MAX_SMALL)?,
         floor_signature,
     })
 }
@@ -86,7 +80,7 @@ pub struct Parts {
 /// Reads what can be read of a deployment's folder.
 pub fn parts(system: &System, id: &DeploymentId) -> Parts {
     let folder = system.deployment_dir(id);
-    let file = |name: &str, max| atomic::read_bounded(&folder.join(name), max).ok();
+    let file = |name: &str, max| file::read_regular(&folder.join(name), Links::Refused, max).ok();
     Parts {
         manifest: file(MANIFEST, MAX_MANIFEST),
         signature: file(SIGNATURE, MAX_SMALL),
@@ -189,7 +183,7 @@ pub fn write(
 }
 
 fn write_files(folder: &Path, files: &[(&'static str, &[u8])]) -> Result<(), IoError> {
-    fs::create_dir(folder).on("create", folder)?;
+    file::create_folder(folder, 0o755)?;
     for (name, bytes) in files {
         let path = folder.join(name);
         atomic::write_new(&path, bytes, 0o644).on("write", &path)?;
@@ -212,7 +206,7 @@ pub fn list(system: &System) -> Result<(Vec<DeploymentId>, Vec<PathBuf>), Deploy
     let entries = match fs::read_dir(&parent) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
-        Err(error) => return Err(Err::<(), _>(error).on("list", &parent).unwrap_err().into()),
+        Err(error) => return Err(IoError::new("list", &parent, error).into()),
     };
     let (mut whole, mut left) = (Vec::new(), Vec::new());
     for entry in entries {

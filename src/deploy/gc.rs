@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::booted::{self, BootRecord};
+use super::booted;
 use super::deployment;
 use super::error::DeployError;
 use super::state::{DeploymentId, State};
@@ -51,7 +51,7 @@ impl Needs {
     /// # Errors
     /// Where that cannot be read: then nothing is known of what has to stay.
     pub fn of_this_boot() -> Result<Self, DeployError> {
-        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let booted = booted::deployment()?;
         let mounted = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
         Ok(Self { booted, mounted, ..Self::default() })
     }
@@ -188,7 +188,7 @@ pub fn apply(
         let mut state = system.state()?;
         state.previous = state.previous.filter(|id| !plan.dropped.iter().any(|gone| gone.deployment == *id));
         state.save(&system.state_path())?;
-        failpoint::hit("deploy.gc.state");
+        failpoint::hit("deploy.previous.dropped");
     }
     let mut problems = plan.damaged;
     let folders = plan.leftovers.iter().map(|folder| deployment::remove_leftover(system, folder));

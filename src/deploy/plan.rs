@@ -20,7 +20,7 @@ use super::{FloorGate, System, deployment, space};
 use crate::floor::{self, FloorError, Policy};
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::progress::Progress;
-use crate::store::{Store, fsck, image_name, system_name, version_name};
+use crate::store::{fsck, image_name, system_name, version_name};
 use crate::transport::Transport;
 use crate::trust::{Anchor, Verified};
 
@@ -214,7 +214,7 @@ fn plan_blobs(
         plan.images.push((image_name(name.as_str(), &target.digest), manifest));
     }
     plan.blobs = needed.values().map(|fetch| fetch.blob.clone()).collect();
-    let lacking = match Store::open(&system.store_dir()) {
+    let lacking = match system.store() {
         Ok(store) if options.read_blobs => {
             fsck::lacking(&store, &plan.blobs, super::threads(), options.progress)
         }

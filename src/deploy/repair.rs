@@ -13,7 +13,7 @@
 //! file names; repairing never makes another version current. Each step is a whole one (atomic replace, exchange of a
 //! folder), so that a crash leaves something that a second repair, or the next update, finishes.
 
-use super::booted::{self, BootRecord};
+use super::booted;
 use super::check;
 use super::deployment;
 use super::error::DeployError;
@@ -97,7 +97,7 @@ fn state(system: &System, means: &Means<'_>, done: &mut Repaired) -> Result<Stat
         return Ok(state);
     }
     state.save(&system.state_path())?;
-    failpoint::hit("repair.state");
+    failpoint::hit("repair.state.written");
     done.mended.push(format!("{}: written anew ({why})", system.state_path().display()));
     Ok(state)
 }
@@ -105,7 +105,7 @@ fn state(system: &System, means: &Means<'_>, done: &mut Repaired) -> Result<Stat
 /// What is current on a device that does not say: what runs, else the highest version that verifies and is not below
 /// the floor.
 fn best(system: &System, means: &Means<'_>) -> Result<Option<DeploymentId>, DeployError> {
-    let booted = BootRecord::load(&booted::path()).ok().flatten().map(|record| record.deployment);
+    let booted = booted::deployment().ok().flatten();
     let (mut ids, _) = deployment::list(system)?;
     ids.retain(|id| means.floor.is_none_or(|floor| id.version >= floor));
     // What runs first, then the highest version.
@@ -141,7 +141,7 @@ fn folder(
     let before = deployment::differences(system, &accepted.verified, means.anchor, means.policy);
     if !before.is_empty() {
         deployment::write(system, &accepted.verified, means.anchor, means.policy)?;
-        failpoint::hit("repair.folder");
+        failpoint::hit("repair.folder.replaced");
         done.mended.push(format!("deployment {id}: {} replaced ({why})", before.join(", ")));
     }
     Ok(accepted.verified)
@@ -237,7 +237,7 @@ fn images(
         if !unset.is_empty() {
             let all: Vec<_> = entries.iter().map(|(name, entry)| (name.as_deref(), entry)).collect();
             writer.replace_entries(&known, &all, &[])?;
-            failpoint::hit("repair.names");
+            failpoint::hit("repair.names.set");
             let said = unset.iter().flatten().map(|name| format!("name {name}: set again"));
             done.mended.extend(said);
         }
@@ -282,7 +282,7 @@ fn mend(
         };
         match fetched {
             Ok(()) => {
-                failpoint::hit("repair.blob");
+                failpoint::hit("repair.blob.fetched");
                 done.mended.push(format!("target {target}: blob {} fetched again", blob.digest));
             }
             Err(error) => first = first.or(Some(error)),

@@ -11,7 +11,6 @@ use super::plan::Plan;
 use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::error::IoError;
-use crate::store::Store;
 use crate::sys::file;
 
 /// What the folder, the index and the state file need beside the blobs, in bytes.
@@ -49,7 +48,7 @@ pub(super) fn make(system: &System, lock: &SystemLock, plan: &Plan) -> Result<()
 /// # Errors
 /// See [`gc::plan`]. Where somebody writes to the store nothing is done, and that is no error.
 pub fn tidy(system: &System, lock: &SystemLock, needs: &Needs) -> Result<Vec<String>, DeployError> {
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let collector = store.collector()?;
     let plan = gc::plan(system, &collector, &store, needs)?;
     gc::apply(system, lock, &collector, plan)
@@ -62,7 +61,7 @@ fn needs(plan: &Plan) -> Result<Needs, DeployError> {
 }
 
 fn reclaimable(system: &System, plan: &Plan) -> Result<u64, DeployError> {
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let collector = store.collector()?;
     Ok(gc::plan(system, &collector, &store, &needs(plan)?)?.store.bytes)
 }

@@ -137,7 +137,7 @@ pub(super) fn assemble(
         let job = Ingest { from: &*image.from, writer, effort, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
-        failpoint::hit("build.image");
+        failpoint::hit("build.image.stored");
         resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
         names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));
         targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });
@@ -177,10 +177,10 @@ pub(super) fn publish(
         .map(|(name, entry)| (Some(name.as_str()), entry))
         .chain(referrers.iter().map(|entry| (None, entry)))
         .collect();
-    failpoint::hit("build.signed");
+    failpoint::hit("build.system.signed");
     // Another build may have taken the version meanwhile: it is checked again under the index's lock.
     writer.replace_entries(&replaced, &entries, &[&version_name(manifest.version)])?;
-    failpoint::hit("build.named");
+    failpoint::hit("build.system.named");
     Ok(())
 }
 

@@ -9,8 +9,6 @@
 //! CA and product are written by the first installation, and by nothing after it.
 
 use std::fmt;
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use openssl::error::ErrorStack;
@@ -20,13 +18,13 @@ use uuid::Uuid;
 use super::MAX_CERTIFICATE_BYTES;
 use super::certificate::{name_text, read_pem, reason};
 use super::crl::Crls;
-use super::files::read_at_most;
 use super::pem::{SecretInPublic, private_key, public_only};
 use crate::digest::Digest;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
+use crate::sys::file::{self, Links};
 
 /// Name of the CA's file in CONFIG.
 pub const CA_FILE: &str = "manifestCA.pem";
@@ -247,8 +245,8 @@ impl AnchorPlan {
             return Ok(());
         }
         atomic::create(&self.config, &self.files, |name| match name {
-            PRODUCT_FILE => failpoint::hit("anchor-product"),
-            _ => failpoint::hit("anchor-ca"),
+            PRODUCT_FILE => failpoint::hit("config.product.linked"),
+            _ => failpoint::hit("config.ca.linked"),
         })?;
         Ok(())
     }
@@ -268,27 +266,19 @@ impl CaFile {
     /// # Errors
     /// [`AnchorError::BadCa`], [`AnchorError::Secret`], [`AnchorError::Io`].
     pub fn load(path: &Path) -> Result<Self, AnchorError> {
-        let bytes = read_at_most(File::open(path).on("open", path)?, path, MAX_CERTIFICATE_BYTES)?;
+        let bytes = file::read_named(path, MAX_CERTIFICATE_BYTES as u64)?;
         public_only(&bytes, path)?;
         Self::parse(&bytes, path)
     }
 
     /// The same, with `None` if there is no such file.
     fn find(path: &Path) -> Result<Option<Self>, AnchorError> {
-        match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            file => {
-                let bytes = read_at_most(file.on("open", path)?, path, MAX_CERTIFICATE_BYTES)?;
-                // A device that has run with it goes on running: what is done is done.
-                if let Some(label) = private_key(&bytes) {
-                    log::warn!(
-                        "{} holds a private key ({label}): whoever has read it can sign",
-                        path.display()
-                    );
-                }
-                Self::parse(&bytes, path).map(Some)
-            }
+        let bytes = file::find_regular(path, Links::Followed, MAX_CERTIFICATE_BYTES as u64)?;
+        // A device that has run with it goes on running: what is done is done.
+        if let Some(label) = bytes.as_deref().and_then(private_key) {
+            log::warn!("{} holds a private key ({label}): whoever has read it can sign", path.display());
         }
+        bytes.map(|bytes| Self::parse(&bytes, path)).transpose()
     }
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Self, AnchorError> {
@@ -328,11 +318,7 @@ impl fmt::Display for CaFile {
 /// The product that CONFIG names, if it names one.
 pub(crate) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
     let path = config.join(PRODUCT_FILE);
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file.on("open", &path)?,
-    };
-    let bytes = read_at_most(file, &path, 256)?;
+    let Some(bytes) = file::find_regular(&path, Links::Followed, 4096)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes);
     match rules::uuid(text.trim_end()) {
         Ok(product) => Ok(Some(product)),

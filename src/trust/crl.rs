@@ -18,9 +18,8 @@ use openssl::x509::{CrlStatus, X509, X509Crl};
 use super::TrustError;
 use super::anchor::AnchorError;
 use super::certificate::{name_text, reason};
-use super::files::read_at_most;
 use super::pem::public_only;
-use crate::error::IoContext;
+use crate::sys::file::{self, Links};
 
 /// Name of the lists' file in CONFIG.
 pub const CRL_FILE: &str = "crl.pem";
@@ -44,9 +43,9 @@ impl Crls {
     /// of `cas` was not signed by it: a list that cannot be believed must not silently revoke nothing.
     pub(super) fn find(config: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
         let path = config.join(CRL_FILE);
-        match std::fs::File::open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            file => Self::read(file.on("open", &path)?, &path, cas),
+        match file::find_regular(&path, Links::Followed, MAX_CRL_BYTES as u64)? {
+            None => Ok(Self::default()),
+            Some(bytes) => Self::read(&bytes, &path, cas),
         }
     }
 
@@ -55,17 +54,16 @@ impl Crls {
     /// # Errors
     /// As [`Crls::find`].
     pub fn load(path: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
-        Self::read(std::fs::File::open(path).on("open", path)?, path, cas)
+        Self::read(&file::read_named(path, MAX_CRL_BYTES as u64)?, path, cas)
     }
 
-    fn read(file: std::fs::File, path: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
+    fn read(bytes: &[u8], path: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
         let bad = |reason: String| AnchorError::BadCrl { path: path.to_path_buf(), reason };
-        let bytes = read_at_most(file, path, MAX_CRL_BYTES)?;
         if bytes.len() > MAX_CRL_BYTES {
             return Err(bad(format!("it has more than {MAX_CRL_BYTES} bytes")));
         }
-        public_only(&bytes, path)?;
-        let lists = parse(&bytes).map_err(bad)?;
+        public_only(bytes, path)?;
+        let lists = parse(bytes).map_err(bad)?;
         for list in &lists {
             let issuer = name_text(list.issuer_name());
             let mut namesakes =

@@ -25,7 +25,6 @@ pub mod certificate;
 pub mod crl;
 mod der;
 pub mod evidence;
-pub(crate) mod files;
 pub mod keys;
 pub mod pem;
 pub mod signature;

@@ -131,7 +131,7 @@ fn gc_keeps_current_pending_and_previous_and_a_crash_of_it_can_be_run_again() {
     device.install(&publisher, 200);
     device.ok(&["update", &publisher.source_of(201)]);
     // Blessed, and cut off before the floor rose: 200 may still be booted.
-    let cut = device.command(&["commit"]).env("MOSFS_FAILPOINT", "commit.blessed").output().unwrap();
+    let cut = device.command(&["commit"]).env("MOSFS_FAILPOINT", "commit.state.blessed").output().unwrap();
     assert!(!cut.status.success());
     device.ok(&["update", &publisher.source_of(202)]);
     assert_eq!(device.versions(), [200, 201, 202]);

@@ -272,7 +272,7 @@ fn repair_fetches_from_a_source_and_a_crash_of_it_can_be_run_again() {
     let (_dir, publisher, device) = world();
     let good = rest(&device);
     let blobs = image_blobs(&device);
-    for point in ["repair.state", "repair.blob", "repair.folder", "repair.names", "store.blob.renamed"] {
+    for point in ["repair.state.written", "repair.blob.fetched", "repair.folder.replaced", "repair.names.set", "store.blob.renamed"] {
         for blob in &blobs {
             fs::remove_file(store(&device).blob_path(&blob.digest)).unwrap();
         }
@@ -282,7 +282,7 @@ fn repair_fetches_from_a_source_and_a_crash_of_it_can_be_run_again() {
         device.record_boot(id);
         let state = fs::read(device.system().join("state.json")).unwrap();
         // The signature and certificate are looked for where the state file is whole.
-        if point == "repair.state" {
+        if point == "repair.state.written" {
             fs::write(device.system().join("state.json"), "").unwrap();
             fs::copy(publisher.key("signer.pem"), folder_at(&device, &id).join("cert.pem")).unwrap();
         }

@@ -151,7 +151,7 @@ fn gc_goes_on_past_what_is_damaged_and_says_so() {
         device.install(&publisher, 200);
         device.ok(&["update", &publisher.source_of(201)]);
         let mut cut = device.command(&["commit"]);
-        assert!(!cut.env("MOSFS_FAILPOINT", "commit.blessed").status().unwrap().success());
+        assert!(!cut.env("MOSFS_FAILPOINT", "commit.state.blessed").status().unwrap().success());
         device.ok(&["update", &publisher.source_of(202)]);
         harm(&device);
         let junk = junk(&device);
