@@ -102,11 +102,15 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
 }
 
 fn for_secret(_: &SecretInPublic) -> Option<&'static str> {
-    Some("give a file with what is public alone; if the other one was published, replace the key (docs/keys.md)")
+    Some(
+        "give a file with what is public alone; if the other one was published, replace the key (docs/keys.md)",
+    )
 }
 
 fn for_not_whole(_: &NotWhole) -> Option<&'static str> {
-    Some("on a device `mosfs repair` mends what it can from what else is there, `mosfs repair SOURCE` the rest")
+    Some(
+        "on a device `mosfs repair` mends what it can from what else is there, `mosfs repair SOURCE` the rest",
+    )
 }
 
 fn for_anchor(error: &AnchorError) -> Option<&'static str> {

@@ -102,7 +102,7 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let certificate =
         args.cert.as_deref().map(|path| read_file(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
     let floor_pub: Vec<_> =
-        args.floor_pub.iter().map(|path| floor::PublicKey::read_file(path)).collect::<Result<_, _>>()?;
+        args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
     let progress = progress::of(global)?;
     let built = match (&args.key, &args.to_sign, &args.signature) {
         (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &progress)?,
@@ -128,7 +128,7 @@ fn whole(args: &Build, key: &Path, certificate: &[u8], progress: &Progress) -> R
     let import = import(args)?;
     let key = PrivateKey::load(key)?;
     let floor_keys: Vec<_> =
-        args.floor_key.iter().map(|path| floor::PrivateKey::read_file(path)).collect::<Result<_, _>>()?;
+        args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
     Ok(build(&import, &store, &signer, effort(args), progress)?)

@@ -54,7 +54,7 @@ fn fetch_and_switch(
     system.create()?;
     let store = Store::create(&system.store_dir())?;
     if !plan.fetch.is_empty() {
-        space::make(system, lock, plan)?;
+        space::make(system, lock, &plan.want())?;
     }
     {
         let writer = store.writer()?;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::state::{DeploymentId, Refusal, TRIES};
+use super::state::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::floor::FloorError;
@@ -67,7 +67,7 @@ pub enum DeployError {
         why: String,
     },
     /// A pending deployment that was started as often as it may be, and that this boot does not run.
-    #[error("deployment {id} has no tries left: it was started {TRIES} times and never proved healthy")]
+    #[error("deployment {id} has no tries left: it was started as often as it may be and never proved healthy")]
     NoTriesLeft {
         /// The deployment.
         id: DeploymentId,

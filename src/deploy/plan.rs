@@ -80,6 +80,14 @@ pub struct Plan {
     pub(super) trust: (Anchor, Option<Policy>),
 }
 
+impl Plan {
+    /// What it needs room for.
+    pub(super) fn want(&self) -> space::Want {
+        let keep = self.blobs.iter().map(|blob| blob.digest).collect();
+        space::Want { bytes: self.needed_bytes, keep, floor: self.floor }
+    }
+}
+
 /// How thoroughly to plan.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
@@ -140,7 +148,7 @@ pub fn plan(
     }
     plan_blobs(&mut plan, system, from, options)?;
     if plan.needed_bytes > 0 {
-        space::check(system, &plan)?;
+        space::check(system, &plan.want())?;
     }
     Ok(plan)
 }

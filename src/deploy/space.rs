@@ -7,7 +7,6 @@ use std::path::Path;
 
 use super::error::DeployError;
 use super::gc::{self, Needs};
-use super::plan::Plan;
 use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::error::IoError;
@@ -16,16 +15,26 @@ use crate::sys::file;
 /// What the folder, the index and the state file need beside the blobs, in bytes.
 const RESERVE: u64 = 1 << 20;
 
+/// What a plan needs room for.
+pub(super) struct Want {
+    /// What is to be fetched, in bytes.
+    pub(super) bytes: u64,
+    /// What has to stay, because the plan has found it in the store already.
+    pub(super) keep: Vec<Digest>,
+    /// The floor, where it is known.
+    pub(super) floor: Option<u64>,
+}
+
 /// Requires that a plan has room, with what [`make`] would free counted in.
 ///
 /// # Errors
 /// [`DeployError::NoSpace`].
-pub(super) fn check(system: &System, plan: &Plan) -> Result<(), DeployError> {
+pub(super) fn check(system: &System, want: &Want) -> Result<(), DeployError> {
     let available = available(system)?;
-    if needed(plan) <= available {
+    if needed(want) <= available {
         return Ok(());
     }
-    require(system, plan, available.saturating_add(reclaimable(system, plan).unwrap_or(0)))
+    require(system, want, available.saturating_add(reclaimable(system, want).unwrap_or(0)))
 }
 
 /// Makes room for a plan: removes what nothing needs, where there is too little. The caller holds
@@ -33,14 +42,14 @@ pub(super) fn check(system: &System, plan: &Plan) -> Result<(), DeployError> {
 ///
 /// # Errors
 /// [`DeployError::NoSpace`] where that is not enough.
-pub(super) fn make(system: &System, lock: &SystemLock, plan: &Plan) -> Result<(), DeployError> {
-    if needed(plan) <= available(system)? {
+pub(super) fn make(system: &System, lock: &SystemLock, want: &Want) -> Result<(), DeployError> {
+    if needed(want) <= available(system)? {
         return Ok(());
     }
-    if let Err(error) = needs(plan).and_then(|needs| tidy(system, lock, &needs)) {
+    if let Err(error) = needs(want).and_then(|needs| tidy(system, lock, &needs)) {
         log::warn!("no space is freed: {error}");
     }
-    require(system, plan, available(system)?)
+    require(system, want, available(system)?)
 }
 
 /// Removes what nothing needs, as `mosfs gc` does; what it could not look through or remove is returned.
@@ -55,23 +64,22 @@ pub fn tidy(system: &System, lock: &SystemLock, needs: &Needs) -> Result<Vec<Str
 }
 
 /// What has to stay for a plan beside what runs: what it has found in the store already.
-fn needs(plan: &Plan) -> Result<Needs, DeployError> {
-    let keep: Vec<Digest> = plan.blobs.iter().map(|blob| blob.digest).collect();
-    Ok(Needs { floor: plan.floor, keep, ..Needs::of_this_boot()? })
+fn needs(want: &Want) -> Result<Needs, DeployError> {
+    Ok(Needs { floor: want.floor, keep: want.keep.clone(), ..Needs::of_this_boot()? })
 }
 
-fn reclaimable(system: &System, plan: &Plan) -> Result<u64, DeployError> {
+fn reclaimable(system: &System, want: &Want) -> Result<u64, DeployError> {
     let store = system.store()?;
     let collector = store.collector()?;
-    Ok(gc::plan(system, &collector, &store, &needs(plan)?)?.store.bytes)
+    Ok(gc::plan(system, &collector, &store, &needs(want)?)?.store.bytes)
 }
 
-fn needed(plan: &Plan) -> u64 {
-    plan.needed_bytes.saturating_add(RESERVE)
+fn needed(want: &Want) -> u64 {
+    want.bytes.saturating_add(RESERVE)
 }
 
-fn require(system: &System, plan: &Plan, available: u64) -> Result<(), DeployError> {
-    let needed = needed(plan);
+fn require(system: &System, want: &Want, available: u64) -> Result<(), DeployError> {
+    let needed = needed(want);
     if needed > available {
         return Err(DeployError::NoSpace { path: system.root().to_path_buf(), needed, available });
     }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{Store, StoreError, put};
+use super::{Store, StoreError, files, put};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
@@ -263,22 +263,4 @@ impl Marking {
         let name = entry.ref_name().map_or_else(|| entry.digest.to_string(), |name| format!("`{name}`"));
         self.damaged.insert(format!("{name}: {why}"));
     }
-}
-
-/// The files in a folder, with their sizes in bytes. Folders are not ours and stay.
-pub(super) fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(IoError { operation: "list", path: dir.to_path_buf(), source }.into()),
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.on("list", dir)?.path();
-        let data = fs::symlink_metadata(&path).on("stat", &path)?;
-        if !data.is_dir() {
-            found.push((path, data.len()));
-        }
-    }
-    Ok(found)
 }

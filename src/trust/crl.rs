@@ -15,8 +15,7 @@ use std::sync::Arc;
 use openssl::asn1::Asn1Time;
 use openssl::x509::{CrlStatus, X509, X509Crl};
 
-use super::TrustError;
-use super::anchor::AnchorError;
+use super::{AnchorError, TrustError};
 use super::certificate::{name_text, reason};
 use super::pem::public_only;
 use crate::sys::file::{self, Links};

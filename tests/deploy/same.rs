@@ -272,7 +272,13 @@ fn repair_fetches_from_a_source_and_a_crash_of_it_can_be_run_again() {
     let (_dir, publisher, device) = world();
     let good = rest(&device);
     let blobs = image_blobs(&device);
-    for point in ["repair.state.written", "repair.blob.fetched", "repair.folder.replaced", "repair.names.set", "store.blob.renamed"] {
+    for point in [
+        "repair.state.written",
+        "repair.blob.fetched",
+        "repair.folder.replaced",
+        "repair.names.set",
+        "store.blob.renamed",
+    ] {
         for blob in &blobs {
             fs::remove_file(store(&device).blob_path(&blob.digest)).unwrap();
         }
