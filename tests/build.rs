@@ -499,7 +499,7 @@ fn images_of_file_systems() {
     // The same image without its tree: it gets one, and it is the same tree.
     let source = Store::open(&dir.join("first")).unwrap();
     let layer = &converted.layers[0];
-    assert_eq!(layer.media_type, SQUASHFS_ZSTD);
+    assert_eq!(layer.media_type(), SQUASHFS_ZSTD);
     let whole = fs::read(source.blob_path(&layer.digest)).unwrap();
     let used = u64::from_le_bytes(whole[40..48].try_into().unwrap());
     let put = |name: &str, bytes: &[u8], annotation: Option<&str>| {
@@ -524,17 +524,39 @@ fn images_of_file_systems() {
     assert_eq!(publisher.image("third").layers, converted.layers);
 
     // Rule (docs/design.md, both or neither).
-    let hash = layer.root_hash.unwrap().hex();
+    let hash = layer.trust.root_hash().unwrap().hex();
     put("no-hash", &whole, None);
     put("no-tree", &whole[..used as usize], Some(&hash));
     put("other-hash", &whole, Some(&"0".repeat(64)));
     let mut damaged = whole.clone();
     damaged[5000] ^= 1;
     put("damaged", &damaged, Some(&hash));
-    for (version, name) in [(203, "no-hash"), (204, "no-tree"), (205, "other-hash"), (206, "damaged")] {
+    // Rule (docs/design.md, verity location): the file ends with the tree, since no hash covers what lies behind it.
+    let longer = [&whole[..], b"extra"].concat();
+    put("longer", &longer, Some(&hash));
+    put("longer-no-hash", &longer, None);
+    let length = format!(
+        "the image file has {} bytes, expected {} (data, verity superblock and tree)",
+        longer.len(),
+        whole.len()
+    );
+    for (version, name, words) in [
+        (203, "no-hash", "it has a verity tree but no root hash"),
+        (204, "no-tree", "(data, verity superblock and tree)"),
+        (205, "other-hash", "expected sha256:0000"),
+        (206, "damaged", "verity superblock: padding"),
+        (207, "longer", &length),
+        (208, "longer-no-hash", &length),
+    ] {
         publisher.import(version, &format!("oci:first:{name}"), "");
         let text = publisher.refused("fourth", &[], 3);
-        assert!(text.contains("target `hostfs`"), "{name}: {text}");
+        assert!(text.contains("target `hostfs`") && text.contains(words), "{name}: {text}");
+        // What is refused here is not verified there either, and is not mounted.
+        let source = format!("oci:{}:{name}", dir.join("first").display());
+        let verify = mosfs(dir).args(["verify", &source]).output().unwrap();
+        let said = String::from_utf8_lossy(&verify.stdout).into_owned();
+        assert_eq!(verify.status.code(), Some(3), "{name}: {said}");
+        assert!(said.contains(words), "{name}: {said}");
     }
 }
 

@@ -22,6 +22,7 @@ use crate::trust::pem::public_only;
 
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "TPM options")]
 pub struct FloorArgs {
     /// How to reach the TPM: device:/dev/tpmrm0, swtpm:host=127.0.0.1,port=2321 or swtpm:path=SOCKET.
     #[arg(long, env = "MOSFS_TPM", default_value = "device:/dev/tpmrm0", value_name = "TCTI")]
@@ -135,7 +136,6 @@ struct Show {
 
 /// Sign a version for every device of a product (64 bytes, to stdout or a file).
 #[derive(Debug, Args)]
-#[command(disable_version_flag = true)]
 struct Sign {
     /// The version.
     #[arg(long, value_name = "V")]

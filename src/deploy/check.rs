@@ -2,7 +2,8 @@
 //! whether its images are there. The blobs' content is for [`crate::store::fsck`].
 
 use super::error::DeployError;
-use super::state::{DeploymentId, State};
+use super::id::DeploymentId;
+use super::state::State;
 use super::{System, check_complete, deployment};
 use crate::floor::{self, FloorError, Policy};
 use crate::trust::{Anchor, Dates};

@@ -13,7 +13,8 @@
 
 use super::booted;
 use super::error::DeployError;
-use super::state::{DeploymentId, State};
+use super::id::DeploymentId;
+use super::state::State;
 use super::{System, check_complete, deployment};
 use crate::failpoint;
 use crate::floor::{Floor, FloorError};

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use super::System;
 use super::error::DeployError;
-use super::state::DeploymentId;
+use super::id::DeploymentId;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Policy};

@@ -14,8 +14,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::error::DeployError;
+use super::id::DeploymentId;
 use super::offer::Accepted;
-use super::state::{DeploymentId, State};
+use super::state::State;
 use super::{FloorGate, System, deployment, space};
 use crate::floor::{self, FloorError, Policy};
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};

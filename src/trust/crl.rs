@@ -15,9 +15,9 @@ use std::sync::Arc;
 use openssl::asn1::Asn1Time;
 use openssl::x509::{CrlStatus, X509, X509Crl};
 
-use super::{AnchorError, TrustError};
 use super::certificate::{name_text, reason};
 use super::pem::public_only;
+use super::{AnchorError, TrustError};
 use crate::sys::file::{self, Links};
 
 /// Name of the lists' file in CONFIG.
