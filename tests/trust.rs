@@ -2,6 +2,7 @@
 //! own, by the library and by the command, which exits with 3.
 
 #[path = "common/pki.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
 mod pki;
 
 use std::fs;
