@@ -18,6 +18,7 @@ use crate::floor::{
     self, Config, FileFloor, Floor, FloorError, Place, PrivateKey, PublicKey, Signature, Tcti, TpmFloor,
 };
 use crate::sys::{atomic, file};
+use crate::trust::pem::public_only;
 
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]
@@ -253,6 +254,9 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     };
     let source = args.authorization.as_ref().unwrap_or(file);
     let text = file::read_named(source, MAX_AUTHORIZATION_BYTES)?;
+    if args.authorization.is_some() || private.is_none() {
+        public_only(&text, source)?;
+    }
     let authorization =
         signature::find_authorization(&policy, &public, &text, &source.display().to_string())?;
     let mut floor = TpmFloor::new(policy, tcti, budget);

@@ -21,6 +21,7 @@ mod mount;
 mod notify;
 pub mod output;
 mod progress;
+mod repair;
 pub mod start;
 mod status;
 mod umount;
@@ -63,6 +64,7 @@ enum Command {
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Verify(verify::Verify),
+    Repair(repair::RepairArgs),
     Gc(gc::Gc),
 }
 
@@ -100,6 +102,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
         Command::Verify(args) => verify::run(args, &cli.global),
+        Command::Repair(args) => repair::run(args, &cli.global),
         Command::Gc(args) => gc::run(args, &cli.global),
     }
 }

@@ -20,17 +20,22 @@
 pub mod activate;
 pub mod apply;
 pub mod booted;
+pub mod check;
 pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod gc;
 pub mod id;
+pub mod offer;
 pub mod plan;
+pub mod repair;
+pub mod space;
 pub mod state;
 pub mod status;
 pub mod target;
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 pub use error::DeployError;
@@ -122,6 +127,11 @@ impl System {
     pub fn state(&self) -> Result<State, DeployError> {
         State::load(&self.state_path())
     }
+}
+
+/// As many threads as this machine works on at a time.
+fn threads() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
 /// What an install or an update asks of the floor.

@@ -16,8 +16,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::gc::files;
-use super::{Store, StoreError};
+use super::{Store, StoreError, files};
 use crate::digest::{Digest, Hasher};
 use crate::error::{AnyError, Class, Classified};
 use crate::image::oci::{Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage};
@@ -190,7 +189,7 @@ struct Reached {
 /// Only where the store cannot be read at all; what is wrong in it is in the report.
 pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Result<Report, StoreError> {
     // A layout of another tool, or one that may not be written to, has no lock; then nobody collects it either.
-    let _writer = if store.private("lock").exists() { store.writer().ok() } else { None };
+    let _held = if store.private("lock").exists() { store.hold().ok() } else { None };
     let layout = store.transport();
     let mut report = Report::default();
     let entries = layout.entries()?;
@@ -266,6 +265,19 @@ pub fn check_image(
     // A broken layer is read through its tree all the same: that names the blocks.
     check_layers(layout, &reached, &none, threads, progress, &mut report);
     Ok(report)
+}
+
+/// Which of these blobs a store lacks: those that are not there, and those whose content is another.
+pub fn lacking(
+    store: &Store,
+    blobs: &[Descriptor],
+    threads: NonZeroUsize,
+    progress: &Progress,
+) -> BTreeSet<Digest> {
+    let (here, gone): (Vec<_>, Vec<_>) = blobs.iter().partition(|blob| store.has(blob));
+    let here: Vec<_> = here.into_iter().map(|blob| (blob.digest, blob.size)).collect();
+    let bad = hash_blobs(store.transport(), &here, threads, progress);
+    bad.into_iter().map(|(digest, _)| digest).chain(gone.into_iter().map(|blob| blob.digest)).collect()
 }
 
 /// A hole in a file that nobody needs, from which on the file is not read, in bytes.

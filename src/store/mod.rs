@@ -241,6 +241,12 @@ impl Store {
         Writer::new(self)
     }
 
+    /// Keeps garbage from being collected as long as what is returned lives; changes nothing.
+    fn hold(&self) -> Result<Lock, StoreError> {
+        let path = self.private("lock");
+        Ok(Lock::shared(&path).on("lock", &path)?)
+    }
+
     fn private(&self, name: &str) -> PathBuf {
         self.dir().join(".mosfs").join(name)
     }
@@ -254,6 +260,24 @@ impl Store {
         }
         Ok(self.private(name))
     }
+}
+
+/// The files in a folder, with their sizes in bytes. Folders are not ours and stay.
+fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(IoError { operation: "list", path: dir.to_path_buf(), source }.into()),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.on("list", dir)?.path();
+        let data = fs::symlink_metadata(&path).on("stat", &path)?;
+        if !data.is_dir() {
+            found.push((path, data.len()));
+        }
+    }
+    Ok(found)
 }
 
 /// Why the store cannot do something.
