@@ -108,7 +108,12 @@ const PAGES: &[Page] = &[
         &["mosfs activate --dry-run", "mosfs activate"],
     ),
     page("commit", Group::Device, &["system", "config", "json"], &["mosfs commit"]),
-    page("repair", Group::Device, &["system", "config", "json", "progress_fd"], &["mosfs repair", "mosfs repair oci:store"]),
+    page(
+        "repair",
+        Group::Device,
+        &["system", "config", "json", "progress_fd"],
+        &["mosfs repair", "mosfs repair oci:store"],
+    ),
     page("gc", Group::Device, &["system", "json"], &["mosfs gc --dry-run", "mosfs gc --store store"]),
     page("floor", Group::Device, &[], &[]),
     page(
