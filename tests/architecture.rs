@@ -379,9 +379,9 @@ fn circles(files: &[SourceFile]) -> Vec<Vec<&str>> {
         .collect();
     let mut done = vec![false; files.len()];
     let mut found = Vec::new();
-    for from in 0..files.len() {
+    for (from, reaches) in reached.iter().enumerate() {
         let circle: Vec<usize> =
-            (0..files.len()).filter(|&to| !done[to] && reached[from][to] && reached[to][from]).collect();
+            (0..files.len()).filter(|&to| !done[to] && reaches[to] && reached[to][from]).collect();
         if circle.len() > 1 {
             circle.iter().for_each(|&index| done[index] = true);
             found.push(circle.iter().map(|&index| files[index].path.as_str()).collect());
