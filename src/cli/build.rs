@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{Global, output, progress};
+use super::{Global, RegistryArgs, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
 use crate::deploy::build::{Signer, build};
 use crate::error::{AnyError, IoContext, IoError};
@@ -41,6 +41,8 @@ pub struct Build {
     /// How hard to compress, as zstd counts: another level gives another digest.
     #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Runs `mosfs build`.
@@ -57,7 +59,7 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         floor_key: floor_key.as_ref(),
     };
     let effort = Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level };
-    let built = build(&import, &store, &signer, effort, &progress::of(global)?)?;
+    let built = build(&import, &store, &signer, effort, &args.registry.access(), &progress::of(global)?)?;
     for (name, target) in &built.targets {
         target.notes.iter().for_each(|note| output::note(format_args!("target `{name}`: {note}")));
     }

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{FloorArgs, Global, device, output, progress};
+use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::plan::{self, Plan, Verdict};
 use crate::deploy::{DeployError, State, System, apply};
 use crate::error::AnyError;
@@ -17,7 +17,8 @@ use crate::trust::{Anchor, Dates};
 /// Install the first deployment of this device.
 #[derive(Debug, Args)]
 pub struct InstallArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]`; without a name, the highest version there.
+    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
+    /// a name or version, the highest version there.
     source: SourceRef,
     /// The manifest CA that this device is to trust; kept in CONFIG.
     #[arg(long, value_name = "FILE")]
@@ -30,12 +31,15 @@ pub struct InstallArgs {
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Install the next deployment; it is tried at the next boot.
 #[derive(Debug, Args)]
 pub struct UpdateArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]`; without a name, the highest version there.
+    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
+    /// a name or version, the highest version there.
     source: SourceRef,
     /// Say whether there is an update that this device would take, and do nothing.
     #[arg(long)]
@@ -45,6 +49,8 @@ pub struct UpdateArgs {
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Runs `mosfs install`.
@@ -52,7 +58,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let ca = args.ca.as_deref().map(CaFile::load).transpose()?;
     let trust = Anchor::plan(&global.config, ca, args.product)?;
-    let from = args.source.open()?;
+    let from = args.source.open(&args.registry.access())?;
     let offer = plan::fetch_offer(from.as_ref(), args.source.name.as_deref())?;
     // A refused system leaves not even a folder behind.
     let verified = offer.verify(trust.anchor(), Dates::check_now())?;
@@ -79,7 +85,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
 /// Runs `mosfs update`.
 pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
-    let from = args.source.open()?;
+    let from = args.source.open(&args.registry.access())?;
     if args.check {
         let outcome = check(args, global, &system, from.as_ref());
         return match outcome {

@@ -19,6 +19,9 @@ mod mount;
 mod notify;
 pub mod output;
 mod progress;
+#[cfg(feature = "registry")]
+mod push;
+mod registry;
 pub mod start;
 mod status;
 mod umount;
@@ -31,6 +34,7 @@ use clap::{Parser, Subcommand};
 
 use floor::FloorArgs;
 pub use global::Global;
+use registry::RegistryArgs;
 
 use crate::error::AnyError;
 
@@ -49,6 +53,10 @@ enum Command {
     Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
+    #[cfg(feature = "registry")]
+    Push(push::PushArgs),
+    #[cfg(feature = "registry")]
+    Pull(push::PullArgs),
     Install(install::InstallArgs),
     Update(install::UpdateArgs),
     Commit(commit::CommitArgs),
@@ -89,6 +97,10 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Push(args) => push::push(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Pull(args) => push::pull(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),
         Command::Update(args) => install::update(args, &cli.global),
         Command::Commit(args) => commit::run(args, &cli.global),

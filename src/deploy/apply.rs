@@ -1,21 +1,25 @@
 //! Carries out a [`Plan`]: blobs, then the deployment's folder, then the state file, each synced
 //! before the next begins.
 
+use std::collections::BTreeMap;
+
 use super::booted::{self, BootRecord};
 use super::error::DeployError;
-use super::plan::{Plan, Verdict, names};
+use super::plan::{Fetch, Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
 use super::{System, SystemLock, deployment, gc};
+
 use crate::failpoint;
+use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
 use crate::mount::registry;
 use crate::progress::Progress;
-use crate::store::Store;
+use crate::store::{FetchJob, Store, StoreError, Writer, image_repository};
 use crate::transport::Transport;
 
 /// Carries out a plan. The caller holds the system's lock since before it made the plan.
 ///
 /// On an error the running deployment is untouched, and the space of what was fetched is given
-/// back.
+/// back, unless it is the network that failed: then the next run goes on where this one ended.
 pub fn apply(
     system: &System,
     lock: &SystemLock,
@@ -27,13 +31,24 @@ pub fn apply(
         return Ok(());
     }
     let outcome = fetch_and_switch(system, from, plan, progress);
-    if outcome.is_err()
+    if let Err(error) = &outcome
+        && !may_go_on(error)
         && let Err(error) = give_back(system, lock)
     {
         // What stays is removed by the next `mosfs gc`.
         log::warn!("the space of the failed update is not given back: {error}");
     }
     outcome
+}
+
+/// Whether the network failed: then what came so far is kept, and the next run goes on there.
+fn may_go_on(error: &DeployError) -> bool {
+    match error {
+        DeployError::Transport(error) | DeployError::Store(StoreError::Transport(error)) => {
+            error.is_temporary()
+        }
+        _ => false,
+    }
 }
 
 /// Removes what no deployment needs, as `mosfs gc` does.
@@ -46,6 +61,46 @@ fn give_back(system: &System, lock: &SystemLock) -> Result<(), DeployError> {
     gc::apply(system, lock, &collector, &plan)
 }
 
+/// The artifacts of a system: its manifest, and what says something about it.
+pub(super) struct SystemBlobs<'a> {
+    pub artifact: &'a Descriptor,
+    pub referrers: &'a [Descriptor],
+}
+
+/// Fetches what a system consists of. Nothing has a name yet.
+pub(super) fn receive(
+    writer: &Writer<'_>,
+    from: &dyn Transport,
+    blobs: &[Fetch],
+    system: &SystemBlobs<'_>,
+    progress: &Progress,
+) -> Result<(), DeployError> {
+    let mut places = BTreeMap::new();
+    for fetch in blobs {
+        if !places.contains_key(fetch.target.as_str()) {
+            places.insert(fetch.target.as_str(), from.within(&image_repository(&fetch.target))?);
+        }
+    }
+    let job = |fetch: &'_ Fetch| {
+        let object = format!("{} {}", fetch.target, fetch.blob.digest);
+        Some((places.get(fetch.target.as_str())?.as_ref(), object))
+    };
+    let jobs: Vec<_> = blobs
+        .iter()
+        .filter_map(|fetch| job(fetch).map(|(from, object)| FetchJob { from, blob: &fetch.blob, object }))
+        .collect();
+    writer.fetch_all(&jobs, progress)?;
+    let from = from.within(SYSTEM_REPOSITORY)?;
+    let quiet = Progress::silent().task("fetch", "", None);
+    for artifact in std::iter::once(system.artifact).chain(system.referrers) {
+        let manifest = from.manifest(artifact)?;
+        for blob in manifest.layers.iter().chain([&manifest.config, artifact]) {
+            writer.fetch(from.as_ref(), blob, &quiet)?;
+        }
+    }
+    Ok(())
+}
+
 fn fetch_and_switch(
     system: &System,
     from: &dyn Transport,
@@ -56,19 +111,8 @@ fn fetch_and_switch(
     let store = Store::create(&system.store_dir())?;
     {
         let writer = store.writer()?;
-        for fetch in &plan.fetch {
-            let object = format!("{} {}", fetch.target, fetch.blob.digest);
-            let task = progress.task("fetch", &object, Some(fetch.blob.size));
-            writer.fetch(from, &fetch.blob, &task)?;
-            failpoint::hit("deploy.blob.fetched");
-        }
-        let quiet = Progress::silent().task("fetch", "", None);
-        for artifact in std::iter::once(&plan.artifact).chain(&plan.referrers) {
-            let manifest = from.manifest(artifact)?;
-            for blob in manifest.layers.iter().chain([&manifest.config, artifact]) {
-                writer.fetch(from, blob, &quiet)?;
-            }
-        }
+        let system_blobs = SystemBlobs { artifact: &plan.artifact, referrers: &plan.referrers };
+        receive(&writer, from, &plan.fetch, &system_blobs, progress)?;
         failpoint::hit("deploy.blobs.fetched");
         let [by_digest, by_version] = names(plan);
         let mut entries: Vec<_> =

@@ -28,6 +28,9 @@ pub mod error;
 pub mod gc;
 
 pub mod plan;
+pub mod pull;
+#[cfg(feature = "registry")]
+pub mod push;
 pub mod state;
 pub mod status;
 

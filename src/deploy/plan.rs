@@ -4,14 +4,17 @@
 //! product; `version > current`; `version > floor`; the floor signature; free space. Only the
 //! signed manifest, its referrers and the targets' OCI manifests are read, in memory and bounded.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use super::error::DeployError;
 use super::state::{DeploymentId, State};
 use super::{FloorGate, System};
 use crate::digest::Digest;
-use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
-use crate::store::{SYSTEM_PREFIX, Store, image_name, system_name, version_name};
+use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
+use crate::manifest::SystemManifest;
+use crate::store::{SYSTEM_PREFIX, Store, image_name, image_repository, system_name, version_name};
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
 use crate::trust::floor::{self, FloorError};
@@ -57,6 +60,9 @@ pub fn fetch_offer(from: &dyn Transport, name: Option<&str>) -> Result<Offer, De
         None => highest(from)?,
     };
     let found = from.lookup(&name)?;
+    // A registry keeps the system's blobs in a repository of their own.
+    let system = from.within(SYSTEM_REPOSITORY)?;
+    let from = system.as_ref();
     let Some(artifact) = found.into_iter().next() else {
         let missing = TransportError::NameMissing { location: from.location(), name, available: Vec::new() };
         return Err(missing.into());
@@ -88,10 +94,8 @@ pub fn fetch_offer(from: &dyn Transport, name: Option<&str>) -> Result<Offer, De
 
 /// The name of the highest version that a place lists.
 fn highest(from: &dyn Transport) -> Result<String, DeployError> {
-    let entries = from.entries()?;
-    let versions =
-        entries.iter().filter_map(|one| one.ref_name()?.strip_prefix(SYSTEM_PREFIX)?.parse::<u64>().ok());
-    match versions.max() {
+    let tags = from.tags(SYSTEM_REPOSITORY)?;
+    match tags.iter().filter_map(|tag| tag.parse::<u64>().ok()).max() {
         Some(version) => Ok(version_name(version)),
         None => Err(DeployError::NotASystem {
             object: from.location(),
@@ -104,6 +108,19 @@ impl Offer {
     /// The bytes of the offered system manifest. Nobody has vouched for them yet.
     pub fn manifest_bytes(&self) -> &[u8] {
         &self.manifest
+    }
+
+    /// Rule: a system without signature and certificate is none, wherever it is taken.
+    ///
+    /// # Errors
+    /// [`DeployError::NotSigned`].
+    pub fn require_signed(&self) -> Result<(), DeployError> {
+        for (found, missing) in [(&self.signatures, "signature"), (&self.certificates, "certificate")] {
+            if found.is_empty() {
+                return Err(DeployError::NotSigned { digest: self.digest(), missing });
+            }
+        }
+        Ok(())
     }
 
     /// The digest of the offered system manifest's bytes.
@@ -217,7 +234,7 @@ pub fn plan(
     };
     if matches!(verdict, Verdict::Install | Verdict::Update) {
         plan_blobs(&mut plan, system, from)?;
-        check_space(system, plan.needed_bytes)?;
+        check_space(system.root(), plan.needed_bytes)?;
     }
     Ok(plan)
 }
@@ -268,33 +285,56 @@ fn check_floor(
 /// Finds the blobs that the store lacks. The OCI manifests are read from the source, in memory.
 fn plan_blobs(plan: &mut Plan, system: &System, from: &dyn Transport) -> Result<(), DeployError> {
     let store = Store::open(&system.store_dir()).ok();
-    let here = |blob: &Descriptor| store.as_ref().is_some_and(|store| store.has(blob));
+    let content = content(plan.verified.manifest(), store.as_ref(), from)?;
+    (plan.fetch, plan.images, plan.needed_bytes) = (content.fetch, content.images, content.needed_bytes);
+    Ok(())
+}
+
+/// What a system consists of beside its manifest.
+pub(super) struct Content {
+    /// The blobs that a store lacks.
+    pub fetch: Vec<Fetch>,
+    /// The targets' OCI manifests, with the names that they get.
+    pub images: Vec<(String, Descriptor)>,
+    /// What `fetch` takes on the disk, in bytes.
+    pub needed_bytes: u64,
+}
+
+/// Finds what a system consists of.
+pub(super) fn content(
+    manifest: &SystemManifest,
+    store: Option<&Store>,
+    from: &dyn Transport,
+) -> Result<Content, DeployError> {
+    let here = |blob: &Descriptor| store.is_some_and(|store| store.has(blob));
+    let mut content = Content { fetch: Vec::new(), images: Vec::new(), needed_bytes: 0 };
     let mut seen = std::collections::BTreeSet::new();
-    for (name, target) in &plan.verified.manifest().targets {
+    for (name, target) in &manifest.targets {
         let manifest = Descriptor::new(MANIFEST, target.digest, target.size);
+        let from = from.within(&image_repository(name.as_str()))?;
         let bytes = from.fetch(&manifest, MAX_MANIFEST_BYTES)?;
         let image = OciImage::parse(&bytes)?;
         let config = image.manifest.config.clone();
         for blob in image.manifest.layers.iter().cloned().chain([config, manifest.clone()]) {
             if seen.insert(blob.digest) && !here(&blob) {
-                plan.needed_bytes =
-                    plan.needed_bytes.saturating_add(blob.size.div_ceil(BLOCK).saturating_mul(BLOCK));
-                plan.fetch.push(Fetch { target: name.to_string(), blob });
+                let on_disk = blob.size.div_ceil(BLOCK).saturating_mul(BLOCK);
+                content.needed_bytes = content.needed_bytes.saturating_add(on_disk);
+                content.fetch.push(Fetch { target: name.to_string(), blob });
             }
         }
-        plan.images.push((image_name(name.as_str(), &target.digest), manifest));
+        content.images.push((image_name(name.as_str(), &target.digest), manifest));
     }
-    Ok(())
+    Ok(content)
 }
 
 /// Rule: free space is checked before the first blob is fetched.
-fn check_space(system: &System, needed_bytes: u64) -> Result<(), DeployError> {
-    let mut folder = system.root();
-    // The system folder may not be there yet: ask the nearest one that is.
+pub(super) fn check_space(root: &Path, needed_bytes: u64) -> Result<(), DeployError> {
+    let mut folder = root;
+    // The folder may not be there yet: ask the nearest one that is.
     while !folder.exists() {
         folder = match folder.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => std::path::Path::new("."),
+            _ => Path::new("."),
         };
     }
     let available = file::available_bytes(folder).map_err(|source| crate::error::IoError {
@@ -304,7 +344,7 @@ fn check_space(system: &System, needed_bytes: u64) -> Result<(), DeployError> {
     })?;
     let needed = needed_bytes.saturating_add(RESERVE);
     if needed > available {
-        return Err(DeployError::NoSpace { path: system.root().to_path_buf(), needed, available });
+        return Err(DeployError::NoSpace { path: root.to_path_buf(), needed, available });
     }
     Ok(())
 }
