@@ -59,7 +59,8 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         floor_key: floor_key.as_ref(),
     };
     let effort = Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level };
-    let built = build(&import, &store, &signer, effort, &args.registry.access(), &progress::of(global)?)?;
+    let built =
+        build(&import, &store, &signer, effort, &args.registry.access(global), &progress::of(global)?)?;
     for (name, target) in &built.targets {
         target.notes.iter().for_each(|note| output::note(format_args!("target `{name}`: {note}")));
     }

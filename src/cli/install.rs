@@ -58,7 +58,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let ca = args.ca.as_deref().map(CaFile::load).transpose()?;
     let trust = Anchor::plan(&global.config, ca, args.product)?;
-    let from = args.source.open(&args.registry.access())?;
+    let from = args.source.open(&args.registry.access(global))?;
     let offer = plan::fetch_offer(from.as_ref(), args.source.name.as_deref())?;
     // A refused system leaves not even a folder behind.
     let verified = offer.verify(trust.anchor(), Dates::check_now())?;
@@ -85,7 +85,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
 /// Runs `mosfs update`.
 pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
-    let from = args.source.open(&args.registry.access())?;
+    let from = args.source.open(&args.registry.access(global))?;
     if args.check {
         let outcome = check(args, global, &system, from.as_ref());
         return match outcome {

@@ -81,7 +81,7 @@ pub fn run(args: &Manifest, global: &Global) -> Result<(), AnyError> {
     match &args.command {
         Command::Check { file } => check(file, global),
         Command::Canonical { file } => canonical(file),
-        Command::Show { source, registry } => show(source, registry),
+        Command::Show { source, registry } => show(source, registry, global),
         Command::Sign { file, key, output } => sign(file, key, output.as_deref(), global),
         Command::Verify { file, sig, cert, ca, product } => {
             verify(file, [sig.as_path(), cert, ca], *product, global)
@@ -175,9 +175,9 @@ fn canonical(file: &Path) -> Result<(), AnyError> {
     output::bytes(&out)
 }
 
-fn show(source: &str, registry: &RegistryArgs) -> Result<(), AnyError> {
+fn show(source: &str, registry: &RegistryArgs, global: &Global) -> Result<(), AnyError> {
     let source: SourceRef = source.parse()?;
-    let transport = source.open(&registry.access())?;
+    let transport = source.open(&registry.access(global))?;
     let offer = fetch_offer(&*transport, source.name.as_deref())?;
     SystemManifest::parse(offer.manifest_bytes())
         .map_err(|error| BadFile { path: source.to_string().into(), source: error })?;

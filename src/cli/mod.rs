@@ -14,6 +14,7 @@ mod generate;
 mod global;
 mod install;
 mod keys;
+mod log;
 mod manifest;
 mod mount;
 mod notify;

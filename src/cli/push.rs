@@ -59,7 +59,7 @@ pub fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
         .into());
     }
     let store = Store::open(&args.store)?;
-    let to = Registry::open(&args.to.location, &args.registry.access())?;
+    let to = Registry::open(&args.to.location, &args.registry.access(global))?;
     let pushed = push::system(&store, args.to.name.as_deref(), &to, &progress::of(global)?)?;
     output::answer(
         global,
@@ -80,7 +80,7 @@ pub fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
 
 /// Runs `mosfs pull`.
 pub fn pull(args: &PullArgs, global: &Global) -> Result<(), AnyError> {
-    let from = args.source.open(&args.registry.access())?;
+    let from = args.source.open(&args.registry.access(global))?;
     let store = Store::create(&args.store)?;
     let progress = progress::of(global)?;
     let name = args.source.name.as_deref();

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::Global;
 use crate::transport::Access;
 
 /// Options of commands that reach registries.
@@ -28,8 +29,9 @@ pub struct RegistryArgs {
 }
 
 impl RegistryArgs {
-    /// How registries are to be reached.
-    pub fn access(&self) -> Access {
+    /// How registries are to be reached. Shows the log from now on.
+    pub fn access(&self, global: &Global) -> Access {
+        super::log::show(global);
         Access {
             plain_http: self.plain_http,
             auth_file: self.authfile.clone(),

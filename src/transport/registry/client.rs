@@ -387,3 +387,22 @@ fn denied(answer: Answer, credentials: String) -> RegistryError {
 fn is_busy(status: u16) -> bool {
     matches!(status, 408 | 425 | 429) || (500..=599).contains(&status) && status != 501
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_bounded_whatever_a_server_asks_for() {
+        let client = Client::new(Access::default());
+        let seconds =
+            |tries, asked: Option<u64>| client.pause(tries, asked.map(Duration::from_secs)).as_secs_f64();
+        for tries in 1..40 {
+            assert!((0.125..=10.0).contains(&seconds(tries, None)), "{tries}");
+        }
+        assert!(seconds(1, None) <= 0.25 && seconds(20, None) >= 5.0);
+        assert_eq!(seconds(1, Some(1_000_000_000)), 60.0);
+        assert_eq!(seconds(1, Some(7)), 7.0);
+        assert!(seconds(1, Some(0)) >= 0.125);
+    }
+}

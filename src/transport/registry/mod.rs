@@ -287,8 +287,14 @@ impl Registry {
         match error {
             TransportError::Registry(registry) if matches!(*registry, RegistryError::NotFound { .. }) => {
                 let mut available = self.list_tags().unwrap_or_default();
+                // Names of digests say nothing to a person, and there are many.
+                available.retain(|tag| !tag.starts_with("sha256-") && !is_of_digest(tag));
                 available.sort();
-                TransportError::NameMissing { location: self.location(), name: text::shown(name), available }
+                let tag = match name.strip_prefix("sha256:") {
+                    Some(_) => name,
+                    None => name.rsplit_once(':').map_or(name, |(_, tag)| tag),
+                };
+                TransportError::NameMissing { location: self.location(), name: text::shown(tag), available }
             }
             error => error,
         }
@@ -350,6 +356,11 @@ impl Registry {
         }
         Ok(Some(next))
     }
+}
+
+/// Whether a tag is HEX, or HEX and what stands beside it (`HEX.sig`).
+fn is_of_digest(tag: &str) -> bool {
+    tag.get(..64).is_some_and(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// The media type that a document says of itself.

@@ -10,7 +10,7 @@ use std::thread;
 use ureq::http::header;
 
 use super::error::RegistryError;
-use super::{ACCEPT, MAX_PAGE, MAX_PAGES, Registry};
+use super::{MAX_PAGE, MAX_PAGES, Registry};
 use crate::digest::Digest;
 use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_MANIFEST_BYTES};
 use crate::transport::reference::TagOrDigest;
@@ -114,7 +114,6 @@ impl Registry {
         subject: &Digest,
         referrers: &[Descriptor],
     ) -> Result<(), TransportError> {
-        debug_assert!(ACCEPT.contains(&INDEX));
         let tag = fallback_tag(subject);
         for tries in 1..=WRITES {
             let mut index = self.referrers_of_tag(subject)?;
@@ -126,11 +125,17 @@ impl Registry {
             if absent.is_empty() {
                 return Ok(());
             }
-            index.manifests.extend(absent.into_iter().map(|mut one| {
-                one.annotations.remove(crate::image::oci::REF_NAME);
-                one.media_type = MANIFEST.into();
-                one
-            }));
+            let before = std::mem::take(&mut index.manifests);
+            // The newest first: a reader looks at a bounded number of them.
+            index.manifests = absent
+                .into_iter()
+                .map(|mut one| {
+                    one.annotations.remove(crate::image::oci::REF_NAME);
+                    one.media_type = MANIFEST.into();
+                    one
+                })
+                .chain(before)
+                .collect();
             self.put_document(&tag, INDEX, &index.to_bytes())?;
             if tries > 1 {
                 // Someone else writes as well: do not meet them each time.
