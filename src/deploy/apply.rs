@@ -11,7 +11,7 @@ use super::{System, SystemLock, deployment, gc};
 
 use crate::failpoint;
 use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
-use crate::mount::registry;
+use crate::mount::table;
 use crate::progress::Progress;
 use crate::store::{FetchJob, Store, StoreError, Writer, image_repository};
 use crate::transport::Transport;
@@ -56,7 +56,7 @@ fn give_back(system: &System, lock: &SystemLock) -> Result<(), DeployError> {
     let store = Store::open(&system.store_dir())?;
     let collector = store.collector()?;
     let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-    let mounted: Vec<_> = registry::mounts()?.iter().filter_map(|mount| mount.digest).collect();
+    let mounted: Vec<_> = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
     let plan = gc::plan(system, lock, &collector, &store, booted, &mounted)?;
     gc::apply(system, lock, &collector, &plan)
 }

@@ -16,8 +16,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::error::DeployError;
-use super::plan::{Offer, fetch_offer};
+use crate::deploy::DeployError;
+use crate::deploy::plan::{Offer, fetch_offer};
 use crate::digest::Digest;
 use crate::failpoint;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, SYSTEM_REPOSITORY};
