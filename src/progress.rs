@@ -4,6 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// The object of a task that others are part of.
+pub const ALL: &str = "all";
+
 /// One piece of news about a task. Tasks run side by side and are told apart by `id`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<'a> {

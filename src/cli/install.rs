@@ -135,6 +135,10 @@ fn check(
     system: &System,
     from: &dyn Transport,
 ) -> Result<(Verdict, u64), AnyError> {
+    let source = args.source.name.as_deref();
+    if let Some(unchanged) = plan::unchanged(system, &system.state()?, from, source)? {
+        return Ok(unchanged);
+    }
     let mut found = None;
     make_plan(args, global, system, from, |plan| {
         found = Some((plan.verdict, plan.id.version));

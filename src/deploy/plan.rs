@@ -51,14 +51,7 @@ pub struct Offer {
 ///
 /// `name` is a full name, a version or `sha256/HEX`; without one the highest version is taken.
 pub fn fetch_offer(from: &dyn Transport, name: Option<&str>) -> Result<Offer, DeployError> {
-    let name = match name {
-        Some(name) if name.starts_with(SYSTEM_PREFIX) => name.to_string(),
-        Some(name) => match name.strip_prefix("sha256:") {
-            Some(hex) => format!("{SYSTEM_PREFIX}sha256/{hex}"),
-            None => format!("{SYSTEM_PREFIX}{name}"),
-        },
-        None => highest(from)?,
-    };
+    let name = full_name(from, name)?;
     let found = from.lookup(&name)?;
     // A registry keeps the system's blobs in a repository of their own.
     let system = from.within(SYSTEM_REPOSITORY)?;
@@ -90,6 +83,45 @@ pub fn fetch_offer(from: &dyn Transport, name: Option<&str>) -> Result<Offer, De
     let certificates = of_type(CERTIFICATE_TYPE)?;
     let floor_signatures = of_type(FLOOR_SIGNATURE_TYPE)?;
     Ok(Offer { artifact, referrers, manifest, signatures, certificates, floor_signatures })
+}
+
+/// The name of a system manifest, from what a user gives.
+fn full_name(from: &dyn Transport, name: Option<&str>) -> Result<String, DeployError> {
+    Ok(match name {
+        Some(name) if name.starts_with(SYSTEM_PREFIX) => name.to_string(),
+        Some(name) => match name.strip_prefix("sha256:") {
+            Some(hex) => format!("{SYSTEM_PREFIX}sha256/{hex}"),
+            None => format!("{SYSTEM_PREFIX}{name}"),
+        },
+        None => highest(from)?,
+    })
+}
+
+/// Whether a registry still offers what is current or pending here, found out by one HEAD (and the
+/// list of versions, where none is named); `None` where only the offer itself can tell.
+///
+/// The registry's word is enough to do nothing: one that lies could as well hide what is new.
+pub fn unchanged(
+    system: &System,
+    state: &State,
+    from: &dyn Transport,
+    name: Option<&str>,
+) -> Result<Option<(Verdict, u64)>, DeployError> {
+    let Ok(store) = Store::open(&system.store_dir()) else { return Ok(None) };
+    if !from.is_remote() {
+        return Ok(None);
+    }
+    let Some(offered) = from.peek(&full_name(from, name)?)? else { return Ok(None) };
+    let pending = state.pending.as_ref().filter(|pending| pending.tries_left > 0);
+    let known = state.current.map(|current| (Verdict::UpToDate, current));
+    let known = known.into_iter().chain(pending.map(|one| (Verdict::AlreadyPending, one.deployment)));
+    for (verdict, deployment) in known {
+        let here = store.resolve(&version_name(deployment.version)).ok();
+        if here.is_some_and(|here| here.digest == offered) {
+            return Ok(Some((verdict, deployment.version)));
+        }
+    }
+    Ok(None)
 }
 
 /// The name of the highest version that a place lists.

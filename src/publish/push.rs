@@ -22,7 +22,7 @@ use crate::digest::Digest;
 use crate::failpoint;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, SYSTEM_REPOSITORY};
 use crate::manifest::SystemManifest;
-use crate::progress::Progress;
+use crate::progress::{ALL, Progress};
 use crate::store::{Store, StoreError, image_repository};
 use crate::transport::registry::{Registry, RegistryError, Uploaded};
 use crate::transport::{Transport, TransportError, parallel};
@@ -125,7 +125,7 @@ impl Push<'_> {
         blobs.sort_by_key(|blob| blob.digest);
         blobs.dedup_by_key(|blob| blob.digest);
         let all = blobs.iter().map(|blob| blob.size).sum();
-        let whole = Arc::new(self.progress.task("push", &to.location(), Some(all)));
+        let whole = Arc::new(self.progress.task("push", ALL, Some(all)));
         parallel::for_each(&blobs, |blob| -> Result<(), DeployError> {
             let task = self.progress.task("push", &blob.digest.to_string(), Some(blob.size)).part_of(&whole);
             let (file, size) = self.store.transport().open_blob(&blob.digest)?;

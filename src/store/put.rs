@@ -12,7 +12,7 @@ use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Manifest, REF_NAME};
-use crate::progress::{Progress, Task};
+use crate::progress::{self, Progress, Task};
 use crate::sys::atomic;
 use crate::sys::file::reflink;
 use crate::sys::flock::Lock;
@@ -107,7 +107,7 @@ impl<'a> Writer<'a> {
     /// As [`Writer::fetch`], of the first that failed.
     pub fn fetch_all(&self, jobs: &[FetchJob<'_>], progress: &Progress) -> Result<(), StoreError> {
         let all: u64 = jobs.iter().map(|job| job.blob.size).sum();
-        let whole = Arc::new(progress.task("fetch", "all", Some(all)));
+        let whole = Arc::new(progress.task("fetch", progress::ALL, Some(all)));
         parallel::for_each(jobs, |job| {
             let task = progress.task("fetch", &job.object, Some(job.blob.size)).part_of(&whole);
             self.fetch(job.from, job.blob, &task)?;

@@ -52,7 +52,9 @@ fn blobs_of_other_bytes_or_length_are_refused() {
         (Fault::Header("Content-Length", u64::MAX.to_string()), "the content has"),
     ] {
         server.script(move |seen, _| {
-            (seen.gets(&digest) && seen.header("range").is_none()).then(|| fault.clone())
+            // The rest of a blob that is short is not there either.
+            let rest = Fault::Answer(416, Vec::new(), Vec::new());
+            seen.gets(&digest).then(|| if seen.header("range").is_none() { fault.clone() } else { rest })
         });
         let output = pull_bounded(&place, &server.source("p"));
         refused(&output, 3, &[words, &layer.digest.to_string()]);
@@ -183,7 +185,7 @@ fn redirects_end() {
         seen.path.contains("/blobs/").then(|| Fault::Answer(302, vec![("Location", location)], Vec::new()))
     });
     refused(&pull_bounded(&place, &server.source("p")), 1, &["the redirects do not end"]);
-    assert!(server.take_log().len() < 20);
+    assert!(server.take_log().len() < 40);
     for (location, words) in
         [("ftp://h/x", "not an http or https URL"), ("http://user:pw@h/x", "user or password")]
     {

@@ -64,9 +64,8 @@ fn a_pull_that_is_killed_again_and_again_finishes() {
         // Each run gets a little further: three pieces, then a kill.
         let killed = killed_at(&mut place.command(&args), "store.partial.written:3");
         let log = server.take_log();
-        for seen in &log {
-            let again = before.iter().find(|hex| seen.path.ends_with(&format!("/blobs/sha256:{hex}")));
-            assert_eq!(again, None, "a complete blob is asked for again");
+        for layer in layers.iter().filter(|layer| before.contains(&layer.digest.hex())) {
+            assert!(!log.iter().any(|seen| seen.gets(&layer.digest)), "a complete blob is asked for again");
         }
         for (digest, bytes) in parts.iter().filter(|(_, bytes)| *bytes > 0) {
             let asked: Vec<_> = log.iter().filter(|seen| seen.gets(digest)).collect();
@@ -190,7 +189,8 @@ fn kills_at_any_moment() {
     place.ok(&["verify", &format!("oci:{}", display(&store))]);
 }
 
-/// Debian's registry as a cache: the origin sends each blob once, however many devices update.
+/// Debian's registry as a cache: once it has a blob, the origin does not send it again, however many
+/// devices update.
 #[test]
 fn many_devices_through_one_cache() {
     let devices = if is_long() { 50 } else { 6 };
@@ -202,9 +202,22 @@ fn many_devices_through_one_cache() {
         cache.host()
     );
     fs::write(place.path("registries.conf"), conf).unwrap();
-    // The first device fills the cache; the others come all at once.
     let source = origin.source("p");
-    place.install(&source);
+    let sent = |log: &[crate::server::Seen]| {
+        log.iter().filter(|seen| layers.iter().any(|layer| seen.gets(&layer.digest))).count()
+    };
+    // Devices come until the cache has everything. For its first client it fetches a blob twice: once to
+    // send it on, and once for itself, which it finishes later.
+    let mut warm = 0;
+    loop {
+        place.pull(&source, &format!("warm-{warm}"));
+        warm += 1;
+        if sent(&origin.take_log()) == 0 {
+            break;
+        }
+        assert!(warm < 50, "the cache does not fill");
+        thread::sleep(Duration::from_millis(100));
+    }
     let install = place.install_args(&source);
     let children: Vec<_> = (0..devices)
         .map(|at| {
@@ -218,11 +231,7 @@ fn many_devices_through_one_cache() {
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
     }
-    let log = origin.take_log();
-    for layer in &layers {
-        let sent: Vec<_> = log.iter().filter(|seen| seen.gets(&layer.digest)).collect();
-        assert_eq!(sent.len(), 1, "the origin sends each blob once: {sent:?}");
-    }
+    assert_eq!(sent(&origin.take_log()), 0, "the cache sends what it has");
     for at in 0..devices {
         let store = Store::open(&place.path(&format!("device-{at}/system/store"))).unwrap();
         assert!(layers.iter().all(|layer| store.has(layer)));

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use mosfs::image::oci::{Descriptor, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
+use mosfs::image::oci::{
+    Descriptor, INDEX, Index, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY,
+};
 use mosfs::manifest::SystemManifest;
 use mosfs::store::{Store, version_name};
 use mosfs::transport::Transport;
@@ -172,19 +174,24 @@ pub fn load(store: &Store, version: u64, prefix: &str, server: &Server) {
         let repository = format!("{prefix}/mos/images/{name}");
         put(&repository, &image.manifest);
         let bytes = store.get(&image.digest, MAX_MANIFEST_BYTES).expect("a manifest");
-        server.put_manifest(&repository, &image.digest.hex(), mosfs::image::oci::MANIFEST, &bytes);
+        server.put_manifest(&repository, &image.digest.hex(), MANIFEST, &bytes);
     }
     let repository = format!("{prefix}/{SYSTEM_REPOSITORY}");
     let artifact = store.resolve(&version_name(version)).expect("the version");
     let transport: &dyn Transport = store.transport();
-    let mut artifacts = vec![(version.to_string(), artifact.clone())];
-    for (at, one) in store.referrers(&artifact.digest, None).expect("referrers").into_iter().enumerate() {
-        artifacts.push((format!("{version}.{at}"), one));
-    }
-    for (tag, one) in &artifacts {
+    let referrers = store.referrers(&artifact.digest, None).expect("referrers");
+    for (tag, one) in [(version.to_string(), &artifact)]
+        .into_iter()
+        .chain(referrers.iter().enumerate().map(|(at, one)| (format!("{version}.{at}"), one)))
+    {
         put(&repository, &transport.manifest(one).expect("a manifest"));
         let bytes = store.get(&one.digest, MAX_MANIFEST_BYTES).expect("a manifest");
-        server.put_manifest(&repository, tag, mosfs::image::oci::MANIFEST, &bytes);
+        server.put_manifest(&repository, &tag, MANIFEST, &bytes);
     }
+    // Where a client looks for them that finds no list of the registry's own.
+    let mut index = Index::empty();
+    index.manifests = referrers;
+    let tag = format!("sha256-{}", artifact.digest.hex());
+    server.put_manifest(&repository, &tag, INDEX, &index.to_bytes());
     assert_eq!(manifest.version, version);
 }

@@ -213,10 +213,6 @@ impl Server {
         digest
     }
 
-    pub fn remove_manifest(&self, repository: &str, name: &str) {
-        lock(&self.state.manifests).remove(&(repository.to_string(), name.to_string()));
-    }
-
     /// The names under which a repository has manifests: digests and tags.
     pub fn names(&self, repository: &str) -> Vec<String> {
         let manifests = lock(&self.state.manifests);
@@ -226,12 +222,6 @@ impl Server {
     pub fn manifest(&self, repository: &str, name: &str) -> Option<Vec<u8>> {
         let key = (repository.to_string(), name.to_string());
         lock(&self.state.manifests).get(&key).map(|(_, bytes)| bytes.clone())
-    }
-
-    /// Which blobs a repository has.
-    pub fn blobs(&self, repository: &str) -> Vec<String> {
-        let blobs = lock(&self.state.blobs);
-        blobs.keys().filter(|(one, _)| one == repository).map(|(_, digest)| digest.clone()).collect()
     }
 }
 

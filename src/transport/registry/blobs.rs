@@ -66,6 +66,15 @@ fn missing(location: &str, blob: &Descriptor, error: TransportError) -> Transpor
     }
 }
 
+/// Says how much of a blob came before it was given up.
+fn at_byte(error: TransportError, at: u64, size: u64) -> TransportError {
+    let TransportError::Registry(mut error) = error else { return error };
+    if let RegistryError::Network { why, .. } | RegistryError::Stalled { why, .. } = &mut *error {
+        why.push_str(&format!(", after {at} of {size} bytes"));
+    }
+    TransportError::Registry(error)
+}
+
 /// The error of a [`BlobStream`].
 pub fn of_stream(error: io::Error) -> TransportError {
     match error.downcast::<TransportError>() {
@@ -171,7 +180,7 @@ impl BlobStream {
         self.since_cut = 0;
         if self.cuts >= TRIES {
             if self.server + 1 >= self.endpoints.len() {
-                return Err(error);
+                return Err(at_byte(error, self.at, self.blob.size));
             }
             self.next_server();
         }
@@ -188,7 +197,7 @@ impl BlobStream {
             Ok(0) if self.at >= self.blob.size => return Ok(Some(0)),
             Ok(0) => RegistryError::Network {
                 request: format!("GET {}@{}", self.location, self.blob.digest),
-                why: format!("the server ended the blob after {} of {} bytes", self.at, self.blob.size),
+                why: "the server ended the blob too early".into(),
                 unreachable: false,
             },
             Ok(got) => {
