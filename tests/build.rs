@@ -277,10 +277,10 @@ fn a_kill_at_any_commit_point_leaves_a_store_that_verifies() {
         "store.index.renamed",
         "store.index.renamed:2",
         "store.index.renamed:3",
-        "build.layer",
-        "build.image",
-        "build.signed",
-        "build.named",
+        "build.layer.stored",
+        "build.image.stored",
+        "build.system.signed",
+        "build.system.named",
     ];
     for (number, point) in points.into_iter().enumerate() {
         let store = format!("store-{number}");

@@ -581,7 +581,7 @@ fn a_crash_leaves_whole_keys_only() {
         let output = Command::new(env!("CARGO_BIN_EXE_mosfs"))
             .args(["keys", "generate", "--product", PRODUCT])
             .arg(&dir)
-            .env("MOSFS_FAILPOINT", format!("keys-file:{count}"))
+            .env("MOSFS_FAILPOINT", format!("keys.file.linked:{count}"))
             .output()
             .unwrap();
         assert_eq!(output.status.code(), None, "killed at the failpoint: {output:?}");

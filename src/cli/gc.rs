@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{Global, device, output};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::deploy::gc::{self, GcPlan};
 use crate::error::AnyError;
 use crate::mount::table;
@@ -37,10 +37,10 @@ pub fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
         }
         None => {
             let system = device::system(global);
-            let store = Store::open(&system.store_dir())?;
+            let store = system.store()?;
             let lock = system.lock(device::waiting(global))?;
             let collector = store.collector()?;
-            let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+            let booted = booted::deployment()?;
             let mounts = table::mounts()?;
             let mounted: Vec<_> = mounts.iter().filter_map(|mount| mount.digest).collect();
             let plan = gc::plan(&system, &lock, &collector, &store, booted, &mounted)?;

@@ -2,7 +2,7 @@
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-use super::Global;
+use super::{Global, output};
 
 struct Stderr;
 
@@ -14,9 +14,7 @@ impl Log for Stderr {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            let text = record.args().to_string();
-            let tame: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
-            eprintln!("mosfs: {tame}");
+            output::message(record.args());
         }
     }
 

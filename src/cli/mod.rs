@@ -4,6 +4,7 @@
 //! [`Command`] and in [`run`].
 
 mod activate;
+mod advice;
 mod boot;
 mod build;
 mod commit;
@@ -84,11 +85,7 @@ pub fn main() -> ExitCode {
 pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version go to stdout with code 0, all else is code 2; clap knows.
-            let _ = error.print();
-            return ExitCode::from(error.exit_code() as u8);
-        }
+        Err(error) => return output::usage(&error),
     };
     output::exit_code(run(&cli))
 }

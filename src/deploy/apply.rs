@@ -3,12 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use super::booted::{self, BootRecord};
+use super::booted;
 use super::error::DeployError;
 use super::plan::{Fetch, Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
 use super::{System, SystemLock, deployment, gc};
-
 use crate::failpoint;
 use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
 use crate::mount::table;
@@ -53,9 +52,9 @@ fn may_go_on(error: &DeployError) -> bool {
 
 /// Removes what no deployment needs, as `mosfs gc` does.
 fn give_back(system: &System, lock: &SystemLock) -> Result<(), DeployError> {
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let collector = store.collector()?;
-    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+    let booted = booted::deployment()?;
     let mounted: Vec<_> = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
     let plan = gc::plan(system, lock, &collector, &store, booted, &mounted)?;
     gc::apply(system, lock, &collector, &plan)

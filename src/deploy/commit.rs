@@ -65,7 +65,7 @@ pub fn commit(
     if blessed {
         state.save(&system.state_path())?;
     }
-    failpoint::hit("commit.blessed");
+    failpoint::hit("commit.state.blessed");
     if floor_before < id.version {
         let signature = match verified.floor_signature() {
             Some(signature) => signature,
@@ -75,7 +75,7 @@ pub fn commit(
         };
         floor.raise(id.version, signature)?;
     }
-    failpoint::hit("commit.raised");
+    failpoint::hit("commit.floor.raised");
     // Rule: then read it back. A raise that did not take is an error of the floor already.
     let floor_after = floor.read()?;
     Ok(Committed { deployment: id, blessed, floor_before, floor_after })

@@ -316,7 +316,7 @@ fn check_floor(
 
 /// Finds the blobs that the store lacks. The OCI manifests are read from the source, in memory.
 fn plan_blobs(plan: &mut Plan, system: &System, from: &dyn Transport) -> Result<(), DeployError> {
-    let store = Store::open(&system.store_dir()).ok();
+    let store = system.store().ok();
     let content = content(plan.verified.manifest(), store.as_ref(), from)?;
     (plan.fetch, plan.images, plan.needed_bytes) = (content.fetch, content.images, content.needed_bytes);
     Ok(())

@@ -12,7 +12,6 @@
 //! A signature as `openssl dgst -sha256 -sign` makes it (DER, 70 to 72 bytes) is taken as well where a
 //! person may have made it so: for the provision message.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use openssl::bn::{BigNum, BigNumContext};
@@ -26,8 +25,8 @@ use uuid::Uuid;
 
 use super::digests::{MAX_VERSION, Policy};
 use super::error::FloorError;
-use crate::error::{Class, Classified, IoContext, IoError};
-use crate::trust::files::read_at_most;
+use crate::error::{Class, Classified, IoError};
+use crate::sys::file::read_named;
 use crate::trust::keys;
 
 /// A floor signature, a provision signature or an authorization: `r ‖ s`.
@@ -91,7 +90,7 @@ const PRIVATE: &str = "a P-256 private key in PEM";
 impl PublicKey {
     /// Reads a public key from a PEM file.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        Self::from_pem(&read_at_most(File::open(path).on("open", path)?, path, MAX_KEY_BYTES)?, path)
+        Self::from_pem(&read_named(path, MAX_KEY_BYTES as u64)?, path)
     }
 
     /// The public key in a PEM text; `path` is for the error.

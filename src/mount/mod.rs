@@ -92,7 +92,7 @@ fn choose(backend: Backend, plan: &MountPlan) -> Result<Chosen, MountError> {
         if !plan.is_verified() {
             return Err("it always verifies, and a layer has no root hash".to_string());
         }
-        kernel::dm_verity::DmVerity::open(Path::new(kernel::RUN_DIR)).map_err(|error| error.to_string())
+        kernel::dm_verity::DmVerity::open(&crate::sys::run_dir()).map_err(|error| error.to_string())
     };
     match (kernel(), backend) {
         (Ok(open), _) => Ok(Chosen::Kernel(open)),

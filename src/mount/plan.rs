@@ -1,6 +1,5 @@
 //! What is to be mounted: the plan (pure), and the layers that it opens.
 
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,6 +14,7 @@ use crate::image::source::Source;
 use crate::image::squashfs::Squashfs;
 use crate::image::verified::{PlainSource, VerifiedSource};
 use crate::image::verity::VerityError;
+use crate::sys::file::{Links, open_regular};
 
 /// What is to be mounted, all of it from a manifest whose digest was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,10 +120,10 @@ impl PlannedLayer {
                 return Err(MountError::Format { layer, media_type });
             }
         }
-        let file = File::open(&self.path).map_err(|source| MountError::LayerFile {
+        let (file, _) = open_regular(&self.path, Links::Followed).map_err(|error| MountError::LayerFile {
             layer: self.digest,
             path: self.path.clone(),
-            source,
+            source: error.source,
         })?;
         let source: Arc<dyn Source> = match self.root_hash {
             Some(root_hash) => {

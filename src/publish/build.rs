@@ -106,7 +106,7 @@ pub fn build(
         let job = Ingest { from: &*image.from, writer: &writer, effort, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
-        failpoint::hit("build.image");
+        failpoint::hit("build.image.stored");
         resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
         names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));
         targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });
@@ -141,10 +141,10 @@ pub fn build(
         .map(|(name, entry)| (Some(name.as_str()), entry))
         .chain(referrers.iter().map(|entry| (None, entry)))
         .collect();
-    failpoint::hit("build.signed");
+    failpoint::hit("build.system.signed");
     // Another build may have taken the version meanwhile: it is checked again under the index's lock.
     writer.replace_entries(&replaced, &entries, &[&version_name(manifest.version)])?;
-    failpoint::hit("build.named");
+    failpoint::hit("build.system.named");
     Ok(Built { digest, manifest, targets })
 }
 

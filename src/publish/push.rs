@@ -69,15 +69,15 @@ pub fn system(
         let repository = to.at(&image_repository(target.as_str()))?;
         push.manifest(&repository, &descriptor, &bytes)?;
         repository.put_document(&image.digest.hex(), media_type(&bytes)?.as_str(), &bytes)?;
-        failpoint::hit("push.image");
+        failpoint::hit("publish.image.pushed");
     }
     push.artifact(&system, &offer.artifact)?;
     let hex = offer.digest().hex();
     let bytes = store.get(&offer.artifact.digest, MAX_MANIFEST_BYTES)?;
     system.put_document(&hex, MANIFEST, &bytes)?;
-    failpoint::hit("push.system");
+    failpoint::hit("publish.system.pushed");
     push.referrers(&system, &offer, &hex)?;
-    failpoint::hit("push.referrers");
+    failpoint::hit("publish.referrers.pushed");
     system.put_document(&manifest.version.to_string(), MANIFEST, &bytes)?;
     let counts = push.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
     let [present, mounted, sent] = counts;

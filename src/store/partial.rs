@@ -10,9 +10,9 @@
 //! damaged is found by its digest and received again from its start, once. `mosfs gc` removes the
 //! files; it holds the store's lock exclusive, so that nobody is writing to one.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::put::CHUNK_BYTES;
@@ -22,6 +22,7 @@ use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::Descriptor;
 use crate::progress::Task;
+use crate::sys::file;
 use crate::transport::{Transport, TransportError};
 
 /// Receives a blob into the store, unless it is there by the time that nobody else receives it;
@@ -87,12 +88,10 @@ impl Part {
     /// Opens or makes the file, and waits for whoever is receiving the blob.
     fn open(writer: &Writer<'_>, blob: &Descriptor) -> Result<Self, StoreError> {
         let folder = writer.store().private("partial");
-        fs::create_dir_all(&folder).on("create", &folder)?;
+        file::create_folders(&folder)?;
         let path = folder.join(blob.digest.hex());
         loop {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false);
-            let file = options.mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&path).on("open", &path)?;
+            let file = file::open_to_continue(&path)?;
             match file.lock() {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 locked => locked.on("lock", &path)?,
@@ -109,7 +108,7 @@ impl Part {
                 }
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(IoError { operation: "stat", path, source }.into()),
+                Err(source) => return Err(IoError::new("stat", &path, source).into()),
             }
         }
     }
@@ -147,9 +146,7 @@ impl Part {
                 Err(error) => {
                     return Err(match error.downcast::<TransportError>() {
                         Ok(error) => error.into(),
-                        Err(source) => {
-                            IoError { operation: "receive", path: self.path.clone(), source }.into()
-                        }
+                        Err(source) => IoError::new("receive", &self.path, source).into(),
                     });
                 }
             };

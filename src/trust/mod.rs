@@ -23,7 +23,6 @@
 pub mod anchor;
 pub mod certificate;
 mod der;
-pub(crate) mod files;
 pub mod keys;
 pub mod signature;
 

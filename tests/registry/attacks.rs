@@ -107,11 +107,11 @@ fn the_digest_that_a_server_claims_does_not_count() {
     let (place, server, _) = served(Options::default(), 50_000);
     server.script(|seen, _| {
         let lie = Digest::of(b"lie").to_string();
-        seen.path.contains("/manifests/").then(|| Fault::Header("Docker-Content-Digest", lie))
+        seen.path.contains("/manifests/").then_some(Fault::Header("Docker-Content-Digest", lie))
     });
     place.pull(&server.source("p"), "copy");
     // A manifest by digest whose bytes are others.
-    server.script(|seen, _| (seen.path.contains("/manifests/sha256:")).then(|| Fault::Flip(20)));
+    server.script(|seen, _| seen.path.contains("/manifests/sha256:").then_some(Fault::Flip(20)));
     refused(&pull_bounded(&place, &server.source("p")), 3, &["has digest"]);
 }
 

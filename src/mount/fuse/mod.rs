@@ -179,7 +179,7 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
     sys::daemon::lean_allocator();
     let engine = prepare(plan, options)?;
     let mounted = Mounted::new(&plan.source, target, &options.flags)?;
-    failpoint::hit("fuse.mounted");
+    failpoint::hit("fuse.tree.attached");
     let undo = (mounted.target.clone(), mounted.as_root);
     let failed = |operation| move |source| MountError::System { operation, source };
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;

@@ -26,8 +26,8 @@ use serde::Deserialize;
 use super::error::RegistryError;
 use super::home;
 use super::secret::Secret;
+use crate::sys::file::{self, Links};
 use crate::transport::access::Access;
-use crate::transport::ocidir::read_file;
 
 /// The largest file of credentials, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -119,11 +119,11 @@ fn files(access: &Access) -> (Vec<PathBuf>, bool) {
 
 fn load(path: &Path, required: bool) -> Result<Option<AuthFile>, RegistryError> {
     let wrong = |why: String| RegistryError::Config { path: path.to_path_buf(), why };
-    let bytes = match read_file(path, MAX_FILE) {
-        Ok(bytes) => bytes,
-        Err(error) if error.source.kind() == std::io::ErrorKind::NotFound && !required => return Ok(None),
-        Err(error) => return Err(wrong(error.source.to_string())),
+    let read = match required {
+        true => file::read_named(path, MAX_FILE).map(Some),
+        false => file::find_regular(path, Links::Followed, MAX_FILE),
     };
+    let Some(bytes) = read.map_err(|error| wrong(error.source.to_string()))? else { return Ok(None) };
     // What serde would quote of the file may be a password: only the place of the error is said.
     let parsed = serde_json::from_slice(&bytes).map_err(|error| {
         wrong(format!("it is not a file of credentials (line {}, column {})", error.line(), error.column()))

@@ -17,7 +17,6 @@
 //! Of several prefixes the longest counts. Short names and what else is in the file mean nothing here.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -25,7 +24,7 @@ use serde::Deserialize;
 use super::error::RegistryError;
 use super::home;
 use super::url::Origin;
-use crate::transport::ocidir::read_file;
+use crate::sys::file::{self, Links};
 use crate::transport::reference::{Host, is_repository};
 
 /// The largest file, in bytes.
@@ -112,12 +111,10 @@ impl Settings {
         more.sort();
         let mut settings = Self::default();
         for path in std::iter::once(main).chain(more) {
-            match read_file(&path, MAX_FILE) {
-                Ok(bytes) => settings.add(&path, &bytes)?,
-                Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    return Err(RegistryError::Config { path, why: error.source.to_string() });
-                }
+            match file::find_regular(&path, Links::Followed, MAX_FILE) {
+                Ok(Some(bytes)) => settings.add(&path, &bytes)?,
+                Ok(None) => {}
+                Err(error) => return Err(RegistryError::Config { path, why: error.source.to_string() }),
             }
         }
         Ok(settings)

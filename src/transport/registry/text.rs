@@ -3,22 +3,17 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::text::one_line;
+
 /// The most characters of a server's words that a message shows.
 const SHOWN: usize = 256;
 
 /// A server's words: control characters escaped, cut at 256 characters.
 pub fn shown(text: &str) -> String {
-    let mut out = String::new();
-    for (count, c) in text.chars().enumerate() {
-        if count == SHOWN {
-            out.push('…');
-            break;
-        }
-        // Characters that reorder or hide text are as bad as control characters.
-        let hidden = matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
-        if c.is_control() || hidden { out.extend(c.escape_unicode()) } else { out.push(c) }
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", one_line(text.get(..end).unwrap_or_default())),
+        None => one_line(text).into_owned(),
     }
-    out
 }
 
 /// What the body of an error says (distribution-spec, "Error Codes"): `CODE: message`, or its
@@ -51,7 +46,7 @@ mod tests {
 
     #[test]
     fn words_of_a_server_are_short_and_tame() {
-        assert_eq!(shown("a\x1b[31m\r\nb"), "a\\u{1b}[31m\\u{d}\\u{a}b");
+        assert_eq!(shown("a\x1b[31m\r\nb"), "a\\u{1b}[31m\\r\\nb");
         assert_eq!(shown("a\u{202e}b"), "a\\u{202e}b");
         assert_eq!(shown(&"x".repeat(1000)).chars().count(), SHOWN + 1);
     }
