@@ -6,10 +6,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::{Global, RegistryArgs, output, progress};
-use crate::deploy::pull;
+use crate::deploy::{pull, push};
 use crate::error::AnyError;
 use crate::image::oci::Platform;
-use crate::publish::push;
 use crate::store::Store;
 use crate::transport::registry::Registry;
 use crate::transport::{SourceRef, TransportError};

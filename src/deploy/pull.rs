@@ -4,14 +4,20 @@
 //! room; then the blobs that the store lacks; names last, in one step. Nothing is believed by this:
 //! whoever installs from the store verifies the signature against a CA, which `pull` does not have.
 
-use super::apply::{SystemBlobs, receive};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::apply::{fetch_artifact, fetch_blobs};
 use super::error::DeployError;
-use super::plan::{check_space, content, fetch_offer};
+use super::offer::{Whole, find_whole};
+use super::plan::Fetch;
 use crate::digest::Digest;
-use crate::image::oci::{Descriptor, Platform};
+use crate::error::IoError;
+use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::manifest::SystemManifest;
 use crate::progress::Progress;
-use crate::store::{FetchJob, Store, system_name, version_name};
+use crate::store::{FetchJob, Store, image_name, image_repository, system_name, version_name};
+use crate::sys::file;
 use crate::transport::Transport;
 
 /// What was pulled.
@@ -35,25 +41,49 @@ pub fn system(
     store: &Store,
     progress: &Progress,
 ) -> Result<Pulled, DeployError> {
-    let offer = fetch_offer(from, name)?;
-    offer.require_signed()?;
-    let manifest = SystemManifest::parse(offer.manifest_bytes())
+    let Whole { artifact, referrers, manifest: bytes } = find_whole(from, name)?;
+    let digest = Digest::of(&bytes);
+    let manifest = SystemManifest::parse(&bytes)
         .map_err(|error| DeployError::NotASystem { object: from.location(), why: error.to_string() })?;
-    let content = content(&manifest, Some(store), from)?;
-    check_space(store.dir(), content.needed_bytes)?;
+    let (mut images, mut lacking, mut seen) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for (name, target) in &manifest.targets {
+        let image = Descriptor::new(MANIFEST, target.digest, target.size);
+        let place = from.within(&image_repository(name.as_str()))?;
+        let content = place.image(&image)?.manifest;
+        for blob in content.layers.into_iter().chain([content.config, image.clone()]) {
+            if seen.insert(blob.digest) && !store.has(&blob) {
+                lacking.push(Fetch { target: name.to_string(), blob });
+            }
+        }
+        images.push((image_name(name.as_str(), &target.digest), image));
+    }
+    check_room(store.dir(), lacking.iter().map(|fetch| fetch.blob.size))?;
     let writer = store.writer()?;
-    let blobs = SystemBlobs { artifact: &offer.artifact, referrers: &offer.referrers };
-    receive(&writer, from, &content.fetch, &blobs, progress)?;
-    let (by_digest, by_version) = (system_name(&offer.digest()), version_name(manifest.version));
-    let mut entries: Vec<_> =
-        content.images.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
-    entries.push((Some(&by_digest), &offer.artifact));
-    entries.push((Some(&by_version), &offer.artifact));
-    entries.extend(offer.referrers.iter().map(|one| (None, one)));
+    fetch_blobs(&writer, from, &lacking, false, progress)?;
+    for one in std::iter::once(&artifact).chain(&referrers) {
+        fetch_artifact(&writer, from, one)?;
+    }
+    let (by_digest, by_version) = (system_name(&digest), version_name(manifest.version));
+    let mut entries: Vec<_> = images.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
+    entries.push((Some(&by_digest), &artifact));
+    entries.push((Some(&by_version), &artifact));
+    entries.extend(referrers.iter().map(|one| (None, one)));
     // Rule: a version stands for one system.
     writer.replace_entries(&[], &entries, &[&by_version])?;
     let names = entries.iter().filter_map(|(name, _)| name.map(str::to_string)).collect();
-    Ok(Pulled { names, digest: offer.digest(), fetched: content.fetch.len() })
+    Ok(Pulled { names, digest, fetched: lacking.len() })
+}
+
+/// Rule: room is checked before the first blob is fetched.
+fn check_room(folder: &Path, sizes: impl Iterator<Item = u64>) -> Result<(), DeployError> {
+    /// Blobs take whole blocks of the file system, in bytes.
+    const BLOCK: u64 = 4096;
+    let available = file::available_bytes(folder).map_err(|error| IoError::new("stat", folder, error))?;
+    let needed = sizes.map(|size| size.div_ceil(BLOCK).saturating_mul(BLOCK)).fold(0, u64::saturating_add);
+    if needed > available {
+        return Err(DeployError::NoSpace { path: folder.to_path_buf(), needed, available });
+    }
+    Ok(())
 }
 
 /// Pulls a single image, for a platform, under a name of the store.
@@ -78,11 +108,12 @@ pub fn image(
         .filter(|blob| !store.has(blob))
         .cloned()
         .collect();
-    let needed = blobs.iter().map(|blob| blob.size).fold(0, u64::saturating_add);
-    check_space(store.dir(), needed)?;
+    check_room(store.dir(), blobs.iter().map(|blob| blob.size))?;
     let writer = store.writer()?;
-    let jobs: Vec<_> =
-        blobs.iter().map(|blob| FetchJob { from, blob, object: blob.digest.to_string() }).collect();
+    let jobs: Vec<_> = blobs
+        .iter()
+        .map(|blob| FetchJob { from, blob, again: false, object: blob.digest.to_string() })
+        .collect();
     writer.fetch_all(&jobs, progress)?;
     writer.set_name(as_name, &found)?;
     Ok(Pulled { names: vec![as_name.to_string()], digest: found.digest, fetched: blobs.len() })

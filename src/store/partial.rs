@@ -15,7 +15,6 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use super::put::CHUNK_BYTES;
 use super::{StoreError, TempBlob, Writer};
 use crate::digest::Hasher;
 use crate::error::{IoContext, IoError};
@@ -25,16 +24,20 @@ use crate::progress::Task;
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
 
+/// How much is read, hashed and written at a time, in bytes.
+const CHUNK_BYTES: usize = 1 << 20;
+
 /// Receives a blob into the store, unless it is there by the time that nobody else receives it;
-/// whether it was received.
+/// whether it was received. With `again`, what is there counts for nothing.
 pub(super) fn receive(
     writer: &Writer<'_>,
     from: &dyn Transport,
     blob: &Descriptor,
+    again: bool,
     task: &Task,
 ) -> Result<bool, StoreError> {
     let mut part = Part::open(writer, blob)?;
-    if writer.store().has(blob) {
+    if !again && writer.store().has(blob) {
         part.remove();
         task.advance(blob.size);
         return Ok(false);

@@ -139,7 +139,7 @@ fn a_push_that_is_killed_is_invisible_and_the_next_one_finishes() {
     place.publish(200, &[200_000, 100_000]);
     let (store, to) = (display(&place.store()), server.source("p"));
     let args = ["push", "--store", &store, &to];
-    for point in ["publish.image.pushed", "publish.system.pushed", "publish.referrers.pushed"] {
+    for point in ["push.image.pushed", "push.system.pushed", "push.referrers.pushed"] {
         assert!(killed_at(&mut place.command(&args), point), "{point}");
         assert!(!server.names("p/mos/system/system").contains(&"200".to_string()), "{point}");
     }

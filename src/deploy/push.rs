@@ -16,8 +16,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::deploy::DeployError;
-use crate::deploy::plan::{Offer, fetch_offer};
+use super::error::DeployError;
+use super::offer::{Whole, find_whole};
 use crate::digest::Digest;
 use crate::failpoint;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, SYSTEM_REPOSITORY};
@@ -54,10 +54,10 @@ pub fn system(
     to: &Registry,
     progress: &Progress,
 ) -> Result<Pushed, DeployError> {
-    let offer = fetch_offer(store.transport(), name)?;
-    offer.require_signed()?;
-    let manifest = SystemManifest::parse(offer.manifest_bytes()).map_err(|error| {
-        DeployError::NotASystem { object: store.transport().location(), why: error.to_string() }
+    let offer = find_whole(store.transport(), name)?;
+    let manifest = SystemManifest::parse(&offer.manifest).map_err(|error| DeployError::NotASystem {
+        object: store.transport().location(),
+        why: error.to_string(),
     })?;
     let system = to.at(SYSTEM_REPOSITORY)?;
     refuse_other(&system, manifest.version, &offer)?;
@@ -69,23 +69,23 @@ pub fn system(
         let repository = to.at(&image_repository(target.as_str()))?;
         push.manifest(&repository, &descriptor, &bytes)?;
         repository.put_document(&image.digest.hex(), media_type(&bytes)?.as_str(), &bytes)?;
-        failpoint::hit("publish.image.pushed");
+        failpoint::hit("push.image.pushed");
     }
     push.artifact(&system, &offer.artifact)?;
-    let hex = offer.digest().hex();
+    let hex = Digest::of(&offer.manifest).hex();
     let bytes = store.get(&offer.artifact.digest, MAX_MANIFEST_BYTES)?;
     system.put_document(&hex, MANIFEST, &bytes)?;
-    failpoint::hit("publish.system.pushed");
+    failpoint::hit("push.system.pushed");
     push.referrers(&system, &offer, &hex)?;
-    failpoint::hit("publish.referrers.pushed");
+    failpoint::hit("push.referrers.pushed");
     system.put_document(&manifest.version.to_string(), MANIFEST, &bytes)?;
     let counts = push.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
     let [present, mounted, sent] = counts;
-    Ok(Pushed { version: manifest.version, digest: offer.digest(), sent, mounted, present })
+    Ok(Pushed { version: manifest.version, digest: Digest::of(&offer.manifest), sent, mounted, present })
 }
 
 /// Rule: a version stands for one system.
-fn refuse_other(system: &Registry, version: u64, offer: &Offer) -> Result<(), DeployError> {
+fn refuse_other(system: &Registry, version: u64, offer: &Whole) -> Result<(), DeployError> {
     let found = match system.peek(&version.to_string()) {
         Ok(found) => found,
         Err(TransportError::Registry(error)) if matches!(*error, RegistryError::NotFound { .. }) => None,
@@ -156,7 +156,7 @@ impl Push<'_> {
     }
 
     /// Sends what says something about the system.
-    fn referrers(&self, system: &Registry, offer: &Offer, hex: &str) -> Result<(), DeployError> {
+    fn referrers(&self, system: &Registry, offer: &Whole, hex: &str) -> Result<(), DeployError> {
         let mut count: HashMap<&str, usize> = HashMap::new();
         let mut understood = true;
         let mut listed = Vec::new();
