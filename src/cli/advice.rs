@@ -6,7 +6,11 @@ use crate::error::{AnyError, Class, Classified};
 use crate::floor::{self, FloorError};
 use crate::manifest::{ImportErrors, SystemError};
 use crate::publish::keys::GenerateError;
+use crate::store::StoreError;
 use crate::store::fsck::NotWhole;
+use crate::transport::TransportError;
+#[cfg(feature = "registry")]
+use crate::transport::registry::RegistryError;
 use crate::trust::pem::SecretInPublic;
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
 
@@ -23,6 +27,8 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_floor_key))
             .or_else(|| this.downcast_ref().and_then(for_activation))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
+            .or_else(|| this.downcast_ref().and_then(for_store))
+            .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_secret))
             .or_else(|| this.downcast_ref().and_then(for_not_whole))
             .or_else(|| this.downcast_ref().and_then(for_trust))
@@ -38,6 +44,35 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
         cause = this.source();
     }
     None
+}
+
+fn for_store(error: &StoreError) -> Option<&'static str> {
+    match error {
+        StoreError::Transport(error) => for_transport(error),
+        _ => None,
+    }
+}
+
+#[cfg(not(feature = "registry"))]
+fn for_transport(_: &TransportError) -> Option<&'static str> {
+    None
+}
+
+#[cfg(feature = "registry")]
+fn for_transport(error: &TransportError) -> Option<&'static str> {
+    let TransportError::Registry(error) = error else { return None };
+    Some(match **error {
+        RegistryError::Denied { .. } => {
+            "log in with `podman login` or `docker login`, or give --authfile (docs/registries.md, credentials)"
+        }
+        RegistryError::Tls { .. } => {
+            "put the registry's CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
+        }
+        RegistryError::Network { .. } | RegistryError::Stalled { .. } => {
+            "run the command again: what was received is kept"
+        }
+        _ => return None,
+    })
 }
 
 fn for_trust(error: &TrustError) -> Option<&'static str> {
@@ -74,6 +109,9 @@ fn for_trust(error: &TrustError) -> Option<&'static str> {
 fn for_deploy(error: &DeployError) -> Option<&'static str> {
     Some(match error {
         DeployError::Trust(error) => return for_trust(error),
+        DeployError::Transport(error) => return for_transport(error),
+        DeployError::Store(error) => return for_store(error),
+        DeployError::VersionElsewhere { .. } => "build the other system with a higher version",
         DeployError::Floor(error) => return for_floor(error),
         DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
         DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::{Global, output, progress};
+use super::{Global, RegistryArgs, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
@@ -18,6 +18,7 @@ use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::read_named;
+use crate::transport::Access;
 use crate::trust::{self, Dates, PrivateKey};
 
 /// Most bytes of a floor signature file: DER has 72 at the most.
@@ -77,6 +78,8 @@ pub struct Build {
     /// How hard to compress, as zstd counts: another level gives another digest.
     #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// A key that is named by a URI.
@@ -104,12 +107,13 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let floor_pub: Vec<_> =
         args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
     let progress = progress::of(global)?;
+    let access = args.registry.access(global);
     let built = match (&args.key, &args.to_sign, &args.signature) {
-        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &progress)?,
-        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &progress)?,
+        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &access, &progress)?,
+        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &access, &progress)?,
         (.., signature) => {
             let signature = signature.as_deref().unwrap_or(Path::new(""));
-            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &progress)?
+            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &access, &progress)?
         }
     };
     print(&built, global)
@@ -124,14 +128,20 @@ fn import(args: &Build) -> Result<ImportManifest, AnyError> {
 }
 
 /// With both keys at hand.
-fn whole(args: &Build, key: &Path, certificate: &[u8], progress: &Progress) -> Result<Built, AnyError> {
+fn whole(
+    args: &Build,
+    key: &Path,
+    certificate: &[u8],
+    access: &Access,
+    progress: &Progress,
+) -> Result<Built, AnyError> {
     let import = import(args)?;
     let key = PrivateKey::load(key)?;
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
-    Ok(build(&import, &store, &signer, effort(args), progress)?)
+    Ok(build(&import, &store, &signer, effort(args), access, progress)?)
 }
 
 fn first_half(
@@ -139,11 +149,13 @@ fn first_half(
     to: &Path,
     certificate: Option<&[u8]>,
     floor_pub: &[floor::PublicKey],
+    access: &Access,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
     let store = Store::create(&args.store)?;
-    let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), progress)?;
+    let built =
+        halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), access, progress)?;
     atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
     if let (Some(to), Some(key)) = (&args.floor_to_sign, floor_pub.first()) {
         let message = halves::floor_message(&built.manifest, key)?;
@@ -157,6 +169,7 @@ fn second_half(
     signature: &Path,
     certificate: &[u8],
     floor_keys: &[floor::PublicKey],
+    access: &Access,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let signature = read_file(signature, trust::MAX_SIGNATURE_BYTES)?;
@@ -177,7 +190,7 @@ fn second_half(
         return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
     }
     let import = ImportManifest::parse(&args.file, &bytes)?;
-    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), progress)?)
+    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), access, progress)?)
 }
 
 fn print(built: &Built, global: &Global) -> Result<(), AnyError> {

@@ -16,11 +16,15 @@ mod global;
 mod help;
 mod install;
 mod keys;
+mod log;
 mod manifest;
 mod mount;
 mod notify;
 pub mod output;
 mod progress;
+#[cfg(feature = "registry")]
+mod push;
+mod registry;
 mod repair;
 pub mod start;
 mod status;
@@ -34,6 +38,7 @@ use clap::{FromArgMatches, Parser, Subcommand};
 
 use floor::FloorArgs;
 pub use global::Global;
+use registry::RegistryArgs;
 
 use crate::error::AnyError;
 
@@ -52,6 +57,10 @@ enum Command {
     Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
+    #[cfg(feature = "registry")]
+    Push(push::PushArgs),
+    #[cfg(feature = "registry")]
+    Pull(push::PullArgs),
     Install(install::InstallArgs),
     Update(install::UpdateArgs),
     Commit(commit::CommitArgs),
@@ -91,6 +100,10 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Push(args) => push::push(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Pull(args) => push::pull(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),
         Command::Update(args) => install::update(args, &cli.global),
         Command::Commit(args) => commit::run(args, &cli.global),

@@ -98,7 +98,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         let store = job.writer.store();
         let mut attributes = |path: &[u8]| attributes_below(store, below, path);
         let converted = convert_tar(
-            job.from.open(&layer.digest)?,
+            job.from.open(&layer.to_descriptor(), 0)?,
             &tar,
             &temp.file,
             job.effort,

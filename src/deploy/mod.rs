@@ -29,6 +29,9 @@ pub mod gc;
 pub mod id;
 pub mod offer;
 pub mod plan;
+pub mod pull;
+#[cfg(feature = "registry")]
+pub mod push;
 pub mod repair;
 pub mod space;
 pub mod state;

@@ -30,7 +30,7 @@ use crate::manifest::{
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
-use crate::transport::{SourceRef, Transport, TransportError};
+use crate::transport::{Access, SourceRef, Transport, TransportError};
 use crate::trust::{
     CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, SignError, Signed,
 };
@@ -83,13 +83,14 @@ pub fn build(
     store: &Store,
     signer: &Signer<'_>,
     effort: Effort,
+    access: &Access,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| {
         Signed::create(manifest, signer.key, signer.certificate, signer.dates).map(|_| ())
     };
     let writer = store.writer()?;
-    let assembled = assemble(import, &writer, trial, effort, progress)?;
+    let assembled = assemble(import, &writer, trial, effort, access, progress)?;
     let manifest = &assembled.manifest;
     let signed = Signed::create(manifest, signer.key, signer.certificate, signer.dates)?;
     let mut floor_signatures = Vec::new();
@@ -116,6 +117,7 @@ pub(super) fn assemble(
     writer: &Writer<'_>,
     trial: impl FnOnce(&SystemManifest) -> Result<(), SignError>,
     effort: Effort,
+    access: &Access,
     progress: &Progress,
 ) -> Result<Assembled, BuildError> {
     if import.storage_type() != StorageType::Atomfs {
@@ -124,7 +126,7 @@ pub(super) fn assemble(
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
     for (name, target) in &import.targets {
-        let (image, source) = find(import, name, target)?;
+        let (image, source) = find(import, name, target, access)?;
         resolved.insert(name.clone(), source);
         found.insert(name.clone(), image);
     }
@@ -189,10 +191,11 @@ fn find(
     import: &ImportManifest,
     name: &TargetName,
     target: &ImportTarget,
+    access: &Access,
 ) -> Result<(Found, Resolved), BuildError> {
     let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
     let source = source_of(&target.url).map_err(wrong)?;
-    let from = source.open().map_err(wrong)?;
+    let from = source.open(access).map_err(wrong)?;
     let descriptor = from.find_image(source.name.as_deref(), &Platform::this_machine()).map_err(wrong)?;
     let resolved = Resolved { digest: descriptor.digest, size: descriptor.size };
     import.check_pins(name, &resolved)?;

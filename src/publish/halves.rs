@@ -19,6 +19,7 @@ use crate::image::oci::{Descriptor, MANIFEST};
 use crate::manifest::{ImportManifest, SystemManifest};
 use crate::progress::Progress;
 use crate::store::{Store, Writer, image_name};
+use crate::transport::Access;
 use crate::trust::{Dates, Signed, signer_for};
 
 /// The first half: the images are put into the store and named; the system is not.
@@ -31,6 +32,7 @@ pub fn prepare(
     certificate: Option<&[u8]>,
     dates: Dates,
     effort: Effort,
+    access: &Access,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| match certificate {
@@ -38,7 +40,7 @@ pub fn prepare(
         None => Ok(()),
     };
     let writer = store.writer()?;
-    let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, progress)?;
+    let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, access, progress)?;
     // Named, so that nobody collects them before the second half.
     let entries: Vec<_> = names.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
     writer.set_entries(&entries)?;
@@ -68,11 +70,12 @@ pub fn finish(
     store: &Store,
     made: &Made<'_>,
     effort: Effort,
+    access: &Access,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let writer = store.writer()?;
     let trial = |manifest: &SystemManifest| signer_for(manifest, made.certificate, made.dates).map(|_| ());
-    let assembled = assemble(import, &writer, trial, effort, progress)?;
+    let assembled = assemble(import, &writer, trial, effort, access, progress)?;
     join(&writer, &assembled.manifest, assembled.names, made)?;
     let Assembled { manifest, targets, .. } = assembled;
     Ok(Built { digest: manifest.digest(), manifest, targets })

@@ -201,7 +201,9 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
             None => report.extra_files.push(path),
         }
     }
-    report.extra_files.extend(files(&store.private("tmp"))?.into_iter().map(|(path, _)| path));
+    for folder in ["tmp", "partial"] {
+        report.extra_files.extend(files(&store.private(folder))?.into_iter().map(|(path, _)| path));
+    }
     blobs.sort();
     report.blobs = blobs.len();
     report.bytes = total(&blobs);

@@ -146,9 +146,11 @@ impl Collector<'_> {
             }
             removal.bytes += size;
         }
-        for (path, size) in files(&self.store.private("tmp"))? {
-            removal.files.push(path);
-            removal.bytes += size;
+        for folder in ["tmp", "partial"] {
+            for (path, size) in files(&self.store.private(folder))? {
+                removal.files.push(path);
+                removal.bytes += size;
+            }
         }
         removal.blobs.sort();
         removal.files.sort();
@@ -180,7 +182,9 @@ impl Collector<'_> {
                 _ => failpoint::hit("store.gc.blob"),
             }
         }
-        for folder in [self.store.dir().join("blobs/sha256"), self.store.private("tmp")] {
+        for folder in
+            [self.store.dir().join("blobs/sha256"), self.store.private("tmp"), self.store.private("partial")]
+        {
             if folder.exists() {
                 sync_folder(&folder).on("sync", &folder)?;
             }

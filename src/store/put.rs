@@ -4,21 +4,34 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Store, StoreError, files};
+use super::{Store, StoreError, files, partial};
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Manifest, REF_NAME};
-use crate::progress::Task;
+use crate::progress::{self, Progress, Task};
 use crate::sys::atomic;
 use crate::sys::file::reflink;
 use crate::sys::flock::Lock;
-use crate::transport::{Blob, Transport, TransportError};
+use crate::transport::{Blob, Transport, TransportError, parallel};
 
 /// How much is read, hashed and written at a time, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
+
+/// A blob to fetch, for [`Writer::fetch_all`].
+pub struct FetchJob<'a> {
+    /// Where it is.
+    pub from: &'a dyn Transport,
+    /// The blob.
+    pub blob: &'a Descriptor,
+    /// Whether to fetch it whatever has its name in the store.
+    pub again: bool,
+    /// What to call it to people.
+    pub object: String,
+}
 
 /// Someone who writes to a store. What it puts is safe from garbage collection while it lives;
 /// what should stay must have a name, or be reached by one, before it is dropped.
@@ -86,9 +99,30 @@ impl<'a> Writer<'a> {
             task.advance(blob.size);
             return Ok(false);
         }
+        if from.is_remote() {
+            return partial::receive(self, from, blob, false, task);
+        }
         let temp = self.receive(from, blob, task)?;
         self.commit(temp, &blob.digest)?;
         Ok(true)
+    }
+
+    /// Fetches blobs, several at a time, each once.
+    ///
+    /// # Errors
+    /// As [`Writer::fetch`], of the first that failed.
+    pub fn fetch_all(&self, jobs: &[FetchJob<'_>], progress: &Progress) -> Result<(), StoreError> {
+        let all: u64 = jobs.iter().map(|job| job.blob.size).sum();
+        let whole = Arc::new(progress.task("fetch", progress::ALL, Some(all)));
+        parallel::for_each(jobs, |job| {
+            let task = progress.task("fetch", &job.object, Some(job.blob.size)).part_of(&whole);
+            match job.again {
+                true => self.refetch(job.from, job.blob, &task)?,
+                false => self.fetch(job.from, job.blob, &task).map(|_| ())?,
+            }
+            failpoint::hit("store.blob.fetched");
+            Ok(())
+        })
     }
 
     /// Fetches a blob whatever has its name in the store, and puts it there: the same bytes, or better.
@@ -96,6 +130,9 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// As [`Writer::fetch`].
     pub fn refetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<(), StoreError> {
+        if from.is_remote() {
+            return partial::receive(self, from, blob, true, task).map(|_| ());
+        }
         let temp = self.receive(from, blob, task)?;
         self.commit(temp, &blob.digest)
     }
@@ -113,7 +150,7 @@ impl<'a> Writer<'a> {
     ) -> Result<TempBlob, StoreError> {
         let object = format!("{} in {}", blob.digest, from.location());
         let mut temp = self.temp()?;
-        let (found, size) = temp.fill(from.open(&blob.digest)?, blob.size, task)?;
+        let (found, size) = temp.fill(from.open(blob, 0)?, blob.size, task)?;
         if size != blob.size {
             return Err(TransportError::SizeMismatch { object, expected: blob.size, found: size }.into());
         }
@@ -290,6 +327,11 @@ impl TempBlob {
                 Err(source) => return Err(IoError { operation: "create", path, source }),
             }
         }
+    }
+
+    /// A file that has its content already, such as one that was received in parts.
+    pub(super) fn of(file: File, path: PathBuf) -> Self {
+        Self { file, path, kept: false }
     }
 
     /// Where the file is.

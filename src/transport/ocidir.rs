@@ -12,7 +12,7 @@
 //! same; in the store of a device, where mosfs makes none, they are refused.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +20,7 @@ use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
 use crate::digest::Digest;
+use crate::error::IoContext;
 use crate::image::blobs::{BlobFolder, Blobs};
 use crate::image::oci::{Descriptor, Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
 use crate::sys::file::{self, Links};
@@ -39,14 +40,14 @@ struct LayoutFile {
 }
 
 /// Splits `DIR[:NAME]`; the folder ends at the first `:` (docs/design.md, source words).
-pub(super) fn split(rest: &str) -> Option<Place> {
+pub(super) fn split(rest: &str) -> Result<Place, &'static str> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     let (dir, name) = match rest.split_once(':') {
-        Some((_, "")) => return None,
+        Some((_, "")) => return Err("the name after the colon is empty"),
         Some((dir, name)) => (dir, Some(name.to_string())),
         None => (rest, None),
     };
-    (!dir.is_empty()).then(|| (dir.to_string(), name))
+    if dir.is_empty() { Err("the folder is empty") } else { Ok((dir.to_string(), name)) }
 }
 
 impl OciDir {
@@ -178,8 +179,24 @@ impl Transport for OciDir {
         Ok(bytes)
     }
 
-    fn open(&self, blob: &Digest) -> Result<Blob, TransportError> {
-        Ok(Blob::File(self.open_blob(blob)?.0))
+    fn open(&self, blob: &Descriptor, offset: u64) -> Result<Blob, TransportError> {
+        let (mut file, _) = self.open_blob(&blob.digest)?;
+        if offset > 0 {
+            file.seek(SeekFrom::Start(offset)).on("seek in", self.blob_path(&blob.digest))?;
+        }
+        Ok(Blob::File(file))
+    }
+
+    fn tags(&self, repository: &str) -> Result<Vec<String>, TransportError> {
+        let entries = self.entries()?;
+        let tag = |entry: &Descriptor| {
+            Some(entry.ref_name()?.strip_prefix(repository)?.strip_prefix(':')?.to_string())
+        };
+        Ok(entries.iter().filter_map(tag).collect())
+    }
+
+    fn within(&self, _repository: &str) -> Result<Box<dyn Transport>, TransportError> {
+        Ok(Box::new(self.clone()))
     }
 
     fn referrers(
