@@ -68,12 +68,11 @@ impl Fixture {
         let begin = "awk '/ - fuse.mosfs | - overlay mosfs:/ { print $5 }' /proc/self/mountinfo | xargs -r umount -l\n\
                      mount -t overlay -o lowerdir=$T/sbin:/usr/sbin none /usr/sbin || exit 99\n\
                      trap 'while mountpoint -q $T/m; do umount -l $T/m; done' EXIT\n";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-uc", &format!("{begin}{text}")]);
+        let private = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/private-mounts");
+        let mut command = Command::new(private);
+        command.args(["sh", "-uc", &format!("{begin}{text}")]);
         self.environment(&mut command);
-        command
-            .output()
-            .unwrap_or_else(|error| panic!("cannot run unshare (Debian package util-linux): {error}"))
+        command.output().expect("run tests/private-mounts")
     }
 
     /// The same, which must succeed; what it printed.
