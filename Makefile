@@ -40,11 +40,6 @@ help: ## Show this list
 build: ## Build mosfs (target/release/mosfs)
 	@tests/setup build
 	$(CARGO) build --release --locked
-	# What makes it quick to start.
-	if readelf --dynamic target/release/mosfs | grep -q 'NEEDED.*libcrypto'; then
-		echo "target/release/mosfs loads libcrypto: something of src/cli/start.rs asks for a signature" >&2
-		exit 1
-	fi
 
 demo: ## Go the whole way once on a real Debian root file system, and explain it
 	@tests/setup demo
