@@ -5,6 +5,8 @@
 
 #[path = "common/whole/mod.rs"]
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::ffi::OsString;
 use std::fs;
@@ -18,6 +20,7 @@ use common::scan::{Scan, Tree, assert_same, scan, show, try_scan};
 use common::system::{Mounted, PRODUCT, build, digest, image_name, import_manifest, keys, scratch, source};
 use common::{debian, layers};
 use mosfs::store::Store;
+use program::copy_program;
 use tar::EntryType;
 
 /// `oci:DIR:NAME` of a layout.
@@ -464,7 +467,7 @@ fn an_ordinary_user_sees_the_same() {
         (PathBuf::from(env!("CARGO_BIN_EXE_mosfs-full")), "mosfs-full"),
         (std::env::current_exe().expect("this program"), "test"),
     ] {
-        fs::copy(program, there.join(name)).expect("copy a program");
+        copy_program(program, there.join(name));
         fs::set_permissions(there.join(name), fs::Permissions::from_mode(0o755)).expect("chmod");
     }
     run(Command::new("chown").args(["-R", &format!("{USER}:{USER}")]).arg(&home));

@@ -1,9 +1,14 @@
 //! `mosfs` and `mosfs-full`: which of them runs a command, and that nobody can tell.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Output};
+
+use program::copy_program;
 
 const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
 const FULL: &str = env!("CARGO_BIN_EXE_mosfs-full");
@@ -64,7 +69,7 @@ fn the_full_program_is_found_where_it_is_installed() {
         fs::create_dir_all(folder).unwrap();
     }
     let installed = bin.join("mosfs");
-    fs::copy(MOSFS, &installed).unwrap();
+    copy_program(MOSFS, &installed);
     let alone = run(&installed, &["--version"]);
     assert_eq!(alone.status.code(), Some(1));
     let said = String::from_utf8_lossy(&alone.stderr);
@@ -73,7 +78,7 @@ fn the_full_program_is_found_where_it_is_installed() {
         "{said}"
     );
 
-    fs::copy(FULL, libexec.join("mosfs-full")).unwrap();
+    copy_program(FULL, libexec.join("mosfs-full"));
     let link = root.path().join("elsewhere");
     symlink(&installed, &link).unwrap();
     for program in [installed, link] {
