@@ -6,8 +6,12 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/shell.rs"]
 mod shell;
+
+use program::copy_program;
 
 fn package() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -60,9 +64,10 @@ impl Machine {
     }
 
     fn program(&self, name: &str, text: &str) {
-        let path = self.dir.path().join(name);
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        let text_file = self.dir.path().join(format!("{name}.text"));
+        fs::write(&text_file, text).unwrap();
+        fs::set_permissions(&text_file, Permissions::from_mode(0o755)).unwrap();
+        copy_program(text_file, self.dir.path().join(name));
     }
 
     fn add(self, tool: &str) -> Self {
