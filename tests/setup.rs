@@ -281,10 +281,16 @@ fn the_tests_have_a_row_for_each_program() {
     let top: Vec<_> = fs::read_dir(package().join("tests"))
         .unwrap()
         .map(|entry| format!("tests/{}", entry.unwrap().file_name().to_str().unwrap()))
-        .filter(|name| name.ends_with(".rs"))
+        .filter(|name| name.ends_with(".rs") && !name.ends_with("/deb.rs"))
         .collect();
     paths.extend(top.iter().map(String::as_str));
     check(&["build", "test"], &paths);
+}
+
+/// What the packages are tried with is set up by `make deb` besides.
+#[test]
+fn the_test_of_the_packages_has_a_row_for_each_program() {
+    check(&["build", "test", "deb"], &["tests/deb", "tests/deb.rs"]);
 }
 
 #[test]
