@@ -291,7 +291,7 @@ impl Ended {
     /// Whether Linux stopped waiting for an answer of the TPM.
     ///
     /// It allows 750 ms for TPM2_GetCapability, TPM2_PCR_Extend and TPM2_Startup, and 2 s for TPM2_NV_Read
-    /// (drivers/char/tpm/tpm2-cmd.c), for 6.1 and 6.12, tpm_crb and tpm_tis alike, and no parameter changes that. An
+    /// (drivers/char/tpm/tpm2-cmd.c), in 6.1 and in 6.12, and no parameter of tpm_crb or tpm_tis changes that. An
     /// emulated machine reaches these when the host stops it for that long, even where the answer is there by then.
     pub fn gave_up_on_the_tpm(&self) -> bool {
         self.console.lines().any(|line| line.ends_with("tpm tpm0: Operation Timed out"))
@@ -341,4 +341,32 @@ impl Drop for Slot {
         *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
         ENDED.notify_one();
     }
+}
+
+#[test]
+fn a_machine_that_gave_up_on_the_tpm_is_put_back() {
+    let console = |console: &str| Ended { verdict: 5, console: console.into() };
+    assert!(console("a\n[    7.840498] tpm tpm0: Operation Timed out\nb").gave_up_on_the_tpm());
+    assert!(!console("tpm tpm0: Operation Canceled\nmosfs: Operation Timed out\n").gave_up_on_the_tpm());
+
+    let dir = tempfile::tempdir().expect("a folder");
+    let (tpm, disk) = (dir.path().join("tpm"), dir.path().join("disk.qcow2"));
+    fs::create_dir(&tpm).expect("a folder");
+    fs::write(tpm.join("state"), "before").expect("a file");
+    let new = Before::new(&tpm, Some(&disk));
+    fs::write(&disk, "made by the machine").expect("a file");
+    let kept = Before::new(&tpm, Some(&disk));
+    for name in ["state", "another"] {
+        fs::write(tpm.join(name), "after").expect("a file");
+    }
+    fs::write(&disk, "changed by the machine").expect("a file");
+    kept.put_back();
+    assert_eq!(fs::read_to_string(&disk).expect("the disk"), "made by the machine");
+    assert_eq!(fs::read_to_string(tpm.join("state")).expect("the state"), "before");
+    assert!(!tpm.join("another").exists());
+    drop(kept);
+    new.put_back();
+    assert!(!disk.exists());
+    drop(new);
+    assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1, "no copy stays");
 }
