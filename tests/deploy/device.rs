@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use mosfs::deploy::choice::{Booted, Role, choose};
-use mosfs::deploy::{DeployError, State, System};
+use mosfs::deploy::{DeployError, State, System, check_complete};
+use mosfs::manifest::ServiceType;
+use mosfs::manifest::system::Target;
 use mosfs::trust::Anchor;
 use mosfs::trust::floor::{self, Config, Floor, Place, Tcti};
 use tempfile::TempDir;
@@ -135,7 +137,10 @@ impl Device {
     pub fn boot_if(&self, good: impl Fn(u64) -> bool) -> Result<Booted<()>, DeployError> {
         let anchor = Anchor::load(&self.config()).expect("an anchor");
         let mut floor = self.open_floor();
-        choose(&System::at(self.system()), &anchor, floor.as_mut(), |verified, _| {
+        let system = System::at(self.system());
+        choose(&system, &anchor, floor.as_mut(), |verified, _| {
+            let is_root = |target: &Target| target.service_type == ServiceType::Hostfs;
+            check_complete(&system, verified, is_root)?;
             if good(verified.manifest().version) {
                 Ok(())
             } else {

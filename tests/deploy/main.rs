@@ -14,4 +14,5 @@ mod crash;
 mod device;
 mod floor;
 mod limits;
+mod recover;
 mod rules;
