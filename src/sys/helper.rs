@@ -48,9 +48,11 @@ impl Helper {
                 Ok(Self { socket: ours, pid: pid as libc::pid_t, started: Instant::now() })
             }
             Forked::Child => {
-                drop(ours);
                 // Nothing of the parent's may run here: no destructors, no unwinding into its callers.
                 let done = catch_unwind(AssertUnwindSafe(|| {
+                    // Left behind for ever, it must hold nothing: neither the terminal nor the TPM.
+                    daemon::detach(&[])?;
+                    close_all_but(theirs.as_raw_fd());
                     let (bytes, descriptor) = work();
                     send(&theirs, &bytes, descriptor.as_ref())
                 }));
@@ -93,6 +95,18 @@ impl Drop for Helper {
         unsafe {
             libc::kill(self.pid, libc::SIGKILL);
             libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG);
+        }
+    }
+}
+
+/// Closes all descriptors above 2 but this one: close_range(2), Linux 5.9. On an older kernel they stay open.
+fn close_all_but(kept: RawFd) {
+    let kept = libc::c_uint::try_from(kept).unwrap_or(3);
+    for (first, last) in [(3, kept.saturating_sub(1)), (kept.saturating_add(1), libc::c_uint::MAX)] {
+        if first <= last {
+            // SAFETY: no pointers. This process runs nothing that uses any of them: it is a child that does its
+            // work with what it opens from here on, and ends with _exit.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
         }
     }
 }

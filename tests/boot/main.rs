@@ -5,6 +5,8 @@
 //! figures.rs     how long `mosfs boot` takes, for docs/boot.md
 //! host.rs        `mosfs boot` without a machine
 //! refused.rs     what is refused before anything of it runs
+//! no_shell.rs    what follows a boot that fails
+//! partitions.rs  which disk is taken, and what a boot is measured as, without a machine
 //! power.rs       power cuts during update and commit, with a disk that loses its write cache
 //! ```
 //! Each test prepares a system partition and a TPM on the host with the real commands, boots
@@ -26,6 +28,8 @@ mod swtpm;
 mod debian;
 mod figures;
 mod host;
+mod no_shell;
+mod partitions;
 mod power;
 mod refused;
 
