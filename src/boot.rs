@@ -55,6 +55,7 @@ use crate::mount::kernel_overlay::Upper;
 use crate::mount::{self, Backend, MountFlags, MountPlan, kernel};
 use crate::store::Store;
 use crate::sys::mountapi::{self, MountError as CallError};
+use crate::sys::tpm::TpmError;
 use crate::trust::floor::{self, Config, Floor, FloorError, Place};
 use crate::trust::{Anchor, AnchorError, Verified};
 
@@ -75,7 +76,7 @@ pub struct Setup {
     pub patience: Duration,
 }
 
-/// The longest time that the TPM is given to take the measurement of a boot that failed.
+/// The longest time that the TPM is given to appear, and to take the measurement of a boot that failed.
 const REFUSE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A boot that is ready to be handed over to.
@@ -255,12 +256,21 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
 
 /// Closes PCR 15 after a boot that failed: whoever gets at the machine now cannot have it say that a good system runs.
 ///
+/// A TPM that is not there yet is waited for, at most `patience`: what fails at once must not be faster than its driver.
+///
 /// # Errors
-/// Where there is a TPM and it did not take it.
-pub fn refuse(place: &Place) -> Result<(), BootError> {
+/// Where the TPM did not take it.
+pub fn refuse(place: &Place, patience: Duration) -> Result<(), BootError> {
     let Place::Tpm(tcti, budget) = place else { return Ok(()) };
-    measure::extend(tcti, (*budget).min(REFUSE_WITHIN), measure::REFUSED)?;
-    Ok(())
+    let end = Instant::now() + patience.min(REFUSE_WITHIN);
+    loop {
+        match measure::extend(tcti, (*budget).min(REFUSE_WITHIN), measure::REFUSED) {
+            Err(MeasureError::Tpm { source: TpmError::Absent { .. } }) if Instant::now() < end => {
+                std::thread::sleep(LOOK_FOR_TPM_EVERY);
+            }
+            result => return Ok(result.map(|_| ())?),
+        }
+    }
 }
 
 /// What the choice of a deployment needs.

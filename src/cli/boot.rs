@@ -94,9 +94,11 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
         return output::line("a boot with this configuration finds what it needs in an initramfs");
     }
     attempt(args, global).inspect_err(|error| {
-        // Rule: every failing exit extends PCR 15 with the refused value. Where there is no TPM there is no PCR.
+        // Rule: every failing exit extends PCR 15 with the refused value. A TPM that was waited for in vain has
+        // no PCR.
         let no_tpm = matches!(error.inner().downcast_ref(), Some(BootError::Floor(FloorError::NoTpm { .. })));
-        if !no_tpm && let Err(error) = boot::refuse(&args.floor.place(global)) {
+        let patience = Duration::from_secs(args.wait);
+        if !no_tpm && let Err(error) = boot::refuse(&args.floor.place(global), patience) {
             output::note(format!("PCR {} is not closed: {error}", boot::measure::PCR));
         }
     })

@@ -3,6 +3,7 @@
 //! ```text
 //! debian.rs      boots to multi-user on each backend from each generator; updates, failures, rollback
 //! figures.rs     how long `mosfs boot` takes, for docs/boot.md
+//! hooks.rs       what the generators refuse to make
 //! host.rs        `mosfs boot` without a machine
 //! refused.rs     what is refused before anything of it runs
 //! no_shell.rs    what follows a boot that fails
@@ -27,6 +28,7 @@ mod swtpm;
 
 mod debian;
 mod figures;
+mod hooks;
 mod host;
 mod no_shell;
 mod partitions;

@@ -108,12 +108,12 @@ impl<'a> Boot<'a> {
     }
 
     /// Boots from a disk.
-    fn from_disk(&self, words: &str, arguments: &[&str]) -> Booted {
+    fn on_disk(&self, words: &str, arguments: &[&str]) -> Booted {
         self.run(&self.path("partition"), &self.device.tpm(), words, arguments)
     }
 
     /// Boots from the device's folder.
-    fn from_folder(&self, tpm: &Swtpm, words: &str) -> Booted {
+    fn on_folder(&self, tpm: &Swtpm, words: &str) -> Booted {
         self.run(&self.device.system(), tpm, words, &["--wait", "0"])
     }
 
@@ -226,15 +226,15 @@ fn a_part_of_something_else_is_passed_over_whatever_label_it_carries() {
         let disks = two_disks(&member, &good);
         assert_eq!(blkid(&disks[0]), kind);
         let words = format!("mosfs.system=LABEL={label}");
-        boot.from_disk(&words, &["--wait", "2"]).version(SMALL);
+        boot.on_disk(&words, &["--wait", "2"]).version(SMALL);
         untouched.check(kind);
         // Alone it is no partition, by its label and by its name.
         let [alone, good] = disks;
         drop(good);
         let passed_over = format!("{} was passed over: it is a part of something else ({kind})", alone.0);
-        boot.from_disk(&words, &["--wait", "0"]).refused(1, &["no system partition", &passed_over]);
+        boot.on_disk(&words, &["--wait", "0"]).refused(1, &["no system partition", &passed_over]);
         let by_name = format!("mosfs.system={}", alone.0);
-        boot.from_disk(&by_name, &["--wait", "0"]).refused(1, &["no system partition", &passed_over]);
+        boot.on_disk(&by_name, &["--wait", "0"]).refused(1, &["no system partition", &passed_over]);
         untouched.check(kind);
     }
 }
@@ -250,7 +250,7 @@ fn the_next_disk_is_tried_where_one_is_empty_broken_or_foreign() {
 
     ext4(&other, &label, None);
     let disks = two_disks(&other, &good);
-    let booted = boot.from_disk(&words, &["--wait", "2"]);
+    let booted = boot.on_disk(&words, &["--wait", "2"]);
     booted.version(SMALL);
     assert!(booted.said.contains("it holds no system; looking for another one"), "{}", booted.said);
     drop(disks);
@@ -259,7 +259,7 @@ fn the_next_disk_is_tried_where_one_is_empty_broken_or_foreign() {
     ext4(&other, &label, Some(&device.system()));
     File::options().write(true).open(&other).unwrap().write_all_at(&vec![0; 4 << 20], 2048).unwrap();
     let disks = two_disks(&other, &good);
-    boot.from_disk(&words, &["--wait", "2"]).version(SMALL);
+    boot.on_disk(&words, &["--wait", "2"]).version(SMALL);
     drop(disks);
 
     // Another product's disk, and one with older systems.
@@ -284,13 +284,13 @@ fn the_next_disk_is_tried_where_one_is_empty_broken_or_foreign() {
     assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
     ext4(&other, &label, Some(&system));
     let disks = two_disks(&other, &good);
-    let booted = boot.from_disk(&words, &["--wait", "2"]);
+    let booted = boot.on_disk(&words, &["--wait", "2"]);
     booted.version(SMALL);
     assert!(booted.said.contains("no deployment can be booted: 900-"), "{}", booted.said);
     // The foreign one alone: its reason is the boot's.
     let [alone, good] = disks;
     drop(good);
-    boot.from_disk(&words, &["--wait", "0"]).refused(3, &[&alone.0, "no deployment can be booted: 900-"]);
+    boot.on_disk(&words, &["--wait", "0"]).refused(3, &[&alone.0, "no deployment can be booted: 900-"]);
     assert_eq!(fs::read_dir(boot.path("partition")).unwrap().count(), 0, "it is mounted no more");
 }
 
@@ -351,11 +351,11 @@ fn a_disk_that_does_not_answer_stops_nothing() {
         let _ = Command::new("blockdev").args(["--flushbufs", &disks[0].0]).status();
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
         let words = format!("mosfs.system=LABEL={label}");
-        boot.from_disk(&words, &["--wait", "5"]).version(SMALL);
+        boot.on_disk(&words, &["--wait", "5"]).version(SMALL);
         let [silent, good] = disks;
         drop(good);
         let said = format!("{} was passed over: it does not answer", silent.0);
-        boot.from_disk(&words, &["--wait", "0"]).refused(1, &["no system partition", &said]);
+        boot.on_disk(&words, &["--wait", "0"]).refused(1, &["no system partition", &said]);
         drop(stopped);
     }
 }
@@ -371,7 +371,7 @@ fn a_disk_that_cannot_be_written_boots_what_is_current_and_tries_nothing() {
     let untouched = Untouched::of(&image);
     let disk = Loop::of(&image, &["-r"]);
     for words in [format!("mosfs.system=LABEL={label}"), format!("mosfs.system={}", disk.0)] {
-        let booted = boot.from_disk(&words, &["--wait", "0"]);
+        let booted = boot.on_disk(&words, &["--wait", "0"]);
         booted.version(SMALL);
         let said = format!("{} cannot be written: a pending version", disk.0);
         assert!(booted.said.contains(&said), "{}", booted.said);
@@ -380,7 +380,7 @@ fn a_disk_that_cannot_be_written_boots_what_is_current_and_tries_nothing() {
     untouched.check("a read-only disk");
     // The same disk, once it can be written: the pending version has all its tries.
     let disk = Loop::of(&image, &[]);
-    boot.from_disk(&format!("mosfs.system={}", disk.0), &["--wait", "0"]).version(SMALL_NEXT);
+    boot.on_disk(&format!("mosfs.system={}", disk.0), &["--wait", "0"]).version(SMALL_NEXT);
 }
 
 #[test]
@@ -397,9 +397,8 @@ fn file_systems_of_all_kinds_are_found_by_label_and_uuid() {
         command.args(["-q", "-t", kind, "-L", &label, "-U", uuid, "-d"]).arg(device.system()).arg(&image);
         tool("e2fsprogs", &mut command);
         let _disk = Loop::of(&image, &[]);
-        boot.from_disk(&format!("mosfs.system=LABEL={label}"), &["--wait", "0"]).version(SMALL);
-        boot.from_disk(&format!("mosfs.system=UUID={}", uuid.to_uppercase()), &["--wait", "0"])
-            .version(SMALL);
+        boot.on_disk(&format!("mosfs.system=LABEL={label}"), &["--wait", "0"]).version(SMALL);
+        boot.on_disk(&format!("mosfs.system=UUID={}", uuid.to_uppercase()), &["--wait", "0"]).version(SMALL);
     }
 }
 
@@ -447,7 +446,7 @@ fn a_boot_is_measured_into_every_active_bank_and_logged() {
         let boot = Boot::of(&device);
         let all = |set: &&str| if banks.contains(set) { format!("{set}:all") } else { format!("{set}:none") };
         let tpm = with_banks(&device, &BANKS.iter().map(all).collect::<Vec<_>>().join("+"));
-        boot.from_folder(&tpm, "mosfs.overlay=ro").version(SMALL);
+        boot.on_folder(&tpm, "mosfs.overlay=ro").version(SMALL);
         let records = records(&boot);
         let [record] = &records[..] else { panic!("{records:?}") };
         let event = record["content"]["string"].as_str().unwrap();
@@ -478,7 +477,7 @@ fn what_was_booted_changes_the_measurement() {
         let mut tpm = device.tpm();
         tpm.restart();
         let boot = Boot::of(&device);
-        let booted = boot.from_folder(&tpm, words);
+        let booted = boot.on_folder(&tpm, words);
         assert_eq!(booted.code, 0, "{what}: {}", booted.said);
         let value = pcr15(&tpm, "sha256");
         assert!(!seen.contains(&value), "{what} is measured as something before it");
@@ -500,7 +499,7 @@ fn a_boot_that_fails_closes_the_pcr_in_every_bank() {
         change(&device, &boot);
         let mut tpm = device.tpm();
         tpm.restart();
-        let booted = boot.from_folder(&tpm, words);
+        let booted = boot.on_folder(&tpm, words);
         assert_eq!(booted.code, code, "{what}: {}", booted.said);
         for bank in BANKS {
             assert_eq!(pcr15(&tpm, bank), extended(bank, "mosfs-v1 refused"), "{what}: {bank}");
@@ -543,12 +542,12 @@ fn a_target_that_is_no_hostfs_is_no_root_unless_the_configuration_names_it() {
     let device = Device::of(Publisher::again(dir.path()), SMALL);
     let boot = Boot::of(&device);
     let mut tpm = device.tpm();
-    boot.from_folder(&tpm, "root=mosfs:kiosk").refused(2, &["target kiosk cannot be the root", "fs-only"]);
+    boot.on_folder(&tpm, "root=mosfs:kiosk").refused(2, &["target kiosk cannot be the root", "fs-only"]);
     fs::write(device.config().join("root-target"), "kiosk\n").unwrap();
     let mut values = Vec::new();
     for (words, target) in [("", "kiosk"), ("root=mosfs:hostfs", "hostfs")] {
         tpm.restart();
-        let booted = boot.from_folder(&tpm, words);
+        let booted = boot.on_folder(&tpm, words);
         booted.version(SMALL);
         assert_eq!(booted.answer["target"], target);
         values.push(pcr15(&tpm, "sha256"));
@@ -564,7 +563,7 @@ fn a_tpm_that_takes_no_measurement_stops_the_boot() {
     let others: Vec<String> = (0..24).filter(|pcr| *pcr != 15).map(|pcr| pcr.to_string()).collect();
     let banks = format!("sha1:none+sha256:{}+sha384:none+sha512:none", others.join(","));
     let tpm = with_banks(&device, &banks);
-    boot.from_folder(&tpm, "").refused(5, &["no active bank with PCR 15"]);
+    boot.on_folder(&tpm, "").refused(5, &["no active bank with PCR 15"]);
     assert!(!boot.path("sysroot/content").exists(), "nothing stays mounted");
 }
 
