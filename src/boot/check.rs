@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::BootError;
 use super::settings::Settings;
+use crate::floor::{Config, FloorError};
 use crate::sys::{blkid, tpm};
 use crate::trust::Anchor;
-use crate::trust::floor::{Config, FloorError};
 
 /// Checks what a boot with this CONFIG needs and that is not on a disk: CONFIG itself, and the libraries that are
 /// loaded when they are first used, which nothing that lists libraries sees. `with_tpm`: the floor is in a TPM.

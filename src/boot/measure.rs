@@ -18,8 +18,7 @@
 //! Strings are escaped as JSON does; neither of those in an event needs it. Any change of this form takes
 //! another `boot` word than `mosfs-v1`. docs/boot.md has an example with a shell's means.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -29,6 +28,7 @@ use super::cmdline::Overlay;
 use super::event_log;
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::sys::file::{self, Links};
 use crate::sys::tpm::{BankAlgorithm, BankDigest, Tcti, Tpm, TpmError};
 
 /// The PCR that a boot extends: the "system identity" of the Linux TPM PCR registry.
@@ -116,13 +116,7 @@ pub fn config_digest(config: &Path) -> Result<Digest, IoError> {
             continue;
         }
         let name = path.file_name().unwrap_or_default().as_encoded_bytes().to_vec();
-        let mut content = Vec::new();
-        let file = File::open(&path).on("open", &path)?;
-        file.take(MAX_CONFIG_FILE + 1).read_to_end(&mut content).on("read", &path)?;
-        if content.len() as u64 > MAX_CONFIG_FILE {
-            let why = format!("it has more than {MAX_CONFIG_FILE} bytes");
-            return Err(std::io::Error::other(why)).on("measure", &path);
-        }
+        let content = file::read_regular(&path, Links::Followed, MAX_CONFIG_FILE)?;
         files.push((name, Digest::of(&content)));
     }
     files.sort();

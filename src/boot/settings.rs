@@ -10,14 +10,13 @@
 //! CONFIG lies in the initramfs, which whoever signs the kernel vouches for. What is not there has its
 //! default; what makes no sense is an error, never a default.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use super::cmdline::Overlay;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::manifest::system::Target;
 use crate::manifest::{ServiceType, SystemManifest, TargetName};
+use crate::sys::file::{self, Links};
 
 /// The file that names the overlay.
 pub const OVERLAY_FILE: &str = "overlay";
@@ -199,14 +198,8 @@ fn shown(text: &str) -> String {
 }
 
 fn read(path: &Path) -> Result<Option<String>, IoError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).on("open", path),
-    };
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES).read_to_end(&mut bytes).on("read", path)?;
-    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+    let bytes = file::find_regular(path, Links::Followed, MAX_BYTES)?;
+    Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@
 //!
 //! The bytes of both depend on the source image alone.
 
-use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
@@ -21,7 +20,7 @@ use serde_json::Value;
 
 use super::{ConvertError, Effort, Meta, Ready, TarLayer, convert_tar, examine};
 use crate::digest::Digest;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError,
@@ -33,6 +32,7 @@ use crate::image::verity;
 use crate::image::{FileType, Layer, LayerError};
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer};
+use crate::sys::file::open_regular;
 use crate::transport::{Transport, TransportError};
 
 /// Docker's media type of an image config.
@@ -101,7 +101,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         )
         .map_err(|source| IngestError::Layer { layer: layer.digest, source })?;
         job.writer.commit(temp, &converted.sealed.digest)?;
-        failpoint::hit("build.layer");
+        failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
             *place = LayerDescriptor {
@@ -188,8 +188,7 @@ fn image_layer(
     let blob = Descriptor::new(&layer.media_type, layer.digest, layer.size);
     let store = job.writer.store();
     if layer.root_hash.is_some() && store.has(&blob) {
-        let path = store.blob_path(&layer.digest);
-        let file = File::open(&path).on("open", &path)?;
+        let (file, _) = store.transport().open_blob(&layer.digest)?;
         // It is there already, whole or not: what was checked once is checked again before it is signed for.
         examine(&file, &layer.digest, layer.root_hash, threads, job.progress).map_err(wrong)?;
         return Ok(layer.clone());
@@ -200,14 +199,14 @@ fn image_layer(
     match examine(&temp.file, &layer.digest, layer.root_hash, threads, job.progress).map_err(wrong)? {
         Ready::Untouched => {
             job.writer.commit(temp, &layer.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(layer.clone())
         }
         Ready::NeedsTree(image_bytes) => {
             let sealed = verity::seal(&temp.file, image_bytes, threads, job.progress)
                 .map_err(|source| wrong(ConvertError::Seal(source)))?;
             job.writer.commit(temp, &sealed.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(LayerDescriptor {
                 digest: sealed.digest,
                 size: sealed.size_bytes,
@@ -258,7 +257,8 @@ fn attributes_below(
         }
         let verity = |source| ConvertError::Verity { layer: layer.digest, source };
         let below = |source| ConvertError::Below { layer: layer.digest, source };
-        let file = File::open(store.blob_path(&layer.digest))?;
+        let blob = store.blob_path(&layer.digest);
+        let (file, _) = open_regular(&blob, store.transport().links()).map_err(|error| error.source)?;
         let image = Squashfs::open(Arc::new(VerifiedSource::open(file, root_hash).map_err(verity)?))
             .map_err(below)?;
         match folder(&image, path).map_err(below)? {

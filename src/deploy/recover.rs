@@ -19,7 +19,7 @@ use super::state::{Damage, DeploymentId, Refusal, State, TRIES};
 use super::{System, booted::BootRecord};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
-use crate::trust::floor::FloorError;
+use crate::floor::FloorError;
 use crate::trust::{Anchor, Dates};
 
 /// The state as the disk has it, or one made anew from the deployments.

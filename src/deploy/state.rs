@@ -30,6 +30,7 @@ use super::error::DeployError;
 use crate::digest::Digest;
 use crate::error::IoContext;
 use crate::sys::atomic;
+use crate::sys::file::{self, Links};
 
 /// The format number that this program writes and reads.
 pub const FORMAT: u32 = 1;
@@ -219,10 +220,9 @@ impl State {
     /// # Errors
     /// Why the file is not a state that this program can use.
     pub fn read(path: &Path) -> Result<Option<Self>, Damage> {
-        match atomic::read_bounded(path, MAX_BYTES) {
-            Ok(bytes) => Self::parse(&bytes).map(Some),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Damage::Unreadable(error.to_string())),
+        match file::find_regular(path, Links::Refused, MAX_BYTES) {
+            Ok(bytes) => bytes.map(|bytes| Self::parse(&bytes)).transpose(),
+            Err(error) => Err(Damage::Unreadable(error.source.to_string())),
         }
     }
 

@@ -6,10 +6,10 @@ use std::process::{Command, Output};
 
 use mosfs::deploy::choice::{Booted, Role, choose};
 use mosfs::deploy::{DeployError, State, System, check_complete};
+use mosfs::floor::{self, Config, Floor, Place, Tcti};
 use mosfs::manifest::ServiceType;
 use mosfs::manifest::system::Target;
 use mosfs::trust::Anchor;
-use mosfs::trust::floor::{self, Config, Floor, Place, Tcti};
 use tempfile::TempDir;
 
 use crate::publish::{PRODUCT, Publisher};

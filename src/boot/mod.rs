@@ -49,14 +49,14 @@ use crate::deploy::state::Refusal;
 use crate::deploy::{DeployError, DeploymentId, System, check_complete};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
-use crate::mount::dm_verity::DmVerity;
+use crate::floor::{self, Config, Floor, FloorError, Place};
 use crate::mount::fuse::FuseOptions;
-use crate::mount::kernel_overlay::Upper;
+use crate::mount::kernel::dm_verity::DmVerity;
+use crate::mount::kernel::overlay::Upper;
 use crate::mount::{self, Backend, MountFlags, MountPlan, kernel};
-use crate::store::Store;
+use crate::sys::file;
 use crate::sys::mountapi::{self, MountError as CallError};
 use crate::sys::tpm::TpmError;
-use crate::trust::floor::{self, Config, Floor, FloorError, Place};
 use crate::trust::{Anchor, AnchorError, Verified};
 
 /// Where a boot finds and leaves things.
@@ -242,7 +242,7 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
     }
     phases.push(("measure and hand over", begin.elapsed()));
     phases.push(("all", clock.elapsed()));
-    failpoint::hit("boot.done");
+    failpoint::hit("boot.root.ready");
     Ok(Report {
         deployment: chosen.booted.deployment,
         role: chosen.booted.role,
@@ -324,7 +324,7 @@ impl Attempt<'_, '_> {
                 candidate.device.display()
             ));
         }
-        fs::create_dir_all(place).on("create", place)?;
+        file::create_folders(place)?;
         mountapi::attach(mounted.mount, place)
             .map_err(|source| BootError::Mount { what: candidate.device.display().to_string(), source })?;
         self.choose().inspect_err(|_| {
@@ -393,7 +393,7 @@ fn start(
     // The images of others may be damaged: that is no reason to have no system at all.
     check_complete(system, verified, |other| std::ptr::eq(other, target))?;
     let name = name.as_str();
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     // The store checks the OCI manifest against the digest in the signed manifest.
     let image = store.image(&target.digest)?;
     let plan = MountPlan::new(name, &image, &|digest| store.blob_path(digest), &[], false)?;
@@ -405,7 +405,7 @@ fn start(
             Some(Upper::Folder { upper: folder.join("upper"), work: folder.join("work") })
         }
     };
-    fs::create_dir_all(&setup.sysroot).on("create", &setup.sysroot)?;
+    file::create_folders(&setup.sysroot)?;
     let flags = MountFlags::default();
     let kernel_backend = match options.backend {
         Backend::Fuse => None,
@@ -453,7 +453,7 @@ const HANDED_OVER: [(bool, &str); 2] = [(false, "var/lib/mosfs"), (true, "etc/mo
 /// usual places where the image has folders for them.
 fn hand_over(setup: &Setup) -> Result<(), BootError> {
     let config = setup.run_dir.join("config");
-    fs::create_dir_all(&config).on("create", &config)?;
+    file::create_folders(&config)?;
     for entry in fs::read_dir(&setup.config).on("list", &setup.config)? {
         let entry = entry.on("list", &setup.config)?;
         if entry.file_type().on("look at", entry.path())?.is_file() {
