@@ -13,6 +13,7 @@ mod floor;
 mod gc;
 mod generate;
 mod global;
+mod help;
 mod install;
 mod keys;
 mod manifest;
@@ -20,6 +21,7 @@ mod mount;
 mod notify;
 pub mod output;
 mod progress;
+mod repair;
 pub mod start;
 mod status;
 mod umount;
@@ -28,16 +30,16 @@ mod verify;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{FromArgMatches, Parser, Subcommand};
 
 use floor::FloorArgs;
 pub use global::Global;
 
 use crate::error::AnyError;
 
-/// Turns a list of OCI images into a signed, verified, running Linux system.
+/// Turn a list of OCI images into a signed, verified, running Linux system
 #[derive(Debug, Parser)]
-#[command(name = "mosfs", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "mosfs", version, max_term_width = 100)]
 pub struct Cli {
     #[command(flatten)]
     global: Global,
@@ -62,6 +64,7 @@ enum Command {
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Verify(verify::Verify),
+    Repair(repair::RepairArgs),
     Gc(gc::Gc),
 }
 
@@ -74,7 +77,9 @@ pub fn main() -> ExitCode {
 
 /// Runs a command line; prints, and returns the exit code (docs/design.md, exit codes).
 pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let parsed =
+        help::command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return output::usage(&error),
     };
@@ -97,6 +102,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
         Command::Verify(args) => verify::run(args, &cli.global),
+        Command::Repair(args) => repair::run(args, &cli.global),
         Command::Gc(args) => gc::run(args, &cli.global),
     }
 }

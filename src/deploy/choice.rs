@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::error::DeployError;
 use super::recover::{self, Recovered};
-use super::state::{Damage, DeploymentId, LastBoot, Refusal, State};
+use super::state::{Damage, DeploymentId, LastBoot, Refusal, State, clip};
 use super::{System, deployment as on_disk};
 use crate::error::{AnyError, Class};
 use crate::failpoint;
@@ -85,7 +85,7 @@ pub fn choose<T>(
             Err(error) => {
                 gravest = graver(gravest, error.class());
                 log::error!("deployment {id} is not booted: {error}");
-                refused.push(Refusal::new(id, &error.to_string()));
+                refused.push(Refusal::new(id, clip(&error.to_string())));
             }
         }
     }

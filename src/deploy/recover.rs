@@ -15,7 +15,7 @@ use std::path::Path;
 
 use super::deployment;
 use super::error::DeployError;
-use super::state::{Damage, DeploymentId, Refusal, State, TRIES};
+use super::state::{Damage, DeploymentId, Refusal, State, TRIES, clip};
 use super::{System, booted::BootRecord};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
@@ -82,7 +82,7 @@ pub(super) fn for_boot(
         match verdict {
             Ok(()) => sound.push(id),
             Err(error) => {
-                refused.push((Refusal::new(id, &error.to_string()), error.class()));
+                refused.push((Refusal::new(id, clip(&error.to_string())), error.class()));
             }
         }
     }

@@ -45,11 +45,13 @@ mod put;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use put::{TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::image::blobs::Blobs;
 use crate::image::oci::{Descriptor, OciError, OciImage};
 use crate::sys::atomic::sync_folder;
 use crate::sys::file::{self, Links};
@@ -162,6 +164,11 @@ impl Store {
         self.layout.blob_path(digest)
     }
 
+    /// The blobs, for whoever mounts an image of this store.
+    pub fn blobs(&self) -> Arc<dyn Blobs> {
+        self.layout.blobs()
+    }
+
     /// Whether a blob is there with the right size. Its content was checked when it was written;
     /// [`fsck`] checks it again.
     pub fn has(&self, blob: &Descriptor) -> bool {
@@ -234,6 +241,12 @@ impl Store {
         Writer::new(self)
     }
 
+    /// Keeps garbage from being collected as long as what is returned lives; changes nothing.
+    fn hold(&self) -> Result<Lock, StoreError> {
+        let path = self.private("lock");
+        Ok(Lock::shared(&path).on("lock", &path)?)
+    }
+
     fn private(&self, name: &str) -> PathBuf {
         self.dir().join(".mosfs").join(name)
     }
@@ -247,6 +260,24 @@ impl Store {
         }
         Ok(self.private(name))
     }
+}
+
+/// The files in a folder, with their sizes in bytes. Folders are not ours and stay.
+fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(IoError { operation: "list", path: dir.to_path_buf(), source }.into()),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.on("list", dir)?.path();
+        let data = fs::symlink_metadata(&path).on("stat", &path)?;
+        if !data.is_dir() {
+            found.push((path, data.len()));
+        }
+    }
+    Ok(found)
 }
 
 /// Why the store cannot do something.

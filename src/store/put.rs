@@ -6,7 +6,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, files};
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
@@ -31,6 +31,10 @@ pub struct Writer<'a> {
 impl<'a> Writer<'a> {
     pub(super) fn new(store: &'a Store) -> Result<Self, StoreError> {
         let path = store.lock_path("lock")?;
+        // What a writer left that died goes with the next one, as long as no other writer lives.
+        if let Some(_alone) = Lock::try_exclusive(&path).on("lock", &path)? {
+            sweep(&store.private("tmp"));
+        }
         // Garbage collection holds it for seconds: wait.
         Ok(Self { store, _lock: Lock::shared(&path).on("lock", &path)? })
     }
@@ -85,6 +89,15 @@ impl<'a> Writer<'a> {
         let temp = self.receive(from, blob, task)?;
         self.commit(temp, &blob.digest)?;
         Ok(true)
+    }
+
+    /// Fetches a blob whatever has its name in the store, and puts it there: the same bytes, or better.
+    ///
+    /// # Errors
+    /// As [`Writer::fetch`].
+    pub fn refetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<(), StoreError> {
+        let temp = self.receive(from, blob, task)?;
+        self.commit(temp, &blob.digest)
     }
 
     /// Fetches a blob into a temporary file, checked against digest and size: for a blob that is
@@ -166,8 +179,16 @@ impl<'a> Writer<'a> {
                 match name {
                     Some(name) => {
                         entry.annotations.insert(REF_NAME.into(), (*name).into());
-                        index.retain(|old| old.ref_name() != Some(*name));
-                        index.push(entry);
+                        // In its place, so that what is as it should be changes nothing.
+                        let place = index.iter().position(|old| old.ref_name() == Some(*name));
+                        let mut taken = place.is_none();
+                        index.retain(|old| {
+                            old.ref_name() != Some(*name) || !std::mem::replace(&mut taken, true)
+                        });
+                        match place.and_then(|place| index.get_mut(place)) {
+                            Some(old) => *old = entry,
+                            None => index.push(entry),
+                        }
                     }
                     None => {
                         if !index.iter().any(|old| old.digest == entry.digest && old.ref_name().is_none()) {
@@ -193,11 +214,35 @@ impl<'a> Writer<'a> {
         })
     }
 
+    /// Begins `index.json` anew where it cannot be read; whether it had to. The names that it had are lost.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn mend_index(&self) -> Result<bool, StoreError> {
+        let path = self.store.lock_path("index.lock")?;
+        let _lock = Lock::exclusive(&path).on("lock", &path)?;
+        if self.store.layout.index().is_ok() {
+            return Ok(false);
+        }
+        replace_file(self.store.dir(), "index.json", &crate::image::oci::Index::empty().to_bytes())?;
+        Ok(true)
+    }
+
     fn change_index(
         &self,
         change: impl FnOnce(&mut Vec<Descriptor>) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         change_index(self.store, change)
+    }
+}
+
+/// Removes the temporary files of writers that died. The caller holds the store's lock, exclusive.
+fn sweep(folder: &Path) {
+    for (path, _) in files(folder).unwrap_or_default() {
+        match fs::remove_file(&path) {
+            Err(error) => log::warn!("{} stays: {error}", path.display()),
+            Ok(()) => failpoint::hit("store.tmp.removed"),
+        }
     }
 }
 

@@ -14,11 +14,13 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
 use crate::digest::Digest;
+use crate::image::blobs::{BlobFolder, Blobs};
 use crate::image::oci::{Descriptor, Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
 use crate::sys::file::{self, Links};
 
@@ -81,7 +83,16 @@ impl OciDir {
 
     /// Where a blob lies, or would lie.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.dir.join("blobs/sha256").join(digest.hex())
+        self.blob_folder().path(digest)
+    }
+
+    /// The blobs, for whoever mounts an image of this layout.
+    pub fn blobs(&self) -> Arc<dyn Blobs> {
+        Arc::new(self.blob_folder())
+    }
+
+    fn blob_folder(&self) -> BlobFolder {
+        BlobFolder::of_layout(&self.dir, self.links)
     }
 
     /// Reads `index.json`. A layout without one has no images.
