@@ -9,6 +9,7 @@
 //! units.rs      daemons in units of systemd
 //! registry.rs   /run/mosfs/mounts: what is mounted, by whom, how it is
 //! holders.rs    who uses a mount that is busy
+//! source_name.rs  what the mount table shows as the source
 //! log.rs        where daemons write
 //! ```
 //! A backend is one file and one row in [`Backend`].
@@ -22,6 +23,7 @@ pub mod kernel_overlay;
 mod log;
 mod plan;
 pub mod registry;
+mod source_name;
 pub mod through_device;
 pub mod units;
 

@@ -1,5 +1,6 @@
 //! What is to be mounted: the plan (pure), and the layers that it opens.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ pub struct MountPlan {
     pub source: String,
     /// Digest of the image's OCI manifest.
     pub digest: Option<Digest>,
-    /// The layers, the bottom one first.
+    /// The layers, the bottom one first, none twice.
     pub layers: Vec<PlannedLayer>,
 }
 
@@ -86,6 +87,7 @@ impl MountPlan {
                 root_hash,
             });
         }
+        let layers = without_repeats(layers);
         Ok(Self { source: source.to_string(), digest: Some(image.digest), layers })
     }
 
@@ -107,6 +109,20 @@ impl MountPlan {
     pub fn open(&self) -> Result<Vec<Arc<dyn Layer>>, MountError> {
         self.layers.iter().map(PlannedLayer::open).collect()
     }
+}
+
+/// Leaves out each layer that comes again further up, as overlayfs takes no folder twice.
+///
+/// Nothing is lost: a folder of the lower copy is visible only where the same folder of the upper
+/// one is, and every name in it is there too, as a file, a whiteout or a folder of the same kind. So the
+/// lower copy adds no name, and hides none that the upper one does not hide.
+fn without_repeats(layers: Vec<PlannedLayer>) -> Vec<PlannedLayer> {
+    // Two blobs with one root hash are one device to dm-verity.
+    let content = |layer: &PlannedLayer| layer.root_hash.unwrap_or(layer.digest);
+    let mut above = HashSet::new();
+    let mut kept: Vec<_> = layers.into_iter().rev().filter(|layer| above.insert(content(layer))).collect();
+    kept.reverse();
+    kept
 }
 
 impl PlannedLayer {
