@@ -160,8 +160,7 @@ fn find(
     let resolved = Resolved { digest: descriptor.digest, size: descriptor.size };
     import.check_pins(name, &resolved)?;
     let image = from.image(&descriptor).map_err(wrong)?;
-    check_layers(&image)
-        .map_err(|source| BuildError::Image { target: name.clone(), source: source.into() })?;
+    check_layers(&image).map_err(|source| BuildError::Image { target: name.clone(), source })?;
     Ok((Found { from, descriptor }, resolved))
 }
 
