@@ -12,6 +12,7 @@ use super::{Global, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
 use crate::deploy::build::{Signer, build};
 use crate::error::{AnyError, IoContext, IoError};
+use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, yaml};
 use crate::store::Store;
 use crate::trust::{self, Dates, PrivateKey, floor};
@@ -35,6 +36,10 @@ pub struct Build {
     /// The floor key: signs the version, so that devices can raise their floor to it.
     #[arg(long, value_name = "KEY")]
     floor_key: Option<PathBuf>,
+    /// Build for other machines than this one: of images for several platforms take that of OS/ARCH[/VARIANT],
+    /// as linux/arm64.
+    #[arg(long, value_name = "OS/ARCH")]
+    platform: Option<Platform>,
     /// How many threads work at a time; without it, one for each processor.
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
@@ -57,7 +62,8 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         floor_key: floor_key.as_ref(),
     };
     let effort = Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level };
-    let built = build(&import, &store, &signer, effort, &progress::of(global)?)?;
+    let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
+    let built = build(&import, &store, &signer, &platform, effort, &progress::of(global)?)?;
     for (name, target) in &built.targets {
         target.notes.iter().for_each(|note| output::note(format_args!("target `{name}`: {note}")));
     }

@@ -11,6 +11,7 @@ use crate::deploy::DeployError;
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::manifest::rules;
 use crate::manifest::{ImportErrors, SystemError};
+use crate::transport::TransportError;
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
 
 /// Prints an error to stderr: one line of what and why, then advice.
@@ -55,6 +56,7 @@ fn advice(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_key))
             .or_else(|| this.downcast_ref().and_then(for_sign))
             .or_else(|| this.downcast_ref().and_then(for_system))
+            .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_import));
         if found.is_some() {
             return found;
@@ -62,6 +64,13 @@ fn advice(error: &AnyError) -> Option<&'static str> {
         cause = this.source();
     }
     None
+}
+
+fn for_transport(error: &TransportError) -> Option<&'static str> {
+    Some(match error {
+        TransportError::WrongPlatform { .. } => "`mosfs build --platform OS/ARCH` builds for other machines",
+        _ => return None,
+    })
 }
 
 fn for_trust(error: &TrustError) -> Option<&'static str> {

@@ -73,6 +73,7 @@ fn print(object: &str, report: &Report, global: &Global) -> Result<(), AnyError>
             "blobs": report.blobs,
             "bytes": report.bytes,
             "layers": report.layers,
+            "unread": report.unread,
             "unreachable": report.unreachable.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "extra_files": report.extra_files.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>(),
         }));
@@ -83,6 +84,9 @@ fn print(object: &str, report: &Report, global: &Global) -> Result<(), AnyError>
         output::note(format_args!(
             "{object}: {extra} blobs and files that nothing needs; `mosfs gc` removes them"
         ));
+    }
+    for entry in &report.unread {
+        output::note(format_args!("{object}: not checked: the entry {entry}"));
     }
     let Report { names, blobs, bytes, layers, .. } = report;
     if report.is_good() {

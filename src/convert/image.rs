@@ -25,7 +25,7 @@ use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError,
-    OciImage, SQUASHFS_ZSTD,
+    OciImage, Platform, SQUASHFS_ZSTD,
 };
 use crate::image::overlay::MAX_KERNEL_LAYERS;
 use crate::image::verified::VerifiedSource;
@@ -54,6 +54,8 @@ pub struct Ingest<'a> {
     pub from: &'a dyn Transport,
     /// The store, with its lock held.
     pub writer: &'a Writer<'a>,
+    /// The machines that the image is for; one whose config names others gets a note.
+    pub platform: &'a Platform,
     /// How many threads work at a time, and how hard.
     pub effort: Effort,
     /// Who hears of it.
@@ -86,7 +88,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let diff_ids = diff_ids(&image, &config)?;
 
     let mut layers = images(job, &image)?;
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = other_platform(&config, job.platform).into_iter().collect();
     for (at, layer) in image.layers.iter().enumerate() {
         let LayerFormat::Tar(compression) = layer.format()? else { continue };
         let tar = TarLayer {
@@ -230,6 +232,17 @@ fn image_layer(
             })
         }
     }
+}
+
+/// What to say where an image's config names another platform than the system is built for.
+fn other_platform(config: &[u8], platform: &Platform) -> Option<String> {
+    // An artifact's config names none.
+    let other: Platform = serde_json::from_slice(config).ok()?;
+    let differs =
+        !other.architecture.is_empty() && !other.os.is_empty() && platform.accepts(&other).is_none();
+    differs.then(|| {
+        format!("the image's config says that it is for {other}, the system is built for {platform}")
+    })
 }
 
 /// The digests of the uncompressed layers that an image's config names; `None` for an artifact.

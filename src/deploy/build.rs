@@ -74,7 +74,7 @@ struct Found {
     descriptor: Descriptor,
 }
 
-/// Builds a system.
+/// Builds a system. Of images for several platforms that of `platform` is taken.
 ///
 /// # Errors
 /// See [`BuildError`]. The store has no new name then.
@@ -82,6 +82,7 @@ pub fn build(
     import: &ImportManifest,
     store: &Store,
     signer: &Signer<'_>,
+    platform: &Platform,
     effort: Effort,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
@@ -92,7 +93,7 @@ pub fn build(
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
     for (name, target) in &import.targets {
-        let (image, source) = find(import, name, target)?;
+        let (image, source) = find(import, name, target, platform)?;
         resolved.insert(name.clone(), source);
         found.insert(name.clone(), image);
     }
@@ -102,7 +103,7 @@ pub fn build(
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
-        let job = Ingest { from: &*image.from, writer: &writer, effort, progress };
+        let job = Ingest { from: &*image.from, writer: &writer, platform, effort, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
         failpoint::hit("build.image");
@@ -152,11 +153,12 @@ fn find(
     import: &ImportManifest,
     name: &TargetName,
     target: &ImportTarget,
+    platform: &Platform,
 ) -> Result<(Found, Resolved), BuildError> {
     let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
     let source = source_of(&target.url).map_err(wrong)?;
     let from = source.open().map_err(wrong)?;
-    let descriptor = from.find_image(source.name.as_deref(), &Platform::this_machine()).map_err(wrong)?;
+    let descriptor = from.find_image(source.name.as_deref(), platform).map_err(wrong)?;
     let resolved = Resolved { digest: descriptor.digest, size: descriptor.size };
     import.check_pins(name, &resolved)?;
     let image = from.image(&descriptor).map_err(wrong)?;

@@ -18,8 +18,9 @@ pub fn cut(source: &str, max: usize) -> Cow<'_, str> {
         return Cow::Borrowed(source);
     }
     let keep = max.saturating_sub(CUT.len());
-    let head = source.floor_char_boundary(keep / 3);
-    let tail = source.ceil_char_boundary(source.len() - (keep - keep / 3));
+    let is_boundary = |at: &usize| source.is_char_boundary(*at);
+    let head = (0..=keep / 3).rev().find(is_boundary).unwrap_or(0);
+    let tail = (source.len() - (keep - keep / 3)..=source.len()).find(is_boundary).unwrap_or(source.len());
     Cow::Owned([&source[..head], CUT, &source[tail..]].concat())
 }
 

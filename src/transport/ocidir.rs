@@ -18,9 +18,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
-use crate::digest::Digest;
+use crate::digest::{Digest, split_pin};
 use crate::error::{IoContext, IoError};
-use crate::image::oci::{Descriptor, Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
+use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
 
 /// An OCI image layout in a folder, to read from.
 #[derive(Debug, Clone)]
@@ -35,9 +35,16 @@ struct LayoutFile {
     image_layout_version: String,
 }
 
-/// Splits `DIR[:NAME]`; the folder ends at the first `:` (INTEROP.md, "Names and transports").
+/// Splits `DIR[:NAME]` or `DIR@sha256:HEX`; the folder ends at the first `:` (INTEROP.md, "Names and transports"), or
+/// at the `@` before a digest. The name by digest is `@sha256:HEX`.
 pub(super) fn split(rest: &str) -> Option<Place> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
+    if let Some((dir, digest)) = split_pin(rest)
+        && !dir.is_empty()
+        && !dir.contains(':')
+    {
+        return Some((dir.to_string(), Some(format!("@{digest}"))));
+    }
     let (dir, name) = match rest.split_once(':') {
         Some((_, "")) => return None,
         Some((dir, name)) => (dir, Some(name.to_string())),
@@ -56,8 +63,22 @@ impl OciDir {
         let bytes = match read_file(&dir.join("oci-layout"), 4096) {
             Ok(bytes) => bytes,
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
-                let what = if dir.is_dir() { "it has no file oci-layout" } else { "there is no such folder" };
-                return Err(not(what.into()));
+                return Err(not(match dir.is_dir() {
+                    false => "there is no such folder".into(),
+                    // What skopeo's transport `dir:` writes.
+                    true if dir.join("version").exists() && dir.join("manifest.json").exists() => format!(
+                        "it has no file oci-layout; `skopeo copy dir:{} oci:DIR:NAME` makes a layout of it",
+                        dir.display()
+                    ),
+                    true => "it has no file oci-layout".into(),
+                }));
+            }
+            Err(error) if error.source.kind() == io::ErrorKind::NotADirectory => {
+                let file = dir.display();
+                return Err(not(format!(
+                    "it is a file; `skopeo copy oci-archive:{file} oci:DIR:NAME` unpacks an archive of a layout, \
+                     `skopeo copy docker-archive:{file} oci:DIR:NAME` one of docker save"
+                )));
             }
             Err(error) => return Err(error.into()),
         };
@@ -106,6 +127,22 @@ impl OciDir {
         }
     }
 
+    /// What a digest names: an entry of `index.json`, or any manifest or index that is there as a blob.
+    fn by_digest(&self, entries: Vec<Descriptor>, digest: &Digest) -> Result<Descriptor, TransportError> {
+        if let Some(entry) = entries.into_iter().find(|entry| entry.digest == *digest) {
+            // Whoever names it so has chosen already.
+            return Ok(Descriptor { platform: None, ..entry });
+        }
+        let bytes = self.get(digest, MAX_MANIFEST_BYTES)?;
+        let media_type =
+            if Index::parse(&bytes, MAX_MANIFEST_BYTES).is_ok_and(|index| !index.manifests.is_empty()) {
+                INDEX
+            } else {
+                MANIFEST
+            };
+        Ok(Descriptor::new(media_type, *digest, bytes.len() as u64))
+    }
+
     /// Reads a blob whole, checked against its digest; its size is only bounded.
     pub fn get(&self, digest: &Digest, max_bytes: u64) -> Result<Vec<u8>, TransportError> {
         let (_, size) = self.open_blob(digest)?;
@@ -123,9 +160,16 @@ impl Transport for OciDir {
     }
 
     fn lookup(&self, name: &str) -> Result<Vec<Descriptor>, TransportError> {
-        let entries = self.entries()?;
+        let Index { manifests: entries, unread, .. } = self.index()?;
+        if let Some(("", digest)) = split_pin(name) {
+            return Ok(vec![self.by_digest(entries, &digest)?]);
+        }
         let found: Vec<_> = entries.iter().filter(|one| one.ref_name() == Some(name)).cloned().collect();
         if found.is_empty() {
+            if let Some(entry) = unread.iter().find(|entry| entry.ref_name() == Some(name)) {
+                let (object, why) = (format!("{}:{name}", self.location()), entry.why());
+                return Err(TransportError::UnreadableEntry { object, why });
+            }
             let (location, available) = (self.location(), names_of(&entries));
             return Err(TransportError::NameMissing { location, name: name.into(), available });
         }
