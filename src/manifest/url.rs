@@ -79,9 +79,11 @@ impl FromStr for ImageUrl {
 
 fn oci(rest: &str) -> Result<ImageUrl, Refused> {
     if let Some((path, digest)) = split_pin(rest)
-        && !path.is_empty()
         && !path.contains(':')
     {
+        if path.is_empty() {
+            return Err(Refused { allowed: "oci:PATH@DIGEST with a PATH that is not empty" });
+        }
         return Ok(ImageUrl::Oci { path: path.to_string(), reference: Some(format!("@{digest}")) });
     }
     let (path, reference) = match rest.split_once(':') {
@@ -271,7 +273,7 @@ mod tests {
             "oci:/d\n",
             "dir:/d",
             "oci-archive:/d.tar:x",
-            "oci:@sha256:00",
+            &format!("oci:@{digest}"),
             "docker:h/a",
             "docker://",
             "docker://h",

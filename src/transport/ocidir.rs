@@ -40,10 +40,9 @@ struct LayoutFile {
 pub(super) fn split(rest: &str) -> Option<Place> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     if let Some((dir, digest)) = split_pin(rest)
-        && !dir.is_empty()
         && !dir.contains(':')
     {
-        return Some((dir.to_string(), Some(format!("@{digest}"))));
+        return (!dir.is_empty()).then(|| (dir.to_string(), Some(format!("@{digest}"))));
     }
     let (dir, name) = match rest.split_once(':') {
         Some((_, "")) => return None,
