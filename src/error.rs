@@ -2,7 +2,7 @@
 //!
 //! Each module has its own error type, whose text names the object (target, digest, path), what
 //! was expected and what was found. All of them say which [`Class`] they belong to; the command
-//! line turns the class into an exit code (DESIGN.md, section 3) and adds advice.
+//! line turns the class into an exit code (docs/design.md, exit codes) and adds advice.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// The process exit code of this class (DESIGN.md, section 3).
+    /// The process exit code of this class (docs/design.md, exit codes).
     pub const fn exit_code(self) -> u8 {
         match self {
             Class::Failure => 1,
@@ -99,6 +99,13 @@ pub struct IoError {
     pub source: io::Error,
 }
 
+impl IoError {
+    /// An operation that failed on this object.
+    pub fn new(operation: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
+        Self { operation, path: path.as_ref().to_path_buf(), source }
+    }
+}
+
 impl Classified for IoError {
     fn class(&self) -> Class {
         Class::Failure
@@ -113,6 +120,6 @@ pub trait IoContext<T> {
 
 impl<T> IoContext<T> for io::Result<T> {
     fn on(self, operation: &'static str, path: impl AsRef<Path>) -> Result<T, IoError> {
-        self.map_err(|source| IoError { operation, path: path.as_ref().to_path_buf(), source })
+        self.map_err(|source| IoError::new(operation, path, source))
     }
 }

@@ -20,7 +20,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use device::{Device, text};
-use mosfs::mount::registry::{self, MountRecord};
+use mosfs::mount::table::{self, MountRecord};
 use mosfs::sys::mountapi;
 use publish::Publisher;
 use serde_json::Value;
@@ -82,9 +82,13 @@ impl Fixture {
     /// The mounts of this device, by target.
     fn mounts(&self) -> BTreeMap<String, MountRecord> {
         let folder = self.target("");
-        registry::mounts()
-            .unwrap()
-            .into_iter()
+        let records = self.device.dir.join("run/mounts");
+        let Ok(list) = fs::read_dir(records) else { return BTreeMap::new() };
+        let mounted = table::mounted().unwrap();
+        list.map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|ending| ending == "json"))
+            .map(|path| serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+            .filter(|record: &MountRecord| mounted.iter().any(|one| one.device == record.device))
             .filter_map(|record| {
                 let name = record.target.strip_prefix(&folder).ok()?.to_str()?.to_string();
                 Some((name, record))
@@ -99,7 +103,7 @@ impl Fixture {
     /// What the kernel lists below the run folder.
     fn listed(&self) -> Vec<PathBuf> {
         let folder = self.device.dir.canonicalize().unwrap();
-        let all = registry::mounted().unwrap().into_iter().map(|one| one.target);
+        let all = table::mounted().unwrap().into_iter().map(|one| one.target);
         all.filter(|path| path.starts_with(&folder)).collect()
     }
 }
@@ -158,7 +162,7 @@ fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
 
 fn kill(pid: u32) {
     assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
-    wait_until("the daemon is gone", || registry::start_ticks(pid).is_none());
+    wait_until("the daemon is gone", || table::start_ticks(pid).is_none());
 }
 
 const ALL: [&str; 3] = ["app", "data", "web.one"];
@@ -464,16 +468,16 @@ fn crash(fixture: &Fixture, point: &str) {
 #[test]
 fn after_a_crash_at_any_step_the_next_activation_mends_all() {
     for number in [1, 2] {
-        for point in
-            ["planned", "prepared", "cleared", "folder", "mounted"].map(|name| format!("activate.{name}"))
+        for point in ["plan.made", "mount.prepared", "place.cleared", "place.made", "mount.attached"]
+            .map(|name| format!("activate.{name}"))
         {
-            if point == "activate.planned" && number > 1 {
+            if point == "activate.plan.made" && number > 1 {
                 continue;
             }
             mends_after(&format!("{point}:{number}"));
         }
         // The mount is there, and its daemon is not yet.
-        mends_after(&format!("fuse.mounted:{number}"));
+        mends_after(&format!("fuse.tree.attached:{number}"));
     }
 }
 

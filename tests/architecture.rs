@@ -1,5 +1,5 @@
 //! Holds the rules of the source tree (docs/ARCHITECTURE.md), naming file and line where one is broken:
-//! imports point one way, `unsafe` stays in `src/sys` with a reason, only `src/cli` prints, and no file grows
+//! imports point one way, `unsafe` stays in `src/sys` with a reason, only `src/cli/output.rs` prints, and no file grows
 //! without saying why.
 
 use std::fmt::Write as _;
@@ -11,15 +11,17 @@ use std::{fs, iter};
 const ORDER: &[&[&str]] = &[
     &["cli"],
     &["boot"],
+    &["publish"],
     &["deploy"],
     &["mount"],
+    &["floor"],
     &["trust"],
     &["manifest"],
     &["convert"],
     &["store"],
     &["transport"],
     &["image"],
-    &["digest", "error", "progress", "failpoint", "sys"],
+    &["digest", "error", "progress", "failpoint", "sys", "text"],
 ];
 
 /// Longest file without a reason, in lines.
@@ -280,13 +282,22 @@ fn is_a_contract(code: &str) -> bool {
 }
 
 fn check_printing(file: &SourceFile, report: &mut String) {
-    if !file.path.starts_with("src/") || file.module() == Some("cli") {
+    if !file.path.starts_with("src/") || file.path == "src/cli/output.rs" {
         return;
     }
     for name in ["println", "eprintln", "print", "eprint", "dbg"] {
         for at in file.words(name) {
             if file.code[at + name.len()..].starts_with('!') {
-                writeln!(report, "{}:{}: {name}! outside src/cli", file.path, file.line_of(at)).unwrap();
+                let line = file.line_of(at);
+                writeln!(report, "{}:{line}: {name}! outside src/cli/output.rs", file.path).unwrap();
+            }
+        }
+    }
+    for name in ["stdout", "stderr"] {
+        for at in file.words(name) {
+            if file.code[at + name.len()..].starts_with("()") {
+                let line = file.line_of(at);
+                writeln!(report, "{}:{line}: {name}() outside src/cli/output.rs", file.path).unwrap();
             }
         }
     }
@@ -339,7 +350,7 @@ fn unsafe_stays_in_sys_and_says_why() {
 }
 
 #[test]
-fn only_the_command_line_prints() {
+fn only_the_output_module_prints() {
     run(&["src"], check_printing);
 }
 
@@ -350,6 +361,71 @@ fn no_file_grows_without_a_reason() {
         assert!(package().join(path).is_file(), "{path} is listed as a long file and does not exist");
         assert!(!reason.is_empty(), "{path} is listed without a reason");
     }
+}
+
+/// What only `src/sys/file.rs` (and its neighbours that write) may call, so that everything on a disk is
+/// opened by how far it is trusted and has its mode whatever the umask. With the files that may, and why.
+const FILE_CALLS: &[(&str, &[&str])] = &[
+    ("read_to_string", &[]),
+    ("create_dir", &["src/sys/file.rs"]),
+    ("create_dir_all", &["src/sys/file.rs"]),
+    ("DirBuilder", &["src/sys/file.rs", "src/sys/atomic.rs"]),
+    (
+        "File::open",
+        &[
+            "src/sys/file.rs",        // what the administrator names
+            "src/sys/atomic.rs",      // folders, to sync them
+            "src/boot/partition.rs",  // block devices
+            "src/mount/dm_verity.rs", // the node of a device that was just made
+            "src/trust/keys.rs",      // a key that the administrator names, whose mode is checked
+        ],
+    ),
+];
+
+/// The code of a file before its tests, which write and read what they like.
+fn before_tests(file: &SourceFile) -> &str {
+    file.code.find("#[cfg(test)]").map_or(&file.code, |end| &file.code[..end])
+}
+
+fn check_file_calls(file: &SourceFile, report: &mut String) {
+    for (call, allowed) in FILE_CALLS {
+        let code = before_tests(file);
+        for (at, _) in code.match_indices(call) {
+            let whole = !code[at + call.len()..].starts_with(|c: char| c.is_alphanumeric() || c == '_')
+                && !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+            if whole && !allowed.contains(&file.path.as_str()) {
+                writeln!(report, "{}:{}: {call} outside src/sys/file.rs", file.path, file.line_of(at))
+                    .unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn files_are_opened_by_how_far_they_are_trusted() {
+    run(&["src"], check_file_calls);
+    let bad = SourceFile::new("src/store/a.rs", "fn f() {\n    std::fs::File::open(path);\n}\n");
+    let mut report = String::new();
+    check_file_calls(&bad, &mut report);
+    assert_eq!(report, "src/store/a.rs:2: File::open outside src/sys/file.rs\n");
+}
+
+#[test]
+fn failpoints_have_names_of_one_form() {
+    let mut names = 0;
+    for file in sources(&["src"]) {
+        for rest in file.text.split("failpoint::hit(\"").skip(1) {
+            let name = rest.split('"').next().unwrap_or_default();
+            let word = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase());
+            assert!(
+                name.split('.').count() == 3 && name.split('.').all(word),
+                "{}: failpoint `{name}`, expected MODULE.OBJECT.STATE",
+                file.path
+            );
+            names += 1;
+        }
+    }
+    assert!(names > 20, "{names} failpoints found");
 }
 
 #[cfg(test)]
@@ -372,10 +448,13 @@ mod the_rules_themselves {
         );
         assert_eq!(said("src/mount/plan.rs", text, check_order), "");
         let inline = "fn f() {\n    crate::cli::main();\n}\n";
-        assert_eq!(said("src/boot.rs", inline, check_order), "src/boot.rs:2: boot must not use cli\n");
+        assert_eq!(
+            said("src/boot/mod.rs", inline, check_order),
+            "src/boot/mod.rs:2: boot must not use cli\n"
+        );
         let visible =
             "pub(crate) fn f() {}\n// crate::cli in a comment, and \"\n const A: &str = \"crate::cli::x\";\n";
-        assert_eq!(said("src/boot.rs", visible, check_order), "");
+        assert_eq!(said("src/boot/mod.rs", visible, check_order), "");
         assert!(said("src/other.rs", "", check_order).contains("has no place"));
     }
 
@@ -404,9 +483,9 @@ mod the_rules_themselves {
         let text = "fn f<'a>(x: &'a str) {\n    let q = '\\'';\n    let r = r#\"println!(\"no\")\"#;\n    println!(\"{x}\");\n}\n";
         assert_eq!(
             said("src/store/a.rs", text, check_printing),
-            "src/store/a.rs:4: println! outside src/cli\n"
+            "src/store/a.rs:4: println! outside src/cli/output.rs\n"
         );
-        assert_eq!(said("src/cli/a.rs", text, check_printing), "");
+        assert_eq!(said("src/cli/output.rs", text, check_printing), "");
         let nested = "/* a /* b */ println!() */ fn f() {}\n";
         assert_eq!(said("src/store/a.rs", nested, check_printing), "");
     }

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use mosfs::digest::Digest;
 use mosfs::error::{Class, Classified};
-use mosfs::mount::dm_verity::{DmVerity, DmVerityError, LayerInput};
-use mosfs::mount::kernel_overlay::Upper;
+use mosfs::mount::kernel::dm_verity::{DmVerity, DmVerityError, LayerInput};
+use mosfs::mount::kernel::overlay::Upper;
 use mosfs::sys::dm::{Control, Target};
 use mosfs::sys::loopdev::LoopDevice;
 use mosfs::sys::mountapi;
@@ -457,20 +457,20 @@ fn guest_killed_at_any_step_leaves_nothing() {
         let _ = stack(&backend(), &layers(&["base", "middle", "top"]));
         unreachable!("the failpoint was not passed");
     }
-    for point in ["created", "loaded", "live", "layer", "overlay"] {
+    for point in ["device.created", "device.loaded", "device.live", "layer.mounted", "overlay.assembled"] {
         for number in [1, 3] {
-            if point == "overlay" && number > 1 {
+            if point == "overlay.assembled" && number > 1 {
                 continue;
             }
             let status = Command::new("/proc/self/exe")
                 .args(["--ignored", "--exact", "guest_killed_at_any_step_leaves_nothing"])
-                .env("MOSFS_FAILPOINT", format!("dm-verity-{point}:{number}"))
+                .env("MOSFS_FAILPOINT", format!("kernel.{point}:{number}"))
                 .status()
                 .unwrap();
             use std::os::unix::process::ExitStatusExt;
             assert_eq!(status.signal(), Some(libc::SIGKILL), "{point}:{number}");
             // Only in the two steps before the mark for removal is there something to sweep.
-            if matches!(point, "created" | "loaded") {
+            if matches!(point, "device.created" | "device.loaded") {
                 backend();
             }
             nothing_left();

@@ -1,7 +1,5 @@
 //! `mosfs build`: an import manifest into a signed system in a store.
 
-use std::fs::File;
-use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -10,12 +8,14 @@ use serde_json::json;
 
 use super::{Global, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
-use crate::deploy::build::{Signer, build};
-use crate::error::{AnyError, IoContext, IoError};
+use crate::error::AnyError;
+use crate::floor;
 use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, yaml};
+use crate::publish::build::{Signer, build};
 use crate::store::Store;
-use crate::trust::{self, Dates, PrivateKey, floor};
+use crate::sys::file::read_named;
+use crate::trust::{self, Dates, PrivateKey};
 
 /// Fetches and converts the images of an import manifest, and signs the system that they make.
 ///
@@ -50,9 +50,9 @@ pub struct Build {
 
 /// Runs `mosfs build`.
 pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
-    let import = ImportManifest::parse(&args.file, &read(&args.file, yaml::MAX_BYTES)?)?;
+    let import = ImportManifest::parse(&args.file, &read_named(&args.file, yaml::MAX_BYTES as u64)?)?;
     let key = PrivateKey::load(&args.key)?;
-    let certificate = read(&args.cert, trust::MAX_CERTIFICATE_BYTES)?;
+    let certificate = read_named(&args.cert, trust::MAX_CERTIFICATE_BYTES as u64)?;
     let floor_key = args.floor_key.as_deref().map(floor::PrivateKey::read).transpose()?;
     let store = Store::create(&args.store)?;
     let signer = Signer {
@@ -88,12 +88,4 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
 /// One thread for each processor that this process may use.
 pub fn threads() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
-}
-
-/// Reads a file, or one byte more than a reader of it would take.
-fn read(path: &std::path::Path, max: usize) -> Result<Vec<u8>, IoError> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).on("open", path)?;
-    file.take(max as u64 + 1).read_to_end(&mut bytes).on("read", path)?;
-    Ok(bytes)
 }

@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{FloorArgs, Global, device, output};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::deploy::commit;
 use crate::error::AnyError;
 use crate::trust::Anchor;
@@ -20,7 +20,7 @@ pub struct CommitArgs {
 pub fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
-    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+    let booted = booted::deployment()?;
     let done =
         commit::commit(&device::system(global), &anchor, floor.as_mut(), booted, device::waiting(global))?;
     output::answer(

@@ -1,9 +1,9 @@
 //! What the commands of a device share: its system, its anchor, its floor.
 
-use super::{FloorArgs, Global};
+use super::{FloorArgs, Global, output};
 use crate::deploy::{FloorGate, System};
 use crate::error::AnyError;
-use crate::trust::floor::{Config, Floor};
+use crate::floor::{Config, Floor};
 
 /// The system folder of the command line.
 pub fn system(global: &Global) -> System {
@@ -13,7 +13,7 @@ pub fn system(global: &Global) -> System {
 /// Says that the command waits for another one, once.
 pub fn waiting(global: &Global) -> impl FnOnce() + use<> {
     let path = global.system.clone();
-    move || eprintln!("mosfs: waiting for another mosfs that changes {}", path.display())
+    move || output::message(format_args!("waiting for another mosfs that changes {}", path.display()))
 }
 
 /// Runs `job` with what an install or an update asks of the floor.
@@ -29,9 +29,9 @@ pub fn with_gate<T>(
 ) -> Result<T, AnyError> {
     let config = Config::load(&global.config)?;
     if first_install && config.floor_pub.is_none() && !args.in_file() {
-        eprintln!(
-            "mosfs: warning: this device has no floor yet: nothing stops an older version from being put back \
-             before `mosfs floor provision` has run"
+        output::warning(
+            "this device has no floor yet: nothing stops an older version from being put back before \
+             `mosfs floor provision` has run",
         );
         return job(&mut FloorGate::Unprovisioned);
     }

@@ -2,13 +2,12 @@
 //!
 //! Hidden from the help: it is for whoever builds, not for users.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Subcommand};
 use clap_complete::Shell;
 
-use super::{Cli, Global};
+use super::{Cli, Global, output};
 use crate::error::{AnyError, IoContext};
 
 /// Writes shell completions or man pages.
@@ -42,7 +41,7 @@ pub fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
             // Into memory first: clap_complete panics where its writer fails, and a pipe may.
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "mosfs", &mut text);
-            io::stdout().lock().write_all(&text).on("write", "stdout")?;
+            output::document(&text)?;
         }
         What::Man { dir } => clap_mangen::generate_to(Cli::command(), dir).on("write man pages in", dir)?,
     }

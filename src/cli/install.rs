@@ -176,21 +176,21 @@ fn print_plan(plan: &Plan, global: &Global) -> Result<(), AnyError> {
             })
         },
         || {
-            let mut text = match plan.verdict {
+            let mut lines = vec![match plan.verdict {
                 Verdict::UpToDate => format!("version {} is installed: nothing to do", plan.id.version),
                 Verdict::AlreadyPending => format!("version {} is pending: nothing to do", plan.id.version),
                 Verdict::Install => format!("would install version {}", plan.id.version),
                 Verdict::Update => {
                     format!("would install version {}, to be tried at the next boot", plan.id.version)
                 }
-            };
+            }];
             for fetch in &plan.fetch {
-                text += &format!(
-                    "\nwould fetch {} ({} bytes) for {}",
+                lines.push(format!(
+                    "would fetch {} ({} bytes) for {}",
                     fetch.blob.digest, fetch.blob.size, fetch.target
-                );
+                ));
             }
-            text
+            lines
         },
     )
 }

@@ -1,7 +1,7 @@
 //! `mosfs manifest`: work on manifests alone.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -15,6 +15,7 @@ use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::manifest::{
     ImportErrors, ImportManifest, SystemError, SystemManifest, json as reproducible, yaml,
 };
+use crate::sys::file;
 use crate::transport::SourceRef;
 use crate::trust::anchor::CaFile;
 use crate::trust::{self, Anchor, Certificate, Dates, PrivateKey, Signed};
@@ -100,12 +101,8 @@ impl Classified for BadFile {
     }
 }
 
-/// Reads a file, or one byte more than a reader of it would take.
 fn read(path: &Path, max: usize) -> Result<Vec<u8>, IoError> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).on("open", path)?;
-    file.take(max as u64 + 1).read_to_end(&mut bytes).on("read", path)?;
-    Ok(bytes)
+    file::read_named(path, max as u64)
 }
 
 /// Whether a file is JSON rather than YAML: a mapping in braces whose first key has quotes.
@@ -169,7 +166,7 @@ fn canonical(file: &Path) -> Result<(), AnyError> {
     } else {
         ImportManifest::parse(file, &bytes)?.canonical()
     };
-    output::bytes(&out)
+    output::document(&out)
 }
 
 fn show(source: &str) -> Result<(), AnyError> {
@@ -178,9 +175,8 @@ fn show(source: &str) -> Result<(), AnyError> {
     let offer = fetch_offer(&*transport, source.name.as_deref())?;
     SystemManifest::parse(offer.manifest_bytes())
         .map_err(|error| BadFile { path: source.to_string().into(), source: error })?;
-    // Byte for byte, so that a pipe gets what was signed; a person gets a newline.
-    output::bytes(offer.manifest_bytes())?;
-    if io::stdout().is_terminal() { output::line("") } else { Ok(()) }
+    // Byte for byte, so that a pipe gets what was signed; a person gets lines.
+    output::document(offer.manifest_bytes())
 }
 
 fn sign(file: &Path, key: &Path, to: Option<&Path>, global: &Global) -> Result<(), AnyError> {

@@ -4,6 +4,7 @@
 //! [`Command`] and in [`run`].
 
 mod activate;
+mod advice;
 mod boot;
 mod build;
 mod commit;
@@ -71,15 +72,11 @@ pub fn main() -> ExitCode {
     run_with(std::env::args_os())
 }
 
-/// Runs a command line; prints, and returns the exit code (DESIGN.md, section 3).
+/// Runs a command line; prints, and returns the exit code (docs/design.md, exit codes).
 pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version go to stdout with code 0, all else is code 2; clap knows.
-            let _ = error.print();
-            return ExitCode::from(error.exit_code() as u8);
-        }
+        Err(error) => return output::usage(&error),
     };
     output::exit_code(run(&cli))
 }

@@ -7,12 +7,12 @@ use clap::Args;
 
 use super::{Global, device, notify, output};
 use crate::deploy;
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
 use crate::image::oci::{OciImage, Platform};
 use crate::mount::fuse::{FuseOptions, Spin};
-use crate::mount::kernel_overlay::Upper;
+use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{self, Backend, MountFlags, MountPlan};
 use crate::sys;
@@ -89,7 +89,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     mount(args, global, || {
         let anchor = Anchor::load(&global.config)?;
         let system = device::system(global);
-        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let booted = booted::deployment()?;
         let (store, image) = deploy::target_image(&system, booted, &anchor, &args.source)?;
         let folder = system.scratch_dir(&args.source);
         let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
@@ -160,7 +160,7 @@ fn try_mount(
         }
         mount::mount_writable(&plan, &args.target, args.backend, &options, &upper)?;
     } else if args.foreground {
-        let terminal = Box::new(std::io::stderr());
+        let terminal = output::log();
         let mut ready = || {
             if let Err(error) = sys::notify::service_is_ready() {
                 output::note(format_args!("the service manager was not told: {error}"));

@@ -10,13 +10,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Write};
+use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::Global;
+use super::{Global, output};
 use crate::error::{AnyError, IoContext};
 use crate::progress::{Event, Progress, Sink};
 
@@ -32,7 +32,7 @@ pub fn of(global: &Global) -> Result<Progress, AnyError> {
             let path = format!("/proc/self/fd/{number}");
             Form::Json(OpenOptions::new().append(true).open(&path).on("write progress to", &path)?)
         }
-        None if io::stderr().is_terminal() => Form::Terminal,
+        None if output::draws() => Form::Terminal,
         None if global.verbose > 0 => Form::Lines,
         None => return Ok(Progress::silent()),
     };
@@ -114,7 +114,7 @@ impl State {
 
     fn say(&self, text: impl FnOnce() -> String) {
         if matches!(self.form, Form::Lines) {
-            eprintln!("mosfs: {}", text());
+            output::message(text());
         }
     }
 
@@ -122,10 +122,9 @@ impl State {
         if !matches!(self.form, Form::Terminal) {
             return;
         }
-        let mut terminal = io::stderr().lock();
         let Some(task) = self.tasks.values().next_back() else {
             if self.drawn.take().is_some() {
-                let _ = write!(terminal, "\r\x1b[K");
+                output::draw("");
             }
             return;
         };
@@ -141,8 +140,7 @@ impl State {
         };
         let object: String = task.object.chars().take(24).collect();
         let line: String = format!("{} {object} {done}", task.step).chars().take(WIDTH).collect();
-        let _ = write!(terminal, "\r\x1b[K{line}");
-        let _ = terminal.flush();
+        output::draw(&line);
         self.drawn = Some(now);
     }
 }

@@ -8,7 +8,7 @@ use crate::deploy::state::TRIES;
 use crate::deploy::status::{self, DeploymentStatus, Installed};
 use crate::error::AnyError;
 use crate::mount;
-use crate::mount::registry::{DaemonRecord, Health, MountRecord};
+use crate::mount::table::{DaemonRecord, Health, MountRecord};
 use crate::mount::units;
 
 /// Show deployments, versions, floor, mounts and their health.
@@ -24,7 +24,7 @@ pub struct StatusArgs {
 pub fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
     let installed = status::installed(&device::system(global))?;
     let floor = floor(args, global);
-    let mounts = mount::registry::mounts()?;
+    let mounts = mount::table::mounts()?;
     output::answer(
         global,
         || {
@@ -49,7 +49,7 @@ fn floor(args: &StatusArgs, global: &Global) -> Value {
     read().unwrap_or_else(|error| json!({ "error": error.chain(), "exit_code": error.class().exit_code() }))
 }
 
-fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &Global) -> String {
+fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &Global) -> Vec<String> {
     let mut lines = vec![format!("system    {}", global.system.display())];
     let row = |name: &str, deployment: &Option<DeploymentStatus>| match deployment {
         None => format!("{name:<9} none"),
@@ -93,7 +93,7 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
         n => format!("mounts    {n}"),
     });
     lines.extend(mounts.iter().map(|mount| format!("          {}", mount_line(mount))));
-    lines.join("\n")
+    lines
 }
 
 fn mount_json(mount: &MountRecord) -> Value {

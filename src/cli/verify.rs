@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::build::threads;
 use super::{Global, device, output, progress};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::deploy::{self};
 use crate::error::AnyError;
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
@@ -32,7 +32,7 @@ pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
     let progress = progress::of(global)?;
     let (object, report) = match args.what.as_deref() {
         None => {
-            let store = Store::open(&device::system(global).store_dir())?;
+            let store = device::system(global).store()?;
             (store.dir().display().to_string(), fsck::check(&store, threads(), &progress)?)
         }
         // A source has a scheme; a target's name cannot hold a colon.
@@ -51,7 +51,7 @@ pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
         }
         Some(target) => {
             let anchor = Anchor::load(&global.config)?;
-            let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+            let booted = booted::deployment()?;
             let (store, image) = deploy::target_image(&device::system(global), booted, &anchor, target)?;
             let manifest = Descriptor::new(MANIFEST, image.digest, image.size);
             let report = fsck::check_image(store.transport(), &manifest, target, threads(), &progress)?;

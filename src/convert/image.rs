@@ -21,7 +21,7 @@ use serde_json::Value;
 use super::lower::Lower;
 use super::{ConvertError, Effort, Ready, TarLayer, convert_tar, examine, inspect};
 use crate::digest::Digest;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError,
@@ -110,7 +110,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         )
         .map_err(|source| in_layer(&image, at, source))?;
         job.writer.commit(temp, &converted.sealed.digest)?;
-        failpoint::hit("build.layer");
+        failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
             *place = LayerDescriptor {
@@ -199,8 +199,7 @@ fn image_layer(
     let blob = Descriptor::new(&layer.media_type, layer.digest, layer.size);
     let store = job.writer.store();
     if layer.root_hash.is_some() && store.has(&blob) {
-        let path = store.blob_path(&layer.digest);
-        let file = File::open(&path).on("open", &path)?;
+        let (file, _) = store.transport().open_blob(&layer.digest)?;
         // It is there already, whole or not: what was checked once is checked again before it is signed for.
         examine(&file, layer.root_hash, threads, job.progress)
             .and_then(|_| inspect_image(&file, layer, layer.root_hash))
@@ -215,7 +214,7 @@ fn image_layer(
         Ready::Untouched => {
             inspect_image(&temp.file, layer, layer.root_hash).map_err(wrong)?;
             job.writer.commit(temp, &layer.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(layer.clone())
         }
         Ready::NeedsTree(image_bytes) => {
@@ -223,7 +222,7 @@ fn image_layer(
                 .map_err(|source| wrong(ConvertError::Seal(source)))?;
             inspect_image(&temp.file, layer, Some(sealed.root_hash)).map_err(wrong)?;
             job.writer.commit(temp, &sealed.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(LayerDescriptor {
                 digest: sealed.digest,
                 size: sealed.size_bytes,

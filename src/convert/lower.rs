@@ -1,6 +1,5 @@
 //! What the layers below a tar layer have at a path: their merged view.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use super::{ConvertError, Meta, Under};
@@ -11,6 +10,7 @@ use crate::image::squashfs::Squashfs;
 use crate::image::verified::VerifiedSource;
 use crate::image::{FileType, Layer};
 use crate::store::Store;
+use crate::sys::file::open_regular;
 
 /// The layers below, opened when they are first asked.
 pub(super) struct Lower<'a> {
@@ -50,8 +50,9 @@ impl<'a> Lower<'a> {
             if layer.format().ok() != Some(LayerFormat::Squashfs) {
                 continue;
             }
-            let file = File::open(self.store.blob_path(&layer.digest))?;
             let below = |source| ConvertError::Below { layer: layer.digest, source };
+            let blob = self.store.blob_path(&layer.digest);
+            let (file, _) = open_regular(&blob, self.store.transport().links()).map_err(|error| error.source)?;
             let source = VerifiedSource::open(file, root_hash).map_err(|error| below(Box::new(error)))?;
             let image = Squashfs::open(Arc::new(source)).map_err(|error| below(Box::new(error)))?;
             images.push(Arc::new(image));

@@ -37,15 +37,15 @@ use super::state::DeploymentId;
 use super::{System, find_target, image_of, running};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
+use crate::floor::{self, Floor};
 use crate::manifest::ServiceType;
 use crate::mount::holders::{self, Users};
-use crate::mount::registry::{self, MountRecord, Mounted};
+use crate::mount::table::{self, MountRecord, Mounted};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Health, MountError, MountFlags, MountPlan};
-use crate::store::Store;
+use crate::sys::file;
 use crate::sys::flock::Lock;
 use crate::trust::Anchor;
-use crate::trust::floor::{self, Floor};
 
 /// Mounts that lie on top of each other at one place; more are not taken apart.
 const MOST_STACKED: usize = 16;
@@ -151,7 +151,7 @@ impl Classified for NotActive {
 
 /// Takes the lock for an activation; waits for another one.
 pub fn lock(run: &Path) -> Result<Lock, IoError> {
-    fs::create_dir_all(run).on("create", run)?;
+    file::create_folders(run)?;
     let path = run.join("activate.lock");
     Lock::exclusive(&path).on("lock", &path)
 }
@@ -175,7 +175,7 @@ pub fn plan(
 ) -> Result<ActivationPlan, DeployError> {
     let (id, verified) = running(system, booted, anchor)?;
     if let Some(floor) = floor {
-        // Rule (DESIGN.md, section 5): `version >= floor`.
+        // Rule (docs/design.md, floor at boot): `version >= floor`.
         floor::check(floor, id.version)?;
     }
     let targets = &verified.manifest().targets;
@@ -187,9 +187,9 @@ pub fn plan(
     let folder = targets_dir(run);
     // As the kernel will list it.
     let folder = folder.canonicalize().unwrap_or(folder);
-    let register = registry::mounts()?;
-    let mounted = registry::mounted()?;
-    let store = Store::open(&system.store_dir())?;
+    let register = table::mounts()?;
+    let mounted = table::mounted()?;
+    let store = system.store()?;
     let mut steps = Vec::new();
     for (name, target) in targets {
         let name = name.as_str();
@@ -284,8 +284,8 @@ pub struct Ways<'a> {
 /// The caller holds the lock.
 pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
     let folder = targets_dir(run);
-    fs::create_dir_all(&folder).on("create", &folder)?;
-    failpoint::hit("activate.planned");
+    file::create_folders(&folder)?;
+    failpoint::hit("activate.plan.made");
     let take = |step: Step| {
         let Step { target, path, action, why, wanted } = step;
         let outcome = match take(&target, &path, action, &why, wanted, &folder, ways) {
@@ -312,7 +312,7 @@ fn take(
     }
     let wanted = wanted?;
     if action == Action::Keep {
-        let register = registry::mounts()?;
+        let register = table::mounts()?;
         let backend = register.into_iter().find(|one| one.target == path).map(|one| one.backend);
         return Ok(Outcome::Done(backend));
     }
@@ -321,29 +321,27 @@ fn take(
         Some(plan) => Some(mount::prepare(plan, ways.backend, &flags())?),
         None => None,
     };
-    failpoint::hit("activate.prepared");
+    failpoint::hit("activate.mount.prepared");
     if action != Action::Mount
         && let Some(users) = clear(path, action == Action::Mend)?
     {
         return Ok(Outcome::Busy(users));
     }
-    failpoint::hit("activate.cleared");
+    failpoint::hit("activate.place.cleared");
     let Some(prepared) = prepared else {
         // Only an empty folder of ours goes.
         let _ = fs::remove_dir(path);
         return Ok(Outcome::Done(None));
     };
     let place = folder.join(target);
-    match fs::create_dir(&place) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(error).on("create", &place)?;
-        }
+    match file::create_folder(&place, 0o755) {
+        Err(error) if error.source.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
         _ => {}
     }
-    failpoint::hit("activate.folder");
+    failpoint::hit("activate.place.made");
     let place = place.canonicalize().on("find", &place)?;
     let backend = prepared.attach(&place, (ways.unit)(target, &place))?;
-    failpoint::hit("activate.mounted");
+    failpoint::hit("activate.mount.attached");
     Ok(Outcome::Done(Some(backend.to_string())))
 }
 
@@ -361,7 +359,7 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
         units::stop(path);
     }
     for _ in 0..MOST_STACKED {
-        match registry::mounted_at(path)? {
+        match table::mounted_at(path)? {
             Some(one) if one.is_ours() => {}
             Some(other) => {
                 return Err(MountError::NotOurs { target: path.to_path_buf(), found: Some(other.kind) });

@@ -1,13 +1,13 @@
 //! Carries out a [`Plan`]: blobs, then the deployment's folder, then the state file, each synced
 //! before the next begins.
 
-use super::booted::{self, BootRecord};
+use super::booted;
 use super::error::DeployError;
 use super::plan::{Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
 use super::{System, SystemLock, deployment, gc};
 use crate::failpoint;
-use crate::mount::registry;
+use crate::mount::table;
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::transport::Transport;
@@ -38,10 +38,10 @@ pub fn apply(
 
 /// Removes what no deployment needs, as `mosfs gc` does.
 fn give_back(system: &System, lock: &SystemLock) -> Result<(), DeployError> {
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let collector = store.collector()?;
-    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-    let mounted: Vec<_> = registry::mounts()?.iter().filter_map(|mount| mount.digest).collect();
+    let booted = booted::deployment()?;
+    let mounted: Vec<_> = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
     let plan = gc::plan(system, lock, &collector, &store, booted, &mounted)?;
     gc::apply(system, lock, &collector, &plan)
 }

@@ -1,6 +1,6 @@
 //! `mosfs commit`: this boot is healthy.
 //!
-//! Rule (DESIGN.md, section 5): bless the deployment first, then raise the floor, then read it
+//! Rule (docs/design.md, bless first): bless the deployment first, then raise the floor, then read it
 //! back. Until the floor is raised, falling back to the previous deployment is legal. Each step
 //! may be cut off and run again: blessing twice changes nothing, and a floor that is at the
 //! version already is a success.
@@ -10,7 +10,7 @@ use super::deployment;
 use super::error::DeployError;
 use super::state::DeploymentId;
 use crate::failpoint;
-use crate::trust::floor::{Floor, FloorError};
+use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates};
 
 /// What a commit did.
@@ -65,7 +65,7 @@ pub fn commit(
     if blessed {
         state.save(&system.state_path())?;
     }
-    failpoint::hit("commit.blessed");
+    failpoint::hit("commit.state.blessed");
     if floor_before < id.version {
         let signature = match verified.floor_signature() {
             Some(signature) => signature,
@@ -75,7 +75,7 @@ pub fn commit(
         };
         floor.raise(id.version, signature)?;
     }
-    failpoint::hit("commit.raised");
+    failpoint::hit("commit.floor.raised");
     // Rule: then read it back. A raise that did not take is an error of the floor already.
     let floor_after = floor.read()?;
     Ok(Committed { deployment: id, blessed, floor_before, floor_after })

@@ -21,6 +21,7 @@ use super::state::DeploymentId;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::sys::atomic;
+use crate::sys::file::{self, Links};
 use crate::trust::{Anchor, Dates, Signed, Verified};
 
 /// No system manifest is longer, in bytes (its reader has the same bound).
@@ -36,19 +37,12 @@ const FLOOR_SIGNATURE: &str = "floor.sig";
 /// Reads a deployment's folder. Nothing is verified yet.
 pub fn read(system: &System, id: &DeploymentId) -> Result<Signed, DeployError> {
     let folder = system.deployment_dir(id);
-    let file = |name: &str, max| {
-        let path = folder.join(name);
-        atomic::read_bounded(&path, max).on("read", &path)
-    };
-    let floor_signature = match file(FLOOR_SIGNATURE, MAX_SMALL) {
-        Ok(bytes) => Some(bytes),
-        Err(IoError { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error.into()),
-    };
+    let read = |name: &str, max| file::read_regular(&folder.join(name), Links::Refused, max);
+    let floor_signature = file::find_regular(&folder.join(FLOOR_SIGNATURE), Links::Refused, MAX_SMALL)?;
     Ok(Signed {
-        manifest: file(MANIFEST, MAX_MANIFEST)?,
-        signature: file(SIGNATURE, MAX_SMALL)?,
-        certificate: file(CERTIFICATE, MAX_SMALL)?,
+        manifest: read(MANIFEST, MAX_MANIFEST)?,
+        signature: read(SIGNATURE, MAX_SMALL)?,
+        certificate: read(CERTIFICATE, MAX_SMALL)?,
         floor_signature,
     })
 }
@@ -88,7 +82,7 @@ pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, Deplo
         // ECDSA signatures of the same manifest differ from one signing to the next, and a
         // certificate may be renewed: what is here was verified by whoever wrote it and is
         // verified again at each boot. Only another manifest under this name is an error.
-        let found = atomic::read_bounded(&folder.join(MANIFEST), MAX_MANIFEST).on("read", &folder)?;
+        let found = file::read_regular(&folder.join(MANIFEST), Links::Refused, MAX_MANIFEST)?;
         if found != verified.bytes() {
             return Err(DeployError::OtherContent { id, file: MANIFEST });
         }
@@ -121,7 +115,7 @@ pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, Deplo
 }
 
 fn write_files(folder: &Path, files: &[(&'static str, &[u8])]) -> Result<(), IoError> {
-    fs::create_dir(folder).on("create", folder)?;
+    file::create_folder(folder, 0o755)?;
     for (name, bytes) in files {
         let path = folder.join(name);
         atomic::write_new(&path, bytes, 0o644).on("write", &path)?;
@@ -142,7 +136,7 @@ pub fn list(system: &System) -> Result<(Vec<DeploymentId>, Vec<PathBuf>), Deploy
     let entries = match fs::read_dir(&parent) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
-        Err(error) => return Err(Err::<(), _>(error).on("list", &parent).unwrap_err().into()),
+        Err(error) => return Err(IoError::new("list", &parent, error).into()),
     };
     let (mut whole, mut left) = (Vec::new(), Vec::new());
     for entry in entries {

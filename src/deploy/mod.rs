@@ -20,29 +20,29 @@
 pub mod activate;
 pub mod apply;
 pub mod booted;
-pub mod build;
 pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod gc;
-
 pub mod plan;
 pub mod state;
 pub mod status;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use error::DeployError;
 pub use state::{DeploymentId, State};
 
+use crate::digest::Digest;
 use crate::error::IoContext;
-use crate::image::oci::{Descriptor, OciImage};
+use crate::floor::{Floor, Policy};
+use crate::image::oci::OciImage;
 use crate::manifest::system::Target;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
+use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
-use crate::trust::floor::{Floor, Policy};
+use crate::transport::TransportError;
 use crate::trust::{Anchor, Dates, Verified};
 
 /// The folder on a device where the deployed system lives.
@@ -71,6 +71,14 @@ impl System {
         self.root.join("store")
     }
 
+    /// The store. Nothing in it is a link.
+    ///
+    /// # Errors
+    /// [`StoreError::Transport`] where it is not a layout.
+    pub fn store(&self) -> Result<Store, StoreError> {
+        Store::open_with(&self.store_dir(), Links::Refused)
+    }
+
     /// Where the deployments' folders are.
     pub fn deployments_dir(&self) -> PathBuf {
         self.root.join("deployments")
@@ -94,7 +102,7 @@ impl System {
     /// Makes the folders that are missing.
     pub fn create(&self) -> Result<(), DeployError> {
         for folder in [self.root.clone(), self.deployments_dir()] {
-            fs::create_dir_all(&folder).on("create", &folder)?;
+            file::create_folders(&folder)?;
         }
         Ok(())
     }
@@ -137,16 +145,19 @@ pub enum FloorGate<'a> {
 /// # Errors
 /// [`DeployError::MissingBlob`] and [`DeployError::OtherSize`], naming the target.
 pub fn check_complete(system: &System, verified: &Verified) -> Result<(), DeployError> {
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     for (name, target) in &verified.manifest().targets {
         let missing = |digest| DeployError::MissingBlob { target: name.to_string(), digest };
-        if !store.blob_path(&target.digest).exists() {
-            return Err(missing(target.digest));
-        }
+        let open = |digest: &Digest| match store.transport().open_blob(digest) {
+            Err(TransportError::BlobMissing { .. }) => Err(missing(*digest)),
+            opened => Ok(opened.map_err(StoreError::from)?),
+        };
+        open(&target.digest)?;
         let image = store.image(&target.digest)?;
         check_size(name.as_str(), target, &image)?;
         for layer in &image.layers {
-            if !store.has(&Descriptor::new(&layer.media_type, layer.digest, layer.size)) {
+            let (_, found) = open(&layer.digest)?;
+            if found != layer.size {
                 return Err(missing(layer.digest));
             }
         }
@@ -168,7 +179,7 @@ pub fn target_image(
 ) -> Result<(Store, OciImage), DeployError> {
     let (id, verified) = running(system, booted, anchor)?;
     let target = find_target(&id, &verified, name)?;
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let image = image_of(&store, name, target)?;
     Ok((store, image))
 }
@@ -207,7 +218,7 @@ fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, Depl
     Ok(image)
 }
 
-/// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+/// Rule: a target is told by digest and size (docs/design.md, targets by digest).
 fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
     if image.size == target.size {
         return Ok(());

@@ -1,14 +1,13 @@
 //! What is to be mounted: the plan (pure), and the layers that it opens.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::MountError;
-use super::dm_verity::LayerInput;
-use super::registry::LayerRecord;
-use super::through_device::through_device;
+use super::kernel::dm_verity::LayerInput;
+use super::kernel::through_device::through_device;
+use super::table::LayerRecord;
 use crate::digest::Digest;
 use crate::image::layer::Layer;
 use crate::image::oci::{LayerFormat, OciImage};
@@ -16,6 +15,7 @@ use crate::image::source::Source;
 use crate::image::squashfs::Squashfs;
 use crate::image::verified::{PlainSource, VerifiedSource};
 use crate::image::verity::VerityError;
+use crate::sys::file::{Links, open_regular};
 
 /// What is to be mounted, all of it from a manifest whose digest was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl MountPlan {
             {
                 return Err(MountError::Pin { layer: layer.digest, expected, found });
             }
-            // DESIGN.md, section 3: "A mount without verification exists only as --unsafe-no-verity."
+            // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
             let root_hash = match layer.root_hash.or(pin) {
                 Some(hash) => (!unsafe_no_verity).then_some(hash),
                 None if unsafe_no_verity => None,
@@ -136,10 +136,10 @@ impl PlannedLayer {
                 return Err(MountError::Format { layer, media_type });
             }
         }
-        let file = File::open(&self.path).map_err(|source| MountError::LayerFile {
+        let (file, _) = open_regular(&self.path, Links::Followed).map_err(|error| MountError::LayerFile {
             layer: self.digest,
             path: self.path.clone(),
-            source,
+            source: error.source,
         })?;
         let source: Arc<dyn Source> = match self.root_hash {
             Some(root_hash) => {

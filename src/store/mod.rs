@@ -52,6 +52,7 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::image::oci::{Descriptor, OciError, OciImage};
 use crate::sys::atomic::sync_folder;
+use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 use crate::transport::{OciDir, Transport, TransportError};
 
@@ -85,7 +86,15 @@ impl Store {
     /// # Errors
     /// [`TransportError::NotALayout`].
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        Ok(Self { layout: OciDir::open(dir)? })
+        Self::open_with(dir, Links::Followed)
+    }
+
+    /// Opens a store whose files may or may not be links.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub(crate) fn open_with(dir: &Path, links: Links) -> Result<Self, StoreError> {
+        Ok(Self { layout: OciDir::open_with(dir, links)? })
     }
 
     /// Opens a store, and makes it first where there is none.
@@ -116,7 +125,7 @@ impl Store {
         }
         for folder in ["blobs/sha256", ".mosfs/tmp"] {
             let folder = dir.join(folder);
-            fs::create_dir_all(&folder).on("create", &folder)?;
+            file::create_folders(&folder)?;
         }
         for folder in [&dir.join("blobs"), dir] {
             sync_folder(folder).on("sync", folder)?;
@@ -135,7 +144,7 @@ impl Store {
                 put::replace_file(dir, name, &content)?;
             }
         }
-        Self::open(dir)
+        Self::open_with(dir, Links::Refused)
     }
 
     /// The folder.
@@ -156,7 +165,12 @@ impl Store {
     /// Whether a blob is there with the right size. Its content was checked when it was written;
     /// [`fsck`] checks it again.
     pub fn has(&self, blob: &Descriptor) -> bool {
-        matches!(fs::metadata(self.blob_path(&blob.digest)), Ok(data) if data.is_file() && data.len() == blob.size)
+        let path = self.blob_path(&blob.digest);
+        let found = match self.layout.links() {
+            Links::Refused => fs::symlink_metadata(path),
+            Links::Followed => fs::metadata(path),
+        };
+        found.is_ok_and(|data| data.is_file() && data.len() == blob.size)
     }
 
     /// A small blob, whole, checked against its digest.
@@ -229,7 +243,7 @@ impl Store {
         // A layout that another tool made has no private folder yet.
         let tmp = self.private("tmp");
         if !tmp.is_dir() {
-            fs::create_dir_all(&tmp).on("create", &tmp)?;
+            file::create_folders(&tmp)?;
         }
         Ok(self.private(name))
     }

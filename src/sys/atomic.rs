@@ -2,12 +2,13 @@
 //! keeps on a disk is written by these functions.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
+use crate::sys::file;
 
 /// Replaces `path` by a file of these bytes and this mode, so that a crash leaves the old file or
 /// the new one, whole. The caller holds the lock that guards `path`.
@@ -87,7 +88,7 @@ pub struct NewFile {
 /// # Errors
 /// With the path that it was about.
 pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Result<(), IoError> {
-    fs::create_dir_all(dir).on("create", dir)?;
+    file::create_folders(dir)?;
     let scratch = Scratch::new(dir)?;
     for file in files {
         let path = scratch.0.join(file.name);
@@ -150,17 +151,6 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Reads a file of at most `max_bytes`; a longer one is an error and is not read.
-pub fn read_bounded(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > max_bytes {
-        let why = format!("the file is longer than the {max_bytes} bytes that are allowed");
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
-    }
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -172,9 +162,8 @@ mod tests {
         std::fs::write(folder.path().join(".file.new"), "left by a crash").unwrap();
         replace(&path, b"one", 0o600, "test").unwrap();
         replace(&path, b"two", 0o600, "test").unwrap();
-        assert_eq!(read_bounded(&path, 3).unwrap(), b"two");
+        assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-        assert_eq!(read_bounded(&path, 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
     }
 
     #[test]

@@ -7,25 +7,26 @@
 //! ```
 //!
 //! Nothing in the folder is believed: every document is hashed before it is parsed, no file is
-//! read beyond its promised size, and what is not a regular file is not opened as one. Links are
-//! followed, since what they lead to is checked all the same.
+//! read beyond its promised size, and what is not a regular file is not opened. Links to regular
+//! files are followed, because some tools make blobs so and what they lead to is checked all the
+//! same; in the store of a device, where mosfs makes none, they are refused.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
 use crate::digest::{Digest, split_pin};
-use crate::error::{IoContext, IoError};
 use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
+use crate::sys::file::{self, Links};
 
 /// An OCI image layout in a folder, to read from.
 #[derive(Debug, Clone)]
 pub struct OciDir {
     dir: PathBuf,
+    links: Links,
 }
 
 /// The content of `oci-layout`.
@@ -35,8 +36,8 @@ struct LayoutFile {
     image_layout_version: String,
 }
 
-/// Splits `DIR[:NAME]` or `DIR@sha256:HEX`; the folder ends at the first `:` (INTEROP.md, "Names and transports"), or
-/// at the `@` before a digest. The name by digest is `@sha256:HEX`.
+/// Splits `DIR[:NAME]` or `DIR@sha256:HEX`; the folder ends at the first `:` (docs/design.md, source words), or at
+/// the `@` before a digest. The name by digest is `@sha256:HEX`.
 pub(super) fn split(rest: &str) -> Option<Place> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     if let Some((dir, digest)) = split_pin(rest)
@@ -58,35 +59,39 @@ impl OciDir {
     /// # Errors
     /// [`TransportError::NotALayout`].
     pub fn open(dir: &Path) -> Result<Self, TransportError> {
+        Self::open_with(dir, Links::Followed)
+    }
+
+    /// Opens a layout whose files may or may not be links.
+    ///
+    /// # Errors
+    /// [`TransportError::NotALayout`].
+    pub(crate) fn open_with(dir: &Path, links: Links) -> Result<Self, TransportError> {
         let not = |why: String| TransportError::NotALayout { dir: dir.to_path_buf(), why };
-        let bytes = match read_file(&dir.join("oci-layout"), 4096) {
-            Ok(bytes) => bytes,
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
-                return Err(not(match dir.is_dir() {
-                    false => "there is no such folder".into(),
-                    // What skopeo's transport `dir:` writes.
-                    true if dir.join("version").exists() && dir.join("manifest.json").exists() => format!(
-                        "it has no file oci-layout; `skopeo copy dir:{} oci:DIR:NAME` makes a layout of it",
-                        dir.display()
-                    ),
-                    true => "it has no file oci-layout".into(),
-                }));
-            }
-            Err(error) if error.source.kind() == io::ErrorKind::NotADirectory => {
-                let file = dir.display();
-                return Err(not(format!(
-                    "it is a file; `skopeo copy oci-archive:{file} oci:DIR:NAME` unpacks an archive of a layout, \
-                     `skopeo copy docker-archive:{file} oci:DIR:NAME` one of docker save"
-                )));
-            }
-            Err(error) => return Err(error.into()),
+        if dir.is_file() {
+            let file = dir.display();
+            return Err(not(format!(
+                "it is a file; `skopeo copy oci-archive:{file} oci:DIR:NAME` unpacks an archive of a layout, \
+                 `skopeo copy docker-archive:{file} oci:DIR:NAME` one of docker save"
+            )));
+        }
+        let Some(bytes) = file::find_regular(&dir.join("oci-layout"), links, 4096)? else {
+            return Err(not(match dir.is_dir() {
+                false => "there is no such folder".into(),
+                // What skopeo's transport `dir:` writes.
+                true if dir.join("version").exists() && dir.join("manifest.json").exists() => format!(
+                    "it has no file oci-layout; `skopeo copy dir:{} oci:DIR:NAME` makes a layout of it",
+                    dir.display()
+                ),
+                true => "it has no file oci-layout".into(),
+            }));
         };
         let layout: LayoutFile =
             serde_json::from_slice(&bytes).map_err(|error| not(format!("oci-layout: {error}")))?;
         if !layout.image_layout_version.starts_with("1.") {
             return Err(not(format!("its version is `{}`, expected 1.x", layout.image_layout_version)));
         }
-        Ok(Self { dir: dir.to_path_buf() })
+        Ok(Self { dir: dir.to_path_buf(), links })
     }
 
     /// The folder.
@@ -102,10 +107,8 @@ impl OciDir {
     /// Reads `index.json`. A layout without one has no images.
     pub fn index(&self) -> Result<Index, TransportError> {
         let path = self.dir.join("index.json");
-        let bytes = match read_file(&path, MAX_INDEX_BYTES) {
-            Ok(bytes) => bytes,
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(Index::empty()),
-            Err(error) => return Err(error.into()),
+        let Some(bytes) = file::find_regular(&path, self.links, MAX_INDEX_BYTES)? else {
+            return Ok(Index::empty());
         };
         Index::parse(&bytes, MAX_INDEX_BYTES)
             .map_err(|source| TransportError::Document { object: path.display().to_string(), source })
@@ -117,7 +120,7 @@ impl OciDir {
     /// [`TransportError::BlobMissing`].
     pub fn open_blob(&self, digest: &Digest) -> Result<(File, u64), TransportError> {
         let path = self.blob_path(digest);
-        match open_regular(&path) {
+        match file::open_regular(&path, self.links) {
             Ok(opened) => Ok(opened),
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
                 Err(TransportError::BlobMissing { location: self.location(), digest: *digest })
@@ -140,6 +143,11 @@ impl OciDir {
                 MANIFEST
             };
         Ok(Descriptor::new(media_type, *digest, bytes.len() as u64))
+    }
+
+    /// Whether links to files are followed.
+    pub(crate) fn links(&self) -> Links {
+        self.links
     }
 
     /// Reads a blob whole, checked against its digest; its size is only bounded.
@@ -189,9 +197,8 @@ impl Transport for OciDir {
         if size != blob.size {
             return Err(wrong_size(size));
         }
-        let mut bytes = Vec::new();
         // One byte more than promised, so that a file that grows meanwhile is seen.
-        file.take(blob.size + 1).read_to_end(&mut bytes).on("read", &path)?;
+        let bytes = file::read_at_most(file, &path, blob.size)?;
         if bytes.len() as u64 != blob.size {
             return Err(wrong_size(bytes.len() as u64));
         }
@@ -230,29 +237,4 @@ impl Transport for OciDir {
         }
         Ok(found)
     }
-}
-
-/// Opens a regular file for reading, with its size in bytes; a pipe or device is an error.
-pub(crate) fn open_regular(path: &Path) -> Result<(File, u64), IoError> {
-    // O_NONBLOCK: opening a pipe that nobody writes to must not hang. It means nothing for files.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).on("open", path)?;
-    let data = file.metadata().on("stat", path)?;
-    if !data.is_file() {
-        let source = io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file");
-        return Err(IoError { operation: "read", path: path.to_path_buf(), source });
-    }
-    Ok((file, data.len()))
-}
-
-/// Reads a small file whole.
-pub(crate) fn read_file(path: &Path, max_bytes: u64) -> Result<Vec<u8>, IoError> {
-    let (file, _) = open_regular(path)?;
-    let mut bytes = Vec::new();
-    file.take(max_bytes + 1).read_to_end(&mut bytes).on("read", path)?;
-    if bytes.len() as u64 > max_bytes {
-        let source =
-            io::Error::new(io::ErrorKind::FileTooLarge, format!("it is larger than {max_bytes} bytes"));
-        return Err(IoError { operation: "read", path: path.to_path_buf(), source });
-    }
-    Ok(bytes)
 }

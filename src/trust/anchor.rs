@@ -8,8 +8,6 @@
 //! Both are written by the first installation, and by nothing after it.
 
 use std::fmt;
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use openssl::error::ErrorStack;
@@ -18,12 +16,12 @@ use uuid::Uuid;
 
 use super::MAX_CERTIFICATE_BYTES;
 use super::certificate::{name_text, read_pem, reason};
-use super::files::read_at_most;
 use crate::digest::Digest;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
+use crate::sys::file::{self, Links};
 
 /// Name of the CA's file in CONFIG.
 pub const CA_FILE: &str = "manifestCA.pem";
@@ -92,7 +90,7 @@ pub enum AnchorError {
 impl Classified for AnchorError {
     fn class(&self) -> Class {
         match self {
-            // DESIGN.md, section 2: "Any of the three missing: refused".
+            // docs/design.md, three checks: if any of the three fails, the system is refused.
             AnchorError::Missing { .. } | AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
                 Class::Verification
             }
@@ -209,8 +207,8 @@ impl AnchorPlan {
             return Ok(());
         }
         atomic::create(&self.config, &self.files, |name| match name {
-            PRODUCT_FILE => failpoint::hit("anchor-product"),
-            _ => failpoint::hit("anchor-ca"),
+            PRODUCT_FILE => failpoint::hit("config.product.linked"),
+            _ => failpoint::hit("config.ca.linked"),
         })?;
         Ok(())
     }
@@ -230,25 +228,21 @@ impl CaFile {
     /// # Errors
     /// [`AnchorError::BadCa`], [`AnchorError::Io`].
     pub fn load(path: &Path) -> Result<Self, AnchorError> {
-        let file = File::open(path).on("open", path)?;
-        Self::read(file, path)
+        Self::parse(&file::read_named(path, MAX_CERTIFICATE_BYTES as u64)?, path)
     }
 
     /// The same, with `None` if there is no such file.
     fn find(path: &Path) -> Result<Option<Self>, AnchorError> {
-        match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            file => Self::read(file.on("open", path)?, path).map(Some),
-        }
+        let bytes = file::find_regular(path, Links::Followed, MAX_CERTIFICATE_BYTES as u64)?;
+        bytes.map(|bytes| Self::parse(&bytes, path)).transpose()
     }
 
-    fn read(file: File, path: &Path) -> Result<Self, AnchorError> {
-        let bytes = read_at_most(file, path, MAX_CERTIFICATE_BYTES)?;
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self, AnchorError> {
         let bad = |reason| AnchorError::BadCa { path: path.to_path_buf(), reason };
         if bytes.len() > MAX_CERTIFICATE_BYTES {
             return Err(bad(format!("it has more than {MAX_CERTIFICATE_BYTES} bytes")));
         }
-        let certificates = read_pem(&bytes).map_err(bad)?;
+        let certificates = read_pem(bytes).map_err(bad)?;
         let der = certificates.iter().map(|ca| ca.to_der()).collect::<Result<_, _>>();
         Ok(Self { certificates, der: der.map_err(|error| bad(reason(&error)))? })
     }
@@ -278,13 +272,9 @@ impl fmt::Display for CaFile {
 }
 
 /// The product that CONFIG names, if it names one.
-pub(super) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
+pub(crate) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
     let path = config.join(PRODUCT_FILE);
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file.on("open", &path)?,
-    };
-    let bytes = read_at_most(file, &path, 256)?;
+    let Some(bytes) = file::find_regular(&path, Links::Followed, 4096)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes);
     match rules::uuid(text.trim_end()) {
         Ok(product) => Ok(Some(product)),

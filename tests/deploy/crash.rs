@@ -21,8 +21,8 @@ const FAILPOINTS: &[(&str, u64)] = &[
     ("deploy.folder.renamed", 1),
     ("deploy.state.written", 1),
     ("deploy.state.renamed", 1),
-    ("commit.blessed", 1),
-    ("commit.raised", 1),
+    ("commit.state.blessed", 1),
+    ("commit.floor.raised", 1),
 ];
 
 struct World {

@@ -193,7 +193,7 @@ fn until_the_floor_is_raised_falling_back_is_legal() {
     device.ok(&["commit"]);
     device.ok(&["update", &publisher.source_of(201)]);
     // Cut off between blessing and raising.
-    let cut = device.command(&["commit"]).env("MOSFS_FAILPOINT", "commit.blessed").output().unwrap();
+    let cut = device.command(&["commit"]).env("MOSFS_FAILPOINT", "commit.state.blessed").output().unwrap();
     assert!(!cut.status.success());
     assert_eq!(device.state().current.unwrap().version, 201);
     let booted = device.boot_if(|version| version == 200).unwrap();

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use mosfs::digest::Digest;
 use mosfs::image::source::Source;
 use mosfs::image::verified::VerifiedSource;
-use mosfs::mount::registry;
-use mosfs::mount::through_device::through_device;
+use mosfs::mount::kernel::through_device::through_device;
+use mosfs::mount::table;
 use mosfs::sys::dm::{Control, Target};
 use mosfs::sys::loopdev::LoopDevice;
 use mosfs::sys::mountapi;
@@ -103,7 +103,7 @@ fn target(name: &str) -> PathBuf {
 
 /// Device numbers of the targets' mounts.
 fn target_devices() -> Vec<(PathBuf, String)> {
-    let all = registry::mounts().unwrap().into_iter();
+    let all = table::mounts().unwrap().into_iter();
     let all = all.filter(|one| one.target.starts_with(TARGETS));
     all.map(|one| (one.target, one.device)).collect()
 }
@@ -170,16 +170,16 @@ fn guest_activate_mends_what_a_crash_left() {
         unreachable!("the failpoint was not passed");
     }
     let points = [
-        "activate.planned:1",
-        "activate.prepared:2",
-        "activate.cleared:1",
-        "activate.folder:2",
-        "kernel.attached:1",
-        "kernel.attached:2",
-        "activate.mounted:1",
-        "dm-verity-created:1",
-        "dm-verity-live:2",
-        "dm-verity-overlay:2",
+        "activate.plan.made:1",
+        "activate.mount.prepared:2",
+        "activate.place.cleared:1",
+        "activate.place.made:2",
+        "kernel.tree.attached:1",
+        "kernel.tree.attached:2",
+        "activate.mount.attached:1",
+        "kernel.device.created:1",
+        "kernel.device.live:2",
+        "kernel.overlay.assembled:2",
     ];
     let crash = |point: &str| {
         let status = Command::new("/proc/self/exe")
@@ -201,7 +201,12 @@ fn guest_activate_mends_what_a_crash_left() {
         unmount_targets();
     }
     // The same where a mount is replaced: one layer is new, and the old mount is in place.
-    for point in ["activate.prepared:2", "activate.cleared:2", "kernel.attached:1", "dm-verity-live:1"] {
+    for point in [
+        "activate.mount.prepared:2",
+        "activate.place.cleared:2",
+        "kernel.tree.attached:1",
+        "kernel.device.live:1",
+    ] {
         let device = GuestDevice::new("crash");
         assert_eq!(device.activate(), 0);
         device.next();

@@ -12,7 +12,6 @@
 //! A signature as `openssl dgst -sha256 -sign` makes it (DER, 70 to 72 bytes) is taken as well where a
 //! person may have made it so: for the provision message.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use openssl::bn::{BigNum, BigNumContext};
@@ -26,8 +25,8 @@ use uuid::Uuid;
 
 use super::digests::{MAX_VERSION, Policy};
 use super::error::FloorError;
-use crate::error::{Class, Classified, IoContext, IoError};
-use crate::trust::files::read_at_most;
+use crate::error::{Class, Classified, IoError};
+use crate::sys::file::read_named;
 use crate::trust::keys;
 
 /// A floor signature, a provision signature or an authorization: `r ‖ s`.
@@ -91,7 +90,7 @@ const PRIVATE: &str = "a P-256 private key in PEM";
 impl PublicKey {
     /// Reads a public key from a PEM file.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        Self::from_pem(&read_at_most(File::open(path).on("open", path)?, path, MAX_KEY_BYTES)?, path)
+        Self::from_pem(&read_named(path, MAX_KEY_BYTES as u64)?, path)
     }
 
     /// The public key in a PEM text; `path` is for the error.
@@ -252,14 +251,14 @@ pub fn check_signature(policy: &Policy, version: u64, signature: &[u8]) -> Resul
     }
 }
 
-/// Rule (DESIGN.md, section 2): a version is 1 to 2^53-1.
+/// Rule (docs/design.md, versions): a version is 1 to 2^53-1.
 pub(super) fn check_version(version: u64) -> Result<(), FloorError> {
     if version == 0 || version > MAX_VERSION { Err(FloorError::VersionRange { version }) } else { Ok(()) }
 }
 
 /// Signs, with the floor key, that the holder of a provisioning key may make the first write.
 ///
-/// The policy that is signed has PolicySigned over the TPM's own nonce in it. Rule (FLOOR.md): the floor key must never
+/// The policy that is signed has PolicySigned over the TPM's own nonce in it. Rule (docs/design.md, first write): the floor key must never
 /// sign a first-write policy that has no nonce; it could be replayed on a deleted and re-created index.
 pub fn authorize(
     key: &PrivateKey,
@@ -322,7 +321,7 @@ pub fn provision_message(nonce: &[u8]) -> Vec<u8> {
 /// # Errors
 /// [`KeyError::Unusable`] where the message is none: this key signs nothing else.
 pub fn sign_provision(key: &PrivateKey, message: &[u8], path: &Path) -> Result<Signature, KeyError> {
-    // Rule (FLOOR.md): P signs H(nonceTPM ‖ 00000000), and nothing else.
+    // Rule (docs/design.md, first write): P signs H(nonceTPM ‖ 00000000), and nothing else.
     let (Some(nonce), true) = (message.strip_suffix(&[0; 4]), message.len() == PROVISION_MESSAGE_BYTES)
     else {
         return Err(KeyError::Unusable {

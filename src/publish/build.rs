@@ -21,6 +21,7 @@ use crate::convert::image::{Ingest, IngestError, check_layers, ingest};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
+use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
@@ -30,7 +31,6 @@ use crate::manifest::{
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, image_name, system_name, version_name};
 use crate::transport::{SourceRef, Transport, TransportError};
-use crate::trust::floor::{self, FloorError};
 use crate::trust::{
     CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, SignError, Signed,
 };
@@ -106,7 +106,7 @@ pub fn build(
         let job = Ingest { from: &*image.from, writer: &writer, platform, effort, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
-        failpoint::hit("build.image");
+        failpoint::hit("build.image.stored");
         resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
         names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));
         targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });
@@ -141,10 +141,10 @@ pub fn build(
         .map(|(name, entry)| (Some(name.as_str()), entry))
         .chain(referrers.iter().map(|entry| (None, entry)))
         .collect();
-    failpoint::hit("build.signed");
+    failpoint::hit("build.system.signed");
     // Another build may have taken the version meanwhile: it is checked again under the index's lock.
     writer.replace_entries(&replaced, &entries, &[&version_name(manifest.version)])?;
-    failpoint::hit("build.named");
+    failpoint::hit("build.system.named");
     Ok(Built { digest, manifest, targets })
 }
 

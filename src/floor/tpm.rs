@@ -9,11 +9,15 @@ use super::signature::{PublicKey, Signature, check_provision, check_signature, p
 use crate::digest::hex;
 use crate::failpoint;
 use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
+use crate::sys::{self, file};
+
+/// Held in the run folder while a floor is raised.
+const LOCK_FILE: &str = "tpm.lock";
 
 /// The time that one use of the TPM may take: reading takes milliseconds, a raise some 200 ms on a slow chip.
 pub const DEFAULT_BUDGET: Duration = Duration::from_secs(30);
 
-// Response codes (TPM 2.0 part 2, section "TPM_RC"; FLOOR.md, the table).
+// Response codes (TPM 2.0 part 2, section "TPM_RC"; docs/design.md, the table of the floor).
 /// The handle names nothing (first handle).
 const RC_NO_HANDLE: u32 = 0x18b;
 const RC_NV_UNINITIALIZED: u32 = 0x14a;
@@ -105,7 +109,7 @@ impl TpmFloor {
             Err(FloorError::NotProvisioned { .. }) => (here.define()?, true),
             Err(error) => return Err(error),
         };
-        failpoint::hit("floor.defined");
+        failpoint::hit("floor.index.defined");
         let mut begun = Provisioning {
             session: None,
             nonce: Vec::new(),
@@ -163,7 +167,7 @@ impl Here<'_> {
         })
     }
 
-    /// Rule (DESIGN.md, section 5): the index's Name must be the expected constant.
+    /// Rule (docs/design.md, floor at boot): the index's Name must be the expected constant.
     fn check_name(&self, index: &NvIndex) -> Result<(), FloorError> {
         let found = index.name().map_err(FloorError::of_tpm)?;
         let is = |name: Name| found.as_slice() == name.as_bytes().as_slice();
@@ -205,7 +209,16 @@ impl Here<'_> {
     }
 
     fn raise(&self, version: u64, signature: &Signature) -> Result<(), FloorError> {
-        let _lock = self.tpm.lock().map_err(FloorError::of_tpm)?;
+        // A socket to a simulator is exclusive as it is: whoever waited for the lock there would keep
+        // the one who has it from being served.
+        let _lock = match self.tcti {
+            Tcti::Device(_) => {
+                let folder = sys::run_dir();
+                file::create_folders(&folder)?;
+                Some(self.tpm.lock(&folder.join(LOCK_FILE)).map_err(FloorError::of_tpm)?)
+            }
+            _ => None,
+        };
         let index = self.find()?;
         self.check_name(&index)?;
         if self.read_index(&index)? >= version {
@@ -225,10 +238,10 @@ impl Here<'_> {
         session.policy_cp_hash(&self.policy.write_parameters(version)).map_err(FloorError::of_tpm)?;
         let bad_signature = || FloorError::BadFloorSignature { version, product: self.policy.product() };
         self.authorize(&session, &bump, signature, bad_signature, || format!("version {version}"))?;
-        failpoint::hit("floor.authorized");
+        failpoint::hit("floor.session.authorized");
         self.write(&index, &session, &operand, || format!("version {version}"))?;
-        failpoint::hit("floor.written");
-        // Rule (DESIGN.md, section 5): raise the floor, then read it back. The Name as well: it
+        failpoint::hit("floor.index.written");
+        // Rule (docs/design.md, bless first): raise the floor, then read it back. The Name as well: it
         // is what tells a floor from a look-alike.
         // ESYS has one handle for an index: the old one goes first.
         drop(index);
@@ -361,10 +374,10 @@ impl Provisioning {
         here.write(index, session, &[0; 8], || "the first write".into())?;
         // The index is written: it is the floor now, and stays.
         self.defined_here = false;
-        failpoint::hit("floor.provisioned");
+        failpoint::hit("floor.index.provisioned");
         self.index = None;
         let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
-        // Rule (FLOOR.md): write 0, check the Name.
+        // Rule (docs/design.md, provisioning): write 0, check the Name.
         here.read().map(|_| ())
     }
 }

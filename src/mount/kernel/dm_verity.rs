@@ -22,20 +22,21 @@
 //! **Locks.** `RUN/dm.lock` (flock) is held from the look-up of a device until it has a holder.
 //! Where `RUN` is not shared (containers), the loser of the race for a name tries again.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::kernel_overlay::{self, Upper};
+use super::overlay::{self, Upper};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::image::ReadError;
 use crate::image::verity::{self, BLOCK_BYTES, Geometry, Superblock, VerityError};
 use crate::sys::dm::{Control, Target};
+use crate::sys::file::{self, Links, open_regular};
 use crate::sys::flock::Lock;
 use crate::sys::loopdev::LoopDevice;
 use crate::sys::mountapi::{FsContext, MountError};
@@ -44,6 +45,8 @@ use crate::sys::mountapi::{FsContext, MountError};
 const SECTOR_BYTES: u64 = 512;
 /// Prefix of the names of our devices.
 const NAME_PREFIX: &str = "mosfs-";
+/// Prefix of their UUIDs, which say that a device is ours.
+const UUID_PREFIX: &str = "MOSFS-VERITY-";
 /// How often a lost race for a device is tried again, 10 ms apart.
 const TRIES: u32 = 300;
 
@@ -138,7 +141,7 @@ pub enum DmVerityError {
     #[error(transparent)]
     Mount(#[from] MountError),
     /// More layers than overlayfs takes, or none.
-    #[error("{count} layers: overlayfs takes 1 to {max}", max = kernel_overlay::MAX_LAYERS)]
+    #[error("{count} layers: overlayfs takes 1 to {max}", max = overlay::MAX_LAYERS)]
     LayerCount {
         /// How many there are.
         count: usize,
@@ -200,7 +203,7 @@ impl DmVerity {
             // Other errors: an older kernel, which will say so when the table is loaded.
             _ => {}
         }
-        std::fs::create_dir_all(run_dir).on("create", run_dir)?;
+        file::create_folders(run_dir)?;
         let backend = Self { control, lock_path: run_dir.join("dm.lock") };
         backend.sweep()?;
         Ok(backend)
@@ -214,7 +217,8 @@ impl DmVerity {
                 continue;
             }
             let Ok(status) = self.control.status(&device.name) else { continue };
-            if status.open_count == 0 && !status.deferred_remove {
+            // Rule: the UUID tells whose a device is. Anybody's volume group may be called `mosfs`.
+            if status.uuid.starts_with(UUID_PREFIX) && status.open_count == 0 && !status.deferred_remove {
                 // Whoever opened it meanwhile keeps it: the removal is then refused as busy.
                 let _ = self.control.remove(&device.name, false);
             }
@@ -240,7 +244,7 @@ impl DmVerity {
 
     /// Mounts layers, each attached nowhere. Where one fails, those before it are freed.
     pub fn layers(&self, layers: &[LayerInput<'_>]) -> Result<Vec<LayerMount>, DmVerityError> {
-        if layers.is_empty() || layers.len() > kernel_overlay::MAX_LAYERS {
+        if layers.is_empty() || layers.len() > overlay::MAX_LAYERS {
             return Err(DmVerityError::LayerCount { count: layers.len() });
         }
         layers.iter().map(|layer| self.layer(layer)).collect()
@@ -251,8 +255,8 @@ impl DmVerity {
         let file_system = KernelFs::of(layer)?;
         let device = self.activate(layer)?;
         let mounted = mount_device(file_system, &device.node);
-        failpoint::hit("dm-verity-layer");
-        // Rule (DESIGN.md, section 4 and INTEROP.md, "corruption reported as success"): after
+        failpoint::hit("kernel.layer.mounted");
+        // Rule (docs/design.md, corrupt is seen): after
         // activation the device's status is checked. Mounting has read the superblock and the
         // tables at both ends of the image, so the tree has been used by now; a mount that failed
         // because of a bad block is reported as what it is.
@@ -286,11 +290,7 @@ impl DmVerity {
 
     /// Finds or makes the verity device of a layer.
     fn activate(&self, layer: &LayerInput<'_>) -> Result<Device, DmVerityError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(layer.path)
-            .on("open", layer.path)?;
+        let (file, _) = open_regular(layer.path, Links::Followed)?;
         let parameters = VerityParameters::read(&file).map_err(|source| DmVerityError::NoVerity {
             digest: layer.digest,
             path: layer.path.to_path_buf(),
@@ -347,7 +347,7 @@ impl DmVerity {
         let backend = Self { control: Control::open().ok()?, lock_path: PathBuf::new() };
         let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
         let status = backend.control.status(&name).ok().filter(|status| status.live)?;
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(layer.path).ok()?;
+        let (file, _) = open_regular(layer.path, Links::Followed).ok()?;
         let parameters = VerityParameters::read(&file).ok()?;
         backend.join(&name, status.dev, layer, &parameters).ok().map(|device| device.holder)
     }
@@ -375,19 +375,19 @@ impl DmVerity {
                     source,
                 }
             })?;
-        let uuid = format!("MOSFS-VERITY-{}", layer.root_hash.hex());
+        let uuid = format!("{UUID_PREFIX}{}", layer.root_hash.hex());
         self.control.create(name, &uuid).map_err(|source| failed("create", source))?;
-        failpoint::hit("dm-verity-created");
+        failpoint::hit("kernel.device.created");
         let finish = || {
             let target = parameters.target(&loop_device.major_minor(), &layer.root_hash);
             self.control.load(name, &target).map_err(|source| failed("load a table into", source))?;
-            failpoint::hit("dm-verity-loaded");
+            failpoint::hit("kernel.device.loaded");
             let status = self.control.status(name).map_err(|source| failed("look for", source))?;
             let device = open_node(name, status.dev).map_err(|source| failed("open", source))?;
             // From here on the device goes when its last holder does, and we are one.
             self.control.remove(name, true).map_err(|source| failed("mark for removal", source))?;
             self.control.resume(name).map_err(|source| failed("activate", source))?;
-            failpoint::hit("dm-verity-live");
+            failpoint::hit("kernel.device.live");
             Ok(device)
         };
         finish().inspect_err(|_| {
@@ -417,7 +417,7 @@ impl DmVerity {
             return Err(failed("use", io::Error::from_raw_os_error(libc::EBUSY)));
         }
         let targets = self.control.table(name).map_err(|source| failed("read the table of", source))?;
-        // Rule (DESIGN.md, section 4): "named by root hash, the live table compared before reuse".
+        // Rule (docs/design.md, named by root hash): the live table is compared before the device is used again.
         // Which loop device it reads is of no matter: what it reads is checked.
         let expected = describe(&[parameters.target("-", &layer.root_hash)]);
         let found = describe(&targets);
@@ -445,8 +445,8 @@ pub fn assemble(
     attributes: u64,
 ) -> Result<OwnedFd, DmVerityError> {
     let lowers: Vec<_> = layers.iter().map(|layer| layer.mount.as_fd()).collect();
-    let overlay = kernel_overlay::assemble(&lowers, upper, source, attributes)?;
-    failpoint::hit("dm-verity-overlay");
+    let overlay = overlay::assemble(&lowers, upper, source, attributes)?;
+    failpoint::hit("kernel.overlay.assembled");
     Ok(overlay)
 }
 
@@ -506,7 +506,7 @@ enum KernelFs {
 }
 
 impl KernelFs {
-    /// By media type, matched by prefix (INTEROP.md, "Layers").
+    /// By media type, matched by prefix (docs/design.md, media types).
     fn of(layer: &LayerInput<'_>) -> Result<Self, DmVerityError> {
         const TYPES: [(&str, KernelFs); 2] = [
             ("application/vnd.stacker.image.layer.squashfs", KernelFs::Squashfs),
@@ -543,7 +543,7 @@ struct VerityParameters {
 }
 
 impl VerityParameters {
-    /// Reads the verity superblock behind the image (INTEROP.md, "where the verity data is").
+    /// Reads the verity superblock behind the image (docs/design.md, verity location).
     fn read(file: &File) -> Result<Self, VerityError> {
         let read = |offset, block: &mut [u8; BLOCK_BYTES]| {
             file.read_exact_at(block, offset)
