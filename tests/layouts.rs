@@ -252,7 +252,8 @@ fn a_layer_that_is_there_twice_is_mounted_once() {
     let names: Vec<_> = tree.keys().map(|path| String::from_utf8_lossy(path).into_owned()).collect();
     assert_eq!(names, ["", "a", "b", "d", "d/x", "d/y"]);
     assert_eq!(fs::read_to_string(at.join("a")).unwrap(), "of the repeated");
-    let record = mosfs::mount::mounts().unwrap().into_iter().find(|one| one.target == at.canonicalize().unwrap());
+    let record =
+        mosfs::mount::mounts().unwrap().into_iter().find(|one| one.target == at.canonicalize().unwrap());
     assert_eq!(record.unwrap().layers.len(), 3);
     mounted.unmount();
 }
@@ -265,9 +266,21 @@ fn a_wrong_media_type_is_named_with_what_the_blob_is() {
     let tar = fs::read(tar.path()).unwrap();
     let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
     for (media, blob, words) in [
-        ("application/vnd.oci.image.layer.v1.tar+gzip", &zstd, "the content is zstd, its media type says gzip"),
-        ("application/vnd.oci.image.layer.v1.tar+zstd", &tar, "the content is an uncompressed tar, its media type says zstd"),
-        ("application/vnd.docker.image.rootfs.diff.tar", &zstd, "the content is zstd, its media type says an uncompressed tar"),
+        (
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            &zstd,
+            "the content is zstd, its media type says gzip",
+        ),
+        (
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            &tar,
+            "the content is an uncompressed tar, its media type says zstd",
+        ),
+        (
+            "application/vnd.docker.image.rootfs.diff.tar",
+            &zstd,
+            "the content is zstd, its media type says an uncompressed tar",
+        ),
     ] {
         let mut layer = publisher.put(blob);
         layer["mediaType"] = media.into();

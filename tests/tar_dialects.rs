@@ -142,8 +142,10 @@ fn entry(random: &mut Random, bytes: &mut Vec<u8>, names: &mut Vec<Vec<u8>>) {
         short.push(b'/');
     }
     let mut name = short.clone();
-    let content: Vec<u8> = (0..random.pick(&[0, 1, 511, 512, 513, 3000])).map(|_| random.next(256) as u8).collect();
-    let is_file = matches!(kind, b'0' | 0 | b'7' | b'Q' | b'a') && !(name.ends_with(b"/") && !matches!(kind, b'Q' | b'a'));
+    let content: Vec<u8> =
+        (0..random.pick(&[0, 1, 511, 512, 513, 3000])).map(|_| random.next(256) as u8).collect();
+    let is_file = matches!(kind, b'0' | 0 | b'7' | b'Q' | b'a')
+        && !(name.ends_with(b"/") && !matches!(kind, b'Q' | b'a'));
     let mut stored: Vec<u8> = if is_file { content.clone() } else { Vec::new() };
     let mut records: Vec<u8> = Vec::new();
     let mut header = Header([0; 512]);
@@ -264,7 +266,8 @@ fn entry(random: &mut Random, bytes: &mut Vec<u8>, names: &mut Vec<Vec<u8>>) {
 /// Random records of an extended header.
 fn pax(random: &mut Random, records: &mut Vec<u8>, name: &mut Vec<u8>, is_file: bool, size: usize) {
     if random.one_in(3) {
-        *name = [format!("pax{}", random.next(1 << 40)).as_bytes(), &[b'p'; 120], b"/", &[b'q'; 120]].concat();
+        *name =
+            [format!("pax{}", random.next(1 << 40)).as_bytes(), &[b'p'; 120], b"/", &[b'q'; 120]].concat();
         records.extend(record(b"path", name));
     }
     let mut some = |key: &[u8], values: &[&[u8]]| {
@@ -293,11 +296,13 @@ fn pax(random: &mut Random, records: &mut Vec<u8>, name: &mut Vec<u8>, is_file: 
 fn archive(random: &mut Random) -> Vec<u8> {
     let mut names = vec![b"d/base".to_vec()];
     let mut tar = Tarball::default();
-    tar.dir("d/").dir("pre/").dir("pre/pre/").file("d/base", b"base");
+    tar.dir("d/").file("d/base", b"base").dir("pre/").dir("pre/pre/");
     let mut bytes = tar.bytes;
     if random.one_in(8) {
         let mut records = Vec::new();
-        for (key, value) in [(&b"foo"[..], &b"bar"[..]), (b"mtime", b"1000.5"), (b"uid", b"77"), (b"comment", b"all")] {
+        for (key, value) in
+            [(&b"foo"[..], &b"bar"[..]), (b"mtime", b"1000.5"), (b"uid", b"77"), (b"comment", b"all")]
+        {
             if random.one_in(2) {
                 records.extend(record(key, value));
             }
@@ -320,8 +325,12 @@ fn archive(random: &mut Random) -> Vec<u8> {
 }
 
 fn convert(bytes: &[u8], to: &Path) -> Result<Converted, ConvertError> {
-    let layer =
-        TarLayer { digest: Digest::of(bytes), size: bytes.len() as u64, compression: Compression::None, diff_id: None };
+    let layer = TarLayer {
+        digest: Digest::of(bytes),
+        size: bytes.len() as u64,
+        compression: Compression::None,
+        diff_id: None,
+    };
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
     let effort = Effort { threads: NonZeroUsize::MIN, level: 1 };
     convert_tar(bytes, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent())
@@ -343,7 +352,7 @@ fn generated_headers_are_read_as_gnu_tar_reads_them() {
     need_root();
     let folder = TempDir::new().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let (mut read, mut refused) = (0, 0);
+    let (mut read, mut refused, mut wrong) = (0, 0, Vec::new());
     for seed in 1..=ARCHIVES {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let bytes = archive(&mut random);
@@ -361,7 +370,7 @@ fn generated_headers_are_read_as_gnu_tar_reads_them() {
         let said = String::from_utf8_lossy(&gnu.stderr);
         let ours = convert(&bytes, &at("image"));
         let keep = || {
-            let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("tar-dialects.tar");
+            let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("tar-dialects-{seed}.tar"));
             fs::write(&kept, &bytes).unwrap();
             kept
         };
@@ -369,23 +378,35 @@ fn generated_headers_are_read_as_gnu_tar_reads_them() {
             (true, Ok(_)) => {
                 let mnt = at("mnt");
                 fs::create_dir_all(&mnt).unwrap();
-                run(Command::new("mount").args(["-t", "squashfs", "-o", "loop,ro"]).arg(at("image")).arg(&mnt));
-                // What stands before the last slash of a long name has no entry.
-                let implied = |path: &[u8]| path.is_empty() || path.starts_with(b"pax") && !path.contains(&b'/');
+                run(Command::new("mount")
+                    .args(["-t", "squashfs", "-o", "loop,ro"])
+                    .arg(at("image"))
+                    .arg(&mnt));
+                // GNU tar sets the times of a folder when it leaves it, and comes back to these; what stands before
+                // the slash of a long name has no entry.
+                let implied = |path: &[u8]| {
+                    matches!(path, b"" | b"d" | b"pre" | b"pre/pre")
+                        || path.starts_with(b"pax") && !path.contains(&b'/')
+                };
                 let (expected, found) = (scan(&out), scan(&mnt));
                 run(Command::new("umount").arg(&mnt));
                 // A device 0:0 is a whiteout in a layer; below nothing it is not stored.
                 let (expected, found) = (comparable(expected, &implied), comparable(found, &implied));
-                if expected != found {
-                    scan::assert_same(&expected, &found, &format!("seed {seed}, {:?}: {said}", keep()));
+                let differences = scan::differences(&expected, &found);
+                if !differences.is_empty() {
+                    let list: Vec<_> = differences.iter().take(5).map(ToString::to_string).collect();
+                    wrong.push(format!("seed {seed}, {:?}: {said}\n{}", keep(), list.join("\n")));
                 }
                 read += 1;
             }
             (false, Err(_)) => refused += 1,
-            (true, Err(error)) => panic!("seed {seed}: GNU tar reads {:?}: {said}\nmosfs: {error}", keep()),
-            (false, Ok(_)) => panic!("seed {seed}: mosfs reads {:?}, GNU tar does not: {said}", keep()),
+            (true, Err(error)) => {
+                wrong.push(format!("seed {seed}: GNU tar reads {:?}: {said}\nmosfs: {error}", keep()));
+            }
+            (false, Ok(_)) => wrong.push(format!("seed {seed}: mosfs reads {:?}, GNU tar does not: {said}", keep())),
         }
         fs::remove_dir_all(&out).unwrap();
     }
+    assert!(wrong.is_empty(), "{} of {ARCHIVES} archives:\n{}", wrong.len(), wrong.join("\n"));
     assert!(read > ARCHIVES / 2 && refused > ARCHIVES / 20, "{read} read, {refused} refused");
 }

@@ -52,7 +52,8 @@ impl<'a> Lower<'a> {
             }
             let below = |source| ConvertError::Below { layer: layer.digest, source };
             let blob = self.store.blob_path(&layer.digest);
-            let (file, _) = open_regular(&blob, self.store.transport().links()).map_err(|error| error.source)?;
+            let (file, _) =
+                open_regular(&blob, self.store.transport().links()).map_err(|error| error.source)?;
             let source = VerifiedSource::open(file, root_hash).map_err(|error| below(Box::new(error)))?;
             let image = Squashfs::open(Arc::new(source)).map_err(|error| below(Box::new(error)))?;
             images.push(Arc::new(image));

@@ -389,20 +389,21 @@ impl<R: Read> TarReader<R> {
         };
 
         let id = |name, key: &[u8], offset| {
+            // Also where a record says better: GNU tar reads the header first, and complains of it.
             let text = field(header, offset, 8);
+            let value = number(name, text)?;
             let (text, value) = match records.get(key) {
                 Some(text) => (text, decimal(text).map(i128::from)),
-                None => (text, Some(number(name, text)?)),
+                None => (text, Some(value)),
             };
             value.and_then(|id| u32::try_from(id).ok()).ok_or_else(|| bad_number(name, text))
         };
         let (uid, gid) = (id("uid", b"uid", 108)?, id("gid", b"gid", 116)?);
+        let text = field(header, 136, 12);
+        let mtime = i64::try_from(number("mtime", text)?).map_err(|_| bad_number("mtime", text))?;
         let mtime = match records.get(b"mtime") {
             Some(text) => seconds(text).ok_or_else(|| bad_number("mtime", text))?,
-            None => {
-                let text = field(header, 136, 12);
-                i64::try_from(number("mtime", text)?).map_err(|_| bad_number("mtime", text))?
-            }
+            None => mtime,
         };
         let mode = (number("mode", field(header, 100, 8))? & 0o7777) as u16;
         let xattrs = records.xattrs()?;
