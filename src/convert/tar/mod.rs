@@ -218,10 +218,11 @@ impl<R: Read> TarReader<R> {
                 }
                 b'L' => special.long_name = Some(self.long_name(stored()?)?),
                 b'K' => special.long_link = Some(self.long_name(stored()?)?),
-                // GNU: a volume label, no file.
+                // GNU: a volume label, no file. It is read like one all the same, and takes what was said before it.
                 b'V' => {
-                    self.expect(stored()?);
-                    self.skip("volume label")?;
+                    let stored = stored()?;
+                    self.entry(&header, stored, std::mem::take(&mut special))?;
+                    self.skip("a volume label")?;
                 }
                 // A hard link has no content, whatever its size says.
                 b'1' => return self.entry(&header, 0, special).map(Some),
@@ -364,7 +365,7 @@ impl<R: Read> TarReader<R> {
         let kind = match kind_byte {
             // Before ustar a folder was a file whose name ends in a slash.
             b'0' | 0 | b'7' if path.ends_with(b"/") => EntryKind::Directory,
-            b'0' | 0 | b'7' | b'S' => EntryKind::File,
+            b'0' | 0 | b'7' | b'S' | b'V' => EntryKind::File,
             b'1' => EntryKind::HardLink(link),
             b'2' => EntryKind::Symlink(link),
             b'3' | b'4' => {
