@@ -15,7 +15,7 @@ use std::process::Command;
 
 use mosfs::convert::{ConvertError, Converted, Effort, TarLayer, Under, convert_tar};
 use mosfs::digest::Digest;
-use mosfs::image::oci::Compression;
+use mosfs::image::format::Compression;
 use mosfs::progress::Progress;
 use scan::{Tree, scan};
 use tarball::{Header, Tarball, record};
@@ -145,8 +145,8 @@ fn entry(random: &mut Random, bytes: &mut Vec<u8>, names: &mut Vec<Vec<u8>>) {
     let mut name = short.clone();
     let content: Vec<u8> =
         (0..random.pick(&[0, 1, 511, 512, 513, 3000])).map(|_| random.next(256) as u8).collect();
-    let is_file = matches!(kind, b'0' | 0 | b'7' | b'Q' | b'a')
-        && !(name.ends_with(b"/") && !matches!(kind, b'Q' | b'a'));
+    let is_unknown = matches!(kind, b'Q' | b'a');
+    let is_file = is_unknown || matches!(kind, b'0' | 0 | b'7') && !name.ends_with(b"/");
     let mut stored: Vec<u8> = if is_file { content.clone() } else { Vec::new() };
     let mut records: Vec<u8> = Vec::new();
     let mut header = Header([0; 512]);
@@ -337,6 +337,16 @@ fn convert(bytes: &[u8], to: &Path) -> Result<Converted, ConvertError> {
     convert_tar(bytes, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent())
 }
 
+/// What the kernel shows of an image.
+fn mounted(image: &Path, at: &Path) -> Tree {
+    need_root();
+    fs::create_dir_all(at).unwrap();
+    run(Command::new("mount").args(["-t", "squashfs", "-o", "loop,ro"]).arg(image).arg(at));
+    let tree = scan(at);
+    run(Command::new("umount").arg(at));
+    tree
+}
+
 /// What is compared of a tree: squashfs has times of 1970 to 2106; folders without an entry have none of their own.
 fn comparable(mut tree: Tree, implied: &dyn Fn(&[u8]) -> bool) -> Tree {
     for (path, node) in &mut tree {
@@ -377,20 +387,13 @@ fn generated_headers_are_read_as_gnu_tar_reads_them() {
         };
         match (gnu.status.success(), ours) {
             (true, Ok(_)) => {
-                let mnt = at("mnt");
-                fs::create_dir_all(&mnt).unwrap();
-                run(Command::new("mount")
-                    .args(["-t", "squashfs", "-o", "loop,ro"])
-                    .arg(at("image"))
-                    .arg(&mnt));
                 // GNU tar sets the times of a folder when it leaves it, and comes back to these; what stands before
                 // the slash of a long name has no entry.
                 let implied = |path: &[u8]| {
                     matches!(path, b"" | b"d" | b"pre" | b"pre/pre")
                         || path.starts_with(b"pax") && !path.contains(&b'/')
                 };
-                let (expected, found) = (scan(&out), scan(&mnt));
-                run(Command::new("umount").arg(&mnt));
+                let (expected, found) = (scan(&out), mounted(&at("image"), &at("mnt")));
                 // A device 0:0 is a whiteout in a layer; below nothing it is not stored.
                 let (expected, found) = (comparable(expected, &implied), comparable(found, &implied));
                 let differences: Vec<_> =
@@ -412,4 +415,77 @@ fn generated_headers_are_read_as_gnu_tar_reads_them() {
     }
     assert!(wrong.is_empty(), "{} of {ARCHIVES} archives:\n{}", wrong.len(), wrong.join("\n"));
     assert!(read > ARCHIVES / 2 && refused > ARCHIVES / 20, "{read} read, {refused} refused");
+}
+
+#[test]
+fn numbers_beyond_octal() {
+    let mut tar = Tarball::default();
+    let big = |header: &mut Header, at: usize, len: usize, value: i64| {
+        let bytes = (i128::from(value) & ((1 << (len * 8 - 1)) - 1) | 1 << (len * 8 - 1)).to_be_bytes();
+        header.set(at, &bytes[16 - len..]);
+    };
+    let mut header = Header::new(b'0', b"base256", 0);
+    big(&mut header, 108, 8, 4_000_000_000);
+    big(&mut header, 136, 12, 4_000_000_000);
+    tar.raw(header, b"");
+    tar.pax(&[(b"uid", b"3000000000"), (b"gid", b"2097152"), (b"mtime", b"1.999999999")]).file("pax", b"");
+    tar.pax(&[(b"mtime", b"-5.5")])
+        .file("before-1970", b"")
+        .pax(&[(b"mtime", b"99999999999")])
+        .file("far", b"");
+    tar.pax(&[
+        (b"SCHILY.xattr.system.posix_acl_access", b"\x02"),
+        (b"SCHILY.xattr.trusted.overlay.redirect", b"/x"),
+    ]);
+    tar.file("dropped", b"");
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    let notes = convert(&tar.end(), &image).unwrap().notes;
+    assert_eq!(notes.len(), 4, "{notes:?}");
+    for text in ["-6", "99999999999", "posix_acl", "overlay.redirect"] {
+        assert!(notes.iter().any(|note| note.contains(text)), "{text}: {notes:?}");
+    }
+    let tree = mounted(&image, &folder.path().join("mnt"));
+    let data = |name: &str| &tree[name.as_bytes()];
+    assert_eq!((data("base256").uid, data("base256").mtime), (4_000_000_000, 4_000_000_000));
+    assert_eq!((data("pax").uid, data("pax").gid, data("pax").mtime), (3_000_000_000, 2_097_152, 1));
+    assert_eq!((data("before-1970").mtime, data("far").mtime), (0, i64::from(u32::MAX)));
+}
+
+/// Any damage to a good stream gives an image or an error, never a panic or a hang.
+#[test]
+fn damaged_streams_never_panic() {
+    let mut tar = Tarball::default();
+    tar.dir("d").pax(&[(b"SCHILY.xattr.user.a", b"b"), (b"mtime", b"1.5")]).file("d/f", b"content");
+    tar.link(b'1', "h", "d/f").link(b'2', "s", "d").file("s/.wh.x", b"").file("d/.wh..wh..opq", b"");
+    tar.pax(&[
+        (b"GNU.sparse.major", b"1"),
+        (b"GNU.sparse.minor", b"0"),
+        (b"GNU.sparse.realsize", b"70000"),
+        (b"GNU.sparse.name", b"sp"),
+    ]);
+    let mut map = b"1\n65536\n5\n".to_vec();
+    map.resize(512, 0);
+    tar.file("x", &[&map[..], b"hello"].concat());
+    let good = tar.end();
+    let folder = TempDir::new().unwrap();
+    let image = folder.path().join("image");
+    convert(&good, &image).unwrap();
+    let (mut state, mut refused) = (0x9e37_79b9_7f4a_7c15_u64, 0);
+    for _ in 0..1500 {
+        let mut bytes = good.clone();
+        for _ in 0..1 + state % 3 {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let at = (state >> 20) as usize % bytes.len();
+            bytes[at] ^= (state >> 8) as u8 | 1;
+            // Repair the checksum, or nearly every change would be refused by it.
+            let start = at / 512 * 512;
+            let mut header: [u8; 512] = bytes[start..start + 512].try_into().unwrap();
+            header[148..156].copy_from_slice(b"        ");
+            let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum();
+            bytes[start + 148..start + 156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        }
+        refused += usize::from(convert(&bytes, &image).is_err());
+    }
+    assert!(refused > 100, "{refused}");
 }

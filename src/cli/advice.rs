@@ -6,7 +6,12 @@ use crate::error::{AnyError, Class, Classified};
 use crate::floor::{self, FloorError};
 use crate::manifest::{ImportErrors, SystemError};
 use crate::publish::keys::GenerateError;
+use crate::store::StoreError;
+use crate::store::fsck::NotWhole;
 use crate::transport::TransportError;
+#[cfg(feature = "registry")]
+use crate::transport::registry::RegistryError;
+use crate::trust::pem::SecretInPublic;
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
 
 /// What a user can do about an error, if there is something. The library's errors say what is
@@ -22,6 +27,10 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_floor_key))
             .or_else(|| this.downcast_ref().and_then(for_activation))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
+            .or_else(|| this.downcast_ref().and_then(for_store))
+            .or_else(|| this.downcast_ref().and_then(for_transport))
+            .or_else(|| this.downcast_ref().and_then(for_secret))
+            .or_else(|| this.downcast_ref().and_then(for_not_whole))
             .or_else(|| this.downcast_ref().and_then(for_trust))
             .or_else(|| this.downcast_ref().and_then(for_anchor))
             .or_else(|| this.downcast_ref().and_then(for_key))
@@ -38,9 +47,36 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
     None
 }
 
+fn for_store(error: &StoreError) -> Option<&'static str> {
+    match error {
+        StoreError::Transport(error) => for_transport(error),
+        _ => None,
+    }
+}
+
 fn for_transport(error: &TransportError) -> Option<&'static str> {
-    Some(match error {
-        TransportError::WrongPlatform { .. } => "`mosfs build --platform OS/ARCH` builds for other machines",
+    match error {
+        TransportError::WrongPlatform { .. } => {
+            Some("`mosfs build --platform OS/ARCH` builds for other machines")
+        }
+        #[cfg(feature = "registry")]
+        TransportError::Registry(error) => for_registry(error),
+        _ => None,
+    }
+}
+
+#[cfg(feature = "registry")]
+fn for_registry(error: &RegistryError) -> Option<&'static str> {
+    Some(match *error {
+        RegistryError::Denied { .. } => {
+            "log in with `podman login` or `docker login`, or give --authfile (docs/registries.md, credentials)"
+        }
+        RegistryError::Tls { .. } => {
+            "put the registry's CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
+        }
+        RegistryError::Network { .. } | RegistryError::Stalled { .. } => {
+            "run the command again: what was received is kept"
+        }
         _ => return None,
     })
 }
@@ -63,6 +99,12 @@ fn for_trust(error: &TrustError) -> Option<&'static str> {
         TrustError::BadSignature { .. } => {
             "fetch the system again; if it fails again, its bytes were changed after signing"
         }
+        TrustError::Revoked { .. } => {
+            "install a system that is signed with another key: this one was taken back (docs/keys.md)"
+        }
+        TrustError::PrivateKey { .. } => {
+            "give a file with certificates alone; if the other one was published, replace the key (docs/keys.md)"
+        }
         TrustError::TruncatedSignature { .. } | TrustError::UnreadableCertificate { .. } => {
             "fetch the file again"
         }
@@ -73,18 +115,46 @@ fn for_trust(error: &TrustError) -> Option<&'static str> {
 fn for_deploy(error: &DeployError) -> Option<&'static str> {
     Some(match error {
         DeployError::Trust(error) => return for_trust(error),
+        DeployError::Transport(error) => return for_transport(error),
+        DeployError::Store(error) => return for_store(error),
+        DeployError::VersionElsewhere { .. } => "build the other system with a higher version",
         DeployError::Floor(error) => return for_floor(error),
         DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
         DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
         DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
-        DeployError::NoSpace { .. } => "run `mosfs gc`, or free space otherwise; nothing was fetched",
-        DeployError::MissingBlob { .. } => "run `mosfs verify`; then install or update again",
+        DeployError::NoSpace { .. } => {
+            "free space on this file system: what mosfs itself does not need is gone already; nothing was fetched"
+        }
+        DeployError::MissingBlob { .. } => "run `mosfs repair SOURCE` with a source that has this system",
+        DeployError::Damaged { .. } => "run `mosfs repair`, or `mosfs repair SOURCE`; all else was done",
+        DeployError::NotMended { .. } => "run `mosfs repair SOURCE` with a source that has this system",
+        DeployError::OtherThanNamed { .. } => {
+            "leave out the name to take the highest version that verifies; the source's index was changed"
+        }
+        DeployError::BootUnknown { .. } => {
+            "run it in the system that mosfs has started; for a machine that mosfs never starts there is --unbooted"
+        }
+        DeployError::NoTriesLeft { .. } => "`mosfs update --again SOURCE` tries it once more",
         DeployError::NotSigned { .. } => {
             "copy the whole system: its signature and certificate are artifacts of their own"
         }
-        DeployError::State { .. } => "run the mosfs that wrote the file, or a later one",
+        DeployError::State { .. } => {
+            "run the mosfs that wrote the file, or a later one; `mosfs repair` writes a damaged one anew"
+        }
         _ => return None,
     })
+}
+
+fn for_secret(_: &SecretInPublic) -> Option<&'static str> {
+    Some(
+        "give a file with what is public alone; if the other one was published, replace the key (docs/keys.md)",
+    )
+}
+
+fn for_not_whole(_: &NotWhole) -> Option<&'static str> {
+    Some(
+        "on a device `mosfs repair` mends what it can from what else is there, `mosfs repair SOURCE` the rest",
+    )
 }
 
 fn for_anchor(error: &AnchorError) -> Option<&'static str> {
@@ -95,6 +165,8 @@ fn for_anchor(error: &AnchorError) -> Option<&'static str> {
         AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
             "leave out --ca and --product to use what this device trusts"
         }
+        AnchorError::Secret(error) => return for_secret(error),
+        AnchorError::BadCrl { .. } => "write it with `openssl ca -gencrl`, signed by the CA (docs/keys.md)",
         _ => return None,
     })
 }
@@ -202,6 +274,7 @@ fn for_floor(error: &FloorError) -> Option<&'static str> {
 fn for_floor_key(error: &floor::KeyError) -> Option<&'static str> {
     match error {
         floor::KeyError::Private(error) => for_key(error),
+        floor::KeyError::Secret(error) => for_secret(error),
         floor::KeyError::Unusable { .. } => Some("make the floor's keys with `mosfs keys generate`"),
         _ => None,
     }

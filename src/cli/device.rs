@@ -1,7 +1,8 @@
 //! What the commands of a device share: its system, its anchor, its floor.
 
 use super::{FloorArgs, Global, output};
-use crate::deploy::{FloorGate, System};
+use crate::deploy::gc::Needs;
+use crate::deploy::{FloorGate, System, space};
 use crate::error::AnyError;
 use crate::floor::{Config, Floor};
 
@@ -38,4 +39,23 @@ pub fn with_gate<T>(
     let mut floor: Box<dyn Floor> = args.open(global)?;
     let policy = config.policy().ok();
     job(&mut FloorGate::Enforced { floor: floor.as_mut(), policy })
+}
+
+/// The floor, for what may go without it: `None` where it cannot be read.
+pub fn floor_if_known(args: &FloorArgs, global: &Global) -> Option<u64> {
+    let read = || -> Result<u64, AnyError> { Ok(args.open_quietly(global)?.read()?) };
+    read().inspect_err(|error| log::info!("the floor is not known: {error}")).ok()
+}
+
+/// Removes what nothing needs, after a command that has done its work: what stands in the way of that is said, and is
+/// no failure of the command.
+pub fn tidy(system: &System, floor: Option<u64>, global: &Global) {
+    let tidied = || {
+        let lock = system.lock(waiting(global))?;
+        space::tidy(system, &lock, &Needs { floor, ..Needs::of_this_boot()? })
+    };
+    match tidied() {
+        Ok(problems) => problems.iter().for_each(output::note),
+        Err(error) => output::note(format_args!("what nothing needs is not removed: {error}")),
+    }
 }

@@ -18,9 +18,11 @@ use crate::floor::{
     self, Config, FileFloor, Floor, FloorError, Place, PrivateKey, PublicKey, Signature, Tcti, TpmFloor,
 };
 use crate::sys::{atomic, file};
+use crate::trust::pem::public_only;
 
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "TPM options")]
 pub struct FloorArgs {
     /// How to reach the TPM: device:/dev/tpmrm0, swtpm:host=127.0.0.1,port=2321 or swtpm:path=SOCKET.
     #[arg(long, env = "MOSFS_TPM", default_value = "device:/dev/tpmrm0", value_name = "TCTI")]
@@ -134,7 +136,6 @@ struct Show {
 
 /// Sign a version for every device of a product (64 bytes, to stdout or a file).
 #[derive(Debug, Args)]
-#[command(disable_version_flag = true)]
 struct Sign {
     /// The version.
     #[arg(long, value_name = "V")]
@@ -253,6 +254,9 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     };
     let source = args.authorization.as_ref().unwrap_or(file);
     let text = file::read_named(source, MAX_AUTHORIZATION_BYTES)?;
+    if args.authorization.is_some() || private.is_none() {
+        public_only(&text, source)?;
+    }
     let authorization =
         signature::find_authorization(&policy, &public, &text, &source.display().to_string())?;
     let mut floor = TpmFloor::new(policy, tcti, budget);

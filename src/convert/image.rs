@@ -23,13 +23,14 @@ use super::{ConvertError, Effort, Ready, TarLayer, convert_tar, examine, inspect
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
+use crate::image::format::Content;
 use crate::image::oci::{
-    CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError,
-    OciImage, Platform, SQUASHFS_ZSTD,
+    CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError, OciImage,
+    Platform, SQUASHFS_ZSTD, Trust,
 };
 use crate::image::overlay::MAX_KERNEL_LAYERS;
 use crate::image::verified::VerifiedSource;
-use crate::image::verity;
+use crate::image::verity::{self, Sealed};
 use crate::progress::Progress;
 use crate::store::{StoreError, Writer};
 use crate::transport::{Transport, TransportError};
@@ -65,9 +66,15 @@ pub struct Ingest<'a> {
 /// Checks what can be checked of an image before its layers are fetched: each backend can mount it.
 ///
 /// # Errors
-/// [`OciError::UnknownLayer`], [`IngestError::NoLayers`], [`IngestError::TooManyLayers`].
+/// [`OciError::UnknownLayer`], also for a layer of many blobs, [`IngestError::NoLayers`], [`IngestError::TooManyLayers`].
 pub fn check_layers(image: &OciImage) -> Result<(), IngestError> {
-    image.layers.iter().try_for_each(|layer| layer.format().map(|_| ()))?;
+    image.layers.iter().try_for_each(|layer| match layer.format()?.content() {
+        Content::Tar(_) | Content::Image(_) => Ok(()),
+        Content::Chunked(_) => {
+            let (layer, media_type) = (layer.digest, layer.media_type().to_string());
+            Err(OciError::UnknownLayer { layer, media_type })
+        }
+    })?;
     if image.layers.is_empty() {
         return Err(IngestError::NoLayers { image: image.digest });
     }
@@ -90,7 +97,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let mut layers = images(job, &image)?;
     let mut notes: Vec<String> = other_platform(&config, job.platform).into_iter().collect();
     for (at, layer) in image.layers.iter().enumerate() {
-        let LayerFormat::Tar(compression) = layer.format()? else { continue };
+        let Content::Tar(compression) = layer.format()?.content() else { continue };
         let tar = TarLayer {
             digest: layer.digest,
             size: layer.size,
@@ -101,7 +108,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         let (below, _) = layers.split_at(at);
         let mut lower = Lower::new(job.writer.store(), below);
         let converted = convert_tar(
-            job.from.open(&layer.digest)?,
+            job.from.open(&layer.to_descriptor(), 0)?,
             &tar,
             &temp.file,
             job.effort,
@@ -113,12 +120,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
-            *place = LayerDescriptor {
-                digest: converted.sealed.digest,
-                size: converted.sealed.size_bytes,
-                media_type: SQUASHFS_ZSTD.into(),
-                root_hash: Some(converted.sealed.root_hash),
-            };
+            *place = sealed_layer(SQUASHFS_ZSTD, &converted.sealed);
         }
     }
 
@@ -161,7 +163,7 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, In
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(layer) = image.layers.get(at) else { return Ok(done) };
-            if matches!(layer.format()?, LayerFormat::Squashfs | LayerFormat::Erofs) {
+            if layer.image().is_some() {
                 // An error ends this thread alone; the others end after the layer that they are at.
                 let stored = image_layer(job, image, at, inner).inspect_err(|_| {
                     next.store(usize::MAX / 2, Ordering::Relaxed);
@@ -196,23 +198,23 @@ fn image_layer(
 ) -> Result<LayerDescriptor, IngestError> {
     let wrong = |source| in_layer(image, at, source);
     let layer = &image.layers[at];
-    let blob = Descriptor::new(&layer.media_type, layer.digest, layer.size);
+    let blob = Descriptor::new(layer.media_type(), layer.digest, layer.size);
     let store = job.writer.store();
-    if layer.root_hash.is_some() && store.has(&blob) {
+    let root_hash = layer.trust.root_hash();
+    if root_hash.is_some() && store.has(&blob) {
         let (file, _) = store.transport().open_blob(&layer.digest)?;
         // It is there already, whole or not: what was checked once is checked again before it is signed for.
-        examine(&file, layer.root_hash, threads, job.progress)
-            .and_then(|_| inspect_image(&file, layer, layer.root_hash))
+        examine(&file, root_hash, threads, job.progress)
+            .and_then(|_| inspect_image(&file, layer, root_hash))
             .map_err(wrong)?;
         return Ok(layer.clone());
     }
     let task = job.progress.task("fetch", &layer.digest.to_string(), Some(layer.size));
     let temp = job.writer.receive(job.from, &blob, &task)?;
     drop(task);
-    let ready = examine(&temp.file, layer.root_hash, threads, job.progress).map_err(wrong)?;
-    match ready {
+    match examine(&temp.file, root_hash, threads, job.progress).map_err(wrong)? {
         Ready::Untouched => {
-            inspect_image(&temp.file, layer, layer.root_hash).map_err(wrong)?;
+            inspect_image(&temp.file, layer, root_hash).map_err(wrong)?;
             job.writer.commit(temp, &layer.digest)?;
             failpoint::hit("build.layer.stored");
             Ok(layer.clone())
@@ -223,14 +225,13 @@ fn image_layer(
             inspect_image(&temp.file, layer, Some(sealed.root_hash)).map_err(wrong)?;
             job.writer.commit(temp, &sealed.digest)?;
             failpoint::hit("build.layer.stored");
-            Ok(LayerDescriptor {
-                digest: sealed.digest,
-                size: sealed.size_bytes,
-                media_type: layer.media_type.clone(),
-                root_hash: Some(sealed.root_hash),
-            })
+            Ok(sealed_layer(layer.media_type(), &sealed))
         }
     }
+}
+
+fn sealed_layer(media_type: &str, sealed: &Sealed) -> LayerDescriptor {
+    LayerDescriptor::new(media_type, sealed.digest, sealed.size_bytes, Trust::RootHash(sealed.root_hash))
 }
 
 /// What to say where an image's config names another platform than the system is built for.
@@ -276,7 +277,8 @@ fn inspect_image(
     layer: &LayerDescriptor,
     root_hash: Option<Digest>,
 ) -> Result<(), ConvertError> {
-    let (Some(root_hash), Ok(LayerFormat::Squashfs)) = (root_hash, layer.format()) else { return Ok(()) };
+    let is_squashfs = layer.image().is_some_and(|format| format.kernel == "squashfs");
+    let (Some(root_hash), true) = (root_hash, is_squashfs) else { return Ok(()) };
     let source = VerifiedSource::open(file.try_clone()?, root_hash)
         .map_err(|source| ConvertError::Verity { source })?;
     inspect::squashfs(Arc::new(source))
@@ -289,7 +291,7 @@ fn in_layer(image: &OciImage, at: usize, source: ConvertError) -> IngestError {
         number: at + 1,
         count: image.layers.len(),
         layer: layer.digest,
-        media_type: layer.media_type.clone(),
+        media_type: layer.media_type().to_string(),
         source,
     }
 }

@@ -4,9 +4,8 @@ use std::sync::Arc;
 
 use super::{ConvertError, Meta, Under};
 use crate::digest::Digest;
-use crate::image::oci::{LayerDescriptor, LayerFormat};
+use crate::image::oci::LayerDescriptor;
 use crate::image::overlay::{Merged, OverlayError, ROOT, names};
-use crate::image::squashfs::Squashfs;
 use crate::image::verified::VerifiedSource;
 use crate::image::{FileType, Layer};
 use crate::store::Store;
@@ -45,18 +44,15 @@ impl<'a> Lower<'a> {
     fn open(&self) -> Result<View, ConvertError> {
         let (mut images, mut digests): (Vec<Arc<dyn Layer>>, _) = (Vec::new(), Vec::new());
         for layer in self.layers {
-            let Some(root_hash) = layer.root_hash else { continue };
-            // There is no reader for other formats: such a layer cannot be asked.
-            if layer.format().ok() != Some(LayerFormat::Squashfs) {
-                continue;
-            }
+            let Some(root_hash) = layer.trust.root_hash() else { continue };
+            // Without a reader such a layer cannot be asked.
+            let Some(open) = layer.image().and_then(|format| format.open) else { continue };
             let below = |source| ConvertError::Below { layer: layer.digest, source };
             let blob = self.store.blob_path(&layer.digest);
             let (file, _) =
                 open_regular(&blob, self.store.transport().links()).map_err(|error| error.source)?;
             let source = VerifiedSource::open(file, root_hash).map_err(|error| below(Box::new(error)))?;
-            let image = Squashfs::open(Arc::new(source)).map_err(|error| below(Box::new(error)))?;
-            images.push(Arc::new(image));
+            images.push(open(Arc::new(source)).map_err(|error| below(Box::new(error)))?);
             digests.push(layer.digest);
         }
         if images.is_empty() {

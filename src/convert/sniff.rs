@@ -1,6 +1,6 @@
 //! What a blob is, by its first bytes: to say so where its media type says something else.
 
-use crate::image::oci::Compression;
+use crate::image::format::Compression;
 
 /// How many first bytes are looked at.
 pub const HEAD_BYTES: usize = 512;

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! build.rs   import manifest -> images in a store, a signed system manifest
+//! halves.rs  the same in two halves, with the keys elsewhere
 //! keys.rs    a set of keys and certificates for development
 //! ```
 
 pub mod build;
+pub mod halves;
 pub mod keys;

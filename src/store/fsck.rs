@@ -9,24 +9,22 @@
 //! build leaves them. Every bad object is listed, not just the first.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::Read;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::gc::files;
-use super::{Store, StoreError};
+use super::{Store, StoreError, files};
 use crate::digest::{Digest, Hasher};
 use crate::error::{AnyError, Class, Classified};
 use crate::image::oci::{
-    Descriptor, Index, LayerDescriptor, LayerFormat, MAX_MANIFEST_BYTES, Manifest, OciImage, UnreadEntry,
+    Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage, UnreadEntry,
 };
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
-use crate::image::verity::{self, VerityError};
+use crate::image::verity::{Located, VerityError, locate};
 use crate::progress::{Progress, Task};
 use crate::transport::{OciDir, Transport, TransportError};
 
@@ -195,7 +193,7 @@ struct Reached {
 /// Only where the store cannot be read at all; what is wrong in it is in the report.
 pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Result<Report, StoreError> {
     // A layout of another tool, or one that may not be written to, has no lock; then nobody collects it either.
-    let _writer = if store.private("lock").exists() { store.writer().ok() } else { None };
+    let _held = if store.private("lock").exists() { store.hold().ok() } else { None };
     let layout = store.transport();
     let mut report = Report::default();
     let Index { manifests: entries, unread, .. } = layout.index()?;
@@ -209,7 +207,9 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
             None => report.extra_files.push(path),
         }
     }
-    report.extra_files.extend(files(&store.private("tmp"))?.into_iter().map(|(path, _)| path));
+    for folder in ["tmp", "partial"] {
+        report.extra_files.extend(files(&store.private(folder))?.into_iter().map(|(path, _)| path));
+    }
     blobs.sort();
     report.blobs = blobs.len();
     report.bytes = total(&blobs);
@@ -273,6 +273,19 @@ pub fn check_image(
     // A broken layer is read through its tree all the same: that names the blocks.
     check_layers(layout, &reached, &none, threads, progress, &mut report);
     Ok(report)
+}
+
+/// Which of these blobs a store lacks: those that are not there, and those whose content is another.
+pub fn lacking(
+    store: &Store,
+    blobs: &[Descriptor],
+    threads: NonZeroUsize,
+    progress: &Progress,
+) -> BTreeSet<Digest> {
+    let (here, gone): (Vec<_>, Vec<_>) = blobs.iter().partition(|blob| store.has(blob));
+    let here: Vec<_> = here.into_iter().map(|blob| (blob.digest, blob.size)).collect();
+    let bad = hash_blobs(store.transport(), &here, threads, progress);
+    bad.into_iter().map(|(digest, _)| digest).chain(gone.into_iter().map(|blob| blob.digest)).collect()
 }
 
 /// A hole in a file that nobody needs, from which on the file is not read, in bytes.
@@ -438,20 +451,18 @@ fn check_layers(
     report: &mut Report,
 ) {
     for (digest, (layer, object)) in &reached.layers {
-        let image =
-            matches!(LayerFormat::of(&layer.media_type), Some(LayerFormat::Squashfs | LayerFormat::Erofs));
-        let Ok((file, _)) = layout.open_blob(digest) else { continue };
-        if !image {
+        // Other layers have no tree: their blobs were hashed whole.
+        if layer.image().is_none() {
             continue;
         }
+        let Ok((file, _)) = layout.open_blob(digest) else { continue };
         let object = object.clone();
-        match layer.root_hash {
+        match layer.trust.root_hash() {
             Some(root_hash) => {
                 report.layers += 1;
-                let found = VerifiedSource::open(file, root_hash)
-                    .and_then(|source| source.verify_all(threads, progress));
-                match found {
-                    Ok(found) => {
+                match VerifiedSource::open(file, root_hash) {
+                    Ok(source) => {
+                        let found = source.verify_all(threads, progress);
                         let more = found.bad_count.saturating_sub(found.bad.len() as u64);
                         report.problems.extend(found.bad.into_iter().map(|source| Problem::Block {
                             object: object.clone(),
@@ -466,18 +477,14 @@ fn check_layers(
                 }
             }
             // Rule (docs/design.md, both or neither).
-            None if !skip.contains(digest) && has_tree(&file) => {
-                report.problems.push(Problem::NoRootHash { object, layer: *digest });
-            }
-            None => {}
+            None if skip.contains(digest) => {}
+            None => match locate(&file) {
+                Ok(Located::Absent { .. }) => {}
+                Ok(Located::Present(_)) => {
+                    report.problems.push(Problem::NoRootHash { object, layer: *digest });
+                }
+                Err(source) => report.problems.push(Problem::Verity { object, layer: *digest, source }),
+            },
         }
     }
-}
-
-/// Whether a verity superblock stands behind an image.
-fn has_tree(file: &File) -> bool {
-    let mut head = vec![0; 4096];
-    let mut signature = [0; 8];
-    let end = file.read_exact_at(&mut head, 0).ok().and_then(|()| verity::data_bytes(&head).ok());
-    end.is_some_and(|end| file.read_exact_at(&mut signature, end).is_ok()) && signature == *b"verity\0\0"
 }

@@ -7,6 +7,7 @@
 //! DIR/.mosfs/lock              who writes and who collects garbage, by flock(2)
 //! DIR/.mosfs/index.lock        who is replacing index.json, by flock(2)
 //! DIR/.mosfs/tmp/*             files that are being written
+//! DIR/.mosfs/partial/HEX       the first bytes of blobs that are being received ([`partial`])
 //! ```
 //!
 //! Names (`org.opencontainers.image.ref.name` in `index.json`):
@@ -40,16 +41,19 @@
 
 pub mod fsck;
 pub mod gc;
+mod partial;
 mod put;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-pub use put::{TempBlob, Writer};
+pub use put::{FetchJob, TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::image::blobs::Blobs;
 use crate::image::oci::{Descriptor, OciError, OciImage};
 use crate::sys::atomic::sync_folder;
 use crate::sys::file::{self, Links};
@@ -58,10 +62,17 @@ use crate::transport::{OciDir, Transport, TransportError};
 
 /// Names of system manifests begin so; what follows is a version or `sha256/HEX`.
 pub const SYSTEM_PREFIX: &str = "mos/system/system:";
+/// Names of images begin so, up to the target; what follows is `TARGET:sha256/HEX`.
+pub const IMAGES: &str = "mos/images";
+
+/// The repository of a target's images.
+pub fn image_repository(target: &str) -> String {
+    format!("{IMAGES}/{target}")
+}
 
 /// The name of a target's image.
 pub fn image_name(target: &str, digest: &Digest) -> String {
-    format!("mos/images/{target}:sha256/{}", digest.hex())
+    format!("{}:sha256/{}", image_repository(target), digest.hex())
 }
 
 /// The name of a system manifest by the digest of its JSON.
@@ -162,6 +173,11 @@ impl Store {
         self.layout.blob_path(digest)
     }
 
+    /// The blobs, for whoever mounts an image of this store.
+    pub fn blobs(&self) -> Arc<dyn Blobs> {
+        self.layout.blobs()
+    }
+
     /// Whether a blob is there with the right size. Its content was checked when it was written;
     /// [`fsck`] checks it again.
     pub fn has(&self, blob: &Descriptor) -> bool {
@@ -234,7 +250,13 @@ impl Store {
         Writer::new(self)
     }
 
-    fn private(&self, name: &str) -> PathBuf {
+    /// Keeps garbage from being collected as long as what is returned lives; changes nothing.
+    fn hold(&self) -> Result<Lock, StoreError> {
+        let path = self.private("lock");
+        Ok(Lock::shared(&path).on("lock", &path)?)
+    }
+
+    pub(crate) fn private(&self, name: &str) -> PathBuf {
         self.dir().join(".mosfs").join(name)
     }
 
@@ -247,6 +269,24 @@ impl Store {
         }
         Ok(self.private(name))
     }
+}
+
+/// The files in a folder, with their sizes in bytes. Folders are not ours and stay.
+fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(IoError { operation: "list", path: dir.to_path_buf(), source }.into()),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.on("list", dir)?.path();
+        let data = fs::symlink_metadata(&path).on("stat", &path)?;
+        if !data.is_dir() {
+            found.push((path, data.len()));
+        }
+    }
+    Ok(found)
 }
 
 /// Why the store cannot do something.

@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{IoContext, IoError};
@@ -91,13 +91,13 @@ pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Res
     file::create_folders(dir)?;
     let scratch = Scratch::new(dir)?;
     for file in files {
-        let path = scratch.0.join(file.name);
+        let path = scratch.path.join(file.name);
         write_new(&path, &file.bytes, file.mode).on("write", &path)?;
     }
     let mut done: Vec<PathBuf> = Vec::new();
     for file in files {
         let path = dir.join(file.name);
-        if let Err(error) = fs::hard_link(scratch.0.join(file.name), &path).on("create", &path) {
+        if let Err(error) = fs::hard_link(scratch.path.join(file.name), &path).on("create", &path) {
             for path in done {
                 let _ = fs::remove_file(path);
             }
@@ -110,18 +110,60 @@ pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Res
     Ok(())
 }
 
-/// A temporary folder that goes with its last user.
-struct Scratch(PathBuf);
+/// A temporary folder that goes with its user, and is locked as long as that lives: what a crash left goes with
+/// the next one.
+struct Scratch {
+    path: PathBuf,
+    /// Locked until it is closed.
+    _lock: File,
+}
+
+/// What their names begin with.
+const SCRATCH: &str = ".new.";
 
 impl Scratch {
     fn new(dir: &Path) -> Result<Self, IoError> {
-        // A crash leaves its folder behind, and process ids come again: another number then.
+        Self::sweep(dir);
         let mut attempt = 0;
         loop {
-            let path = dir.join(format!(".new.{}.{attempt}", std::process::id()));
+            let path = dir.join(format!("{SCRATCH}{}.{attempt}", std::process::id()));
             match DirBuilder::new().mode(0o700).create(&path) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => attempt += 1,
-                outcome => return outcome.on("create", &path).map(|()| Self(path)),
+                // Process ids come again.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => {
+                    attempt += 1;
+                    continue;
+                }
+                outcome => outcome.on("create", &path)?,
+            }
+            let lock = match File::open(&path) {
+                Ok(lock) => lock,
+                // Swept away before it was locked.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && attempt < 1000 => {
+                    attempt += 1;
+                    continue;
+                }
+                outcome => outcome.on("open", &path)?,
+            };
+            lock.lock().on("lock", &path)?;
+            let same = |at: io::Result<fs::Metadata>| at.map(|data| (data.dev(), data.ino())).ok();
+            if same(fs::symlink_metadata(&path)) == same(lock.metadata()) {
+                return Ok(Self { path, _lock: lock });
+            }
+            attempt += 1;
+        }
+    }
+
+    /// Removes the folders that nobody has locked. Best effort: they are in nobody's way.
+    fn sweep(dir: &Path) {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            if !is_folder || !entry.file_name().as_encoded_bytes().starts_with(SCRATCH.as_bytes()) {
+                continue;
+            }
+            if let Ok(folder) = File::open(entry.path())
+                && folder.try_lock().is_ok()
+            {
+                let _: io::Result<()> = fs::remove_dir_all(entry.path());
             }
         }
     }
@@ -129,7 +171,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _: io::Result<()> = fs::remove_dir_all(&self.0);
+        let _: io::Result<()> = fs::remove_dir_all(&self.path);
     }
 }
 
@@ -183,5 +225,18 @@ mod tests {
             1,
             "neither the first nor a temporary folder is left"
         );
+        // What a crash left goes with the next one; the folder of somebody who is at work stays.
+        let (dead, busy) = (dir.join(".new.4000000000.0"), dir.join(".new.4000000001.0"));
+        for folder in [&dead, &busy] {
+            fs::create_dir(folder).unwrap();
+            fs::write(folder.join("secret.key"), "half").unwrap();
+        }
+        let lock = File::open(&busy).unwrap();
+        lock.lock().unwrap();
+        create(&dir, &[file("c", b"three")], |_| ()).unwrap();
+        assert!(!dead.exists() && busy.exists());
+        drop(lock);
+        create(&dir, &[file("d", b"four")], |_| ()).unwrap();
+        assert!(!busy.exists());
     }
 }

@@ -49,6 +49,16 @@ pub fn open_lock_file(path: &Path) -> Result<File, IoError> {
     open_checked(path, Links::Refused, &mut options)
 }
 
+/// Opens (or makes, mode 0600) an untrusted regular file to read it, write to it and lock it. Follows no link.
+///
+/// # Errors
+/// As [`open_regular`].
+pub fn open_to_continue(path: &Path) -> Result<File, IoError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    open_checked(path, Links::Refused, &mut options)
+}
+
 /// Reads an untrusted regular file of at most `max_bytes`; a longer one is not read.
 ///
 /// # Errors

@@ -12,13 +12,16 @@
 //! same; in the store of a device, where mosfs makes none, they are refused.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
 use crate::digest::{Digest, split_pin};
+use crate::error::IoContext;
+use crate::image::blobs::{BlobFolder, Blobs};
 use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
 use crate::sys::file::{self, Links};
 
@@ -38,19 +41,22 @@ struct LayoutFile {
 
 /// Splits `DIR[:NAME]` or `DIR@sha256:HEX`; the folder ends at the first `:` (docs/design.md, source words), or at
 /// the `@` before a digest. The name by digest is `@sha256:HEX`.
-pub(super) fn split(rest: &str) -> Option<Place> {
+pub(super) fn split(rest: &str) -> Result<Place, &'static str> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     if let Some((dir, digest)) = split_pin(rest)
         && !dir.contains(':')
     {
-        return (!dir.is_empty()).then(|| (dir.to_string(), Some(format!("@{digest}"))));
+        return match dir {
+            "" => Err("the folder is empty"),
+            _ => Ok((dir.to_string(), Some(format!("@{digest}")))),
+        };
     }
     let (dir, name) = match rest.split_once(':') {
-        Some((_, "")) => return None,
+        Some((_, "")) => return Err("the name after the colon is empty"),
         Some((dir, name)) => (dir, Some(name.to_string())),
         None => (rest, None),
     };
-    (!dir.is_empty()).then(|| (dir.to_string(), name))
+    if dir.is_empty() { Err("the folder is empty") } else { Ok((dir.to_string(), name)) }
 }
 
 impl OciDir {
@@ -101,7 +107,16 @@ impl OciDir {
 
     /// Where a blob lies, or would lie.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.dir.join("blobs/sha256").join(digest.hex())
+        self.blob_folder().path(digest)
+    }
+
+    /// The blobs, for whoever mounts an image of this layout.
+    pub fn blobs(&self) -> Arc<dyn Blobs> {
+        Arc::new(self.blob_folder())
+    }
+
+    fn blob_folder(&self) -> BlobFolder {
+        BlobFolder::of_layout(&self.dir, self.links)
     }
 
     /// Reads `index.json`. A layout without one has no images.
@@ -210,8 +225,24 @@ impl Transport for OciDir {
         Ok(bytes)
     }
 
-    fn open(&self, blob: &Digest) -> Result<Blob, TransportError> {
-        Ok(Blob::File(self.open_blob(blob)?.0))
+    fn open(&self, blob: &Descriptor, offset: u64) -> Result<Blob, TransportError> {
+        let (mut file, _) = self.open_blob(&blob.digest)?;
+        if offset > 0 {
+            file.seek(SeekFrom::Start(offset)).on("seek in", self.blob_path(&blob.digest))?;
+        }
+        Ok(Blob::File(file))
+    }
+
+    fn tags(&self, repository: &str) -> Result<Vec<String>, TransportError> {
+        let entries = self.entries()?;
+        let tag = |entry: &Descriptor| {
+            Some(entry.ref_name()?.strip_prefix(repository)?.strip_prefix(':')?.to_string())
+        };
+        Ok(entries.iter().filter_map(tag).collect())
+    }
+
+    fn within(&self, _repository: &str) -> Result<Box<dyn Transport>, TransportError> {
+        Ok(Box::new(self.clone()))
     }
 
     fn referrers(

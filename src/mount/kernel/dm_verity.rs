@@ -25,7 +25,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,8 +33,8 @@ use super::overlay::{self, Upper};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
-use crate::image::ReadError;
-use crate::image::verity::{self, BLOCK_BYTES, Geometry, Superblock, VerityError};
+use crate::image::verity::{BLOCK_BYTES, Located, VerityData, VerityError, locate};
+use crate::mount::plan::PlannedLayer;
 use crate::sys::dm::{Control, Target};
 use crate::sys::file::{self, Links, open_regular};
 use crate::sys::flock::Lock;
@@ -50,17 +50,30 @@ const UUID_PREFIX: &str = "MOSFS-VERITY-";
 /// How often a lost race for a device is tried again, 10 ms apart.
 const TRIES: u32 = 300;
 
-/// A layer to mount. Its root hash comes from a verified OCI manifest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerInput<'a> {
-    /// The layer's file.
-    pub path: &'a Path,
-    /// Digest of the layer's blob, for messages.
-    pub digest: Digest,
+/// What the kernel needs of a layer.
+struct KernelLayer<'a> {
+    path: &'a Path,
+    /// Of the layer's blob, for messages.
+    digest: Digest,
     /// What every block is checked against.
-    pub root_hash: Digest,
-    /// The descriptor's media type: says which file system the layer is.
-    pub media_type: &'a str,
+    root_hash: Digest,
+    /// The file system's name in the kernel.
+    file_system: &'static str,
+}
+
+impl<'a> KernelLayer<'a> {
+    fn of(layer: &'a PlannedLayer) -> Result<Self, DmVerityError> {
+        let descriptor = &layer.descriptor;
+        let digest = descriptor.digest;
+        let media_type = || descriptor.media_type().to_string();
+        let format = descriptor
+            .image()
+            .ok_or_else(|| DmVerityError::MediaType { digest, media_type: media_type() })?;
+        let path = layer.file().ok_or(DmVerityError::NotAFile { digest })?;
+        // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one, and not in this backend.
+        let root_hash = descriptor.trust.root_hash().ok_or(DmVerityError::NoRootHash { digest })?;
+        Ok(Self { path, digest, root_hash, file_system: format.kernel })
+    }
 }
 
 /// Why a stack cannot be mounted through dm-verity.
@@ -82,6 +95,18 @@ pub enum DmVerityError {
         digest: Digest,
         /// Its media type.
         media_type: String,
+    },
+    /// The layer is not one file of this machine, which a loop device needs.
+    #[error("layer {digest}: it is not one file of this machine")]
+    NotAFile {
+        /// The layer.
+        digest: Digest,
+    },
+    /// The plan has no root hash for the layer.
+    #[error("layer {digest} has no root hash: it cannot be verified")]
+    NoRootHash {
+        /// The layer.
+        digest: Digest,
     },
     /// The layer's file has no sound verity data where it must be.
     #[error("layer {digest} ({}): {source}", path.display())]
@@ -152,7 +177,9 @@ impl Classified for DmVerityError {
     fn class(&self) -> Class {
         match self {
             Self::NoVerity { source, .. } => source.class(),
-            Self::TableMismatch { .. } | Self::Corrupt { .. } => Class::Verification,
+            Self::NoRootHash { .. } | Self::TableMismatch { .. } | Self::Corrupt { .. } => {
+                Class::Verification
+            }
             _ => Class::Failure,
         }
     }
@@ -176,12 +203,7 @@ pub struct DmVerity {
 
 /// A layer whose file system is mounted but attached nowhere. Dropping it undoes all of it.
 #[derive(Debug)]
-pub struct LayerMount {
-    mount: OwnedFd,
-    device: String,
-    digest: Digest,
-    root_hash: Digest,
-}
+pub struct LayerMount(OwnedFd);
 
 impl DmVerity {
     /// Opens the backend; `run_dir` (`/run/mosfs`) holds its lock.
@@ -230,20 +252,8 @@ impl DmVerity {
         Lock::exclusive(&self.lock_path).on("lock", &self.lock_path)
     }
 
-    /// Mounts a stack of layers (bottom first) as one tree that is attached nowhere yet: what
-    /// [`DmVerity::layers`] and [`assemble`] do.
-    pub fn stack(
-        &self,
-        layers: &[LayerInput<'_>],
-        upper: Option<&Upper>,
-        source: &str,
-        attributes: u64,
-    ) -> Result<OwnedFd, DmVerityError> {
-        assemble(&self.layers(layers)?, upper, source, attributes)
-    }
-
     /// Mounts layers, each attached nowhere. Where one fails, those before it are freed.
-    pub fn layers(&self, layers: &[LayerInput<'_>]) -> Result<Vec<LayerMount>, DmVerityError> {
+    pub fn layers(&self, layers: &[PlannedLayer]) -> Result<Vec<LayerMount>, DmVerityError> {
         if layers.is_empty() || layers.len() > overlay::MAX_LAYERS {
             return Err(DmVerityError::LayerCount { count: layers.len() });
         }
@@ -251,10 +261,10 @@ impl DmVerity {
     }
 
     /// Mounts one layer, attached nowhere, and checks that the kernel found nothing wrong with it.
-    pub fn layer(&self, layer: &LayerInput<'_>) -> Result<LayerMount, DmVerityError> {
-        let file_system = KernelFs::of(layer)?;
+    pub fn layer(&self, layer: &PlannedLayer) -> Result<LayerMount, DmVerityError> {
+        let layer = &KernelLayer::of(layer)?;
         let device = self.activate(layer)?;
-        let mounted = mount_device(file_system, &device.node);
+        let mounted = mount_device(layer.file_system, &device.node);
         failpoint::hit("kernel.layer.mounted");
         // Rule (docs/design.md, corrupt is seen): after
         // activation the device's status is checked. Mounting has read the superblock and the
@@ -262,19 +272,12 @@ impl DmVerity {
         // because of a bad block is reported as what it is.
         self.check(&device.name, layer)?;
         let mount = mounted.map_err(|source| DmVerityError::MountLayer { digest: layer.digest, source })?;
-        Ok(LayerMount { mount, device: device.name, digest: layer.digest, root_hash: layer.root_hash })
+        Ok(LayerMount(mount))
     }
 
     /// Fails if the kernel has met a corrupt block of a layer since its device exists.
-    pub fn recheck(&self, mount: &LayerMount) -> Result<(), DmVerityError> {
-        self.check_status(&mount.device, mount.digest, mount.root_hash)
-    }
-
-    fn check(&self, device: &str, layer: &LayerInput<'_>) -> Result<(), DmVerityError> {
-        self.check_status(device, layer.digest, layer.root_hash)
-    }
-
-    fn check_status(&self, device: &str, digest: Digest, root_hash: Digest) -> Result<(), DmVerityError> {
+    fn check(&self, device: &str, layer: &KernelLayer<'_>) -> Result<(), DmVerityError> {
+        let (digest, root_hash) = (layer.digest, layer.root_hash);
         let targets = self.control.target_status(device).map_err(|source| DmVerityError::Device {
             digest,
             operation: "read the status of",
@@ -289,9 +292,9 @@ impl DmVerity {
     }
 
     /// Finds or makes the verity device of a layer.
-    fn activate(&self, layer: &LayerInput<'_>) -> Result<Device, DmVerityError> {
+    fn activate(&self, layer: &KernelLayer<'_>) -> Result<Device, DmVerityError> {
         let (file, _) = open_regular(layer.path, Links::Followed)?;
-        let parameters = VerityParameters::read(&file).map_err(|source| DmVerityError::NoVerity {
+        let data = locate(&file).and_then(Located::required).map_err(|source| DmVerityError::NoVerity {
             digest: layer.digest,
             path: layer.path.to_path_buf(),
             source: Box::new(source),
@@ -307,15 +310,15 @@ impl DmVerity {
         let mut tries = 0;
         loop {
             let result = match self.control.status(&name) {
-                Ok(status) if status.live => self.join(&name, status.dev, layer, &parameters),
+                Ok(status) if status.live => self.join(&name, status.dev, layer, &data),
                 // Left by a process that was killed while it made the device: we have the lock.
                 Ok(status) if status.open_count == 0 => match self.control.remove(&name, false) {
-                    Ok(()) => self.create(&name, &file, layer, &parameters),
+                    Ok(()) => self.create(&name, &file, layer, &data),
                     Err(source) => Err(failed("remove", source)),
                 },
                 Ok(_) => Err(failed("use", io::Error::from_raw_os_error(libc::EBUSY))),
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
-                    self.create(&name, &file, layer, &parameters)
+                    self.create(&name, &file, layer, &data)
                 }
                 Err(error) => return Err(failed("look for", error)),
             };
@@ -339,7 +342,8 @@ impl DmVerity {
     /// The device of a layer, held open, if the kernel has one that is what [`DmVerity::layer`] would make.
     ///
     /// Nothing is made, and no module is loaded: `None` is any reason why there is none.
-    pub fn existing(layer: &LayerInput<'_>) -> Option<File> {
+    pub fn existing(layer: &PlannedLayer) -> Option<File> {
+        let layer = &KernelLayer::of(layer).ok()?;
         // The driver; opening its control node would load it.
         if !Path::new("/sys/class/misc/device-mapper").exists() {
             return None;
@@ -348,8 +352,8 @@ impl DmVerity {
         let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
         let status = backend.control.status(&name).ok().filter(|status| status.live)?;
         let (file, _) = open_regular(layer.path, Links::Followed).ok()?;
-        let parameters = VerityParameters::read(&file).ok()?;
-        backend.join(&name, status.dev, layer, &parameters).ok().map(|device| device.holder)
+        let data = locate(&file).and_then(Located::required).ok()?;
+        backend.join(&name, status.dev, layer, &data).ok().map(|device| device.holder)
     }
 
     /// Makes the device. On an error nothing of it is left.
@@ -357,8 +361,8 @@ impl DmVerity {
         &self,
         name: &str,
         file: &File,
-        layer: &LayerInput<'_>,
-        parameters: &VerityParameters,
+        layer: &KernelLayer<'_>,
+        data: &VerityData,
     ) -> Result<Device, DmVerityError> {
         let failed = |operation, source| DmVerityError::Device {
             digest: layer.digest,
@@ -379,7 +383,7 @@ impl DmVerity {
         self.control.create(name, &uuid).map_err(|source| failed("create", source))?;
         failpoint::hit("kernel.device.created");
         let finish = || {
-            let target = parameters.target(&loop_device.major_minor(), &layer.root_hash);
+            let target = target(data, &loop_device.major_minor(), &layer.root_hash);
             self.control.load(name, &target).map_err(|source| failed("load a table into", source))?;
             failpoint::hit("kernel.device.loaded");
             let status = self.control.status(name).map_err(|source| failed("look for", source))?;
@@ -401,8 +405,8 @@ impl DmVerity {
         &self,
         name: &str,
         dev: u64,
-        layer: &LayerInput<'_>,
-        parameters: &VerityParameters,
+        layer: &KernelLayer<'_>,
+        data: &VerityData,
     ) -> Result<Device, DmVerityError> {
         let failed = |operation, source| DmVerityError::Device {
             digest: layer.digest,
@@ -419,7 +423,7 @@ impl DmVerity {
         let targets = self.control.table(name).map_err(|source| failed("read the table of", source))?;
         // Rule (docs/design.md, named by root hash): the live table is compared before the device is used again.
         // Which loop device it reads is of no matter: what it reads is checked.
-        let expected = describe(&[parameters.target("-", &layer.root_hash)]);
+        let expected = describe(&[target(data, "-", &layer.root_hash)]);
         let found = describe(&targets);
         if found != expected || !status.read_only {
             return Err(DmVerityError::TableMismatch {
@@ -444,7 +448,7 @@ pub fn assemble(
     source: &str,
     attributes: u64,
 ) -> Result<OwnedFd, DmVerityError> {
-    let lowers: Vec<_> = layers.iter().map(|layer| layer.mount.as_fd()).collect();
+    let lowers: Vec<_> = layers.iter().map(|layer| layer.0.as_fd()).collect();
     let overlay = overlay::assemble(&lowers, upper, source, attributes)?;
     failpoint::hit("kernel.overlay.assembled");
     Ok(overlay)
@@ -475,8 +479,8 @@ fn open_node(name: &str, dev: u64) -> io::Result<Device> {
     Ok(Device { name: name.into(), node, holder })
 }
 
-fn mount_device(file_system: KernelFs, node: &Path) -> Result<OwnedFd, MountError> {
-    let context = FsContext::open(file_system.name())?;
+fn mount_device(file_system: &str, node: &Path) -> Result<OwnedFd, MountError> {
+    let context = FsContext::open(file_system)?;
     context.set_string("source", node.as_os_str().as_encoded_bytes())?;
     context.set_flag("ro")?;
     context.mount(libc::MOUNT_ATTR_RDONLY)
@@ -498,112 +502,37 @@ fn describe(targets: &[Target]) -> String {
     lines.join("; ")
 }
 
-/// The file systems that the kernel mounts for us.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum KernelFs {
-    Squashfs,
-    Erofs,
-}
-
-impl KernelFs {
-    /// By media type, matched by prefix (docs/design.md, media types).
-    fn of(layer: &LayerInput<'_>) -> Result<Self, DmVerityError> {
-        const TYPES: [(&str, KernelFs); 2] = [
-            ("application/vnd.stacker.image.layer.squashfs", KernelFs::Squashfs),
-            ("application/vnd.stacker.image.layer.erofs", KernelFs::Erofs),
-        ];
-        TYPES
-            .iter()
-            .find(|(prefix, _)| {
-                let rest = layer.media_type.strip_prefix(prefix);
-                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('+'))
-            })
-            .map(|(_, file_system)| *file_system)
-            .ok_or_else(|| DmVerityError::MediaType {
-                digest: layer.digest,
-                media_type: layer.media_type.to_string(),
-            })
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Squashfs => "squashfs",
-            Self::Erofs => "erofs",
-        }
-    }
-}
-
-/// What a verity table needs besides the devices and the root hash.
-///
-/// Nothing here is trusted (see the module's text): its reader checks that it makes sense.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct VerityParameters {
-    geometry: Geometry,
-    salt: [u8; 32],
-}
-
-impl VerityParameters {
-    /// Reads the verity superblock behind the image (docs/design.md, verity location).
-    fn read(file: &File) -> Result<Self, VerityError> {
-        let read = |offset, block: &mut [u8; BLOCK_BYTES]| {
-            file.read_exact_at(block, offset)
-                .map_err(|source| VerityError::Read(ReadError::Io { offset, len: BLOCK_BYTES, source }))
-        };
-        let file_bytes = file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?.len();
-        let mut block = [0; BLOCK_BYTES];
-        if file_bytes < BLOCK_BYTES as u64 {
-            let what = "a first block";
-            return Err(VerityError::FileSize { what, found: file_bytes, expected: BLOCK_BYTES as u64 });
-        }
-        read(0, &mut block)?;
-        let geometry = Geometry::new(verity::data_bytes(&block)?)?;
-        if file_bytes == geometry.data_bytes() {
-            return Err(VerityError::Missing { data_bytes: file_bytes });
-        }
-        if file_bytes != geometry.file_bytes() {
-            let what = "data, verity superblock and tree";
-            return Err(VerityError::FileSize { what, found: file_bytes, expected: geometry.file_bytes() });
-        }
-        read(geometry.data_bytes(), &mut block)?;
-        let superblock = Superblock::parse(&block)?;
-        // The root hash does not cover this number. The data is exactly what lies before the
-        // superblock: a smaller number would leave a part unchecked, another one would move the
-        // levels of the tree.
-        if superblock.data_blocks != geometry.data_blocks() {
-            return Err(VerityError::Superblock {
-                field: "data_blocks",
-                found: superblock.data_blocks.to_string(),
-                expected: geometry.data_blocks().to_string(),
-            });
-        }
-        Ok(Self { geometry, salt: superblock.salt })
-    }
-
-    /// The target line: data and hashes are on one device. No option: a bad block is EIO.
-    fn target(&self, device: &str, root_hash: &Digest) -> Target {
-        let blocks = self.geometry.data_blocks();
-        Target {
-            start_sector: 0,
-            sectors: self.geometry.data_bytes() / SECTOR_BYTES,
-            kind: "verity".into(),
-            parameters: format!(
-                "1 {device} {device} {BLOCK_BYTES} {BLOCK_BYTES} {blocks} {} sha256 {} {}",
-                blocks + 1,
-                root_hash.hex(),
-                hex(&self.salt),
-            ),
-        }
+/// The target line: data and hashes are on one device. No option: a bad block is EIO.
+fn target(data: &VerityData, device: &str, root_hash: &Digest) -> Target {
+    let blocks = data.geometry.data_blocks();
+    Target {
+        start_sector: 0,
+        sectors: data.geometry.data_bytes() / SECTOR_BYTES,
+        kind: "verity".into(),
+        parameters: format!(
+            "1 {device} {device} {BLOCK_BYTES} {BLOCK_BYTES} {blocks} {} sha256 {} {}",
+            blocks + 1,
+            root_hash.hex(),
+            hex(&data.superblock.salt),
+        ),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::image::blobs::Blob;
+    use crate::image::oci::{LayerDescriptor, Trust};
+    use crate::image::verity::{Geometry, Superblock};
+    use crate::mount::plan::LayerBytes;
 
     #[test]
     fn the_table_is_what_veritysetup_would_load() {
-        let parameters = VerityParameters { geometry: Geometry::new(3 * 4096).unwrap(), salt: [0xab; 32] };
-        let target = parameters.target("7:5", &Digest::from_bytes([0x11; 32]));
+        let superblock = Superblock { uuid: [0; 16], salt: [0xab; 32], data_blocks: 3 };
+        let data = VerityData { superblock, geometry: Geometry::new(3 * 4096).unwrap() };
+        let target = target(&data, "7:5", &Digest::from_bytes([0x11; 32]));
         let (hash, salt) = ("11".repeat(32), "ab".repeat(32));
         assert_eq!(target.sectors, 24);
         assert_eq!(target.parameters, format!("1 7:5 7:5 4096 4096 3 4 sha256 {hash} {salt}"));
@@ -611,45 +540,28 @@ mod tests {
     }
 
     #[test]
-    fn media_types_name_the_file_system() {
-        let of = |media_type: &str| {
-            let layer = LayerInput {
-                path: Path::new("/x"),
-                digest: Digest::of(b""),
-                root_hash: Digest::of(b""),
-                media_type,
-            };
-            KernelFs::of(&layer).ok()
+    fn what_the_kernel_cannot_mount_is_named() {
+        let (squashfs, root) = ("application/vnd.stacker.image.layer.squashfs+zstd+verity", Digest::of(b"r"));
+        let of = |media_type: &str, trust, blob| {
+            let descriptor = LayerDescriptor::new(media_type, Digest::of(b"l"), 1, trust);
+            let layer = PlannedLayer { descriptor, bytes: LayerBytes::One(blob) };
+            KernelLayer::of(&layer).map(|layer| layer.file_system)
         };
-        assert_eq!(of("application/vnd.stacker.image.layer.squashfs+zstd+verity"), Some(KernelFs::Squashfs));
-        assert_eq!(of("application/vnd.stacker.image.layer.erofs+lz4hc"), Some(KernelFs::Erofs));
-        assert_eq!(of("application/vnd.stacker.image.layer.squashfsish"), None);
-        assert_eq!(of("application/vnd.oci.image.layer.v1.tar"), None);
-    }
-
-    #[test]
-    fn a_file_without_sound_verity_data_is_refused() {
-        let file = tempfile::tempfile().unwrap();
-        let why = || VerityParameters::read(&file).unwrap_err();
-        assert!(matches!(why(), VerityError::FileSize { found: 0, .. }));
-        file.set_len(8192).unwrap();
-        assert!(matches!(why(), VerityError::UnknownImage { .. }));
-        file.write_all_at(b"hsqs", 0).unwrap();
-        file.write_all_at(&[4, 0, 0, 0], 28).unwrap();
-        file.write_all_at(&5000u64.to_le_bytes(), 40).unwrap();
-        assert!(matches!(why(), VerityError::Missing { data_bytes: 8192 }));
-        // Two data blocks, the superblock, one block of hashes.
-        file.set_len(12288).unwrap();
-        assert!(matches!(why(), VerityError::FileSize { found: 12288, expected: 16384, .. }));
-        file.set_len(16384).unwrap();
-        assert!(matches!(why(), VerityError::Superblock { field: "signature", .. }));
-        let superblock = Superblock { uuid: [0; 16], salt: [7; 32], data_blocks: 3 };
-        file.write_all_at(&superblock.to_block(), 8192).unwrap();
-        assert!(matches!(why(), VerityError::Superblock { field: "data_blocks", .. }));
-        let superblock = Superblock { data_blocks: 2, ..superblock };
-        file.write_all_at(&superblock.to_block(), 8192).unwrap();
-        assert_eq!(VerityParameters::read(&file).unwrap().salt, [7; 32]);
-        file.write_all_at(&u64::MAX.to_le_bytes(), 40).unwrap();
-        assert!(VerityParameters::read(&file).is_err());
+        let file = || Blob::File("/x".into());
+        let erofs = "application/vnd.stacker.image.layer.erofs+lz4hc";
+        assert_eq!(of(squashfs, Trust::RootHash(root), file()).unwrap(), "squashfs");
+        assert_eq!(of(erofs, Trust::RootHash(root), file()).unwrap(), "erofs");
+        for media_type in
+            ["application/vnd.stacker.image.layer.squashfsish", "application/vnd.oci.image.layer.v1.tar"]
+        {
+            let error = of(media_type, Trust::RootHash(root), file()).unwrap_err();
+            assert!(matches!(error, DmVerityError::MediaType { .. }), "{error}");
+        }
+        let error = of(squashfs, Trust::None, file()).unwrap_err();
+        assert!(matches!(error, DmVerityError::NoRootHash { .. }) && error.class() == Class::Verification);
+        let remote =
+            Blob::Remote { place: "elsewhere".into(), bytes: Arc::new(tempfile::tempfile().unwrap()) };
+        let error = of(squashfs, Trust::RootHash(root), remote).unwrap_err();
+        assert!(matches!(error, DmVerityError::NotAFile { .. }), "{error}");
     }
 }

@@ -1,0 +1,214 @@
+//! Where the blobs of an image are: a store on this machine, or a place elsewhere.
+//!
+//! A layer that is one file is read in parts, and its bytes are verified by who reads them ([`Blobs::blob`]). A
+//! layer of many blobs reads each of them whole, and gets it verified ([`Blobs::read`]).
+//!
+//! **What was hashed is what is used.** [`Blobs::read`] copies the blob into private memory, and compares length and
+//! digest of that copy.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::bytes::ReadAt;
+use crate::digest::Digest;
+use crate::error::{Class, Classified};
+use crate::sys::file::{Links, open_regular};
+
+/// A place that has blobs, by their digests.
+pub trait Blobs: fmt::Debug + Send + Sync {
+    /// A blob that is to be read in parts. Nothing is checked, opened or fetched: whoever reads it verifies what it
+    /// reads.
+    ///
+    /// `stored_bytes` is its size, as the manifest says.
+    fn blob(&self, digest: &Digest, stored_bytes: u64) -> Blob;
+
+    /// Reads a whole blob into `bytes`, in place of what they hold.
+    ///
+    /// `stored_bytes` is its size, as the manifest says; the caller bounds it. No more memory is used.
+    ///
+    /// # Errors
+    /// [`BlobError`]; `bytes` are empty then.
+    fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError>;
+}
+
+/// One blob, unverified.
+#[derive(Clone)]
+pub enum Blob {
+    /// A file of this machine.
+    File(PathBuf),
+    /// A blob that is read from elsewhere, part by part.
+    Remote {
+        /// The place, for messages.
+        place: String,
+        /// Its bytes.
+        bytes: Arc<dyn ReadAt>,
+    },
+}
+
+impl Blob {
+    /// Its file, if it is one of this machine.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Remote { .. } => None,
+        }
+    }
+}
+
+/// Where it is.
+impl fmt::Display for Blob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Remote { place, .. } => f.write_str(place),
+        }
+    }
+}
+
+impl fmt::Debug for Blob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Blob({self})")
+    }
+}
+
+/// Why a whole blob cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    /// It cannot be read.
+    #[error("blob {digest}: {source}")]
+    Io {
+        /// The blob.
+        digest: Digest,
+        /// The operating system's, or the transport's, answer.
+        source: io::Error,
+    },
+    /// It is longer or shorter than the manifest says.
+    #[error("blob {digest} has {found} bytes, expected {expected}")]
+    Size {
+        /// The blob.
+        digest: Digest,
+        /// The size that it should have, in bytes.
+        expected: u64,
+        /// How many bytes were read; one more than expected where it is longer.
+        found: u64,
+    },
+    /// Its content is not what its digest names.
+    #[error("blob {expected}: its content has digest {found}")]
+    Content {
+        /// The blob.
+        expected: Digest,
+        /// The digest of what was read.
+        found: Digest,
+    },
+}
+
+impl Classified for BlobError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Io { .. } => Class::Failure,
+            Self::Size { .. } | Self::Content { .. } => Class::Verification,
+        }
+    }
+}
+
+/// Reads a stream to its end as a whole blob, with the checks of [`Blobs::read`].
+///
+/// # Errors
+/// As [`Blobs::read`].
+pub fn read_whole(
+    from: impl Read,
+    digest: &Digest,
+    stored_bytes: u64,
+    bytes: &mut Vec<u8>,
+) -> Result<(), BlobError> {
+    bytes.clear();
+    // One byte more than promised, so that a longer blob is seen.
+    let read = from.take(stored_bytes.saturating_add(1)).read_to_end(bytes);
+    let checked = match read {
+        Err(source) => Err(BlobError::Io { digest: *digest, source }),
+        // Rule (OCI descriptors): content has the size and the digest of its descriptor.
+        Ok(_) if bytes.len() as u64 != stored_bytes => {
+            Err(BlobError::Size { digest: *digest, expected: stored_bytes, found: bytes.len() as u64 })
+        }
+        Ok(_) => match Digest::of(bytes) {
+            found if found == *digest => Ok(()),
+            found => Err(BlobError::Content { expected: *digest, found }),
+        },
+    };
+    // Nothing unchecked is left where a careless caller could find it.
+    checked.inspect_err(|_| bytes.clear())
+}
+
+/// The blobs of an OCI layout in a folder: `DIR/blobs/sha256/HEX`.
+#[derive(Debug, Clone)]
+pub struct BlobFolder {
+    folder: PathBuf,
+    links: Links,
+}
+
+impl BlobFolder {
+    /// The blobs of the layout in `dir`, whose files may or may not be links.
+    pub fn of_layout(dir: &Path, links: Links) -> Self {
+        Self { folder: dir.join("blobs/sha256"), links }
+    }
+
+    /// Where a blob is, or would be.
+    pub fn path(&self, digest: &Digest) -> PathBuf {
+        self.folder.join(digest.hex())
+    }
+}
+
+impl Blobs for BlobFolder {
+    fn blob(&self, digest: &Digest, _: u64) -> Blob {
+        Blob::File(self.path(digest))
+    }
+
+    fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
+        bytes.clear();
+        let (file, _) = open_regular(&self.path(digest), self.links)
+            .map_err(|error| BlobError::Io { digest: *digest, source: error.source })?;
+        read_whole(file, digest, stored_bytes, bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_blob_is_the_right_one_or_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = BlobFolder::of_layout(dir.path(), Links::Refused);
+        let digest = Digest::of(b"content");
+        let path = blobs.path(&digest);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut bytes = b"what was there".to_vec();
+
+        let error = blobs.read(&digest, 7, &mut bytes).unwrap_err();
+        assert!(matches!(error, BlobError::Io { .. }) && error.class() == Class::Failure, "{error}");
+        fs::write(&path, b"content").unwrap();
+        blobs.read(&digest, 7, &mut bytes).unwrap();
+        assert_eq!(bytes, b"content");
+
+        for (stored_bytes, content, said) in [
+            (7, &b"contenT"[..], "its content has digest"),
+            (7, b"conten", "has 6 bytes, expected 7"),
+            (7, b"content and more", "has 8 bytes, expected 7"),
+            (u64::MAX, b"content", "has 7 bytes, expected 18446744073709551615"),
+        ] {
+            fs::write(&path, content).unwrap();
+            let error = blobs.read(&digest, stored_bytes, &mut bytes).unwrap_err();
+            assert!(error.to_string().contains(said), "{error}");
+            assert_eq!((error.class(), bytes.len()), (Class::Verification, 0));
+        }
+
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(blobs.read(&digest, 7, &mut bytes), Err(BlobError::Io { .. })));
+        assert_eq!(blobs.blob(&digest, 7).file(), Some(&*path));
+    }
+}
