@@ -37,6 +37,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_generate))
             .or_else(|| this.downcast_ref().and_then(for_sign))
             .or_else(|| this.downcast_ref().and_then(for_system))
+            .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_import));
         if found.is_some() {
             return found;
@@ -53,15 +54,20 @@ fn for_store(error: &StoreError) -> Option<&'static str> {
     }
 }
 
-#[cfg(not(feature = "registry"))]
-fn for_transport(_: &TransportError) -> Option<&'static str> {
-    None
+fn for_transport(error: &TransportError) -> Option<&'static str> {
+    match error {
+        TransportError::WrongPlatform { .. } => {
+            Some("`mosfs build --platform OS/ARCH` builds for other machines")
+        }
+        #[cfg(feature = "registry")]
+        TransportError::Registry(error) => for_registry(error),
+        _ => None,
+    }
 }
 
 #[cfg(feature = "registry")]
-fn for_transport(error: &TransportError) -> Option<&'static str> {
-    let TransportError::Registry(error) = error else { return None };
-    Some(match **error {
+fn for_registry(error: &RegistryError) -> Option<&'static str> {
+    Some(match *error {
         RegistryError::Denied { .. } => {
             "log in with `podman login` or `docker login`, or give --authfile (docs/registries.md, credentials)"
         }

@@ -11,14 +11,14 @@ use super::{Global, RegistryArgs, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
+use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
 use crate::progress::Progress;
-use crate::publish::build::{Built, Signer, build};
+use crate::publish::build::{Built, Signer, Sources, build};
 use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::read_named;
-use crate::transport::Access;
 use crate::trust::{self, Dates, PrivateKey};
 
 /// Most bytes of a floor signature file: DER has 72 at the most.
@@ -46,6 +46,10 @@ pub struct Build {
     /// file is refused.
     #[arg(long, value_name = "FILE", required_unless_present = "to_sign")]
     cert: Option<PathBuf>,
+    /// Build for other machines than this one: of images for several platforms take that of OS/ARCH[/VARIANT],
+    /// as linux/arm64.
+    #[arg(long, value_name = "OS/ARCH")]
+    platform: Option<Platform>,
     /// The floor key: signs the version, so that devices can raise their floor to it. Twice while one floor
     /// key takes another's place.
     #[arg(long, value_name = "FILE", requires = "key")]
@@ -108,12 +112,14 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
+    let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
+    let sources = Sources { access: &access, platform: &platform };
     let built = match (&args.key, &args.to_sign, &args.signature) {
-        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &access, &progress)?,
-        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &access, &progress)?,
+        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &sources, &progress)?,
+        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &sources, &progress)?,
         (.., signature) => {
             let signature = signature.as_deref().unwrap_or(Path::new(""));
-            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &access, &progress)?
+            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &sources, &progress)?
         }
     };
     print(&built, global)
@@ -132,7 +138,7 @@ fn whole(
     args: &Build,
     key: &Path,
     certificate: &[u8],
-    access: &Access,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
@@ -141,7 +147,7 @@ fn whole(
         args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
-    Ok(build(&import, &store, &signer, effort(args), access, progress)?)
+    Ok(build(&import, &store, &signer, effort(args), sources, progress)?)
 }
 
 fn first_half(
@@ -149,13 +155,13 @@ fn first_half(
     to: &Path,
     certificate: Option<&[u8]>,
     floor_pub: &[floor::PublicKey],
-    access: &Access,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
     let store = Store::create(&args.store)?;
     let built =
-        halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), access, progress)?;
+        halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), sources, progress)?;
     atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
     if let (Some(to), Some(key)) = (&args.floor_to_sign, floor_pub.first()) {
         let message = halves::floor_message(&built.manifest, key)?;
@@ -169,7 +175,7 @@ fn second_half(
     signature: &Path,
     certificate: &[u8],
     floor_keys: &[floor::PublicKey],
-    access: &Access,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let signature = read_file(signature, trust::MAX_SIGNATURE_BYTES)?;
@@ -190,7 +196,7 @@ fn second_half(
         return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
     }
     let import = ImportManifest::parse(&args.file, &bytes)?;
-    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), access, progress)?)
+    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), sources, progress)?)
 }
 
 fn print(built: &Built, global: &Global) -> Result<(), AnyError> {

@@ -98,6 +98,7 @@ fn print(object: &str, deployments: &Checked, report: &Report, global: &Global) 
             "blobs": report.blobs,
             "bytes": report.bytes,
             "layers": report.layers,
+            "unread": report.unread,
             "unreachable": report.unreachable.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "extra_files": report.extra_files.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>(),
         }));
@@ -108,6 +109,9 @@ fn print(object: &str, deployments: &Checked, report: &Report, global: &Global) 
         output::note(format_args!(
             "{object}: {extra} blobs and files that nothing needs; `mosfs gc` removes them"
         ));
+    }
+    for entry in &report.unread {
+        output::note(format_args!("{object}: not checked: the entry {entry}"));
     }
     let Report { names, blobs, bytes, layers, .. } = report;
     if problems.is_empty() {

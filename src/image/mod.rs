@@ -21,6 +21,7 @@ pub mod format;
 pub mod layer;
 pub mod oci;
 pub mod overlay;
+pub mod platform;
 pub mod source;
 pub mod squashfs;
 pub mod verified;

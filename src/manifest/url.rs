@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! oci:PATH[:REF]  oci://PATH[:REF]                 PATH ends at the first `:`
+//! oci:PATH@DIGEST                                  anything in the layout, by its digest
 //! docker://HOST[:PORT]/NAME[:TAG | @DIGEST]        not both of tag and digest
 //! ```
 //!
@@ -11,7 +12,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::rules::{MAX_PATH, Refused, has_control};
-use crate::digest::Digest;
+use crate::digest::{Digest, split_pin};
 use crate::transport::reference::{Host, Malformed, Reference, TagOrDigest};
 
 /// Where an image is.
@@ -21,7 +22,7 @@ pub enum ImageUrl {
     Oci {
         /// The folder, absolute or relative to the working directory.
         path: String,
-        /// The name in the layout; without one, the layout has to hold one image only.
+        /// The name in the layout, or `@sha256:HEX`; without one, the layout has to hold one image only.
         reference: Option<String>,
     },
     /// A registry.
@@ -47,7 +48,13 @@ pub enum DockerReference {
 }
 
 /// What is allowed, as a whole.
-const ALLOWED: &str = "oci:PATH[:REF], oci://PATH:REF or docker://HOST[:PORT]/NAME[:TAG|@DIGEST]";
+const ALLOWED: &str = "oci:PATH[:REF|@DIGEST], oci://PATH:REF or docker://HOST[:PORT]/NAME[:TAG|@DIGEST]";
+/// The same, for what skopeo can make a layout of.
+const UNPACK: &str =
+    "oci:PATH[:REF|@DIGEST] or docker://…; `skopeo copy SOURCE oci:PATH:REF` makes a layout of it";
+/// What skopeo and podman read besides, and mosfs does not.
+const FOREIGN: [&str; 7] =
+    ["oci-archive:", "docker-archive:", "dir:", "docker-daemon:", "containers-storage:", "ostree:", "sif:"];
 
 impl FromStr for ImageUrl {
     type Err = Refused;
@@ -62,11 +69,22 @@ impl FromStr for ImageUrl {
         if let Some(rest) = text.strip_prefix("oci://").or_else(|| text.strip_prefix("oci:")) {
             return oci(rest);
         }
+        if FOREIGN.iter().any(|scheme| text.starts_with(scheme)) {
+            return Err(Refused { allowed: UNPACK });
+        }
         Err(Refused { allowed: ALLOWED })
     }
 }
 
 fn oci(rest: &str) -> Result<ImageUrl, Refused> {
+    if let Some((path, digest)) = split_pin(rest)
+        && !path.contains(':')
+    {
+        if path.is_empty() {
+            return Err(Refused { allowed: "oci:PATH@DIGEST with a PATH that is not empty" });
+        }
+        return Ok(ImageUrl::Oci { path: path.to_string(), reference: Some(format!("@{digest}")) });
+    }
     let (path, reference) = match rest.split_once(':') {
         Some((path, reference)) => (path, Some(reference)),
         None => (rest, None),
@@ -124,7 +142,8 @@ impl fmt::Display for ImageUrl {
             Self::Oci { path, reference } => {
                 f.write_str(if path.starts_with("//") { "oci://" } else { "oci:" })?;
                 f.write_str(path)?;
-                reference.iter().try_for_each(|reference| write!(f, ":{reference}"))
+                let mark = |reference: &str| if reference.starts_with('@') { "" } else { ":" };
+                reference.iter().try_for_each(|reference| write!(f, "{}{reference}", mark(reference)))
             }
             Self::Docker { host, port, name, reference } => {
                 write!(f, "docker://{host}")?;
@@ -157,6 +176,8 @@ mod tests {
             ("docker://localhost:5000/a__b/c---d", None),
             ("docker://[::1]:5000/a", None),
             (&format!("docker://10.0.0.1/a.b@{digest}"), None),
+            (&format!("oci:/srv/layout@{digest}"), None),
+            (&format!("oci:/srv/layout:v1@{digest}"), None),
         ] {
             let url: ImageUrl = text.parse().unwrap_or_else(|e| panic!("{text}: {e}"));
             assert_eq!(url.to_string(), back.unwrap_or(text));
@@ -188,6 +209,8 @@ mod tests {
             "oci:/d:a b",
             "oci:/d\n",
             "dir:/d",
+            "oci-archive:/d.tar:x",
+            &format!("oci:@{digest}"),
             "docker:h/a",
             "docker://",
             "docker://h",

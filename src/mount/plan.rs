@@ -1,5 +1,6 @@
 //! What is to be mounted. Pure: nothing is opened.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ pub struct MountPlan {
     pub source: String,
     /// Digest of the image's OCI manifest.
     pub digest: Option<Digest>,
-    /// The layers, the bottom one first.
+    /// The layers, the bottom one first, none twice.
     pub layers: Vec<PlannedLayer>,
 }
 
@@ -81,6 +82,7 @@ impl MountPlan {
             Ok(PlannedLayer { descriptor: layer.clone().with_trust(trust), bytes })
         };
         let layers = image.layers.iter().enumerate().map(plan).collect::<Result<_, PlanError>>()?;
+        let layers = without_repeats(layers);
         Ok(Self { source: source.to_string(), digest: Some(image.digest), layers })
     }
 
@@ -105,6 +107,21 @@ fn trust(layer: &LayerDescriptor, pin: Option<Digest>, unsafe_no_verity: bool) -
         (Trust::RootHash(hash), _) | (Trust::None, Some(hash)) => Ok(Trust::RootHash(hash)),
         (Trust::None, None) => Err(PlanError::NoRootHash { layer: layer.digest }),
     }
+}
+
+/// Leaves out each layer that comes again further up, as overlayfs takes no folder twice.
+///
+/// Nothing is lost: a folder of the lower copy is visible only where the same folder of the upper
+/// one is, and every name in it is there too, as a file, a whiteout or a folder of the same kind. So the
+/// lower copy adds no name, and hides none that the upper one does not hide.
+fn without_repeats(layers: Vec<PlannedLayer>) -> Vec<PlannedLayer> {
+    // Two blobs with one root hash are one device to dm-verity.
+    let content =
+        |layer: &PlannedLayer| layer.descriptor.trust.root_hash().unwrap_or(layer.descriptor.digest);
+    let mut above = HashSet::new();
+    let mut kept: Vec<_> = layers.into_iter().rev().filter(|layer| above.insert(content(layer))).collect();
+    kept.reverse();
+    kept
 }
 
 impl PlannedLayer {

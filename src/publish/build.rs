@@ -68,13 +68,22 @@ pub struct BuiltTarget {
     pub notes: Vec<String>,
 }
 
+/// Where images come from, and for what machines.
+#[derive(Debug, Clone, Copy)]
+pub struct Sources<'a> {
+    /// How registries are reached.
+    pub access: &'a Access,
+    /// Of images for several platforms this one is taken.
+    pub platform: &'a Platform,
+}
+
 /// An image that was found.
 struct Found {
     from: Box<dyn Transport>,
     descriptor: Descriptor,
 }
 
-/// Builds a system.
+/// Builds a system. Of images for several platforms that of `sources` is taken.
 ///
 /// # Errors
 /// See [`BuildError`]. The store has no new name then.
@@ -83,14 +92,14 @@ pub fn build(
     store: &Store,
     signer: &Signer<'_>,
     effort: Effort,
-    access: &Access,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| {
         Signed::create(manifest, signer.key, signer.certificate, signer.dates).map(|_| ())
     };
     let writer = store.writer()?;
-    let assembled = assemble(import, &writer, trial, effort, access, progress)?;
+    let assembled = assemble(import, &writer, trial, effort, sources, progress)?;
     let manifest = &assembled.manifest;
     let signed = Signed::create(manifest, signer.key, signer.certificate, signer.dates)?;
     let mut floor_signatures = Vec::new();
@@ -117,7 +126,7 @@ pub(super) fn assemble(
     writer: &Writer<'_>,
     trial: impl FnOnce(&SystemManifest) -> Result<(), SignError>,
     effort: Effort,
-    access: &Access,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Assembled, BuildError> {
     if import.storage_type() != StorageType::Atomfs {
@@ -126,7 +135,7 @@ pub(super) fn assemble(
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
     for (name, target) in &import.targets {
-        let (image, source) = find(import, name, target, access)?;
+        let (image, source) = find(import, name, target, sources)?;
         resolved.insert(name.clone(), source);
         found.insert(name.clone(), image);
     }
@@ -136,7 +145,7 @@ pub(super) fn assemble(
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
-        let job = Ingest { from: &*image.from, writer, effort, progress };
+        let job = Ingest { from: &*image.from, writer, platform: sources.platform, effort, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
         failpoint::hit("build.image.stored");
@@ -191,17 +200,16 @@ fn find(
     import: &ImportManifest,
     name: &TargetName,
     target: &ImportTarget,
-    access: &Access,
+    sources: &Sources<'_>,
 ) -> Result<(Found, Resolved), BuildError> {
     let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
     let source = source_of(&target.url).map_err(wrong)?;
-    let from = source.open(access).map_err(wrong)?;
-    let descriptor = from.find_image(source.name.as_deref(), &Platform::this_machine()).map_err(wrong)?;
+    let from = source.open(sources.access).map_err(wrong)?;
+    let descriptor = from.find_image(source.name.as_deref(), sources.platform).map_err(wrong)?;
     let resolved = Resolved { digest: descriptor.digest, size: descriptor.size };
     import.check_pins(name, &resolved)?;
     let image = from.image(&descriptor).map_err(wrong)?;
-    check_layers(&image)
-        .map_err(|source| BuildError::Image { target: name.clone(), source: source.into() })?;
+    check_layers(&image).map_err(|source| BuildError::Image { target: name.clone(), source })?;
     Ok((Found { from, descriptor }, resolved))
 }
 

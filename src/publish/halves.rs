@@ -12,14 +12,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::build::{Assembled, BuildError, Built, assemble, publish};
+use super::build::{Assembled, BuildError, Built, Sources, assemble, publish};
 use crate::convert::Effort;
 use crate::floor::{self, FloorError, Policy, PublicKey, signature};
 use crate::image::oci::{Descriptor, MANIFEST};
 use crate::manifest::{ImportManifest, SystemManifest};
 use crate::progress::Progress;
 use crate::store::{Store, Writer, image_name};
-use crate::transport::Access;
 use crate::trust::{Dates, Signed, signer_for};
 
 /// The first half: the images are put into the store and named; the system is not.
@@ -32,7 +31,7 @@ pub fn prepare(
     certificate: Option<&[u8]>,
     dates: Dates,
     effort: Effort,
-    access: &Access,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| match certificate {
@@ -40,7 +39,7 @@ pub fn prepare(
         None => Ok(()),
     };
     let writer = store.writer()?;
-    let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, access, progress)?;
+    let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, sources, progress)?;
     // Named, so that nobody collects them before the second half.
     let entries: Vec<_> = names.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
     writer.set_entries(&entries)?;
@@ -70,12 +69,12 @@ pub fn finish(
     store: &Store,
     made: &Made<'_>,
     effort: Effort,
-    access: &Access,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let writer = store.writer()?;
     let trial = |manifest: &SystemManifest| signer_for(manifest, made.certificate, made.dates).map(|_| ());
-    let assembled = assemble(import, &writer, trial, effort, access, progress)?;
+    let assembled = assemble(import, &writer, trial, effort, sources, progress)?;
     join(&writer, &assembled.manifest, assembled.names, made)?;
     let Assembled { manifest, targets, .. } = assembled;
     Ok(Built { digest: manifest.digest(), manifest, targets })

@@ -19,7 +19,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::{Store, StoreError, files};
 use crate::digest::{Digest, Hasher};
 use crate::error::{AnyError, Class, Classified};
-use crate::image::oci::{Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage};
+use crate::image::oci::{
+    Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage, UnreadEntry,
+};
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{Located, VerityError, locate};
@@ -46,6 +48,8 @@ pub struct Report {
     pub unreachable: Vec<Digest>,
     /// Files that were being written when their writer died, or that are no blobs. Not wrong.
     pub extra_files: Vec<PathBuf>,
+    /// Entries of the index that mosfs cannot read, and what they reach is not checked. Not wrong.
+    pub unread: Vec<String>,
 }
 
 /// Something that is wrong.
@@ -192,7 +196,9 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
     let _held = if store.private("lock").exists() { store.hold().ok() } else { None };
     let layout = store.transport();
     let mut report = Report::default();
-    let entries = layout.entries()?;
+    let Index { manifests: entries, unread, .. } = layout.index()?;
+    let name = |entry: &UnreadEntry| format!("`{}`: {}", entry.ref_name().unwrap_or_default(), entry.why());
+    report.unread = unread.iter().map(name).collect();
 
     let mut blobs = Vec::new();
     for (path, size) in files(&store.dir().join("blobs/sha256"))? {

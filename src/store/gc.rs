@@ -82,7 +82,13 @@ impl Collector<'_> {
     /// An index that cannot be read.
     pub fn plan(&self, drop_names: &[String], roots: &[Digest]) -> Result<Removal, StoreError> {
         let mut removal = Removal::default();
-        let entries = self.store.transport().entries()?;
+        let Index { manifests: entries, unread, .. } = self.store.transport().index()?;
+        if let Some(entry) = unread.first() {
+            // Nobody can say which blobs it needs.
+            let name = entry.ref_name().unwrap_or("an entry without a name");
+            let object = format!("{}: {name}", self.store.transport().location());
+            return Err(TransportError::UnreadableEntry { object, why: entry.why() }.into());
+        }
         let mut marking = Marking { marked: roots.iter().copied().collect(), ..Marking::default() };
         let mut unnamed = Vec::new();
         for entry in entries {

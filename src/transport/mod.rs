@@ -10,6 +10,7 @@ pub mod reference;
 #[cfg(feature = "registry")]
 pub mod registry;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,9 @@ pub use ocidir::OciDir;
 
 /// How deep indexes may nest: `index.json`, an index of platforms, and one to spare.
 const MAX_INDEX_DEPTH: usize = 4;
+
+/// How many entries without a name are looked at to find the only image.
+const MAX_UNNAMED: usize = 256;
 
 /// A place that images are fetched from.
 pub trait Transport: Send + Sync {
@@ -111,23 +115,48 @@ impl dyn Transport + '_ {
         let name = name.or(self.default_name());
         let found = match name {
             Some(name) => self.lookup(name)?,
-            None => {
-                let named: Vec<_> =
-                    self.entries()?.into_iter().filter(|one| one.ref_name().is_some()).collect();
-                let mut digests: Vec<_> = named.iter().map(|one| one.digest).collect();
-                digests.sort();
-                digests.dedup();
-                if digests.len() != 1 {
-                    return Err(TransportError::NameNeeded {
-                        location: self.location(),
-                        available: names_of(&named),
-                    });
-                }
-                named
-            }
+            None => self.only_image(platform)?,
         };
-        let object = format!("{}:{}", self.location(), name.unwrap_or(""));
+        let object = match name {
+            Some(name) if name.starts_with('@') => format!("{}{name}", self.location()),
+            Some(name) => format!("{}:{name}", self.location()),
+            None => self.location(),
+        };
         self.choose(&object, found, platform, 0)
+    }
+
+    /// The entries of the only image there: of those with names, or, where no image has one, of those without.
+    ///
+    /// Artifacts that speak of an image, such as its signature, are none.
+    fn only_image(&self, platform: &Platform) -> Result<Vec<Descriptor>, TransportError> {
+        let images: Vec<_> =
+            self.entries()?.into_iter().filter(|one| one.is_image() && one.artifact_type.is_none()).collect();
+        let available = names_of(&images);
+        let (named, mut unnamed): (Vec<_>, Vec<_>) =
+            images.into_iter().partition(|one| one.ref_name().is_some());
+        let found = if named.is_empty() {
+            if unnamed.len() > 1 && unnamed.len() <= MAX_UNNAMED {
+                unnamed.retain(|one| !self.is_artifact(one));
+                unnamed.retain(|one| {
+                    one.platform.as_ref().is_none_or(|other| platform.accepts(other).is_some())
+                });
+            }
+            unnamed
+        } else {
+            named
+        };
+        match found.iter().map(|one| one.digest).collect::<BTreeSet<_>>().len() {
+            1 => Ok(found),
+            _ => Err(TransportError::NameNeeded { location: self.location(), found: found.len(), available }),
+        }
+    }
+
+    /// Whether a manifest is that of an artifact. One that cannot be read is no artifact: whoever wants it gets the error.
+    fn is_artifact(&self, entry: &Descriptor) -> bool {
+        let manifest = || self.manifest(entry).ok();
+        entry.is_manifest()
+            && manifest()
+                .is_some_and(|manifest| manifest.artifact_type.is_some() || manifest.subject.is_some())
     }
 
     /// Takes the one descriptor for `platform`, and follows it until it is a manifest.
@@ -140,7 +169,12 @@ impl dyn Transport + '_ {
     ) -> Result<Descriptor, TransportError> {
         let mut best: Option<(usize, Descriptor)> = None;
         let mut others = Vec::new();
+        let mut unreadable = None;
         for one in found {
+            if !one.is_image() {
+                unreadable = unreadable.or(Some(one.media_type));
+                continue;
+            }
             let rank = match &one.platform {
                 // No word about the platform: an image that was stored for one machine.
                 None => 0,
@@ -164,6 +198,12 @@ impl dyn Transport + '_ {
             }
         }
         let Some((_, chosen)) = best else {
+            if let (Some(media_type), true) = (unreadable, others.is_empty()) {
+                let why = format!(
+                    "its media type is `{media_type}`, which is neither an image manifest nor an index"
+                );
+                return Err(TransportError::UnreadableEntry { object: object.into(), why });
+            }
             return Err(TransportError::WrongPlatform {
                 object: object.into(),
                 expected: platform.to_string(),
@@ -206,13 +246,13 @@ pub fn names_of(entries: &[Descriptor]) -> Vec<String> {
     names
 }
 
-/// A place and a name there, as a user writes them: `oci:DIR[:NAME]`, `docker://…`.
+/// A place and a name there, as a user writes them: `oci:DIR[:NAME]`, `oci:DIR@sha256:HEX`, `docker://…`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceRef {
     scheme: &'static str,
     /// What stands between scheme and name: a folder.
     pub location: String,
-    /// The name, where one is given.
+    /// The name, where one is given; `@sha256:HEX` names anything by its digest.
     pub name: Option<String>,
 }
 
@@ -238,6 +278,10 @@ const DOCKER: &str = "docker";
 /// program) must not hold the code of a registry's client because it parses a source.
 const SCHEMES: [Scheme; 2] =
     [Scheme { name: OCI, split: ocidir::split }, Scheme { name: DOCKER, split: reference::split }];
+
+/// What skopeo and podman read besides, and mosfs does not.
+pub const FOREIGN: [&str; 7] =
+    ["oci-archive", "docker-archive", "dir", "docker-daemon", "containers-storage", "ostree", "sif"];
 
 impl SourceRef {
     /// A folder of this machine that holds an OCI layout.
@@ -288,10 +332,11 @@ impl FromStr for SourceRef {
         let (scheme, rest) = text
             .split_once(':')
             .ok_or(wrong("there is no scheme; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"))?;
-        let row = SCHEMES
-            .iter()
-            .find(|row| row.name == scheme)
-            .ok_or(wrong("the scheme is unknown; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"))?;
+        let row =
+            SCHEMES.iter().find(|row| row.name == scheme).ok_or_else(|| match FOREIGN.contains(&scheme) {
+                true => TransportError::Foreign { found: text.chars().take(200).collect() },
+                false => wrong("the scheme is unknown; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"),
+            })?;
         let (location, name) = (row.split)(rest).map_err(wrong)?;
         Ok(Self { scheme: row.name, location, name })
     }
@@ -301,8 +346,13 @@ impl std::fmt::Display for SourceRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let slashes = if self.is_registry() { "//" } else { "" };
         write!(f, "{}:{slashes}{}", self.scheme, self.location)?;
-        let is_digest = |name: &str| self.is_registry() && name.contains(':');
-        self.name.iter().try_for_each(|name| write!(f, "{}{name}", if is_digest(name) { '@' } else { ':' }))
+        let mark = |name: &str| match name {
+            // A name by digest begins with its own mark.
+            _ if name.starts_with('@') => "",
+            _ if self.is_registry() && name.contains(':') => "@",
+            _ => ":",
+        };
+        self.name.iter().try_for_each(|name| write!(f, "{}{name}", mark(name)))
     }
 }
 
@@ -322,6 +372,22 @@ pub enum TransportError {
     LeftOut {
         /// The kind.
         scheme: &'static str,
+    },
+    /// A kind of source that other tools read.
+    #[error(
+        "`{found}` is not read as it is: copy it into a layout first, `skopeo copy {found} oci:DIR:NAME`"
+    )]
+    Foreign {
+        /// What was given.
+        found: String,
+    },
+    /// An entry that was asked for, and that mosfs cannot read.
+    #[error("{object} cannot be read: {why}")]
+    UnreadableEntry {
+        /// The place and name.
+        object: String,
+        /// What is wrong with it.
+        why: String,
     },
     /// Something that needs files of this machine was asked of another place.
     #[error("{found} is not a folder of this machine, and this needs one")]
@@ -352,10 +418,15 @@ pub enum TransportError {
         available: Vec<String>,
     },
     /// A name must be given, as there is not exactly one image.
-    #[error("{location} holds not exactly one image, so a name is needed; it has {}", list(available))]
+    #[error(
+        "{location} holds {found} images, so a name or a digest (`@sha256:…`) is needed; its names are {}",
+        list(available)
+    )]
     NameNeeded {
         /// The place.
         location: String,
+        /// How many images there are.
+        found: usize,
         /// The names that there are.
         available: Vec<String>,
     },
@@ -465,6 +536,9 @@ impl Classified for TransportError {
             Self::BadSource { .. }
             | Self::LeftOut { .. }
             | Self::NotHere { .. }
+            | Self::Foreign { .. }
+            | Self::UnreadableEntry { .. }
+            | Self::WrongPlatform { .. }
             | Self::NameMissing { .. }
             | Self::NameNeeded { .. } => Class::Input,
             Self::NotALayout { .. } => Class::Input,
@@ -495,6 +569,13 @@ mod tests {
         assert_eq!(parsed("oci:///a/b:v1"), ("/a/b".into(), name("v1")));
         let long = "mos/images/hostfs:sha256/00";
         assert_eq!(parsed(&format!("oci:/s:{long}")), ("/s".into(), name(long)));
+        let digest = format!("@{}", Digest::of(b""));
+        let by_digest = format!("oci:/s{digest}");
+        assert_eq!(parsed(&by_digest), ("/s".into(), name(&digest)));
+        assert_eq!(by_digest.parse::<SourceRef>().unwrap().to_string(), by_digest);
+        // A name may hold the like.
+        let within = format!("v1{digest}");
+        assert_eq!(parsed(&format!("oci:/s:{within}")), ("/s".into(), name(&within)));
         assert_eq!(parsed("docker://h:5000/x:1"), ("h:5000/x".into(), name("1")));
         assert_eq!(parsed("docker://h/a/b"), ("h/a/b".into(), None));
         let pinned = format!("docker://h/x@{}", Digest::of(b""));
@@ -516,10 +597,16 @@ mod tests {
             "docker://h",
             "docker://h/A",
             "docker://h/x:",
-            "dir:/x",
+            "tarball:/x",
         ] {
             let error = bad.parse::<SourceRef>().unwrap_err();
             assert!(matches!(error, TransportError::BadSource { .. }), "{bad}: {error}");
+            assert_eq!(error.class(), Class::Input);
+        }
+        for other in ["dir:/x", "oci-archive:/x.tar:name", "docker-daemon:x:y"] {
+            let error = other.parse::<SourceRef>().unwrap_err();
+            assert!(matches!(error, TransportError::Foreign { .. }), "{other}: {error}");
+            assert!(error.to_string().contains(&format!("`skopeo copy {other} oci:DIR:NAME`")), "{error}");
             assert_eq!(error.class(), Class::Input);
         }
         let error = "docker://h/x".parse::<SourceRef>().unwrap().layout().unwrap_err();
