@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cmdline::Partition;
 use crate::sys::blkid::{self, Content};
+use crate::sys::file::{self, Links};
 use crate::sys::helper::Helper;
 use crate::sys::mountapi::{self, FsContext, MountError};
 
@@ -105,7 +106,7 @@ impl Device {
     /// The device of this name; `None` where it has no content (no medium, no file behind it).
     fn of(name: &str) -> Option<Self> {
         let folder = Path::new(SYSFS).join(name);
-        let read = |file: &str| Some(fs::read_to_string(folder.join(file)).ok()?.trim().to_string());
+        let read = |file: &str| Some(text(&folder.join(file))?.trim().to_string());
         let size = read("size").filter(|size| size != "0")?;
         let sequence = read("diskseq").or_else(|| read("../diskseq")).unwrap_or_default();
         let (name, number) = (name.to_string(), read("dev")?);
@@ -139,14 +140,20 @@ enum Udev {
     Others(&'static str),
 }
 
+/// The text of a small file of sysfs or of udev's database.
+fn text(path: &Path) -> Option<String> {
+    const MAX_BYTES: u64 = 64 << 10;
+    String::from_utf8(file::read_regular(path, Links::Followed, MAX_BYTES).ok()?).ok()
+}
+
 impl Udev {
     fn of(number: &str) -> Self {
         if !Path::new(UDEV_SOCKET).exists() {
             return Self::Fine;
         }
-        match fs::read_to_string(Path::new(UDEV_DATA).join(format!("b{number}"))) {
-            Ok(text) => Self::parse(&text),
-            Err(_) => Self::NotReady,
+        match text(&Path::new(UDEV_DATA).join(format!("b{number}"))) {
+            Some(text) => Self::parse(&text),
+            None => Self::NotReady,
         }
     }
 
