@@ -8,6 +8,9 @@
 //!   is its own uncompressed form (as stacker does it). An artifact's config stays untouched.
 //! - Annotations and artifact type stay; `subject` goes, as it spoke of the other manifest.
 //!
+//! A PuzzleFS image is stored as it is too. Where PuzzleFS is asked for, any other image becomes one:
+//! see [`puzzlefs::ingest`](super::puzzlefs::ingest).
+//!
 //! The bytes of both depend on the source image alone.
 
 use std::fs::File;
@@ -19,7 +22,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-use super::{ConvertError, Effort, Meta, Ready, TarLayer, convert_tar, examine};
+use super::puzzlefs::PuzzlefsError;
+use super::{ConvertError, Effort, Meta, Ready, TarLayer, convert_tar, examine, puzzlefs};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
@@ -27,6 +31,7 @@ use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError,
     OciImage, SQUASHFS_ZSTD,
 };
+use crate::image::puzzlefs::manifest::Listing;
 use crate::image::squashfs::Squashfs;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity;
@@ -36,7 +41,7 @@ use crate::store::{Store, StoreError, Writer};
 use crate::transport::{Transport, TransportError};
 
 /// Docker's media type of an image config.
-const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+pub(super) const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
 /// An image that is in the store.
 #[derive(Debug)]
@@ -57,8 +62,20 @@ pub struct Ingest<'a> {
     pub writer: &'a Writer<'a>,
     /// How many threads work at a time, and how hard.
     pub effort: Effort,
+    /// The format that layers are brought into.
+    pub storage: Storage,
     /// Who hears of it.
     pub progress: &'a Progress,
+}
+
+/// The format that layers are brought into, where they do not have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// Each layer a squashfs or erofs image with a verity tree.
+    #[default]
+    Atomfs,
+    /// All layers one PuzzleFS image.
+    Puzzlefs,
 }
 
 /// Checks that all layers of an image can be read, before anything is fetched.
@@ -66,6 +83,9 @@ pub struct Ingest<'a> {
 /// # Errors
 /// [`OciError::UnknownLayer`].
 pub fn check_layers(image: &OciImage) -> Result<(), OciError> {
+    if Listing::of(&image.manifest.layers)?.is_some() {
+        return Ok(());
+    }
     image.layers.iter().try_for_each(|layer| layer.format().map(|_| ()))
 }
 
@@ -75,6 +95,16 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let image = OciImage::parse(&bytes)?;
     check_layers(&image)?;
     let config = job.from.fetch(&image.manifest.config, MAX_MANIFEST_BYTES)?;
+    if let Some(listing) = Listing::of(&image.manifest.layers)? {
+        puzzlefs::ingest::keep(job, &image, &listing)?;
+        let writer = job.writer;
+        writer.put_bytes(&image.manifest.config.media_type, &config)?;
+        let manifest = writer.put_bytes(&source.media_type, &bytes)?;
+        return Ok(Ingested { manifest, untouched: true, notes: Vec::new() });
+    }
+    if job.storage == Storage::Puzzlefs {
+        return puzzlefs::ingest::convert(job, &image, config);
+    }
     let diff_ids = diff_ids(&image, &config)?;
 
     let mut layers = images(job, &image)?;
@@ -219,7 +249,7 @@ fn image_layer(
 }
 
 /// The digests of the uncompressed layers that an image's config names; `None` for an artifact.
-fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
+pub(super) fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
     if !matches!(image.manifest.config.media_type.as_str(), CONFIG | DOCKER_CONFIG) {
         return Ok(None);
     }
@@ -235,7 +265,7 @@ fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, Inge
 }
 
 /// The config with the digests of the layers as they are stored.
-fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, IngestError> {
+pub(super) fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, IngestError> {
     let mut config: Value = serde_json::from_slice(config).map_err(IngestError::Config)?;
     if let Some(place) = config.pointer_mut("/rootfs/diff_ids") {
         *place = layers.iter().map(|layer| Value::from(layer.digest.to_string())).collect();
@@ -271,7 +301,7 @@ fn attributes_below(
 }
 
 /// What one layer says of a folder.
-enum Folder {
+pub(super) enum Folder {
     Here(Meta),
     /// There is none, and none below counts: removed, or behind an opaque folder.
     Hidden,
@@ -279,7 +309,7 @@ enum Folder {
     Unknown,
 }
 
-fn folder(image: &Squashfs, path: &[u8]) -> Result<Folder, LayerError> {
+pub(super) fn folder(image: &Squashfs, path: &[u8]) -> Result<Folder, LayerError> {
     let mut node = image.root();
     for part in Path::new(std::ffi::OsStr::from_bytes(path)).components() {
         let Component::Normal(name) = part else { continue };
@@ -334,6 +364,17 @@ pub enum IngestError {
         /// What the config has.
         found: String,
     },
+    /// A PuzzleFS image cannot be made.
+    #[error(transparent)]
+    Puzzlefs(#[from] PuzzlefsError),
+    /// A PuzzleFS image of the source is not whole, or makes no sense.
+    #[error("the PuzzleFS image {image}: {source}")]
+    Chunks {
+        /// Digest of its manifest.
+        image: Digest,
+        /// What is wrong with it.
+        source: LayerError,
+    },
     /// The operating system's answer.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -349,7 +390,8 @@ impl Classified for IngestError {
             Self::Store(error) => error.class(),
             Self::Oci(error) => error.class(),
             Self::Layer { source, .. } => source.class(),
-            Self::DiffIds { .. } => Class::Verification,
+            Self::DiffIds { .. } | Self::Chunks { .. } => Class::Verification,
+            Self::Puzzlefs(error) => error.class(),
             Self::Config(_) | Self::Io(_) | Self::Panicked => Class::Failure,
         }
     }

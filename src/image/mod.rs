@@ -4,13 +4,16 @@
 //! [`Source`] and never do I/O of their own, so that the same reader serves a verified file, a
 //! device, memory and a fuzzer.
 
+pub mod blobs;
 pub mod layer;
 pub mod oci;
 pub mod overlay;
+pub mod puzzlefs;
 pub mod source;
 pub mod squashfs;
 pub mod verified;
 pub mod verity;
 
+pub use blobs::Blobs;
 pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 pub use source::{MemorySource, ReadError, Source};

@@ -19,6 +19,7 @@ use oci_spec::image::{Arch, Os};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use super::puzzlefs::manifest as puzzlefs;
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified};
 
@@ -247,7 +248,10 @@ impl Manifest {
             return Err(OciError::Ambiguous { document: "image manifest", field: "manifests" });
         }
         check_schema("image manifest", manifest.schema_version)?;
-        limit("image manifest", "layers", manifest.layers.len(), MAX_LAYERS)?;
+        // The chunks of a PuzzleFS image have a limit of their own (`puzzlefs::manifest::MAX_CHUNKS`).
+        let layers = manifest.layers.iter().filter(|layer| !puzzlefs::is_chunk(&layer.media_type)).count();
+        limit("image manifest", "layers", layers, MAX_LAYERS)?;
+        limit("image manifest", "chunks", manifest.layers.len() - layers, puzzlefs::MAX_CHUNKS)?;
         Ok(manifest)
     }
 
@@ -536,6 +540,12 @@ pub enum OciError {
         layer: Digest,
         /// The annotation.
         found: String,
+    },
+    /// The blobs of a PuzzleFS image do not make one.
+    #[error("the image is a PuzzleFS image, and cannot be read as one: {why}")]
+    Puzzlefs {
+        /// What is wrong.
+        why: String,
     },
     /// A layer is of a kind that mosfs cannot read.
     #[error("layer {layer}: unknown media type `{media_type}`")]

@@ -46,7 +46,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use put::{TempBlob, Writer};
+pub use put::{Batch, TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};

@@ -1,4 +1,4 @@
-//! Files: sharing of blocks.
+//! Files: sharing of blocks, space, syncing.
 
 use std::fs::File;
 use std::io;
@@ -29,4 +29,13 @@ pub fn available_bytes(path: &std::path::Path) -> io::Result<u64> {
         answer.assume_init()
     };
     Ok(answer.f_bavail.saturating_mul(answer.f_frsize))
+}
+
+/// Writes everything that the file system of `file` holds in memory to its disk (syncfs(2)).
+pub fn sync_file_system(file: &File) -> io::Result<()> {
+    // SAFETY: syncfs takes a file descriptor by value, no pointer; it is open for the call.
+    match unsafe { libc::syncfs(file.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

@@ -1,0 +1,169 @@
+//! PuzzleFS images into the store: those of others as they are, and those made of other layers.
+//!
+//! An image that is made keeps config, annotations and artifact type of its source. In an image config `rootfs.diff_ids`
+//! is empty: chunks are no layers. So entrypoint, environment and user travel in the place where every tool looks for
+//! them; the puzzlefs tool, whose own images have an empty config, does not read it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::{PuzzlefsError, pack};
+use crate::convert::image::{
+    DOCKER_CONFIG, Folder, Ingest, IngestError, Ingested, diff_ids, folder, with_diff_ids,
+};
+use crate::convert::{ConvertError, Effort, Meta, TarLayer, examine, write_squashfs};
+use crate::digest::Digest;
+use crate::error::IoContext;
+use crate::failpoint;
+use crate::image::ReadError;
+use crate::image::blobs::BlobFolder;
+use crate::image::layer::Layer;
+use crate::image::oci::{
+    CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciImage,
+};
+use crate::image::overlay::Merged;
+use crate::image::puzzlefs::manifest::Listing;
+use crate::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
+use crate::image::squashfs::Squashfs;
+use crate::image::verified::PlainSource;
+
+/// zstd's level for the images of layers that live until the layers are merged.
+const TEMPORARY_LEVEL: i32 = 1;
+
+/// Stores the blobs of a PuzzleFS image, and decodes every chunk once.
+///
+/// # Errors
+/// Those of the transport and the store; [`IngestError::Chunks`] where the image makes no sense.
+pub fn keep(job: &Ingest<'_>, image: &OciImage, listing: &Listing) -> Result<(), IngestError> {
+    let all = image.manifest.layers.iter().map(|layer| layer.size).sum();
+    let task = job.progress.task("fetch", &image.digest.to_string(), Some(all));
+    let mut batch = job.writer.batch();
+    let mut seen = HashSet::new();
+    for blob in &image.manifest.layers {
+        if !seen.insert(blob.digest) {
+            continue;
+        }
+        let is_rootfs = blob.digest == listing.rootfs.digest;
+        if is_rootfs || blob.size > u64::from(MAX_CHUNK_BYTES) {
+            job.writer.fetch(job.from, blob, &task)?;
+        } else {
+            // Checked against digest and size on the way.
+            let bytes = job.from.fetch(blob, blob.size)?;
+            batch.put(&blob.digest, &bytes)?;
+            task.advance(blob.size);
+        }
+    }
+    batch.finish()?;
+    drop(task);
+    let wrong = |source| IngestError::Chunks { image: image.digest, source };
+    let blobs = BlobFolder::new(job.writer.store().dir().join("blobs/sha256"));
+    let opened = Puzzlefs::open(Arc::new(blobs), listing).map_err(wrong)?;
+    match opened.check_chunks(job.effort.threads, job.progress).into_iter().next() {
+        Some((_, source)) => Err(wrong(source)),
+        None => Ok(()),
+    }
+}
+
+/// Makes a PuzzleFS image of an image's layers, and stores it.
+///
+/// # Errors
+/// Those of the layers' conversion, and [`IngestError::Puzzlefs`].
+pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<Ingested, IngestError> {
+    let diff_ids = diff_ids(image, &config)?;
+    let mut notes = Vec::new();
+    let mut layers: Vec<Arc<Squashfs>> = Vec::new();
+    for (at, layer) in image.layers.iter().enumerate() {
+        let diff_id = diff_ids.as_ref().and_then(|ids| ids.get(at).copied());
+        let (opened, said) = open_layer(job, layer, diff_id, &layers)?;
+        notes.extend(said.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
+        layers.push(Arc::new(opened));
+    }
+    let layers: Vec<Arc<dyn Layer>> = layers.into_iter().map(|layer| layer as Arc<dyn Layer>).collect();
+    let view = Merged::new(layers).map_err(PuzzlefsError::Tree)?;
+    let packed = pack(&view, job.writer, job.effort.threads, job.progress)?;
+    failpoint::hit("build.layer");
+    notes
+        .push("times are not stored: PuzzleFS has none, and every file shows 1970-01-01 00:00:00 UTC".into());
+
+    let writer = job.writer;
+    let new_config = match diff_ids {
+        Some(_) => with_diff_ids(&config, &[])?,
+        None => config,
+    };
+    let config_type = match image.manifest.config.media_type.as_str() {
+        DOCKER_CONFIG => CONFIG,
+        other => other,
+    };
+    let manifest = Manifest {
+        schema_version: 2,
+        media_type: Some(MANIFEST.into()),
+        artifact_type: image.manifest.artifact_type.clone(),
+        config: writer.put_bytes(config_type, &new_config)?,
+        layers: packed.layers,
+        subject: None,
+        annotations: image.manifest.annotations.clone(),
+        extra: Default::default(),
+    };
+    let bytes = manifest.to_bytes();
+    if bytes.len() as u64 > MAX_MANIFEST_BYTES {
+        let chunks = manifest.layers.len() - 1;
+        return Err(PuzzlefsError::TooLarge { chunks, max_bytes: MAX_MANIFEST_BYTES }.into());
+    }
+    let manifest = writer.put_bytes(MANIFEST, &bytes)?;
+    Ok(Ingested { manifest, untouched: false, notes })
+}
+
+/// One layer of the source as an image that can be read, in a temporary file, and what was changed or dropped.
+fn open_layer(
+    job: &Ingest<'_>,
+    layer: &LayerDescriptor,
+    diff_id: Option<Digest>,
+    below: &[Arc<Squashfs>],
+) -> Result<(Squashfs, Vec<String>), IngestError> {
+    let wrong = |source| IngestError::Layer { layer: layer.digest, source };
+    let (temp, notes) = match layer.format()? {
+        LayerFormat::Tar(compression) => {
+            let temp = job.writer.temp()?;
+            let tar = TarLayer { digest: layer.digest, size: layer.size, compression, diff_id };
+            let effort = Effort { level: TEMPORARY_LEVEL, ..job.effort };
+            let from = job.from.open(&layer.digest)?;
+            let mut below = |path: &[u8]| attributes_below(below, layer, path);
+            let (_, notes) =
+                write_squashfs(from, &tar, &temp.file, effort, &mut below, job.progress).map_err(wrong)?;
+            (temp, notes)
+        }
+        LayerFormat::Squashfs => {
+            let blob = Descriptor::new(&layer.media_type, layer.digest, layer.size);
+            let task = job.progress.task("fetch", &layer.digest.to_string(), Some(layer.size));
+            let temp = job.writer.receive(job.from, &blob, &task)?;
+            examine(&temp.file, &layer.digest, layer.root_hash, job.effort.threads, job.progress)
+                .map_err(wrong)?;
+            (temp, Vec::new())
+        }
+        LayerFormat::Erofs => return Err(PuzzlefsError::Erofs { layer: layer.digest }.into()),
+    };
+    // Nobody else has the file: it was written or checked here, and loses its name when `temp` is dropped.
+    let file = temp.file.try_clone().on("open", temp.path())?;
+    let unreadable = |source: ReadError| ConvertError::Below { layer: layer.digest, source: source.into() };
+    let source = PlainSource::unsafe_no_verity(file).map_err(|source| wrong(unreadable(source)))?;
+    let opened = Squashfs::open(Arc::new(source));
+    opened
+        .map(|opened| (opened, notes))
+        .map_err(|source| wrong(ConvertError::Below { layer: layer.digest, source }))
+}
+
+/// What the layers below say of a folder, from the top one down.
+fn attributes_below(
+    below: &[Arc<Squashfs>],
+    layer: &LayerDescriptor,
+    path: &[u8],
+) -> Result<Option<Meta>, ConvertError> {
+    for image in below.iter().rev() {
+        match folder(image, path).map_err(|source| ConvertError::Below { layer: layer.digest, source })? {
+            Folder::Here(meta) => return Ok(Some(meta)),
+            Folder::Hidden => return Ok(None),
+            Folder::Unknown => {}
+        }
+    }
+    Ok(None)
+}
