@@ -10,4 +10,5 @@ mod dump;
 mod images;
 mod message;
 mod others;
+mod own;
 mod refused;

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{PuzzlefsError, pack};
+use super::{Limits, PuzzlefsError, pack};
 use crate::convert::image::{
     DOCKER_CONFIG, Folder, Ingest, IngestError, Ingested, diff_ids, folder, with_diff_ids,
 };
@@ -80,7 +80,7 @@ pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<In
     }
     let layers: Vec<Arc<dyn Layer>> = layers.into_iter().map(|layer| layer as Arc<dyn Layer>).collect();
     let view = Merged::new(layers).map_err(PuzzlefsError::Tree)?;
-    let packed = pack(&view, job.writer, job.effort.threads, job.progress)?;
+    let packed = pack(&view, job.writer, Limits::default(), job.effort.threads, job.progress)?;
     failpoint::hit("build.layer");
     notes
         .push("times are not stored: PuzzleFS has none, and every file shows 1970-01-01 00:00:00 UTC".into());

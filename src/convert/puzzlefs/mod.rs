@@ -74,6 +74,21 @@ pub struct Packed {
     pub content_bytes: u64,
 }
 
+/// How large an image may be.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The largest manifest, in bytes.
+    pub max_manifest_bytes: u64,
+    /// The most files.
+    pub max_files: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_manifest_bytes: MAX_MANIFEST_BYTES, max_files: MAX_ENTRIES }
+    }
+}
+
 /// Packs a view into the store.
 ///
 /// # Errors
@@ -81,10 +96,11 @@ pub struct Packed {
 pub fn pack(
     view: &Merged,
     writer: &Writer<'_>,
+    limits: Limits,
     threads: NonZeroUsize,
     progress: &Progress,
 ) -> Result<Packed, PuzzlefsError> {
-    let mut plan = Plan::new(view, MAX_ENTRIES)?;
+    let mut plan = Plan::new(view, limits.max_files)?;
     let files = std::mem::take(&mut plan.files);
     let content_bytes = files.iter().map(|(_, size)| size).sum();
     let task = progress.task("pack", "puzzlefs", Some(content_bytes));
@@ -95,7 +111,7 @@ pub fn pack(
         task.advance(chunk.data.len() as u64);
         Ok(chunk.data)
     });
-    let stored = store_all(cut, writer, threads);
+    let stored = store_all(cut, writer, limits, threads);
     // What the stream failed of explains the rest.
     if let Some(error) = content.failed.take() {
         return Err(error);
@@ -121,6 +137,7 @@ type Outcome = io::Result<(Chunk, Vec<u8>)>;
 fn store_all(
     chunks: impl Iterator<Item = Result<Vec<u8>, PuzzlefsError>>,
     writer: &Writer<'_>,
+    limits: Limits,
     threads: NonZeroUsize,
 ) -> Result<(Vec<Chunk>, Vec<Descriptor>), PuzzlefsError> {
     let (jobs, queue) = sync_channel::<Job>(threads.get());
@@ -133,7 +150,7 @@ fn store_all(
         }
         let storing = std::thread::Builder::new().name("store".into());
         let storing = storing
-            .spawn_scoped(scope, move || store_in_order(&results, writer))
+            .spawn_scoped(scope, move || store_in_order(&results, writer, limits))
             .map_err(PuzzlefsError::Cut)?;
         let mut failed = None;
         for chunk in chunks {
@@ -192,6 +209,7 @@ fn chunk(data: Vec<u8>, compressed: Option<Vec<u8>>) -> (Chunk, Vec<u8>) {
 fn store_in_order(
     results: &Receiver<Receiver<Outcome>>,
     writer: &Writer<'_>,
+    limits: Limits,
 ) -> Result<(Vec<Chunk>, Vec<Descriptor>), PuzzlefsError> {
     let mut batch = writer.batch();
     let (mut chunks, mut listed, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
@@ -209,8 +227,9 @@ fn store_in_order(
             chunk.stored_bytes.into(),
         ));
         let least = listed.len() as u64 * CHUNK_ENTRY_BYTES + MANIFEST_REST_BYTES;
-        if least > MAX_MANIFEST_BYTES {
-            return Err(PuzzlefsError::TooLarge { chunks: listed.len(), max_bytes: MAX_MANIFEST_BYTES });
+        if least > limits.max_manifest_bytes {
+            let max_bytes = limits.max_manifest_bytes;
+            return Err(PuzzlefsError::TooLarge { chunks: listed.len(), max_bytes });
         }
     }
     batch.finish()?;
