@@ -9,8 +9,9 @@ use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use mosfs::digest::Digest;
 use mosfs::manifest::{ImportManifest, Mount, Network, ServiceType, SystemManifest, Target};
+use mosfs::publish::keys;
 use mosfs::trust::anchor::CaFile;
-use mosfs::trust::{Anchor, Dates, PrivateKey, Signed, keys};
+use mosfs::trust::{Anchor, Dates, PrivateKey, Signed};
 use uuid::Uuid;
 
 fn main() {

@@ -2,7 +2,7 @@
 //!
 //! Each module has its own error type, whose text names the object (target, digest, path), what
 //! was expected and what was found. All of them say which [`Class`] they belong to; the command
-//! line turns the class into an exit code (DESIGN.md, section 3) and adds advice.
+//! line turns the class into an exit code (docs/design.md, exit codes) and adds advice.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub enum Class {
 }
 
 impl Class {
-    /// The process exit code of this class (DESIGN.md, section 3).
+    /// The process exit code of this class (docs/design.md, exit codes).
     pub const fn exit_code(self) -> u8 {
         match self {
             Class::Failure => 1,

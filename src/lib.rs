@@ -4,7 +4,7 @@
 //! `tests/architecture.rs` holds that):
 //!
 //! ```text
-//! cli -> boot -> deploy -> mount -> trust -> manifest -> convert -> store -> transport -> image
+//! cli -> boot -> publish -> deploy -> mount -> floor, trust -> manifest -> convert -> store -> transport -> image
 //!     -> (digest, error, progress, failpoint, sys)
 //! ```
 
@@ -15,10 +15,12 @@ pub mod deploy;
 pub mod digest;
 pub mod error;
 pub mod failpoint;
+pub mod floor;
 pub mod image;
 pub mod manifest;
 pub mod mount;
 pub mod progress;
+pub mod publish;
 pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;

@@ -20,7 +20,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use device::{Device, text};
-use mosfs::mount::registry::{self, MountRecord};
+use mosfs::mount::table::{self, MountRecord};
 use mosfs::sys::mountapi;
 use publish::Publisher;
 use serde_json::Value;
@@ -82,7 +82,7 @@ impl Fixture {
     /// The mounts of this device, by target.
     fn mounts(&self) -> BTreeMap<String, MountRecord> {
         let folder = self.target("");
-        registry::mounts()
+        table::mounts()
             .unwrap()
             .into_iter()
             .filter_map(|record| {
@@ -99,7 +99,7 @@ impl Fixture {
     /// What the kernel lists below the run folder.
     fn listed(&self) -> Vec<PathBuf> {
         let folder = self.device.dir.canonicalize().unwrap();
-        let all = registry::mounted().unwrap().into_iter().map(|one| one.target);
+        let all = table::mounted().unwrap().into_iter().map(|one| one.target);
         all.filter(|path| path.starts_with(&folder)).collect()
     }
 }
@@ -158,7 +158,7 @@ fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
 
 fn kill(pid: u32) {
     assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
-    wait_until("the daemon is gone", || registry::start_ticks(pid).is_none());
+    wait_until("the daemon is gone", || table::start_ticks(pid).is_none());
 }
 
 const ALL: [&str; 3] = ["app", "data", "web.one"];

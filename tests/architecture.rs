@@ -11,8 +11,10 @@ use std::{fs, iter};
 const ORDER: &[&[&str]] = &[
     &["cli"],
     &["boot"],
+    &["publish"],
     &["deploy"],
     &["mount"],
+    &["floor"],
     &["trust"],
     &["manifest"],
     &["convert"],
@@ -372,10 +374,13 @@ mod the_rules_themselves {
         );
         assert_eq!(said("src/mount/plan.rs", text, check_order), "");
         let inline = "fn f() {\n    crate::cli::main();\n}\n";
-        assert_eq!(said("src/boot.rs", inline, check_order), "src/boot.rs:2: boot must not use cli\n");
+        assert_eq!(
+            said("src/boot/mod.rs", inline, check_order),
+            "src/boot/mod.rs:2: boot must not use cli\n"
+        );
         let visible =
             "pub(crate) fn f() {}\n// crate::cli in a comment, and \"\n const A: &str = \"crate::cli::x\";\n";
-        assert_eq!(said("src/boot.rs", visible, check_order), "");
+        assert_eq!(said("src/boot/mod.rs", visible, check_order), "");
         assert!(said("src/other.rs", "", check_order).contains("has no place"));
     }
 

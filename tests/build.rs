@@ -260,7 +260,7 @@ fn a_damaged_blob_is_named() {
     assert!(publisher.verify("store").status.success());
 }
 
-/// Rule (DESIGN.md, "Store"): "a crash at any point leaves a store that `mosfs verify` accepts,
+/// Rule (docs/design.md, crash): "a crash at any point leaves a store that `mosfs verify` accepts,
 /// plus temporary files that `mosfs gc` removes".
 #[test]
 fn a_kill_at_any_commit_point_leaves_a_store_that_verifies() {
@@ -383,7 +383,7 @@ fn images_of_file_systems() {
     publisher.build("third", &[]);
     assert_eq!(publisher.image("third").layers, converted.layers);
 
-    // Rule (INTEROP.md, "Layers"): "root hash and tree both there, or both absent; anything else is refused".
+    // Rule (docs/design.md, both or neither).
     let hash = layer.root_hash.unwrap().hex();
     put("no-hash", &whole, None);
     put("no-tree", &whole[..used as usize], Some(&hash));

@@ -111,7 +111,7 @@ fn failpoints(folders: &[&str]) -> Vec<String> {
 fn a_build_killed_at_a_commit_point_can_be_finished() {
     let dir = scratch();
     let input = input(dir.path());
-    let all = failpoints(&["src/store", "src/convert", "src/deploy/build.rs"]);
+    let all = failpoints(&["src/store", "src/convert", "src/publish/build.rs"]);
     for known in ["build.named", "build.signed", "store.blob.renamed", "store.index.renamed"] {
         assert!(all.iter().any(|name| name == known), "no failpoint {known} among {all:?}");
     }

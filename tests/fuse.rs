@@ -91,7 +91,7 @@ fn refused(args: &[&OsStr], code: i32) -> String {
     assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
     let target = args.last().map(Path::new).unwrap();
     if let Ok(target) = target.canonicalize() {
-        assert_eq!(mosfs::mount::registry::mounted_at(&target).unwrap(), None);
+        assert_eq!(mosfs::mount::table::mounted_at(&target).unwrap(), None);
     }
     said
 }
@@ -602,7 +602,7 @@ fn an_ordinary_user_mounts_and_unmounts() {
     let cat = |uid: u32| as_user(uid, Path::new("/bin/cat"), &[target.join("d/f").as_os_str()]);
     assert_eq!(cat(UID).stdout, b"hello");
     assert!(!cat(1).status.success(), "only the user may enter");
-    let listed = mosfs::mount::registry::mounted_at(&target.canonicalize().unwrap()).unwrap().unwrap();
+    let listed = mosfs::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap().unwrap();
     assert_eq!(listed.kind, "fuse.mosfs");
 
     let register = PathBuf::from(format!("/tmp/mosfs-{UID}/mounts"));
@@ -641,7 +641,7 @@ fn a_register_that_somebody_else_made_is_refused() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(theirs.to_str().unwrap()) && said.contains("expected a folder of user"), "{said}");
-    assert_eq!(mosfs::mount::registry::mounted_at(&target.canonicalize().unwrap()).unwrap(), None);
+    assert_eq!(mosfs::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap(), None);
     fs::remove_dir_all(&theirs).unwrap();
 }
 

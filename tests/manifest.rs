@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use uuid::Uuid;
 
-/// The example of DESIGN.md, section 2, with `ran-http` beside `hostfs`.
+/// The example of docs/MANIFESTS.md with `ran-http` beside `hostfs`.
 const EXAMPLE: &str = r#"version: 200                     # required, 1 .. 2^53-1, the version of the whole system
 mediatype: application/vnd.mos.import.manifest.v1    # optional until there is a v2
 image_type: iso                  # optional
@@ -24,7 +24,7 @@ product: de6c82c5-2e01-4c92-949b-a6545d30fc06        # required, a UUID
 storage_type: atomfs             # atomfs (default: squashfs + verity layers) | puzzlefs
 targets:                         # required; a mapping, so that no name comes twice
   hostfs:
-    url: "docker://some.url/puzzlefs/hostfs:latest"  # required; see INTEROP.md for forms
+    url: "docker://some.url/puzzlefs/hostfs:latest"  # required; see docs/MANIFESTS.md for forms
     version: 0.0.1               # required
     service_type: hostfs         # required: hostfs | container | fs-only
     network: {type: host}        # required: type host | none | simple (ipv4, ipv6, ports)

@@ -544,7 +544,7 @@ fn generated_keys_are_private_and_never_overwritten() {
     let subject =
         pki.openssl(&["x509", "-in", "new/keys/signer.pem", "-noout", "-subject", "-nameopt", "RFC2253"]);
     assert_eq!(String::from_utf8(subject.stdout).unwrap(), format!("subject=CN=manifest ran:{PRODUCT}\n"));
-    // Floor and provisioning keys are P-256 pairs (FLOOR.md).
+    // Floor and provisioning keys are P-256 pairs (docs/floor.md).
     for name in ["floor", "provision"] {
         let (key, public) = (format!("new/keys/{name}.key"), format!("new/keys/{name}.pub"));
         let made = pki.openssl(&["pkey", "-in", &key, "-pubout"]).stdout;

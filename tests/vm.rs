@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use mosfs::digest::Digest;
 use mosfs::error::{Class, Classified};
-use mosfs::mount::dm_verity::{DmVerity, DmVerityError, LayerInput};
-use mosfs::mount::kernel_overlay::Upper;
+use mosfs::mount::kernel::dm_verity::{DmVerity, DmVerityError, LayerInput};
+use mosfs::mount::kernel::overlay::Upper;
 use mosfs::sys::dm::{Control, Target};
 use mosfs::sys::loopdev::LoopDevice;
 use mosfs::sys::mountapi;

@@ -163,7 +163,7 @@ fn partition(value: &str) -> Option<Partition> {
     sound.then(|| Partition::Device(value.to_string()))
 }
 
-/// `[a-z0-9]+([._-][a-z0-9]+)*`, at most 63 characters (DESIGN.md, section 2).
+/// `[a-z0-9]+([._-][a-z0-9]+)*`, at most 63 characters (docs/design.md, names).
 fn is_target_name(name: &str) -> bool {
     let part = |part: &str| !part.is_empty() && part.bytes().all(|c| matches!(c, b'a'..=b'z' | b'0'..=b'9'));
     name.len() <= 63 && name.split(['.', '_', '-']).all(part)
@@ -244,7 +244,7 @@ mod tests {
         }
     }
 
-    /// Rule (DESIGN.md, section 5): "Nothing on the kernel command line can turn the check off."
+    /// Rule (docs/design.md, kernel command line): nothing on it can turn a check off.
     #[test]
     fn words_that_ask_to_skip_checks_change_nothing() {
         let asks = "root=mosfs mosfs.verify=0 mosfs.floor=none mosfs.floor=file mosfs.unsafe mosfs.unsafe-no-verity \

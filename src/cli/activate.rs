@@ -9,10 +9,10 @@ use super::{FloorArgs, Global, device, mount, output};
 use crate::deploy::activate::{self, Action, ActivationPlan, NotActive, Outcome, Taken, Ways};
 use crate::deploy::booted::{self, BootRecord};
 use crate::error::{AnyError, IoContext};
+use crate::floor::Config;
 use crate::mount::Backend;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::trust::Anchor;
-use crate::trust::floor::Config;
 
 /// Mount the targets of the running deployment at /run/mosfs/targets/NAME; only what changed is remounted.
 ///

@@ -77,7 +77,7 @@ fn protect_from_switch_root() {
 /// Runs `mosfs boot`.
 pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     let real = args.cmdline.as_os_str() == "/proc/cmdline";
-    // Rule (DESIGN.md, section 5): "Nothing on the kernel command line can turn the check off." A
+    // Rule (docs/design.md, kernel command line): nothing on it can turn a check off. A
     // word like MOSFS_CONFIG=/tmp on it becomes an environment variable of init.
     if let Some((name, _)) = std::env::vars_os()
         .find(|(name, _)| real && name.as_encoded_bytes().starts_with(b"MOSFS_") && name != "MOSFS_FAILPOINT")

@@ -10,11 +10,12 @@ use serde_json::json;
 
 use super::{Global, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
-use crate::deploy::build::{Signer, build};
 use crate::error::{AnyError, IoContext, IoError};
+use crate::floor;
 use crate::manifest::{ImportManifest, yaml};
+use crate::publish::build::{Signer, build};
 use crate::store::Store;
-use crate::trust::{self, Dates, PrivateKey, floor};
+use crate::trust::{self, Dates, PrivateKey};
 
 /// Fetches and converts the images of an import manifest, and signs the system that they make.
 ///

@@ -3,7 +3,7 @@
 use super::{FloorArgs, Global};
 use crate::deploy::{FloorGate, System};
 use crate::error::AnyError;
-use crate::trust::floor::{Config, Floor};
+use crate::floor::{Config, Floor};
 
 /// The system folder of the command line.
 pub fn system(global: &Global) -> System {

@@ -12,12 +12,12 @@ use uuid::Uuid;
 use super::Global;
 use crate::digest::hex;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
-use crate::sys::atomic;
-use crate::trust::floor::signature::{self, PROVISION_MESSAGE_BYTES};
-use crate::trust::floor::{
+use crate::floor::signature::{self, PROVISION_MESSAGE_BYTES};
+use crate::floor::{
     self, Config, FileFloor, Floor, FloorError, KeyError, Place, PrivateKey, PublicKey, Signature, Tcti,
     TpmFloor,
 };
+use crate::sys::atomic;
 
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]

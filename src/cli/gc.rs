@@ -9,7 +9,7 @@ use super::{Global, device, output};
 use crate::deploy::booted::{self, BootRecord};
 use crate::deploy::gc::{self, GcPlan};
 use crate::error::AnyError;
-use crate::mount::registry;
+use crate::mount::table;
 use crate::store::Store;
 
 /// Removes deployments that are neither current, pending nor previous, and what only they need.
@@ -41,7 +41,7 @@ pub fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
             let lock = system.lock(device::waiting(global))?;
             let collector = store.collector()?;
             let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-            let mounts = registry::mounts()?;
+            let mounts = table::mounts()?;
             let mounted: Vec<_> = mounts.iter().filter_map(|mount| mount.digest).collect();
             let plan = gc::plan(&system, &lock, &collector, &store, booted, &mounted)?;
             if !args.dry_run {

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{Global, output};
 use crate::error::AnyError;
-use crate::trust::keys;
+use crate::publish::keys;
 
 /// Makes keys for development.
 #[derive(Debug, Args)]

@@ -71,7 +71,7 @@ pub fn main() -> ExitCode {
     run_with(std::env::args_os())
 }
 
-/// Runs a command line; prints, and returns the exit code (DESIGN.md, section 3).
+/// Runs a command line; prints, and returns the exit code (docs/design.md, exit codes).
 pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,

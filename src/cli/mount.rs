@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
 use crate::image::oci::{OciImage, Platform};
 use crate::mount::fuse::{FuseOptions, Spin};
-use crate::mount::kernel_overlay::Upper;
+use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{self, Backend, MountFlags, MountPlan};
 use crate::sys;

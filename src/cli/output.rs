@@ -11,6 +11,7 @@ use crate::deploy::DeployError;
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::manifest::rules;
 use crate::manifest::{ImportErrors, SystemError};
+use crate::publish::keys::GenerateError;
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
 
 /// Prints an error to stderr: one line of what and why, then advice.
@@ -21,7 +22,7 @@ pub fn report(error: &AnyError) {
     }
 }
 
-/// Prints how a command ended, if it failed, and returns its exit code (DESIGN.md, section 3).
+/// Prints how a command ended, if it failed, and returns its exit code (docs/design.md, exit codes).
 pub fn exit_code(done: Result<(), AnyError>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -53,6 +54,7 @@ fn advice(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_trust))
             .or_else(|| this.downcast_ref().and_then(for_anchor))
             .or_else(|| this.downcast_ref().and_then(for_key))
+            .or_else(|| this.downcast_ref().and_then(for_generate))
             .or_else(|| this.downcast_ref().and_then(for_sign))
             .or_else(|| this.downcast_ref().and_then(for_system))
             .or_else(|| this.downcast_ref().and_then(for_import));
@@ -121,10 +123,16 @@ pub(super) fn for_anchor(error: &AnchorError) -> Option<&'static str> {
 pub(super) fn for_key(error: &KeyError) -> Option<&'static str> {
     Some(match error {
         KeyError::OpenToOthers { .. } => "run `chmod 600` on it, and consider whether someone has read it",
-        KeyError::Exists { .. } => "choose another folder",
         KeyError::Unsupported { .. } => "make a key with `mosfs keys generate`",
         _ => return None,
     })
+}
+
+fn for_generate(error: &GenerateError) -> Option<&'static str> {
+    match error {
+        GenerateError::Exists { .. } => Some("choose another folder"),
+        _ => None,
+    }
 }
 
 fn for_sign(error: &SignError) -> Option<&'static str> {

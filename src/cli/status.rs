@@ -8,7 +8,7 @@ use crate::deploy::state::TRIES;
 use crate::deploy::status::{self, DeploymentStatus, Installed};
 use crate::error::AnyError;
 use crate::mount;
-use crate::mount::registry::{DaemonRecord, Health, MountRecord};
+use crate::mount::table::{DaemonRecord, Health, MountRecord};
 use crate::mount::units;
 
 /// Show deployments, versions, floor, mounts and their health.
@@ -24,7 +24,7 @@ pub struct StatusArgs {
 pub fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
     let installed = status::installed(&device::system(global))?;
     let floor = floor(args, global);
-    let mounts = mount::registry::mounts()?;
+    let mounts = mount::table::mounts()?;
     output::answer(
         global,
         || {

@@ -227,7 +227,7 @@ pub enum Ready {
 /// Looks whether an image of a file system has a verity tree, and checks all of it if so.
 ///
 /// # Errors
-/// INTEROP.md, "Layers": "root hash and tree both there, or both absent; anything else is refused":
+/// docs/design.md, both or neither: a layer has a root hash and a hash tree, or neither:
 /// [`ConvertError::TreeWithoutRootHash`], [`ConvertError::Verity`] where a tree is missing, and
 /// [`ConvertError::Corrupt`] where a block is not what the root hash names.
 pub fn examine(

@@ -26,7 +26,7 @@ use super::tree::MAX_METADATA_BYTES;
 use super::{ConvertError, Effort};
 use crate::digest::Digest;
 
-/// Size of a data block: 128 KiB (DESIGN.md, "Layers").
+/// Size of a data block: 128 KiB (docs/design.md, layer bytes).
 pub const BLOCK_BYTES: usize = 128 << 10;
 /// In a block's size word: stored without compression (linux/squashfs_fs.h).
 pub const UNCOMPRESSED: u32 = 1 << 24;

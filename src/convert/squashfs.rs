@@ -441,7 +441,7 @@ impl<'a> TableWriter<'a> {
         let mut put = |bytes: &[u8]| superblock.extend_from_slice(bytes);
         put(b"hsqs");
         put(&inode_count.to_le_bytes());
-        // mkfs_time: no clock (DESIGN.md, "Layers").
+        // mkfs_time: no clock (docs/design.md, layer bytes).
         put(&0u32.to_le_bytes());
         put(&(BLOCK_BYTES as u32).to_le_bytes());
         put(&(self.packed.fragments.len() as u32).to_le_bytes());

@@ -37,15 +37,15 @@ use super::state::DeploymentId;
 use super::{System, find_target, image_of, running};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
+use crate::floor::{self, Floor};
 use crate::manifest::ServiceType;
 use crate::mount::holders::{self, Users};
-use crate::mount::registry::{self, MountRecord, Mounted};
+use crate::mount::table::{self, MountRecord, Mounted};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Health, MountError, MountFlags, MountPlan};
 use crate::store::Store;
 use crate::sys::flock::Lock;
 use crate::trust::Anchor;
-use crate::trust::floor::{self, Floor};
 
 /// Mounts that lie on top of each other at one place; more are not taken apart.
 const MOST_STACKED: usize = 16;
@@ -175,7 +175,7 @@ pub fn plan(
 ) -> Result<ActivationPlan, DeployError> {
     let (id, verified) = running(system, booted, anchor)?;
     if let Some(floor) = floor {
-        // Rule (DESIGN.md, section 5): `version >= floor`.
+        // Rule (docs/design.md, floor at boot): `version >= floor`.
         floor::check(floor, id.version)?;
     }
     let targets = &verified.manifest().targets;
@@ -187,8 +187,8 @@ pub fn plan(
     let folder = targets_dir(run);
     // As the kernel will list it.
     let folder = folder.canonicalize().unwrap_or(folder);
-    let register = registry::mounts()?;
-    let mounted = registry::mounted()?;
+    let register = table::mounts()?;
+    let mounted = table::mounted()?;
     let store = Store::open(&system.store_dir())?;
     let mut steps = Vec::new();
     for (name, target) in targets {
@@ -312,7 +312,7 @@ fn take(
     }
     let wanted = wanted?;
     if action == Action::Keep {
-        let register = registry::mounts()?;
+        let register = table::mounts()?;
         let backend = register.into_iter().find(|one| one.target == path).map(|one| one.backend);
         return Ok(Outcome::Done(backend));
     }
@@ -361,7 +361,7 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
         units::stop(path);
     }
     for _ in 0..MOST_STACKED {
-        match registry::mounted_at(path)? {
+        match table::mounted_at(path)? {
             Some(one) if one.is_ours() => {}
             Some(other) => {
                 return Err(MountError::NotOurs { target: path.to_path_buf(), found: Some(other.kind) });

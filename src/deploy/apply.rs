@@ -7,7 +7,7 @@ use super::plan::{Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
 use super::{System, SystemLock, deployment, gc};
 use crate::failpoint;
-use crate::mount::registry;
+use crate::mount::table;
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::transport::Transport;
@@ -41,7 +41,7 @@ fn give_back(system: &System, lock: &SystemLock) -> Result<(), DeployError> {
     let store = Store::open(&system.store_dir())?;
     let collector = store.collector()?;
     let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-    let mounted: Vec<_> = registry::mounts()?.iter().filter_map(|mount| mount.digest).collect();
+    let mounted: Vec<_> = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
     let plan = gc::plan(system, lock, &collector, &store, booted, &mounted)?;
     gc::apply(system, lock, &collector, &plan)
 }

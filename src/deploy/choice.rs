@@ -1,6 +1,6 @@
 //! Which deployment boots: pending while it has tries, else current, else previous.
 //!
-//! Rules (DESIGN.md, sections 2 and 5): each candidate is verified afresh; a version below the
+//! Rules (docs/design.md, floor at boot, try first): each candidate is verified afresh; a version below the
 //! floor is never started; a pending deployment's try is spent, and synced, before it is used;
 //! every refusal is recorded with its reason. A floor that cannot be read, or that was tampered
 //! with, stops the boot: there is no candidate that could be trusted then.
@@ -13,7 +13,7 @@ use super::state::{DeploymentId, LastBoot, Refusal, State, clip};
 use super::{System, check_complete};
 use crate::error::{AnyError, Class};
 use crate::failpoint;
-use crate::trust::floor::{Floor, FloorError};
+use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates, Verified};
 
 /// In which capacity a deployment is tried.

@@ -1,6 +1,6 @@
 //! `mosfs commit`: this boot is healthy.
 //!
-//! Rule (DESIGN.md, section 5): bless the deployment first, then raise the floor, then read it
+//! Rule (docs/design.md, bless first): bless the deployment first, then raise the floor, then read it
 //! back. Until the floor is raised, falling back to the previous deployment is legal. Each step
 //! may be cut off and run again: blessing twice changes nothing, and a floor that is at the
 //! version already is a success.
@@ -10,7 +10,7 @@ use super::deployment;
 use super::error::DeployError;
 use super::state::DeploymentId;
 use crate::failpoint;
-use crate::trust::floor::{Floor, FloorError};
+use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates};
 
 /// What a commit did.

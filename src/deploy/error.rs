@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use super::state::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
+use crate::floor::FloorError;
 use crate::image::oci::OciError;
 use crate::store::StoreError;
 use crate::transport::TransportError;
 use crate::trust::TrustError;
-use crate::trust::floor::FloorError;
 
 /// Why an install, an update, a boot choice or a commit was refused or failed.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +72,7 @@ pub enum DeployError {
         /// The system folder.
         path: PathBuf,
     },
-    /// Rule: same version, other digest: refused (DESIGN.md, section 5).
+    /// Rule: same version, other digest: refused (docs/design.md, one version, one system).
     #[error("version {version} was offered as {offered}, but {installed} has that version here")]
     SameVersionOtherDigest {
         /// The version that both claim.

@@ -20,13 +20,11 @@
 pub mod activate;
 pub mod apply;
 pub mod booted;
-pub mod build;
 pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod gc;
-
 pub mod plan;
 pub mod state;
 pub mod status;
@@ -38,11 +36,11 @@ pub use error::DeployError;
 pub use state::{DeploymentId, State};
 
 use crate::error::IoContext;
+use crate::floor::{Floor, Policy};
 use crate::image::oci::{Descriptor, OciImage};
 use crate::manifest::system::Target;
 use crate::store::Store;
 use crate::sys::flock::Lock;
-use crate::trust::floor::{Floor, Policy};
 use crate::trust::{Anchor, Dates, Verified};
 
 /// The folder on a device where the deployed system lives.
@@ -207,7 +205,7 @@ fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, Depl
     Ok(image)
 }
 
-/// Rule: a target is told by digest and size (DESIGN.md, section 2, system manifest).
+/// Rule: a target is told by digest and size (docs/design.md, targets by digest).
 fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
     if image.size == target.size {
         return Ok(());

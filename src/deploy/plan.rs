@@ -1,6 +1,6 @@
 //! What an install or an update would do, found out before anything is fetched or written.
 //!
-//! The checks, in their order (DESIGN.md, sections 2, 3 and 5): signature, certificate and
+//! The checks, in their order (docs/design.md, three checks, newer only): signature, certificate and
 //! product; `version > current`; `version > floor`; the floor signature; free space. Only the
 //! signed manifest, its referrers and the targets' OCI manifests are read, in memory and bounded.
 
@@ -10,11 +10,11 @@ use super::error::DeployError;
 use super::state::{DeploymentId, State};
 use super::{FloorGate, System};
 use crate::digest::Digest;
+use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::store::{SYSTEM_PREFIX, Store, image_name, system_name, version_name};
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
-use crate::trust::floor::{self, FloorError};
 use crate::trust::{
     Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed, TrustError, Verified,
 };
@@ -223,7 +223,7 @@ pub fn plan(
 }
 
 /// Rules: `version > current`; same version and same digest: nothing to do; same version, other
-/// digest: refused (DESIGN.md, section 5).
+/// digest: refused (docs/design.md, one version, one system).
 fn relation(state: &State, id: &DeploymentId) -> Result<Verdict, DeployError> {
     for installed in state.named() {
         if installed.version == id.version && installed.digest != id.digest {
@@ -247,7 +247,7 @@ fn relation(state: &State, id: &DeploymentId) -> Result<Verdict, DeployError> {
     }
 }
 
-/// Rules (DESIGN.md, section 5): `version > current` and `version > floor`; a device whose floor is
+/// Rules (docs/design.md, newer only, floor signature): `version > current` and `version > floor`; a device whose floor is
 /// provisioned refuses a system that has no valid floor signature, which is checked in software.
 fn check_floor(
     id: &DeploymentId,

@@ -5,7 +5,7 @@
 //!                                  └────── descriptors ─> layers, first = bottom
 //! ```
 //!
-//! Only bytes that were checked against a digest go in here (INTEROP.md, "Layers"). What comes out
+//! Only bytes that were checked against a digest go in here (docs/design.md, chain of trust). What comes out
 //! keeps the fields that mosfs does not know, so that rewriting another tool's `index.json` loses
 //! nothing, and writes them in one order, so that the same value always gives the same bytes: that
 //! is why documents are not the types of the `oci-spec` crate, whose maps have a random order; names
@@ -394,7 +394,7 @@ pub struct LayerDescriptor {
     pub size: u64,
     /// What the blob is; [`LayerDescriptor::format`] reads it.
     pub media_type: String,
-    /// The root hash of its verity tree. Whoever reads the blob holds the rule of INTEROP.md:
+    /// The root hash of its verity tree. Whoever reads the blob holds the rule (docs/design.md, both or neither):
     /// "root hash and tree both there, or both absent; anything else is refused".
     pub root_hash: Option<Digest>,
 }

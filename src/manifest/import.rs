@@ -1,4 +1,4 @@
-//! The import manifest: what a publisher writes (DESIGN.md, section 2).
+//! The import manifest: what a publisher writes (docs/MANIFESTS.md).
 //!
 //! ```yaml
 //! version: 200                     # required, 1 .. 2^53-1

@@ -1,4 +1,4 @@
-//! Manifests: what a publisher writes and what a device runs (DESIGN.md, section 2).
+//! Manifests: what a publisher writes and what a device runs (docs/MANIFESTS.md).
 //!
 //! ```text
 //! import manifest (YAML) --yaml.rs--> tree --import.rs--> ImportManifest

@@ -1,4 +1,4 @@
-//! The system manifest: what is signed and what runs (DESIGN.md, section 2).
+//! The system manifest: what is signed and what runs (docs/design.md, canonical form).
 //!
 //! ```text
 //! {"mediatype":"application/vnd.mos.system.manifest.v1","product":UUID,
@@ -92,7 +92,7 @@ impl SystemManifest {
     /// [`SystemError`] for anything but the canonical form of a correct manifest.
     pub fn parse(bytes: &[u8]) -> Result<Self, SystemError> {
         let manifest = Self::parse_loose(bytes)?;
-        // DESIGN.md, section 2: "requires that the bytes are the canonical form of what it parsed".
+        // Rule (docs/design.md, canonical form): the bytes are the canonical form of what was parsed.
         let canonical = manifest.canonical();
         if canonical != bytes {
             let same = canonical.iter().zip(bytes).take_while(|(a, b)| a == b).count();

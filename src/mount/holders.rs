@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::registry;
+use super::table;
 
 /// A process that keeps a mount busy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -65,7 +65,7 @@ pub fn of(target: &Path) -> Users {
         .collect();
     processes.sort_by_key(|holder| holder.pid);
     let below = |path: &Path| path.starts_with(target) && path != target;
-    let mounts = registry::mounted().unwrap_or_default();
+    let mounts = table::mounted().unwrap_or_default();
     let mounts = mounts.into_iter().map(|one| one.target).filter(|path| below(path)).collect();
     Users { processes, mounts }
 }

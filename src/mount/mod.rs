@@ -4,25 +4,21 @@
 //! plan.rs       MountPlan (pure): layers with their root hashes, from a checked manifest
 //! engine/       reads a merged view: block cache, errors. Free of FUSE
 //! fuse/         backend: the engine as a FUSE mount with a daemon of its own
-//! through_device.rs  a layer that the engine reads from the kernel's dm-verity device
-//! kernel.rs     backend: dm_verity.rs under kernel_overlay.rs
+//! kernel/       backend: dm-verity layers under the kernel's overlayfs
 //! units.rs      daemons in units of systemd
-//! registry.rs   /run/mosfs/mounts: what is mounted, by whom, how it is
+//! table.rs      /run/mosfs/mounts: what is mounted, by whom, how it is
 //! holders.rs    who uses a mount that is busy
 //! log.rs        where daemons write
 //! ```
 //! A backend is one file and one row in [`Backend`].
 
-pub mod dm_verity;
 pub mod engine;
 pub mod fuse;
 pub mod holders;
 pub mod kernel;
-pub mod kernel_overlay;
 mod log;
 mod plan;
-pub mod registry;
-pub mod through_device;
+pub mod table;
 pub mod units;
 
 use std::io;
@@ -32,7 +28,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 pub use plan::{MountPlan, PlannedLayer};
-pub use registry::{Health, MountRecord, mounts};
+pub use table::{Health, MountRecord, mounts};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
@@ -79,7 +75,7 @@ fn by_name<T: Copy>(names: &[(&str, T)], text: &str, wrong: &str) -> Result<T, S
 
 /// A backend that can be used here and now.
 enum Chosen {
-    Kernel(dm_verity::DmVerity),
+    Kernel(kernel::dm_verity::DmVerity),
     Fuse,
 }
 
@@ -96,7 +92,7 @@ fn choose(backend: Backend, plan: &MountPlan) -> Result<Chosen, MountError> {
         if !plan.is_verified() {
             return Err("it always verifies, and a layer has no root hash".to_string());
         }
-        dm_verity::DmVerity::open(Path::new(kernel::RUN_DIR)).map_err(|error| error.to_string())
+        kernel::dm_verity::DmVerity::open(Path::new(kernel::RUN_DIR)).map_err(|error| error.to_string())
     };
     match (kernel(), backend) {
         (Ok(open), _) => Ok(Chosen::Kernel(open)),
@@ -176,7 +172,7 @@ pub fn mount_writable(
     target: &Path,
     backend: Backend,
     options: &fuse::FuseOptions,
-    upper: &kernel_overlay::Upper,
+    upper: &kernel::overlay::Upper,
 ) -> Result<&'static str, MountError> {
     if sys::daemon::effective_ids().0 != 0 {
         let why = "a writable mount is an overlay of the kernel, which takes root".to_string();
@@ -246,11 +242,11 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
         }
         _ => absolute,
     };
-    let found = registry::mounted_at(&target)?;
-    let record = registry::mounts()?.into_iter().find(|record| {
+    let found = table::mounted_at(&target)?;
+    let record = table::mounts()?.into_iter().find(|record| {
         record.target == target && found.as_ref().is_some_and(|found| found.device == record.device)
     });
-    if !found.as_ref().is_some_and(registry::Mounted::is_ours) && record.is_none() {
+    if !found.as_ref().is_some_and(table::Mounted::is_ours) && record.is_none() {
         return Err(MountError::NotOurs { target, found: found.map(|found| found.kind) });
     }
     let as_root = sys::daemon::effective_ids().0 == 0;
@@ -265,7 +261,7 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
     })?;
     let Some(record) = record else { return Ok(()) };
     let begin = Instant::now();
-    while !lazy && record.daemon.as_ref().is_some_and(registry::DaemonRecord::is_alive) {
+    while !lazy && record.daemon.as_ref().is_some_and(table::DaemonRecord::is_alive) {
         if begin.elapsed() > END_WITHIN {
             let why = format!("it still runs {} s after the mount was ended", END_WITHIN.as_secs());
             return Err(MountError::Daemon { target, why });
@@ -273,7 +269,7 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
         std::thread::sleep(Duration::from_millis(1));
     }
     if record.daemon.as_ref().is_none_or(|daemon| !daemon.is_alive()) {
-        registry::remove(&record);
+        table::remove(&record);
     }
     Ok(())
 }
@@ -283,9 +279,8 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
 /// # Errors
 /// [`MountError::Unmount`].
 pub fn unmount_dead(target: &Path) -> Result<bool, MountError> {
-    let Some(found) = registry::mounted_at(target)? else { return Ok(false) };
-    let record =
-        registry::mounts()?.into_iter().find(|one| one.target == target && one.device == found.device);
+    let Some(found) = table::mounted_at(target)? else { return Ok(false) };
+    let record = table::mounts()?.into_iter().find(|one| one.target == target && one.device == found.device);
     let is_dead = match record {
         Some(record) => record.health() == Health::DaemonDead,
         // The daemon took its record away, or never wrote one: ask the mount itself.
@@ -523,11 +518,11 @@ pub enum MountError {
     },
     /// The kernel's backend failed.
     #[error(transparent)]
-    DmVerity(Box<dm_verity::DmVerityError>),
+    DmVerity(Box<kernel::dm_verity::DmVerityError>),
 }
 
-impl From<dm_verity::DmVerityError> for MountError {
-    fn from(error: dm_verity::DmVerityError) -> Self {
+impl From<kernel::dm_verity::DmVerityError> for MountError {
+    fn from(error: kernel::dm_verity::DmVerityError) -> Self {
         Self::DmVerity(Box::new(error))
     }
 }

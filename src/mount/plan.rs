@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::MountError;
-use super::dm_verity::LayerInput;
-use super::registry::LayerRecord;
-use super::through_device::through_device;
+use super::kernel::dm_verity::LayerInput;
+use super::kernel::through_device::through_device;
+use super::table::LayerRecord;
 use crate::digest::Digest;
 use crate::image::layer::Layer;
 use crate::image::oci::{LayerFormat, OciImage};
@@ -72,7 +72,7 @@ impl MountPlan {
             {
                 return Err(MountError::Pin { layer: layer.digest, expected, found });
             }
-            // DESIGN.md, section 3: "A mount without verification exists only as --unsafe-no-verity."
+            // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
             let root_hash = match layer.root_hash.or(pin) {
                 Some(hash) => (!unsafe_no_verity).then_some(hash),
                 None if unsafe_no_verity => None,

@@ -431,7 +431,7 @@ fn check_layers(
                     Err(source) => report.problems.push(Problem::Verity { object, layer: *digest, source }),
                 }
             }
-            // Rule (INTEROP.md, "Layers"): "root hash and tree both there, or both absent".
+            // Rule (docs/design.md, both or neither).
             None if !skip.contains(digest) && has_tree(&file) => {
                 report.problems.push(Problem::NoRootHash { object, layer: *digest });
             }

@@ -35,7 +35,7 @@ struct LayoutFile {
     image_layout_version: String,
 }
 
-/// Splits `DIR[:NAME]`; the folder ends at the first `:` (INTEROP.md, "Names and transports").
+/// Splits `DIR[:NAME]`; the folder ends at the first `:` (docs/design.md, source words).
 pub(super) fn split(rest: &str) -> Option<Place> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     let (dir, name) = match rest.split_once(':') {

@@ -92,7 +92,7 @@ pub enum AnchorError {
 impl Classified for AnchorError {
     fn class(&self) -> Class {
         match self {
-            // DESIGN.md, section 2: "Any of the three missing: refused".
+            // docs/design.md, three checks: if any of the three fails, the system is refused.
             AnchorError::Missing { .. } | AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
                 Class::Verification
             }
@@ -278,7 +278,7 @@ impl fmt::Display for CaFile {
 }
 
 /// The product that CONFIG names, if it names one.
-pub(super) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
+pub(crate) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
     let path = config.join(PRODUCT_FILE);
     let file = match File::open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

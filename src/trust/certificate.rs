@@ -237,8 +237,8 @@ fn parse_binding(name: &str) -> Option<Binding> {
     Some(Binding { name: name.to_string(), product: rules::uuid(product).ok()? })
 }
 
-/// DESIGN.md, section 2: "validity dates are checked by build, install and update (error, naming
-/// the date), and only logged by boot".
+/// Rule (docs/design.md, dates): `build`, `install` and `update` enforce the dates and name the date in the error;
+/// `boot` only logs them.
 fn check_dates(certificate: &X509Ref, dates: Dates) -> Result<(), TrustError> {
     let now = match dates {
         Dates::Check(now) => now,

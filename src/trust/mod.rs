@@ -23,8 +23,7 @@
 pub mod anchor;
 pub mod certificate;
 mod der;
-mod files;
-pub mod floor;
+pub(crate) mod files;
 pub mod keys;
 pub mod signature;
 
@@ -41,7 +40,7 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::manifest::{SystemError, SystemManifest, json};
 
-/// Artifact type of a system manifest's signature (DESIGN.md, section 2, "Store").
+/// Artifact type of a system manifest's signature (docs/format.md, The store).
 pub const SIGNATURE_TYPE: &str = "application/vnd.mos.system.signature.v1";
 /// Artifact type of a system manifest's certificate.
 pub const CERTIFICATE_TYPE: &str = "application/vnd.mos.system.certificate.v1";
@@ -272,8 +271,7 @@ impl Signed {
         at_most("certificate", &self.certificate, MAX_CERTIFICATE_BYTES)?;
         at_most("signature", &self.signature, MAX_SIGNATURE_BYTES)?;
 
-        // DESIGN.md, section 2: "The signer's X.509 certificate must chain to the manifest CA that
-        // the device was given"
+        // Rule (docs/design.md, three checks): the signer's certificate must chain to the device's manifest CA.
         let certificate = Certificate::from_pem(&self.certificate)?;
         certificate.check_chain(anchor, dates)?;
         // "its subject's CN must be `manifest PRODUCT:UUID` with UUID equal to" ... "the device's product"

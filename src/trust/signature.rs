@@ -11,7 +11,7 @@ use openssl::sign::Verifier;
 use super::{Certificate, TrustError};
 use crate::digest::Digest;
 
-/// Fewest bits of an RSA key (DESIGN.md, section 2: "2048 and up").
+/// Fewest bits of an RSA key (docs/design.md, signatures).
 pub const MIN_RSA_BITS: u32 = 2048;
 
 /// The kinds of key whose signatures are accepted.

@@ -31,7 +31,7 @@ const DISK_BYTES: u64 = 64 << 20;
 const WINDOW_MS: u64 = 4000;
 /// The same in writes and flushes of the disk.
 const WINDOW_OPERATIONS: u64 = 300;
-/// How often a pending deployment is tried (DESIGN.md, section 2, `state.json`).
+/// How often a pending deployment is tried (docs/design.md, try first).
 const TRIES: u32 = 3;
 
 const INIT: &str = r#"#!/bin/sh

@@ -152,7 +152,7 @@ pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
 
 /// Whether a process is there.
 pub fn is_alive(pid: u32) -> bool {
-    mosfs::mount::registry::start_ticks(pid).is_some()
+    mosfs::mount::table::start_ticks(pid).is_some()
 }
 
 /// Sends a signal.

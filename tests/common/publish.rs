@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use mosfs::digest::Digest;
+use mosfs::floor;
 use mosfs::image::oci::{self, Descriptor, LayerDescriptor, Manifest};
 use mosfs::image::verity;
 use mosfs::manifest::import::ImportManifest;
 use mosfs::manifest::system::{SystemManifest, Target};
 use mosfs::progress::Progress;
+use mosfs::publish::keys::{self, Request};
 use mosfs::store::{Store, image_name, system_name, version_name};
-use mosfs::trust::floor;
-use mosfs::trust::keys::{self, PrivateKey, Request};
+use mosfs::trust::keys::PrivateKey;
 use mosfs::trust::{CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed};
 use uuid::Uuid;
 

@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 
 use mosfs::deploy::choice::{Booted, Role, choose};
 use mosfs::deploy::{DeployError, State, System};
+use mosfs::floor::{self, Config, Floor, Place, Tcti};
 use mosfs::trust::Anchor;
-use mosfs::trust::floor::{self, Config, Floor, Place, Tcti};
 use tempfile::TempDir;
 
 use crate::publish::{PRODUCT, Publisher};

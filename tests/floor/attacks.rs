@@ -1,8 +1,8 @@
 //! What somebody with root, or with the disk and everything that was ever recorded, cannot do.
 
 use mosfs::error::{Class, Classified};
+use mosfs::floor::{Floor as _, INDEX, Name, PublicKey};
 use mosfs::sys::tpm::{NvArea, PublicPoint, Tpm};
-use mosfs::trust::floor::{Floor as _, INDEX, Name, PublicKey};
 use tempfile::tempdir;
 
 use crate::*;

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Instant;
 
 use mosfs::digest::hex;
-use mosfs::trust::floor::signature::authorization_block;
-use mosfs::trust::floor::{INDEX, check_signature};
+use mosfs::floor::signature::authorization_block;
+use mosfs::floor::{INDEX, check_signature};
 use tempfile::TempDir;
 
 use crate::common::swtpm::{run_tool, write_private};

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use mosfs::digest::hex;
 use mosfs::error::{Class, Classified};
-use mosfs::trust::floor::{
+use mosfs::floor::{
     FloorError, FloorKey, KeyError, MAX_VERSION, Name, Policy, PrivateKey, check_signature, sign_version,
 };
 use mosfs::trust::keys;
@@ -15,7 +15,7 @@ use tempfile::tempdir;
 use crate::common::swtpm::{Swtpm, run_tool, write_private};
 use crate::*;
 
-/// Worked out with another program from FLOOR.md's formulas, for the two keys in main.rs.
+/// Worked out with another program from the formulas under "The floor's bytes" in docs/design.md for the two keys in main.rs.
 const NAME_F: &str = "000b332b73fd8ffc929a0919d2f36eb7835e0904ee969a74e4fdb541ee591809bad4";
 const NAME_P: &str = "000bfc43d1cef9ad56a8e50f63ad918f459c748c2b24848181946f0702726e9748e1";
 const REF: &str = "a63162d2506c83c6b28d06578050f2474e3ef2dfe93ecc1eb3f55931b09761f1";

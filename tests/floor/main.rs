@@ -15,8 +15,8 @@ mod rules;
 use std::path::Path;
 use std::time::Duration;
 
-use mosfs::trust::floor::signature::{authorize, sign_provision};
-use mosfs::trust::floor::{Floor, FloorError, Policy, PrivateKey, Signature, Tcti, TpmFloor, sign_version};
+use mosfs::floor::signature::{authorize, sign_provision};
+use mosfs::floor::{Floor, FloorError, Policy, PrivateKey, Signature, Tcti, TpmFloor, sign_version};
 use uuid::Uuid;
 
 use common::swtpm::Swtpm;
@@ -97,7 +97,7 @@ fn second_opinion(swtpm: &Swtpm) -> u64 {
     u64::from_be_bytes(bytes.try_into().expect("8 bytes"))
 }
 
-/// Rule (FLOOR.md): flush on every error path. A simulator has three slots for each.
+/// Rule (docs/design.md, flush): every path flushes what it made. A simulator has three slots for each.
 fn assert_nothing_left(swtpm: &Swtpm) {
     assert_eq!(swtpm.handles("handles-transient"), [""; 0], "keys left in the TPM");
     assert_eq!(swtpm.handles("handles-loaded-session"), [""; 0], "sessions left in the TPM");

@@ -3,7 +3,7 @@
 use std::thread;
 
 use mosfs::error::{Class, Classified};
-use mosfs::trust::floor::{FILE_WARNING, FileFloor, check, check_update};
+use mosfs::floor::{FILE_WARNING, FileFloor, check, check_update};
 use tempfile::tempdir;
 
 use crate::*;

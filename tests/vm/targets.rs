@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use mosfs::digest::Digest;
 use mosfs::image::source::Source;
 use mosfs::image::verified::VerifiedSource;
-use mosfs::mount::registry;
-use mosfs::mount::through_device::through_device;
+use mosfs::mount::kernel::through_device::through_device;
+use mosfs::mount::table;
 use mosfs::sys::dm::{Control, Target};
 use mosfs::sys::loopdev::LoopDevice;
 use mosfs::sys::mountapi;
@@ -103,7 +103,7 @@ fn target(name: &str) -> PathBuf {
 
 /// Device numbers of the targets' mounts.
 fn target_devices() -> Vec<(PathBuf, String)> {
-    let all = registry::mounts().unwrap().into_iter();
+    let all = table::mounts().unwrap().into_iter();
     let all = all.filter(|one| one.target.starts_with(TARGETS));
     all.map(|one| (one.target, one.device)).collect()
 }

@@ -16,8 +16,8 @@ use fuser::{
 };
 
 use super::limits::{self, TTL};
+use super::prefill::Siblings;
 use super::spin::Pulse;
-use super::store::Siblings;
 use crate::image::layer::{Attr, FileType};
 use crate::image::overlay::{Entry, ROOT};
 use crate::mount::engine::{Engine, EngineError};

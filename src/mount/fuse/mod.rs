@@ -3,7 +3,7 @@
 //! ```text
 //! limits.rs       what is asked of the kernel, each with its reason
 //! filesystem.rs   requests -> engine -> replies
-//! store.rs        decoded bytes that nobody asked for yet, put into the page cache
+//! prefill.rs      decoded bytes that nobody asked for yet, put into the page cache
 //! spin.rs         --spin
 //! ```
 //!
@@ -21,8 +21,8 @@
 
 mod filesystem;
 mod limits;
+mod prefill;
 mod spin;
-mod store;
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
@@ -36,10 +36,10 @@ pub use limits::DEFAULT_CACHE_MIB;
 pub use spin::Spin;
 
 use self::filesystem::{Tree, check_root};
+use self::prefill::Siblings;
 use self::spin::Pulse;
-use self::store::Siblings;
 use super::engine::Engine;
-use super::registry::{self, DaemonRecord, MountRecord};
+use super::table::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log};
 use crate::failpoint;
 use crate::image::overlay::Merged;
@@ -218,7 +218,7 @@ pub fn mount_in_foreground(
     let record = record(plan, &mounted, None);
     let undo = (mounted.target.clone(), mounted.as_root);
     let mut is_ready = false;
-    let done = registry::enter().map_err(MountError::from).and_then(|()| {
+    let done = table::enter().map_err(MountError::from).and_then(|()| {
         serve(mounted, engine, options, record, &mut || {
             is_ready = true;
             ready();
@@ -256,9 +256,9 @@ fn daemon(plan: &MountPlan, mounted: Mounted, engine: Engine, options: &FuseOpti
     let done = sys::daemon::detach(&options.inherited)
         .map_err(|source| MountError::System { operation: "detach from the terminal", source })
         .and_then(|()| {
-            let log = registry::log_path(mounted.device)?;
+            let log = table::log_path(mounted.device)?;
             // By its name in that folder, which goes along when the root is switched.
-            registry::enter()?;
+            table::enter()?;
             daemon_log::install(log.file_name().map(Path::new), true, None);
             let record = record(plan, &mounted, Some(log));
             serve(mounted, engine, options, record, &mut || match pipe.take() {
@@ -294,14 +294,14 @@ fn record(plan: &MountPlan, mounted: &Mounted, log: Option<PathBuf>) -> MountRec
         device: format!("{major}:{minor}"),
         daemon: Some(DaemonRecord {
             pid,
-            start_ticks: registry::start_ticks(pid).unwrap_or(0),
+            start_ticks: table::start_ticks(pid).unwrap_or(0),
             log,
             errors: Default::default(),
         }),
     }
 }
 
-/// Serves a mounted connection until it is gone, from the folder of records ([`registry::enter`]).
+/// Serves a mounted connection until it is gone, from the folder of records ([`table::enter`]).
 /// Calls `ready` when the kernel's INIT is answered.
 ///
 /// Blocks SIGTERM, SIGINT and SIGHUP in this process and takes them as the wish to unmount.
@@ -315,7 +315,7 @@ fn serve(
     let failed = |operation| move |source| MountError::System { operation, source };
     let Mounted { fd, target, device, as_root } = mounted;
     let signals = Signals::block().map_err(failed("block signals"))?;
-    let (queue, news) = store::queue();
+    let (queue, news) = prefill::queue();
     engine.set_surplus(Box::new(queue));
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
@@ -336,7 +336,7 @@ fn serve(
     if as_root {
         limits::raise_read_ahead(device);
     }
-    registry::write_here(&record)?;
+    table::write_here(&record)?;
     let kept = Kept(Arc::new(Mutex::new(Some(record))));
     let _clean = Clean(kept.clone());
     ready().map_err(failed("say that the mount is ready"))?;
@@ -346,7 +346,7 @@ fn serve(
     let notifier = session.notifier();
     let reported = engine.clone();
     spawn("signals", move || {
-        let others = spawn("store", move || store::run(&news, &engine, &siblings, &notifier))
+        let others = spawn("store", move || prefill::run(&news, &engine, &siblings, &notifier))
             .and_then(|()| spawn("report", move || report(&reported, &kept)))
             .and_then(|()| spawn("spin", move || spin::run(&pulse, when)));
         if let Err(error) = others {
@@ -373,7 +373,7 @@ struct Kept(Arc<Mutex<Option<MountRecord>>>);
 impl Drop for Clean {
     fn drop(&mut self) {
         if let Some(record) = lock(&self.0.0).take() {
-            registry::remove_here(&record);
+            table::remove_here(&record);
         }
     }
 }
@@ -426,7 +426,7 @@ fn report(engine: &Engine, kept: &Kept) {
             if let Some(daemon) = &mut record.daemon {
                 daemon.errors = counts;
             }
-            if let Err(error) = registry::write_here(record) {
+            if let Err(error) = table::write_here(record) {
                 log::warn!("{error}");
             }
         }

@@ -252,14 +252,14 @@ pub fn check_signature(policy: &Policy, version: u64, signature: &[u8]) -> Resul
     }
 }
 
-/// Rule (DESIGN.md, section 2): a version is 1 to 2^53-1.
+/// Rule (docs/design.md, versions): a version is 1 to 2^53-1.
 pub(super) fn check_version(version: u64) -> Result<(), FloorError> {
     if version == 0 || version > MAX_VERSION { Err(FloorError::VersionRange { version }) } else { Ok(()) }
 }
 
 /// Signs, with the floor key, that the holder of a provisioning key may make the first write.
 ///
-/// The policy that is signed has PolicySigned over the TPM's own nonce in it. Rule (FLOOR.md): the floor key must never
+/// The policy that is signed has PolicySigned over the TPM's own nonce in it. Rule (docs/design.md, first write): the floor key must never
 /// sign a first-write policy that has no nonce; it could be replayed on a deleted and re-created index.
 pub fn authorize(
     key: &PrivateKey,
@@ -322,7 +322,7 @@ pub fn provision_message(nonce: &[u8]) -> Vec<u8> {
 /// # Errors
 /// [`KeyError::Unusable`] where the message is none: this key signs nothing else.
 pub fn sign_provision(key: &PrivateKey, message: &[u8], path: &Path) -> Result<Signature, KeyError> {
-    // Rule (FLOOR.md): P signs H(nonceTPM ‖ 00000000), and nothing else.
+    // Rule (docs/design.md, first write): P signs H(nonceTPM ‖ 00000000), and nothing else.
     let (Some(nonce), true) = (message.strip_suffix(&[0; 4]), message.len() == PROVISION_MESSAGE_BYTES)
     else {
         return Err(KeyError::Unusable {

@@ -40,15 +40,15 @@ use crate::deploy::state::Refusal;
 use crate::deploy::{DeployError, DeploymentId, System};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
+use crate::floor::{self, Config, Floor, FloorError, Place};
 use crate::manifest::ServiceType;
-use crate::mount::dm_verity::DmVerity;
 use crate::mount::fuse::FuseOptions;
-use crate::mount::kernel_overlay::Upper;
+use crate::mount::kernel::dm_verity::DmVerity;
+use crate::mount::kernel::overlay::Upper;
 use crate::mount::{self, Backend, MountFlags, MountPlan, kernel};
 use crate::store::Store;
 use crate::sys::mountapi::{self, FsContext, MountError as CallError};
 use crate::sys::tpm::{Tpm, TpmError};
-use crate::trust::floor::{self, Config, Floor, FloorError, Place};
 use crate::trust::{Anchor, AnchorError, Verified};
 
 /// The PCR that is extended with the manifest's digest (see the module's text).
@@ -252,7 +252,7 @@ fn overlay(config: &Path, asked: Option<Overlay>) -> Result<Overlay, BootError> 
         Err(source) => return Err(IoError { operation: "read", path, source }.into()),
     };
     match asked {
-        // Rule (DESIGN.md, section 5 and issue 5): nothing on the command line can lower security.
+        // Rule (docs/design.md, kernel command line): no word can lower what CONFIG demands.
         Some(asked) if asked < allowed => {
             Err(BootError::LaxOverlay { asked: asked.name(), allowed: allowed.name() })
         }

@@ -5,7 +5,7 @@
 //! CONFIG/product     the product's UUID in text, and a newline
 //! ```
 //!
-//! Rule (DESIGN.md, section 3): what is given is written where CONFIG has none, and refused where it has
+//! Rule (docs/design.md, first given, then kept): what is given is written where CONFIG has none, and refused where it has
 //! another. A file is written whole or not at all, and never replaced (`sys::atomic`).
 
 use std::fs::File;

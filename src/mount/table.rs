@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::dm_verity;
 use super::engine::trouble::Counts;
+use super::kernel::dm_verity;
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::sys;

@@ -1,6 +1,16 @@
-//! Mounting a plan through the kernel: dm-verity layers, overlayfs, a record in the register.
+//! Mounting a plan through the kernel: dm-verity layers, overlayfs, a record in the table of mounts.
+//!
+//! ```text
+//! dm_verity.rs       a layer: loop device, dm-verity device, the file system on it
+//! overlay.rs         the layers under one overlay, with a writable layer where one is asked for
+//! through_device.rs  a layer that the FUSE engine reads from the kernel's dm-verity device
+//! ```
 //!
 //! Also the writable layer over a FUSE mount, which is the kernel's overlayfs too.
+
+pub mod dm_verity;
+pub mod overlay;
+pub mod through_device;
 
 use std::fs;
 use std::io;
@@ -9,13 +19,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::dm_verity::{self, DmVerity, DmVerityError, LayerInput};
-use super::fuse::{self, FuseOptions};
-use super::kernel_overlay::{self, Upper};
-use super::registry::{self, DaemonRecord, MountRecord};
-use super::{MountError, MountFlags, MountPlan};
+use self::dm_verity::{DmVerity, DmVerityError, LayerInput};
+use self::overlay::Upper;
 use crate::error::IoContext;
 use crate::failpoint;
+use crate::mount::fuse::{self, FuseOptions};
+use crate::mount::table::{self, DaemonRecord, MountRecord};
+use crate::mount::{MountError, MountFlags, MountPlan};
 use crate::sys::mountapi;
 
 /// Where locks and records of root's mounts are.
@@ -65,8 +75,7 @@ pub fn assemble(
         .layers
         .iter()
         .map(|layer| {
-            // DESIGN.md, section 3: "A mount without verification exists only as
-            // --unsafe-no-verity", and not in this backend.
+            // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one, and not in this backend.
             let root_hash = layer.root_hash.ok_or(MountError::NoRootHash { layer: layer.digest })?;
             Ok(LayerInput {
                 path: &layer.path,
@@ -109,9 +118,9 @@ pub fn mount_over_fuse(
     let with_layers = begin.elapsed();
     let made = mountapi::clone_mount(&lower.0).and_then(|mount| {
         let source = format!("{SOURCE_PREFIX}{}", plan.source);
-        kernel_overlay::assemble(&[mount.as_fd()], Some(upper), &source, attributes(&options.flags))
+        overlay::assemble(&[mount.as_fd()], Some(upper), &source, attributes(&options.flags))
     });
-    let daemon = registry::mounts()?.into_iter().find(|one| one.target == lower.0).and_then(|one| one.daemon);
+    let daemon = table::mounts()?.into_iter().find(|one| one.target == lower.0).and_then(|one| one.daemon);
     let _ = mountapi::unmount(&lower.0, true);
     mountapi::attach(made.map_err(DmVerityError::Mount)?, &target).map_err(DmVerityError::Mount)?;
     record(plan, &target, fuse::NAME, daemon)?;
@@ -178,7 +187,7 @@ fn record(
         .map_err(|source| MountError::Target { target: target.to_path_buf(), source })
         .and_then(|metadata| {
             let dev = metadata.dev();
-            Ok(registry::write(&MountRecord {
+            Ok(table::write(&MountRecord {
                 format: 1,
                 source: plan.source.clone(),
                 target: target.to_path_buf(),

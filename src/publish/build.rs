@@ -21,6 +21,7 @@ use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
+use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
@@ -30,7 +31,6 @@ use crate::manifest::{
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, image_name, system_name, version_name};
 use crate::transport::{SourceRef, Transport, TransportError};
-use crate::trust::floor::{self, FloorError};
 use crate::trust::{
     CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, SignError, Signed,
 };

@@ -96,7 +96,7 @@ pub fn open(place: &Place, config: &Config) -> Result<Box<dyn Floor>, FloorError
 /// [`FloorError::Rollback`], and whatever reading the floor gives.
 pub fn check(floor: &mut dyn Floor, version: u64) -> Result<u64, FloorError> {
     let lowest = floor.read()?;
-    // Rule (DESIGN.md, section 5): boot: the index's Name must be the expected constant [`read`
+    // Rule (docs/design.md, floor at boot): the index's Name must be the expected constant [`read`
     // sees to that]; then `version >= floor`.
     if version < lowest { Err(FloorError::Rollback { version, floor: lowest }) } else { Ok(lowest) }
 }
@@ -107,7 +107,7 @@ pub fn check(floor: &mut dyn Floor, version: u64) -> Result<u64, FloorError> {
 /// # Errors
 /// [`FloorError::NotNewer`], [`FloorError::Rollback`], and whatever reading the floor gives.
 pub fn check_update(floor: &mut dyn Floor, version: u64, current: Option<u64>) -> Result<u64, FloorError> {
-    // Rule (DESIGN.md, section 5): `version > current` and `version > floor`.
+    // Rule (docs/design.md, newer only): `version > current` and `version > floor`.
     if let Some(current) = current
         && version <= current
     {

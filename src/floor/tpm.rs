@@ -13,7 +13,7 @@ use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError
 /// The time that one use of the TPM may take: reading takes milliseconds, a raise some 200 ms on a slow chip.
 pub const DEFAULT_BUDGET: Duration = Duration::from_secs(30);
 
-// Response codes (TPM 2.0 part 2, section "TPM_RC"; FLOOR.md, the table).
+// Response codes (TPM 2.0 part 2, section "TPM_RC"; docs/design.md, the table of the floor).
 /// The handle names nothing (first handle).
 const RC_NO_HANDLE: u32 = 0x18b;
 const RC_NV_UNINITIALIZED: u32 = 0x14a;
@@ -163,7 +163,7 @@ impl Here<'_> {
         })
     }
 
-    /// Rule (DESIGN.md, section 5): the index's Name must be the expected constant.
+    /// Rule (docs/design.md, floor at boot): the index's Name must be the expected constant.
     fn check_name(&self, index: &NvIndex) -> Result<(), FloorError> {
         let found = index.name().map_err(FloorError::of_tpm)?;
         let is = |name: Name| found.as_slice() == name.as_bytes().as_slice();
@@ -228,7 +228,7 @@ impl Here<'_> {
         failpoint::hit("floor.authorized");
         self.write(&index, &session, &operand, || format!("version {version}"))?;
         failpoint::hit("floor.written");
-        // Rule (DESIGN.md, section 5): raise the floor, then read it back. The Name as well: it
+        // Rule (docs/design.md, bless first): raise the floor, then read it back. The Name as well: it
         // is what tells a floor from a look-alike.
         // ESYS has one handle for an index: the old one goes first.
         drop(index);
@@ -364,7 +364,7 @@ impl Provisioning {
         failpoint::hit("floor.provisioned");
         self.index = None;
         let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
-        // Rule (FLOOR.md): write 0, check the Name.
+        // Rule (docs/design.md, provisioning): write 0, check the Name.
         here.read().map(|_| ())
     }
 }

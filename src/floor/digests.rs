@@ -41,7 +41,7 @@ pub const ATTRIBUTES: u32 = 0x0206_0008;
 pub const ATTRIBUTES_WRITTEN: u32 = 0x2206_0008;
 /// The size of the index's data, in bytes: one unsigned 64-bit number, big-endian.
 pub const DATA_BYTES: u16 = 8;
-/// The highest version (DESIGN.md, section 2); 0 means provisioned, and nothing more.
+/// The highest version (docs/design.md, versions); 0 means provisioned, and nothing more.
 pub const MAX_VERSION: u64 = (1 << 53) - 1;
 
 /// `TPM_ALG_SHA256`.

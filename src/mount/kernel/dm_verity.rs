@@ -29,7 +29,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::kernel_overlay::{self, Upper};
+use super::overlay::{self, Upper};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
@@ -138,7 +138,7 @@ pub enum DmVerityError {
     #[error(transparent)]
     Mount(#[from] MountError),
     /// More layers than overlayfs takes, or none.
-    #[error("{count} layers: overlayfs takes 1 to {max}", max = kernel_overlay::MAX_LAYERS)]
+    #[error("{count} layers: overlayfs takes 1 to {max}", max = overlay::MAX_LAYERS)]
     LayerCount {
         /// How many there are.
         count: usize,
@@ -240,7 +240,7 @@ impl DmVerity {
 
     /// Mounts layers, each attached nowhere. Where one fails, those before it are freed.
     pub fn layers(&self, layers: &[LayerInput<'_>]) -> Result<Vec<LayerMount>, DmVerityError> {
-        if layers.is_empty() || layers.len() > kernel_overlay::MAX_LAYERS {
+        if layers.is_empty() || layers.len() > overlay::MAX_LAYERS {
             return Err(DmVerityError::LayerCount { count: layers.len() });
         }
         layers.iter().map(|layer| self.layer(layer)).collect()
@@ -252,7 +252,7 @@ impl DmVerity {
         let device = self.activate(layer)?;
         let mounted = mount_device(file_system, &device.node);
         failpoint::hit("dm-verity-layer");
-        // Rule (DESIGN.md, section 4 and INTEROP.md, "corruption reported as success"): after
+        // Rule (docs/design.md, corrupt is seen): after
         // activation the device's status is checked. Mounting has read the superblock and the
         // tables at both ends of the image, so the tree has been used by now; a mount that failed
         // because of a bad block is reported as what it is.
@@ -417,7 +417,7 @@ impl DmVerity {
             return Err(failed("use", io::Error::from_raw_os_error(libc::EBUSY)));
         }
         let targets = self.control.table(name).map_err(|source| failed("read the table of", source))?;
-        // Rule (DESIGN.md, section 4): "named by root hash, the live table compared before reuse".
+        // Rule (docs/design.md, named by root hash): the live table is compared before the device is used again.
         // Which loop device it reads is of no matter: what it reads is checked.
         let expected = describe(&[parameters.target("-", &layer.root_hash)]);
         let found = describe(&targets);
@@ -445,7 +445,7 @@ pub fn assemble(
     attributes: u64,
 ) -> Result<OwnedFd, DmVerityError> {
     let lowers: Vec<_> = layers.iter().map(|layer| layer.mount.as_fd()).collect();
-    let overlay = kernel_overlay::assemble(&lowers, upper, source, attributes)?;
+    let overlay = overlay::assemble(&lowers, upper, source, attributes)?;
     failpoint::hit("dm-verity-overlay");
     Ok(overlay)
 }
@@ -506,7 +506,7 @@ enum KernelFs {
 }
 
 impl KernelFs {
-    /// By media type, matched by prefix (INTEROP.md, "Layers").
+    /// By media type, matched by prefix (docs/design.md, media types).
     fn of(layer: &LayerInput<'_>) -> Result<Self, DmVerityError> {
         const TYPES: [(&str, KernelFs); 2] = [
             ("application/vnd.stacker.image.layer.squashfs", KernelFs::Squashfs),
@@ -543,7 +543,7 @@ struct VerityParameters {
 }
 
 impl VerityParameters {
-    /// Reads the verity superblock behind the image (INTEROP.md, "where the verity data is").
+    /// Reads the verity superblock behind the image (docs/design.md, verity location).
     fn read(file: &File) -> Result<Self, VerityError> {
         let read = |offset, block: &mut [u8; BLOCK_BYTES]| {
             file.read_exact_at(block, offset)

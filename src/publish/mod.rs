@@ -1,0 +1,9 @@
+//! The publisher's side: from an import manifest to a signed system.
+//!
+//! ```text
+//! build.rs   import manifest -> images in a store, a signed system manifest
+//! keys.rs    a set of keys and certificates for development
+//! ```
+
+pub mod build;
+pub mod keys;
