@@ -391,10 +391,32 @@ fn images_of_file_systems() {
     let mut damaged = whole.clone();
     damaged[5000] ^= 1;
     put("damaged", &damaged, Some(&hash));
-    for (version, name) in [(203, "no-hash"), (204, "no-tree"), (205, "other-hash"), (206, "damaged")] {
+    // Rule: the file ends with the tree, since no hash covers what lies behind it.
+    let longer = [&whole[..], b"extra"].concat();
+    put("longer", &longer, Some(&hash));
+    put("longer-no-hash", &longer, None);
+    let length = format!(
+        "the image file has {} bytes, expected {} (data, verity superblock and tree)",
+        longer.len(),
+        whole.len()
+    );
+    for (version, name, words) in [
+        (203, "no-hash", "it has a verity tree but no root hash"),
+        (204, "no-tree", "(data, verity superblock and tree)"),
+        (205, "other-hash", "expected sha256:0000"),
+        (206, "damaged", "verity superblock: padding"),
+        (207, "longer", &length),
+        (208, "longer-no-hash", &length),
+    ] {
         publisher.import(version, &format!("oci:first:{name}"), "");
         let text = publisher.refused("fourth", &[], 3);
-        assert!(text.contains("target `hostfs`"), "{name}: {text}");
+        assert!(text.contains("target `hostfs`") && text.contains(words), "{name}: {text}");
+        // What is refused here is not verified there either, and is not mounted.
+        let source = format!("oci:{}:{name}", dir.join("first").display());
+        let verify = mosfs(dir).args(["verify", &source]).output().unwrap();
+        let said = String::from_utf8_lossy(&verify.stdout).into_owned();
+        assert_eq!(verify.status.code(), Some(3), "{name}: {said}");
+        assert!(said.contains(words), "{name}: {said}");
     }
 }
 

@@ -372,6 +372,13 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     layout.image("x", std::slice::from_ref(&good.descriptor));
     let blob = layout.blob(&good.digest);
     let bytes = fs::read(&blob).unwrap();
+    // Rule: the file ends with the tree, since no hash covers what lies behind it.
+    for extra in [1, 4096] {
+        fs::write(&blob, [&bytes[..], &vec![0; extra]].concat()).unwrap();
+        let said = refused(&with(&[]), 3);
+        let found = format!("the image file has {} bytes, expected {}", bytes.len() + extra, bytes.len());
+        assert!(said.contains(&found) && said.contains(&good.digest.to_string()), "{said}");
+    }
     for at in [0, 8, 40, 4095] {
         let mut changed = bytes.clone();
         changed[at] ^= 0x10;

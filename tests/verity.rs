@@ -3,7 +3,6 @@
 //! Needs Debian's `cryptsetup-bin`; `erofs-utils` and `squashfs-tools` for the end of an image.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -14,8 +13,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mosfs::digest::{Digest, hex};
 use mosfs::error::{Class, Classified};
 use mosfs::image::source::{ReadError, Source};
-use mosfs::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, REPORT_MAX, VerifiedSource, has_verity};
-use mosfs::image::verity::{BLOCK_BYTES, Geometry, Sealed, Superblock, Tree, VerityError, data_bytes, seal};
+use mosfs::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, REPORT_MAX, VerifiedSource};
+use mosfs::image::verity::{
+    BLOCK_BYTES, Geometry, Located, Sealed, Superblock, Tree, VerityError, data_bytes, locate, seal,
+};
 use mosfs::progress::Progress;
 use tempfile::TempDir;
 
@@ -142,7 +143,7 @@ fn same_bytes_as_veritysetup() {
         let path = ours.path.to_str().unwrap();
         let offset = format!("--hash-offset={}", blocks * BLOCK);
         run("cryptsetup-bin", "veritysetup", &["verify", path, path, root_hash, &offset]);
-        let report = ours.open().verify_all(threads(2), &Progress::silent()).unwrap();
+        let report = ours.open().verify_all(threads(2), &Progress::silent());
         assert!(report.is_good(), "{blocks} blocks: {report:?}");
     }
 }
@@ -297,7 +298,7 @@ fn no_flipped_byte_is_ever_read() {
         }
         image.flip(geometry.data_bytes() + at, 0x10);
     }
-    assert!(image.open().verify_all(threads(2), &Progress::silent()).unwrap().is_good());
+    assert!(image.open().verify_all(threads(2), &Progress::silent()).is_good());
 }
 
 /// "Never check one read and use another": a file that changes all the time, data and hash blocks
@@ -354,7 +355,7 @@ fn blocks_at_each_others_place_are_refused() {
         file.read_exact_at(&mut at_b, b * BLOCK).unwrap();
         file.write_all_at(&at_b, a * BLOCK).unwrap();
         file.write_all_at(&at_a, b * BLOCK).unwrap();
-        let report = image.open().verify_all(threads(2), &Progress::silent()).unwrap();
+        let report = image.open().verify_all(threads(2), &Progress::silent());
         let places: Vec<u64> = report.bad.iter().map(block_of).collect();
         assert_eq!((places, report.bad_count), (vec![a, b], 2));
         file.write_all_at(&at_a, a * BLOCK).unwrap();
@@ -396,8 +397,13 @@ fn sizes_and_places_that_lie() {
     for size in [1, 40, 47, 48, 4096, 299 * 4096, 300 * 4096 - 1, 300 * 4096 + 1, 301 * 4096, whole.len() - 1]
     {
         match open(&whole[..size]) {
-            VerityError::FileSize { found, expected, .. } => {
-                assert_eq!((found, expected), (size as u64, whole.len() as u64));
+            // Up to the last block of data it is the image that is cut; from there on it is the verity data.
+            VerityError::FileSize { what, found, expected } => {
+                let (part, bytes) = match size <= 299 * 4096 {
+                    true => ("the file system image", 300 * 4096),
+                    false => ("data, verity superblock and tree", whole.len()),
+                };
+                assert_eq!((what, found, expected), (part, size as u64, bytes as u64));
             }
             VerityError::UnknownImage { .. } => assert!(size < 48),
             other => panic!("{size}: {other}"),
@@ -405,6 +411,16 @@ fn sizes_and_places_that_lie() {
     }
     assert!(matches!(open(&whole[..300 * 4096]), VerityError::Missing { data_bytes: 1_228_800 }));
     assert!(matches!(open(&[]), VerityError::UnknownImage { .. }));
+    // Bytes behind the tree: no hash covers them.
+    for extra in [1, 5, 4096, 1 << 20] {
+        let error = open(&[&whole[..], &vec![0; extra]].concat());
+        let text = format!(
+            "the image file has {} bytes, expected {} (data, verity superblock and tree)",
+            whole.len() + extra,
+            whole.len()
+        );
+        assert_eq!((error.to_string(), error.class()), (text, Class::Verification));
+    }
 
     // The file system's superblock lies about where it ends.
     for used in [0, 1, 4096, 299 * 4096, 301 * 4096, 1 << 40, 1 << 62, 1 << 63, u64::MAX - 4096, u64::MAX] {
@@ -458,7 +474,7 @@ fn sealing_what_cannot_be_sealed() {
 fn a_report_lists_every_bad_block() {
     let image = image(20000 * 4096);
     let geometry = Geometry::new(image.data.len() as u64).unwrap();
-    let verify = || image.open().verify_all(threads(2), &Progress::silent()).unwrap();
+    let verify = || image.open().verify_all(threads(2), &Progress::silent());
     let places =
         |report: &mosfs::image::verified::Report| report.bad.iter().map(block_of).collect::<Vec<_>>();
 
@@ -485,11 +501,6 @@ fn a_report_lists_every_bad_block() {
     image.flip((level_0.first_block + 7) * BLOCK, 1);
     image.flip((level_0.first_block + 156) * BLOCK, 1);
 
-    // What follows the tree.
-    OpenOptions::new().append(true).open(&image.path).unwrap().write_all(b"extra").unwrap();
-    let report = verify();
-    assert_eq!((report.bad_count, report.trailing_bytes, report.is_good()), (0, 5, false));
-    open_rw(&image.path).set_len(image.sealed.size_bytes).unwrap();
     assert!(verify().is_good());
 
     // All of the data: the list is bounded, the count is not.
@@ -514,7 +525,7 @@ fn a_file_that_shrinks_after_open_gives_io_errors() {
     let source = image.open();
     open_rw(&image.path).set_len(98 * 4096 + 100).unwrap();
     assert!(read(&source, 97 * BLOCK, 4096).unwrap() == image.data[97 * 4096..98 * 4096]);
-    let report = source.verify_all(threads(1), &Progress::silent()).unwrap();
+    let report = source.verify_all(threads(1), &Progress::silent());
     let offsets: Vec<u64> = report
         .bad
         .iter()
@@ -540,13 +551,15 @@ fn the_end_of_real_images_is_found() {
     run("erofs-utils", "mkfs.erofs", &["--quiet", erofs.to_str().unwrap(), tree]);
     for path in [squashfs, erofs] {
         let before = fs::read(&path).unwrap();
-        assert!(!has_verity(&File::open(&path).unwrap()).unwrap());
+        let found = locate(&File::open(&path).unwrap()).unwrap();
+        assert!(matches!(found, Located::Absent { image_bytes, .. } if image_bytes == before.len() as u64));
         let size = data_bytes(&before[..4096]).unwrap();
         assert_eq!(size, before.len() as u64, "{}", path.display());
         let sealed = seal(&open_rw(&path), size, threads(2), &Progress::silent()).unwrap();
         let source = VerifiedSource::open(File::open(&path).unwrap(), sealed.root_hash).unwrap();
         assert!(read(&source, 0, before.len()).unwrap() == before);
-        assert!(has_verity(&File::open(&path).unwrap()).unwrap());
+        let found = locate(&File::open(&path).unwrap()).and_then(Located::required).unwrap();
+        assert_eq!(found.superblock, sealed.superblock);
         assert_eq!(source.superblock(), &sealed.superblock);
     }
 }

@@ -30,7 +30,6 @@ mod tree;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::num::NonZeroUsize;
-use std::os::unix::fs::FileExt;
 
 pub use tar::TarError;
 pub use tree::Meta;
@@ -41,7 +40,7 @@ use crate::image::LayerError;
 use crate::image::oci::Compression;
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
-use crate::image::verity::{self, Sealed, VerityError};
+use crate::image::verity::{self, Located, Sealed, VerityError, locate};
 use crate::progress::{Progress, Task};
 
 /// zstd's level for content and tables: mksquashfs' default. Of a Debian root, level 9 takes a seventh of
@@ -241,33 +240,15 @@ pub fn examine(
     match root_hash {
         Some(root_hash) => {
             let source = VerifiedSource::open(image.try_clone()?, root_hash).map_err(verity)?;
-            let report = source.verify_all(threads, progress).map_err(verity)?;
-            match report.bad.into_iter().next() {
+            match source.verify_all(threads, progress).bad.into_iter().next() {
                 Some(source) => Err(ConvertError::Corrupt { layer: *layer, source }),
                 None => Ok(Ready::Untouched),
             }
         }
-        None => {
-            let mut head = [0; 4096];
-            let size = image.metadata()?.len();
-            let length = usize::try_from(size).unwrap_or(usize::MAX).min(head.len());
-            image.read_exact_at(&mut head[..length], 0)?;
-            let data_bytes = verity::data_bytes(&head[..length]).map_err(verity)?;
-            // The image may end within the last block, but no earlier.
-            if size <= data_bytes - verity::BLOCK_BYTES as u64 {
-                let what = "the file system image";
-                return Err(verity(VerityError::FileSize { what, found: size, expected: data_bytes }));
-            }
-            // What mksquashfs pads with is zeros; a tree begins with a signature.
-            let mut signature = [0; 8];
-            if size >= data_bytes.saturating_add(8) {
-                image.read_exact_at(&mut signature, data_bytes)?;
-            }
-            if signature == *b"verity\0\0" {
-                return Err(ConvertError::TreeWithoutRootHash { layer: *layer });
-            }
-            Ok(Ready::NeedsTree(data_bytes.min(size)))
-        }
+        None => match locate(image).map_err(verity)? {
+            Located::Present(_) => Err(ConvertError::TreeWithoutRootHash { layer: *layer }),
+            Located::Absent { image_bytes, .. } => Ok(Ready::NeedsTree(image_bytes)),
+        },
     }
 }
 

@@ -5,6 +5,7 @@
 //! device, memory and a fuzzer.
 
 pub mod blobs;
+pub mod bytes;
 pub mod layer;
 pub mod oci;
 pub mod overlay;

@@ -13,22 +13,24 @@
 //! best. For the same reason there is no mmap(2) here: a mapped page can change after it was hashed.
 //! The same goes for hash blocks: only checked copies are in the cache.
 //!
-//! The superblock is not under the root hash, and not believed: see [`super::verity`].
+//! The superblock is not under the root hash, and not believed: see [`locate`].
 //!
 //! # Locks
 //! A slot of the cache has a lock of its own, held only to compare a number and to copy a pointer. No
 //! I/O and no hashing happens under it. Two threads that need the same missing block both load it;
 //! both copies were checked.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::bytes::{ReadAt, len, read_exact};
 use super::source::{ReadError, Source, check_range};
 use super::verity::{
-    self, BLOCK_BYTES, Geometry, HASHES_PER_BLOCK, HashBlock, Level, Superblock, VerityError, parallel,
-    read_exact,
+    BLOCK_BYTES, Geometry, HASHES_PER_BLOCK, HashBlock, Level, Superblock, VerityData, VerityError, locate,
+    locate_behind, parallel,
 };
 use crate::digest::Digest;
 use crate::progress::Progress;
@@ -43,28 +45,12 @@ pub const REPORT_MAX: usize = 1000;
 const BLOCK: u64 = BLOCK_BYTES as u64;
 const FANOUT: u64 = HASHES_PER_BLOCK as u64;
 
-/// Whether an image file has verity data behind the file system, to refuse a descriptor that
-/// has no root hash for it. It says nothing of what the data is worth: only
-/// [`VerifiedSource::open`] does.
-///
-/// # Errors
-/// [`VerityError::UnknownImage`] and [`VerityError::DataSize`] where the image's end cannot be told;
-/// [`VerityError::Read`] from the file.
-pub fn has_verity(file: &File) -> Result<bool, VerityError> {
-    let data_bytes = data_bytes_of(file)?;
-    if file_bytes(file)? < data_bytes.saturating_add(BLOCK) {
-        return Ok(false);
-    }
-    let mut signature = [0; 8];
-    read_exact(file, data_bytes, &mut signature)?;
-    Ok(signature == *verity::SIGNATURE)
-}
-
 /// A file system image with verity data, read under a root hash.
 ///
-/// As a [`Source`] it has the data area's size: the file system's, rounded up to 4096 bytes.
-pub struct VerifiedSource {
-    file: File,
+/// As a [`Source`] it has the data area's size: the file system's, rounded up to 4096 bytes. The bytes come from
+/// anything that can be read at an offset; of a file, without an indirect call.
+pub struct VerifiedSource<R = File> {
+    bytes: R,
     superblock: Superblock,
     geometry: Geometry,
     root_hash: Digest,
@@ -88,28 +74,24 @@ pub struct Report {
     pub bad_count: u64,
     /// How many data blocks are under a bad hash block, so that nobody can say what they should be.
     pub unknown_blocks: u64,
-    /// How many bytes follow the tree; there should be none.
-    pub trailing_bytes: u64,
 }
 
 impl Report {
     /// Whether the image is whole.
     pub fn is_good(&self) -> bool {
-        self.bad_count == 0 && self.unknown_blocks == 0 && self.trailing_bytes == 0
+        self.bad_count == 0 && self.unknown_blocks == 0
     }
 }
 
-impl VerifiedSource {
+impl<R: ReadAt> VerifiedSource<R> {
     /// Opens an image file under its root hash.
     ///
-    /// The image's end, and so the verity data, is found as [`verity::data_bytes`] says.
-    ///
     /// # Errors
-    /// [`VerityError`] for verity data that is missing, malformed or does not fit the file;
+    /// Those of [`locate`], also for verity data that is missing;
     /// [`ReadError::Verity`] within it where the top of the tree is not what the root hash names.
-    pub fn open(file: File, root_hash: Digest) -> Result<Self, VerityError> {
-        let data_bytes = data_bytes_of(&file)?;
-        Self::open_sized(file, data_bytes, root_hash, DEFAULT_CACHE_BYTES)
+    pub fn open(bytes: R, root_hash: Digest) -> Result<Self, VerityError> {
+        let found = locate(&bytes)?.required()?;
+        Self::open_located(bytes, found, root_hash, DEFAULT_CACHE_BYTES)
     }
 
     /// Opens an image file whose data area is known to have `data_bytes` bytes, with a cache of
@@ -120,33 +102,25 @@ impl VerifiedSource {
     /// # Errors
     /// As [`VerifiedSource::open`].
     pub fn open_sized(
-        file: File,
+        bytes: R,
         data_bytes: u64,
         root_hash: Digest,
         cache_bytes: usize,
     ) -> Result<Self, VerityError> {
-        let geometry = Geometry::new(data_bytes)?;
-        let (found, expected) = (file_bytes(&file)?, geometry.file_bytes());
-        if found == data_bytes {
-            return Err(VerityError::Missing { data_bytes });
-        }
-        if found < expected {
-            return Err(VerityError::FileSize { what: "data, verity superblock and tree", found, expected });
-        }
-        let mut block = [0; BLOCK_BYTES];
-        read_exact(&file, data_bytes, &mut block)?;
-        let superblock = Superblock::parse(&block)?;
-        if superblock.data_blocks != geometry.data_blocks() {
-            return Err(VerityError::Superblock {
-                field: "data_blocks",
-                found: superblock.data_blocks.to_string(),
-                expected: format!("{}, the blocks before it", geometry.data_blocks()),
-            });
-        }
+        let found = locate_behind(&bytes, data_bytes)?.required()?;
+        Self::open_located(bytes, found, root_hash, cache_bytes)
+    }
 
+    fn open_located(
+        bytes: R,
+        found: VerityData,
+        root_hash: Digest,
+        cache_bytes: usize,
+    ) -> Result<Self, VerityError> {
+        let VerityData { superblock, geometry } = found;
         let slots = geometry.tree_blocks().min((cache_bytes / BLOCK_BYTES) as u64).max(1);
         let mut source = Self {
-            file,
+            bytes,
             superblock,
             geometry,
             root_hash,
@@ -182,8 +156,8 @@ impl VerifiedSource {
     }
 
     /// Reads blocks of the file, unchecked.
-    fn load(&self, first_block: u64, bytes: &mut [u8]) -> Result<(), ReadError> {
-        read_exact(&self.file, first_block * BLOCK, bytes)
+    fn load(&self, first_block: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        read_exact(&self.bytes, first_block * BLOCK, buffer)
     }
 
     /// Compares blocks in memory with their hashes and gives each that differs to `bad`.
@@ -273,12 +247,10 @@ impl VerifiedSource {
     ///
     /// Takes 512 KiB a thread. Superblock and the top of the tree were checked at open.
     ///
-    /// # Errors
-    /// [`VerityError::Read`] only where the file's size cannot be had; what is wrong with blocks is in the report.
-    pub fn verify_all(&self, threads: NonZeroUsize, progress: &Progress) -> Result<Report, VerityError> {
+    /// What is wrong with blocks is in the report.
+    pub fn verify_all(&self, threads: NonZeroUsize, progress: &Progress) -> Report {
         let task = progress.task("verify", &self.root_hash.to_string(), Some(self.size_bytes()));
-        let trailing_bytes = file_bytes(&self.file)?.saturating_sub(self.geometry.file_bytes());
-        let report = Mutex::new(Report { trailing_bytes, ..Report::default() });
+        let report = Mutex::new(Report::default());
         let bad = |error| report.lock().unwrap_or_else(PoisonError::into_inner).add(error);
         let unknown_blocks = AtomicU64::new(0);
 
@@ -295,7 +267,7 @@ impl VerifiedSource {
         }
         // Each block of level 0, then the data below it.
         let pieces = 0..self.geometry.data_blocks().div_ceil(FANOUT);
-        parallel::for_each(threads, pieces, |index, scratch| {
+        let Ok(()) = parallel::for_each(threads, pieces, |index, scratch| {
             let first = index * FANOUT;
             let count = FANOUT.min(self.geometry.data_blocks() - first) as usize;
             scratch.resize(count * BLOCK_BYTES, 0);
@@ -310,13 +282,13 @@ impl VerifiedSource {
                 }
             }
             task.advance(scratch.len() as u64);
-            Ok::<(), VerityError>(())
-        })?;
+            Ok::<(), Infallible>(())
+        });
 
         let mut report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
         report.unknown_blocks = unknown_blocks.into_inner();
         report.bad.sort_by_key(place);
-        Ok(report)
+        report
     }
 
     /// Checks data blocks and gives each bad one to `bad`. `scratch` has their size.
@@ -358,20 +330,6 @@ fn place(error: &ReadError) -> u64 {
     }
 }
 
-/// The size of a file in bytes.
-fn file_bytes(file: &File) -> Result<u64, ReadError> {
-    let metadata = file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?;
-    Ok(metadata.len())
-}
-
-/// The size of a file's data area in bytes, as [`verity::data_bytes`] finds it.
-fn data_bytes_of(file: &File) -> Result<u64, VerityError> {
-    let mut head = [0; BLOCK_BYTES];
-    let head = &mut head[..BLOCK.min(file_bytes(file)?) as usize];
-    read_exact(file, 0, head)?;
-    verity::data_bytes(head)
-}
-
 /// Makes `scratch` at least `len` bytes long, without memory beyond that.
 fn grow(scratch: &mut Vec<u8>, len: usize) {
     if scratch.len() < len {
@@ -380,7 +338,7 @@ fn grow(scratch: &mut Vec<u8>, len: usize) {
     }
 }
 
-impl Source for VerifiedSource {
+impl<R: ReadAt> Source for VerifiedSource<R> {
     fn size_bytes(&self) -> u64 {
         self.geometry.data_bytes()
     }
@@ -403,23 +361,23 @@ impl Source for VerifiedSource {
 }
 
 /// An image file that nobody checks.
-pub struct PlainSource {
-    file: File,
+pub struct PlainSource<R = File> {
+    bytes: R,
     size_bytes: u64,
 }
 
-impl PlainSource {
+impl<R: ReadAt> PlainSource<R> {
     /// Reads the file as it is. Only `--unsafe-no-verity` may lead here.
     ///
     /// # Errors
     /// [`ReadError::Io`] where the file's size cannot be had.
-    pub fn unsafe_no_verity(file: File) -> Result<Self, ReadError> {
-        let size_bytes = file_bytes(&file)?;
-        Ok(Self { file, size_bytes })
+    pub fn unsafe_no_verity(bytes: R) -> Result<Self, ReadError> {
+        let size_bytes = len(&bytes)?;
+        Ok(Self { bytes, size_bytes })
     }
 }
 
-impl Source for PlainSource {
+impl<R: ReadAt> Source for PlainSource<R> {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
@@ -427,7 +385,7 @@ impl Source for PlainSource {
     fn read<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut Vec<u8>) -> Result<&'a [u8], ReadError> {
         check_range(offset, len as u64, self.size_bytes)?;
         grow(scratch, len);
-        read_exact(&self.file, offset, &mut scratch[..len])?;
+        read_exact(&self.bytes, offset, &mut scratch[..len])?;
         Ok(&scratch[..len])
     }
 }

@@ -9,10 +9,8 @@
 //! build leaves them. Every bad object is listed, not just the first.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::Read;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,7 +24,7 @@ use crate::image::oci::{
 };
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
-use crate::image::verity::{self, VerityError};
+use crate::image::verity::{Located, VerityError, locate};
 use crate::progress::{Progress, Task};
 use crate::transport::{OciDir, Transport, TransportError};
 
@@ -414,10 +412,9 @@ fn check_layers(
         match layer.root_hash {
             Some(root_hash) => {
                 report.layers += 1;
-                let found = VerifiedSource::open(file, root_hash)
-                    .and_then(|source| source.verify_all(threads, progress));
-                match found {
-                    Ok(found) => {
+                match VerifiedSource::open(file, root_hash) {
+                    Ok(source) => {
+                        let found = source.verify_all(threads, progress);
                         let more = found.bad_count.saturating_sub(found.bad.len() as u64);
                         report.problems.extend(found.bad.into_iter().map(|source| Problem::Block {
                             object: object.clone(),
@@ -432,18 +429,14 @@ fn check_layers(
                 }
             }
             // Rule (docs/design.md, both or neither).
-            None if !skip.contains(digest) && has_tree(&file) => {
-                report.problems.push(Problem::NoRootHash { object, layer: *digest });
-            }
-            None => {}
+            None if skip.contains(digest) => {}
+            None => match locate(&file) {
+                Ok(Located::Absent { .. }) => {}
+                Ok(Located::Present(_)) => {
+                    report.problems.push(Problem::NoRootHash { object, layer: *digest });
+                }
+                Err(source) => report.problems.push(Problem::Verity { object, layer: *digest, source }),
+            },
         }
     }
-}
-
-/// Whether a verity superblock stands behind an image.
-fn has_tree(file: &File) -> bool {
-    let mut head = vec![0; 4096];
-    let mut signature = [0; 8];
-    let end = file.read_exact_at(&mut head, 0).ok().and_then(|()| verity::data_bytes(&head).ok());
-    end.is_some_and(|end| file.read_exact_at(&mut signature, end).is_ok()) && signature == *b"verity\0\0"
 }

@@ -44,6 +44,7 @@
 //! digest. The tree is the only extra pass: over the page cache, on all cores, two streams a core ([`crate::sys::sha256`]).
 
 mod geometry;
+mod locate;
 pub(super) mod parallel;
 mod tree;
 
@@ -52,7 +53,7 @@ use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
 
 pub use geometry::{Geometry, Level, MAX_DATA_BLOCKS};
-pub(super) use tree::read_exact;
+pub use locate::{Located, VerityData, locate, locate_behind};
 pub use tree::{Sealed, Tree, seal};
 
 /// Bytes of a data block, and of a hash block.
@@ -192,8 +193,7 @@ impl Superblock {
         };
         let only = parsed.to_block();
         if block[field::SIGNATURE] != only[field::SIGNATURE] {
-            let found = format!("`{}`", block[field::SIGNATURE].escape_ascii());
-            return Err(wrong("signature", found, "`verity\\x00\\x00`".to_string()));
+            return Err(Self::wrong_signature(&block[field::SIGNATURE]));
         }
         let number = |block: &[u8; BLOCK_BYTES], range| u32::from_le_bytes(bytes(block, range));
         for (name, range) in [
@@ -219,6 +219,15 @@ impl Superblock {
             return Err(wrong("padding", format!("{:#04x} at byte {at}", block[at]), "zero".to_string()));
         }
         Ok(parsed)
+    }
+
+    /// The error for a block that begins otherwise.
+    fn wrong_signature(found: &[u8]) -> VerityError {
+        VerityError::Superblock {
+            field: "signature",
+            found: format!("`{}`", found.escape_ascii()),
+            expected: "`verity\\x00\\x00`".to_string(),
+        }
     }
 
     /// The superblock's block as it is stored.

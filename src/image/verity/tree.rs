@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use super::{BLOCK_BYTES, Geometry, HASHES_PER_BLOCK, Superblock, VerityError, parallel};
 use crate::digest::{Digest, Hasher};
+use crate::image::bytes::{self, read_exact};
 use crate::image::source::ReadError;
 use crate::progress::{Progress, Task};
 use crate::sys::sha256::hash_blocks;
@@ -102,7 +103,7 @@ pub fn seal(
 ) -> Result<Sealed, VerityError> {
     let data_bytes = image_bytes.checked_next_multiple_of(BLOCK_BYTES as u64).unwrap_or(u64::MAX);
     let geometry = Geometry::new(data_bytes).map_err(|_| VerityError::DataSize { found: image_bytes })?;
-    let found = file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?.len();
+    let found = bytes::len(file)?;
     if found < image_bytes {
         return Err(VerityError::FileSize { what: "the file system image", found, expected: image_bytes });
     }
@@ -136,9 +137,4 @@ fn hash_data(file: &File, data_bytes: u64, task: &Task) -> Result<Hasher, ReadEr
         task.advance(len as u64);
     }
     Ok(hasher)
-}
-
-/// Reads bytes of a file, all of them or an error.
-pub(in crate::image) fn read_exact(file: &File, offset: u64, bytes: &mut [u8]) -> Result<(), ReadError> {
-    file.read_exact_at(bytes, offset).map_err(|source| ReadError::Io { offset, len: bytes.len(), source })
 }

@@ -25,7 +25,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,8 +33,7 @@ use super::overlay::{self, Upper};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
-use crate::image::ReadError;
-use crate::image::verity::{self, BLOCK_BYTES, Geometry, Superblock, VerityError};
+use crate::image::verity::{BLOCK_BYTES, Located, VerityData, VerityError, locate};
 use crate::sys::dm::{Control, Target};
 use crate::sys::flock::Lock;
 use crate::sys::loopdev::LoopDevice;
@@ -291,7 +290,7 @@ impl DmVerity {
             .custom_flags(libc::O_NOFOLLOW)
             .open(layer.path)
             .on("open", layer.path)?;
-        let parameters = VerityParameters::read(&file).map_err(|source| DmVerityError::NoVerity {
+        let data = locate(&file).and_then(Located::required).map_err(|source| DmVerityError::NoVerity {
             digest: layer.digest,
             path: layer.path.to_path_buf(),
             source: Box::new(source),
@@ -307,15 +306,15 @@ impl DmVerity {
         let mut tries = 0;
         loop {
             let result = match self.control.status(&name) {
-                Ok(status) if status.live => self.join(&name, status.dev, layer, &parameters),
+                Ok(status) if status.live => self.join(&name, status.dev, layer, &data),
                 // Left by a process that was killed while it made the device: we have the lock.
                 Ok(status) if status.open_count == 0 => match self.control.remove(&name, false) {
-                    Ok(()) => self.create(&name, &file, layer, &parameters),
+                    Ok(()) => self.create(&name, &file, layer, &data),
                     Err(source) => Err(failed("remove", source)),
                 },
                 Ok(_) => Err(failed("use", io::Error::from_raw_os_error(libc::EBUSY))),
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
-                    self.create(&name, &file, layer, &parameters)
+                    self.create(&name, &file, layer, &data)
                 }
                 Err(error) => return Err(failed("look for", error)),
             };
@@ -348,8 +347,8 @@ impl DmVerity {
         let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
         let status = backend.control.status(&name).ok().filter(|status| status.live)?;
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(layer.path).ok()?;
-        let parameters = VerityParameters::read(&file).ok()?;
-        backend.join(&name, status.dev, layer, &parameters).ok().map(|device| device.holder)
+        let data = locate(&file).and_then(Located::required).ok()?;
+        backend.join(&name, status.dev, layer, &data).ok().map(|device| device.holder)
     }
 
     /// Makes the device. On an error nothing of it is left.
@@ -358,7 +357,7 @@ impl DmVerity {
         name: &str,
         file: &File,
         layer: &LayerInput<'_>,
-        parameters: &VerityParameters,
+        data: &VerityData,
     ) -> Result<Device, DmVerityError> {
         let failed = |operation, source| DmVerityError::Device {
             digest: layer.digest,
@@ -379,7 +378,7 @@ impl DmVerity {
         self.control.create(name, &uuid).map_err(|source| failed("create", source))?;
         failpoint::hit("dm-verity-created");
         let finish = || {
-            let target = parameters.target(&loop_device.major_minor(), &layer.root_hash);
+            let target = target(data, &loop_device.major_minor(), &layer.root_hash);
             self.control.load(name, &target).map_err(|source| failed("load a table into", source))?;
             failpoint::hit("dm-verity-loaded");
             let status = self.control.status(name).map_err(|source| failed("look for", source))?;
@@ -402,7 +401,7 @@ impl DmVerity {
         name: &str,
         dev: u64,
         layer: &LayerInput<'_>,
-        parameters: &VerityParameters,
+        data: &VerityData,
     ) -> Result<Device, DmVerityError> {
         let failed = |operation, source| DmVerityError::Device {
             digest: layer.digest,
@@ -419,7 +418,7 @@ impl DmVerity {
         let targets = self.control.table(name).map_err(|source| failed("read the table of", source))?;
         // Rule (docs/design.md, named by root hash): the live table is compared before the device is used again.
         // Which loop device it reads is of no matter: what it reads is checked.
-        let expected = describe(&[parameters.target("-", &layer.root_hash)]);
+        let expected = describe(&[target(data, "-", &layer.root_hash)]);
         let found = describe(&targets);
         if found != expected || !status.read_only {
             return Err(DmVerityError::TableMismatch {
@@ -533,77 +532,32 @@ impl KernelFs {
     }
 }
 
-/// What a verity table needs besides the devices and the root hash.
-///
-/// Nothing here is trusted (see the module's text): its reader checks that it makes sense.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct VerityParameters {
-    geometry: Geometry,
-    salt: [u8; 32],
-}
-
-impl VerityParameters {
-    /// Reads the verity superblock behind the image (docs/design.md, verity location).
-    fn read(file: &File) -> Result<Self, VerityError> {
-        let read = |offset, block: &mut [u8; BLOCK_BYTES]| {
-            file.read_exact_at(block, offset)
-                .map_err(|source| VerityError::Read(ReadError::Io { offset, len: BLOCK_BYTES, source }))
-        };
-        let file_bytes = file.metadata().map_err(|source| ReadError::Io { offset: 0, len: 0, source })?.len();
-        let mut block = [0; BLOCK_BYTES];
-        if file_bytes < BLOCK_BYTES as u64 {
-            let what = "a first block";
-            return Err(VerityError::FileSize { what, found: file_bytes, expected: BLOCK_BYTES as u64 });
-        }
-        read(0, &mut block)?;
-        let geometry = Geometry::new(verity::data_bytes(&block)?)?;
-        if file_bytes == geometry.data_bytes() {
-            return Err(VerityError::Missing { data_bytes: file_bytes });
-        }
-        if file_bytes != geometry.file_bytes() {
-            let what = "data, verity superblock and tree";
-            return Err(VerityError::FileSize { what, found: file_bytes, expected: geometry.file_bytes() });
-        }
-        read(geometry.data_bytes(), &mut block)?;
-        let superblock = Superblock::parse(&block)?;
-        // The root hash does not cover this number. The data is exactly what lies before the
-        // superblock: a smaller number would leave a part unchecked, another one would move the
-        // levels of the tree.
-        if superblock.data_blocks != geometry.data_blocks() {
-            return Err(VerityError::Superblock {
-                field: "data_blocks",
-                found: superblock.data_blocks.to_string(),
-                expected: geometry.data_blocks().to_string(),
-            });
-        }
-        Ok(Self { geometry, salt: superblock.salt })
-    }
-
-    /// The target line: data and hashes are on one device. No option: a bad block is EIO.
-    fn target(&self, device: &str, root_hash: &Digest) -> Target {
-        let blocks = self.geometry.data_blocks();
-        Target {
-            start_sector: 0,
-            sectors: self.geometry.data_bytes() / SECTOR_BYTES,
-            kind: "verity".into(),
-            parameters: format!(
-                "1 {device} {device} {BLOCK_BYTES} {BLOCK_BYTES} {blocks} {} sha256 {} {}",
-                blocks + 1,
-                root_hash.hex(),
-                hex(&self.salt),
-            ),
-        }
+/// The target line: data and hashes are on one device. No option: a bad block is EIO.
+fn target(data: &VerityData, device: &str, root_hash: &Digest) -> Target {
+    let blocks = data.geometry.data_blocks();
+    Target {
+        start_sector: 0,
+        sectors: data.geometry.data_bytes() / SECTOR_BYTES,
+        kind: "verity".into(),
+        parameters: format!(
+            "1 {device} {device} {BLOCK_BYTES} {BLOCK_BYTES} {blocks} {} sha256 {} {}",
+            blocks + 1,
+            root_hash.hex(),
+            hex(&data.superblock.salt),
+        ),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::verity::{Geometry, Superblock};
 
     #[test]
     fn the_table_is_what_veritysetup_would_load() {
-        let parameters = VerityParameters { geometry: Geometry::new(3 * 4096).unwrap(), salt: [0xab; 32] };
-        let target = parameters.target("7:5", &Digest::from_bytes([0x11; 32]));
+        let superblock = Superblock { uuid: [0; 16], salt: [0xab; 32], data_blocks: 3 };
+        let data = VerityData { superblock, geometry: Geometry::new(3 * 4096).unwrap() };
+        let target = target(&data, "7:5", &Digest::from_bytes([0x11; 32]));
         let (hash, salt) = ("11".repeat(32), "ab".repeat(32));
         assert_eq!(target.sectors, 24);
         assert_eq!(target.parameters, format!("1 7:5 7:5 4096 4096 3 4 sha256 {hash} {salt}"));
@@ -625,31 +579,5 @@ mod tests {
         assert_eq!(of("application/vnd.stacker.image.layer.erofs+lz4hc"), Some(KernelFs::Erofs));
         assert_eq!(of("application/vnd.stacker.image.layer.squashfsish"), None);
         assert_eq!(of("application/vnd.oci.image.layer.v1.tar"), None);
-    }
-
-    #[test]
-    fn a_file_without_sound_verity_data_is_refused() {
-        let file = tempfile::tempfile().unwrap();
-        let why = || VerityParameters::read(&file).unwrap_err();
-        assert!(matches!(why(), VerityError::FileSize { found: 0, .. }));
-        file.set_len(8192).unwrap();
-        assert!(matches!(why(), VerityError::UnknownImage { .. }));
-        file.write_all_at(b"hsqs", 0).unwrap();
-        file.write_all_at(&[4, 0, 0, 0], 28).unwrap();
-        file.write_all_at(&5000u64.to_le_bytes(), 40).unwrap();
-        assert!(matches!(why(), VerityError::Missing { data_bytes: 8192 }));
-        // Two data blocks, the superblock, one block of hashes.
-        file.set_len(12288).unwrap();
-        assert!(matches!(why(), VerityError::FileSize { found: 12288, expected: 16384, .. }));
-        file.set_len(16384).unwrap();
-        assert!(matches!(why(), VerityError::Superblock { field: "signature", .. }));
-        let superblock = Superblock { uuid: [0; 16], salt: [7; 32], data_blocks: 3 };
-        file.write_all_at(&superblock.to_block(), 8192).unwrap();
-        assert!(matches!(why(), VerityError::Superblock { field: "data_blocks", .. }));
-        let superblock = Superblock { data_blocks: 2, ..superblock };
-        file.write_all_at(&superblock.to_block(), 8192).unwrap();
-        assert_eq!(VerityParameters::read(&file).unwrap().salt, [7; 32]);
-        file.write_all_at(&u64::MAX.to_le_bytes(), 40).unwrap();
-        assert!(VerityParameters::read(&file).is_err());
     }
 }

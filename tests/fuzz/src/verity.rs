@@ -29,6 +29,9 @@ pub fn tree(data: &[u8]) {
     let Some((&blocks, rest)) = data.split_first() else { return };
     let data_bytes = (u64::from(blocks % 8) + 1) * BLOCK_BYTES as u64;
     let Ok(mut file) = temporary() else { return };
+    // The file ends with the tree, as every file that is opened does.
+    let whole = Geometry::new(data_bytes).map_or(0, |geometry| geometry.file_bytes());
+    let rest = &rest[..rest.len().min(usize::try_from(whole).unwrap_or(usize::MAX))];
     if file.write_all(rest).is_err() {
         return;
     }
