@@ -1,12 +1,19 @@
 //! mosfs turns a list of OCI images into a signed, verified, running Linux system.
 //!
-//! The way through, and with it the order of the modules (imports point from left to right,
-//! `tests/architecture.rs` holds that):
+//! Three pillars, and what stands on them. A module uses those below and to its left (`tests/architecture.rs` holds
+//! the table):
 //!
 //! ```text
-//! cli -> boot -> publish -> deploy -> mount -> floor, trust -> manifest -> convert -> store -> transport -> image
-//!     -> (digest, error, progress, failpoint, sys)
+//! bytes    image <- mount                             what is read, and how it is shown
+//! places   image <- transport <- store <- convert     where images come from and go to
+//! belief   manifest <- trust <- floor                 what is believed, and why
+//!
+//! deploy (all three) <- boot          on a device
+//! publish (places, belief)            on the publisher's machine
+//! cli                                 parse, run, print
 //! ```
+//!
+//! All of them use `digest`, `error`, `progress`, `failpoint` and `sys`.
 
 pub mod boot;
 pub mod cli;

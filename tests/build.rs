@@ -359,7 +359,7 @@ fn images_of_file_systems() {
     // The same image without its tree: it gets one, and it is the same tree.
     let source = Store::open(&dir.join("first")).unwrap();
     let layer = &converted.layers[0];
-    assert_eq!(layer.media_type, SQUASHFS_ZSTD);
+    assert_eq!(layer.media_type(), SQUASHFS_ZSTD);
     let whole = fs::read(source.blob_path(&layer.digest)).unwrap();
     let used = u64::from_le_bytes(whole[40..48].try_into().unwrap());
     let put = |name: &str, bytes: &[u8], annotation: Option<&str>| {
@@ -384,7 +384,7 @@ fn images_of_file_systems() {
     assert_eq!(publisher.image("third").layers, converted.layers);
 
     // Rule (docs/design.md, both or neither).
-    let hash = layer.root_hash.unwrap().hex();
+    let hash = layer.trust.root_hash().unwrap().hex();
     put("no-hash", &whole, None);
     put("no-tree", &whole[..used as usize], Some(&hash));
     put("other-hash", &whole, Some(&"0".repeat(64)));

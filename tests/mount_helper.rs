@@ -127,7 +127,8 @@ fn options_of_mosfs_of_systemd_and_of_mount() {
     // An image of any layout, and its root hash.
     let names = fixture.publisher.store().names().unwrap();
     let (name, image) = names.iter().find(|(name, _)| name.starts_with("mos/images/app:")).unwrap();
-    let hash = fixture.publisher.store().image(&image.digest).unwrap().layers[0].root_hash.unwrap().hex();
+    let hash =
+        fixture.publisher.store().image(&image.digest).unwrap().layers[0].trust.root_hash().unwrap().hex();
     let source = format!("oci:$T/store:{name}");
     assert_eq!(
         fixture.succeeds(&format!("mount -t mosfs -o root_hash={hash} {source} $T/m && cat $T/m/content")),

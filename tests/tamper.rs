@@ -22,12 +22,14 @@ use common::scan::{self, Scan};
 use common::system::{Mounted, build, image_name, import_manifest, keys, scratch, source};
 use mosfs::digest::{Digest, Hasher};
 use mosfs::error::{Class, Classified};
+use mosfs::image::blobs::Blob;
 use mosfs::image::layer::{Attr, FileType, Xattrs};
+use mosfs::image::oci::{LayerDescriptor, SQUASHFS_ZSTD, Trust};
 use mosfs::image::overlay::ROOT;
 use mosfs::image::verity;
 use mosfs::mount::engine::{Engine, EngineError};
 use mosfs::mount::fuse::{FuseOptions, prepare};
-use mosfs::mount::{MountPlan, PlannedLayer};
+use mosfs::mount::{LayerBytes, MountPlan, PlannedLayer, Verification};
 use mosfs::progress::Progress;
 use mosfs::store::Store;
 
@@ -151,12 +153,11 @@ enum Outcome {
 
 impl Stack {
     fn of_files(layers: Vec<(PathBuf, Digest)>) -> Self {
-        let planned = |(path, root_hash): (PathBuf, Digest)| PlannedLayer {
-            digest: Digest::of(path.as_os_str().as_encoded_bytes()),
-            size: fs::metadata(&path).expect("stat a layer").len(),
-            path,
-            media_type: "application/vnd.stacker.image.layer.squashfs+zstd".into(),
-            root_hash: Some(root_hash),
+        let planned = |(path, root_hash): (PathBuf, Digest)| {
+            let digest = Digest::of(path.as_os_str().as_encoded_bytes());
+            let size = fs::metadata(&path).expect("stat a layer").len();
+            let descriptor = LayerDescriptor::new(SQUASHFS_ZSTD, digest, size, Trust::RootHash(root_hash));
+            PlannedLayer { descriptor, bytes: LayerBytes::One(Blob::File(path)) }
         };
         let layers = layers.into_iter().map(planned).collect();
         Self::new(MountPlan { source: "a test".into(), digest: None, layers })
@@ -168,8 +169,8 @@ impl Stack {
         let digest = Digest::from_hex(name.rsplit('/').next().expect("a digest")).expect("a digest");
         let store = Store::open(store).expect("open the store");
         let image = store.image(&digest).expect("read the image's manifest");
-        let path = |digest: &Digest| store.blob_path(digest);
-        Self::new(MountPlan::new("a test", &image, &path, &[], false).expect("plan a mount"))
+        let plan = MountPlan::new("a test", &image, &store.blobs(), Verification::default());
+        Self::new(plan.expect("plan a mount"))
     }
 
     fn new(plan: MountPlan) -> Self {
@@ -181,7 +182,11 @@ impl Stack {
     }
 
     fn file(&self, layer: usize) -> File {
-        OpenOptions::new().read(true).write(true).open(&self.plan.layers[layer].path).expect("open a layer")
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(self.plan.layers[layer].file().expect("a file"))
+            .expect("open a layer")
     }
 
     /// Flips bits of one byte, looks at everything, and flips them back.

@@ -20,8 +20,11 @@ use std::time::{Duration, Instant};
 
 use mosfs::digest::Digest;
 use mosfs::error::{Class, Classified};
-use mosfs::mount::kernel::dm_verity::{DmVerity, DmVerityError, LayerInput};
+use mosfs::image::blobs::Blob;
+use mosfs::image::oci::{LayerDescriptor, Trust};
+use mosfs::mount::kernel::dm_verity::{DmVerity, DmVerityError, assemble};
 use mosfs::mount::kernel::overlay::Upper;
+use mosfs::mount::{LayerBytes, PlannedLayer};
 use mosfs::sys::dm::{Control, Target};
 use mosfs::sys::loopdev::LoopDevice;
 use mosfs::sys::mountapi;
@@ -187,12 +190,12 @@ impl GuestLayer {
         }
     }
 
-    fn input(&self) -> LayerInput<'_> {
-        LayerInput {
-            path: &self.path,
-            digest: self.digest,
-            root_hash: self.root_hash,
-            media_type: &self.media_type,
+    fn planned(&self) -> PlannedLayer {
+        let size = fs::metadata(&self.path).map_or(0, |data| data.len());
+        let trust = Trust::RootHash(self.root_hash);
+        PlannedLayer {
+            descriptor: LayerDescriptor::new(&self.media_type, self.digest, size, trust),
+            bytes: LayerBytes::One(Blob::File(self.path.clone())),
         }
     }
 
@@ -219,8 +222,8 @@ fn backend() -> DmVerity {
 }
 
 fn stack(backend: &DmVerity, layers: &[GuestLayer]) -> Result<OwnedFd, DmVerityError> {
-    let inputs: Vec<_> = layers.iter().map(GuestLayer::input).collect();
-    backend.stack(&inputs, None, "mosfs:test", 0)
+    let layers: Vec<_> = layers.iter().map(GuestLayer::planned).collect();
+    assemble(&backend.layers(&layers)?, None, "mosfs:test", 0)
 }
 
 /// Mounts a stack at a new folder.
@@ -378,6 +381,11 @@ fn guest_flipped_tree_or_superblock_is_refused() {
     let error = stack(&backend(), &[broken]).unwrap_err();
     assert!(matches!(error, DmVerityError::NoVerity { .. }), "{error}");
     assert_eq!(error.class(), Class::Verification);
+    // Bytes behind the tree, which no hash covers.
+    let broken = layer.broken(|bytes| bytes.push(0));
+    let error = stack(&backend(), &[broken]).unwrap_err();
+    assert!(matches!(error, DmVerityError::NoVerity { .. }), "{error}");
+    assert_eq!(error.class(), Class::Verification);
     // The length of the file system.
     let broken = layer.broken(|bytes| bytes[41] ^= 0x10);
     let error = stack(&backend(), &[broken]).unwrap_err();
@@ -482,11 +490,12 @@ fn guest_killed_at_any_step_leaves_nothing() {
 #[ignore = "runs inside the virtual machine"]
 fn guest_writable_over_verity() {
     let all = layers(&["base", "middle"]);
-    let inputs: Vec<_> = all.iter().map(GuestLayer::input).collect();
+    let planned: Vec<_> = all.iter().map(GuestLayer::planned).collect();
+    let stacked = |upper| assemble(&backend().layers(&planned).unwrap(), upper, "mosfs:test", 0).unwrap();
     let upper = Upper::Folder { upper: "/tmp/upper".into(), work: "/tmp/work".into() };
     let target = Path::new("/mnt/writable");
     fs::create_dir_all(target).unwrap();
-    let mount = backend().stack(&inputs, Some(&upper), "mosfs:test", 0).unwrap();
+    let mount = stacked(Some(&upper));
     mountapi::attach(mount, target).unwrap();
     fs::write(target.join("etc/keep"), "mine").unwrap();
     fs::remove_file(target.join("big")).unwrap();
@@ -496,7 +505,7 @@ fn guest_writable_over_verity() {
     nothing_left();
     assert_eq!(text("/tmp/upper/etc/keep".into()), "mine");
     assert_eq!(fs::symlink_metadata("/tmp/upper/big").unwrap().rdev(), 0);
-    let mount = backend().stack(&inputs, Some(&Upper::Memory), "mosfs:test", 0).unwrap();
+    let mount = stacked(Some(&Upper::Memory));
     mountapi::attach(mount, target).unwrap();
     fs::write(target.join("etc/keep"), "mine").unwrap();
     assert_eq!(text(target.join("etc/keep")), "mine");

@@ -37,15 +37,13 @@ use cmdline::{BootOptions, Overlay};
 use crate::deploy::booted::BootRecord;
 use crate::deploy::choice::{self, Role};
 use crate::deploy::state::Refusal;
-use crate::deploy::{DeployError, DeploymentId, System};
+use crate::deploy::{DeployError, DeploymentId, System, target};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Config, Floor, FloorError, Place};
 use crate::manifest::ServiceType;
-use crate::mount::fuse::FuseOptions;
-use crate::mount::kernel::dm_verity::DmVerity;
 use crate::mount::kernel::overlay::Upper;
-use crate::mount::{self, Backend, MountFlags, MountPlan, kernel};
+use crate::mount::{Request, Timing};
 use crate::store::Store;
 use crate::sys::mountapi::{self, FsContext, MountError as CallError};
 use crate::sys::tpm::{Tpm, TpmError};
@@ -295,15 +293,13 @@ fn start(
         Some(name) => targets.get_key_value(name.as_str()),
         None => targets.iter().find(|(_, target)| target.service_type == ServiceType::Hostfs),
     };
-    let (name, target) = found.ok_or_else(|| BootError::NoTarget {
+    let (name, signed) = found.ok_or_else(|| BootError::NoTarget {
         wanted: options.target.clone().unwrap_or_else(|| "of service type hostfs".into()),
         found: targets.keys().map(|name| name.as_str()).collect::<Vec<_>>().join(", "),
     })?;
     let name = name.as_str();
     let store = Store::open(&system.store_dir())?;
-    // The store checks the OCI manifest against the digest in the signed manifest.
-    let image = store.image(&target.digest)?;
-    let plan = MountPlan::new(name, &image, &|digest| store.blob_path(digest), &[], false)?;
+    let plan = target::plan(&store, name, signed)?;
     let upper = match overlay {
         Overlay::ReadOnly => None,
         Overlay::Tmpfs => Some(Upper::Memory),
@@ -313,35 +309,15 @@ fn start(
         }
     };
     fs::create_dir_all(&setup.sysroot).on("create", &setup.sysroot)?;
-    let flags = MountFlags::default();
-    let kernel_backend = match options.backend {
-        Backend::Fuse => None,
-        Backend::DmVerity => Some(DmVerity::open(&setup.run_dir)?),
-        Backend::Auto => DmVerity::open(&setup.run_dir)
-            .inspect_err(|error| log::warn!("dm-verity is not used: {error}"))
-            .ok(),
-    };
-    let digest = verified.digest();
-    if let Some(open) = kernel_backend {
-        let timing = kernel::mount(&open, &plan, upper.as_ref(), &setup.sysroot, &flags)?;
-        let (layers, tree) = (timing.layers, timing.tree);
-        return Ok(Started { digest, target: name.into(), backend: kernel::NAME, layers, tree });
+    let request =
+        Request { backend: options.backend, upper: upper.as_ref(), ..Request::new(&plan, &setup.sysroot) };
+    let mounted = request.run()?;
+    if let Some(why) = &mounted.not_dm_verity {
+        log::warn!("dm-verity is not used: {why}");
     }
-    let begin = Instant::now();
-    // The daemon lives as long as the system: it must not keep the TPM, the lock, or the console.
-    let inherited = crate::sys::daemon::open_descriptors();
-    let fuse = FuseOptions { flags: flags.clone(), inherited, ..FuseOptions::default() };
-    let (layers, tree) = match &upper {
-        None => {
-            mount::mount(&plan, &setup.sysroot, Backend::Fuse, &fuse)?;
-            (begin.elapsed(), Duration::ZERO)
-        }
-        Some(upper) => {
-            let timing = kernel::mount_over_fuse(&plan, upper, &setup.sysroot, &fuse)?;
-            (timing.layers, timing.tree)
-        }
-    };
-    Ok(Started { digest, target: name.into(), backend: "fuse", layers, tree })
+    let Timing { layers, tree } = mounted.timing;
+    let (digest, target) = (verified.digest(), name.to_string());
+    Ok(Started { digest, target, backend: mounted.backend, layers, tree })
 }
 
 /// Extends the PCR. The development floor stands for a machine without a TPM.

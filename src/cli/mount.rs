@@ -2,19 +2,21 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 
 use super::{Global, device, notify, output};
-use crate::deploy;
 use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::target;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
+use crate::image::blobs::Blobs;
 use crate::image::oci::{OciImage, Platform};
 use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
-use crate::mount::{self, Backend, MountFlags, MountPlan};
+use crate::mount::{Backend, Daemon, MountFlags, MountPlan, Request, Verification};
 use crate::sys;
 use crate::transport::{OciDir, SourceRef};
 use crate::trust::Anchor;
@@ -90,10 +92,10 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         let anchor = Anchor::load(&global.config)?;
         let system = device::system(global);
         let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-        let (store, image) = deploy::target_image(&system, booted, &anchor, &args.source)?;
+        let (store, image) = target::image(&system, booted, &anchor, &args.source)?;
         let folder = system.scratch_dir(&args.source);
         let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
-        Ok(Found { layout: store.transport().clone(), image, scratch })
+        Ok(Found { blobs: store.blobs(), image, scratch })
     })
 }
 
@@ -104,13 +106,13 @@ pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         let transport = source.open()?;
         let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
         let layout = OciDir::open(Path::new(&source.location))?;
-        Ok(Found { layout, image: transport.image(&found)?, scratch: Upper::Memory })
+        Ok(Found { blobs: layout.blobs(), image: transport.image(&found)?, scratch: Upper::Memory })
     })
 }
 
 /// What is to be mounted.
 struct Found {
-    layout: OciDir,
+    blobs: Arc<dyn Blobs>,
     image: OciImage,
     /// Where the writes go for `--writable`.
     scratch: Upper,
@@ -137,42 +139,34 @@ fn try_mount(
     find: impl FnOnce() -> Result<Found, AnyError>,
     pipe: &notify::Pipe,
 ) -> Result<(), AnyError> {
-    // First of all: what is open now came from whoever started this process, and the daemon must not keep it.
-    let inherited = sys::daemon::open_descriptors();
     let mut flags = MountFlags::default();
     for option in args.options.iter().filter(|option| !notify::is_option(option)) {
         flags.apply(option)?;
     }
-    let Found { layout, image, scratch } = find()?;
-    let path = |digest: &Digest| layout.blob_path(digest);
-    let plan = MountPlan::new(&args.source, &image, &path, &args.root_hash, args.unsafe_no_verity)?;
-    let options = FuseOptions {
+    let Found { blobs, image, scratch } = find()?;
+    let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
+    let plan = MountPlan::new(&args.source, &image, &blobs, verification)?;
+    let upper = upper(args, scratch)?;
+    let mut ready = || {
+        if let Err(error) = sys::notify::service_is_ready() {
+            output::note(format_args!("the service manager was not told: {error}"));
+        }
+        pipe.say_from_thread(notify::SUCCESS);
+    };
+    let daemon = if args.foreground {
+        Daemon::Foreground { terminal: Box::new(std::io::stderr()), ready: &mut ready }
+    } else if upper.is_none() && units::wanted(args.daemon)? {
+        Daemon::Unit(unit(args, global, &flags)?)
+    } else {
+        Daemon::Forked
+    };
+    let fuse = FuseOptions {
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
         spin: args.spin,
-        flags,
-        inherited,
     };
-    if let Some(upper) = upper(args, scratch)? {
-        if args.foreground {
-            let why = "a writable mount has no process that could stay in the foreground".into();
-            return Err(mount::MountError::NoBackend { backend: "overlayfs", why }.into());
-        }
-        mount::mount_writable(&plan, &args.target, args.backend, &options, &upper)?;
-    } else if args.foreground {
-        let terminal = Box::new(std::io::stderr());
-        let mut ready = || {
-            if let Err(error) = sys::notify::service_is_ready() {
-                output::note(format_args!("the service manager was not told: {error}"));
-            }
-            pipe.say_from_thread(notify::SUCCESS);
-        };
-        mount::mount_in_foreground(&plan, &args.target, args.backend, &options, terminal, &mut ready)?;
-    } else if units::wanted(args.daemon)? {
-        mount::mount_in_unit(&plan, args.backend, &options.flags, unit(args, global, &options.flags)?)?;
-    } else {
-        mount::mount(&plan, &args.target, args.backend, &options)?;
-    }
+    let (target, backend) = (args.target.as_path(), args.backend);
+    Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon }.run()?;
     Ok(())
 }
 

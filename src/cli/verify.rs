@@ -8,7 +8,7 @@ use serde_json::json;
 use super::build::threads;
 use super::{Global, device, output, progress};
 use crate::deploy::booted::{self, BootRecord};
-use crate::deploy::{self};
+use crate::deploy::target;
 use crate::error::AnyError;
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::store::Store;
@@ -49,13 +49,13 @@ pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
             };
             (text.to_string(), report)
         }
-        Some(target) => {
+        Some(name) => {
             let anchor = Anchor::load(&global.config)?;
             let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-            let (store, image) = deploy::target_image(&device::system(global), booted, &anchor, target)?;
+            let (store, image) = target::image(&device::system(global), booted, &anchor, name)?;
             let manifest = Descriptor::new(MANIFEST, image.digest, image.size);
-            let report = fsck::check_image(store.transport(), &manifest, target, threads(), &progress)?;
-            (target.to_string(), report)
+            let report = fsck::check_image(store.transport(), &manifest, name, threads(), &progress)?;
+            (name.to_string(), report)
         }
     };
     print(&object, &report, global)?;

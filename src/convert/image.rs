@@ -27,14 +27,13 @@ use super::{ConvertError, Effort, Meta, Ready, TarLayer, convert_tar, examine, p
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
+use crate::image::format::Content;
 use crate::image::oci::{
-    CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError,
-    OciImage, SQUASHFS_ZSTD,
+    CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError, OciImage,
+    SQUASHFS_ZSTD, Trust,
 };
-use crate::image::puzzlefs::manifest::Listing;
-use crate::image::squashfs::Squashfs;
 use crate::image::verified::VerifiedSource;
-use crate::image::verity;
+use crate::image::verity::{self, Sealed};
 use crate::image::{FileType, Layer, LayerError};
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer};
@@ -78,14 +77,11 @@ pub enum Storage {
     Puzzlefs,
 }
 
-/// Checks that all layers of an image can be read, before anything is fetched.
+/// Checks that all layers of an image can be brought into a store, before anything is fetched.
 ///
 /// # Errors
 /// [`OciError::UnknownLayer`].
 pub fn check_layers(image: &OciImage) -> Result<(), OciError> {
-    if Listing::of(&image.manifest.layers)?.is_some() {
-        return Ok(());
-    }
     image.layers.iter().try_for_each(|layer| layer.format().map(|_| ()))
 }
 
@@ -110,7 +106,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let mut layers = images(job, &image)?;
     let mut notes = Vec::new();
     for (at, layer) in image.layers.iter().enumerate() {
-        let LayerFormat::Tar(compression) = layer.format()? else { continue };
+        let Content::Tar(compression) = layer.format()?.content() else { continue };
         let tar = TarLayer {
             digest: layer.digest,
             size: layer.size,
@@ -134,12 +130,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         failpoint::hit("build.layer");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
-            *place = LayerDescriptor {
-                digest: converted.sealed.digest,
-                size: converted.sealed.size_bytes,
-                media_type: SQUASHFS_ZSTD.into(),
-                root_hash: Some(converted.sealed.root_hash),
-            };
+            *place = sealed_layer(SQUASHFS_ZSTD, &converted.sealed);
         }
     }
 
@@ -182,7 +173,7 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, In
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(layer) = image.layers.get(at) else { return Ok(done) };
-            if matches!(layer.format()?, LayerFormat::Squashfs | LayerFormat::Erofs) {
+            if layer.image().is_some() {
                 // An error ends this thread alone; the others end after the layer that they are at.
                 let stored = image_layer(job, layer, inner).inspect_err(|_| {
                     next.store(usize::MAX / 2, Ordering::Relaxed);
@@ -215,19 +206,20 @@ fn image_layer(
     threads: NonZeroUsize,
 ) -> Result<LayerDescriptor, IngestError> {
     let wrong = |source| IngestError::Layer { layer: layer.digest, source };
-    let blob = Descriptor::new(&layer.media_type, layer.digest, layer.size);
+    let blob = Descriptor::new(layer.media_type(), layer.digest, layer.size);
     let store = job.writer.store();
-    if layer.root_hash.is_some() && store.has(&blob) {
+    let root_hash = layer.trust.root_hash();
+    if root_hash.is_some() && store.has(&blob) {
         let path = store.blob_path(&layer.digest);
         let file = File::open(&path).on("open", &path)?;
         // It is there already, whole or not: what was checked once is checked again before it is signed for.
-        examine(&file, &layer.digest, layer.root_hash, threads, job.progress).map_err(wrong)?;
+        examine(&file, &layer.digest, root_hash, threads, job.progress).map_err(wrong)?;
         return Ok(layer.clone());
     }
     let task = job.progress.task("fetch", &layer.digest.to_string(), Some(layer.size));
     let temp = job.writer.receive(job.from, &blob, &task)?;
     drop(task);
-    match examine(&temp.file, &layer.digest, layer.root_hash, threads, job.progress).map_err(wrong)? {
+    match examine(&temp.file, &layer.digest, root_hash, threads, job.progress).map_err(wrong)? {
         Ready::Untouched => {
             job.writer.commit(temp, &layer.digest)?;
             failpoint::hit("build.layer");
@@ -238,14 +230,13 @@ fn image_layer(
                 .map_err(|source| wrong(ConvertError::Seal(source)))?;
             job.writer.commit(temp, &sealed.digest)?;
             failpoint::hit("build.layer");
-            Ok(LayerDescriptor {
-                digest: sealed.digest,
-                size: sealed.size_bytes,
-                media_type: layer.media_type.clone(),
-                root_hash: Some(sealed.root_hash),
-            })
+            Ok(sealed_layer(layer.media_type(), &sealed))
         }
     }
+}
+
+fn sealed_layer(media_type: &str, sealed: &Sealed) -> LayerDescriptor {
+    LayerDescriptor::new(media_type, sealed.digest, sealed.size_bytes, Trust::RootHash(sealed.root_hash))
 }
 
 /// The digests of the uncompressed layers that an image's config names; `None` for an artifact.
@@ -281,17 +272,15 @@ fn attributes_below(
     path: &[u8],
 ) -> Result<Option<Meta>, ConvertError> {
     for layer in layers.iter().rev() {
-        let Some(root_hash) = layer.root_hash else { continue };
-        // There is no reader for other formats: such a layer cannot be asked.
-        if layer.format().ok() != Some(LayerFormat::Squashfs) {
-            continue;
-        }
+        let Some(root_hash) = layer.trust.root_hash() else { continue };
+        // Without a reader such a layer cannot be asked.
+        let Some(open) = layer.image().and_then(|format| format.open) else { continue };
         let verity = |source| ConvertError::Verity { layer: layer.digest, source };
         let below = |source| ConvertError::Below { layer: layer.digest, source };
         let file = File::open(store.blob_path(&layer.digest))?;
-        let image = Squashfs::open(Arc::new(VerifiedSource::open(file, root_hash).map_err(verity)?))
-            .map_err(below)?;
-        match folder(&image, path).map_err(below)? {
+        let source = VerifiedSource::open(file, root_hash).map_err(verity)?;
+        let image = open(Arc::new(source)).map_err(below)?;
+        match folder(&*image, path).map_err(below)? {
             Folder::Here(meta) => return Ok(Some(meta)),
             Folder::Hidden => return Ok(None),
             Folder::Unknown => {}
@@ -309,7 +298,7 @@ pub(super) enum Folder {
     Unknown,
 }
 
-pub(super) fn folder(image: &Squashfs, path: &[u8]) -> Result<Folder, LayerError> {
+pub(super) fn folder(image: &dyn Layer, path: &[u8]) -> Result<Folder, LayerError> {
     let mut node = image.root();
     for part in Path::new(std::ffi::OsStr::from_bytes(path)).components() {
         let Component::Normal(name) = part else { continue };

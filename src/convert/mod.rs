@@ -37,7 +37,7 @@ pub use tree::Meta;
 use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
 use crate::image::LayerError;
-use crate::image::oci::Compression;
+use crate::image::format::Compression;
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{self, Located, Sealed, VerityError, locate};
@@ -46,6 +46,9 @@ use crate::progress::{Progress, Task};
 /// zstd's level for content and tables: mksquashfs' default. Of a Debian root, level 9 takes a seventh of
 /// the time for 6 % more space, level 3 a twenty-fifth for 14 %.
 pub const DEFAULT_LEVEL: i32 = 15;
+
+/// The most memory for what is not content, roughly, in bytes.
+const MAX_METADATA_BYTES: u64 = 512 << 20;
 
 /// How hard to work. Only the level changes what comes out.
 #[derive(Debug, Clone, Copy)]

@@ -22,8 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use super::tar::Content;
-use super::tree::MAX_METADATA_BYTES;
-use super::{ConvertError, Effort};
+use super::{ConvertError, Effort, MAX_METADATA_BYTES};
 use crate::digest::Digest;
 
 /// Size of a data block: 128 KiB (docs/design.md, layer bytes).

@@ -23,12 +23,10 @@
 use std::collections::BTreeMap;
 
 use super::tar::{Entry, EntryKind, show};
-use super::{ConvertError, pack::FileData};
+use super::{ConvertError, MAX_METADATA_BYTES, pack::FileData};
 
 /// The most names that a layer may have.
 pub const MAX_ENTRIES: usize = 4_000_000;
-/// The most memory for what is not content, roughly, in bytes.
-pub const MAX_METADATA_BYTES: u64 = 512 << 20;
 /// How many symbolic links a path may lead through: as the kernel's MAXSYMLINKS.
 const MAX_LINKS: usize = 40;
 /// How many notes are kept; those beyond are counted.

@@ -34,15 +34,15 @@ use serde::Serialize;
 
 use super::error::DeployError;
 use super::state::DeploymentId;
-use super::{System, find_target, image_of, running};
+use super::{System, target};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Floor};
 use crate::manifest::ServiceType;
 use crate::mount::holders::{self, Users};
-use crate::mount::table::{self, MountRecord, Mounted};
+use crate::mount::table::{self, LayerRecord, MountRecord, Mounted};
 use crate::mount::units::{self, Unit};
-use crate::mount::{self, Backend, Health, MountError, MountFlags, MountPlan};
+use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request};
 use crate::store::Store;
 use crate::sys::flock::Lock;
 use crate::trust::Anchor;
@@ -173,14 +173,14 @@ pub fn plan(
     backend: Backend,
     names: &[String],
 ) -> Result<ActivationPlan, DeployError> {
-    let (id, verified) = running(system, booted, anchor)?;
+    let (id, verified) = target::running(system, booted, anchor)?;
     if let Some(floor) = floor {
         // Rule (docs/design.md, floor at boot): `version >= floor`.
         floor::check(floor, id.version)?;
     }
     let targets = &verified.manifest().targets;
     for name in names {
-        if find_target(&id, &verified, name)?.service_type == ServiceType::Hostfs {
+        if target::find(&id, &verified, name)?.service_type == ServiceType::Hostfs {
             return Err(DeployError::IsHostfs { id, target: name.clone() });
         }
     }
@@ -191,15 +191,13 @@ pub fn plan(
     let mounted = table::mounted()?;
     let store = Store::open(&system.store_dir())?;
     let mut steps = Vec::new();
-    for (name, target) in targets {
+    for (name, signed) in targets {
         let name = name.as_str();
         let is_meant = names.is_empty() || names.iter().any(|meant| meant == name);
-        if target.service_type == ServiceType::Hostfs || !is_meant {
+        if signed.service_type == ServiceType::Hostfs || !is_meant {
             continue;
         }
-        let wanted = image_of(&store, name, target).map_err(AnyError::from).and_then(|image| {
-            Ok(MountPlan::new(name, &image, &|digest| store.blob_path(digest), &[], false)?)
-        });
+        let wanted = target::plan(&store, name, signed).map_err(AnyError::from);
         let path = folder.join(name);
         let found = find(&path, &mounted, &register);
         let (action, why) = match &wanted {
@@ -258,7 +256,7 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
         return (Action::Mend, "its daemon is gone".into());
     }
     // The register is root's own; the layers are compared all the same, as they are what is verified.
-    if record.digest != wanted.digest || record.layers != wanted.records() || !record.verified {
+    if record.digest != wanted.digest || record.layers != LayerRecord::of(wanted) || !record.verified {
         let old = record.digest.map_or("another image".into(), |digest| digest.to_string());
         return (Action::Remount, format!("{old} is mounted"));
     }
@@ -317,10 +315,14 @@ fn take(
         return Ok(Outcome::Done(backend));
     }
     // Everything that can be wrong with the new image is found before the old one goes.
-    let prepared = match wanted {
-        Some(plan) => Some(mount::prepare(plan, ways.backend, &flags())?),
-        None => None,
+    // The folder is ours, so this is where the target will be also when it is made only below.
+    let place = folder.canonicalize().on("find", folder)?.join(target);
+    let prepare = |plan| {
+        let daemon = (ways.unit)(target, &place).map_or(Daemon::Forked, Daemon::Unit);
+        let request = Request { backend: ways.backend, flags: flags(), daemon, ..Request::new(plan, &place) };
+        request.prepare()
     };
+    let prepared = wanted.as_ref().map(prepare).transpose()?;
     failpoint::hit("activate.prepared");
     if action != Action::Mount
         && let Some(users) = clear(path, action == Action::Mend)?
@@ -333,7 +335,6 @@ fn take(
         let _ = fs::remove_dir(path);
         return Ok(Outcome::Done(None));
     };
-    let place = folder.join(target);
     match fs::create_dir(&place) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(error).on("create", &place)?;
@@ -341,10 +342,9 @@ fn take(
         _ => {}
     }
     failpoint::hit("activate.folder");
-    let place = place.canonicalize().on("find", &place)?;
-    let backend = prepared.attach(&place, (ways.unit)(target, &place))?;
+    let mounted = prepared.attach()?;
     failpoint::hit("activate.mounted");
-    Ok(Outcome::Done(Some(backend.to_string())))
+    Ok(Outcome::Done(Some(mounted.backend.to_string())))
 }
 
 /// The flags of each target's mount: see the module's text.
@@ -428,16 +428,15 @@ pub fn verdict(taken: &[Taken]) -> Result<(), NotActive> {
 mod tests {
     use super::*;
     use crate::digest::Digest;
-    use crate::mount::PlannedLayer;
+    use crate::image::blobs::Blob;
+    use crate::image::oci::{LayerDescriptor, Trust};
+    use crate::mount::{LayerBytes, PlannedLayer};
 
     fn wanted() -> MountPlan {
-        let layer = PlannedLayer {
-            path: "/layer".into(),
-            digest: Digest::of(b"layer"),
-            size: 4096,
-            media_type: "application/vnd.stacker.image.layer.squashfs+zstd+verity".into(),
-            root_hash: Some(Digest::of(b"root")),
-        };
+        let media_type = "application/vnd.stacker.image.layer.squashfs+zstd+verity";
+        let trust = Trust::RootHash(Digest::of(b"root"));
+        let descriptor = LayerDescriptor::new(media_type, Digest::of(b"layer"), 4096, trust);
+        let layer = PlannedLayer { descriptor, bytes: LayerBytes::One(Blob::File("/layer".into())) };
         MountPlan { source: "app".into(), digest: Some(Digest::of(b"image")), layers: vec![layer] }
     }
 
@@ -448,7 +447,7 @@ mod tests {
             source: "app".into(),
             target: "/t/app".into(),
             digest: plan.digest,
-            layers: plan.records(),
+            layers: LayerRecord::of(&plan),
             backend: "fuse".into(),
             verified: true,
             device: "0:9".into(),

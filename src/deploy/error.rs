@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::state::{DeploymentId, Refusal};
+use super::id::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::floor::FloorError;
 use crate::image::oci::OciError;
+use crate::mount::PlanError;
 use crate::store::StoreError;
 use crate::transport::TransportError;
 use crate::trust::TrustError;
@@ -32,6 +33,9 @@ pub enum DeployError {
     /// The floor refused, or could not be asked.
     #[error(transparent)]
     Floor(#[from] FloorError),
+    /// A target's image cannot be mounted as it is signed.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// The state file is not one that this program knows.
     #[error("state file {}: {why}", path.display())]
     State {
@@ -176,6 +180,7 @@ impl Classified for DeployError {
             Self::Oci(error) => error.class(),
             Self::Trust(error) => error.class(),
             Self::Floor(error) => error.class(),
+            Self::Plan(error) => error.class(),
             Self::NoneLeft { class, .. } => *class,
             Self::OtherManifest { .. } | Self::OtherContent { .. } | Self::OtherSize { .. } => {
                 Class::Verification

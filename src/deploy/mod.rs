@@ -25,23 +25,24 @@ pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod gc;
+pub mod id;
 pub mod plan;
 pub mod state;
 pub mod status;
+pub mod target;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use error::DeployError;
-pub use state::{DeploymentId, State};
+pub use id::DeploymentId;
+pub use state::State;
 
 use crate::error::IoContext;
 use crate::floor::{Floor, Policy};
-use crate::image::oci::{Descriptor, OciImage};
-use crate::manifest::system::Target;
 use crate::store::Store;
 use crate::sys::flock::Lock;
-use crate::trust::{Anchor, Dates, Verified};
+use crate::trust::Verified;
 
 /// The folder on a device where the deployed system lives.
 #[derive(Debug, Clone)]
@@ -142,78 +143,12 @@ pub fn check_complete(system: &System, verified: &Verified) -> Result<(), Deploy
             return Err(missing(target.digest));
         }
         let image = store.image(&target.digest)?;
-        check_size(name.as_str(), target, &image)?;
-        for layer in &image.layers {
-            if !store.has(&Descriptor::new(&layer.media_type, layer.digest, layer.size)) {
-                return Err(missing(layer.digest));
+        target::check_size(name.as_str(), target, &image)?;
+        for blob in &image.manifest.layers {
+            if !store.has(blob) {
+                return Err(missing(blob.digest));
             }
         }
     }
     Ok(())
-}
-
-/// The image of a target of a deployment: the running one where mosfs booted this machine, else the
-/// current one. The deployment is verified afresh.
-///
-/// # Errors
-/// [`DeployError::NothingInstalled`], [`DeployError::NoSuchTarget`] with the targets that there
-/// are, and whatever verification says.
-pub fn target_image(
-    system: &System,
-    booted: Option<DeploymentId>,
-    anchor: &Anchor,
-    name: &str,
-) -> Result<(Store, OciImage), DeployError> {
-    let (id, verified) = running(system, booted, anchor)?;
-    let target = find_target(&id, &verified, name)?;
-    let store = Store::open(&system.store_dir())?;
-    let image = image_of(&store, name, target)?;
-    Ok((store, image))
-}
-
-/// The deployment that runs, verified afresh: the booted one where mosfs booted this machine, else the
-/// current one.
-fn running(
-    system: &System,
-    booted: Option<DeploymentId>,
-    anchor: &Anchor,
-) -> Result<(DeploymentId, Verified), DeployError> {
-    let id = match booted {
-        Some(id) => id,
-        None => system
-            .state()?
-            .current
-            .ok_or_else(|| DeployError::NothingInstalled { path: system.root().to_path_buf() })?,
-    };
-    let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
-    Ok((id, verified))
-}
-
-fn find_target<'a>(id: &DeploymentId, verified: &'a Verified, name: &str) -> Result<&'a Target, DeployError> {
-    let targets = &verified.manifest().targets;
-    let found = targets.iter().find(|(known, _)| known.as_str() == name).map(|(_, target)| target);
-    found.ok_or_else(|| {
-        let known = targets.keys().map(ToString::to_string).collect();
-        DeployError::NoSuchTarget { id: *id, target: name.to_string(), known }
-    })
-}
-
-/// The image of a target, its OCI manifest checked by digest and size.
-fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, DeployError> {
-    let image = store.image(&target.digest)?;
-    check_size(name, target, &image)?;
-    Ok(image)
-}
-
-/// Rule: a target is told by digest and size (docs/design.md, targets by digest).
-fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
-    if image.size == target.size {
-        return Ok(());
-    }
-    Err(DeployError::OtherSize {
-        target: name.to_string(),
-        digest: target.digest,
-        expected: target.size,
-        found: image.size,
-    })
 }

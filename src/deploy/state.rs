@@ -16,14 +16,12 @@
 //! trusted: everything that it names is verified afresh before it is used, so whoever can write
 //! it can at most choose among systems that the product's owner signed and the floor allows.
 
-use std::fmt;
 use std::path::Path;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::error::DeployError;
-use crate::digest::Digest;
+pub use super::id::{BadDeploymentId, DeploymentId, Refusal};
 use crate::error::IoContext;
 use crate::sys::atomic;
 
@@ -36,57 +34,6 @@ const MAX_BYTES: u64 = 1 << 20;
 /// How much of an error's text is kept, in characters.
 const MAX_WHY: usize = 2000;
 
-/// A deployment's name: version and the digest of its system manifest. Text form `VERSION-HEX`,
-/// which is also the name of its folder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct DeploymentId {
-    /// The version of the system.
-    pub version: u64,
-    /// The digest of the system manifest.
-    pub digest: Digest,
-}
-
-impl fmt::Display for DeploymentId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.version, self.digest.hex())
-    }
-}
-
-/// A text that is not the name of a deployment.
-#[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not the name of a deployment: expected VERSION-HEX")]
-pub struct BadDeploymentId(String);
-
-impl FromStr for DeploymentId {
-    type Err = BadDeploymentId;
-
-    fn from_str(text: &str) -> Result<Self, BadDeploymentId> {
-        let wrong = || BadDeploymentId(text.chars().take(100).collect());
-        let (version, digest) = text.split_once('-').ok_or_else(wrong)?;
-        let id = Self {
-            version: version.parse().map_err(|_| wrong())?,
-            digest: Digest::from_hex(digest).map_err(|_| wrong())?,
-        };
-        // One spelling only: "+7" and "007" are numbers to Rust, but not names of ours.
-        if id.to_string() == text { Ok(id) } else { Err(wrong()) }
-    }
-}
-
-impl TryFrom<String> for DeploymentId {
-    type Error = BadDeploymentId;
-
-    fn try_from(text: String) -> Result<Self, BadDeploymentId> {
-        text.parse()
-    }
-}
-
-impl From<DeploymentId> for String {
-    fn from(id: DeploymentId) -> Self {
-        id.to_string()
-    }
-}
-
 /// A deployment that was installed by an update and has not yet proved healthy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -95,16 +42,6 @@ pub struct Pending {
     pub deployment: DeploymentId,
     /// How many boots it still may try. A try is spent, and synced, before it is used.
     pub tries_left: u32,
-}
-
-/// A deployment that was not booted, and why.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Refusal {
-    /// Which one.
-    pub deployment: DeploymentId,
-    /// The reason, as a sentence.
-    pub why: String,
 }
 
 /// How the last boot choice ended.
@@ -226,6 +163,7 @@ pub fn clip(why: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::Digest;
 
     fn id(version: u64) -> DeploymentId {
         DeploymentId { version, digest: Digest::of(&version.to_be_bytes()) }

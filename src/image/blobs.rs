@@ -1,88 +1,219 @@
-//! Whole blobs by their digest, for formats that keep content in many small blobs.
+//! Where the blobs of an image are: a store on this machine, or a place elsewhere.
 //!
-//! Squashfs and erofs images are one file each, read in part through a [`Source`](super::Source). A PuzzleFS image
-//! is a blob of metadata and thousands of chunks, each read whole and checked against its digest.
+//! A layer that is one file is read in parts, and its bytes are verified by who reads them ([`Blobs::blob`]). A
+//! layer of many blobs reads each of them whole, and gets it verified ([`Blobs::read`]).
+//!
+//! **What was hashed is what is used.** [`Blobs::read`] copies the blob into private memory, and compares length and
+//! digest of that copy.
 
-use std::fs::File;
+use std::fmt;
+use std::fs::OpenOptions;
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::source::ReadError;
+use super::bytes::ReadAt;
 use crate::digest::Digest;
+use crate::error::{Class, Classified};
 
-/// Blobs that are read whole.
-///
-/// What is returned lies in memory of this process and was checked there: length and SHA-256. A blob that
-/// changes underneath, at any moment, gives an error.
-pub trait Blobs: Send + Sync {
-    /// Reads the blob `digest` of `stored_bytes` bytes into `out`, whose content is replaced.
+/// A place that has blobs, by their digests.
+pub trait Blobs: fmt::Debug + Send + Sync {
+    /// A blob that is to be read in parts. Nothing is checked, opened or fetched: whoever reads it verifies what it
+    /// reads.
     ///
-    /// `out` grows to at most `stored_bytes` bytes, so the caller checks that number first.
+    /// `stored_bytes` is its size, as the manifest says.
+    fn blob(&self, digest: &Digest, stored_bytes: u64) -> Blob;
+
+    /// Reads a whole blob into `bytes`, in place of what they hold.
+    ///
+    /// `stored_bytes` is its size, as the manifest says; the caller bounds it. No more memory is used.
     ///
     /// # Errors
-    /// [`ReadError::Io`] where the blob is missing or cannot be read, [`ReadError::Length`] where it is shorter or
-    /// longer, [`ReadError::Verity`] where its content has another digest. `out` is empty then.
-    fn read(&self, digest: &Digest, stored_bytes: u64, out: &mut Vec<u8>) -> Result<(), ReadError>;
+    /// [`BlobError`]; `bytes` are empty then.
+    fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError>;
 }
 
-/// The blobs of an OCI layout in a folder (`DIR/blobs/sha256`).
-#[derive(Debug, Clone)]
-pub struct BlobFolder {
-    folder: PathBuf,
+/// One blob, unverified.
+#[derive(Clone)]
+pub enum Blob {
+    /// A file of this machine.
+    File(PathBuf),
+    /// A blob that is read from elsewhere, part by part.
+    Remote {
+        /// The place, for messages.
+        place: String,
+        /// Its bytes.
+        bytes: Arc<dyn ReadAt>,
+    },
 }
+
+impl Blob {
+    /// Its file, if it is one of this machine.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Remote { .. } => None,
+        }
+    }
+}
+
+/// Where it is.
+impl fmt::Display for Blob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Remote { place, .. } => f.write_str(place),
+        }
+    }
+}
+
+impl fmt::Debug for Blob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Blob({self})")
+    }
+}
+
+/// Why a whole blob cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    /// It cannot be read.
+    #[error("blob {digest}: {source}")]
+    Io {
+        /// The blob.
+        digest: Digest,
+        /// The operating system's, or the transport's, answer.
+        source: io::Error,
+    },
+    /// It is longer or shorter than the manifest says.
+    #[error("blob {digest} has {found} bytes, expected {expected}")]
+    Size {
+        /// The blob.
+        digest: Digest,
+        /// The size that it should have, in bytes.
+        expected: u64,
+        /// How many bytes were read; one more than expected where it is longer.
+        found: u64,
+    },
+    /// Its content is not what its digest names.
+    #[error("blob {expected}: its content has digest {found}")]
+    Content {
+        /// The blob.
+        expected: Digest,
+        /// The digest of what was read.
+        found: Digest,
+    },
+}
+
+impl Classified for BlobError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Io { .. } => Class::Failure,
+            Self::Size { .. } | Self::Content { .. } => Class::Verification,
+        }
+    }
+}
+
+/// Reads a stream to its end as a whole blob, with the checks of [`Blobs::read`].
+///
+/// # Errors
+/// As [`Blobs::read`].
+pub fn read_whole(
+    from: impl Read,
+    digest: &Digest,
+    stored_bytes: u64,
+    bytes: &mut Vec<u8>,
+) -> Result<(), BlobError> {
+    bytes.clear();
+    // One byte more than promised, so that a longer blob is seen.
+    let read = from.take(stored_bytes.saturating_add(1)).read_to_end(bytes);
+    let checked = match read {
+        Err(source) => Err(BlobError::Io { digest: *digest, source }),
+        // Rule (OCI descriptors): content has the size and the digest of its descriptor.
+        Ok(_) if bytes.len() as u64 != stored_bytes => {
+            Err(BlobError::Size { digest: *digest, expected: stored_bytes, found: bytes.len() as u64 })
+        }
+        Ok(_) => match Digest::of(bytes) {
+            found if found == *digest => Ok(()),
+            found => Err(BlobError::Content { expected: *digest, found }),
+        },
+    };
+    // Nothing unchecked is left where a careless caller could find it.
+    checked.inspect_err(|_| bytes.clear())
+}
+
+/// The blobs of an OCI layout in a folder: `DIR/blobs/sha256/HEX`.
+#[derive(Debug, Clone)]
+pub struct BlobFolder(PathBuf);
 
 impl BlobFolder {
-    /// The blobs in `folder`, each in a file named by the 64 hex digits of its SHA-256.
-    pub fn new(folder: PathBuf) -> Self {
-        Self { folder }
+    /// The blobs of the layout in `dir`.
+    pub fn of_layout(dir: &Path) -> Self {
+        Self(dir.join("blobs/sha256"))
+    }
+
+    /// Where a blob is, or would be.
+    pub fn path(&self, digest: &Digest) -> PathBuf {
+        self.0.join(digest.hex())
     }
 }
 
 impl Blobs for BlobFolder {
-    fn read(&self, digest: &Digest, stored_bytes: u64, out: &mut Vec<u8>) -> Result<(), ReadError> {
-        out.clear();
-        let len = usize::try_from(stored_bytes).unwrap_or(usize::MAX);
-        let read = |out: &mut Vec<u8>| -> io::Result<u64> {
-            let mut file = File::open(self.folder.join(digest.hex()))?;
-            out.try_reserve_exact(len)?;
-            Read::by_ref(&mut file).take(stored_bytes).read_to_end(out)?;
-            // Whether there is a byte too many.
-            Ok(file.read(&mut [0])? as u64)
-        };
-        let more = match read(out) {
-            Ok(more) => more,
-            Err(source) => {
-                out.clear();
-                return Err(ReadError::Io { offset: 0, len, source });
-            }
-        };
-        if more > 0 {
-            out.clear();
-            return Err(ReadError::Length {
-                blob: *digest,
-                expected: stored_bytes,
-                found: stored_bytes + more,
-            });
+    fn blob(&self, digest: &Digest, _: u64) -> Blob {
+        Blob::File(self.path(digest))
+    }
+
+    fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
+        let failed = |source| BlobError::Io { digest: *digest, source };
+        // O_NONBLOCK: opening a pipe that nobody writes to must not hang. It means nothing for files.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(self.path(digest))
+            .map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file")));
         }
-        let checked = check(digest, stored_bytes, out);
-        if checked.is_err() {
-            out.clear();
-        }
-        checked
+        read_whole(file, digest, stored_bytes, bytes)
     }
 }
 
-/// Checks bytes in memory against the length and digest of the blob that they should be.
-///
-/// # Errors
-/// [`ReadError::Length`], [`ReadError::Verity`].
-pub fn check(digest: &Digest, stored_bytes: u64, bytes: &[u8]) -> Result<(), ReadError> {
-    if bytes.len() as u64 != stored_bytes {
-        return Err(ReadError::Length { blob: *digest, expected: stored_bytes, found: bytes.len() as u64 });
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_blob_is_the_right_one_or_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = BlobFolder::of_layout(dir.path());
+        let digest = Digest::of(b"content");
+        let path = blobs.path(&digest);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut bytes = b"what was there".to_vec();
+
+        let error = blobs.read(&digest, 7, &mut bytes).unwrap_err();
+        assert!(matches!(error, BlobError::Io { .. }) && error.class() == Class::Failure, "{error}");
+        fs::write(&path, b"content").unwrap();
+        blobs.read(&digest, 7, &mut bytes).unwrap();
+        assert_eq!(bytes, b"content");
+
+        for (stored_bytes, content, said) in [
+            (7, &b"contenT"[..], "its content has digest"),
+            (7, b"conten", "has 6 bytes, expected 7"),
+            (7, b"content and more", "has 8 bytes, expected 7"),
+            (u64::MAX, b"content", "has 7 bytes, expected 18446744073709551615"),
+        ] {
+            fs::write(&path, content).unwrap();
+            let error = blobs.read(&digest, stored_bytes, &mut bytes).unwrap_err();
+            assert!(error.to_string().contains(said), "{error}");
+            assert_eq!((error.class(), bytes.len()), (Class::Verification, 0));
+        }
+
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(blobs.read(&digest, 7, &mut bytes), Err(BlobError::Io { .. })));
+        assert_eq!(blobs.blob(&digest, 7).file(), Some(&*path));
     }
-    let found = Digest::of(bytes);
-    if found != *digest {
-        return Err(ReadError::Verity { what: "blob".into(), block: 0, expected: *digest, found });
-    }
-    Ok(())
 }

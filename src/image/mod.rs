@@ -1,11 +1,23 @@
 //! Images: file formats of layers, how their bytes are verified, and how layers are merged.
 //!
-//! A format is one file or folder here and one row in its table. Parsers take bytes from a
-//! [`Source`] and never do I/O of their own, so that the same reader serves a verified file, a
-//! device, memory and a fuzzer.
+//! ```text
+//! oci.rs        the documents: which layers an image has
+//! format.rs     THE table of formats: media types, magic, reader, what the kernel calls it
+//! bytes.rs      ReadAt: unchecked bytes of a file, a device, a blob elsewhere
+//! blobs.rs      Blobs: whole blobs by digest, and where the bytes of a layer are
+//! verity/       the hash tree: locate, build; verified.rs reads through it
+//! source.rs     Source: bytes that are checked, or that nobody asked to check
+//! layer.rs      Layer: the files of a layer, whatever its format
+//! squashfs/     a reader; each format has a folder of its own
+//! overlay/      the merged view of layers
+//! ```
+//!
+//! A format is one folder here and one row in [`format`]. Parsers take bytes from a [`Source`] and never do I/O of
+//! their own, so that the same reader serves a verified file, a device, memory and a fuzzer.
 
 pub mod blobs;
 pub mod bytes;
+pub mod format;
 pub mod layer;
 pub mod oci;
 pub mod overlay;

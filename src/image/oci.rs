@@ -11,15 +11,16 @@
 //! is why documents are not the types of the `oci-spec` crate, whose maps have a random order; names
 //! of machines and annotations are its own.
 //!
-//! Bounds: [`MAX_MANIFEST_BYTES`] a document, [`MAX_LAYERS`] layers, [`MAX_INDEX_ENTRIES`] entries.
+//! Bounds: [`MAX_MANIFEST_BYTES`] a document, [`MAX_LAYERS`] layers, [`MAX_CHUNKS`] chunks, [`MAX_INDEX_ENTRIES`] entries.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use oci_spec::image::{Arch, Os};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use super::puzzlefs::manifest as puzzlefs;
+use super::format::{Chunks, ImageFormat, LayerFormat};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified};
 
@@ -29,6 +30,8 @@ pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 pub const MAX_INDEX_BYTES: u64 = 16 << 20;
 /// The most layers that an image may have.
 pub const MAX_LAYERS: usize = 1_000;
+/// The most entries of a manifest that are chunks of a layer.
+pub const MAX_CHUNKS: usize = 65_536;
 /// The most entries that an index may have.
 pub const MAX_INDEX_ENTRIES: usize = 65_536;
 
@@ -248,10 +251,9 @@ impl Manifest {
             return Err(OciError::Ambiguous { document: "image manifest", field: "manifests" });
         }
         check_schema("image manifest", manifest.schema_version)?;
-        // The chunks of a PuzzleFS image have a limit of their own (`puzzlefs::manifest::MAX_CHUNKS`).
-        let layers = manifest.layers.iter().filter(|layer| !puzzlefs::is_chunk(&layer.media_type)).count();
-        limit("image manifest", "layers", layers, MAX_LAYERS)?;
-        limit("image manifest", "chunks", manifest.layers.len() - layers, puzzlefs::MAX_CHUNKS)?;
+        let chunks = manifest.layers.iter().filter(|one| LayerFormat::is_chunk(&one.media_type)).count();
+        limit("image manifest", "layers", manifest.layers.len() - chunks, MAX_LAYERS)?;
+        limit("image manifest", "chunks", chunks, MAX_CHUNKS)?;
         Ok(manifest)
     }
 
@@ -334,72 +336,49 @@ fn check_kind(document: &'static str, found: Option<&str>, allowed: &[&str]) -> 
     }
 }
 
-/// The formats that a layer may have, each with the media types that say so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum LayerFormat {
-    /// A squashfs image, with or without a verity tree.
-    Squashfs,
-    /// An erofs image, with or without a verity tree.
-    Erofs,
-    /// A tar stream.
-    Tar(Compression),
-}
-
-/// How a tar layer is compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Compression {
-    /// Not at all.
+/// What the manifest says that the bytes of a layer are checked against when they are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trust {
+    /// A root hash: every block, through the hash tree in the layer's own file.
+    RootHash(Digest),
+    /// The digests of the blobs: each blob as a whole.
+    Content,
+    /// Nothing.
     None,
-    /// gzip, one or many members.
-    Gzip,
-    /// zstd, one or many frames.
-    Zstd,
 }
 
-impl LayerFormat {
-    /// Media types of layers. A type matches a row when it is the row's text, or, for an image of
-    /// a file system, when a `+` follows (`+zstd`, `+gzip+verity` …).
-    const TABLE: [(&'static str, LayerFormat); 13] = [
-        ("application/vnd.stacker.image.layer.squashfs", LayerFormat::Squashfs),
-        ("application/vnd.stacker.image.layer.erofs", LayerFormat::Erofs),
-        ("application/vnd.oci.image.layer.v1.tar", LayerFormat::Tar(Compression::None)),
-        ("application/vnd.oci.image.layer.v1.tar+gzip", LayerFormat::Tar(Compression::Gzip)),
-        ("application/vnd.oci.image.layer.v1.tar+zstd", LayerFormat::Tar(Compression::Zstd)),
-        ("application/vnd.oci.image.layer.nondistributable.v1.tar", LayerFormat::Tar(Compression::None)),
-        ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", LayerFormat::Tar(Compression::Gzip)),
-        ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", LayerFormat::Tar(Compression::Zstd)),
-        ("application/vnd.docker.image.rootfs.diff.tar", LayerFormat::Tar(Compression::None)),
-        ("application/vnd.docker.image.rootfs.diff.tar.gzip", LayerFormat::Tar(Compression::Gzip)),
-        ("application/vnd.docker.image.rootfs.diff.tar.zstd", LayerFormat::Tar(Compression::Zstd)),
-        ("application/vnd.docker.image.rootfs.foreign.diff.tar", LayerFormat::Tar(Compression::None)),
-        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", LayerFormat::Tar(Compression::Gzip)),
-    ];
-
-    /// The format that a media type names, or `None` where mosfs does not know it.
-    pub fn of(media_type: &str) -> Option<Self> {
-        Self::TABLE.into_iter().find_map(|(name, format)| {
-            let rest = media_type.strip_prefix(name)?;
-            let filesystem = matches!(format, LayerFormat::Squashfs | LayerFormat::Erofs);
-            (rest.is_empty() || filesystem && rest.starts_with('+')).then_some(format)
-        })
+impl Trust {
+    /// The root hash, if there is one.
+    pub fn root_hash(self) -> Option<Digest> {
+        match self {
+            Self::RootHash(hash) => Some(hash),
+            Self::Content | Self::None => None,
+        }
     }
 }
 
-/// One layer of an image.
+/// One layer of an image: parsed here, and carried as it is to whoever mounts, checks or converts it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerDescriptor {
     /// SHA-256 of the blob.
     pub digest: Digest,
     /// Size of the blob, in bytes, with the verity tree.
     pub size: u64,
-    /// What the blob is; [`LayerDescriptor::format`] reads it.
-    pub media_type: String,
-    /// The root hash of its verity tree. Whoever reads the blob holds the rule (docs/design.md, both or neither):
-    /// "root hash and tree both there, or both absent; anything else is refused".
-    pub root_hash: Option<Digest>,
+    /// What its bytes are checked against. Whoever reads a blob with a root hash holds the rule (docs/design.md,
+    /// both or neither): root hash and tree are both there, or both absent.
+    pub trust: Trust,
+    /// As the manifest says it, to be written again.
+    media_type: String,
+    format: Option<LayerFormat>,
 }
 
 impl LayerDescriptor {
+    /// A layer of this media type.
+    pub fn new(media_type: &str, digest: Digest, size: u64, trust: Trust) -> Self {
+        let format = LayerFormat::of(media_type);
+        Self { digest, size, trust, media_type: media_type.to_string(), format }
+    }
+
     /// Reads a layer's descriptor.
     ///
     /// # Errors
@@ -418,12 +397,18 @@ impl LayerDescriptor {
             }
             root_hash = Some(hash);
         }
-        Ok(Self {
-            digest: descriptor.digest,
-            size: descriptor.size,
-            media_type: descriptor.media_type.clone(),
-            root_hash,
-        })
+        let trust = root_hash.map_or(Trust::None, Trust::RootHash);
+        let mut layer = Self::new(&descriptor.media_type, descriptor.digest, descriptor.size, trust);
+        if layer.format.is_some_and(LayerFormat::is_chunked) {
+            // There is no one tree over many blobs: their digests are the whole of it.
+            layer.trust = Trust::Content;
+        }
+        Ok(layer)
+    }
+
+    /// The layer, with its bytes checked against something else.
+    pub fn with_trust(self, trust: Trust) -> Self {
+        Self { trust, ..self }
     }
 
     /// The format of the blob.
@@ -431,14 +416,24 @@ impl LayerDescriptor {
     /// # Errors
     /// [`OciError::UnknownLayer`].
     pub fn format(&self) -> Result<LayerFormat, OciError> {
-        LayerFormat::of(&self.media_type)
+        self.format
             .ok_or_else(|| OciError::UnknownLayer { layer: self.digest, media_type: self.media_type.clone() })
+    }
+
+    /// How it is read as a file system in one file, if it is one.
+    pub fn image(&self) -> Option<ImageFormat> {
+        self.format.and_then(LayerFormat::image)
+    }
+
+    /// Its media type, as the manifest says it. For manifests and messages: what it means is the format.
+    pub fn media_type(&self) -> &str {
+        &self.media_type
     }
 
     /// The descriptor that goes into a manifest.
     pub fn to_descriptor(&self) -> Descriptor {
         let mut descriptor = Descriptor::new(&self.media_type, self.digest, self.size);
-        if let Some(hash) = &self.root_hash {
+        if let Some(hash) = self.trust.root_hash() {
             descriptor.annotations.insert(ROOT_HASH.into(), hex(hash.as_bytes()));
         }
         descriptor
@@ -454,7 +449,9 @@ pub struct OciImage {
     pub size: u64,
     /// The layers, the bottom one first.
     pub layers: Vec<LayerDescriptor>,
-    /// The manifest as it was written.
+    /// The chunks of a layer that is many blobs; else empty.
+    pub chunks: Arc<Chunks>,
+    /// The manifest as it was written: its layers and chunks are all the blobs that the image needs.
     pub manifest: Manifest,
 }
 
@@ -468,9 +465,28 @@ impl OciImage {
     /// See [`OciError`].
     pub fn parse(bytes: &[u8]) -> Result<Self, OciError> {
         let manifest = Manifest::parse(bytes)?;
-        let layers =
-            manifest.layers.iter().map(LayerDescriptor::from_descriptor).collect::<Result<_, _>>()?;
-        Ok(Self { digest: Digest::of(bytes), size: bytes.len() as u64, layers, manifest })
+        let (mut layers, mut chunks) = (Vec::new(), Chunks::new());
+        for descriptor in &manifest.layers {
+            if !LayerFormat::is_chunk(&descriptor.media_type) {
+                layers.push(LayerDescriptor::from_descriptor(descriptor)?);
+                continue;
+            }
+            // The same chunk may be listed many times.
+            let (chunk, size) = (descriptor.digest, descriptor.size);
+            match chunks.insert(chunk, size) {
+                Some(other) if other != size => {
+                    return Err(OciError::ChunkSize { chunk, sizes: [other, size] });
+                }
+                _ => {}
+            }
+        }
+        // Rule: a layer of many blobs is the whole image. Which chunk is whose could not be told otherwise.
+        let chunked = layers.iter().filter(|layer| layer.format.is_some_and(LayerFormat::is_chunked)).count();
+        if chunked != 0 && (chunked, layers.len()) != (1, 1) || chunked == 0 && !chunks.is_empty() {
+            return Err(OciError::Mixed { chunked, others: layers.len() - chunked, chunks: chunks.len() });
+        }
+        let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
+        Ok(Self { digest, size, layers, chunks: Arc::new(chunks), manifest })
     }
 }
 
@@ -541,11 +557,25 @@ pub enum OciError {
         /// The annotation.
         found: String,
     },
-    /// The blobs of a PuzzleFS image do not make one.
-    #[error("the image is a PuzzleFS image, and cannot be read as one: {why}")]
-    Puzzlefs {
-        /// What is wrong.
-        why: String,
+    /// A chunk is listed with two sizes.
+    #[error("chunk {chunk} is listed with {} bytes and with {} bytes", sizes[0], sizes[1])]
+    ChunkSize {
+        /// The chunk.
+        chunk: Digest,
+        /// The sizes, in bytes.
+        sizes: [u64; 2],
+    },
+    /// A layer of many blobs is not the only one, or there are chunks without one.
+    #[error(
+        "the image has {chunked} layers made of chunks, {others} other layers and {chunks} chunks; expected one layer made of chunks alone, or no chunks"
+    )]
+    Mixed {
+        /// How many layers are made of chunks.
+        chunked: usize,
+        /// How many other layers there are.
+        others: usize,
+        /// How many chunks there are.
+        chunks: usize,
     },
     /// A layer is of a kind that mosfs cannot read.
     #[error("layer {layer}: unknown media type `{media_type}`")]
@@ -613,34 +643,51 @@ mod tests {
     }
 
     #[test]
-    fn the_media_types_of_layers() {
-        let squashfs = "application/vnd.stacker.image.layer.squashfs";
-        for tail in ["", "+zstd", "+gzip", "+zstd+verity", "+verity"] {
-            assert_eq!(LayerFormat::of(&format!("{squashfs}{tail}")), Some(LayerFormat::Squashfs));
+    fn many_chunks_are_one_layer() {
+        const ROOTFS: &str = "application/vnd.puzzlefs.image.rootfs.v1";
+        const CHUNK: &str = "application/vnd.puzzlefs.image.filedata.v1+zstd";
+        let entry = |media_type: &str, number: usize, size: u64| {
+            let digest = Digest::of(&number.to_le_bytes());
+            format!(r#"{{"mediaType":"{media_type}","digest":"{digest}","size":{size}}}"#)
+        };
+        let parse =
+            |entries: &[String]| OciImage::parse(&manifest(&format!(r#","layers":[{}]"#, entries.join(","))));
+        let mut entries = vec![entry(ROOTFS, 0, 100)];
+        entries.extend((1..2000).map(|number| entry(CHUNK, number, 7)));
+        entries.push(entry(CHUNK, 5, 7));
+        let image = parse(&entries).unwrap();
+        assert_eq!((image.layers.len(), image.chunks.len()), (1, 1999));
+        assert_eq!((image.layers[0].trust, image.layers[0].size), (Trust::Content, 100));
+        assert_eq!(image.chunks.get(&Digest::of(&5_usize.to_le_bytes())), Some(&7));
+        assert_eq!(image.manifest.layers.len(), 2001, "all blobs that the image needs");
+
+        let two_sizes = [entry(ROOTFS, 0, 100), entry(CHUNK, 1, 7), entry(CHUNK, 1, 8)];
+        assert!(matches!(parse(&two_sizes), Err(OciError::ChunkSize { sizes: [7, 8], .. })));
+        for mixed in [
+            vec![entry(ROOTFS, 0, 100), entry(ROOTFS, 1, 100)],
+            vec![entry(ROOTFS, 0, 100), entry(SQUASHFS_ZSTD, 1, 100)],
+            vec![entry(SQUASHFS_ZSTD, 0, 100), entry(CHUNK, 1, 100)],
+            vec![entry(CHUNK, 1, 100)],
+        ] {
+            assert!(matches!(parse(&mixed), Err(OciError::Mixed { .. })), "{mixed:?}");
         }
-        assert_eq!(
-            LayerFormat::of("application/vnd.stacker.image.layer.erofs+lz4hc"),
-            Some(LayerFormat::Erofs)
-        );
-        let tar = "application/vnd.oci.image.layer.v1.tar";
-        assert_eq!(LayerFormat::of(tar), Some(LayerFormat::Tar(Compression::None)));
-        assert_eq!(LayerFormat::of(&format!("{tar}+gzip")), Some(LayerFormat::Tar(Compression::Gzip)));
-        for unknown in
-            [format!("{tar}+gzip+encrypted"), format!("{squashfs}x"), format!("{tar}+xz"), "".into()]
-        {
-            assert_eq!(LayerFormat::of(&unknown), None, "{unknown}");
-        }
+        let many: Vec<_> = (0..=MAX_CHUNKS).map(|_| r#"{"mediaType":"MT","digest":"D","size":1}"#).collect();
+        let short = "application/vnd.puzzlefs.image.filedata.v1";
+        let text = many.join(",").replace("MT", short).replace("\"D\"", &format!("\"{D}\""));
+        let error = Manifest::parse(&manifest(&format!(r#","layers":[{text}]"#))).unwrap_err();
+        // 4 MiB hold fewer of them, so that bound comes first.
+        assert!(matches!(error, OciError::TooBig { .. } | OciError::TooMany { .. }), "{error}");
     }
 
     #[test]
     fn a_root_hash_has_two_names_and_one_value() {
         let mut descriptor = Descriptor::of(SQUASHFS_ZSTD, b"x");
         let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
-        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().root_hash, None);
+        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().trust, Trust::None);
         descriptor.annotations.insert(ROOT_HASH_OLD.into(), one.hex());
-        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().root_hash, Some(one));
+        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().trust, Trust::RootHash(one));
         descriptor.annotations.insert(ROOT_HASH.into(), one.hex());
-        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().root_hash, Some(one));
+        assert_eq!(LayerDescriptor::from_descriptor(&descriptor).unwrap().trust, Trust::RootHash(one));
         descriptor.annotations.insert(ROOT_HASH.into(), two.hex());
         assert!(matches!(LayerDescriptor::from_descriptor(&descriptor), Err(OciError::RootHash { .. })));
         descriptor.annotations.insert(ROOT_HASH.into(), "00".into());

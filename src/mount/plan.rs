@@ -1,23 +1,16 @@
-//! What is to be mounted: the plan (pure), and the layers that it opens.
+//! What is to be mounted. Pure: nothing is opened.
 
-use std::fs::File;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
-use super::MountError;
-use super::kernel::dm_verity::LayerInput;
-use super::kernel::through_device::through_device;
-use super::table::LayerRecord;
 use crate::digest::Digest;
-use crate::image::layer::Layer;
-use crate::image::oci::{LayerFormat, OciImage};
-use crate::image::source::Source;
-use crate::image::squashfs::Squashfs;
-use crate::image::verified::{PlainSource, VerifiedSource};
-use crate::image::verity::VerityError;
+use crate::error::{Class, Classified};
+use crate::image::blobs::{Blob, Blobs};
+use crate::image::format::{ChunkedLayer, LayerFormat};
+use crate::image::oci::{LayerDescriptor, OciImage, Trust};
 
 /// What is to be mounted, all of it from a manifest whose digest was checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct MountPlan {
     /// What the user asked for: a target's name or an OCI source.
     pub source: String,
@@ -28,125 +21,142 @@ pub struct MountPlan {
 }
 
 /// A layer of a plan.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct PlannedLayer {
-    /// The file that holds it.
-    pub path: PathBuf,
-    /// SHA-256 of the file, as the manifest says; it is not checked, the root hash is.
-    pub digest: Digest,
-    /// Size of the file in bytes, as the manifest says.
-    pub size: u64,
-    /// The manifest's media type.
-    pub media_type: String,
-    /// The root hash of its hash tree; `None` only with `unsafe_no_verity`.
-    pub root_hash: Option<Digest>,
+    /// The layer as the manifest describes it; its `trust` is what its bytes will be checked against.
+    pub descriptor: LayerDescriptor,
+    /// Where its bytes are.
+    pub bytes: LayerBytes,
+}
+
+/// Where the bytes of a layer are.
+#[derive(Debug, Clone)]
+pub enum LayerBytes {
+    /// In one blob.
+    One(Blob),
+    /// In many blobs.
+    Chunks(ChunkedLayer),
+}
+
+/// What a user says about the verification of an image. By default, what its manifest says is required.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Verification<'a> {
+    /// The root hashes that are required, one for each layer, the bottom one first; or none.
+    pub root_hashes: &'a [Digest],
+    /// `--unsafe-no-verity`: root hashes are neither required nor used.
+    pub unsafe_no_verity: bool,
 }
 
 impl MountPlan {
-    /// Plans the mount of an image. `path` tells where the blob of a layer lies.
-    ///
-    /// `pins` are root hashes that the user gave, one for each layer, the bottom one first, or none.
+    /// Plans the mount of an image whose blobs are in `blobs`.
     ///
     /// # Errors
-    /// A layer without a root hash (unless `unsafe_no_verity`), pins that do not match, and an
-    /// image without layers.
+    /// A layer that nothing verifies (unless that was asked for), root hashes that do not match, and an image without
+    /// layers.
     pub fn new(
         source: &str,
         image: &OciImage,
-        path: &dyn Fn(&Digest) -> PathBuf,
-        pins: &[Digest],
-        unsafe_no_verity: bool,
-    ) -> Result<Self, MountError> {
+        blobs: &Arc<dyn Blobs>,
+        verification: Verification<'_>,
+    ) -> Result<Self, PlanError> {
+        let Verification { root_hashes: pins, unsafe_no_verity } = verification;
         if image.layers.is_empty() {
-            return Err(MountError::NoLayers { image: image.digest });
+            return Err(PlanError::NoLayers { image: image.digest });
         }
         if !pins.is_empty() && pins.len() != image.layers.len() {
-            return Err(MountError::PinCount { expected: image.layers.len(), found: pins.len() });
+            return Err(PlanError::PinCount { expected: image.layers.len(), found: pins.len() });
         }
-        let mut layers = Vec::with_capacity(image.layers.len());
-        for (index, layer) in image.layers.iter().enumerate() {
-            let pin = pins.get(index).copied();
-            // A pin replaces nothing: it must be what the manifest says, where the manifest says it.
-            if let (Some(expected), Some(found)) = (pin, layer.root_hash)
-                && expected != found
-            {
-                return Err(MountError::Pin { layer: layer.digest, expected, found });
-            }
-            // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
-            let root_hash = match layer.root_hash.or(pin) {
-                Some(hash) => (!unsafe_no_verity).then_some(hash),
-                None if unsafe_no_verity => None,
-                None => return Err(MountError::NoRootHash { layer: layer.digest }),
+        let plan = |(index, layer): (usize, &LayerDescriptor)| {
+            let trust = trust(layer, pins.get(index).copied(), unsafe_no_verity)?;
+            let bytes = if layer.format().is_ok_and(LayerFormat::is_chunked) {
+                LayerBytes::Chunks(ChunkedLayer {
+                    digest: layer.digest,
+                    size: layer.size,
+                    chunks: Arc::clone(&image.chunks),
+                    blobs: Arc::clone(blobs),
+                })
+            } else {
+                LayerBytes::One(blobs.blob(&layer.digest, layer.size))
             };
-            layers.push(PlannedLayer {
-                path: path(&layer.digest),
-                digest: layer.digest,
-                size: layer.size,
-                media_type: layer.media_type.clone(),
-                root_hash,
-            });
-        }
+            Ok(PlannedLayer { descriptor: layer.clone().with_trust(trust), bytes })
+        };
+        let layers = image.layers.iter().enumerate().map(plan).collect::<Result<_, PlanError>>()?;
         Ok(Self { source: source.to_string(), digest: Some(image.digest), layers })
     }
 
-    /// Whether every block of every layer will be verified.
+    /// Whether all bytes of every layer will be verified.
     pub fn is_verified(&self) -> bool {
-        self.layers.iter().all(|layer| layer.root_hash.is_some())
+        self.layers.iter().all(|layer| layer.descriptor.trust != Trust::None)
     }
+}
 
-    /// The layers as the register of mounts shows them.
-    pub fn records(&self) -> Vec<LayerRecord> {
-        let record = |layer: &PlannedLayer| LayerRecord { digest: layer.digest, root_hash: layer.root_hash };
-        self.layers.iter().map(record).collect()
-    }
-
-    /// Opens all layers for reading in this process.
-    ///
-    /// # Errors
-    /// A layer that cannot be opened or does not verify, or whose format has no reader here.
-    pub fn open(&self) -> Result<Vec<Arc<dyn Layer>>, MountError> {
-        self.layers.iter().map(PlannedLayer::open).collect()
+/// What the bytes of a layer will be checked against.
+fn trust(layer: &LayerDescriptor, pin: Option<Digest>, unsafe_no_verity: bool) -> Result<Trust, PlanError> {
+    match (layer.trust, pin) {
+        // A pin replaces nothing: it must be what the manifest says, where the manifest says it.
+        (Trust::RootHash(found), Some(expected)) if expected != found => {
+            Err(PlanError::Pin { layer: layer.digest, expected, found })
+        }
+        // There is no root hash that could be the one required.
+        (Trust::Content, Some(_)) => Err(PlanError::NoRootHash { layer: layer.digest }),
+        (Trust::Content, None) => Ok(Trust::Content),
+        // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
+        (Trust::RootHash(_) | Trust::None, _) if unsafe_no_verity => Ok(Trust::None),
+        (Trust::RootHash(hash), _) | (Trust::None, Some(hash)) => Ok(Trust::RootHash(hash)),
+        (Trust::None, None) => Err(PlanError::NoRootHash { layer: layer.digest }),
     }
 }
 
 impl PlannedLayer {
-    fn open(&self) -> Result<Arc<dyn Layer>, MountError> {
-        // Before the file is touched: a format that nobody can read is the user's matter, not the disk's.
-        match LayerFormat::of(&self.media_type) {
-            Some(LayerFormat::Squashfs) => {}
-            Some(LayerFormat::Erofs) => return Err(MountError::Erofs { layer: self.digest }),
-            _ => {
-                let (layer, media_type) = (self.digest, self.media_type.clone());
-                return Err(MountError::Format { layer, media_type });
-            }
+    /// The file that holds it, if it is one file of this machine.
+    pub fn file(&self) -> Option<&Path> {
+        match &self.bytes {
+            LayerBytes::One(blob) => blob.file(),
+            LayerBytes::Chunks(_) => None,
         }
-        let file = File::open(&self.path).map_err(|source| MountError::LayerFile {
-            layer: self.digest,
-            path: self.path.clone(),
-            source,
-        })?;
-        let source: Arc<dyn Source> = match self.root_hash {
-            Some(root_hash) => {
-                let verified = VerifiedSource::open(file, root_hash).map_err(|error| self.failed(error))?;
-                let (path, digest, media_type) = (self.path.as_path(), self.digest, self.media_type.as_str());
-                match through_device(&LayerInput { path, digest, root_hash, media_type }, verified) {
-                    Ok(device) => Arc::new(device),
-                    Err(verified) => Arc::new(verified),
-                }
-            }
-            None => Arc::new(PlainSource::unsafe_no_verity(file).map_err(|source| {
-                MountError::LayerRead { layer: self.digest, path: self.path.clone(), source: source.into() }
-            })?),
-        };
-        let layer = Squashfs::open(source).map_err(|source| MountError::LayerRead {
-            layer: self.digest,
-            path: self.path.clone(),
-            source,
-        })?;
-        Ok(Arc::new(layer))
     }
+}
 
-    fn failed(&self, error: VerityError) -> MountError {
-        MountError::LayerVerity { layer: self.digest, path: self.path.clone(), source: error }
+/// Why a mount of an image cannot be planned.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The image has nothing to mount.
+    #[error("image {image} has no layers")]
+    NoLayers {
+        /// Digest of its manifest.
+        image: Digest,
+    },
+    /// The manifest names no root hash, so nothing could be verified.
+    #[error("layer {layer} has no root hash: it cannot be verified")]
+    NoRootHash {
+        /// Digest of the layer.
+        layer: Digest,
+    },
+    /// The number of pins is not that of the layers.
+    #[error("expected {expected} root hashes, one for each layer, found {found}")]
+    PinCount {
+        /// Number of layers.
+        expected: usize,
+        /// Number of pins.
+        found: usize,
+    },
+    /// A pin is not what the manifest says.
+    #[error("layer {layer}: the manifest has root hash {found}, expected {expected}")]
+    Pin {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What the user gave.
+        expected: Digest,
+        /// What the manifest says.
+        found: Digest,
+    },
+}
+
+impl Classified for PlanError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Pin { .. } | Self::NoRootHash { .. } => Class::Verification,
+            Self::NoLayers { .. } | Self::PinCount { .. } => Class::Input,
+        }
     }
 }

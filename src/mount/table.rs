@@ -21,10 +21,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::backend::{DM_VERITY, FUSE_KIND, OVERLAY_SOURCE_PREFIX};
 use super::engine::trouble::Counts;
 use super::kernel::dm_verity;
+use super::plan::{MountPlan, PlannedLayer};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
+use crate::image::oci::LayerDescriptor;
 use crate::sys;
 use crate::sys::flock::Lock;
 
@@ -62,7 +65,7 @@ pub struct MountRecord {
 pub struct LayerRecord {
     /// Digest of the layer's blob.
     pub digest: Digest,
-    /// Root hash of its tree, `None` where it is not verified.
+    /// Root hash of its tree; `None` where it is not verified, or verified by the digests of its blobs.
     pub root_hash: Option<Digest>,
 }
 
@@ -94,7 +97,39 @@ pub enum Health {
     DaemonDead,
 }
 
+impl LayerRecord {
+    /// The records of a plan's layers.
+    pub fn of(plan: &MountPlan) -> Vec<Self> {
+        let of = |layer: &PlannedLayer| {
+            let LayerDescriptor { digest, trust, .. } = &layer.descriptor;
+            Self { digest: *digest, root_hash: trust.root_hash() }
+        };
+        plan.layers.iter().map(of).collect()
+    }
+}
+
 impl MountRecord {
+    /// The record of a plan that is mounted, with the device number of the mount.
+    pub fn new(
+        plan: &MountPlan,
+        target: &Path,
+        backend: &str,
+        (major, minor): (u32, u32),
+        daemon: Option<DaemonRecord>,
+    ) -> Self {
+        Self {
+            format: 1,
+            source: plan.source.clone(),
+            target: target.to_path_buf(),
+            digest: plan.digest,
+            layers: LayerRecord::of(plan),
+            backend: backend.into(),
+            verified: plan.is_verified(),
+            device: format!("{major}:{minor}"),
+            daemon,
+        }
+    }
+
     /// How the mount is now.
     pub fn health(&self) -> Health {
         match &self.daemon {
@@ -114,7 +149,7 @@ impl MountRecord {
     /// The first of its dm-verity devices that has status C; only root can ask for it.
     pub fn corrupt_device(&self) -> Option<String> {
         let hashes = self.layers.iter().filter_map(|layer| layer.root_hash);
-        (self.backend == super::kernel::NAME).then(|| dm_verity::corrupt_device(hashes))?
+        (self.backend == DM_VERITY).then(|| dm_verity::corrupt_device(hashes))?
     }
 
     /// The name of the record's files, without their endings.
@@ -343,8 +378,7 @@ pub struct Mounted {
 impl Mounted {
     /// Whether it looks like a mount that mosfs made, whatever the register says.
     pub fn is_ours(&self) -> bool {
-        self.kind == super::fuse::KIND
-            || self.kind == "overlay" && self.source.starts_with(super::kernel::SOURCE_PREFIX)
+        self.kind == FUSE_KIND || self.kind == "overlay" && self.source.starts_with(OVERLAY_SOURCE_PREFIX)
     }
 }
 

@@ -24,7 +24,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 
-use super::{MountError, by_name};
+use super::MountError;
+use super::backend::by_name;
 use crate::sys;
 
 /// Who keeps the daemon of a FUSE mount.

@@ -19,9 +19,7 @@ use super::gc::files;
 use super::{Store, StoreError};
 use crate::digest::{Digest, Hasher};
 use crate::error::{AnyError, Class, Classified};
-use crate::image::oci::{
-    Descriptor, Index, LayerDescriptor, LayerFormat, MAX_MANIFEST_BYTES, Manifest, OciImage,
-};
+use crate::image::oci::{Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage};
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{Located, VerityError, locate};
@@ -402,14 +400,13 @@ fn check_layers(
     report: &mut Report,
 ) {
     for (digest, (layer, object)) in &reached.layers {
-        let image =
-            matches!(LayerFormat::of(&layer.media_type), Some(LayerFormat::Squashfs | LayerFormat::Erofs));
-        let Ok((file, _)) = layout.open_blob(digest) else { continue };
-        if !image {
+        // Other layers have no tree: their blobs were hashed whole.
+        if layer.image().is_none() {
             continue;
         }
+        let Ok((file, _)) = layout.open_blob(digest) else { continue };
         let object = object.clone();
-        match layer.root_hash {
+        match layer.trust.root_hash() {
             Some(root_hash) => {
                 report.layers += 1;
                 match VerifiedSource::open(file, root_hash) {

@@ -45,11 +45,13 @@ mod put;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use put::{Batch, TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::image::blobs::Blobs;
 use crate::image::oci::{Descriptor, OciError, OciImage};
 use crate::sys::atomic::sync_folder;
 use crate::sys::flock::Lock;
@@ -151,6 +153,11 @@ impl Store {
     /// Where a blob lies, or would lie. Whoever opens it verifies what is read.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.layout.blob_path(digest)
+    }
+
+    /// The blobs, for whoever mounts an image of this store.
+    pub fn blobs(&self) -> Arc<dyn Blobs> {
+        self.layout.blobs()
     }
 
     /// Whether a blob is there with the right size. Its content was checked when it was written;

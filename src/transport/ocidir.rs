@@ -14,12 +14,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
+use crate::image::blobs::{BlobFolder, Blobs};
 use crate::image::oci::{Descriptor, Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
 
 /// An OCI image layout in a folder, to read from.
@@ -76,7 +78,12 @@ impl OciDir {
 
     /// Where a blob lies, or would lie.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.dir.join("blobs/sha256").join(digest.hex())
+        BlobFolder::of_layout(&self.dir).path(digest)
+    }
+
+    /// The blobs, for whoever mounts an image of this layout.
+    pub fn blobs(&self) -> Arc<dyn Blobs> {
+        Arc::new(BlobFolder::of_layout(&self.dir))
     }
 
     /// Reads `index.json`. A layout without one has no images.

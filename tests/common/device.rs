@@ -408,7 +408,7 @@ impl Device {
     pub fn layers(&self, version: u64) -> Vec<(String, usize, String)> {
         let image = self.publisher.store().image(&self.image(version)).expect("the image");
         let layers = image.layers.iter().map(|layer| {
-            let root = layer.root_hash.expect("a root hash");
+            let root = layer.trust.root_hash().expect("a root hash");
             (layer.digest.hex(), superblock(&self.blob(&layer.digest)), root.hex())
         });
         layers.collect()

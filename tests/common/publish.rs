@@ -8,7 +8,7 @@ use std::process::Command;
 
 use mosfs::digest::Digest;
 use mosfs::floor;
-use mosfs::image::oci::{self, Descriptor, LayerDescriptor, Manifest};
+use mosfs::image::oci::{self, Descriptor, LayerDescriptor, Manifest, Trust};
 use mosfs::image::verity;
 use mosfs::manifest::import::ImportManifest;
 use mosfs::manifest::system::{SystemManifest, Target};
@@ -98,8 +98,8 @@ impl Publisher {
         let mut temp = writer.temp().expect("a file");
         io::Write::write_all(&mut temp.file, &bytes).expect("a copy");
         writer.commit(temp, &digest).expect("a blob");
-        let (size, media_type) = (bytes.len() as u64, media_type.to_string());
-        LayerDescriptor { digest, size, media_type, root_hash: Some(root_hash) }.to_descriptor()
+        LayerDescriptor::new(media_type, digest, bytes.len() as u64, Trust::RootHash(root_hash))
+            .to_descriptor()
     }
 
     /// Publishes a version of these targets: name, service type, and layers, the bottom one first.
@@ -216,13 +216,8 @@ fn seal(writer: &mosfs::store::Writer<'_>, image: &Path) -> Descriptor {
     let sealed =
         verity::seal(&temp.file, bytes_used, NonZeroUsize::MIN, &Progress::silent()).expect("sealing");
     writer.commit(temp, &sealed.digest).expect("a blob");
-    LayerDescriptor {
-        digest: sealed.digest,
-        size: sealed.size_bytes,
-        media_type: oci::SQUASHFS_ZSTD.into(),
-        root_hash: Some(sealed.root_hash),
-    }
-    .to_descriptor()
+    let trust = Trust::RootHash(sealed.root_hash);
+    LayerDescriptor::new(oci::SQUASHFS_ZSTD, sealed.digest, sealed.size_bytes, trust).to_descriptor()
 }
 
 fn config(version: u64) -> String {

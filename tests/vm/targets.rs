@@ -220,7 +220,7 @@ fn guest_fuse_reads_through_a_device_that_is_there() {
     let layer = GuestLayer::named("base");
     let open = |layer: &GuestLayer| {
         let file = fs::File::open(&layer.path).unwrap();
-        through_device(&layer.input(), VerifiedSource::open(file, layer.root_hash).unwrap())
+        through_device(&layer.planned(), VerifiedSource::open(file, layer.root_hash).unwrap())
     };
     assert!(open(&layer).is_err(), "no device, nothing to read through");
     assert_eq!(devices(), [] as [String; 0], "and none is made");

@@ -48,6 +48,7 @@ mod locate;
 pub(super) mod parallel;
 mod tree;
 
+use super::format::image_bytes;
 use super::source::ReadError;
 use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
@@ -265,20 +266,7 @@ fn bytes<const N: usize>(block: &[u8; BLOCK_BYTES], range: std::ops::Range<usize
 /// # Errors
 /// [`VerityError::UnknownImage`] where it is no image that we know; [`VerityError::DataSize`] where the size makes no sense.
 pub fn data_bytes(head: &[u8]) -> Result<u64, VerityError> {
-    fn at<const N: usize>(head: &[u8], offset: usize) -> Option<[u8; N]> {
-        head.get(offset..)?.first_chunk().copied()
-    }
-    // squashfs 4.0: magic at 0, bytes_used at 40 (linux/fs/squashfs/squashfs_fs.h, squashfs_super_block).
-    let image = if at(head, 0) == Some(*b"hsqs") {
-        at(head, 40).map(u64::from_le_bytes)
-    // erofs: at 1024 magic, at 1036 the block size's bits, at 1060 the blocks (linux/fs/erofs/erofs_fs.h).
-    } else if at(head, 1024).map(u32::from_le_bytes) == Some(0xe0f5_e1e2) {
-        let bits = head.get(1036).copied().filter(|bits| (9..=16).contains(bits));
-        at(head, 1060).map(u32::from_le_bytes).zip(bits).map(|(blocks, bits)| u64::from(blocks) << bits)
-    } else {
-        None
-    };
-    let Some(image) = image else {
+    let Some(image) = image_bytes(head) else {
         let found =
             format!("it begins with `{}`", head.get(..head.len().min(8)).unwrap_or(head).escape_ascii());
         return Err(VerityError::UnknownImage { found });

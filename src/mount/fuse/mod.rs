@@ -38,19 +38,15 @@ pub use spin::Spin;
 use self::filesystem::{Tree, check_root};
 use self::prefill::Siblings;
 use self::spin::Pulse;
+use super::backend::{FUSE, FUSE_KIND};
 use super::engine::Engine;
+use super::open::open;
 use super::table::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log};
 use crate::failpoint;
 use crate::image::overlay::Merged;
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
-
-/// The type that the kernel lists our mounts with.
-pub const KIND: &str = "fuse.mosfs";
-
-/// The name of this backend in records.
-pub const NAME: &str = "fuse";
 
 /// How often the error counts in a mount's record are brought up to date, at the most.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -64,10 +60,6 @@ pub struct FuseOptions {
     pub cache_mib: Option<usize>,
     /// When to keep cores awake while requests come close together.
     pub spin: Spin,
-    /// Flags of the mount.
-    pub flags: MountFlags,
-    /// Descriptors that this process was started with and that the daemon must not keep.
-    pub inherited: Vec<RawFd>,
 }
 
 /// A connection to the kernel that is mounted and not yet served.
@@ -136,7 +128,7 @@ fn mount_as_root(source: &str, target: &Path, flags: &MountFlags) -> Result<Owne
     {
         bits |= if wanted { bit } else { 0 };
     }
-    sys::fuse::mount(source.as_ref(), target, KIND, bits, &data)
+    sys::fuse::mount(source.as_ref(), target, FUSE_KIND, bits, &data)
         .map_err(|source| MountError::Mount { target: target.to_path_buf(), source })?;
     Ok(fd)
 }
@@ -162,8 +154,8 @@ fn mount_as_user(source: &str, target: &Path, flags: &MountFlags) -> Result<Owne
 
 /// Opens the layers of a plan, checks the root folder, and makes an engine of them.
 pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountError> {
-    let view = Merged::new(plan.open()?)?;
-    let names = plan.layers.iter().map(|layer| layer.digest.to_string()).collect();
+    let view = Merged::new(open(plan)?)?;
+    let names = plan.layers.iter().map(|layer| layer.descriptor.digest.to_string()).collect();
     let cache_bytes = options.cache_mib.unwrap_or(DEFAULT_CACHE_MIB).saturating_mul(1 << 20);
     let engine = Engine::new(view, names, cache_bytes);
     if check_root(&engine).is_err() {
@@ -173,12 +165,17 @@ pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountE
     Ok(engine)
 }
 
-/// Mounts a plan and returns when the mount is ready, leaving a daemon behind.
-pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(), MountError> {
-    // Before the first large buffer: how the allocator keeps memory cannot be changed for what it has.
-    sys::daemon::lean_allocator();
-    let engine = prepare(plan, options)?;
-    let mounted = Mounted::new(&plan.source, target, &options.flags)?;
+/// Mounts what [`prepare`] made of a plan and returns when the mount is ready, leaving a daemon behind. The daemon
+/// closes the descriptors in `foreign`.
+pub fn mount(
+    plan: &MountPlan,
+    engine: Engine,
+    target: &Path,
+    flags: &MountFlags,
+    options: &FuseOptions,
+    foreign: &[RawFd],
+) -> Result<(), MountError> {
+    let mounted = Mounted::new(&plan.source, target, flags)?;
     failpoint::hit("fuse.mounted");
     let undo = (mounted.target.clone(), mounted.as_root);
     let failed = |operation| move |source| MountError::System { operation, source };
@@ -186,7 +183,7 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
     match sys::daemon::fork().map_err(failed("fork"))? {
         Forked::Child => {
             drop(reader);
-            daemon(plan, mounted, engine, options, writer)
+            daemon(plan, mounted, engine, options, foreign, writer)
         }
         Forked::Parent(_) => {
             // The connection is the daemon's alone: if it dies, the mount must not hang on us.
@@ -202,19 +199,17 @@ pub fn mount(plan: &MountPlan, target: &Path, options: &FuseOptions) -> Result<(
     }
 }
 
-/// Mounts a plan and serves it in this process until it is unmounted. Calls `ready` when it is ready;
-/// `terminal` gets the log.
-pub fn mount_in_foreground(
+/// Mounts what [`prepare`] made of a plan and serves it in this process until it is unmounted. Calls `ready` when it
+/// is ready.
+pub fn serve_here(
     plan: &MountPlan,
+    engine: Engine,
     target: &Path,
+    flags: &MountFlags,
     options: &FuseOptions,
-    terminal: Box<dyn Write + Send>,
     ready: &mut dyn FnMut(),
 ) -> Result<(), MountError> {
-    sys::daemon::lean_allocator();
-    daemon_log::install(None, false, Some(terminal));
-    let engine = prepare(plan, options)?;
-    let mounted = Mounted::new(&plan.source, target, &options.flags)?;
+    let mounted = Mounted::new(&plan.source, target, flags)?;
     let record = record(plan, &mounted, None);
     let undo = (mounted.target.clone(), mounted.as_root);
     let mut is_ready = false;
@@ -251,9 +246,16 @@ fn wait_until_ready(mut reader: PipeReader, target: &Path) -> Result<(), MountEr
 }
 
 /// The forked process: serves, and ends.
-fn daemon(plan: &MountPlan, mounted: Mounted, engine: Engine, options: &FuseOptions, pipe: PipeWriter) -> ! {
+fn daemon(
+    plan: &MountPlan,
+    mounted: Mounted,
+    engine: Engine,
+    options: &FuseOptions,
+    foreign: &[RawFd],
+    pipe: PipeWriter,
+) -> ! {
     let mut pipe = Some(pipe);
-    let done = sys::daemon::detach(&options.inherited)
+    let done = sys::daemon::detach(foreign)
         .map_err(|source| MountError::System { operation: "detach from the terminal", source })
         .and_then(|()| {
             let log = table::log_path(mounted.device)?;
@@ -281,30 +283,16 @@ fn daemon(plan: &MountPlan, mounted: Mounted, engine: Engine, options: &FuseOpti
 }
 
 fn record(plan: &MountPlan, mounted: &Mounted, log: Option<PathBuf>) -> MountRecord {
-    let (major, minor) = mounted.device;
     let pid = std::process::id();
-    MountRecord {
-        format: 1,
-        source: plan.source.clone(),
-        target: mounted.target.clone(),
-        digest: plan.digest,
-        layers: plan.records(),
-        backend: NAME.into(),
-        verified: plan.is_verified(),
-        device: format!("{major}:{minor}"),
-        daemon: Some(DaemonRecord {
-            pid,
-            start_ticks: table::start_ticks(pid).unwrap_or(0),
-            log,
-            errors: Default::default(),
-        }),
-    }
+    let start_ticks = table::start_ticks(pid).unwrap_or(0);
+    let daemon = DaemonRecord { pid, start_ticks, log, errors: Default::default() };
+    MountRecord::new(plan, &mounted.target, FUSE, mounted.device, Some(daemon))
 }
 
 /// Serves a mounted connection until it is gone, from the folder of records ([`table::enter`]).
 /// Calls `ready` when the kernel's INIT is answered.
 ///
-/// Blocks SIGTERM, SIGINT and SIGHUP in this process and takes them as the wish to unmount.
+/// Blocks SIGTERM, SIGINT and SIGHUP in this process; each of them triggers an unmount.
 fn serve(
     mounted: Mounted,
     mut engine: Engine,

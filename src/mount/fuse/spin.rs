@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::mount::by_name;
+use crate::mount::backend::by_name;
 
 /// When cores are kept awake.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -34,6 +34,7 @@ use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::image::verity::{BLOCK_BYTES, Located, VerityData, VerityError, locate};
+use crate::mount::plan::PlannedLayer;
 use crate::sys::dm::{Control, Target};
 use crate::sys::flock::Lock;
 use crate::sys::loopdev::LoopDevice;
@@ -46,17 +47,30 @@ const NAME_PREFIX: &str = "mosfs-";
 /// How often a lost race for a device is tried again, 10 ms apart.
 const TRIES: u32 = 300;
 
-/// A layer to mount. Its root hash comes from a verified OCI manifest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerInput<'a> {
-    /// The layer's file.
-    pub path: &'a Path,
-    /// Digest of the layer's blob, for messages.
-    pub digest: Digest,
+/// What the kernel needs of a layer.
+struct KernelLayer<'a> {
+    path: &'a Path,
+    /// Of the layer's blob, for messages.
+    digest: Digest,
     /// What every block is checked against.
-    pub root_hash: Digest,
-    /// The descriptor's media type: says which file system the layer is.
-    pub media_type: &'a str,
+    root_hash: Digest,
+    /// The file system's name in the kernel.
+    file_system: &'static str,
+}
+
+impl<'a> KernelLayer<'a> {
+    fn of(layer: &'a PlannedLayer) -> Result<Self, DmVerityError> {
+        let descriptor = &layer.descriptor;
+        let digest = descriptor.digest;
+        let media_type = || descriptor.media_type().to_string();
+        let format = descriptor
+            .image()
+            .ok_or_else(|| DmVerityError::MediaType { digest, media_type: media_type() })?;
+        let path = layer.file().ok_or(DmVerityError::NotAFile { digest })?;
+        // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one, and not in this backend.
+        let root_hash = descriptor.trust.root_hash().ok_or(DmVerityError::NoRootHash { digest })?;
+        Ok(Self { path, digest, root_hash, file_system: format.kernel })
+    }
 }
 
 /// Why a stack cannot be mounted through dm-verity.
@@ -78,6 +92,18 @@ pub enum DmVerityError {
         digest: Digest,
         /// Its media type.
         media_type: String,
+    },
+    /// The layer is not one file of this machine, which a loop device needs.
+    #[error("layer {digest}: it is not one file of this machine")]
+    NotAFile {
+        /// The layer.
+        digest: Digest,
+    },
+    /// The plan has no root hash for the layer.
+    #[error("layer {digest} has no root hash: it cannot be verified")]
+    NoRootHash {
+        /// The layer.
+        digest: Digest,
     },
     /// The layer's file has no sound verity data where it must be.
     #[error("layer {digest} ({}): {source}", path.display())]
@@ -148,7 +174,9 @@ impl Classified for DmVerityError {
     fn class(&self) -> Class {
         match self {
             Self::NoVerity { source, .. } => source.class(),
-            Self::TableMismatch { .. } | Self::Corrupt { .. } => Class::Verification,
+            Self::NoRootHash { .. } | Self::TableMismatch { .. } | Self::Corrupt { .. } => {
+                Class::Verification
+            }
             _ => Class::Failure,
         }
     }
@@ -172,12 +200,7 @@ pub struct DmVerity {
 
 /// A layer whose file system is mounted but attached nowhere. Dropping it undoes all of it.
 #[derive(Debug)]
-pub struct LayerMount {
-    mount: OwnedFd,
-    device: String,
-    digest: Digest,
-    root_hash: Digest,
-}
+pub struct LayerMount(OwnedFd);
 
 impl DmVerity {
     /// Opens the backend; `run_dir` (`/run/mosfs`) holds its lock.
@@ -225,20 +248,8 @@ impl DmVerity {
         Lock::exclusive(&self.lock_path).on("lock", &self.lock_path)
     }
 
-    /// Mounts a stack of layers (bottom first) as one tree that is attached nowhere yet: what
-    /// [`DmVerity::layers`] and [`assemble`] do.
-    pub fn stack(
-        &self,
-        layers: &[LayerInput<'_>],
-        upper: Option<&Upper>,
-        source: &str,
-        attributes: u64,
-    ) -> Result<OwnedFd, DmVerityError> {
-        assemble(&self.layers(layers)?, upper, source, attributes)
-    }
-
     /// Mounts layers, each attached nowhere. Where one fails, those before it are freed.
-    pub fn layers(&self, layers: &[LayerInput<'_>]) -> Result<Vec<LayerMount>, DmVerityError> {
+    pub fn layers(&self, layers: &[PlannedLayer]) -> Result<Vec<LayerMount>, DmVerityError> {
         if layers.is_empty() || layers.len() > overlay::MAX_LAYERS {
             return Err(DmVerityError::LayerCount { count: layers.len() });
         }
@@ -246,10 +257,10 @@ impl DmVerity {
     }
 
     /// Mounts one layer, attached nowhere, and checks that the kernel found nothing wrong with it.
-    pub fn layer(&self, layer: &LayerInput<'_>) -> Result<LayerMount, DmVerityError> {
-        let file_system = KernelFs::of(layer)?;
+    pub fn layer(&self, layer: &PlannedLayer) -> Result<LayerMount, DmVerityError> {
+        let layer = &KernelLayer::of(layer)?;
         let device = self.activate(layer)?;
-        let mounted = mount_device(file_system, &device.node);
+        let mounted = mount_device(layer.file_system, &device.node);
         failpoint::hit("dm-verity-layer");
         // Rule (docs/design.md, corrupt is seen): after
         // activation the device's status is checked. Mounting has read the superblock and the
@@ -257,19 +268,12 @@ impl DmVerity {
         // because of a bad block is reported as what it is.
         self.check(&device.name, layer)?;
         let mount = mounted.map_err(|source| DmVerityError::MountLayer { digest: layer.digest, source })?;
-        Ok(LayerMount { mount, device: device.name, digest: layer.digest, root_hash: layer.root_hash })
+        Ok(LayerMount(mount))
     }
 
     /// Fails if the kernel has met a corrupt block of a layer since its device exists.
-    pub fn recheck(&self, mount: &LayerMount) -> Result<(), DmVerityError> {
-        self.check_status(&mount.device, mount.digest, mount.root_hash)
-    }
-
-    fn check(&self, device: &str, layer: &LayerInput<'_>) -> Result<(), DmVerityError> {
-        self.check_status(device, layer.digest, layer.root_hash)
-    }
-
-    fn check_status(&self, device: &str, digest: Digest, root_hash: Digest) -> Result<(), DmVerityError> {
+    fn check(&self, device: &str, layer: &KernelLayer<'_>) -> Result<(), DmVerityError> {
+        let (digest, root_hash) = (layer.digest, layer.root_hash);
         let targets = self.control.target_status(device).map_err(|source| DmVerityError::Device {
             digest,
             operation: "read the status of",
@@ -284,7 +288,7 @@ impl DmVerity {
     }
 
     /// Finds or makes the verity device of a layer.
-    fn activate(&self, layer: &LayerInput<'_>) -> Result<Device, DmVerityError> {
+    fn activate(&self, layer: &KernelLayer<'_>) -> Result<Device, DmVerityError> {
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NOFOLLOW)
@@ -338,7 +342,8 @@ impl DmVerity {
     /// The device of a layer, held open, if the kernel has one that is what [`DmVerity::layer`] would make.
     ///
     /// Nothing is made, and no module is loaded: `None` is any reason why there is none.
-    pub fn existing(layer: &LayerInput<'_>) -> Option<File> {
+    pub fn existing(layer: &PlannedLayer) -> Option<File> {
+        let layer = &KernelLayer::of(layer).ok()?;
         // The driver; opening its control node would load it.
         if !Path::new("/sys/class/misc/device-mapper").exists() {
             return None;
@@ -356,7 +361,7 @@ impl DmVerity {
         &self,
         name: &str,
         file: &File,
-        layer: &LayerInput<'_>,
+        layer: &KernelLayer<'_>,
         data: &VerityData,
     ) -> Result<Device, DmVerityError> {
         let failed = |operation, source| DmVerityError::Device {
@@ -400,7 +405,7 @@ impl DmVerity {
         &self,
         name: &str,
         dev: u64,
-        layer: &LayerInput<'_>,
+        layer: &KernelLayer<'_>,
         data: &VerityData,
     ) -> Result<Device, DmVerityError> {
         let failed = |operation, source| DmVerityError::Device {
@@ -443,7 +448,7 @@ pub fn assemble(
     source: &str,
     attributes: u64,
 ) -> Result<OwnedFd, DmVerityError> {
-    let lowers: Vec<_> = layers.iter().map(|layer| layer.mount.as_fd()).collect();
+    let lowers: Vec<_> = layers.iter().map(|layer| layer.0.as_fd()).collect();
     let overlay = overlay::assemble(&lowers, upper, source, attributes)?;
     failpoint::hit("dm-verity-overlay");
     Ok(overlay)
@@ -474,8 +479,8 @@ fn open_node(name: &str, dev: u64) -> io::Result<Device> {
     Ok(Device { name: name.into(), node, holder })
 }
 
-fn mount_device(file_system: KernelFs, node: &Path) -> Result<OwnedFd, MountError> {
-    let context = FsContext::open(file_system.name())?;
+fn mount_device(file_system: &str, node: &Path) -> Result<OwnedFd, MountError> {
+    let context = FsContext::open(file_system)?;
     context.set_string("source", node.as_os_str().as_encoded_bytes())?;
     context.set_flag("ro")?;
     context.mount(libc::MOUNT_ATTR_RDONLY)
@@ -497,41 +502,6 @@ fn describe(targets: &[Target]) -> String {
     lines.join("; ")
 }
 
-/// The file systems that the kernel mounts for us.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum KernelFs {
-    Squashfs,
-    Erofs,
-}
-
-impl KernelFs {
-    /// By media type, matched by prefix (docs/design.md, media types).
-    fn of(layer: &LayerInput<'_>) -> Result<Self, DmVerityError> {
-        const TYPES: [(&str, KernelFs); 2] = [
-            ("application/vnd.stacker.image.layer.squashfs", KernelFs::Squashfs),
-            ("application/vnd.stacker.image.layer.erofs", KernelFs::Erofs),
-        ];
-        TYPES
-            .iter()
-            .find(|(prefix, _)| {
-                let rest = layer.media_type.strip_prefix(prefix);
-                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('+'))
-            })
-            .map(|(_, file_system)| *file_system)
-            .ok_or_else(|| DmVerityError::MediaType {
-                digest: layer.digest,
-                media_type: layer.media_type.to_string(),
-            })
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Squashfs => "squashfs",
-            Self::Erofs => "erofs",
-        }
-    }
-}
-
 /// The target line: data and hashes are on one device. No option: a bad block is EIO.
 fn target(data: &VerityData, device: &str, root_hash: &Digest) -> Target {
     let blocks = data.geometry.data_blocks();
@@ -550,8 +520,13 @@ fn target(data: &VerityData, device: &str, root_hash: &Digest) -> Target {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::image::blobs::Blob;
+    use crate::image::oci::{LayerDescriptor, Trust};
     use crate::image::verity::{Geometry, Superblock};
+    use crate::mount::plan::LayerBytes;
 
     #[test]
     fn the_table_is_what_veritysetup_would_load() {
@@ -565,19 +540,28 @@ mod tests {
     }
 
     #[test]
-    fn media_types_name_the_file_system() {
-        let of = |media_type: &str| {
-            let layer = LayerInput {
-                path: Path::new("/x"),
-                digest: Digest::of(b""),
-                root_hash: Digest::of(b""),
-                media_type,
-            };
-            KernelFs::of(&layer).ok()
+    fn what_the_kernel_cannot_mount_is_named() {
+        let (squashfs, root) = ("application/vnd.stacker.image.layer.squashfs+zstd+verity", Digest::of(b"r"));
+        let of = |media_type: &str, trust, blob| {
+            let descriptor = LayerDescriptor::new(media_type, Digest::of(b"l"), 1, trust);
+            let layer = PlannedLayer { descriptor, bytes: LayerBytes::One(blob) };
+            KernelLayer::of(&layer).map(|layer| layer.file_system)
         };
-        assert_eq!(of("application/vnd.stacker.image.layer.squashfs+zstd+verity"), Some(KernelFs::Squashfs));
-        assert_eq!(of("application/vnd.stacker.image.layer.erofs+lz4hc"), Some(KernelFs::Erofs));
-        assert_eq!(of("application/vnd.stacker.image.layer.squashfsish"), None);
-        assert_eq!(of("application/vnd.oci.image.layer.v1.tar"), None);
+        let file = || Blob::File("/x".into());
+        let erofs = "application/vnd.stacker.image.layer.erofs+lz4hc";
+        assert_eq!(of(squashfs, Trust::RootHash(root), file()).unwrap(), "squashfs");
+        assert_eq!(of(erofs, Trust::RootHash(root), file()).unwrap(), "erofs");
+        for media_type in
+            ["application/vnd.stacker.image.layer.squashfsish", "application/vnd.oci.image.layer.v1.tar"]
+        {
+            let error = of(media_type, Trust::RootHash(root), file()).unwrap_err();
+            assert!(matches!(error, DmVerityError::MediaType { .. }), "{error}");
+        }
+        let error = of(squashfs, Trust::None, file()).unwrap_err();
+        assert!(matches!(error, DmVerityError::NoRootHash { .. }) && error.class() == Class::Verification);
+        let remote =
+            Blob::Remote { place: "elsewhere".into(), bytes: Arc::new(tempfile::tempfile().unwrap()) };
+        let error = of(squashfs, Trust::RootHash(root), remote).unwrap_err();
+        assert!(matches!(error, DmVerityError::NotAFile { .. }), "{error}");
     }
 }

@@ -19,11 +19,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use self::dm_verity::{DmVerity, DmVerityError, LayerInput};
+use self::dm_verity::{DmVerity, DmVerityError};
 use self::overlay::Upper;
 use crate::error::IoContext;
 use crate::failpoint;
-use crate::mount::fuse::{self, FuseOptions};
+use crate::mount::backend::{DM_VERITY, FUSE, OVERLAY_SOURCE_PREFIX};
 use crate::mount::table::{self, DaemonRecord, MountRecord};
 use crate::mount::{MountError, MountFlags, MountPlan};
 use crate::sys::mountapi;
@@ -31,63 +31,18 @@ use crate::sys::mountapi;
 /// Where locks and records of root's mounts are.
 pub const RUN_DIR: &str = "/run/mosfs";
 
-/// The name of this backend in records.
-pub const NAME: &str = "dm-verity";
-
-/// What the mount table shows as the device of our overlays begins so; what was asked for follows.
-pub const SOURCE_PREFIX: &str = "mosfs:";
-
-/// How long the two parts of a mount took.
-#[derive(Debug, Clone, Copy)]
-pub struct Timing {
-    /// Loop and dm-verity devices, and mounting the layers.
-    pub layers: Duration,
-    /// The overlay, attaching it, and the record.
-    pub tree: Duration,
-}
-
-/// Mounts a plan at `target`; with `upper` the tree is writable.
-///
-/// Nothing is left where it fails, and a plain umount(8) frees everything.
-pub fn mount(
-    backend: &DmVerity,
-    plan: &MountPlan,
-    upper: Option<&Upper>,
-    target: &Path,
-    flags: &MountFlags,
-) -> Result<Timing, MountError> {
-    // Before anything is made: a target that is no folder is the likeliest mistake.
-    let target = folder(target)?;
-    let begin = Instant::now();
-    let (tree, layers) = assemble(backend, plan, upper, flags)?;
-    attach(tree, plan, &target)?;
-    Ok(Timing { layers, tree: begin.elapsed() - layers })
-}
-
 /// The tree of a plan, attached nowhere, and how long its layers took. Dropping it frees everything.
+///
+/// With `upper` the tree is writable. Attached, a plain umount(8) frees everything.
 pub fn assemble(
     backend: &DmVerity,
     plan: &MountPlan,
     upper: Option<&Upper>,
     flags: &MountFlags,
 ) -> Result<(OwnedFd, Duration), MountError> {
-    let inputs = plan
-        .layers
-        .iter()
-        .map(|layer| {
-            // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one, and not in this backend.
-            let root_hash = layer.root_hash.ok_or(MountError::NoRootHash { layer: layer.digest })?;
-            Ok(LayerInput {
-                path: &layer.path,
-                digest: layer.digest,
-                root_hash,
-                media_type: &layer.media_type,
-            })
-        })
-        .collect::<Result<Vec<_>, MountError>>()?;
-    let source = format!("{SOURCE_PREFIX}{}", plan.source);
+    let source = format!("{OVERLAY_SOURCE_PREFIX}{}", plan.source);
     let begin = Instant::now();
-    let layers = backend.layers(&inputs)?;
+    let layers = backend.layers(&plan.layers)?;
     let with_layers = begin.elapsed();
     let tree = dm_verity::assemble(&layers, upper, &source, attributes(flags))?;
     Ok((tree, with_layers))
@@ -95,36 +50,38 @@ pub fn assemble(
 
 /// Attaches what [`assemble`] made, and records it.
 pub fn attach(tree: OwnedFd, plan: &MountPlan, target: &Path) -> Result<(), MountError> {
-    let target = folder(target)?;
+    let target = mount_point(target)?;
     mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
     failpoint::hit("kernel.attached");
-    record(plan, &target, NAME, None)
+    record(plan, &target, DM_VERITY, None)
 }
 
-/// Mounts a plan through FUSE, puts a writable layer over it, and mounts that at `target`.
+/// Puts a writable layer over a FUSE mount, which `mount_lower` makes at the folder given, and attaches that at
+/// `target`. Returns how long the lower mount took.
 ///
 /// The FUSE mount is made at a folder in [`RUN_DIR`] and taken out of the tree as soon as the overlay
 /// has a mount of its own of it; so it lives exactly as long as the overlay, and so does its daemon.
-pub fn mount_over_fuse(
+pub fn attach_over_fuse(
     plan: &MountPlan,
     upper: &Upper,
     target: &Path,
-    options: &FuseOptions,
-) -> Result<Timing, MountError> {
-    let target = folder(target)?;
+    flags: &MountFlags,
+    mount_lower: impl FnOnce(&Path) -> Result<(), MountError>,
+) -> Result<Duration, MountError> {
+    let target = mount_point(target)?;
     let begin = Instant::now();
     let lower = LowerFolder::new()?;
-    fuse::mount(plan, &lower.0, options)?;
-    let with_layers = begin.elapsed();
+    mount_lower(&lower.0)?;
+    let with_lower = begin.elapsed();
     let made = mountapi::clone_mount(&lower.0).and_then(|mount| {
-        let source = format!("{SOURCE_PREFIX}{}", plan.source);
-        overlay::assemble(&[mount.as_fd()], Some(upper), &source, attributes(&options.flags))
+        let source = format!("{OVERLAY_SOURCE_PREFIX}{}", plan.source);
+        overlay::assemble(&[mount.as_fd()], Some(upper), &source, attributes(flags))
     });
     let daemon = table::mounts()?.into_iter().find(|one| one.target == lower.0).and_then(|one| one.daemon);
     let _ = mountapi::unmount(&lower.0, true);
     mountapi::attach(made.map_err(DmVerityError::Mount)?, &target).map_err(DmVerityError::Mount)?;
-    record(plan, &target, fuse::NAME, daemon)?;
-    Ok(Timing { layers: with_layers, tree: begin.elapsed() - with_layers })
+    record(plan, &target, FUSE, daemon)?;
+    Ok(with_lower)
 }
 
 /// An empty folder in [`RUN_DIR`] that is removed again.
@@ -156,7 +113,10 @@ impl Drop for LowerFolder {
 }
 
 /// The mount point as the kernel will list it.
-fn folder(target: &Path) -> Result<PathBuf, MountError> {
+///
+/// # Errors
+/// [`MountError::Target`] where it is no folder.
+pub fn mount_point(target: &Path) -> Result<PathBuf, MountError> {
     let wrong = |source| MountError::Target { target: target.to_path_buf(), source };
     let target = target.canonicalize().map_err(wrong)?;
     if !target.is_dir() {
@@ -187,17 +147,8 @@ fn record(
         .map_err(|source| MountError::Target { target: target.to_path_buf(), source })
         .and_then(|metadata| {
             let dev = metadata.dev();
-            Ok(table::write(&MountRecord {
-                format: 1,
-                source: plan.source.clone(),
-                target: target.to_path_buf(),
-                digest: plan.digest,
-                layers: plan.records(),
-                backend: backend.into(),
-                verified: plan.is_verified(),
-                device: format!("{}:{}", libc::major(dev), libc::minor(dev)),
-                daemon,
-            })?)
+            let device = (libc::major(dev), libc::minor(dev));
+            Ok(table::write(&MountRecord::new(plan, target, backend, device, daemon))?)
         });
     written.inspect_err(|_| {
         let _ = mountapi::unmount(target, true);

@@ -16,9 +16,10 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::dm_verity::{DmVerity, LayerInput};
+use super::dm_verity::DmVerity;
 use crate::image::source::{ReadError, Source, check_range};
 use crate::image::verified::VerifiedSource;
+use crate::mount::plan::PlannedLayer;
 
 /// A layer's data on its device, and the file behind it.
 pub struct DeviceSource {
@@ -28,7 +29,7 @@ pub struct DeviceSource {
 
 /// Whether the kernel has a device for this layer: then what reads from it, else `verified` itself.
 pub fn through_device(
-    layer: &LayerInput<'_>,
+    layer: &PlannedLayer,
     verified: VerifiedSource,
 ) -> Result<DeviceSource, VerifiedSource> {
     match DmVerity::existing(layer) {

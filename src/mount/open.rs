@@ -1,0 +1,88 @@
+//! Opens the layers of a plan for reading in this process.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use super::MountError;
+use super::kernel::through_device::through_device;
+use super::plan::{LayerBytes, MountPlan, PlannedLayer};
+use crate::image::blobs::Blob;
+use crate::image::format::Content;
+use crate::image::layer::{Layer, LayerError};
+use crate::image::oci::Trust;
+use crate::image::source::Source;
+use crate::image::verified::{PlainSource, VerifiedSource};
+use crate::image::verity::VerityError;
+
+/// Opens all layers of a plan, the bottom one first.
+///
+/// # Errors
+/// A layer that cannot be opened or does not verify, or whose format has no reader here.
+pub fn open(plan: &MountPlan) -> Result<Vec<Arc<dyn Layer>>, MountError> {
+    plan.layers.iter().map(open_layer).collect()
+}
+
+fn open_layer(layer: &PlannedLayer) -> Result<Arc<dyn Layer>, MountError> {
+    let digest = layer.descriptor.digest;
+    let cannot_be_mounted =
+        || MountError::Format { layer: digest, media_type: layer.descriptor.media_type().to_string() };
+    let format = layer.descriptor.format().map_err(|_| cannot_be_mounted())?;
+    // Before a file is touched: a format that nobody can read is the user's matter, not the disk's.
+    let no_reader = || MountError::NoReader { layer: digest, format: format.name() };
+    match (format.content(), &layer.bytes) {
+        (Content::Image(image), LayerBytes::One(blob)) => {
+            let open = image.open.ok_or_else(no_reader)?;
+            let unreadable =
+                |source| MountError::LayerRead { layer: digest, place: blob.to_string(), source };
+            open(source(layer, blob)?).map_err(unreadable)
+        }
+        (Content::Chunked(chunked), LayerBytes::Chunks(chunks)) => {
+            let open = chunked.open.ok_or_else(no_reader)?;
+            let place = chunks.blobs.blob(&digest, chunks.size).to_string();
+            open(chunks).map_err(|source| MountError::LayerRead { layer: digest, place, source })
+        }
+        _ => Err(cannot_be_mounted()),
+    }
+}
+
+/// The bytes of a layer in one blob, verified where the plan has a root hash for them.
+fn source(layer: &PlannedLayer, blob: &Blob) -> Result<Arc<dyn Source>, MountError> {
+    let digest = layer.descriptor.digest;
+    let unverified =
+        |source: VerityError| MountError::LayerVerity { layer: digest, place: blob.to_string(), source };
+    let unreadable = |source| MountError::LayerRead {
+        layer: digest,
+        place: blob.to_string(),
+        source: LayerError::Read(source),
+    };
+    let root_hash = layer.descriptor.trust;
+    match blob {
+        Blob::File(path) => {
+            let file = File::open(path).map_err(|source| MountError::LayerFile {
+                layer: digest,
+                place: blob.to_string(),
+                source,
+            })?;
+            match root_hash {
+                Trust::RootHash(root_hash) => {
+                    let verified = VerifiedSource::open(file, root_hash).map_err(unverified)?;
+                    Ok(match through_device(layer, verified) {
+                        Ok(device) => Arc::new(device),
+                        Err(verified) => Arc::new(verified),
+                    })
+                }
+                Trust::Content | Trust::None => {
+                    Ok(Arc::new(PlainSource::unsafe_no_verity(file).map_err(unreadable)?))
+                }
+            }
+        }
+        Blob::Remote { bytes, .. } => match root_hash {
+            Trust::RootHash(root_hash) => {
+                Ok(Arc::new(VerifiedSource::open(Arc::clone(bytes), root_hash).map_err(unverified)?))
+            }
+            Trust::Content | Trust::None => {
+                Ok(Arc::new(PlainSource::unsafe_no_verity(Arc::clone(bytes)).map_err(unreadable)?))
+            }
+        },
+    }
+}

@@ -1,0 +1,88 @@
+//! Unmounting: the mount, its daemon, and its record.
+
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::MountError;
+use super::backend::FUSE_KIND;
+use super::table::{self, Health};
+use crate::sys;
+
+/// How long [`unmount`] waits for a daemon to end.
+const END_WITHIN: Duration = Duration::from_secs(10);
+
+/// Unmounts the mount at `target`, and waits until its daemon has ended and nothing is left. `lazy`
+/// takes it out of the tree now and does not wait for those who still use it.
+///
+/// # Errors
+/// [`MountError::NotOurs`]; [`MountError::Unmount`] where it is in use.
+pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
+    // Not `canonicalize`: it asks the mount itself, which fails where the daemon is dead.
+    let unclear = |source| MountError::Target { target: target.to_path_buf(), source };
+    let absolute = std::path::absolute(target).map_err(unclear)?;
+    let target = match (absolute.parent(), absolute.file_name()) {
+        (Some(parent), Some(name)) => {
+            let plain = parent.canonicalize().map_err(unclear)?.join(name);
+            // A link to the mount point is followed; what cannot be read is no link.
+            match std::fs::read_link(&plain) {
+                Ok(_) => plain.canonicalize().map_err(unclear)?,
+                Err(_) => plain,
+            }
+        }
+        _ => absolute,
+    };
+    let found = table::mounted_at(&target)?;
+    let record = table::mounts()?.into_iter().find(|record| {
+        record.target == target && found.as_ref().is_some_and(|found| found.device == record.device)
+    });
+    if !found.as_ref().is_some_and(table::Mounted::is_ours) && record.is_none() {
+        return Err(MountError::NotOurs { target, found: found.map(|found| found.kind) });
+    }
+    let as_root = sys::daemon::effective_ids().0 == 0;
+    let done = if as_root {
+        sys::fuse::unmount(&target, lazy)
+    } else {
+        sys::fuse::unmount_with_helper(&target, lazy)
+    };
+    done.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound if !as_root => MountError::NoHelper,
+        _ => MountError::Unmount { target: target.clone(), source },
+    })?;
+    let Some(record) = record else { return Ok(()) };
+    let begin = Instant::now();
+    while !lazy && record.daemon.as_ref().is_some_and(table::DaemonRecord::is_alive) {
+        if begin.elapsed() > END_WITHIN {
+            let why = format!("it still runs {} s after the mount was ended", END_WITHIN.as_secs());
+            return Err(MountError::Daemon { target, why });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    if record.daemon.as_ref().is_none_or(|daemon| !daemon.is_alive()) {
+        table::remove(&record);
+    }
+    Ok(())
+}
+
+/// Unmounts a mount whose daemon has died. Returns whether there was one.
+///
+/// # Errors
+/// [`MountError::Unmount`].
+pub fn unmount_dead(target: &Path) -> Result<bool, MountError> {
+    let Some(found) = table::mounted_at(target)? else { return Ok(false) };
+    let record = table::mounts()?.into_iter().find(|one| one.target == target && one.device == found.device);
+    let is_dead = match record {
+        Some(record) => record.health() == Health::DaemonDead,
+        // The daemon took its record away, or never wrote one: ask the mount itself.
+        None => {
+            found.kind == FUSE_KIND
+                && std::fs::metadata(target).is_err_and(|error| {
+                    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
+                })
+        }
+    };
+    if is_dead {
+        unmount(target, true)?;
+    }
+    Ok(is_dead)
+}
