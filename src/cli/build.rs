@@ -36,6 +36,9 @@ pub struct Build {
     /// The floor key: signs the version, so that devices can raise their floor to it.
     #[arg(long, value_name = "KEY")]
     floor_key: Option<PathBuf>,
+    /// An earlier version, or another name of the store: prints how much of each target it has already.
+    #[arg(long, value_name = "NAME")]
+    base: Option<String>,
     /// How many threads work at a time; without it, one for each processor.
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
@@ -58,7 +61,7 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         floor_key: floor_key.as_ref(),
     };
     let effort = Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level };
-    let built = build(&import, &store, &signer, effort, &progress::of(global)?)?;
+    let built = build(&import, &store, &signer, effort, args.base.as_deref(), &progress::of(global)?)?;
     for (name, target) in &built.targets {
         target.notes.iter().for_each(|note| output::note(format_args!("target `{name}`: {note}")));
     }

@@ -21,6 +21,7 @@ pub mod output;
 mod progress;
 pub mod start;
 mod status;
+mod store;
 mod umount;
 mod verify;
 
@@ -62,6 +63,7 @@ enum Command {
     Umount(umount::UmountArgs),
     Verify(verify::Verify),
     Gc(gc::Gc),
+    Store(store::StoreCommand),
 }
 
 /// Runs the command line of this process.
@@ -101,5 +103,6 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Umount(args) => umount::run(args, &cli.global),
         Command::Verify(args) => verify::run(args, &cli.global),
         Command::Gc(args) => gc::run(args, &cli.global),
+        Command::Store(args) => store::run(args, &cli.global),
     }
 }

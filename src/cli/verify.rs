@@ -87,7 +87,7 @@ fn print(object: &str, report: &Report, global: &Global) -> Result<(), AnyError>
     let Report { names, blobs, bytes, layers, .. } = report;
     if report.is_good() {
         output::line(format_args!(
-            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers with a verity tree"
+            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers read"
         ))?;
     }
     Ok(())

@@ -91,8 +91,10 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let image = OciImage::parse(&bytes)?;
     check_layers(&image)?;
     let config = job.from.fetch(&image.manifest.config, MAX_MANIFEST_BYTES)?;
-    if let Some(listing) = Listing::of(&image.manifest.layers)? {
-        puzzlefs::ingest::keep(job, &image, &listing)?;
+    if let [rootfs] = &image.layers[..]
+        && rootfs.format()?.is_chunked()
+    {
+        puzzlefs::ingest::keep(job, &image, rootfs)?;
         let writer = job.writer;
         writer.put_bytes(&image.manifest.config.media_type, &config)?;
         let manifest = writer.put_bytes(&source.media_type, &bytes)?;

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use super::blobs::Blobs;
 use super::layer::{Layer, LayerError};
+use super::puzzlefs::{self, Puzzlefs};
 use super::source::Source;
 use super::squashfs::Squashfs;
 use crate::digest::Digest;
@@ -127,10 +128,10 @@ const TABLE: &[Row] = &[
     },
     Row {
         name: "puzzlefs",
-        media_types: &[MediaType::Exact("application/vnd.puzzlefs.image.rootfs.v1")],
+        media_types: &[MediaType::Exact(puzzlefs::ROOTFS)],
         content: Content::Chunked(ChunkedFormat {
-            chunks: &[MediaType::Prefix("application/vnd.puzzlefs.image.filedata.v1")],
-            open: None,
+            chunks: &[MediaType::Prefix(puzzlefs::FILEDATA)],
+            open: Some(|layer| Ok(Arc::new(Puzzlefs::open(layer)?))),
         }),
     },
     Row {

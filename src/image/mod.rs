@@ -17,6 +17,7 @@
 
 pub mod blobs;
 pub mod bytes;
+pub mod check;
 pub mod format;
 pub mod layer;
 pub mod oci;

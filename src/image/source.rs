@@ -59,20 +59,15 @@ pub enum ReadError {
         found: Digest,
     },
     /// A blob is shorter or longer than what refers to it says.
-    #[error("blob {blob} has {}, expected {expected} bytes", length(*.expected, *.found))]
+    #[error("blob {blob} has {found} bytes, expected {expected}")]
     Length {
         /// The blob.
         blob: Digest,
         /// The length that its descriptor says, in bytes.
         expected: u64,
-        /// Its length in bytes; of a longer blob, one byte more than expected.
+        /// How many bytes were read; one more than expected where it is longer.
         found: u64,
     },
-}
-
-/// The length that was found: a longer blob is not read to its end.
-fn length(expected: u64, found: u64) -> String {
-    if found > expected { format!("more than {expected} bytes") } else { format!("{found} bytes") }
 }
 
 /// Checks that `[offset, offset + len)` lies within an image of `size` bytes.

@@ -16,6 +16,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::base::Base;
 use crate::convert::Effort;
 use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
 use crate::digest::Digest;
@@ -74,7 +75,7 @@ struct Found {
     descriptor: Descriptor,
 }
 
-/// Builds a system.
+/// Builds a system. `base` names an earlier system or image of the store, which the notes compare it with.
 ///
 /// # Errors
 /// See [`BuildError`]. The store has no new name then.
@@ -83,12 +84,14 @@ pub fn build(
     store: &Store,
     signer: &Signer<'_>,
     effort: Effort,
+    base: Option<&str>,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let storage = match import.storage_type() {
         StorageType::Atomfs => Storage::Atomfs,
         StorageType::Puzzlefs => Storage::Puzzlefs,
     };
+    let base = base.map(|name| Base::of(store, name)).transpose()?;
     let writer = store.writer()?;
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
@@ -104,9 +107,12 @@ pub fn build(
     let mut names = Vec::new();
     for (name, image) in &found {
         let job = Ingest { from: &*image.from, writer: &writer, effort, storage, progress };
-        let done = ingest(&job, &image.descriptor)
+        let mut done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
         failpoint::hit("build.image");
+        if let Some(base) = &base {
+            done.notes.push(base.note(&store.image(&done.manifest.digest)?.manifest.layers));
+        }
         resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
         names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));
         targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });

@@ -41,6 +41,7 @@
 pub mod fsck;
 pub mod gc;
 mod put;
+pub mod stats;
 
 use std::fs;
 use std::io;

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mosfs::image::blobs::BlobFolder;
-use mosfs::image::oci::{Index, MAX_INDEX_BYTES, Manifest};
+use mosfs::image::format::ChunkedLayer;
+use mosfs::image::oci::{Index, MAX_INDEX_BYTES, OciImage};
 use mosfs::image::puzzlefs::Puzzlefs;
-use mosfs::image::puzzlefs::manifest::Listing;
 
 /// The images: layout, name in it, and the expected tree.
 pub const IMAGES: [(&str, &str, &str); 7] = [
@@ -36,20 +36,25 @@ pub fn expected(name: &str) -> String {
     fs::read_to_string(folder().join(format!("{name}.expected.txt"))).unwrap()
 }
 
-/// The blobs of a layout.
-pub fn blobs(layout: &Path) -> Arc<BlobFolder> {
-    Arc::new(BlobFolder::new(layout.join("blobs/sha256")))
-}
-
-/// The manifest of an image of a layout.
-pub fn manifest(layout: &Path, name: &str) -> Manifest {
+/// An image of a layout.
+pub fn image(layout: &Path, name: &str) -> OciImage {
     let index = Index::parse(&fs::read(layout.join("index.json")).unwrap(), MAX_INDEX_BYTES).unwrap();
     let entry = index.manifests.iter().find(|entry| entry.ref_name() == Some(name)).unwrap();
-    Manifest::parse(&fs::read(layout.join("blobs/sha256").join(entry.digest.hex())).unwrap()).unwrap()
+    OciImage::parse(&fs::read(layout.join("blobs/sha256").join(entry.digest.hex())).unwrap()).unwrap()
+}
+
+/// The one layer of an image.
+pub fn layer(layout: &Path, image: &OciImage) -> ChunkedLayer {
+    let [rootfs] = &image.layers[..] else { panic!("one layer") };
+    ChunkedLayer {
+        digest: rootfs.digest,
+        size: rootfs.size,
+        chunks: Arc::clone(&image.chunks),
+        blobs: Arc::new(BlobFolder::of_layout(layout)),
+    }
 }
 
 /// Opens an image of a layout.
 pub fn open(layout: &Path, name: &str) -> Puzzlefs {
-    let listing = Listing::of(&manifest(layout, name).layers).unwrap().unwrap();
-    Puzzlefs::open(blobs(layout), &listing).unwrap()
+    Puzzlefs::open(&layer(layout, &image(layout, name))).unwrap()
 }

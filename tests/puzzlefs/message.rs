@@ -2,13 +2,14 @@
 //! of the program are not each other's measure.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex};
 
 use mosfs::digest::Digest;
-use mosfs::image::blobs::{self, Blobs};
-use mosfs::image::puzzlefs::manifest::Listing;
-use mosfs::image::puzzlefs::{ListedBlob, Puzzlefs};
-use mosfs::image::{LayerError, ReadError};
+use mosfs::image::LayerError;
+use mosfs::image::blobs::{Blob, BlobError, Blobs, read_whole};
+use mosfs::image::format::ChunkedLayer;
+use mosfs::image::puzzlefs::Puzzlefs;
 
 /// What a pointer leads to.
 #[derive(Clone)]
@@ -131,35 +132,89 @@ pub fn one(inodes: Vec<Inode>) -> Vec<u8> {
 }
 
 /// Blobs in memory, which a test can change.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Memory(pub Mutex<HashMap<Digest, Vec<u8>>>);
 
 impl Memory {
-    pub fn put(&self, bytes: &[u8]) -> ListedBlob {
+    /// Puts a blob; its digest and size.
+    pub fn put(&self, bytes: &[u8]) -> (Digest, u64) {
         let digest = Digest::of(bytes);
         self.0.lock().unwrap().insert(digest, bytes.to_vec());
-        ListedBlob { digest, size: bytes.len() as u64 }
+        (digest, bytes.len() as u64)
     }
 }
 
 impl Blobs for Memory {
-    fn read(&self, digest: &Digest, stored_bytes: u64, out: &mut Vec<u8>) -> Result<(), ReadError> {
-        out.clear();
-        let held = self.0.lock().unwrap();
-        let Some(bytes) = held.get(digest) else {
-            let source = std::io::ErrorKind::NotFound.into();
-            return Err(ReadError::Io { offset: 0, len: stored_bytes as usize, source });
-        };
-        blobs::check(digest, stored_bytes, bytes)?;
-        out.extend_from_slice(bytes);
-        Ok(())
+    fn blob(&self, _: &Digest, _: u64) -> Blob {
+        unreachable!("all blobs are read whole")
     }
+
+    fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
+        match self.0.lock().unwrap().get(digest) {
+            Some(held) => read_whole(&held[..], digest, stored_bytes, bytes),
+            None => {
+                bytes.clear();
+                Err(BlobError::Io { digest: *digest, source: ErrorKind::NotFound.into() })
+            }
+        }
+    }
+}
+
+/// A layer of this metadata and these chunks: digest and size each.
+pub fn layer(blobs: Arc<Memory>, rootfs: (Digest, u64), chunks: &[(Digest, u64)]) -> ChunkedLayer {
+    let chunks = Arc::new(chunks.iter().copied().collect());
+    ChunkedLayer { digest: rootfs.0, size: rootfs.1, chunks, blobs }
 }
 
 /// Opens an image of that metadata and these chunks.
 pub fn open(metadata: &[u8], chunks: &[&[u8]]) -> Result<Puzzlefs, LayerError> {
-    let blobs = Memory::default();
-    let chunks = chunks.iter().map(|chunk| blobs.put(chunk)).collect();
-    let listing = Listing { rootfs: blobs.put(metadata), chunks };
-    Puzzlefs::open(Arc::new(blobs), &listing)
+    let blobs = Arc::new(Memory::default());
+    let chunks: Vec<_> = chunks.iter().map(|chunk| blobs.put(chunk)).collect();
+    let rootfs = blobs.put(metadata);
+    Puzzlefs::open(&layer(blobs, rootfs, &chunks))
+}
+
+/// The digest of chunk `number` of a [`large`] image.
+pub fn large_chunk(number: u64) -> Digest {
+    Digest::of(&number.to_le_bytes())
+}
+
+/// Metadata that uses this many chunks of 64 KiB: four files each, in folders of 100.
+pub fn large(chunks: u64) -> Vec<u8> {
+    let folders = chunks.div_ceil(25);
+    let first_file = 2 + folders;
+    let name = |number: u64| format!("file-{number:08}").into_bytes();
+    let mut inodes = Vec::new();
+    let names: Vec<_> = (0..folders).map(|folder| (name(folder), 2 + folder)).collect();
+    let names: Vec<_> = names.iter().map(|(name, ino)| (&name[..], *ino)).collect();
+    inodes.push(dir(1, &names));
+    for folder in 0..folders {
+        let numbers = folder * 100..(chunks * 4).min(folder * 100 + 100);
+        let names: Vec<_> = numbers.map(|number| (name(number), first_file + number)).collect();
+        let names: Vec<_> = names.iter().map(|(name, ino)| (&name[..], *ino)).collect();
+        inodes.push(dir(2 + folder, &names));
+    }
+    for number in 0..chunks * 4 {
+        let digest = large_chunk(number / 4);
+        inodes.push(file(first_file + number, &[(digest.as_bytes(), number % 4 * 16_384, 16_384, true)]));
+    }
+    one(inodes)
+}
+
+/// A manifest of a [`large`] image whose metadata is this, with a chunk of `stored_bytes` each.
+pub fn large_manifest(metadata: &[u8], chunks: u64, stored_bytes: u64) -> Vec<u8> {
+    let mut text = format!(
+        r#"{{"config":{{"data":"e30=","digest":"{}","mediaType":"application/vnd.oci.empty.v1+json","size":2}},"layers":[{{"digest":"{}","mediaType":"application/vnd.puzzlefs.image.rootfs.v1","size":{}}}"#,
+        Digest::of(b"{}"),
+        Digest::of(metadata),
+        metadata.len()
+    );
+    for number in 0..chunks {
+        text += &format!(
+            r#",{{"digest":"{}","mediaType":"application/vnd.puzzlefs.image.filedata.v1+zstd","size":{stored_bytes}}}"#,
+            large_chunk(number)
+        );
+    }
+    text += r#"],"schemaVersion":2}"#;
+    text.into_bytes()
 }

@@ -8,16 +8,16 @@ use std::sync::Arc;
 use mosfs::convert::puzzlefs::{Limits, Packed, PuzzlefsError, compress::Compressor, fsverity, pack};
 use mosfs::digest::Digest;
 use mosfs::error::{Class, Classified};
+use mosfs::image::format::ChunkedLayer;
 use mosfs::image::layer::Layer;
 use mosfs::image::oci::Descriptor;
 use mosfs::image::overlay::Merged;
-use mosfs::image::puzzlefs::Puzzlefs;
-use mosfs::image::puzzlefs::manifest::{FILEDATA, Listing, ROOTFS, VERITY_ANNOTATION};
+use mosfs::image::puzzlefs::{FILEDATA, Puzzlefs, ROOTFS, VERITY_ANNOTATION};
 use mosfs::progress::Progress;
 use mosfs::store::Store;
 
 use crate::dump::dump;
-use crate::images::{blobs, manifest, open, unpack};
+use crate::images::{image, open, unpack};
 
 fn pack_into(store: &Store, layer: Arc<dyn Layer>, threads: usize) -> Result<Packed, PuzzlefsError> {
     let view = Merged::new(vec![layer]).unwrap();
@@ -26,7 +26,10 @@ fn pack_into(store: &Store, layer: Arc<dyn Layer>, threads: usize) -> Result<Pac
 }
 
 fn reopen(store: &Store, packed: &Packed) -> Puzzlefs {
-    Puzzlefs::open(blobs(store.dir()), &Listing::of(&packed.layers).unwrap().unwrap()).unwrap()
+    let rootfs = &packed.layers[0];
+    let chunks = Arc::new(chunks(&packed.layers));
+    Puzzlefs::open(&ChunkedLayer { digest: rootfs.digest, size: rootfs.size, chunks, blobs: store.blobs() })
+        .unwrap()
 }
 
 fn chunks(layers: &[Descriptor]) -> BTreeMap<Digest, u64> {
@@ -55,7 +58,7 @@ fn a_tree_gives_the_chunks_that_the_puzzlefs_tool_makes() {
         let store = Store::create(&folder.path().join(format!("{layout}-store"))).unwrap();
         let packed = pack_into(&store, Arc::new(open(&source, name)), 2).unwrap();
         if layout == "odd-zstd" {
-            let (found, expected) = (chunks(&packed.layers), chunks(&manifest(&source, name).layers));
+            let (found, expected) = (chunks(&packed.layers), chunks(&image(&source, name).manifest.layers));
             assert_eq!(found, expected);
             assert_eq!(found.len(), 7);
         }
@@ -77,23 +80,23 @@ fn a_tree_gives_the_chunks_that_the_puzzlefs_tool_makes() {
 fn neither_threads_nor_an_earlier_build_change_an_image() {
     let folder = tempfile::tempdir().unwrap();
     unpack("odd-zstd", &folder.path().join("source"));
-    let image = || Arc::new(open(&folder.path().join("source"), "odd"));
+    let source = || Arc::new(open(&folder.path().join("source"), "odd"));
     let one = Store::create(&folder.path().join("one")).unwrap();
-    let first = pack_into(&one, image(), 1).unwrap();
+    let first = pack_into(&one, source(), 1).unwrap();
     let times = blob_times(one.dir());
     for threads in [1, 2, 7] {
         let other = Store::create(&folder.path().join(format!("{threads}"))).unwrap();
-        assert_eq!(pack_into(&other, image(), threads).unwrap().layers, first.layers);
+        assert_eq!(pack_into(&other, source(), threads).unwrap().layers, first.layers);
     }
     // Into the same store: nothing is written twice.
-    assert_eq!(pack_into(&one, image(), 3).unwrap().layers, first.layers);
+    assert_eq!(pack_into(&one, source(), 3).unwrap().layers, first.layers);
     assert_eq!(blob_times(one.dir()), times);
     // A blob that is not what its name says is replaced.
     let chunk = one.blob_path(&first.layers[1].digest);
     let good = std::fs::read(&chunk).unwrap();
     std::fs::remove_file(&chunk).unwrap();
     std::fs::write(&chunk, vec![0; good.len()]).unwrap();
-    pack_into(&one, image(), 3).unwrap();
+    pack_into(&one, source(), 3).unwrap();
     assert_eq!(std::fs::read(&chunk).unwrap(), good);
 }
 
@@ -120,7 +123,7 @@ fn fs_verity_digests_are_those_of_the_kernel() {
         let folder = tempfile::tempdir().unwrap();
         unpack(layout, folder.path());
         let rootfs =
-            manifest(folder.path(), name).layers.into_iter().find(|layer| layer.media_type == ROOTFS);
+            image(folder.path(), name).manifest.layers.into_iter().find(|layer| layer.media_type == ROOTFS);
         let rootfs = rootfs.unwrap();
         let blob = std::fs::read(folder.path().join("blobs/sha256").join(rootfs.digest.hex())).unwrap();
         assert_eq!(fsverity::digest(&blob).hex(), rootfs.annotations[VERITY_ANNOTATION], "{layout}:{name}");

@@ -4,13 +4,11 @@ use std::sync::Arc;
 
 use mosfs::digest::Digest;
 use mosfs::image::layer::{BlockId, Layer, Place};
-use mosfs::image::oci::{Descriptor, OciError};
-use mosfs::image::puzzlefs::manifest::{FILEDATA, Listing, MAX_CHUNKS, ROOTFS};
-use mosfs::image::puzzlefs::{ListedBlob, MAX_CHUNK_BYTES, MAX_METADATA_BYTES, Puzzlefs};
+use mosfs::image::puzzlefs::{MAX_CHUNK_BYTES, MAX_METADATA_BYTES, Puzzlefs};
 use mosfs::image::{LayerError, NodeId, ReadError};
 
 use crate::message::{
-    Inode, Memory, Part, Ptr, dir, encode, file, frame, inode, link, one, open, rootfs, with_xattr,
+    Inode, Memory, Part, Ptr, dir, encode, file, frame, inode, layer, link, one, open, rootfs, with_xattr,
 };
 
 /// The error of an image that must not open.
@@ -233,22 +231,22 @@ fn no_bytes_are_read_twice() {
 
 #[test]
 fn metadata_has_a_largest_size() {
-    let blobs = Memory::default();
-    let mut rootfs = blobs.put(&one(vec![dir(1, &[])]));
-    rootfs.size = MAX_METADATA_BYTES + 1;
-    let error = Puzzlefs::open(Arc::new(blobs), &Listing { rootfs, chunks: vec![] }).err().unwrap();
+    let blobs = Arc::new(Memory::default());
+    let (digest, _) = blobs.put(&one(vec![dir(1, &[])]));
+    let error = Puzzlefs::open(&layer(blobs, (digest, MAX_METADATA_BYTES + 1), &[])).err().unwrap();
     assert!(error.to_string().contains("268435457 bytes, expected at most 268435456"), "{error}");
 }
 
 #[test]
-fn metadata_must_have_its_digest() {
-    let blobs = Memory::default();
+fn metadata_must_have_its_digest_and_its_size() {
+    let blobs = Arc::new(Memory::default());
     let rootfs = blobs.put(&one(vec![dir(1, &[])]));
-    blobs.0.lock().unwrap().get_mut(&rootfs.digest).unwrap()[9] ^= 1;
-    let error = Puzzlefs::open(Arc::new(blobs), &Listing { rootfs, chunks: vec![] }).err().unwrap();
-    assert!(
-        matches!(error, LayerError::Read(ReadError::Verity { expected, .. }) if expected == rootfs.digest)
-    );
+    let longer = layer(blobs.clone(), (rootfs.0, rootfs.1 - 1), &[]);
+    let error = Puzzlefs::open(&longer).err().unwrap();
+    assert!(matches!(error, LayerError::Read(ReadError::Length { blob, .. }) if blob == rootfs.0), "{error}");
+    blobs.0.lock().unwrap().get_mut(&rootfs.0).unwrap()[9] ^= 1;
+    let error = Puzzlefs::open(&layer(blobs, rootfs, &[])).err().unwrap();
+    assert!(matches!(error, LayerError::Read(ReadError::Verity { expected, .. }) if expected == rootfs.0));
 }
 
 /// An image of one file, `size` bytes of a chunk that is stored as `stored`, with the size in the manifest.
@@ -259,10 +257,9 @@ fn one_chunk(
     listed: u64,
 ) -> (Arc<Memory>, Result<Puzzlefs, LayerError>) {
     let blobs = Arc::new(Memory::default());
-    let mut chunk = blobs.put(stored);
-    chunk.size = listed;
-    let rootfs = blobs.put(&with(file(2, &[(chunk.digest.as_bytes(), 0, size, compressed)])));
-    let opened = Puzzlefs::open(blobs.clone(), &Listing { rootfs, chunks: vec![chunk] });
+    let (chunk, _) = blobs.put(stored);
+    let rootfs = blobs.put(&with(file(2, &[(chunk.as_bytes(), 0, size, compressed)])));
+    let opened = Puzzlefs::open(&layer(blobs.clone(), rootfs, &[(chunk, listed)]));
     (blobs, opened)
 }
 
@@ -328,12 +325,9 @@ fn chunks_are_checked_at_each_decode() {
     let found = Digest::of(b"Content");
     assert_eq!(said, format!("verity: block 0 (chunk) has hash {found}, expected {digest}"));
     blobs.0.lock().unwrap().insert(digest, b"conten".to_vec());
-    assert_eq!(decoded(&image).unwrap_err(), format!("blob {digest} has 6 bytes, expected 7 bytes"));
+    assert_eq!(decoded(&image).unwrap_err(), format!("blob {digest} has 6 bytes, expected 7"));
     blobs.0.lock().unwrap().insert(digest, b"contents".to_vec());
-    assert_eq!(
-        decoded(&image).unwrap_err(),
-        format!("blob {digest} has more than 7 bytes, expected 7 bytes")
-    );
+    assert_eq!(decoded(&image).unwrap_err(), format!("blob {digest} has 8 bytes, expected 7"));
     blobs.0.lock().unwrap().remove(&digest);
     assert!(decoded(&image).unwrap_err().starts_with("cannot read 7 bytes"));
     blobs.put(b"content");
@@ -369,37 +363,4 @@ fn sizes_before_compression_are_refused_by_name() {
         let error = one_chunk(&packed, 5000, true, size).1.err().unwrap().to_string();
         assert!(error.contains(&format!("has {size} bytes, expected 1 to 1048576")), "{error}");
     }
-}
-
-#[test]
-fn manifests_list_one_image() {
-    let blob = |n: usize| Digest::of(&n.to_le_bytes());
-    let rootfs = Descriptor::new(ROOTFS, blob(0), 100);
-    let chunk = |n: usize, size| Descriptor::new(&format!("{FILEDATA}+zstd"), blob(n), size);
-    let listing = Listing::of(&[chunk(2, 20), rootfs.clone(), chunk(1, 10), chunk(2, 20)]).unwrap().unwrap();
-    assert_eq!(listing.rootfs, ListedBlob { digest: blob(0), size: 100 });
-    let expected = [ListedBlob { digest: blob(2), size: 20 }, ListedBlob { digest: blob(1), size: 10 }];
-    assert_eq!(listing.chunks, expected);
-    let squashfs = Descriptor::new("application/vnd.stacker.image.layer.squashfs+zstd", blob(9), 1);
-    assert_eq!(Listing::of(std::slice::from_ref(&squashfs)).unwrap(), None);
-    let refuse = |layers: &[Descriptor]| Listing::of(layers).unwrap_err().to_string();
-    let words = "the image is a PuzzleFS image, and cannot be read as one: ";
-    assert_eq!(
-        refuse(&[rootfs.clone(), squashfs.clone()]),
-        format!("{words}it also has a layer of media type `{}`", squashfs.media_type)
-    );
-    assert_eq!(
-        refuse(&[rootfs.clone(), rootfs.clone()]),
-        format!("{words}it has 2 blobs of metadata (`{ROOTFS}`), expected 1")
-    );
-    assert_eq!(refuse(&[chunk(1, 1)]), format!("{words}it has 0 blobs of metadata (`{ROOTFS}`), expected 1"));
-    assert_eq!(
-        refuse(&[rootfs.clone(), chunk(1, 1), chunk(1, 2)]),
-        format!("{words}it lists chunk {} with 1 and with 2 bytes", blob(1))
-    );
-    let unknown = Descriptor::new(&format!("{FILEDATA}x"), blob(1), 1);
-    assert!(refuse(&[rootfs.clone(), unknown]).contains("it also has a layer of media type"));
-    let mut many: Vec<_> = (0..=MAX_CHUNKS).map(|n| chunk(n, 1)).collect();
-    many.push(rootfs);
-    assert!(matches!(Listing::of(&many), Err(OciError::TooMany { found: 65_537, max: 65_536, .. })));
 }

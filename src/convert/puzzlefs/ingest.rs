@@ -16,50 +16,52 @@ use crate::digest::Digest;
 use crate::error::IoContext;
 use crate::failpoint;
 use crate::image::ReadError;
-use crate::image::blobs::BlobFolder;
+use crate::image::check;
+use crate::image::format::{ChunkedLayer, Content};
 use crate::image::layer::Layer;
 use crate::image::oci::{
-    CONFIG, Descriptor, LayerDescriptor, LayerFormat, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciImage,
+    CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciImage,
 };
 use crate::image::overlay::Merged;
-use crate::image::puzzlefs::manifest::Listing;
 use crate::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
 use crate::image::squashfs::Squashfs;
 use crate::image::verified::PlainSource;
+use crate::store::TempBlob;
 
 /// zstd's level for the images of layers that live until the layers are merged.
 const TEMPORARY_LEVEL: i32 = 1;
 
-/// Stores the blobs of a PuzzleFS image, and decodes every chunk once.
+/// Stores the blobs of a PuzzleFS image, and decodes every chunk once. `rootfs` is its one layer.
 ///
 /// # Errors
 /// Those of the transport and the store; [`IngestError::Chunks`] where the image makes no sense.
-pub fn keep(job: &Ingest<'_>, image: &OciImage, listing: &Listing) -> Result<(), IngestError> {
+pub fn keep(job: &Ingest<'_>, image: &OciImage, rootfs: &LayerDescriptor) -> Result<(), IngestError> {
     let all = image.manifest.layers.iter().map(|layer| layer.size).sum();
     let task = job.progress.task("fetch", &image.digest.to_string(), Some(all));
     let mut batch = job.writer.batch();
     let mut seen = HashSet::new();
-    for blob in &image.manifest.layers {
-        if !seen.insert(blob.digest) {
-            continue;
-        }
-        let is_rootfs = blob.digest == listing.rootfs.digest;
-        if is_rootfs || blob.size > u64::from(MAX_CHUNK_BYTES) {
-            job.writer.fetch(job.from, blob, &task)?;
-        } else {
+    for blob in image.manifest.layers.iter().filter(|blob| seen.insert(blob.digest)) {
+        if image.chunks.contains_key(&blob.digest) && blob.size <= u64::from(MAX_CHUNK_BYTES) {
             // Checked against digest and size on the way.
             let bytes = job.from.fetch(blob, blob.size)?;
             batch.put(&blob.digest, &bytes)?;
             task.advance(blob.size);
+        } else {
+            job.writer.fetch(job.from, blob, &task)?;
         }
     }
     batch.finish()?;
     drop(task);
     let wrong = |source| IngestError::Chunks { image: image.digest, source };
-    let blobs = BlobFolder::new(job.writer.store().dir().join("blobs/sha256"));
-    let opened = Puzzlefs::open(Arc::new(blobs), listing).map_err(wrong)?;
-    match opened.check_chunks(job.effort.threads, job.progress).into_iter().next() {
-        Some((_, source)) => Err(wrong(source)),
+    let layer = ChunkedLayer {
+        digest: rootfs.digest,
+        size: rootfs.size,
+        chunks: Arc::clone(&image.chunks),
+        blobs: job.writer.store().blobs(),
+    };
+    let opened = Puzzlefs::open(&layer).map_err(wrong)?;
+    match check::content(&opened, job.effort.threads, job.progress).into_iter().next() {
+        Some(source) => Err(wrong(source)),
         None => Ok(()),
     }
 }
@@ -71,14 +73,13 @@ pub fn keep(job: &Ingest<'_>, image: &OciImage, listing: &Listing) -> Result<(),
 pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<Ingested, IngestError> {
     let diff_ids = diff_ids(image, &config)?;
     let mut notes = Vec::new();
-    let mut layers: Vec<Arc<Squashfs>> = Vec::new();
+    let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
     for (at, layer) in image.layers.iter().enumerate() {
         let diff_id = diff_ids.as_ref().and_then(|ids| ids.get(at).copied());
         let (opened, said) = open_layer(job, layer, diff_id, &layers)?;
         notes.extend(said.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
-        layers.push(Arc::new(opened));
+        layers.push(opened);
     }
-    let layers: Vec<Arc<dyn Layer>> = layers.into_iter().map(|layer| layer as Arc<dyn Layer>).collect();
     let view = Merged::new(layers).map_err(PuzzlefsError::Tree)?;
     let packed = pack(&view, job.writer, Limits::default(), job.effort.threads, job.progress)?;
     failpoint::hit("build.layer");
@@ -113,16 +114,24 @@ pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<In
     Ok(Ingested { manifest, untouched: false, notes })
 }
 
-/// One layer of the source as an image that can be read, in a temporary file, and what was changed or dropped.
+/// One layer of the source, opened from a temporary file, and what was changed or dropped.
 fn open_layer(
     job: &Ingest<'_>,
     layer: &LayerDescriptor,
     diff_id: Option<Digest>,
-    below: &[Arc<Squashfs>],
-) -> Result<(Squashfs, Vec<String>), IngestError> {
+    below: &[Arc<dyn Layer>],
+) -> Result<(Arc<dyn Layer>, Vec<String>), IngestError> {
     let wrong = |source| IngestError::Layer { layer: layer.digest, source };
-    let (temp, notes) = match layer.format()? {
-        LayerFormat::Tar(compression) => {
+    let unreadable = |source| wrong(ConvertError::Below { layer: layer.digest, source });
+    let format = layer.format()?;
+    // Nobody else has the temporary file: it is written or checked here, and loses its name when `temp` is dropped.
+    let source = |temp: &TempBlob| -> Result<Arc<PlainSource>, IngestError> {
+        let file = temp.file.try_clone().on("open", temp.path())?;
+        let source = PlainSource::unsafe_no_verity(file);
+        Ok(Arc::new(source.map_err(|source: ReadError| unreadable(source.into()))?))
+    };
+    match format.content() {
+        Content::Tar(compression) => {
             let temp = job.writer.temp()?;
             let tar = TarLayer { digest: layer.digest, size: layer.size, compression, diff_id };
             let effort = Effort { level: TEMPORARY_LEVEL, ..job.effort };
@@ -130,36 +139,34 @@ fn open_layer(
             let mut below = |path: &[u8]| attributes_below(below, layer, path);
             let (_, notes) =
                 write_squashfs(from, &tar, &temp.file, effort, &mut below, job.progress).map_err(wrong)?;
-            (temp, notes)
+            let opened = Squashfs::open(source(&temp)?).map_err(unreadable)?;
+            Ok((Arc::new(opened), notes))
         }
-        LayerFormat::Squashfs => {
-            let blob = Descriptor::new(&layer.media_type, layer.digest, layer.size);
+        Content::Image(image) => {
+            let no_reader = PuzzlefsError::NoReader { layer: layer.digest, format: format.name() };
+            let open = image.open.ok_or(no_reader)?;
+            let blob = Descriptor::new(layer.media_type(), layer.digest, layer.size);
             let task = job.progress.task("fetch", &layer.digest.to_string(), Some(layer.size));
             let temp = job.writer.receive(job.from, &blob, &task)?;
-            examine(&temp.file, &layer.digest, layer.root_hash, job.effort.threads, job.progress)
-                .map_err(wrong)?;
-            (temp, Vec::new())
+            let root_hash = layer.trust.root_hash();
+            examine(&temp.file, &layer.digest, root_hash, job.effort.threads, job.progress).map_err(wrong)?;
+            Ok((open(source(&temp)?).map_err(unreadable)?, Vec::new()))
         }
-        LayerFormat::Erofs => return Err(PuzzlefsError::Erofs { layer: layer.digest }.into()),
-    };
-    // Nobody else has the file: it was written or checked here, and loses its name when `temp` is dropped.
-    let file = temp.file.try_clone().on("open", temp.path())?;
-    let unreadable = |source: ReadError| ConvertError::Below { layer: layer.digest, source: source.into() };
-    let source = PlainSource::unsafe_no_verity(file).map_err(|source| wrong(unreadable(source)))?;
-    let opened = Squashfs::open(Arc::new(source));
-    opened
-        .map(|opened| (opened, notes))
-        .map_err(|source| wrong(ConvertError::Below { layer: layer.digest, source }))
+        // Such an image is kept as it is.
+        Content::Chunked(_) => {
+            Err(PuzzlefsError::NoReader { layer: layer.digest, format: format.name() }.into())
+        }
+    }
 }
 
 /// What the layers below say of a folder, from the top one down.
 fn attributes_below(
-    below: &[Arc<Squashfs>],
+    below: &[Arc<dyn Layer>],
     layer: &LayerDescriptor,
     path: &[u8],
 ) -> Result<Option<Meta>, ConvertError> {
     for image in below.iter().rev() {
-        match folder(image, path).map_err(|source| ConvertError::Below { layer: layer.digest, source })? {
+        match folder(&**image, path).map_err(|source| ConvertError::Below { layer: layer.digest, source })? {
             Folder::Here(meta) => return Ok(Some(meta)),
             Folder::Hidden => return Ok(None),
             Folder::Unknown => {}

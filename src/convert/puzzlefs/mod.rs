@@ -22,7 +22,7 @@ pub mod ingest;
 mod metadata;
 mod plan;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::io;
 use std::num::NonZeroUsize;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -38,7 +38,7 @@ use crate::error::{Class, Classified};
 use crate::image::LayerError;
 use crate::image::oci::{Descriptor, MAX_MANIFEST_BYTES};
 use crate::image::overlay::{Merged, OverlayError};
-use crate::image::puzzlefs::manifest::{FILEDATA, ROOTFS, VERITY_ANNOTATION, ZSTD_SUFFIX};
+use crate::image::puzzlefs::{FILEDATA, ROOTFS, VERITY_ANNOTATION, ZSTD_SUFFIX};
 use crate::progress::Progress;
 use crate::store::{StoreError, Writer};
 
@@ -236,12 +236,6 @@ fn store_in_order(
     Ok((chunks, listed))
 }
 
-/// What an image shares with others: how many of its chunks, and of their bytes.
-pub fn shared_with(layers: &[Descriptor], others: &BTreeSet<Digest>) -> (usize, u64) {
-    let shared = layers.iter().filter(|layer| others.contains(&layer.digest));
-    shared.fold((0, 0), |(count, bytes), layer| (count + 1, bytes + layer.size))
-}
-
 /// Why an image cannot be packed.
 #[derive(Debug, thiserror::Error)]
 pub enum PuzzlefsError {
@@ -257,11 +251,13 @@ pub enum PuzzlefsError {
         /// What it says.
         size: u64,
     },
-    /// A layer of the source cannot be read.
-    #[error("layer {layer}: erofs layers cannot be packed into a PuzzleFS image yet")]
-    Erofs {
+    /// There is no reader for a layer of the source.
+    #[error("layer {layer}: {format} layers cannot be read here, so they cannot be packed")]
+    NoReader {
         /// The layer.
         layer: Digest,
+        /// Its format.
+        format: &'static str,
     },
     /// The manifest would be larger than what registries and mosfs take.
     #[error(
@@ -301,7 +297,7 @@ impl Classified for PuzzlefsError {
     fn class(&self) -> Class {
         match self {
             // What there is to do is up to whoever wrote the import manifest.
-            Self::TooLarge { .. } | Self::Metadata { .. } | Self::TooMuch { .. } | Self::Erofs { .. } => {
+            Self::TooLarge { .. } | Self::Metadata { .. } | Self::TooMuch { .. } | Self::NoReader { .. } => {
                 Class::Input
             }
             Self::Store(error) => error.class(),

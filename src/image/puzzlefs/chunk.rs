@@ -13,7 +13,7 @@ use zstd::bulk::Decompressor;
 
 use crate::digest::Digest;
 use crate::image::LayerError;
-use crate::image::blobs::Blobs;
+use crate::image::blobs::{BlobError, Blobs};
 use crate::image::source::ReadError;
 
 /// Flag of a chunk: its stored bytes are zstd frames.
@@ -52,8 +52,8 @@ thread_local! {
 
 /// Reads, checks and decodes a chunk into `out`, which is empty. `number` is the chunk's, for errors.
 ///
-/// Rule: "the stored bytes are read into private memory, length and SHA-256 checked, and only that copy is
-/// decoded, on every decode."
+/// Rule (docs/design.md, chunks by digest): stored bytes are read whole into private memory, length and SHA-256 are
+/// checked, and only that copy is decoded, every time.
 pub(super) fn decode(
     blobs: &dyn Blobs,
     chunk: &Chunk,
@@ -74,12 +74,7 @@ fn decode_with(
     number: u64,
     out: &mut Vec<u8>,
 ) -> Result<(), LayerError> {
-    let named = |error| match error {
-        ReadError::Verity { expected, found, .. } => {
-            ReadError::Verity { what: "chunk".into(), block: number, expected, found }
-        }
-        other => other,
-    };
+    let named = |error| read_error(error, "chunk", number, chunk.stored_bytes.into());
     let max = chunk.decoded_bytes as usize;
     let wrong = |why: String| {
         let why = format!("{}: {why}", chunk.digest);
@@ -87,6 +82,8 @@ fn decode_with(
     };
     out.reserve_exact(max);
     let Scratch { stored, zstd } = scratch;
+    stored.clear();
+    stored.reserve_exact(chunk.stored_bytes as usize + 1);
     let found = if chunk.compressed {
         blobs.read(&chunk.digest, chunk.stored_bytes.into(), stored).map_err(named)?;
         out.resize(max, 0);
@@ -105,7 +102,9 @@ fn decode_with(
         if chunk.stored_bytes != chunk.decoded_bytes {
             return Err(wrong(format!("it holds {} bytes, expected {max}", chunk.stored_bytes)));
         }
-        blobs.read(&chunk.digest, chunk.stored_bytes.into(), out).map_err(named)?;
+        blobs.read(&chunk.digest, chunk.stored_bytes.into(), stored).map_err(named)?;
+        // A copy, so that `out` grows to its bound and no further.
+        out.extend_from_slice(stored);
         out.len()
     };
     if found != max {
@@ -113,4 +112,17 @@ fn decode_with(
         return Err(wrong(format!("it decodes to {found} bytes, expected {max}")));
     }
     Ok(())
+}
+
+/// The error of a blob as one of a layer. `what` is its part in the image, `number` the chunk's.
+pub(super) fn read_error(error: BlobError, what: &str, number: u64, stored_bytes: u64) -> LayerError {
+    LayerError::Read(match error {
+        BlobError::Io { source, .. } => {
+            ReadError::Io { offset: 0, len: usize::try_from(stored_bytes).unwrap_or(usize::MAX), source }
+        }
+        BlobError::Size { digest, expected, found } => ReadError::Length { blob: digest, expected, found },
+        BlobError::Content { expected, found } => {
+            ReadError::Verity { what: what.into(), block: number, expected, found }
+        }
+    })
 }

@@ -31,25 +31,29 @@
 //! ([`MAX_CHUNK_BYTES`]) and a zstd context (160 KiB). Nothing is locked.
 
 mod chunk;
-pub mod manifest;
 mod message;
 mod table;
 
-use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 pub use chunk::COMPRESSED;
 
-use super::blobs::Blobs;
+use super::blobs::{BlobError, Blobs};
+use super::format::ChunkedLayer;
 use super::layer::{
     Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, Place, StatFs, Xattrs,
 };
 use super::source::ReadError;
-use crate::digest::Digest;
-use crate::progress::Progress;
-use manifest::Listing;
 use table::{Inode, Table, Tag};
+
+/// Media type of the metadata. It is never compressed.
+pub const ROOTFS: &str = "application/vnd.puzzlefs.image.rootfs.v1";
+/// Media type of a chunk. It may end in `+zstd`, also where the chunk is stored as it is: the metadata says which.
+pub const FILEDATA: &str = "application/vnd.puzzlefs.image.filedata.v1";
+/// What the media type of a chunk ends in, in an image that was built with compression.
+pub const ZSTD_SUFFIX: &str = "+zstd";
+/// Annotation of the metadata's descriptor: the fs-verity digest of that blob, in hex.
+pub const VERITY_ANNOTATION: &str = "io.puzzlefsoci.puzzlefs.puzzlefs_verity_root_hash";
 
 /// The only version of the metadata that is read.
 pub const MANIFEST_VERSION: u64 = 3;
@@ -67,15 +71,6 @@ const BLOCK_BYTES: u32 = 256 << 10;
 /// The name that errors give to the metadata.
 const METADATA: &str = "puzzlefs metadata";
 
-/// A blob of an image, as the OCI manifest lists it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ListedBlob {
-    /// SHA-256 of the stored bytes.
-    pub digest: Digest,
-    /// How many stored bytes there are.
-    pub size: u64,
-}
-
 /// The metadata makes no sense at this offset, in bytes.
 fn corrupt(offset: usize, why: impl Into<String>) -> LayerError {
     LayerError::Corrupt { table: METADATA, offset: offset as u64, why: why.into() }
@@ -90,41 +85,42 @@ pub struct Puzzlefs {
 impl Puzzlefs {
     /// Opens an image: reads its metadata whole, and checks it.
     ///
-    /// `listing` is what the manifest lists, whose digest the caller has checked.
+    /// `layer` is what the manifest lists, whose digest the caller has checked.
     ///
     /// # Errors
     /// [`LayerError::Read`] where the metadata cannot be read or does not have its digest;
     /// [`LayerError::Corrupt`] where it makes no sense, needs a chunk that is not listed, or is larger than
     /// [`MAX_METADATA_BYTES`].
-    pub fn open(blobs: Arc<dyn Blobs>, listing: &Listing) -> Result<Puzzlefs, LayerError> {
-        let Listing { rootfs, chunks } = listing;
-        if rootfs.size > MAX_METADATA_BYTES {
-            let why = format!("{} bytes, expected at most {MAX_METADATA_BYTES}", rootfs.size);
+    pub fn open(layer: &ChunkedLayer) -> Result<Puzzlefs, LayerError> {
+        if layer.size > MAX_METADATA_BYTES {
+            let why = format!("{} bytes, expected at most {MAX_METADATA_BYTES}", layer.size);
             return Err(corrupt(0, why));
         }
-        let mut bytes = Vec::new();
-        blobs.read(&rootfs.digest, rootfs.size, &mut bytes)?;
-        let image = Puzzlefs { blobs, table: Table::read(&bytes, chunks)? };
+        // Below MAX_METADATA_BYTES. Without room for it the vector would double on its way.
+        let mut bytes = Vec::with_capacity(layer.size as usize + 1);
+        let read = layer.blobs.read(&layer.digest, layer.size, &mut bytes);
+        read.map_err(|error| chunk::read_error(error, METADATA, 0, layer.size))?;
+        let image = Puzzlefs { blobs: Arc::clone(&layer.blobs), table: Table::read(&bytes, &layer.chunks)? };
+        drop(bytes);
         image.refuse_wrong_sizes()?;
         Ok(image)
     }
 
     /// Refuses an image whose manifest has the decoded sizes of compressed chunks, as puzzlefs 0.2.0 wrote them.
     ///
-    /// image-spec, descriptor.md: "size: … the size, in bytes, of the raw content. … If the length of the
-    /// retrieved content does not match the specified length, the content SHOULD NOT be trusted." One
-    /// chunk shows it; any other fault of that chunk is left to those who read it.
+    /// Rule (OCI descriptors): `size` is the size in bytes of the raw content, and content of another size is not
+    /// trusted. One chunk shows it; any other fault of that chunk is left to those who read it.
     fn refuse_wrong_sizes(&self) -> Result<(), LayerError> {
         let Some(chunk) = self.table.chunks.iter().find(|chunk| chunk.compressed) else { return Ok(()) };
         let mut stored = Vec::new();
         match self.blobs.read(&chunk.digest, chunk.stored_bytes.into(), &mut stored) {
-            Err(ReadError::Length { blob, expected, found })
+            Err(BlobError::Size { digest, expected, found })
                 if found < expected && expected == u64::from(chunk.decoded_bytes) =>
             {
                 Err(corrupt(
                     0,
                     format!(
-                        "the manifest says that chunk {blob} has {expected} bytes, which is its size before \
+                        "the manifest says that chunk {digest} has {expected} bytes, which is its size before \
                          compression; it has {found}. puzzlefs 0.2.0 wrote such manifests: build the image \
                          again with a newer version"
                     ),
@@ -143,41 +139,6 @@ impl Puzzlefs {
     pub fn chunk(&self, number: usize) -> Option<BlockId> {
         let chunk = self.table.chunks.get(number)?;
         Some(BlockId { start: number as u64, size_word: chunk.flags(), decoded_max: chunk.decoded_bytes })
-    }
-
-    /// The digest of a chunk and its stored size in bytes.
-    pub fn chunk_blob(&self, number: usize) -> Option<ListedBlob> {
-        let chunk = self.table.chunks.get(number)?;
-        Some(ListedBlob { digest: chunk.digest, size: chunk.stored_bytes.into() })
-    }
-
-    /// Reads, checks and decodes every chunk that files use, on up to `threads` threads. Returns what is wrong,
-    /// in the order of the chunks.
-    pub fn check_chunks(&self, threads: NonZeroUsize, progress: &Progress) -> Vec<(ListedBlob, LayerError)> {
-        let bytes = self.table.chunks.iter().map(|chunk| u64::from(chunk.stored_bytes)).sum();
-        let task = progress.task("verify", "chunks", Some(bytes));
-        let next = AtomicUsize::new(0);
-        let bad = Mutex::new(Vec::new());
-        let work = || {
-            let mut out = Vec::new();
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                let (Some(block), Some(blob)) = (self.chunk(number), self.chunk_blob(number)) else { return };
-                if let Err(error) = self.decode(block, &mut out) {
-                    bad.lock().unwrap_or_else(PoisonError::into_inner).push((number, blob, error));
-                }
-                task.advance(blob.size);
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads.get().min(self.chunk_count().max(1)) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
-        bad.sort_by_key(|(number, ..)| *number);
-        bad.into_iter().map(|(_, blob, error)| (blob, error)).collect()
     }
 
     fn inode(&self, node: NodeId) -> Result<&Inode, LayerError> {

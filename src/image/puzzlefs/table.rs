@@ -26,9 +26,10 @@ use std::collections::hash_map::Entry as MapEntry;
 
 use super::chunk::Chunk;
 use super::message::{List, Message, Struct};
-use super::{ListedBlob, MANIFEST_VERSION, MAX_CHUNK_BYTES, MAX_INO, corrupt};
+use super::{MANIFEST_VERSION, MAX_CHUNK_BYTES, MAX_INO, corrupt};
 use crate::digest::Digest;
 use crate::image::LayerError;
+use crate::image::format::Chunks;
 use crate::image::layer::FileType;
 
 /// The inode number of the root folder.
@@ -169,7 +170,7 @@ struct Visible {
 
 /// Which chunks there are, by digest and flag.
 #[derive(Default)]
-struct Chunks {
+struct Used {
     numbers: HashMap<(Digest, bool), u32>,
     /// How many bytes each decodes to, and its number in the order of first use once it is used.
     found: Vec<(u32, Option<u32>)>,
@@ -189,8 +190,8 @@ fn index(length: usize) -> u32 {
 }
 
 impl Table {
-    /// Reads and checks the metadata. `listed` are the chunks that the manifest lists, each once.
-    pub fn read(bytes: &[u8], listed: &[ListedBlob]) -> Result<Table, LayerError> {
+    /// Reads and checks the metadata. `listed` are the chunks that the manifest lists.
+    pub fn read(bytes: &[u8], listed: &Chunks) -> Result<Table, LayerError> {
         let message = Message::open(bytes)?;
         let root = message.root()?;
         let version = root.u64(0);
@@ -199,7 +200,7 @@ impl Table {
             return Err(corrupt(root.offset(), why));
         }
         let lists = root.list(0)?.iter().map(|list| list.list(0)).collect::<Result<Vec<_>, _>>()?;
-        let mut chunks = Chunks::default();
+        let mut chunks = Used::default();
         let mut visible = visible(&lists, &mut chunks)?;
         message.refill();
         let mut table = Table::default();
@@ -341,10 +342,9 @@ impl Table {
         &mut self,
         lists: &[List<'_>],
         visible: &[Visible],
-        chunks: &mut Chunks,
-        listed: &[ListedBlob],
+        chunks: &mut Used,
+        listed: &Chunks,
     ) -> Result<(), LayerError> {
-        let listed = Listed::new(listed);
         let mut places = vec![u32::MAX; visible.len()];
         for (seen, place) in visible.iter().zip(&mut places) {
             if seen.links == 0 {
@@ -372,7 +372,7 @@ impl Table {
                 }
                 Tag::File => {
                     kept.first = index(self.stretches.len());
-                    kept.size = self.file(&source, chunks, &listed)?;
+                    kept.size = self.file(&source, chunks, listed)?;
                     kept.count = index(self.stretches.len()) - kept.first;
                 }
                 Tag::Char | Tag::Block => kept.first = device(&source)?,
@@ -407,7 +407,7 @@ impl Table {
     }
 
     /// Keeps the stretches of a file. Returns its size in bytes.
-    fn file(&mut self, source: &Struct<'_>, chunks: &mut Chunks, listed: &Listed) -> Result<u64, LayerError> {
+    fn file(&mut self, source: &Struct<'_>, chunks: &mut Used, listed: &Chunks) -> Result<u64, LayerError> {
         let mut start = 0u64;
         for part in source.list(0)?.iter() {
             let FileChunk { len, offset, digest, compressed } = file_chunk(&part)?;
@@ -420,7 +420,7 @@ impl Table {
                 Some(chunk) => chunk,
                 None => {
                     let chunk = index(self.chunks.len());
-                    let stored_bytes = listed.size(&digest, part.offset())?;
+                    let stored_bytes = stored_bytes(listed, &digest, part.offset())?;
                     let decoded_bytes = *decoded_bytes;
                     self.chunks.push(Chunk { digest, stored_bytes, decoded_bytes, compressed });
                     *used = Some(chunk);
@@ -456,39 +456,23 @@ impl Table {
     }
 }
 
-/// The chunks that the manifest lists.
-struct Listed(Vec<ListedBlob>);
-
-impl Listed {
-    fn new(listed: &[ListedBlob]) -> Self {
-        let mut sorted = listed.to_vec();
-        sorted.sort_unstable_by_key(|blob| blob.digest);
-        Self(sorted)
-    }
-
-    /// The stored size of a chunk that is used, in bytes.
-    fn size(&self, digest: &Digest, offset: usize) -> Result<u32, LayerError> {
-        let found =
-            self.0.binary_search_by_key(digest, |blob| blob.digest).ok().and_then(|at| self.0.get(at));
-        match found {
-            Some(one) if one.size > 0 && one.size <= MAX_CHUNK_BYTES.into() => Ok(one.size as u32),
-            Some(one) => {
-                let why = format!(
-                    "the manifest says that chunk {digest} has {} bytes, expected 1 to {MAX_CHUNK_BYTES}",
-                    one.size
-                );
-                Err(corrupt(offset, why))
-            }
-            // Garbage collection would take it away, and no copy of the image would have it.
-            None => {
-                Err(corrupt(offset, format!("chunk {digest} is used, but the manifest does not list it")))
-            }
+/// The stored size of a chunk that is used, in bytes, by the manifest's list.
+fn stored_bytes(listed: &Chunks, digest: &Digest, offset: usize) -> Result<u32, LayerError> {
+    match listed.get(digest) {
+        Some(&size) if size > 0 && size <= MAX_CHUNK_BYTES.into() => Ok(size as u32),
+        Some(size) => {
+            let why = format!(
+                "the manifest says that chunk {digest} has {size} bytes, expected 1 to {MAX_CHUNK_BYTES}"
+            );
+            Err(corrupt(offset, why))
         }
+        // Garbage collection would take it away, and no copy of the image would have it.
+        None => Err(corrupt(offset, format!("chunk {digest} is used, but the manifest does not list it"))),
     }
 }
 
 /// The first walk: the inodes that count, in the order of their numbers, and all chunks.
-fn visible(lists: &[List<'_>], chunks: &mut Chunks) -> Result<Vec<Visible>, LayerError> {
+fn visible(lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerError> {
     let total = lists.iter().map(List::len).sum();
     let mut visible: Vec<Visible> = Vec::with_capacity(total);
     for (number, list) in lists.iter().enumerate() {
@@ -543,7 +527,7 @@ fn first_met(list: &List<'_>, ino: u64) -> usize {
     left
 }
 
-fn check_inode(source: &Struct<'_>, chunks: &mut Chunks) -> Result<(), LayerError> {
+fn check_inode(source: &Struct<'_>, chunks: &mut Used) -> Result<(), LayerError> {
     match Tag::of(source)? {
         Tag::File => {
             for part in source.list(0)?.iter() {
@@ -571,7 +555,7 @@ fn check_inode(source: &Struct<'_>, chunks: &mut Chunks) -> Result<(), LayerErro
     Ok(())
 }
 
-impl Chunks {
+impl Used {
     /// Notes that a file uses a chunk up to `end`.
     fn reach(&mut self, digest: Digest, compressed: bool, end: u32) {
         let next = index(self.found.len());
