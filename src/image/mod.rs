@@ -18,6 +18,7 @@
 pub mod blobs;
 pub mod bytes;
 pub mod check;
+pub mod chunked;
 pub mod format;
 pub mod layer;
 pub mod oci;

@@ -297,3 +297,22 @@ fn the_largest_image_is_served_within_64_mib() {
     let kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
     assert!(kib < 64 << 10, "the daemon needed {kib} KiB");
 }
+
+/// Chunks are opened when they are read, long after the daemon has left the folder that it was started in, and, at
+/// boot, its root folder: it holds the folder of the blobs, not its name.
+#[test]
+fn a_layout_may_be_named_from_here_and_renamed_while_it_is_mounted() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    unpack("odd-zstd", &folder.path().join("oci"));
+    let at = folder.path().join("m");
+    fs::create_dir(&at).unwrap();
+    let mut mount = crate::layout::mosfs();
+    mount.current_dir(folder.path()).args(["mount", "--backend", "fuse", "oci:oci:odd", "m"]);
+    assert!(mount.status().unwrap().success());
+    let mount = OurMount { at: at.canonicalize().unwrap() };
+    assert_eq!(fs::read(mount.at.join("hello.txt")).unwrap(), b"hello\n");
+    fs::rename(folder.path().join("oci"), folder.path().join("moved")).unwrap();
+    let good = visible(&expected("odd"));
+    assert_eq!(lines(&scan(&mount.at)), good);
+}

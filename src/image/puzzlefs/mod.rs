@@ -39,7 +39,7 @@ use std::sync::Arc;
 pub use chunk::COMPRESSED;
 
 use super::blobs::{BlobError, Blobs};
-use super::format::ChunkedLayer;
+use super::chunked::ChunkedLayer;
 use super::layer::{
     Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, Place, StatFs, Xattrs,
 };

@@ -29,7 +29,7 @@ use super::message::{List, Message, Struct};
 use super::{MANIFEST_VERSION, MAX_CHUNK_BYTES, MAX_INO, corrupt};
 use crate::digest::Digest;
 use crate::image::LayerError;
-use crate::image::format::Chunks;
+use crate::image::chunked::Chunks;
 use crate::image::layer::FileType;
 
 /// The inode number of the root folder.
