@@ -7,15 +7,15 @@
 //! digest of that copy.
 
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
+use crate::sys::file::open_at;
 
 /// A place that has blobs, by their digests.
 pub trait Blobs: fmt::Debug + Send + Sync {
@@ -143,18 +143,35 @@ pub fn read_whole(
 }
 
 /// The blobs of an OCI layout in a folder: `DIR/blobs/sha256/HEX`.
+///
+/// The folder is opened by the first [`Blobs::read`], and stays open: a daemon reads blobs long after it has left its
+/// working directory and, at boot, after its root folder has become another one.
 #[derive(Debug, Clone)]
-pub struct BlobFolder(PathBuf);
+pub struct BlobFolder {
+    path: PathBuf,
+    folder: Arc<OnceLock<File>>,
+}
 
 impl BlobFolder {
     /// The blobs of the layout in `dir`.
     pub fn of_layout(dir: &Path) -> Self {
-        Self(dir.join("blobs/sha256"))
+        Self { path: dir.join("blobs/sha256"), folder: Arc::default() }
     }
 
     /// Where a blob is, or would be.
     pub fn path(&self, digest: &Digest) -> PathBuf {
-        self.0.join(digest.hex())
+        self.path.join(digest.hex())
+    }
+
+    fn open(&self, digest: &Digest) -> io::Result<File> {
+        let folder = match self.folder.get() {
+            Some(folder) => folder,
+            None => {
+                let opened = File::open(&self.path)?;
+                self.folder.get_or_init(|| opened)
+            }
+        };
+        open_at(folder, &digest.hex())
     }
 }
 
@@ -164,13 +181,10 @@ impl Blobs for BlobFolder {
     }
 
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
+        // A failure leaves nothing of an earlier blob behind.
+        bytes.clear();
         let failed = |source| BlobError::Io { digest: *digest, source };
-        // O_NONBLOCK: opening a pipe that nobody writes to must not hang. It means nothing for files.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(self.path(digest))
-            .map_err(failed)?;
+        let file = self.open(digest).map_err(failed)?;
         if !file.metadata().map_err(failed)?.is_file() {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file")));
         }

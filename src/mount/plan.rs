@@ -133,7 +133,9 @@ pub enum PlanError {
         layer: Digest,
     },
     /// A root hash is required of a layer that is made of chunks.
-    #[error("layer {layer} is made of chunks, each verified by its own digest: it has no root hash to compare")]
+    #[error(
+        "layer {layer} is made of chunks, each verified by its own digest: it has no root hash to compare"
+    )]
     PinOnChunks {
         /// Digest of the layer.
         layer: Digest,

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Makes `to` share all blocks of `from`, copy on write (`FICLONE`, ioctl_ficlone(2)).
 ///
@@ -37,5 +37,19 @@ pub fn sync_file_system(file: &File) -> io::Result<()> {
     match unsafe { libc::syncfs(file.as_raw_fd()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Opens a file of an open folder for reading (openat(2)).
+///
+/// O_NONBLOCK: opening a pipe that nobody writes to must not hang. It means nothing for files.
+pub fn open_at(folder: &File, name: &str) -> io::Result<File> {
+    let name = std::ffi::CString::new(name)?;
+    let flags = libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: the name is NUL-terminated and outlives the call; the folder is open for it.
+    match unsafe { libc::openat(folder.as_raw_fd(), name.as_ptr(), flags) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: openat has just returned this descriptor, which nobody else has.
+        descriptor => Ok(File::from(unsafe { OwnedFd::from_raw_fd(descriptor) })),
     }
 }
