@@ -99,6 +99,13 @@ pub struct IoError {
     pub source: io::Error,
 }
 
+impl IoError {
+    /// An operation that failed on this object.
+    pub fn new(operation: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
+        Self { operation, path: path.as_ref().to_path_buf(), source }
+    }
+}
+
 impl Classified for IoError {
     fn class(&self) -> Class {
         Class::Failure
@@ -113,6 +120,6 @@ pub trait IoContext<T> {
 
 impl<T> IoContext<T> for io::Result<T> {
     fn on(self, operation: &'static str, path: impl AsRef<Path>) -> Result<T, IoError> {
-        self.map_err(|source| IoError { operation, path: path.as_ref().to_path_buf(), source })
+        self.map_err(|source| IoError::new(operation, path, source))
     }
 }

@@ -1,6 +1,7 @@
 //! Places where a test can cut the power.
 //!
-//! A failpoint stands at each commit point of whatever changes the disk. In a build with the
+//! A failpoint stands at each commit point of whatever changes the disk. Its name is
+//! `MODULE.OBJECT.STATE`, lower case: `deploy.folder.renamed`. In a build with the
 //! `failpoints` feature or debug assertions, `MOSFS_FAILPOINT=NAME` (or `NAME:N` for the N-th
 //! time that it is passed, counted from 1) kills the process there with SIGKILL, so that no
 //! destructor runs and no buffer is flushed. A release build has none of it.

@@ -31,5 +31,6 @@ pub mod publish;
 pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod text;
 pub mod transport;
 pub mod trust;

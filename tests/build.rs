@@ -246,6 +246,146 @@ fn the_key_the_certificate_and_the_product_must_fit() {
     assert_eq!(output.status.code(), Some(3), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// A build in two halves: what is to be signed goes to openssl, which stands for the token or the other machine.
+#[test]
+fn keys_elsewhere_sign_what_the_first_half_wrote() {
+    let publisher = Publisher::new();
+    let dir = publisher.dir();
+    let build = |more: &[&str]| {
+        let mut command = mosfs(dir);
+        command.args(["build", "--level", "3"]).args(more);
+        run_any(&mut command)
+    };
+    let ok = |more: &[&str]| {
+        let output = build(more);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let refused = |more: &[&str], code: i32, word: &str| {
+        let output = build(more);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{more:?}: {said}");
+        assert!(said.contains(word), "{more:?}: {said}");
+    };
+    let whole = ok(&[
+        "import.yaml",
+        "--store",
+        "whole",
+        "--key",
+        "keys/signer.key",
+        "--cert",
+        "keys/signer.pem",
+        "--floor-key",
+        "keys/floor.key",
+    ]);
+    let first = ok(&[
+        "import.yaml",
+        "--store",
+        "s",
+        "--cert",
+        "keys/signer.pem",
+        "--to-sign",
+        "m.json",
+        "--floor-to-sign",
+        "m.floor",
+        "--floor-pub",
+        "keys/floor.pub",
+    ]);
+    assert_eq!(first, whole, "the same digest, whoever signs it");
+    let names = |store: &str| {
+        let names = Store::open(&dir.join(store)).unwrap().names().unwrap();
+        names.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    assert!(names("s").iter().all(|name| name.starts_with("mos/images/")), "{:?}", names("s"));
+    run(mosfs(dir).args(["gc", "--store", "s"]));
+    sh(dir, "openssl dgst -sha256 -sign keys/signer.key -out m.sig m.json");
+    sh(dir, "openssl dgst -sha256 -sign keys/floor.key -out floor.der m.floor");
+    let second = |file: &str, store: &str, more: &[&str]| {
+        let words = [file, "--store", store, "--signature", "m.sig", "--cert", "keys/signer.pem"];
+        ok(&[&words, more].concat())
+    };
+    // From what the first half wrote, and from the import manifest; the floor signature in DER and raw.
+    let floor_pub = ["--floor-pub", "keys/floor.pub"];
+    let floor = [&["--floor-signature", "floor.der"], &floor_pub[..]].concat();
+    assert_eq!(second("m.json", "s", &floor), whole);
+    assert_eq!(names("s"), names("whole"));
+    run(mosfs(dir).args(["verify", "oci:s"]));
+    let raw = [
+        "floor",
+        "sign",
+        "--version",
+        "200",
+        "--key",
+        "keys/floor.key",
+        "--product",
+        PRODUCT,
+        "-o",
+        "floor.raw",
+    ];
+    run(mosfs(dir).args(raw));
+    assert_eq!(second("import.yaml", "other", &["--floor-signature", "floor.raw"]), whole);
+    // A device takes both, with a floor.
+    for store in ["s", "other"] {
+        let folders = ["--system", &format!("{store}.system"), "--config", &format!("{store}.config")]
+            .map(String::from);
+        let source = format!("oci:{store}");
+        let install = ["install", &source, "--ca", "keys/ca.pem", "--product", PRODUCT, "--floor", "file"];
+        fs::create_dir(dir.join(format!("{store}.config"))).unwrap();
+        fs::copy(dir.join("keys/floor.pub"), dir.join(format!("{store}.config/floor.pub"))).unwrap();
+        run(mosfs(dir).args(install).args(&folders));
+        run(mosfs(dir).args(["commit", "--floor", "file"]).args(&folders));
+    }
+
+    // What no device would take is refused, and nothing gets a name.
+    sh(dir, "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out stranger.key");
+    sh(dir, "openssl dgst -sha256 -sign stranger.key -out stranger.sig m.json; head -c 20 m.sig > cut.sig");
+    sh(
+        dir,
+        "openssl dgst -sha256 -sign stranger.key -out stranger.floor m.floor; cat keys/signer.* > both.pem",
+    );
+    ok(&["import.yaml", "--store", "fresh", "--to-sign", "m2.json"]);
+    let half = |sig: &str, cert: &str, more: &[&str]| {
+        let words = ["m.json", "--store", "fresh", "--signature", sig, "--cert", cert];
+        [&words, more].concat().into_iter().map(String::from).collect::<Vec<_>>()
+    };
+    let refused_half = |words: Vec<String>, code: i32, word: &str| {
+        refused(&words.iter().map(String::as_str).collect::<Vec<_>>(), code, word);
+    };
+    refused_half(half("stranger.sig", "keys/signer.pem", &[]), 3, "the signature does not match");
+    refused_half(half("cut.sig", "keys/signer.pem", &[]), 3, "the signature is cut short");
+    refused_half(half("m.sig", "both.pem", &[]), 2, "holds a private key");
+    refused_half(half("m.sig", "keys/ca.pem", &[]), 2, "is not for signing");
+    let stranger = [&["--floor-signature", "stranger.floor"], &floor_pub[..]].concat();
+    refused_half(
+        half("m.sig", "keys/signer.pem", &stranger),
+        3,
+        "stranger.floor: the floor signature is not",
+    );
+    refused_half(
+        half("m.sig", "keys/signer.pem", &["--floor-signature", "m.json"]),
+        3,
+        "m.json: the floor signature",
+    );
+    assert!(names("fresh").iter().all(|name| name.starts_with("mos/images/")), "{:?}", names("fresh"));
+    // The second half of a store that has not seen the first.
+    run(mosfs(dir).args(["build", "import.yaml", "--store", "empty", "--to-sign", "m3.json"]));
+    sh(dir, "rm -r empty/blobs/sha256/*");
+    refused(
+        &["m.json", "--store", "empty", "--signature", "m.sig", "--cert", "keys/signer.pem"],
+        2,
+        "is not in the store",
+    );
+    // Usage: one way to sign, and no more.
+    refused(&["import.yaml", "--store", "s", "--cert", "keys/signer.pem"], 2, "--to-sign");
+    refused(
+        &["import.yaml", "--store", "s", "--key", "keys/signer.key", "--to-sign", "x"],
+        2,
+        "cannot be used with",
+    );
+    let token = ["import.yaml", "--store", "s", "--key", "pkcs11:token=x", "--cert", "keys/signer.pem"];
+    refused(&token, 2, "keys in a token are not used directly; `--to-sign`");
+}
+
 #[test]
 fn a_damaged_blob_is_named() {
     let publisher = Publisher::new();
@@ -277,10 +417,10 @@ fn a_kill_at_any_commit_point_leaves_a_store_that_verifies() {
         "store.index.renamed",
         "store.index.renamed:2",
         "store.index.renamed:3",
-        "build.layer",
-        "build.image",
-        "build.signed",
-        "build.named",
+        "build.layer.stored",
+        "build.image.stored",
+        "build.system.signed",
+        "build.system.named",
     ];
     for (number, point) in points.into_iter().enumerate() {
         let store = format!("store-{number}");
@@ -391,7 +531,7 @@ fn images_of_file_systems() {
     let mut damaged = whole.clone();
     damaged[5000] ^= 1;
     put("damaged", &damaged, Some(&hash));
-    // Rule: the file ends with the tree, since no hash covers what lies behind it.
+    // Rule (docs/design.md, verity location): the file ends with the tree, since no hash covers what lies behind it.
     let longer = [&whole[..], b"extra"].concat();
     put("longer", &longer, Some(&hash));
     put("longer-no-hash", &longer, None);

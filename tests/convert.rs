@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use mosfs::convert::{ConvertError, Converted, Effort, TarLayer, convert_tar};
 use mosfs::digest::Digest;
 use mosfs::error::{Class, Classified};
-use mosfs::image::oci::Compression;
+use mosfs::image::format::Compression;
 use mosfs::progress::Progress;
 use tarball::{Header, Tarball};
 use tempfile::TempDir;

@@ -127,7 +127,7 @@ fn a_puzzlefs_build_killed_at_a_commit_point_can_be_finished() {
 /// Kills a build at every commit point, each time that it is passed. `known` is one that it must pass.
 fn killed_everywhere(input: &Input, dir: &Path, known: &str, at_least: usize) {
     let all = failpoints(&["src/store", "src/convert", "src/publish/build.rs"]);
-    for known in ["build.named", "build.signed", "store.index.renamed", known] {
+    for known in ["build.system.named", "build.system.signed", "store.index.renamed", known] {
         assert!(all.iter().any(|name| name == known), "no failpoint {known} among {all:?}");
     }
     let (mut reached, mut reached_known) = (0, false);

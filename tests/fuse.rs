@@ -5,6 +5,8 @@
 mod images;
 #[path = "common/layout.rs"]
 mod layout;
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/whole/scan.rs"]
 mod scan;
 
@@ -26,6 +28,7 @@ use layout::{
     wait_until,
 };
 use mosfs::mount::{Health, MountError, mounts};
+use program::copy_program;
 use scan::{assert_same, scan};
 use tempfile::TempDir;
 
@@ -372,7 +375,7 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     layout.image("x", std::slice::from_ref(&good.descriptor));
     let blob = layout.blob(&good.digest);
     let bytes = fs::read(&blob).unwrap();
-    // Rule: the file ends with the tree, since no hash covers what lies behind it.
+    // Rule (docs/design.md, verity location): the file ends with the tree, since no hash covers what lies behind it.
     for extra in [1, 4096] {
         fs::write(&blob, [&bytes[..], &vec![0; extra]].concat()).unwrap();
         let said = refused(&with(&[]), 3);
@@ -585,7 +588,7 @@ fn as_user(uid: u32, binary: &Path, args: &[&OsStr]) -> std::process::Output {
 fn user_folder(uid: u32, folder: &Path) -> (PathBuf, PathBuf) {
     open_to_all(folder);
     let (binary, target) = (folder.join("mosfs"), folder.join("target"));
-    fs::copy(env!("CARGO_BIN_EXE_mosfs-full"), &binary).unwrap();
+    copy_program(env!("CARGO_BIN_EXE_mosfs-full"), &binary);
     fs::create_dir(&target).unwrap();
     std::os::unix::fs::chown(&target, Some(uid), Some(uid)).unwrap();
     (binary, target)

@@ -336,7 +336,7 @@ fn random_flips(stack: &Stack, count: usize, seen: usize) {
     let mut same = 0;
     for _ in 0..count {
         let layer = random.below(stack.plan.layers.len() as u64) as usize;
-        let size = fs::metadata(&stack.plan.layers[layer].path).expect("stat").len();
+        let size = fs::metadata(stack.plan.layers[layer].file().expect("a file")).expect("stat").len();
         let outcome = stack.flip(layer, random.below(size), 1 << random.below(8));
         same += usize::from(outcome == Outcome::Same);
     }

@@ -252,7 +252,7 @@ fn left_overs() -> Vec<String> {
 
 /// Wants nothing to be left: the kernel frees devices from a work queue, so it is given time.
 fn nothing_left() {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(300);
     loop {
         let found = left_overs();
         if found.is_empty() {
@@ -465,20 +465,20 @@ fn guest_killed_at_any_step_leaves_nothing() {
         let _ = stack(&backend(), &layers(&["base", "middle", "top"]));
         unreachable!("the failpoint was not passed");
     }
-    for point in ["created", "loaded", "live", "layer", "overlay"] {
+    for point in ["device.created", "device.loaded", "device.live", "layer.mounted", "overlay.assembled"] {
         for number in [1, 3] {
-            if point == "overlay" && number > 1 {
+            if point == "overlay.assembled" && number > 1 {
                 continue;
             }
             let status = Command::new("/proc/self/exe")
                 .args(["--ignored", "--exact", "guest_killed_at_any_step_leaves_nothing"])
-                .env("MOSFS_FAILPOINT", format!("dm-verity-{point}:{number}"))
+                .env("MOSFS_FAILPOINT", format!("kernel.{point}:{number}"))
                 .status()
                 .unwrap();
             use std::os::unix::process::ExitStatusExt;
             assert_eq!(status.signal(), Some(libc::SIGKILL), "{point}:{number}");
             // Only in the two steps before the mark for removal is there something to sweep.
-            if matches!(point, "created" | "loaded") {
+            if matches!(point, "device.created" | "device.loaded") {
                 backend();
             }
             nothing_left();

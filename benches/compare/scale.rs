@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use mosfs::convert::{DEFAULT_LEVEL, Effort, TarLayer, convert_tar};
 use mosfs::digest::Digest;
-use mosfs::image::oci::Compression;
+use mosfs::image::format::Compression;
 use mosfs::image::verity::BLOCK_BYTES;
 use mosfs::progress::Progress;
 use serde_json::{Value, json};

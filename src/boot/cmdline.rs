@@ -11,6 +11,7 @@
 //! a check, both backends verify every block, the partition is never trusted, and an overlay less
 //! strict than the one that the trusted configuration names is refused ([`Overlay`]).
 
+use crate::manifest::rules;
 use crate::mount::Backend;
 
 /// Where the writes to the root file system go, from the least strict to the strictest.
@@ -122,7 +123,7 @@ pub fn parse(line: &str) -> Result<Option<BootOptions>, CmdlineError> {
                 Some("") => (is_ours, options.target) = (true, None),
                 Some(rest) if rest.starts_with(':') => {
                     let name = &rest[1..];
-                    if !is_target_name(name) {
+                    if rules::name(name).is_err() {
                         return Err(wrong("root", "mosfs or mosfs:TARGET"));
                     }
                     (is_ours, options.target) = (true, Some(name.to_string()));
@@ -161,12 +162,6 @@ fn partition(value: &str) -> Option<Partition> {
     let below = value.strip_prefix("/dev/")?;
     let sound = below.split('/').all(|part| !matches!(part, "" | "." | ".."));
     sound.then(|| Partition::Device(value.to_string()))
-}
-
-/// `[a-z0-9]+([._-][a-z0-9]+)*`, at most 63 characters (docs/design.md, names).
-fn is_target_name(name: &str) -> bool {
-    let part = |part: &str| !part.is_empty() && part.bytes().all(|c| matches!(c, b'a'..=b'z' | b'0'..=b'9'));
-    name.len() <= 63 && name.split(['.', '_', '-']).all(part)
 }
 
 /// The words of a line, without the quotes that keep white space in them (kernel: `next_arg`).

@@ -28,7 +28,6 @@ pub mod partition;
 
 use std::cell::Cell;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -44,7 +43,7 @@ use crate::floor::{self, Config, Floor, FloorError, Place};
 use crate::manifest::ServiceType;
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::{Request, Timing};
-use crate::store::Store;
+use crate::sys::file::{self, Links};
 use crate::sys::mountapi::{self, FsContext, MountError as CallError};
 use crate::sys::tpm::{Tpm, TpmError};
 use crate::trust::{Anchor, AnchorError, Verified};
@@ -228,7 +227,7 @@ pub fn boot(setup: &Setup, options: &BootOptions) -> Result<Report, BootError> {
         phases_ms: phases.iter().map(|(name, time)| (name.to_string(), time.as_secs_f64() * 1e3)).collect(),
     };
     record.save(&setup.run_dir.join("boot.json"))?;
-    failpoint::hit("boot.done");
+    failpoint::hit("boot.root.ready");
     Ok(Report {
         deployment: booted.deployment,
         role: booted.role,
@@ -240,14 +239,19 @@ pub fn boot(setup: &Setup, options: &BootOptions) -> Result<Report, BootError> {
     })
 }
 
+/// No file CONFIG/overlay is longer, in bytes.
+const MAX_OVERLAY_BYTES: u64 = 4096;
+
 /// The overlay: what CONFIG/overlay says (default tmpfs), or something stricter that the command line asks for.
 fn overlay(config: &Path, asked: Option<Overlay>) -> Result<Overlay, BootError> {
     let path = config.join("overlay");
-    let allowed = match fs::read_to_string(&path) {
-        Ok(text) => Overlay::parse(text.trim())
-            .ok_or_else(|| BootError::BadOverlay { path, found: text.trim().chars().take(40).collect() })?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Overlay::Tmpfs,
-        Err(source) => return Err(IoError { operation: "read", path, source }.into()),
+    let allowed = match file::find_regular(&path, Links::Followed, MAX_OVERLAY_BYTES)? {
+        Some(bytes) => {
+            let text = String::from_utf8_lossy(&bytes);
+            let found = || text.trim().chars().take(40).collect();
+            Overlay::parse(text.trim()).ok_or_else(|| BootError::BadOverlay { path, found: found() })?
+        }
+        None => Overlay::Tmpfs,
     };
     match asked {
         // Rule (docs/design.md, kernel command line): no word can lower what CONFIG demands.
@@ -268,7 +272,7 @@ fn mount_partition(setup: &Setup, options: &BootOptions) -> Result<(), BootError
     let found = partition::find(wanted, setup.patience)
         .ok_or_else(|| BootError::NoPartition { partition: wanted.to_string(), waited: setup.patience })?;
     log::info!("system partition: {} ({}), {wanted}", found.device.display(), found.file_system);
-    fs::create_dir_all(&setup.system).on("create", &setup.system)?;
+    file::create_folders(&setup.system)?;
     let mount = || {
         let context = FsContext::open(found.file_system)?;
         context.set_string("source", found.device.as_os_str().as_encoded_bytes())?;
@@ -298,7 +302,7 @@ fn start(
         found: targets.keys().map(|name| name.as_str()).collect::<Vec<_>>().join(", "),
     })?;
     let name = name.as_str();
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let plan = target::plan(&store, name, signed)?;
     let upper = match overlay {
         Overlay::ReadOnly => None,
@@ -308,7 +312,7 @@ fn start(
             Some(Upper::Folder { upper: folder.join("upper"), work: folder.join("work") })
         }
     };
-    fs::create_dir_all(&setup.sysroot).on("create", &setup.sysroot)?;
+    file::create_folders(&setup.sysroot)?;
     let request =
         Request { backend: options.backend, upper: upper.as_ref(), ..Request::new(&plan, &setup.sysroot) };
     let mounted = request.run()?;
@@ -332,7 +336,7 @@ fn measure(setup: &Setup, digest: &crate::digest::Digest) -> Result<(), BootErro
 /// usual places where the image has folders for them.
 fn hand_over(setup: &Setup) -> Result<(), BootError> {
     let config = setup.run_dir.join("config");
-    fs::create_dir_all(&config).on("create", &config)?;
+    file::create_folders(&config)?;
     for entry in fs::read_dir(&setup.config).on("list", &setup.config)? {
         let entry = entry.on("list", &setup.config)?;
         if entry.file_type().on("look at", entry.path())?.is_file() {

@@ -6,8 +6,8 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{FloorArgs, Global, device, mount, output};
-use crate::deploy::activate::{self, Action, ActivationPlan, NotActive, Outcome, Taken, Ways};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::activate::{self, Action, ActivationPlan, Outcome, Taken, Ways};
+use crate::deploy::booted;
 use crate::error::{AnyError, IoContext};
 use crate::floor::Config;
 use crate::mount::Backend;
@@ -76,7 +76,7 @@ pub fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> {
 
 fn plan(args: &ActivateArgs, global: &Global, run: &Path) -> Result<ActivationPlan, AnyError> {
     let anchor = Anchor::load(&global.config)?;
-    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+    let booted = booted::deployment()?;
     // A device that was told of no floor key has no floor yet: there is nothing to compare with.
     let has_floor = args.floor.in_file() || Config::load(&global.config)?.floor_pub.is_some();
     let mut floor = if has_floor { Some(args.floor.open(global)?) } else { None };
@@ -102,17 +102,13 @@ fn plan_json(plan: &ActivationPlan) -> Value {
     json!({ "dry_run": true, "deployment": plan.deployment, "version": plan.deployment.version, "targets": targets })
 }
 
-fn plan_text(plan: &ActivationPlan) -> String {
+fn plan_text(plan: &ActivationPlan) -> Vec<String> {
     let line = |step: &activate::Step| {
         let why = if step.why.is_empty() { String::new() } else { format!(": {}", step.why) };
         format!("would {} {} at {}{why}", verb(step.action), step.target, step.path.display())
     };
     let lines: Vec<_> = plan.steps.iter().map(line).collect();
-    if lines.is_empty() {
-        "nothing to do: the deployment has the root alone".into()
-    } else {
-        lines.join("\n")
-    }
+    if lines.is_empty() { vec!["nothing to do: the deployment has the root alone".into()] } else { lines }
 }
 
 fn taken_json(taken: &Taken) -> Value {
@@ -142,13 +138,6 @@ fn done_text(taken: &Taken) -> String {
         Action::Refuse => "left alone",
     };
     format!("{target} {what} at {}{backend}", path.display())
-}
-
-/// What a user can do about targets that are not active.
-pub(super) fn advice(error: &NotActive) -> Option<&'static str> {
-    error
-        .only_busy
-        .then_some("end those who use it, then run `mosfs activate` again; nothing was taken from them")
 }
 
 /// Where a target would be mounted, to tell in other commands what `mosfs activate` mends.

@@ -1,6 +1,5 @@
 //! `mosfs boot`: from the initramfs, choose, verify, check the floor, mount the root.
 
-use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -13,7 +12,8 @@ use super::floor::FloorArgs;
 use super::{Global, output};
 use crate::boot::cmdline;
 use crate::boot::{self, Setup};
-use crate::error::{AnyError, Class, Classified, IoContext};
+use crate::error::{AnyError, Class, Classified};
+use crate::sys::file::read_named;
 
 /// From the initramfs: choose a deployment, verify it, check the floor, mount its root.
 #[derive(Debug, Args)]
@@ -30,6 +30,9 @@ pub struct BootArgs {
     #[command(flatten)]
     floor: FloorArgs,
 }
+
+/// No kernel command line is longer, in bytes (COMMAND_LINE_SIZE is 2,048 to 4,096).
+const MAX_CMDLINE_BYTES: u64 = 1 << 16;
 
 /// Why `mosfs boot` does not begin.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +90,7 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     if real {
         protect_from_switch_root();
     }
-    let text = fs::read(&args.cmdline).on("read", &args.cmdline)?;
+    let text = read_named(&args.cmdline, MAX_CMDLINE_BYTES)?;
     let options = cmdline::parse(&String::from_utf8_lossy(&text))
         .map_err(RefusedError::Cmdline)?
         .ok_or_else(|| RefusedError::NotOurs { path: args.cmdline.clone() })?;
@@ -95,13 +98,13 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
         system: global.system.clone(),
         config: global.config.clone(),
         sysroot: args.sysroot.clone(),
-        run_dir: crate::deploy::booted::path().parent().map(PathBuf::from).unwrap_or_default(),
+        run_dir: crate::sys::run_dir(),
         floor: args.floor.place(global),
         patience: Duration::from_secs(args.wait),
     };
     let report = boot::boot(&setup, &options)?;
     for refused in &report.refused {
-        eprintln!("mosfs: deployment {} was not booted: {}", refused.deployment, refused.why);
+        output::message(format_args!("deployment {} was not booted: {}", refused.deployment, refused.why));
     }
     let ms = |time: &Duration| time.as_secs_f64() * 1e3;
     output::answer(

@@ -1,41 +1,78 @@
 //! `mosfs build`: an import manifest into a signed system in a store.
 
-use std::fs::File;
-use std::io::Read;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
 
-use super::{Global, output, progress};
+use super::{Global, RegistryArgs, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
-use crate::error::{AnyError, IoContext, IoError};
+use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
-use crate::manifest::{ImportManifest, yaml};
-use crate::publish::build::{Signer, build};
+use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
+use crate::progress::Progress;
+use crate::publish::base::Base;
+use crate::publish::build::{Built, Signer, build};
+use crate::publish::halves::{self, Made};
 use crate::store::Store;
+use crate::sys::atomic;
+use crate::sys::file::read_named;
+use crate::transport::Access;
 use crate::trust::{self, Dates, PrivateKey};
+
+/// Most bytes of a floor signature file: DER has 72 at the most.
+const MAX_FLOOR_SIGNATURE: usize = 1 << 10;
 
 /// Fetches and converts the images of an import manifest, and signs the system that they make.
 ///
 /// Prints the digest of the system manifest. The same input gives the same digest.
+///
+/// Where the keys are elsewhere, in two halves: --to-sign writes what is to be signed (as `openssl dgst
+/// -sha256 -sign` does); then --signature, --cert and --floor-signature take back what was made of it, with FILE the
+/// import manifest again, or what --to-sign wrote.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("signing").required(true).args(["key", "to_sign", "signature"]))]
 pub struct Build {
-    /// The import manifest.
+    /// The import manifest; for the second half, also what --to-sign wrote.
     file: PathBuf,
     /// The store; it is made where there is none.
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
-    /// The signer's private key.
-    #[arg(long)]
-    key: PathBuf,
-    /// The signer's certificate, with those that lead from it to the CA.
-    #[arg(long)]
-    cert: PathBuf,
-    /// The floor key: signs the version, so that devices can raise their floor to it.
-    #[arg(long, value_name = "KEY")]
-    floor_key: Option<PathBuf>,
+    /// The signer's private key (PEM).
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// The signer's certificate, with those that lead from it to the CA. Certificates alone: a private key in the
+    /// file is refused.
+    #[arg(long, value_name = "FILE", required_unless_present = "to_sign")]
+    cert: Option<PathBuf>,
+    /// The floor key: signs the version, so that devices can raise their floor to it. Twice while one floor
+    /// key takes another's place.
+    #[arg(long, value_name = "FILE", requires = "key")]
+    floor_key: Vec<PathBuf>,
+    /// First half: put the images into the store, and write what the signer has to sign.
+    #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
+    to_sign: Option<PathBuf>,
+    /// First half: write what the floor key has to sign for this version, as `openssl dgst -sha256 -sign` does.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "to_sign",
+        requires = "floor_pub",
+        help_heading = "Keys elsewhere"
+    )]
+    floor_to_sign: Option<PathBuf>,
+    /// Second half: the signature of what --to-sign wrote.
+    #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
+    signature: Option<PathBuf>,
+    /// Second half: the floor key's signature of the version, from `mosfs floor sign` or of what --floor-to-sign wrote.
+    /// Twice while one floor key takes another's place.
+    #[arg(long, value_name = "FILE", requires = "signature", help_heading = "Keys elsewhere")]
+    floor_signature: Vec<PathBuf>,
+    /// The floor key's public half, to check --floor-signature with.
+    #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
+    floor_pub: Vec<PathBuf>,
     /// An earlier version, or another name of the store: prints how much of each target it has already.
     #[arg(long, value_name = "NAME")]
     base: Option<String>,
@@ -45,23 +82,134 @@ pub struct Build {
     /// How hard to compress, as zstd counts: another level gives another digest.
     #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
+    #[command(flatten)]
+    registry: RegistryArgs,
+}
+
+/// A key that is named by a URI.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: keys in a token are not used directly; `--to-sign` writes what they have to sign", key.display())]
+struct KeyInToken {
+    key: PathBuf,
+}
+
+impl Classified for KeyInToken {
+    fn class(&self) -> Class {
+        Class::Input
+    }
 }
 
 /// Runs `mosfs build`.
 pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
-    let import = ImportManifest::parse(&args.file, &read(&args.file, yaml::MAX_BYTES)?)?;
-    let key = PrivateKey::load(&args.key)?;
-    let certificate = read(&args.cert, trust::MAX_CERTIFICATE_BYTES)?;
-    let floor_key = args.floor_key.as_deref().map(floor::PrivateKey::read).transpose()?;
-    let store = Store::create(&args.store)?;
-    let signer = Signer {
-        key: &key,
-        certificate: &certificate,
-        dates: Dates::check_now(),
-        floor_key: floor_key.as_ref(),
+    if let Some(key) =
+        args.key.iter().chain(&args.floor_key).find(|key| key.as_os_str().as_bytes().starts_with(b"pkcs11:"))
+    {
+        return Err(KeyInToken { key: key.clone() }.into());
+    }
+    let certificate =
+        args.cert.as_deref().map(|path| read_file(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
+    let floor_pub: Vec<_> =
+        args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
+    let progress = progress::of(global)?;
+    let access = args.registry.access(global);
+    let base = match &args.base {
+        Some(name) => Some(Base::of(&Store::open(&args.store)?, name)?),
+        None => None,
     };
-    let effort = Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level };
-    let built = build(&import, &store, &signer, effort, args.base.as_deref(), &progress::of(global)?)?;
+    let mut built = match (&args.key, &args.to_sign, &args.signature) {
+        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &access, &progress)?,
+        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &access, &progress)?,
+        (.., signature) => {
+            let signature = signature.as_deref().unwrap_or(Path::new(""));
+            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &access, &progress)?
+        }
+    };
+    if let Some(base) = base {
+        let store = Store::open(&args.store)?;
+        for (name, target) in &mut built.targets {
+            if let Some(image) = built.manifest.targets.get(name) {
+                target.notes.push(base.note(&store.image(&image.digest)?.manifest.layers));
+            }
+        }
+    }
+    print(&built, global)
+}
+
+fn effort(args: &Build) -> Effort {
+    Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level }
+}
+
+fn import(args: &Build) -> Result<ImportManifest, AnyError> {
+    Ok(ImportManifest::parse(&args.file, &read_file(&args.file, yaml::MAX_BYTES)?)?)
+}
+
+/// With both keys at hand.
+fn whole(
+    args: &Build,
+    key: &Path,
+    certificate: &[u8],
+    access: &Access,
+    progress: &Progress,
+) -> Result<Built, AnyError> {
+    let import = import(args)?;
+    let key = PrivateKey::load(key)?;
+    let floor_keys: Vec<_> =
+        args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
+    let store = Store::create(&args.store)?;
+    let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
+    Ok(build(&import, &store, &signer, effort(args), access, progress)?)
+}
+
+fn first_half(
+    args: &Build,
+    to: &Path,
+    certificate: Option<&[u8]>,
+    floor_pub: &[floor::PublicKey],
+    access: &Access,
+    progress: &Progress,
+) -> Result<Built, AnyError> {
+    let import = import(args)?;
+    let store = Store::create(&args.store)?;
+    let built =
+        halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), access, progress)?;
+    atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
+    if let (Some(to), Some(key)) = (&args.floor_to_sign, floor_pub.first()) {
+        let message = halves::floor_message(&built.manifest, key)?;
+        atomic::replace(to, &message, 0o644, "build.message").on("write", to)?;
+    }
+    Ok(built)
+}
+
+fn second_half(
+    args: &Build,
+    signature: &Path,
+    certificate: &[u8],
+    floor_keys: &[floor::PublicKey],
+    access: &Access,
+    progress: &Progress,
+) -> Result<Built, AnyError> {
+    let signature = read_file(signature, trust::MAX_SIGNATURE_BYTES)?;
+    let mut floor_signatures = Vec::new();
+    for path in &args.floor_signature {
+        floor_signatures.push((path.clone(), read_file(path, MAX_FLOOR_SIGNATURE)?));
+    }
+    let made = Made {
+        signature: &signature,
+        certificate,
+        dates: Dates::check_now(),
+        floor_signatures: &floor_signatures,
+        floor_keys,
+    };
+    let bytes = read_file(&args.file, reproducible::MAX_BYTES.max(yaml::MAX_BYTES))?;
+    // What the first half wrote is a system manifest in its one form, and nothing else is.
+    if let Ok(manifest) = SystemManifest::parse(&bytes) {
+        return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
+    }
+    let import = ImportManifest::parse(&args.file, &bytes)?;
+    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), access, progress)?)
+}
+
+fn print(built: &Built, global: &Global) -> Result<(), AnyError> {
     for (name, target) in &built.targets {
         target.notes.iter().for_each(|note| output::note(format_args!("target `{name}`: {note}")));
     }
@@ -88,10 +236,7 @@ pub fn threads() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Reads a file, or one byte more than a reader of it would take.
-fn read(path: &std::path::Path, max: usize) -> Result<Vec<u8>, IoError> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).on("open", path)?;
-    file.take(max as u64 + 1).read_to_end(&mut bytes).on("read", path)?;
-    Ok(bytes)
+/// Reads a file that the publisher names, or one byte more than a reader of it would take.
+fn read_file(path: &Path, max: usize) -> Result<Vec<u8>, AnyError> {
+    Ok(read_named(path, max as u64)?)
 }

@@ -4,14 +4,20 @@ use clap::Args;
 use serde_json::json;
 
 use super::{FloorArgs, Global, device, output};
-use crate::deploy::booted::{self, BootRecord};
-use crate::deploy::commit;
+use crate::deploy::booted;
+use crate::deploy::commit::{self, Ran};
 use crate::error::AnyError;
 use crate::trust::Anchor;
 
 /// Say that this boot is healthy: bless its deployment, then raise the floor to its version.
+///
+/// Refused where it is not known which deployment this boot runs. Afterwards what nothing needs any more is removed:
+/// also the deployment that was current before, once it is below the floor.
 #[derive(Debug, Args)]
 pub struct CommitArgs {
+    /// This machine is one that mosfs never starts: bless the pending deployment, or the current one.
+    #[arg(long)]
+    unbooted: bool,
     #[command(flatten)]
     floor: FloorArgs,
 }
@@ -20,9 +26,16 @@ pub struct CommitArgs {
 pub fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
-    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-    let done =
-        commit::commit(&device::system(global), &anchor, floor.as_mut(), booted, device::waiting(global))?;
+    let ran = match booted::deployment()? {
+        Some(deployment) => Ran::This(deployment),
+        // The development floor can be lowered again, so that a guess can be undone.
+        None => Ran::Unknown { take_pending: args.unbooted || args.floor.in_file() },
+    };
+    let system = device::system(global);
+    let done = commit::commit(&system, &anchor, floor.as_mut(), ran, device::waiting(global))?;
+    // A TPM behind a socket takes one connection at a time.
+    drop(floor);
+    device::tidy(&system, Some(done.floor_after), global);
     output::answer(
         global,
         || {

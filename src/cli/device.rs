@@ -1,7 +1,8 @@
 //! What the commands of a device share: its system, its anchor, its floor.
 
-use super::{FloorArgs, Global};
-use crate::deploy::{FloorGate, System};
+use super::{FloorArgs, Global, output};
+use crate::deploy::gc::Needs;
+use crate::deploy::{FloorGate, System, space};
 use crate::error::AnyError;
 use crate::floor::{Config, Floor};
 
@@ -13,7 +14,7 @@ pub fn system(global: &Global) -> System {
 /// Says that the command waits for another one, once.
 pub fn waiting(global: &Global) -> impl FnOnce() + use<> {
     let path = global.system.clone();
-    move || eprintln!("mosfs: waiting for another mosfs that changes {}", path.display())
+    move || output::message(format_args!("waiting for another mosfs that changes {}", path.display()))
 }
 
 /// Runs `job` with what an install or an update asks of the floor.
@@ -29,13 +30,32 @@ pub fn with_gate<T>(
 ) -> Result<T, AnyError> {
     let config = Config::load(&global.config)?;
     if first_install && config.floor_pub.is_none() && !args.in_file() {
-        eprintln!(
-            "mosfs: warning: this device has no floor yet: nothing stops an older version from being put back \
-             before `mosfs floor provision` has run"
+        output::warning(
+            "this device has no floor yet: nothing stops an older version from being put back before \
+             `mosfs floor provision` has run",
         );
         return job(&mut FloorGate::Unprovisioned);
     }
     let mut floor: Box<dyn Floor> = args.open(global)?;
     let policy = config.policy().ok();
     job(&mut FloorGate::Enforced { floor: floor.as_mut(), policy })
+}
+
+/// The floor, for what may go without it: `None` where it cannot be read.
+pub fn floor_if_known(args: &FloorArgs, global: &Global) -> Option<u64> {
+    let read = || -> Result<u64, AnyError> { Ok(args.open_quietly(global)?.read()?) };
+    read().inspect_err(|error| log::info!("the floor is not known: {error}")).ok()
+}
+
+/// Removes what nothing needs, after a command that has done its work: what stands in the way of that is said, and is
+/// no failure of the command.
+pub fn tidy(system: &System, floor: Option<u64>, global: &Global) {
+    let tidied = || {
+        let lock = system.lock(waiting(global))?;
+        space::tidy(system, &lock, &Needs { floor, ..Needs::of_this_boot()? })
+    };
+    match tidied() {
+        Ok(problems) => problems.iter().for_each(output::note),
+        Err(error) => output::note(format_args!("what nothing needs is not removed: {error}")),
+    }
 }

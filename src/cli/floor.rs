@@ -1,26 +1,28 @@
 //! `mosfs floor`: provision, show, and sign for the floor.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, IsTerminal, Read, Write};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
 use uuid::Uuid;
 
-use super::Global;
+use super::{Global, output};
 use crate::digest::hex;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::floor::signature::{self, PROVISION_MESSAGE_BYTES};
 use crate::floor::{
-    self, Config, FileFloor, Floor, FloorError, KeyError, Place, PrivateKey, PublicKey, Signature, Tcti,
-    TpmFloor,
+    self, Config, FileFloor, Floor, FloorError, Place, PrivateKey, PublicKey, Signature, Tcti, TpmFloor,
 };
-use crate::sys::atomic;
+use crate::sys::{atomic, file};
+use crate::trust::pem::public_only;
 
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "TPM options")]
 pub struct FloorArgs {
     /// How to reach the TPM: device:/dev/tpmrm0, swtpm:host=127.0.0.1,port=2321 or swtpm:path=SOCKET.
     #[arg(long, env = "MOSFS_TPM", default_value = "device:/dev/tpmrm0", value_name = "TCTI")]
@@ -71,7 +73,7 @@ impl FloorArgs {
 
 fn warn(floor: &dyn Floor) {
     if let Some(warning) = floor.warning() {
-        eprintln!("mosfs: warning: {warning}");
+        output::warning(warning);
     }
 }
 
@@ -134,7 +136,6 @@ struct Show {
 
 /// Sign a version for every device of a product (64 bytes, to stdout or a file).
 #[derive(Debug, Args)]
-#[command(disable_version_flag = true)]
 struct Sign {
     /// The version.
     #[arg(long, value_name = "V")]
@@ -224,6 +225,9 @@ pub fn run(args: &FloorCommand, global: &Global) -> Result<(), AnyError> {
     }
 }
 
+/// No file with a key and its authorization is longer, in bytes.
+const MAX_AUTHORIZATION_BYTES: u64 = 1 << 20;
+
 fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     let floor_pub = args.floor_pub.as_deref().map(PublicKey::read).transpose()?;
     let config = Config::load(&global.config)?.with(floor_pub, args.product)?;
@@ -234,8 +238,7 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
             warn(&floor);
             config.record()?;
             floor.provision()?;
-            println!("{} is provisioned: it stands at 0", floor.place());
-            return Ok(());
+            return output::line(format_args!("{} is provisioned: it stands at 0", floor.place()));
         }
     };
     let policy = config.policy()?;
@@ -250,7 +253,10 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
         (None, None) => return Err(UsageError::NoKey.into()),
     };
     let source = args.authorization.as_ref().unwrap_or(file);
-    let text = fs::read(source).on("read", source)?;
+    let text = file::read_named(source, MAX_AUTHORIZATION_BYTES)?;
+    if args.authorization.is_some() || private.is_none() {
+        public_only(&text, source)?;
+    }
     let authorization =
         signature::find_authorization(&policy, &public, &text, &source.display().to_string())?;
     let mut floor = TpmFloor::new(policy, tcti, budget);
@@ -270,7 +276,7 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     begun.finish(&signature)?;
     let stands_at = floor.read()?;
     if args.nonce_out.as_deref() != Some(Path::new("-")) {
-        println!("{} is provisioned: it stands at {stands_at}", floor.place());
+        output::line(format_args!("{} is provisioned: it stands at {stands_at}", floor.place()))?;
     }
     Ok(())
 }
@@ -282,11 +288,11 @@ fn show(args: &Show, global: &Global) -> Result<(), AnyError> {
             let mut floor = FileFloor::new(path, config.policy().ok());
             warn(&floor);
             let version = floor.read()?;
-            if global.json {
-                println!("{}", serde_json::json!({"kind": "file", "place": floor.place(), "floor": version}));
-            } else {
-                println!("floor: {version} ({})", floor.place());
-            }
+            output::answer(
+                global,
+                || json!({"kind": "file", "place": floor.place(), "floor": version}),
+                || format!("floor: {version} ({})", floor.place()),
+            )
         }
         Place::Tpm(tcti, budget) => {
             let policy = config.policy()?;
@@ -295,40 +301,39 @@ fn show(args: &Show, global: &Global) -> Result<(), AnyError> {
             let mut floor = TpmFloor::new(policy, tcti.clone(), budget);
             let version = floor.read()?;
             let area = floor.area()?;
-            if global.json {
-                let answer = serde_json::json!({
-                    "kind": "tpm",
-                    "place": tcti.to_string(),
-                    "product": product.to_string(),
-                    "index": format!("{:#010x}", area.index),
-                    "attributes": format!("{:#010x}", area.attributes),
-                    "policy": hex(&area.policy),
-                    "name": name.to_string(),
-                    "floor": version,
-                });
-                println!("{answer}");
-            } else {
-                println!("floor: {version}");
-                println!("place: {}", floor.place());
-                println!("product: {product}");
-                println!("attributes: {:#010x}", area.attributes);
-                println!("policy: {}", hex(&area.policy));
-                println!("name: {name}");
-            }
+            output::answer(
+                global,
+                || {
+                    json!({
+                        "kind": "tpm",
+                        "place": tcti.to_string(),
+                        "product": product.to_string(),
+                        "index": format!("{:#010x}", area.index),
+                        "attributes": format!("{:#010x}", area.attributes),
+                        "policy": hex(&area.policy),
+                        "name": name.to_string(),
+                        "floor": version,
+                    })
+                },
+                || {
+                    vec![
+                        format!("floor: {version}"),
+                        format!("place: {}", floor.place()),
+                        format!("product: {product}"),
+                        format!("attributes: {:#010x}", area.attributes),
+                        format!("policy: {}", hex(&area.policy)),
+                        format!("name: {name}"),
+                    ]
+                },
+            )
         }
     }
-    Ok(())
 }
 
 /// Writes a signature or a nonce: to a file, whole or not at all, or to stdout.
 fn write_out(path: Option<&Path>, bytes: &[u8]) -> Result<(), AnyError> {
     let Some(path) = path.filter(|path| *path != Path::new("-")) else {
-        let mut out = io::stdout().lock();
-        let text = bytes.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
-        let written =
-            if out.is_terminal() && !text { writeln!(out, "{}", hex(bytes)) } else { out.write_all(bytes) };
-        written.and_then(|()| out.flush()).on("write", "stdout")?;
-        return Ok(());
+        return output::binary(bytes);
     };
     let is_file = fs::metadata(path).map_or(true, |meta| meta.is_file());
     if !is_file {
@@ -347,13 +352,10 @@ fn write_out(path: Option<&Path>, bytes: &[u8]) -> Result<(), AnyError> {
 /// Reads what is small, from a file or from stdin.
 fn read_in(path: &Path) -> Result<Vec<u8>, IoError> {
     const MAX_BYTES: u64 = 4096;
-    let mut bytes = Vec::new();
     if path == Path::new("-") {
-        io::stdin().lock().take(MAX_BYTES).read_to_end(&mut bytes).on("read", "stdin")?;
-    } else {
-        File::open(path).on("open", path)?.take(MAX_BYTES).read_to_end(&mut bytes).on("read", path)?;
+        return file::read_at_most(io::stdin().lock(), Path::new("stdin"), MAX_BYTES);
     }
-    Ok(bytes)
+    file::read_named(path, MAX_BYTES)
 }
 
 /// Waits until a file holds a signature that `check` takes, and gives it.
@@ -394,75 +396,6 @@ fn wait_for_signature(
             return Err(UsageError::NoSignature { path: path.to_path_buf(), waited: wait }.into());
         }
         thread::sleep(PAUSE);
-    }
-}
-
-/// What to do about an error of the floor.
-pub fn advice(error: &FloorError) -> Option<&'static str> {
-    Some(match error {
-        FloorError::NoTpm { .. } => {
-            "load the TPM's driver or name the TPM with --tpm; a development machine may use --floor file"
-        }
-        FloorError::NoLibrary { .. } => {
-            "install libtss2-esys-3.0.2-0 (tpm2-tss); an initramfs must carry libtss2-esys.so.0"
-        }
-        FloorError::NotProvisioned { .. } => {
-            "provision the device with `mosfs floor provision`; if it had a floor, somebody cleared its TPM"
-        }
-        FloorError::ProvisionIncomplete { .. } => {
-            "run `mosfs floor provision` again; if the device had a floor, somebody deleted it"
-        }
-        FloorError::FloorIndexTampered { .. } => {
-            "this is not the floor that the factory made, or CONFIG names another floor key or product: \
-             inspect the device before it is trusted again (docs/floor.md, \"Recovery\")"
-        }
-        FloorError::Rollback { .. } => "install a version that is not below the floor",
-        FloorError::NotNewer { .. } => "build the update with a higher version",
-        FloorError::RaiseRefused { .. } | FloorError::NotRaised { .. } => {
-            "run `mosfs commit` again; if it stays, something else writes to this TPM"
-        }
-        FloorError::BadFloorSignature { .. } | FloorError::NoFloorSignature { .. } => {
-            "sign the version with `mosfs floor sign`, or build with --floor-key, with this product's floor key"
-        }
-        FloorError::PolicyMismatch { .. } => {
-            "the TPM disagrees with the floor's digests: report this with the TPM's model"
-        }
-        FloorError::BadProvisionSignature => {
-            "sign the nonce of this run with `mosfs floor sign-provision`; an earlier nonce does not do"
-        }
-        FloorError::FirstWriteNotAuthorized { .. } => {
-            "append the output of `mosfs floor authorize` (made with the floor key) to the provisioning key's file, \
-             or give it with --authorization"
-        }
-        FloorError::NvFull { .. } => {
-            "free an NV index with tpm2_nvundefine (tpm2_getcap handles-nv-index lists them)"
-        }
-        FloorError::AlreadyProvisioned { .. } => "nothing is to be done; `mosfs floor show` shows it",
-        FloorError::OwnerAuthNeeded { .. } => {
-            "take the owner's authorization away for the provisioning: tpm2_changeauth -c owner -p OLD"
-        }
-        FloorError::TpmBusy(_) => {
-            "try again; see who uses the TPM (fuser /dev/tpmrm0), or allow more with --tpm-timeout"
-        }
-        FloorError::NotConfigured { .. } => {
-            "name it once with `mosfs floor provision --floor-pub F --product UUID`"
-        }
-        FloorError::ConfigConflict { .. } => {
-            "a device keeps its product and its floor key; name the recorded ones"
-        }
-        FloorError::FileTampered { .. } => "delete the file: it is a development floor",
-        FloorError::Config(error) => return super::output::for_anchor(error),
-        FloorError::Key(error) => return for_key(error),
-        FloorError::Tpm(_) | FloorError::VersionRange { .. } | FloorError::Io(_) => return None,
-    })
-}
-
-/// What to do about a key of the floor that cannot be used.
-pub fn for_key(error: &KeyError) -> Option<&'static str> {
-    match error {
-        KeyError::Private(error) => super::output::for_key(error),
-        KeyError::Unusable { .. } => Some("make the floor's keys with `mosfs keys generate`"),
-        _ => None,
     }
 }
 

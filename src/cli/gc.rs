@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{Global, device, output};
-use crate::deploy::booted::{self, BootRecord};
-use crate::deploy::gc::{self, GcPlan};
+use super::{FloorArgs, Global, device, output};
+use crate::deploy::DeployError;
+use crate::deploy::gc::{self, GcPlan, Needs};
 use crate::error::AnyError;
-use crate::mount::table;
 use crate::store::Store;
 
 /// Removes deployments that are neither current, pending nor previous, and what only they need.
+///
+/// A previous deployment that can never be booted again goes too. `install`, `update` and `commit` do the same
+/// by themselves. What is damaged is worked around and listed; the exit code is 3 then.
 #[derive(Debug, Args)]
 pub struct Gc {
     /// Only print what would be removed.
@@ -21,39 +23,58 @@ pub struct Gc {
     /// Collect in this store instead of the deployed system: what no name reaches goes.
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
+    #[command(flatten)]
+    floor: FloorArgs,
 }
 
 /// Runs `mosfs gc`.
 pub fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
+    let mut problems = Vec::new();
     let plan = match &args.store {
         Some(dir) => {
             let store = Store::open(dir)?;
             let collector = store.collector()?;
             let plan = GcPlan { store: collector.plan(&[], &[])?, ..GcPlan::default() };
+            problems.extend(plan.store.damaged.iter().cloned());
             if !args.dry_run {
-                collector.apply(&plan.store)?;
+                problems.extend(collector.apply(&plan.store)?);
             }
             plan
         }
         None => {
             let system = device::system(global);
-            let store = Store::open(&system.store_dir())?;
+            let store = system.store()?;
             let lock = system.lock(device::waiting(global))?;
             let collector = store.collector()?;
-            let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-            let mounts = table::mounts()?;
-            let mounted: Vec<_> = mounts.iter().filter_map(|mount| mount.digest).collect();
-            let plan = gc::plan(&system, &lock, &collector, &store, booted, &mounted)?;
-            if !args.dry_run {
-                gc::apply(&system, &lock, &collector, &plan)?;
-            }
+            let needs =
+                Needs { floor: device::floor_if_known(&args.floor, global), ..Needs::of_this_boot()? };
+            let plan = gc::plan(&system, &collector, &store, &needs)?;
+            problems = if args.dry_run {
+                plan.damaged.clone()
+            } else {
+                gc::apply(&system, &lock, &collector, plan.clone())?
+            };
             plan
         }
     };
-    if global.json {
-        return output::json(&json!({ "dry_run": args.dry_run, "removed": plan }));
+    print(args, &plan, &problems, global)?;
+    if problems.is_empty() {
+        return Ok(());
     }
+    let path = args.store.clone().unwrap_or_else(|| global.system.clone());
+    Err(DeployError::Damaged { path, problems }.into())
+}
+
+fn print(args: &Gc, plan: &GcPlan, problems: &[String], global: &Global) -> Result<(), AnyError> {
+    if global.json {
+        return output::json(&json!({ "dry_run": args.dry_run, "removed": plan, "problems": problems }));
+    }
+    problems.iter().for_each(output::note);
     let verb = if args.dry_run { "would remove" } else { "removed" };
+    for dropped in &plan.dropped {
+        let verb = if args.dry_run { "would drop" } else { "dropped" };
+        output::line(format_args!("{verb} the previous deployment {}: {}", dropped.deployment, dropped.why))?;
+    }
     for id in &plan.deployments {
         output::line(format_args!("{verb} deployment {id}"))?;
     }

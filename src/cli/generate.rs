@@ -2,16 +2,15 @@
 //!
 //! Hidden from the help: it is for whoever builds, not for users.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Subcommand};
+use clap::{Args, Subcommand};
 use clap_complete::Shell;
 
-use super::{Cli, Global};
+use super::{Global, help, output};
 use crate::error::{AnyError, IoContext};
 
-/// Writes shell completions or man pages.
+/// Write shell completions or man pages.
 #[derive(Debug, Args)]
 pub struct Generate {
     #[command(subcommand)]
@@ -41,10 +40,10 @@ pub fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
         What::Completions { shell } => {
             // Into memory first: clap_complete panics where its writer fails, and a pipe may.
             let mut text = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "mosfs", &mut text);
-            io::stdout().lock().write_all(&text).on("write", "stdout")?;
+            clap_complete::generate(*shell, &mut help::command(), "mosfs", &mut text);
+            output::document(&text)?;
         }
-        What::Man { dir } => clap_mangen::generate_to(Cli::command(), dir).on("write man pages in", dir)?,
+        What::Man { dir } => clap_mangen::generate_to(help::command(), dir).on("write man pages in", dir)?,
     }
     Ok(())
 }

@@ -6,18 +6,25 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{FloorArgs, Global, device, output, progress};
-use crate::deploy::plan::{self, Plan, Verdict};
+use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
+use crate::deploy::offer::{self, Accepted, Found, Judge};
+use crate::deploy::plan::{self, Options, Plan, Verdict};
+use crate::deploy::state::TRIES;
 use crate::deploy::{DeployError, State, System, apply};
 use crate::error::AnyError;
+use crate::floor::Config;
 use crate::transport::{SourceRef, Transport};
 use crate::trust::anchor::CaFile;
 use crate::trust::{Anchor, Dates};
 
 /// Install the first deployment of this device.
+///
+/// What is installed already is compared with the source, file by file and blob by blob; what differs is
+/// replaced.
 #[derive(Debug, Args)]
 pub struct InstallArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]`; without a name, the highest version there.
+    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
+    /// a name or version, the highest version there that verifies.
     source: SourceRef,
     /// The manifest CA that this device is to trust; kept in CONFIG.
     #[arg(long, value_name = "FILE")]
@@ -30,21 +37,32 @@ pub struct InstallArgs {
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Install the next deployment; it is tried at the next boot.
+///
+/// What is installed already is compared with the source, file by file and blob by blob; what differs is
+/// replaced. A version that failed before is not tried again by itself (--again).
 #[derive(Debug, Args)]
 pub struct UpdateArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]`; without a name, the highest version there.
+    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
+    /// a name or version, the highest version there that verifies.
     source: SourceRef,
     /// Say whether there is an update that this device would take, and do nothing.
     #[arg(long)]
     check: bool,
+    /// Try a version once more that was started as often as it may be and never proved healthy.
+    #[arg(long)]
+    again: bool,
     /// Print what would be done, and do nothing.
     #[arg(long, conflicts_with = "check")]
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Runs `mosfs install`.
@@ -52,26 +70,27 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let ca = args.ca.as_deref().map(CaFile::load).transpose()?;
     let trust = Anchor::plan(&global.config, ca, args.product)?;
-    let from = args.source.open()?;
-    let offer = plan::fetch_offer(from.as_ref(), args.source.name.as_deref())?;
+    let from = args.source.open(&args.registry.access(global))?;
     // A refused system leaves not even a folder behind.
-    let verified = offer.verify(trust.anchor(), Dates::check_now())?;
+    let offer = find(&args.source, from.as_ref(), trust.anchor(), global)?;
     if !args.dry_run {
         system.create()?;
     }
     let lock = (!args.dry_run).then(|| system.lock(device::waiting(global))).transpose()?;
     let state = system.state()?;
     if let Some(current) = state.current
-        && current.digest != verified.digest()
+        && current.digest != offer.verified.digest()
     {
         return Err(DeployError::AlreadyInstalled { path: system.root().to_path_buf(), current }.into());
     }
+    let progress = progress::of(global)?;
     device::with_gate(&args.floor, global, true, |gate| {
-        let plan =
-            plan::plan(&system, &state, from.as_ref(), &offer, trust.anchor(), Dates::check_now(), gate)?;
+        let options = Options { again: false, read_blobs: true, progress: &progress };
+        let anchor = trust.anchor();
+        let plan = plan::plan(&system, &state, from.as_ref(), offer, anchor, gate, &options)?;
         let Some(lock) = &lock else { return print_plan(&plan, global) };
         trust.apply()?;
-        apply::apply(&system, lock, from.as_ref(), &plan, &progress::of(global)?)?;
+        apply::apply(&system, lock, from.as_ref(), &plan, &progress)?;
         say(&plan, global)
     })
 }
@@ -79,7 +98,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
 /// Runs `mosfs update`.
 pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
-    let from = args.source.open()?;
+    let from = args.source.open(&args.registry.access(global))?;
     if args.check {
         let outcome = check(args, global, &system, from.as_ref());
         return match outcome {
@@ -91,6 +110,7 @@ pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
                     Verdict::AlreadyPending => {
                         format!("version {version} is pending: it is tried at the next boot")
                     }
+                    Verdict::FailedBefore => failed_before(version),
                     Verdict::Install | Verdict::Update => format!("version {version} would be installed"),
                 },
             ),
@@ -129,6 +149,9 @@ fn check(
     system: &System,
     from: &dyn Transport,
 ) -> Result<(Verdict, u64), AnyError> {
+    if let Some(unchanged) = plan::unchanged(system, &system.state()?, from, args.source.name.as_deref())? {
+        return Ok(unchanged);
+    }
     let mut found = None;
     make_plan(args, global, system, from, |plan| {
         found = Some((plan.verdict, plan.id.version));
@@ -140,6 +163,26 @@ fn check(
 fn check_answer(verdict: Verdict, version: u64) -> serde_json::Value {
     let update = matches!(verdict, Verdict::Install | Verdict::Update);
     json!({ "update": update, "verdict": verdict, "version": version })
+}
+
+/// Finds what is offered; says what was passed over on the way.
+fn find(
+    source: &SourceRef,
+    from: &dyn Transport,
+    anchor: &Anchor,
+    global: &Global,
+) -> Result<Accepted, AnyError> {
+    let policy = Config::load(&global.config)?.policy().ok();
+    let judge = Judge { anchor, dates: Dates::check_now(), policy: policy.as_ref() };
+    let Found { taken, passed_over } = offer::find(from, source.name.as_deref(), &judge)?;
+    const SHOWN: usize = 10;
+    for one in passed_over.iter().take(SHOWN) {
+        output::note(format_args!("{} is passed over: {}", one.object, one.why));
+    }
+    if passed_over.len() > SHOWN {
+        output::note(format_args!("{} more are passed over", passed_over.len() - SHOWN));
+    }
+    Ok(taken)
 }
 
 fn make_plan(
@@ -154,10 +197,34 @@ fn make_plan(
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
     }
     let anchor = Anchor::load(&global.config)?;
-    let offer = plan::fetch_offer(from, args.source.name.as_deref())?;
+    let offer = find(&args.source, from, &anchor, global)?;
+    let progress = progress::of(global)?;
     device::with_gate(&args.floor, global, false, |gate| {
-        then(&plan::plan(system, &state, from, &offer, &anchor, Dates::check_now(), gate)?)
+        // Whether there is an update can be said without reading every blob.
+        let options = Options { again: args.again, read_blobs: !args.check, progress: &progress };
+        then(&plan::plan(system, &state, from, offer, &anchor, gate, &options)?)
     })
+}
+
+fn failed_before(version: u64) -> String {
+    format!(
+        "version {version} was started {TRIES} times and never proved healthy: it is not tried again; \
+         another version replaces it, and `mosfs update --again` tries it once more"
+    )
+}
+
+/// What is mended of a system that is installed already, as the end of a sentence; nothing where nothing is.
+fn mended(plan: &Plan) -> String {
+    let mut parts = Vec::new();
+    if !plan.renew.is_empty() {
+        parts.push(format!("{} replaced", plan.renew.join(", ")));
+    }
+    match plan.fetch.len() {
+        0 => {}
+        1 => parts.push("1 blob fetched again".to_string()),
+        n => parts.push(format!("{n} blobs fetched again")),
+    }
+    parts.join("; ")
 }
 
 fn print_plan(plan: &Plan, global: &Global) -> Result<(), AnyError> {
@@ -172,44 +239,67 @@ fn print_plan(plan: &Plan, global: &Global) -> Result<(), AnyError> {
         || {
             json!({
                 "deployment": plan.id, "version": plan.id.version, "verdict": plan.verdict,
-                "fetch": blobs(), "needed_bytes": plan.needed_bytes,
+                "fetch": blobs(), "renew": plan.renew, "needed_bytes": plan.needed_bytes,
             })
         },
         || {
-            let mut text = match plan.verdict {
-                Verdict::UpToDate => format!("version {} is installed: nothing to do", plan.id.version),
-                Verdict::AlreadyPending => format!("version {} is pending: nothing to do", plan.id.version),
-                Verdict::Install => format!("would install version {}", plan.id.version),
-                Verdict::Update => {
-                    format!("would install version {}, to be tried at the next boot", plan.id.version)
+            let version = plan.id.version;
+            let mut lines = vec![match plan.verdict {
+                Verdict::UpToDate | Verdict::AlreadyPending => {
+                    let state = if plan.verdict == Verdict::UpToDate { "installed" } else { "pending" };
+                    match plan.renew.is_empty() && plan.fetch.is_empty() {
+                        true => format!("version {version} is {state}: nothing to do"),
+                        false => format!("version {version} is {state}, and would be mended"),
+                    }
                 }
-            };
+                Verdict::FailedBefore => failed_before(version),
+                Verdict::Install => format!("would install version {version}"),
+                Verdict::Update => {
+                    format!("would install version {version}, to be tried at the next boot")
+                }
+            }];
+            lines.extend(plan.renew.iter().map(|file| format!("would replace {file}")));
             for fetch in &plan.fetch {
-                text += &format!(
-                    "\nwould fetch {} ({} bytes) for {}",
+                lines.push(format!(
+                    "would fetch {} ({} bytes) for {}",
                     fetch.blob.digest, fetch.blob.size, fetch.target
-                );
+                ));
             }
-            text
+            lines
         },
     )
 }
 
 fn say(plan: &Plan, global: &Global) -> Result<(), AnyError> {
+    let mended = mended(plan);
     output::answer(
         global,
-        || json!({ "deployment": plan.id, "version": plan.id.version, "verdict": plan.verdict }),
-        || match plan.verdict {
-            Verdict::UpToDate => format!("version {} is installed already: nothing to do", plan.id.version),
-            Verdict::AlreadyPending => {
-                format!("version {} is pending already: it is tried at the next boot", plan.id.version)
-            }
-            Verdict::Install => format!("installed version {} ({})", plan.id.version, plan.id.digest),
-            Verdict::Update => {
-                format!(
-                    "version {} ({}) is pending: it is tried at the next boot",
-                    plan.id.version, plan.id.digest
-                )
+        || {
+            json!({
+                "deployment": plan.id, "version": plan.id.version, "verdict": plan.verdict,
+                "renewed": plan.renew, "fetched": plan.fetch.len(),
+            })
+        },
+        || {
+            let version = plan.id.version;
+            match plan.verdict {
+                Verdict::UpToDate if mended.is_empty() => {
+                    format!("version {version} is installed already: nothing to do")
+                }
+                Verdict::UpToDate => format!("version {version} is installed already, and mended: {mended}"),
+                Verdict::AlreadyPending if mended.is_empty() => {
+                    format!("version {version} is pending already: it is tried at the next boot")
+                }
+                Verdict::AlreadyPending => {
+                    format!(
+                        "version {version} is pending already, and mended: {mended}; it is tried at the next boot"
+                    )
+                }
+                Verdict::FailedBefore => failed_before(version),
+                Verdict::Install => format!("installed version {version} ({})", plan.id.digest),
+                Verdict::Update => {
+                    format!("version {version} ({}) is pending: it is tried at the next boot", plan.id.digest)
+                }
             }
         },
     )

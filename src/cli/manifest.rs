@@ -1,22 +1,24 @@
 //! `mosfs manifest`: work on manifests alone.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Global, output};
-use crate::deploy::plan::fetch_offer;
+use super::{Global, RegistryArgs, output};
+use crate::deploy::offer::find_unverified;
 use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::manifest::{
     ImportErrors, ImportManifest, SystemError, SystemManifest, json as reproducible, yaml,
 };
+use crate::sys::file;
 use crate::transport::SourceRef;
 use crate::trust::anchor::CaFile;
+use crate::trust::pem::public_only;
 use crate::trust::{self, Anchor, Certificate, Dates, PrivateKey, Signed};
 
 /// Checks, prints, signs and verifies manifests.
@@ -40,8 +42,11 @@ enum Command {
     },
     /// Print the system manifest of a source, as it is stored. It is not verified.
     Show {
-        /// Where it is: `oci:DIR[:VERSION]`, or `oci:DIR:sha256:HEX`; without a name, the highest version there.
+        /// Where it is: `oci:DIR[:VERSION]`, `oci:DIR:sha256:HEX`, or `docker://HOST[:PORT]/PREFIX[:VERSION]`;
+        /// without a name or version, the highest version there.
         source: String,
+        #[command(flatten)]
+        registry: RegistryArgs,
     },
     /// Sign a system manifest, as `openssl dgst -sha256 -sign KEY` does.
     Sign {
@@ -67,6 +72,9 @@ enum Command {
         /// The manifest CA.
         #[arg(long)]
         ca: PathBuf,
+        /// What the CA has revoked.
+        #[arg(long, value_name = "FILE")]
+        crl: Option<PathBuf>,
         /// The product of the device; without it, the product that the certificate names.
         #[arg(long, value_name = "UUID", value_parser = output::uuid)]
         product: Option<Uuid>,
@@ -78,10 +86,10 @@ pub fn run(args: &Manifest, global: &Global) -> Result<(), AnyError> {
     match &args.command {
         Command::Check { file } => check(file, global),
         Command::Canonical { file } => canonical(file),
-        Command::Show { source } => show(source),
+        Command::Show { source, registry } => show(source, registry, global),
         Command::Sign { file, key, output } => sign(file, key, output.as_deref(), global),
-        Command::Verify { file, sig, cert, ca, product } => {
-            verify(file, [sig.as_path(), cert, ca], *product, global)
+        Command::Verify { file, sig, cert, ca, crl, product } => {
+            verify(file, [sig.as_path(), cert, ca], crl.as_deref(), *product, global)
         }
     }
 }
@@ -100,12 +108,8 @@ impl Classified for BadFile {
     }
 }
 
-/// Reads a file, or one byte more than a reader of it would take.
 fn read(path: &Path, max: usize) -> Result<Vec<u8>, IoError> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).on("open", path)?;
-    file.take(max as u64 + 1).read_to_end(&mut bytes).on("read", path)?;
-    Ok(bytes)
+    file::read_named(path, max as u64)
 }
 
 /// Whether a file is JSON rather than YAML: a mapping in braces whose first key has quotes.
@@ -169,18 +173,17 @@ fn canonical(file: &Path) -> Result<(), AnyError> {
     } else {
         ImportManifest::parse(file, &bytes)?.canonical()
     };
-    output::bytes(&out)
+    output::document(&out)
 }
 
-fn show(source: &str) -> Result<(), AnyError> {
+fn show(source: &str, registry: &RegistryArgs, global: &Global) -> Result<(), AnyError> {
     let source: SourceRef = source.parse()?;
-    let transport = source.open()?;
-    let offer = fetch_offer(&*transport, source.name.as_deref())?;
-    SystemManifest::parse(offer.manifest_bytes())
+    let transport = source.open(&registry.access(global))?;
+    let manifest = find_unverified(&*transport, source.name.as_deref())?;
+    SystemManifest::parse(&manifest)
         .map_err(|error| BadFile { path: source.to_string().into(), source: error })?;
-    // Byte for byte, so that a pipe gets what was signed; a person gets a newline.
-    output::bytes(offer.manifest_bytes())?;
-    if io::stdout().is_terminal() { output::line("") } else { Ok(()) }
+    // Byte for byte, so that a pipe gets what was signed; a person gets lines.
+    output::document(&manifest)
 }
 
 fn sign(file: &Path, key: &Path, to: Option<&Path>, global: &Global) -> Result<(), AnyError> {
@@ -208,6 +211,7 @@ fn sign(file: &Path, key: &Path, to: Option<&Path>, global: &Global) -> Result<(
 fn verify(
     file: &Path,
     [sig, cert, ca]: [&Path; 3],
+    crl: Option<&Path>,
     product: Option<Uuid>,
     global: &Global,
 ) -> Result<(), AnyError> {
@@ -217,13 +221,19 @@ fn verify(
         certificate: read(cert, trust::MAX_CERTIFICATE_BYTES)?,
         floor_signature: None,
     };
+    public_only(&signed.certificate, cert)?;
     let ca = CaFile::load(ca)?;
     let product = match product {
         Some(product) => product,
         // Believed only after the chain was checked, like the rest of the certificate.
         None => Certificate::from_pem(&signed.certificate)?.binding()?.product,
     };
-    let verified = signed.verify(&Anchor::new(ca, product), Dates::check_now())?;
+    let anchor = Anchor::new(ca, product);
+    let anchor = match crl {
+        Some(crl) => anchor.with_crls(crl)?,
+        None => anchor,
+    };
+    let verified = signed.verify(&anchor, Dates::check_now())?;
     let (digest, signer) = (verified.digest(), verified.signer());
     let version = verified.manifest().version;
     if global.json {

@@ -4,6 +4,7 @@
 //! [`Command`] and in [`run`].
 
 mod activate;
+mod advice;
 mod boot;
 mod build;
 mod commit;
@@ -12,13 +13,19 @@ mod floor;
 mod gc;
 mod generate;
 mod global;
+mod help;
 mod install;
 mod keys;
+mod log;
 mod manifest;
 mod mount;
 mod notify;
 pub mod output;
 mod progress;
+#[cfg(feature = "registry")]
+mod push;
+mod registry;
+mod repair;
 pub mod start;
 mod status;
 mod store;
@@ -28,16 +35,17 @@ mod verify;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{FromArgMatches, Parser, Subcommand};
 
 use floor::FloorArgs;
 pub use global::Global;
+use registry::RegistryArgs;
 
 use crate::error::AnyError;
 
-/// Turns a list of OCI images into a signed, verified, running Linux system.
+/// Turn a list of OCI images into a signed, verified, running Linux system
 #[derive(Debug, Parser)]
-#[command(name = "mosfs", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "mosfs", version, max_term_width = 100)]
 pub struct Cli {
     #[command(flatten)]
     global: Global,
@@ -50,6 +58,10 @@ enum Command {
     Build(build::Build),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
+    #[cfg(feature = "registry")]
+    Push(push::PushArgs),
+    #[cfg(feature = "registry")]
+    Pull(push::PullArgs),
     Install(install::InstallArgs),
     Update(install::UpdateArgs),
     Commit(commit::CommitArgs),
@@ -62,6 +74,7 @@ enum Command {
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Verify(verify::Verify),
+    Repair(repair::RepairArgs),
     Gc(gc::Gc),
     Store(store::StoreCommand),
 }
@@ -75,13 +88,11 @@ pub fn main() -> ExitCode {
 
 /// Runs a command line; prints, and returns the exit code (docs/design.md, exit codes).
 pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let parsed =
+        help::command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version go to stdout with code 0, all else is code 2; clap knows.
-            let _ = error.print();
-            return ExitCode::from(error.exit_code() as u8);
-        }
+        Err(error) => return output::usage(&error),
     };
     output::exit_code(run(&cli))
 }
@@ -91,6 +102,10 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Push(args) => push::push(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Pull(args) => push::pull(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),
         Command::Update(args) => install::update(args, &cli.global),
         Command::Commit(args) => commit::run(args, &cli.global),
@@ -102,6 +117,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Mount(args) => mount::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
         Command::Verify(args) => verify::run(args, &cli.global),
+        Command::Repair(args) => repair::run(args, &cli.global),
         Command::Gc(args) => gc::run(args, &cli.global),
         Command::Store(args) => store::run(args, &cli.global),
     }

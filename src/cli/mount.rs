@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::{Global, device, notify, output};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::booted;
 use crate::deploy::target;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
@@ -18,7 +18,7 @@ use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{Backend, Daemon, MountFlags, MountPlan, Request, Verification};
 use crate::sys;
-use crate::transport::{OciDir, SourceRef};
+use crate::transport::{SourceRef, Transport};
 use crate::trust::Anchor;
 
 /// Mount a target of the current deployment, or any image of an OCI layout.
@@ -91,7 +91,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     mount(args, global, || {
         let anchor = Anchor::load(&global.config)?;
         let system = device::system(global);
-        let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+        let booted = booted::deployment()?;
         let (store, image) = target::image(&system, booted, &anchor, &args.source)?;
         let folder = system.scratch_dir(&args.source);
         let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
@@ -103,10 +103,12 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
 pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     mount(args, global, || {
         let source: SourceRef = args.source.parse()?;
-        let transport = source.open()?;
+        // Not `SourceRef::open`: the start program must not hold the client of registries.
+        let layout = source.layout()?;
+        let transport: &dyn Transport = &layout;
         let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-        let layout = OciDir::open(Path::new(&source.location))?;
-        Ok(Found { blobs: layout.blobs(), image: transport.image(&found)?, scratch: Upper::Memory })
+        let image = transport.image(&found)?;
+        Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory })
     })
 }
 
@@ -154,7 +156,7 @@ fn try_mount(
         pipe.say_from_thread(notify::SUCCESS);
     };
     let daemon = if args.foreground {
-        Daemon::Foreground { terminal: Box::new(std::io::stderr()), ready: &mut ready }
+        Daemon::Foreground { terminal: output::log(), ready: &mut ready }
     } else if upper.is_none() && units::wanted(args.daemon)? {
         Daemon::Unit(unit(args, global, &flags)?)
     } else {

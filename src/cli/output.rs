@@ -1,25 +1,57 @@
-//! Printing: errors with advice, and answers.
+//! Printing: errors with advice, remarks, and answers. The only file that writes to stdout or stderr.
+//!
+//! Text is escaped here ([`crate::text`]), whoever it comes from. A reader of stdout that has seen
+//! enough is no failure; a stdout that cannot be written is one. What cannot be written to stderr is
+//! lost: there is nowhere to say so, and it changes no exit code. Nothing here panics. (Descriptors 0
+//! to 2 that are closed at the start are opened at /dev/null by Rust's runtime, so no file gets their
+//! numbers.)
 
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use uuid::Uuid;
 
-use super::Global;
-use crate::deploy::DeployError;
-use crate::error::{AnyError, Class, Classified, IoContext};
-use crate::manifest::rules;
-use crate::manifest::{ImportErrors, SystemError};
-use crate::publish::keys::GenerateError;
-use crate::trust::{AnchorError, KeyError, SignError, TrustError};
+use super::{Global, advice};
+use crate::error::{AnyError, IoContext};
+use crate::manifest::{ImportErrors, rules};
+use crate::text;
+
+/// Writes one line to stderr.
+fn say(line: impl Display) {
+    let line = line.to_string();
+    let _ = writeln!(io::stderr().lock(), "{}", text::one_line(&line));
+}
 
 /// Prints an error to stderr: one line of what and why, then advice.
 pub fn report(error: &AnyError) {
-    eprintln!("mosfs: {error}");
-    if let Some(advice) = advice(error) {
-        eprintln!("hint: {advice}");
+    for line in error_lines(error) {
+        say(line);
     }
+    if let Some(advice) = advice::of(error) {
+        say(format_args!("hint: {advice}"));
+    }
+}
+
+/// The text of an error: one line, but for a manifest's errors, which have a line each.
+fn error_lines(error: &AnyError) -> Vec<String> {
+    let text = format!("mosfs: {error}");
+    let mut cause = Some(error.inner());
+    while let Some(this) = cause {
+        if let Some(errors) = this.downcast_ref::<ImportErrors>()
+            && errors.0.len() > 1
+            && let Some((before, after)) = text.split_once(&errors.to_string())
+        {
+            let mut lines = vec![format!("{before}the import manifest has {} errors", errors.0.len())];
+            lines.extend(errors.0.iter().map(ToString::to_string));
+            if let Some(last) = lines.last_mut() {
+                last.push_str(after);
+            }
+            return lines;
+        }
+        cause = this.source();
+    }
+    vec![text]
 }
 
 /// Prints how a command ended, if it failed, and returns its exit code (docs/design.md, exit codes).
@@ -33,130 +65,50 @@ pub fn exit_code(done: Result<(), AnyError>) -> ExitCode {
     }
 }
 
+/// Prints help, or what is wrong with a command line, as clap says it; returns the exit code.
+pub fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // Help and version: written by the program's author, with the terminal's styles.
+        return match written(error.print().and_then(|()| io::stdout().flush())) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(failed) => exit_code(Err(failed)),
+        };
+    }
+    // It quotes the command line, which a script may have had from anybody.
+    error.render().to_string().trim_end().lines().for_each(say);
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
+/// Prints a message to stderr: something that happens, or that went otherwise than hoped.
+pub fn message(text: impl Display) {
+    say(format_args!("mosfs: {text}"));
+}
+
 /// Prints a remark to stderr: something that is not wrong, but worth knowing.
 pub fn note(text: impl Display) {
-    eprintln!("mosfs: note: {text}");
+    say(format_args!("mosfs: note: {text}"));
 }
 
-/// What a user can do about an error, if there is something. The library's errors say what is
-/// wrong; only here is it said what to run.
-///
-/// An error type with advice has a function below and a row here. A type that wraps another one
-/// as `#[error(transparent)]` is looked through by its own function, because `source` skips it.
-fn advice(error: &AnyError) -> Option<&'static str> {
-    let mut cause = Some(error.inner());
-    while let Some(this) = cause {
-        let found = None
-            .or_else(|| this.downcast_ref().and_then(super::floor::advice))
-            .or_else(|| this.downcast_ref().and_then(super::floor::for_key))
-            .or_else(|| this.downcast_ref().and_then(super::activate::advice))
-            .or_else(|| this.downcast_ref().and_then(for_deploy))
-            .or_else(|| this.downcast_ref().and_then(for_trust))
-            .or_else(|| this.downcast_ref().and_then(for_anchor))
-            .or_else(|| this.downcast_ref().and_then(for_key))
-            .or_else(|| this.downcast_ref().and_then(for_generate))
-            .or_else(|| this.downcast_ref().and_then(for_sign))
-            .or_else(|| this.downcast_ref().and_then(for_system))
-            .or_else(|| this.downcast_ref().and_then(for_import));
-        if found.is_some() {
-            return found;
-        }
-        cause = this.source();
-    }
-    None
+/// Prints a warning to stderr.
+pub fn warning(text: impl Display) {
+    say(format_args!("mosfs: warning: {text}"));
 }
 
-fn for_trust(error: &TrustError) -> Option<&'static str> {
-    Some(match error {
-        TrustError::Expired { .. } => {
-            "ask the publisher for a system signed with a renewed certificate, or check this machine's clock"
-        }
-        TrustError::NotYetValid { .. } => "check this machine's clock",
-        TrustError::IncompleteChain { .. } => {
-            "append the certificates between the signer and the CA to the certificate file"
-        }
-        TrustError::SelfSigned { .. } | TrustError::UntrustedCertificate { .. } => {
-            "do not install this system unless its publisher confirms the certificate"
-        }
-        TrustError::OtherProduct { .. } | TrustError::ManifestOtherProduct { .. } => {
-            "this system was made for other devices"
-        }
-        TrustError::BadSignature { .. } => {
-            "fetch the system again; if it fails again, its bytes were changed after signing"
-        }
-        TrustError::TruncatedSignature { .. } | TrustError::UnreadableCertificate { .. } => {
-            "fetch the file again"
-        }
-        _ => return None,
-    })
+/// Where a process in the foreground writes its log. Its lines are escaped by the log.
+pub fn log() -> Box<dyn Write + Send> {
+    Box::new(io::stderr())
 }
 
-fn for_deploy(error: &DeployError) -> Option<&'static str> {
-    Some(match error {
-        DeployError::Trust(error) => return for_trust(error),
-        DeployError::Floor(error) => return super::floor::advice(error),
-        DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
-        DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
-        DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
-        DeployError::NoSpace { .. } => "run `mosfs gc`, or free space otherwise; nothing was fetched",
-        DeployError::MissingBlob { .. } => "run `mosfs verify`; then install or update again",
-        DeployError::NotSigned { .. } => {
-            "copy the whole system: its signature and certificate are artifacts of their own"
-        }
-        DeployError::State { .. } => "run the mosfs that wrote the file, or a later one",
-        _ => return None,
-    })
+/// Draws a line on the terminal in place of the one before; an empty one leaves nothing.
+pub fn draw(line: &str) {
+    let mut terminal = io::stderr().lock();
+    let _ = write!(terminal, "\r\x1b[K{}", text::one_line(line));
+    let _ = terminal.flush();
 }
 
-pub(super) fn for_anchor(error: &AnchorError) -> Option<&'static str> {
-    Some(match error {
-        AnchorError::Missing { .. } => {
-            "give --ca and --product to `mosfs install`, or --config if the configuration is elsewhere"
-        }
-        AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
-            "leave out --ca and --product to use what this device trusts"
-        }
-        _ => return None,
-    })
-}
-
-pub(super) fn for_key(error: &KeyError) -> Option<&'static str> {
-    Some(match error {
-        KeyError::OpenToOthers { .. } => "run `chmod 600` on it, and consider whether someone has read it",
-        KeyError::Unsupported { .. } => "make a key with `mosfs keys generate`",
-        _ => return None,
-    })
-}
-
-fn for_generate(error: &GenerateError) -> Option<&'static str> {
-    match error {
-        GenerateError::Exists { .. } => Some("choose another folder"),
-        _ => None,
-    }
-}
-
-fn for_sign(error: &SignError) -> Option<&'static str> {
-    match error {
-        SignError::KeyMismatch { .. } => Some("give --key and --cert of the same signer"),
-        SignError::Certificate(error) => for_trust(error),
-        SignError::Key(error) => for_key(error),
-    }
-}
-
-fn for_system(error: &SystemError) -> Option<&'static str> {
-    match error {
-        SystemError::NotCanonical { .. } => Some("`mosfs manifest canonical FILE` prints the canonical form"),
-        _ => None,
-    }
-}
-
-fn for_import(errors: &ImportErrors) -> Option<&'static str> {
-    Some(match errors.class() {
-        Class::Verification => {
-            "another image is there than the one that was pinned; look at it before changing the pin"
-        }
-        _ => "`mosfs manifest check FILE` checks a manifest without building it",
-    })
+/// Whether stderr is a terminal.
+pub fn draws() -> bool {
+    io::stderr().is_terminal()
 }
 
 /// Prints one line of an answer to stdout.
@@ -164,7 +116,31 @@ fn for_import(errors: &ImportErrors) -> Option<&'static str> {
 /// # Errors
 /// If stdout cannot be written, such as a full disk.
 pub fn line(text: impl Display) -> Result<(), AnyError> {
-    written(writeln!(io::stdout().lock(), "{text}"))
+    let text = text.to_string();
+    put(format!("{}\n", text::one_line(&text)).as_bytes())
+}
+
+/// An answer in lines.
+pub trait Lines {
+    /// The lines, without their ends.
+    fn lines(self) -> Vec<String>;
+}
+
+impl Lines for String {
+    fn lines(self) -> Vec<String> {
+        vec![self]
+    }
+}
+
+impl Lines for Vec<String> {
+    fn lines(self) -> Vec<String> {
+        self
+    }
+}
+
+fn put(bytes: &[u8]) -> Result<(), AnyError> {
+    let mut out = io::stdout().lock();
+    written(out.write_all(bytes).and_then(|()| out.flush()))
 }
 
 /// A reader that has seen enough (`| head`) is not a failure.
@@ -175,13 +151,24 @@ fn written(outcome: io::Result<()>) -> Result<(), AnyError> {
     }
 }
 
-/// Prints an answer to stdout as it is.
+/// Prints a document to stdout: byte for byte, but for a terminal, which gets lines that are escaped.
 ///
 /// # Errors
 /// As [`line`].
-pub fn bytes(bytes: &[u8]) -> Result<(), AnyError> {
-    let mut out = io::stdout().lock();
-    written(out.write_all(bytes).and_then(|()| out.flush()))
+pub fn document(bytes: &[u8]) -> Result<(), AnyError> {
+    if !io::stdout().is_terminal() {
+        return put(bytes);
+    }
+    String::from_utf8_lossy(bytes).lines().try_for_each(line)
+}
+
+/// Prints a signature or another binary answer to stdout; in hex to a terminal.
+///
+/// # Errors
+/// As [`line`].
+pub fn binary(bytes: &[u8]) -> Result<(), AnyError> {
+    let text = bytes.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
+    if io::stdout().is_terminal() && !text { line(crate::digest::hex(bytes)) } else { document(bytes) }
 }
 
 /// Prints an answer to stdout as one line of JSON.
@@ -189,19 +176,19 @@ pub fn bytes(bytes: &[u8]) -> Result<(), AnyError> {
 /// # Errors
 /// As [`line`].
 pub fn json(answer: &serde_json::Value) -> Result<(), AnyError> {
-    line(answer)
+    put(format!("{}\n", text::json(&answer.to_string())).as_bytes())
 }
 
 /// Prints an answer: JSON with `--json`, else text.
 ///
 /// # Errors
 /// As [`line`].
-pub fn answer(
+pub fn answer<T: Lines>(
     global: &Global,
     json: impl FnOnce() -> serde_json::Value,
-    text: impl FnOnce() -> String,
+    text: impl FnOnce() -> T,
 ) -> Result<(), AnyError> {
-    if global.json { self::json(&json()) } else { line(text()) }
+    if global.json { self::json(&json()) } else { text().lines().iter().try_for_each(line) }
 }
 
 /// Reads a UUID of the command line, in the one form that manifests take.

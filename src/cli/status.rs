@@ -49,7 +49,7 @@ fn floor(args: &StatusArgs, global: &Global) -> Value {
     read().unwrap_or_else(|error| json!({ "error": error.chain(), "exit_code": error.class().exit_code() }))
 }
 
-fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &Global) -> String {
+fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &Global) -> Vec<String> {
     let mut lines = vec![format!("system    {}", global.system.display())];
     let row = |name: &str, deployment: &Option<DeploymentStatus>| match deployment {
         None => format!("{name:<9} none"),
@@ -93,7 +93,7 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
         n => format!("mounts    {n}"),
     });
     lines.extend(mounts.iter().map(|mount| format!("          {}", mount_line(mount))));
-    lines.join("\n")
+    lines
 }
 
 fn mount_json(mount: &MountRecord) -> Value {

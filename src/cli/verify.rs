@@ -1,25 +1,26 @@
 //! `mosfs verify`: read and check everything.
 
-use std::path::Path;
-
 use clap::Args;
 use serde_json::json;
 
 use super::build::threads;
 use super::{Global, device, output, progress};
-use crate::deploy::booted::{self, BootRecord};
+use crate::deploy::System;
+use crate::deploy::booted;
+use crate::deploy::check::{self, Checked};
 use crate::deploy::target;
 use crate::error::AnyError;
+use crate::floor::{Config, Policy};
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::store::Store;
-use crate::store::fsck::{self, Report};
-use crate::transport::{OciDir, SourceRef};
+use crate::store::fsck::{self, NotWhole, Report};
+use crate::transport::{SourceRef, Transport};
 use crate::trust::Anchor;
 
 /// Reads and checks everything: every blob against its digest, every layer against its verity
 /// tree, every name against what it stands for. Lists all that is wrong.
 ///
-/// Without an argument, the store of the deployed system.
+/// Without an argument, the deployed system: its state file, its deployments from the certificate down, and its store.
 #[derive(Debug, Args)]
 pub struct Verify {
     /// A layout (`oci:DIR`), an image of one (`oci:DIR:NAME`), or a target of the current deployment.
@@ -30,44 +31,68 @@ pub struct Verify {
 /// Runs `mosfs verify`.
 pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
     let progress = progress::of(global)?;
+    let mut deployments = Checked::default();
     let (object, report) = match args.what.as_deref() {
         None => {
-            let store = Store::open(&device::system(global).store_dir())?;
+            let system = device::system(global);
+            deployments = check_deployments(&system, global);
+            let store = system.store()?;
             (store.dir().display().to_string(), fsck::check(&store, threads(), &progress)?)
         }
         // A source has a scheme; a target's name cannot hold a colon.
         Some(text) if text.contains(':') => {
             let source: SourceRef = text.parse()?;
-            let transport = source.open()?;
-            let dir = Path::new(&source.location);
+            let layout = source.layout()?;
+            let transport: &dyn Transport = &layout;
             let report = match &source.name {
-                None => fsck::check(&Store::open(dir)?, threads(), &progress)?,
+                None => fsck::check(&Store::open(layout.dir())?, threads(), &progress)?,
                 Some(name) => {
                     let found = transport.find_image(Some(name), &Platform::this_machine())?;
-                    fsck::check_image(&OciDir::open(dir)?, &found, text, threads(), &progress)?
+                    fsck::check_image(&layout, &found, text, threads(), &progress)?
                 }
             };
             (text.to_string(), report)
         }
         Some(name) => {
             let anchor = Anchor::load(&global.config)?;
-            let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
+            let booted = booted::deployment()?;
             let (store, image) = target::image(&device::system(global), booted, &anchor, name)?;
             let manifest = Descriptor::new(MANIFEST, image.digest, image.size);
             let report = fsck::check_image(store.transport(), &manifest, name, threads(), &progress)?;
             (name.to_string(), report)
         }
     };
-    print(&object, &report, global)?;
-    Ok(report.verdict(&object)?)
+    print(&object, &deployments, &report, global)?;
+    match deployments.problems.first() {
+        None => Ok(report.verdict(&object)?),
+        Some(first) => {
+            let count = deployments.problems.len() + report.problems.len();
+            Err(NotWhole { object, count, first: first.clone() }.into())
+        }
+    }
 }
 
-fn print(object: &str, report: &Report, global: &Global) -> Result<(), AnyError> {
-    let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
+/// Checks what the state file names; where this device trusts nobody, nothing can be checked, and that is a problem.
+fn check_deployments(system: &System, global: &Global) -> Checked {
+    let trust = || -> Result<(Anchor, Option<Policy>), AnyError> {
+        Ok((Anchor::load(&global.config)?, Config::load(&global.config)?.policy().ok()))
+    };
+    match trust() {
+        Ok((anchor, policy)) => check::check(system, &anchor, policy.as_ref()),
+        // A store alone, without a device around it.
+        Err(_) if !system.state_path().exists() => Checked::default(),
+        Err(error) => Checked { deployments: 0, problems: vec![error.chain()] },
+    }
+}
+
+fn print(object: &str, deployments: &Checked, report: &Report, global: &Global) -> Result<(), AnyError> {
+    let of_store = report.problems.iter().map(ToString::to_string);
+    let problems: Vec<String> = deployments.problems.iter().cloned().chain(of_store).collect();
     if global.json {
         return output::json(&json!({
             "object": object,
-            "good": report.is_good(),
+            "good": problems.is_empty(),
+            "deployments": deployments.deployments,
             "problems": problems,
             "names": report.names,
             "blobs": report.blobs,
@@ -85,9 +110,13 @@ fn print(object: &str, report: &Report, global: &Global) -> Result<(), AnyError>
         ));
     }
     let Report { names, blobs, bytes, layers, .. } = report;
-    if report.is_good() {
+    if problems.is_empty() {
+        let checked = match deployments.deployments {
+            0 => String::new(),
+            n => format!(", {n} deployments"),
+        };
         output::line(format_args!(
-            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers read"
+            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers read{checked}"
         ))?;
     }
     Ok(())

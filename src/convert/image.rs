@@ -13,7 +13,6 @@
 //!
 //! The bytes of both depend on the source image alone.
 
-use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
@@ -25,7 +24,7 @@ use serde_json::Value;
 use super::puzzlefs::PuzzlefsError;
 use super::{ConvertError, Effort, Meta, Ready, TarLayer, convert_tar, examine, puzzlefs};
 use crate::digest::Digest;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::image::format::Content;
 use crate::image::oci::{
@@ -37,6 +36,7 @@ use crate::image::verity::{self, Sealed};
 use crate::image::{FileType, Layer, LayerError};
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer};
+use crate::sys::file::open_regular;
 use crate::transport::{Transport, TransportError};
 
 /// Docker's media type of an image config.
@@ -120,7 +120,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         let store = job.writer.store();
         let mut attributes = |path: &[u8]| attributes_below(store, below, path);
         let converted = convert_tar(
-            job.from.open(&layer.digest)?,
+            job.from.open(&layer.to_descriptor(), 0)?,
             &tar,
             &temp.file,
             job.effort,
@@ -129,7 +129,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         )
         .map_err(|source| IngestError::Layer { layer: layer.digest, source })?;
         job.writer.commit(temp, &converted.sealed.digest)?;
-        failpoint::hit("build.layer");
+        failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
             *place = sealed_layer(SQUASHFS_ZSTD, &converted.sealed);
@@ -212,8 +212,7 @@ fn image_layer(
     let store = job.writer.store();
     let root_hash = layer.trust.root_hash();
     if root_hash.is_some() && store.has(&blob) {
-        let path = store.blob_path(&layer.digest);
-        let file = File::open(&path).on("open", &path)?;
+        let (file, _) = store.transport().open_blob(&layer.digest)?;
         // It is there already, whole or not: what was checked once is checked again before it is signed for.
         examine(&file, &layer.digest, root_hash, threads, job.progress).map_err(wrong)?;
         return Ok(layer.clone());
@@ -224,14 +223,14 @@ fn image_layer(
     match examine(&temp.file, &layer.digest, root_hash, threads, job.progress).map_err(wrong)? {
         Ready::Untouched => {
             job.writer.commit(temp, &layer.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(layer.clone())
         }
         Ready::NeedsTree(image_bytes) => {
             let sealed = verity::seal(&temp.file, image_bytes, threads, job.progress)
                 .map_err(|source| wrong(ConvertError::Seal(source)))?;
             job.writer.commit(temp, &sealed.digest)?;
-            failpoint::hit("build.layer");
+            failpoint::hit("build.layer.stored");
             Ok(sealed_layer(layer.media_type(), &sealed))
         }
     }
@@ -279,7 +278,8 @@ fn attributes_below(
         let Some(open) = layer.image().and_then(|format| format.open) else { continue };
         let verity = |source| ConvertError::Verity { layer: layer.digest, source };
         let below = |source| ConvertError::Below { layer: layer.digest, source };
-        let file = File::open(store.blob_path(&layer.digest))?;
+        let blob = store.blob_path(&layer.digest);
+        let (file, _) = open_regular(&blob, store.transport().links()).map_err(|error| error.source)?;
         let source = VerifiedSource::open(file, root_hash).map_err(verity)?;
         let image = open(Arc::new(source)).map_err(below)?;
         match folder(&*image, path).map_err(below)? {

@@ -43,7 +43,7 @@ use crate::mount::holders::{self, Users};
 use crate::mount::table::{self, LayerRecord, MountRecord, Mounted};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request};
-use crate::store::Store;
+use crate::sys::file;
 use crate::sys::flock::Lock;
 use crate::trust::Anchor;
 
@@ -151,7 +151,7 @@ impl Classified for NotActive {
 
 /// Takes the lock for an activation; waits for another one.
 pub fn lock(run: &Path) -> Result<Lock, IoError> {
-    fs::create_dir_all(run).on("create", run)?;
+    file::create_folders(run)?;
     let path = run.join("activate.lock");
     Lock::exclusive(&path).on("lock", &path)
 }
@@ -189,7 +189,7 @@ pub fn plan(
     let folder = folder.canonicalize().unwrap_or(folder);
     let register = table::mounts()?;
     let mounted = table::mounted()?;
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let mut steps = Vec::new();
     for (name, signed) in targets {
         let name = name.as_str();
@@ -282,8 +282,8 @@ pub struct Ways<'a> {
 /// The caller holds the lock.
 pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
     let folder = targets_dir(run);
-    fs::create_dir_all(&folder).on("create", &folder)?;
-    failpoint::hit("activate.planned");
+    file::create_folders(&folder)?;
+    failpoint::hit("activate.plan.made");
     let take = |step: Step| {
         let Step { target, path, action, why, wanted } = step;
         let outcome = match take(&target, &path, action, &why, wanted, &folder, ways) {
@@ -323,27 +323,25 @@ fn take(
         request.prepare()
     };
     let prepared = wanted.as_ref().map(prepare).transpose()?;
-    failpoint::hit("activate.prepared");
+    failpoint::hit("activate.mount.prepared");
     if action != Action::Mount
         && let Some(users) = clear(path, action == Action::Mend)?
     {
         return Ok(Outcome::Busy(users));
     }
-    failpoint::hit("activate.cleared");
+    failpoint::hit("activate.place.cleared");
     let Some(prepared) = prepared else {
         // Only an empty folder of ours goes.
         let _ = fs::remove_dir(path);
         return Ok(Outcome::Done(None));
     };
-    match fs::create_dir(&place) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(error).on("create", &place)?;
-        }
+    match file::create_folder(&place, 0o755) {
+        Err(error) if error.source.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
         _ => {}
     }
-    failpoint::hit("activate.folder");
+    failpoint::hit("activate.place.made");
     let mounted = prepared.attach()?;
-    failpoint::hit("activate.mounted");
+    failpoint::hit("activate.mount.attached");
     Ok(Outcome::Done(Some(mounted.backend.to_string())))
 }
 

@@ -1,25 +1,25 @@
 //! Carries out a [`Plan`]: blobs, then the deployment's folder, then the state file, each synced
 //! before the next begins.
 
-use super::booted::{self, BootRecord};
-use super::error::DeployError;
-use super::plan::{Plan, Verdict, names};
-use super::state::{LastUpdate, clip};
-use super::{System, SystemLock, deployment, gc};
-use crate::failpoint;
-use crate::image::format::LayerFormat;
-use crate::mount::table;
-use crate::progress::Progress;
-use crate::store::Store;
-use crate::transport::Transport;
+use std::collections::BTreeMap;
 
-/// Chunks up to this size are held in memory while they are checked and written, in bytes.
-const SMALL_BYTES: u64 = 1 << 20;
+use super::error::DeployError;
+use super::gc::Needs;
+use super::plan::{Fetch, Plan, Verdict, names};
+use super::state::{LastUpdate, clip};
+use super::{System, SystemLock, deployment, space};
+use crate::digest::Digest;
+use crate::failpoint;
+use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
+use crate::progress::Progress;
+use crate::store::{FetchJob, Store, StoreError, Writer, image_repository};
+use crate::transport::Transport;
+use crate::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
 
 /// Carries out a plan. The caller holds the system's lock since before it made the plan.
 ///
 /// On an error the running deployment is untouched, and the space of what was fetched is given
-/// back.
+/// back, unless it is the network that failed: then the next run goes on there. After a success what nothing needs any more is removed.
 pub fn apply(
     system: &System,
     lock: &SystemLock,
@@ -27,71 +27,66 @@ pub fn apply(
     plan: &Plan,
     progress: &Progress,
 ) -> Result<(), DeployError> {
-    if matches!(plan.verdict, Verdict::UpToDate | Verdict::AlreadyPending) {
-        return Ok(());
+    let outcome = match plan.verdict {
+        Verdict::FailedBefore => Ok(()),
+        _ => fetch_and_switch(system, lock, from, plan, progress),
+    };
+    if outcome.as_ref().is_err_and(may_go_on) {
+        return outcome;
     }
-    let outcome = fetch_and_switch(system, from, plan, progress);
-    if outcome.is_err()
-        && let Err(error) = give_back(system, lock)
-    {
-        // What stays is removed by the next `mosfs gc`.
-        log::warn!("the space of the failed update is not given back: {error}");
+    match tidy(system, lock, plan) {
+        Ok(problems) => problems.iter().for_each(|problem| log::warn!("{problem}")),
+        // What stays is removed by the next command that tidies up.
+        Err(error) => log::warn!("what nothing needs is not removed: {error}"),
     }
     outcome
 }
 
-/// Removes what no deployment needs, as `mosfs gc` does.
-fn give_back(system: &System, lock: &SystemLock) -> Result<(), DeployError> {
-    let store = Store::open(&system.store_dir())?;
-    let collector = store.collector()?;
-    let booted = BootRecord::load(&booted::path())?.map(|record| record.deployment);
-    let mounted: Vec<_> = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
-    let plan = gc::plan(system, lock, &collector, &store, booted, &mounted)?;
-    gc::apply(system, lock, &collector, &plan)
+/// Whether the network failed: then what came so far is kept, and the next run goes on there.
+fn may_go_on(error: &DeployError) -> bool {
+    match error {
+        DeployError::Transport(error) | DeployError::Store(StoreError::Transport(error)) => {
+            error.is_temporary()
+        }
+        _ => false,
+    }
+}
+
+fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
+    if !system.store_dir().join("oci-layout").exists() {
+        return Ok(Vec::new());
+    }
+    space::tidy(system, lock, &Needs { floor: plan.floor, ..Needs::of_this_boot()? })
 }
 
 fn fetch_and_switch(
     system: &System,
+    lock: &SystemLock,
     from: &dyn Transport,
     plan: &Plan,
     progress: &Progress,
 ) -> Result<(), DeployError> {
     system.create()?;
     let store = Store::create(&system.store_dir())?;
+    if !plan.fetch.is_empty() {
+        space::make(system, lock, &plan.want())?;
+    }
     {
         let writer = store.writer()?;
-        let mut batch = writer.batch();
-        for fetch in &plan.fetch {
-            let object = format!("{} {}", fetch.target, fetch.blob.digest);
-            let task = progress.task("fetch", &object, Some(fetch.blob.size));
-            if LayerFormat::is_chunk(&fetch.blob.media_type) && fetch.blob.size <= SMALL_BYTES {
-                // There are thousands of them, so they are synced together. Size and digest are checked on the way.
-                batch.put(&fetch.blob.digest, &from.fetch(&fetch.blob, fetch.blob.size)?)?;
-                task.advance(fetch.blob.size);
-            } else {
-                writer.fetch(from, &fetch.blob, &task)?;
-            }
-            failpoint::hit("deploy.blob.fetched");
-        }
-        batch.finish()?;
-        let quiet = Progress::silent().task("fetch", "", None);
+        // The plan has looked: what has one of these names in the store is not that blob.
+        fetch_blobs(&writer, from, &plan.fetch, true, progress)?;
         for artifact in std::iter::once(&plan.artifact).chain(&plan.referrers) {
-            let manifest = from.manifest(artifact)?;
-            for blob in manifest.layers.iter().chain([&manifest.config, artifact]) {
-                writer.fetch(from, blob, &quiet)?;
-            }
+            fetch_artifact(&writer, from, artifact)?;
         }
         failpoint::hit("deploy.blobs.fetched");
-        let [by_digest, by_version] = names(plan);
-        let mut entries: Vec<_> =
-            plan.images.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
-        entries.push((Some(&by_digest), &plan.artifact));
-        entries.push((Some(&by_version), &plan.artifact));
-        entries.extend(plan.referrers.iter().map(|one| (None, one)));
-        writer.set_entries(&entries)?;
+        set_names(&writer, plan)?;
     }
     failpoint::hit("deploy.names.set");
-    let id = deployment::write(system, &plan.verified)?;
+    let (anchor, policy) = &plan.trust;
+    let id = deployment::write(system, &plan.verified, anchor, policy.as_ref())?;
+    if matches!(plan.verdict, Verdict::UpToDate | Verdict::AlreadyPending) {
+        return Ok(());
+    }
     let mut state = system.state()?;
     if plan.verdict == Verdict::Install {
         state.current = Some(id);
@@ -100,6 +95,80 @@ fn fetch_and_switch(
     }
     state.last_update = Some(LastUpdate { version: Some(id.version), error: None });
     state.save(&system.state_path())
+}
+
+/// Fetches blobs of targets, several at a time; `again` whatever has their names in the store.
+pub(super) fn fetch_blobs(
+    writer: &Writer<'_>,
+    from: &dyn Transport,
+    blobs: &[Fetch],
+    again: bool,
+    progress: &Progress,
+) -> Result<(), DeployError> {
+    // A registry keeps each target's blobs in a repository of their own.
+    let mut places = BTreeMap::new();
+    for fetch in blobs {
+        if !places.contains_key(fetch.target.as_str()) {
+            places.insert(fetch.target.as_str(), from.within(&image_repository(&fetch.target))?);
+        }
+    }
+    let jobs: Vec<_> = blobs
+        .iter()
+        .filter_map(|fetch| {
+            let object = format!("{} {}", fetch.target, fetch.blob.digest);
+            let from = places.get(fetch.target.as_str())?.as_ref();
+            Some(FetchJob { from, blob: &fetch.blob, again, object })
+        })
+        .collect();
+    Ok(writer.fetch_all(&jobs, progress)?)
+}
+
+/// Puts an artifact and what it consists of into the store. It is small: its content is looked at, not its size.
+pub(super) fn fetch_artifact(
+    writer: &Writer<'_>,
+    from: &dyn Transport,
+    artifact: &Descriptor,
+) -> Result<(), DeployError> {
+    let quiet = Progress::silent().task("fetch", "", None);
+    let place = from.within(SYSTEM_REPOSITORY)?;
+    let from = place.as_ref();
+    let manifest = from.manifest(artifact)?;
+    for blob in manifest.layers.iter().chain([&manifest.config, artifact]) {
+        let good = writer.store().has(blob) && writer.store().get(&blob.digest, blob.size).is_ok();
+        if !good {
+            writer.refetch(from, blob, &quiet)?;
+        }
+    }
+    Ok(())
+}
+
+/// Sets the names of the system, its images, and what vouches for it; what vouched for it before goes.
+fn set_names(writer: &Writer<'_>, plan: &Plan) -> Result<(), DeployError> {
+    let names = names(&plan.id);
+    let mut entries: Vec<_> = plan.images.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
+    entries.extend(names.iter().map(|name| (Some(name.as_str()), &plan.artifact)));
+    entries.extend(plan.referrers.iter().map(|one| (None, one)));
+    let replaced = replaced(writer, &plan.artifact.digest, &plan.referrers)?;
+    Ok(writer.replace_entries(&replaced, &entries, &[])?)
+}
+
+/// What the store has to say about a system, and is not among `referrers`, of the kinds that are.
+fn replaced(
+    writer: &Writer<'_>,
+    artifact: &Digest,
+    referrers: &[Descriptor],
+) -> Result<Vec<Digest>, DeployError> {
+    let mut replaced = Vec::new();
+    for kind in [SIGNATURE_TYPE, CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE] {
+        let here = writer.store().referrers(artifact, Some(kind))?;
+        // A source without a floor signature says nothing about the one that is here.
+        let offered = referrers.iter().any(|one| one.artifact_type.as_deref() == Some(kind));
+        if offered {
+            replaced.extend(here.iter().map(|one| one.digest));
+        }
+    }
+    replaced.retain(|digest| !referrers.iter().any(|one| one.digest == *digest));
+    Ok(replaced)
 }
 
 /// Keeps why an install or an update failed, for `mosfs status`. Best effort: the disk may be full.

@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::error::DeployError;
 use super::state::DeploymentId;
-use crate::error::IoError;
+use crate::error::IoContext;
 use crate::sys::atomic;
+use crate::sys::file::{self, Links};
+pub use crate::sys::run_dir;
 
 /// Where the file is, below the run folder.
 const FILE: &str = "boot.json";
@@ -27,34 +29,33 @@ pub struct BootRecord {
     pub phases_ms: Vec<(String, f64)>,
 }
 
-/// The folder of what lives as long as this boot: `$MOSFS_RUN` or `/run/mosfs`.
-pub fn run_dir() -> PathBuf {
-    std::env::var_os("MOSFS_RUN").map_or_else(|| PathBuf::from("/run/mosfs"), PathBuf::from)
-}
-
 /// Where the record is, in [`run_dir`].
 pub fn path() -> PathBuf {
     run_dir().join(FILE)
+}
+
+/// The deployment that this boot runs; `None` where mosfs did not boot this machine.
+///
+/// # Errors
+/// As [`BootRecord::load`].
+pub fn deployment() -> Result<Option<DeploymentId>, DeployError> {
+    Ok(BootRecord::load(&path())?.map(|record| record.deployment))
 }
 
 impl BootRecord {
     /// Reads the record of this boot; `None` where mosfs did not boot this machine.
     pub fn load(path: &Path) -> Result<Option<Self>, DeployError> {
         let wrong = |why: String| DeployError::State { path: path.to_path_buf(), why };
-        match atomic::read_bounded(path, MAX_BYTES) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| wrong(error.to_string())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(IoError { operation: "read", path: path.to_path_buf(), source }.into()),
-        }
+        let Some(bytes) = file::find_regular(path, Links::Refused, MAX_BYTES)? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| wrong(error.to_string()))
     }
 
     /// Writes the record of this boot.
     pub fn save(&self, path: &Path) -> Result<(), DeployError> {
-        let fail = |operation, source| IoError { operation, path: path.to_path_buf(), source };
         if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).map_err(|source| fail("create", source))?;
+            file::create_folders(folder)?;
         }
-        let bytes = serde_json::to_vec(self).map_err(|error| fail("write", error.into()))?;
-        Ok(atomic::replace(path, &bytes, 0o644, "boot.record").map_err(|source| fail("write", source))?)
+        let bytes = serde_json::to_vec(self).map_err(io::Error::from).on("write", path)?;
+        Ok(atomic::replace(path, &bytes, 0o644, "boot.record").on("write", path)?)
     }
 }

@@ -4,11 +4,18 @@
 //! back. Until the floor is raised, falling back to the previous deployment is legal. Each step
 //! may be cut off and run again: blessing twice changes nothing, and a floor that is at the
 //! version already is a success.
+//!
+//! Rule: a floor in a TPM never falls again, so that nothing is blessed on a guess. What this boot runs is said by
+//! the record of the boot. Where that cannot be seen (a chroot, a container, a rescue system), a commit is refused.
+//! Only on a machine that mosfs has never started can the pending deployment be meant: where it is asked for
+//! in so many words, or where the floor is the development floor, which can be lowered again. Even there it
+//! must have tries left, and be complete.
 
-use super::System;
-use super::deployment;
+use super::booted;
 use super::error::DeployError;
-use super::state::DeploymentId;
+use super::id::DeploymentId;
+use super::state::State;
+use super::{System, check_complete, deployment};
 use crate::failpoint;
 use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates};
@@ -26,20 +33,30 @@ pub struct Committed {
     pub floor_after: u64,
 }
 
+/// What is known of the boot that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ran {
+    /// The record of this boot names the deployment that runs.
+    This(DeploymentId),
+    /// There is no record.
+    Unknown {
+        /// Whether the pending deployment may be meant, on a machine that mosfs has never started.
+        take_pending: bool,
+    },
+}
+
 /// Blesses the deployment that runs and raises the floor to its version.
 ///
-/// `booted` is the deployment that this boot runs, where that is known; else the pending one is
-/// taken, else the current one.
-///
 /// # Errors
-/// [`DeployError::Floor`] with `Rollback` where the version is below the floor (nothing is
-/// changed then); any error of the floor after the blessing leaves the deployment blessed and the
-/// floor to be raised by the next commit.
+/// [`DeployError::BootUnknown`] where it is not known what runs; [`DeployError::NoTriesLeft`] where the
+/// pending deployment would be taken and has failed; [`DeployError::Floor`] with `Rollback` where the version is
+/// below the floor (nothing is changed in these cases); any error of the floor after the blessing leaves the
+/// deployment blessed and the floor to be raised by the next commit.
 pub fn commit(
     system: &System,
     anchor: &Anchor,
     floor: &mut dyn Floor,
-    booted: Option<DeploymentId>,
+    ran: Ran,
     waiting: impl FnOnce(),
 ) -> Result<Committed, DeployError> {
     if !system.root().is_dir() {
@@ -47,13 +64,15 @@ pub fn commit(
     }
     let _lock = system.lock(waiting)?;
     let mut state = system.state()?;
-    let pending = state.pending.as_ref().map(|pending| pending.deployment);
-    let id = booted
-        .or(pending)
-        .or(state.current)
-        .ok_or_else(|| DeployError::NothingInstalled { path: system.root().to_path_buf() })?;
+    let (id, known) = match ran {
+        Ran::This(id) => (id, true),
+        Ran::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
+    };
     // What is blessed is what is verified now, not what was verified at boot.
     let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
+    if !known {
+        check_complete(system, &verified)?;
+    }
     let floor_before = floor.read()?;
     // Rule: `version >= floor`; a deployment below it must not have booted, and is not blessed.
     if id.version < floor_before {
@@ -65,7 +84,7 @@ pub fn commit(
     if blessed {
         state.save(&system.state_path())?;
     }
-    failpoint::hit("commit.blessed");
+    failpoint::hit("commit.state.blessed");
     if floor_before < id.version {
         let signature = match verified.floor_signature() {
             Some(signature) => signature,
@@ -75,8 +94,27 @@ pub fn commit(
         };
         floor.raise(id.version, signature)?;
     }
-    failpoint::hit("commit.raised");
+    failpoint::hit("commit.floor.raised");
     // Rule: then read it back. A raise that did not take is an error of the floor already.
     let floor_after = floor.read()?;
     Ok(Committed { deployment: id, blessed, floor_before, floor_after })
+}
+
+/// What is meant on a machine that mosfs has never started.
+fn guess(system: &System, state: &State, take_pending: bool) -> Result<DeploymentId, DeployError> {
+    let unknown = |why: &str| Err(DeployError::BootUnknown { path: booted::path(), why: why.to_string() });
+    if state.last_boot.is_some() {
+        return unknown("mosfs has started this machine before");
+    }
+    if !take_pending {
+        return unknown("mosfs did not start this machine");
+    }
+    match (&state.pending, state.current) {
+        (Some(pending), _) if pending.tries_left == 0 => {
+            Err(DeployError::NoTriesLeft { id: pending.deployment })
+        }
+        (Some(pending), _) => Ok(pending.deployment),
+        (None, Some(current)) => Ok(current),
+        (None, None) => Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }),
+    }
 }

@@ -8,8 +8,9 @@
 //!   floor.sig       the floor key's signature of the version; absent where the publisher made none
 //! ```
 //!
-//! Invariants: a folder appears whole, by rename, and is never changed once it is there. Nothing
-//! in it is believed before [`Signed::verify`] has passed.
+//! Invariants: a folder appears whole, by rename, and is replaced whole, by exchange, where what vouches for the
+//! manifest changes (a renewed certificate) or has rotted. Nothing in it is believed before [`Signed::verify`] has
+//! passed.
 
 use std::fs;
 use std::io;
@@ -17,14 +18,16 @@ use std::path::{Path, PathBuf};
 
 use super::System;
 use super::error::DeployError;
-use super::state::DeploymentId;
+use super::id::DeploymentId;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
+use crate::floor::{self, Policy};
 use crate::sys::atomic;
+use crate::sys::file::{self, Links};
 use crate::trust::{Anchor, Dates, Signed, Verified};
 
 /// No system manifest is longer, in bytes (its reader has the same bound).
-const MAX_MANIFEST: u64 = 4 << 20;
+pub(super) const MAX_MANIFEST: u64 = 4 << 20;
 /// No signature or certificate chain is longer, in bytes.
 const MAX_SMALL: u64 = 1 << 16;
 
@@ -36,19 +39,12 @@ const FLOOR_SIGNATURE: &str = "floor.sig";
 /// Reads a deployment's folder. Nothing is verified yet.
 pub fn read(system: &System, id: &DeploymentId) -> Result<Signed, DeployError> {
     let folder = system.deployment_dir(id);
-    let file = |name: &str, max| {
-        let path = folder.join(name);
-        atomic::read_bounded(&path, max).on("read", &path)
-    };
-    let floor_signature = match file(FLOOR_SIGNATURE, MAX_SMALL) {
-        Ok(bytes) => Some(bytes),
-        Err(IoError { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error.into()),
-    };
+    let read = |name: &str, max| file::read_regular(&folder.join(name), Links::Refused, max);
+    let floor_signature = file::find_regular(&folder.join(FLOOR_SIGNATURE), Links::Refused, MAX_SMALL)?;
     Ok(Signed {
-        manifest: file(MANIFEST, MAX_MANIFEST)?,
-        signature: file(SIGNATURE, MAX_SMALL)?,
-        certificate: file(CERTIFICATE, MAX_SMALL)?,
+        manifest: read(MANIFEST, MAX_MANIFEST)?,
+        signature: read(SIGNATURE, MAX_SMALL)?,
+        certificate: read(CERTIFICATE, MAX_SMALL)?,
         floor_signature,
     })
 }
@@ -69,35 +65,101 @@ pub fn verify(
     Ok(verified)
 }
 
+/// What a deployment's folder holds, each part by itself: for a folder that may be damaged.
+pub struct Parts {
+    /// The bytes of the manifest.
+    pub manifest: Option<Vec<u8>>,
+    /// The signature.
+    pub signature: Option<Vec<u8>>,
+    /// The certificates.
+    pub certificate: Option<Vec<u8>>,
+    /// The floor signature.
+    pub floor_signature: Option<Vec<u8>>,
+}
+
+/// Reads what can be read of a deployment's folder.
+pub fn parts(system: &System, id: &DeploymentId) -> Parts {
+    let folder = system.deployment_dir(id);
+    let file = |name: &str, max| file::read_regular(&folder.join(name), Links::Refused, max).ok();
+    Parts {
+        manifest: file(MANIFEST, MAX_MANIFEST),
+        signature: file(SIGNATURE, MAX_SMALL),
+        certificate: file(CERTIFICATE, MAX_SMALL),
+        floor_signature: file(FLOOR_SIGNATURE, MAX_SMALL),
+    }
+}
+
+/// The files of a deployment that have to be replaced by those of an offer of the same system: those that are
+/// missing or damaged, a certificate that differs, a signature that does not hold under it, and a floor signature that
+/// does not hold where the offer's does.
+pub fn differences(
+    system: &System,
+    offer: &Verified,
+    anchor: &Anchor,
+    policy: Option<&Policy>,
+) -> Vec<&'static str> {
+    let id = DeploymentId { version: offer.manifest().version, digest: offer.digest() };
+    let found = parts(system, &id);
+    let mut differ = Vec::new();
+    if found.manifest.as_deref() != Some(offer.bytes()) {
+        differ.push(MANIFEST);
+    }
+    if found.certificate.as_deref() != Some(offer.certificate()) {
+        differ.push(CERTIFICATE);
+    }
+    // Two signatures of one manifest by one key may differ, and both hold.
+    if found.signature.as_deref() != Some(offer.signature())
+        && (!differ.is_empty() || verify(system, &id, anchor, Dates::LogOnly).is_err())
+    {
+        differ.push(SIGNATURE);
+    }
+    if found.floor_signature.as_deref()
+        != better_floor_signature(offer, found.floor_signature.as_deref(), policy)
+    {
+        differ.push(FLOOR_SIGNATURE);
+    }
+    differ
+}
+
+/// Of the floor signature of an offer and the one that is there, the one to keep.
+fn better_floor_signature<'a>(
+    offer: &'a Verified,
+    here: Option<&'a [u8]>,
+    policy: Option<&Policy>,
+) -> Option<&'a [u8]> {
+    let version = offer.manifest().version;
+    let holds = |signature: Option<&[u8]>| match (signature, policy) {
+        (Some(signature), Some(policy)) => floor::check_signature(policy, version, signature).is_ok(),
+        (signature, _) => signature.is_some(),
+    };
+    let offered = offer.floor_signature();
+    if holds(here) || (!holds(offered) && here.is_some()) { here } else { offered }
+}
+
 /// Writes a verified system as a deployment's folder, synced. The caller holds the exclusive lock.
 ///
-/// A folder that a crash left half-written is begun again; one that is there already must hold
-/// the same bytes.
-pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, DeployError> {
+/// A folder that a crash left half-written is begun again. One that is there already is replaced as a whole, by
+/// exchange, where [`differences`] finds any.
+pub fn write(
+    system: &System,
+    verified: &Verified,
+    anchor: &Anchor,
+    policy: Option<&Policy>,
+) -> Result<DeploymentId, DeployError> {
     let id = DeploymentId { version: verified.manifest().version, digest: verified.digest() };
+    let folder = system.deployment_dir(&id);
+    let there = folder.symlink_metadata().is_ok();
+    if there && differences(system, verified, anchor, policy).is_empty() {
+        return Ok(id);
+    }
+    let here = parts(system, &id).floor_signature;
     let mut files: Vec<(&'static str, &[u8])> = vec![
         (MANIFEST, verified.bytes()),
         (SIGNATURE, verified.signature()),
         (CERTIFICATE, verified.certificate()),
     ];
-    if let Some(signature) = verified.floor_signature() {
+    if let Some(signature) = better_floor_signature(verified, here.as_deref(), policy) {
         files.push((FLOOR_SIGNATURE, signature));
-    }
-    let folder = system.deployment_dir(&id);
-    if folder.exists() {
-        // ECDSA signatures of the same manifest differ from one signing to the next, and a
-        // certificate may be renewed: what is here was verified by whoever wrote it and is
-        // verified again at each boot. Only another manifest under this name is an error.
-        let found = atomic::read_bounded(&folder.join(MANIFEST), MAX_MANIFEST).on("read", &folder)?;
-        if found != verified.bytes() {
-            return Err(DeployError::OtherContent { id, file: MANIFEST });
-        }
-        let floor_path = folder.join(FLOOR_SIGNATURE);
-        if verified.floor_signature().is_none() || floor_path.exists() {
-            return Ok(id);
-        }
-        // The folder was written without a floor signature and one has come since: replace the
-        // folder as a whole, by exchange, rather than changing it in place.
     }
     let parent = system.deployments_dir();
     let temporary = parent.join(format!(".new-{id}"));
@@ -108,7 +170,7 @@ pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, Deplo
         return Err(error.into());
     }
     failpoint::hit("deploy.folder.written");
-    if folder.exists() {
+    if there {
         atomic::exchange(&temporary, &folder).on("exchange", &folder)?;
         atomic::sync_folder(&parent).on("sync", &parent)?;
         remove_if_there(&temporary)?;
@@ -121,7 +183,7 @@ pub fn write(system: &System, verified: &Verified) -> Result<DeploymentId, Deplo
 }
 
 fn write_files(folder: &Path, files: &[(&'static str, &[u8])]) -> Result<(), IoError> {
-    fs::create_dir(folder).on("create", folder)?;
+    file::create_folder(folder, 0o755)?;
     for (name, bytes) in files {
         let path = folder.join(name);
         atomic::write_new(&path, bytes, 0o644).on("write", &path)?;
@@ -129,8 +191,10 @@ fn write_files(folder: &Path, files: &[(&'static str, &[u8])]) -> Result<(), IoE
     atomic::sync_folder(folder).on("sync", folder)
 }
 
+/// Removes a folder, or whatever else has its name.
 fn remove_if_there(folder: &Path) -> Result<(), IoError> {
-    match fs::remove_dir_all(folder) {
+    let is_folder = folder.symlink_metadata().is_ok_and(|data| data.is_dir());
+    match if is_folder { fs::remove_dir_all(folder) } else { fs::remove_file(folder) } {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).on("remove", folder),
         _ => Ok(()),
     }
@@ -142,7 +206,7 @@ pub fn list(system: &System) -> Result<(Vec<DeploymentId>, Vec<PathBuf>), Deploy
     let entries = match fs::read_dir(&parent) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
-        Err(error) => return Err(Err::<(), _>(error).on("list", &parent).unwrap_err().into()),
+        Err(error) => return Err(IoError::new("list", &parent, error).into()),
     };
     let (mut whole, mut left) = (Vec::new(), Vec::new());
     for entry in entries {

@@ -54,13 +54,45 @@ pub enum DeployError {
         /// The digest that the manifest in the folder has.
         digest: Digest,
     },
-    /// A deployment's folder is there already, with other bytes in it.
-    #[error("deployment {id}: file {file} is there already with other content")]
-    OtherContent {
+    /// A name at a source that the user gave leads to another system than it says.
+    #[error("the name {name} leads to another system: {found}")]
+    OtherThanNamed {
+        /// The name.
+        name: String,
+        /// Version and digest of what is there.
+        found: String,
+    },
+    /// Which deployment this boot runs is not known, so that none can be called healthy.
+    #[error("it is not known which deployment runs: {} is missing, and {why}", path.display())]
+    BootUnknown {
+        /// The record of this boot.
+        path: PathBuf,
+        /// Why nothing else tells.
+        why: String,
+    },
+    /// A pending deployment that was started as often as it may be, and that this boot does not run.
+    #[error(
+        "deployment {id} has no tries left: it was started as often as it may be and never proved healthy"
+    )]
+    NoTriesLeft {
         /// The deployment.
         id: DeploymentId,
-        /// The file in its folder.
-        file: &'static str,
+    },
+    /// A collection that had to work around what is damaged. All else was done.
+    #[error("{}: {} damaged or not removed; the first is: {}", path.display(), problems.len(), first(problems))]
+    Damaged {
+        /// The system folder.
+        path: PathBuf,
+        /// What is damaged, each as a sentence.
+        problems: Vec<String>,
+    },
+    /// A repair that could not mend everything. All else was done.
+    #[error("{}: {} not mended; the first is: {}", path.display(), problems.len(), first(problems))]
+    NotMended {
+        /// The system folder.
+        path: PathBuf,
+        /// What is not mended, each as a sentence.
+        problems: Vec<String>,
     },
     /// The system folder has a deployment already: `install` is for the first one only.
     #[error("{} holds deployment {current} already", path.display())]
@@ -93,6 +125,18 @@ pub enum DeployError {
         object: String,
         /// What was expected and found.
         why: String,
+    },
+    /// Rule: a version stands for one system, in a registry too.
+    #[error("{location} has another system of version {version}: {found}, expected {expected}")]
+    VersionElsewhere {
+        /// The repository.
+        location: String,
+        /// The version.
+        version: u64,
+        /// The OCI manifest that it stands for there.
+        found: Digest,
+        /// The OCI manifest that was to be pushed.
+        expected: Digest,
     },
     /// A system manifest has no signature, or no certificate for it.
     #[error("system manifest {digest} comes without a {missing}")]
@@ -160,6 +204,10 @@ pub enum DeployError {
     },
 }
 
+fn first(problems: &[String]) -> &str {
+    problems.first().map_or("", String::as_str)
+}
+
 fn list(refused: &[Refusal]) -> String {
     if refused.is_empty() {
         return "none is installed".to_string();
@@ -182,13 +230,19 @@ impl Classified for DeployError {
             Self::Floor(error) => error.class(),
             Self::Plan(error) => error.class(),
             Self::NoneLeft { class, .. } => *class,
-            Self::OtherManifest { .. } | Self::OtherContent { .. } | Self::OtherSize { .. } => {
+            Self::OtherManifest { .. } | Self::OtherThanNamed { .. } | Self::OtherSize { .. } => {
                 Class::Verification
             }
+            Self::Damaged { .. } | Self::NotMended { .. } => Class::Verification,
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::SameVersionOtherDigest { .. } => Class::Rollback,
-            Self::NoSuchTarget { .. } | Self::IsHostfs { .. } | Self::NotASystem { .. } => Class::Input,
+            Self::NoSuchTarget { .. }
+            | Self::IsHostfs { .. }
+            | Self::NotASystem { .. }
+            | Self::VersionElsewhere { .. } => Class::Input,
             Self::State { .. }
+            | Self::BootUnknown { .. }
+            | Self::NoTriesLeft { .. }
             | Self::AlreadyInstalled { .. }
             | Self::NothingInstalled { .. }
             | Self::NoSpace { .. } => Class::Failure,

@@ -1,85 +1,201 @@
-//! `mosfs gc` on a device: what no deployment needs goes.
+//! `mosfs gc` on a device: what no deployment needs goes. `install`, `update` and `commit` do the same when they
+//! are done.
 //!
-//! Kept: current, pending and previous, what this boot runs, and whatever is mounted. The order keeps a crash
-//! harmless: folders first (nothing names them), then the names in the store, then the blobs that
-//! no name reaches. Names that are not mosfs' own (`mos/…`) are somebody else's and stay.
+//! Kept: current, pending and previous, what this boot runs, and whatever is mounted. Not kept:
+//!
+//! - a pending deployment that has used up its tries and does not run: the state file remembers that it failed
+//! - a previous deployment below the floor, which no boot will ever take
+//! - a previous deployment that cannot be read
+//!
+//! The order keeps a crash harmless: the state file first, then folders (nothing names them), then the names in the
+//! store, then the blobs that no name reaches. Names that are not mosfs' own (`mos/…`) are somebody
+//! else's and stay.
+//!
+//! What is damaged does not stop the collection. A deployment's needs are read from its folder, else from the
+//! store, whose blobs are named by their digests; where neither can be read, every name stays. What was met is
+//! said, so that the exit code shows it.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::booted;
 use super::deployment;
 use super::error::DeployError;
-use super::state::DeploymentId;
+use super::id::DeploymentId;
+use super::state::State;
 use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::failpoint;
 use crate::manifest::SystemManifest;
+use crate::mount::table;
 use crate::store::gc::{Collector, Removal};
 use crate::store::{Store, image_name, system_name, version_name};
+
+/// What has to stay, beside what the state file names.
+#[derive(Debug, Clone, Default)]
+pub struct Needs {
+    /// The deployment that this boot runs, where that is known.
+    pub booted: Option<DeploymentId>,
+    /// The OCI manifests of what is mounted.
+    pub mounted: Vec<Digest>,
+    /// The floor, where it is known: no boot will take what is below it.
+    pub floor: Option<u64>,
+    /// Blobs that somebody is about to need.
+    pub keep: Vec<Digest>,
+}
+
+impl Needs {
+    /// What this boot runs and has mounted.
+    ///
+    /// # Errors
+    /// Where that cannot be read: then nothing is known of what has to stay.
+    pub fn of_this_boot() -> Result<Self, DeployError> {
+        let booted = booted::deployment()?;
+        let mounted = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
+        Ok(Self { booted, mounted, ..Self::default() })
+    }
+}
+
+/// A deployment that the state file stops to name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Dropped {
+    /// Which one.
+    pub deployment: DeploymentId,
+    /// Why, as a sentence.
+    pub why: String,
+}
 
 /// What `gc` would remove.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct GcPlan {
-    /// Deployments that no state names.
+    /// The previous deployment, where it is of no use any more.
+    pub dropped: Vec<Dropped>,
+    /// Deployments that nothing needs.
     pub deployments: Vec<DeploymentId>,
     /// Folders that crashes left behind.
     pub leftovers: Vec<PathBuf>,
     /// Names, blobs and temporary files of the store.
     pub store: Removal,
+    /// What is damaged, each as a sentence: it was worked around.
+    pub damaged: Vec<String>,
 }
 
-/// Looks what can go. The system is locked, and its store too. `mounted` are the OCI manifests of
-/// what is mounted.
+/// Looks what can go. The system should be locked, and its store is.
 ///
 /// # Errors
-/// A deployment that is kept but cannot be read: what it needs is not known then.
+/// A state file or an index that cannot be read: nothing is known then.
 pub fn plan(
     system: &System,
-    _lock: &SystemLock,
     collector: &Collector<'_>,
     store: &Store,
-    booted: Option<DeploymentId>,
-    mounted: &[Digest],
+    needs: &Needs,
 ) -> Result<GcPlan, DeployError> {
-    let mut kept = system.state()?.named();
-    kept.extend(booted);
-    let mut names = BTreeSet::new();
+    let state = system.state()?;
+    let mut plan = GcPlan::default();
+    let mut kept: BTreeSet<DeploymentId> = needs.booted.into_iter().chain(state.current).collect();
+    kept.extend(pending_to_keep(&state, needs));
+    if let Some(previous) = state.previous.filter(|previous| !kept.contains(previous)) {
+        match useless(system, &previous, needs) {
+            Some(why) => plan.dropped.push(Dropped { deployment: previous, why }),
+            None => {
+                kept.insert(previous);
+            }
+        }
+    }
+    let mut names = Some(BTreeSet::new());
     for id in &kept {
-        let signed = deployment::read(system, id)?;
-        let manifest = SystemManifest::parse(&signed.manifest).map_err(|source| DeployError::State {
-            path: system.deployment_dir(id),
-            why: source.to_string(),
-        })?;
-        names.insert(system_name(&id.digest));
-        names.insert(version_name(manifest.version));
-        names.extend(manifest.targets.iter().map(|(name, target)| image_name(name.as_str(), &target.digest)));
+        let (manifest, damage) = manifest_of(system, store, id);
+        plan.damaged.extend(damage);
+        match (manifest, &mut names) {
+            (Some(manifest), Some(names)) => {
+                names.insert(system_name(&id.digest));
+                names.insert(version_name(manifest.version));
+                let images = manifest.targets.iter();
+                names.extend(images.map(|(name, target)| image_name(name.as_str(), &target.digest)));
+            }
+            // What it needs is not known: whatever has a name may be it.
+            _ => names = None,
+        }
     }
     let (mut deployments, leftovers) = deployment::list(system)?;
     deployments.retain(|id| !kept.contains(id));
-    let dropped: Vec<String> = store
-        .names()?
-        .into_iter()
-        .map(|(name, _)| name)
-        .filter(|name| name.starts_with("mos/") && !names.contains(name))
-        .collect();
-    Ok(GcPlan { deployments, leftovers, store: collector.plan(&dropped, mounted)? })
+    let mut unneeded = Vec::new();
+    if let Some(names) = names {
+        let all = store.names()?.into_iter().map(|(name, _)| name);
+        unneeded.extend(all.filter(|name| name.starts_with("mos/") && !names.contains(name)));
+    }
+    let roots: Vec<Digest> = needs.mounted.iter().chain(&needs.keep).copied().collect();
+    plan.store = collector.plan(&unneeded, &roots)?;
+    plan.damaged.extend(plan.store.damaged.iter().cloned());
+    (plan.deployments, plan.leftovers) = (deployments, leftovers);
+    Ok(plan)
 }
 
-/// Removes what [`plan`] found under the same locks.
+/// The pending deployment, while it may be started or may be what runs.
+fn pending_to_keep(state: &State, needs: &Needs) -> Option<DeploymentId> {
+    let pending = state.pending.as_ref()?;
+    // Its last try may be the boot that runs now: without a record of that, it stays.
+    let failed = pending.tries_left == 0 && needs.booted.is_some_and(|booted| booted != pending.deployment);
+    (!failed).then_some(pending.deployment)
+}
+
+/// Why the previous deployment is of no use, if it is of none.
+fn useless(system: &System, id: &DeploymentId, needs: &Needs) -> Option<String> {
+    // Rule: boot: `version >= floor` (docs/design.md, floor at boot).
+    if let Some(floor) = needs.floor.filter(|floor| id.version < *floor) {
+        return Some(format!("version {} is below the floor {floor}: it can never be booted", id.version));
+    }
+    match deployment::read(system, id) {
+        Ok(signed) if Digest::of(&signed.manifest) == id.digest => None,
+        Ok(signed) => Some(format!("its manifest has the digest {}", Digest::of(&signed.manifest))),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// A deployment's manifest, from its folder or from the store, and what is wrong with the folder.
+fn manifest_of(
+    system: &System,
+    store: &Store,
+    id: &DeploymentId,
+) -> (Option<SystemManifest>, Option<String>) {
+    let said = |why: String| Some(format!("deployment {id}: {why}"));
+    let damage = match deployment::read(system, id) {
+        Ok(signed) if Digest::of(&signed.manifest) == id.digest => {
+            match SystemManifest::parse(&signed.manifest) {
+                Ok(manifest) => return (Some(manifest), None),
+                Err(error) => said(error.to_string()),
+            }
+        }
+        Ok(signed) => said(format!("its manifest has the digest {}", Digest::of(&signed.manifest))),
+        Err(error) => said(error.to_string()),
+    };
+    let stored = store.get(&id.digest, deployment::MAX_MANIFEST).ok();
+    (stored.and_then(|bytes| SystemManifest::parse(&bytes).ok()), damage)
+}
+
+/// Removes what [`plan`] found under the same locks; what is damaged or could not be removed is returned.
+///
+/// # Errors
+/// Where the state file cannot be written: then nothing is removed.
 pub fn apply(
     system: &System,
     _lock: &SystemLock,
     collector: &Collector<'_>,
-    plan: &GcPlan,
-) -> Result<(), DeployError> {
-    for folder in &plan.leftovers {
-        deployment::remove_leftover(system, folder)?;
+    plan: GcPlan,
+) -> Result<Vec<String>, DeployError> {
+    if !plan.dropped.is_empty() {
+        let mut state = system.state()?;
+        state.previous = state.previous.filter(|id| !plan.dropped.iter().any(|gone| gone.deployment == *id));
+        state.save(&system.state_path())?;
+        failpoint::hit("deploy.previous.dropped");
     }
-    for id in &plan.deployments {
-        deployment::remove(system, id)?;
-    }
+    let mut problems = plan.damaged;
+    let folders = plan.leftovers.iter().map(|folder| deployment::remove_leftover(system, folder));
+    let deployments = plan.deployments.iter().map(|id| deployment::remove(system, id));
+    problems.extend(folders.chain(deployments).filter_map(Result::err).map(|error| error.to_string()));
     failpoint::hit("deploy.gc.folders");
-    Ok(collector.apply(&plan.store)?)
+    problems.extend(collector.apply(&plan.store)?);
+    Ok(problems)
 }

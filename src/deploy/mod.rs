@@ -20,28 +20,38 @@
 pub mod activate;
 pub mod apply;
 pub mod booted;
+pub mod check;
 pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod gc;
 pub mod id;
+pub mod offer;
 pub mod plan;
+pub mod pull;
+#[cfg(feature = "registry")]
+pub mod push;
+pub mod repair;
+pub mod space;
 pub mod state;
 pub mod status;
 pub mod target;
 
-use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 pub use error::DeployError;
 pub use id::DeploymentId;
 pub use state::State;
 
+use crate::digest::Digest;
 use crate::error::IoContext;
 use crate::floor::{Floor, Policy};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
+use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
+use crate::transport::TransportError;
 use crate::trust::Verified;
 
 /// The folder on a device where the deployed system lives.
@@ -70,6 +80,14 @@ impl System {
         self.root.join("store")
     }
 
+    /// The store. Nothing in it is a link.
+    ///
+    /// # Errors
+    /// [`StoreError::Transport`] where it is not a layout.
+    pub fn store(&self) -> Result<Store, StoreError> {
+        Store::open_with(&self.store_dir(), Links::Refused)
+    }
+
     /// Where the deployments' folders are.
     pub fn deployments_dir(&self) -> PathBuf {
         self.root.join("deployments")
@@ -93,7 +111,7 @@ impl System {
     /// Makes the folders that are missing.
     pub fn create(&self) -> Result<(), DeployError> {
         for folder in [self.root.clone(), self.deployments_dir()] {
-            fs::create_dir_all(&folder).on("create", &folder)?;
+            file::create_folders(&folder)?;
         }
         Ok(())
     }
@@ -112,6 +130,11 @@ impl System {
     pub fn state(&self) -> Result<State, DeployError> {
         State::load(&self.state_path())
     }
+}
+
+/// As many threads as this machine works on at a time.
+fn threads() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
 /// What an install or an update asks of the floor.
@@ -136,16 +159,19 @@ pub enum FloorGate<'a> {
 /// # Errors
 /// [`DeployError::MissingBlob`] and [`DeployError::OtherSize`], naming the target.
 pub fn check_complete(system: &System, verified: &Verified) -> Result<(), DeployError> {
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     for (name, target) in &verified.manifest().targets {
         let missing = |digest| DeployError::MissingBlob { target: name.to_string(), digest };
-        if !store.blob_path(&target.digest).exists() {
-            return Err(missing(target.digest));
-        }
+        let open = |digest: &Digest| match store.transport().open_blob(digest) {
+            Err(TransportError::BlobMissing { .. }) => Err(missing(*digest)),
+            opened => Ok(opened.map_err(StoreError::from)?),
+        };
+        open(&target.digest)?;
         let image = store.image(&target.digest)?;
         target::check_size(name.as_str(), target, &image)?;
         for blob in &image.manifest.layers {
-            if !store.has(blob) {
+            let (_, found) = open(&blob.digest)?;
+            if found != blob.size {
                 return Err(missing(blob.digest));
             }
         }

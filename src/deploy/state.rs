@@ -24,6 +24,7 @@ use super::error::DeployError;
 pub use super::id::{BadDeploymentId, DeploymentId, Refusal};
 use crate::error::IoContext;
 use crate::sys::atomic;
+use crate::sys::file::{self, Links};
 
 /// The format number that this program writes and reads.
 pub const FORMAT: u32 = 1;
@@ -100,10 +101,8 @@ impl State {
     /// # Errors
     /// [`DeployError::State`] where the file is not the state of a format that this program knows.
     pub fn load(path: &Path) -> Result<Self, DeployError> {
-        let bytes = match atomic::read_bounded(path, MAX_BYTES) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(error) => return Err(Err::<(), _>(error).on("read", path).unwrap_err().into()),
+        let Some(bytes) = file::find_regular(path, Links::Refused, MAX_BYTES)? else {
+            return Ok(Self::default());
         };
         Self::parse(&bytes).map_err(|why| DeployError::State { path: path.to_path_buf(), why })
     }

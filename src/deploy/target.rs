@@ -33,7 +33,7 @@ pub fn image(
 ) -> Result<(Store, OciImage), DeployError> {
     let (id, verified) = running(system, booted, anchor)?;
     let target = find(&id, &verified, name)?;
-    let store = Store::open(&system.store_dir())?;
+    let store = system.store()?;
     let image = image_of(&store, name, target)?;
     Ok((store, image))
 }

@@ -8,8 +8,6 @@
 //! Rule (docs/design.md, first given, then kept): what is given is written where CONFIG has none, and refused where it has
 //! another. A file is written whole or not at all, and never replaced (`sys::atomic`).
 
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -17,16 +15,15 @@ use uuid::Uuid;
 use super::digests::{Name, Policy};
 use super::error::FloorError;
 use super::signature::PublicKey;
-use crate::error::IoError;
 use crate::failpoint;
 use crate::sys::atomic::{self, NewFile};
+use crate::sys::file::{self, Links};
 use crate::trust::anchor::{PRODUCT_FILE, find_product};
-use crate::trust::files::read_at_most;
 
 /// Name of the floor key's file in CONFIG.
 pub const FLOOR_KEY_FILE: &str = "floor.pub";
 /// Most bytes of it.
-const MAX_BYTES: usize = 64 << 10;
+const MAX_BYTES: u64 = 64 << 10;
 
 /// What a device was told of its floor.
 #[derive(Debug, Clone)]
@@ -42,11 +39,9 @@ impl Config {
     /// Reads CONFIG; files that are not there are no error.
     pub fn load(folder: &Path) -> Result<Self, FloorError> {
         let path = folder.join(FLOOR_KEY_FILE);
-        let floor_pub = match File::open(&path) {
-            Ok(file) => Some(PublicKey::from_pem(&read_at_most(file, &path, MAX_BYTES)?, &path)?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(source) => return Err(IoError { operation: "open", path, source }.into()),
-        };
+        let floor_pub = file::find_regular(&path, Links::Followed, MAX_BYTES)?
+            .map(|pem| PublicKey::from_pem(&pem, &path))
+            .transpose()?;
         let product = find_product(folder)?;
         Ok(Self { folder: folder.to_path_buf(), floor_pub, product })
     }
@@ -101,7 +96,7 @@ impl Config {
             add(PRODUCT_FILE, format!("{product}\n").into_bytes());
         }
         if !files.is_empty() {
-            atomic::create(&self.folder, &files, |_| failpoint::hit("floor.config"))?;
+            atomic::create(&self.folder, &files, |_| failpoint::hit("config.floor.linked"))?;
         }
         Ok(())
     }

@@ -202,7 +202,12 @@ impl Policy {
         h(&[&signed, &CC_POLICY_CP_HASH, &self.first_write_parameters()])
     }
 
-    /// What the floor key signs to allow a policy: `H(policy ‖ ref)`.
+    /// What the floor key signs with SHA-256 to allow a policy: `policy ‖ ref`.
+    pub fn message(&self, policy: &[u8; 32]) -> Vec<u8> {
+        [policy.as_slice(), &self.reference].concat()
+    }
+
+    /// The digest of [`message`](Self::message): `H(policy ‖ ref)`.
     pub fn to_sign(&self, policy: &[u8; 32]) -> [u8; 32] {
         h(&[policy, &self.reference])
     }

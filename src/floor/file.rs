@@ -7,8 +7,6 @@
 //!
 //! The file changes by atomic replace: temporary file, fsync, rename, fsync of the folder.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use super::Floor;
@@ -17,6 +15,7 @@ use super::error::FloorError;
 use super::signature::{check_signature, check_version};
 use crate::error::{IoContext, IoError};
 use crate::sys::atomic;
+use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 
 /// What is said each time that the development floor is used.
@@ -57,7 +56,7 @@ impl FileFloor {
 
     fn lock(&self) -> Result<Lock, IoError> {
         let path = self.path.with_extension("lock");
-        fs::create_dir_all(self.folder()).on("create", self.folder())?;
+        file::create_folders(self.folder())?;
         // Held for one small write by whoever holds it.
         Lock::exclusive(&path).on("lock", &path)
     }
@@ -70,13 +69,7 @@ impl FileFloor {
 
 impl Floor for FileFloor {
     fn read(&mut self) -> Result<u64, FloorError> {
-        let file = match File::open(&self.path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
-            Err(source) => return Err(IoError { operation: "open", path: self.path.clone(), source }.into()),
-        };
-        let mut bytes = Vec::new();
-        file.take(MAX_BYTES).read_to_end(&mut bytes).on("read", &self.path)?;
+        let Some(bytes) = file::find_regular(&self.path, Links::Refused, MAX_BYTES)? else { return Ok(0) };
         let text = String::from_utf8_lossy(&bytes);
         let digits =
             text.strip_suffix('\n').filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));

@@ -22,7 +22,7 @@
 //! it; a floor is believed only after the index's Name was compared; every session and key in the TPM is
 //! flushed on every path. The TPM's answers are hostile input, bounded in size and time.
 //!
-//! Locks: [`Floor::raise`] holds the TPM's device (flock) from the comparison to the read-back, because a session
+//! Locks: [`Floor::raise`] holds a lock file (`RUN/tpm.lock`) from the comparison to the read-back, because a session
 //! that passed PolicyNV stays good while another one writes; the development floor has a lock file.
 
 pub mod config;

@@ -12,7 +12,6 @@
 //! A signature as `openssl dgst -sha256 -sign` makes it (DER, 70 to 72 bytes) is taken as well where a
 //! person may have made it so: for the provision message.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use openssl::bn::{BigNum, BigNumContext};
@@ -26,9 +25,10 @@ use uuid::Uuid;
 
 use super::digests::{MAX_VERSION, Policy};
 use super::error::FloorError;
-use crate::error::{Class, Classified, IoContext, IoError};
-use crate::trust::files::read_at_most;
+use crate::error::{Class, Classified, IoError};
+use crate::sys::file::read_named;
 use crate::trust::keys;
+use crate::trust::pem::{SecretInPublic, public_only};
 
 /// A floor signature, a provision signature or an authorization: `r ‖ s`.
 pub type Signature = [u8; 64];
@@ -56,6 +56,9 @@ pub enum KeyError {
         /// What is wrong with what is there.
         found: String,
     },
+    /// A private key in a file that is public.
+    #[error(transparent)]
+    Secret(#[from] SecretInPublic),
     /// OpenSSL refused to sign.
     #[error("cannot sign: {0}")]
     Sign(#[from] ErrorStack),
@@ -71,6 +74,7 @@ impl Classified for KeyError {
             KeyError::Io(error) => error.class(),
             KeyError::Sign(_) => Class::Failure,
             KeyError::Unusable { .. } => Class::Input,
+            KeyError::Secret(error) => error.class(),
         }
     }
 }
@@ -89,9 +93,14 @@ const PUBLIC: &str = "a P-256 public key in PEM";
 const PRIVATE: &str = "a P-256 private key in PEM";
 
 impl PublicKey {
-    /// Reads a public key from a PEM file.
+    /// Reads a public key from a PEM file that somebody gives.
+    ///
+    /// # Errors
+    /// [`KeyError::Secret`] where the file holds a private key as well.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        Self::from_pem(&read_at_most(File::open(path).on("open", path)?, path, MAX_KEY_BYTES)?, path)
+        let pem = read_named(path, MAX_KEY_BYTES as u64)?;
+        public_only(&pem, path)?;
+        Self::from_pem(&pem, path)
     }
 
     /// The public key in a PEM text; `path` is for the error.
@@ -230,6 +239,25 @@ fn fixed(number: &openssl::bn::BigNumRef) -> Result<[u8; 32], ErrorStack> {
     let bytes = number.to_vec_padded(32)?;
     // `to_vec_padded` gives 32 bytes or an error.
     Ok(bytes.try_into().unwrap_or_default())
+}
+
+/// What the floor key signs for a version, with SHA-256: for a key that is in a token, or on another machine.
+pub fn version_message(policy: &Policy, version: u64) -> Result<Vec<u8>, FloorError> {
+    check_version(version)?;
+    Ok(policy.message(&policy.bump(version)))
+}
+
+/// A floor signature as it is shipped, from one that was made elsewhere: raw, or DER as openssl writes it.
+///
+/// # Errors
+/// [`FloorError::BadFloorSignature`] where it is neither.
+pub fn raw_version(policy_product: Uuid, version: u64, signature: &[u8]) -> Result<Signature, FloorError> {
+    match Signature::try_from(signature) {
+        Ok(raw) => Ok(raw),
+        Err(_) => EcdsaSig::from_der(signature)
+            .and_then(|der| raw(&der))
+            .map_err(|_| FloorError::BadFloorSignature { version, product: policy_product }),
+    }
 }
 
 /// Signs a version for every device of a product: the floor signature.

@@ -9,6 +9,10 @@ use super::signature::{PublicKey, Signature, check_provision, check_signature, p
 use crate::digest::hex;
 use crate::failpoint;
 use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
+use crate::sys::{self, file};
+
+/// Held in the run folder while a floor is raised.
+const LOCK_FILE: &str = "tpm.lock";
 
 /// The time that one use of the TPM may take: reading takes milliseconds, a raise some 200 ms on a slow chip.
 pub const DEFAULT_BUDGET: Duration = Duration::from_secs(30);
@@ -105,7 +109,7 @@ impl TpmFloor {
             Err(FloorError::NotProvisioned { .. }) => (here.define()?, true),
             Err(error) => return Err(error),
         };
-        failpoint::hit("floor.defined");
+        failpoint::hit("floor.index.defined");
         let mut begun = Provisioning {
             session: None,
             nonce: Vec::new(),
@@ -205,7 +209,16 @@ impl Here<'_> {
     }
 
     fn raise(&self, version: u64, signature: &Signature) -> Result<(), FloorError> {
-        let _lock = self.tpm.lock().map_err(FloorError::of_tpm)?;
+        // A socket to a simulator is exclusive as it is: whoever waited for the lock there would keep
+        // the one who has it from being served.
+        let _lock = match self.tcti {
+            Tcti::Device(_) => {
+                let folder = sys::run_dir();
+                file::create_folders(&folder)?;
+                Some(self.tpm.lock(&folder.join(LOCK_FILE)).map_err(FloorError::of_tpm)?)
+            }
+            _ => None,
+        };
         let index = self.find()?;
         self.check_name(&index)?;
         if self.read_index(&index)? >= version {
@@ -225,9 +238,9 @@ impl Here<'_> {
         session.policy_cp_hash(&self.policy.write_parameters(version)).map_err(FloorError::of_tpm)?;
         let bad_signature = || FloorError::BadFloorSignature { version, product: self.policy.product() };
         self.authorize(&session, &bump, signature, bad_signature, || format!("version {version}"))?;
-        failpoint::hit("floor.authorized");
+        failpoint::hit("floor.session.authorized");
         self.write(&index, &session, &operand, || format!("version {version}"))?;
-        failpoint::hit("floor.written");
+        failpoint::hit("floor.index.written");
         // Rule (docs/design.md, bless first): raise the floor, then read it back. The Name as well: it
         // is what tells a floor from a look-alike.
         // ESYS has one handle for an index: the old one goes first.
@@ -361,7 +374,7 @@ impl Provisioning {
         here.write(index, session, &[0; 8], || "the first write".into())?;
         // The index is written: it is the floor now, and stays.
         self.defined_here = false;
-        failpoint::hit("floor.provisioned");
+        failpoint::hit("floor.index.provisioned");
         self.index = None;
         let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
         // Rule (docs/design.md, provisioning): write 0, check the Name.

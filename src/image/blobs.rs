@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use super::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
-use crate::sys::file::open_at;
+use crate::sys::file::{Links, open_regular_at};
 
 /// A place that has blobs, by their digests.
 pub trait Blobs: fmt::Debug + Send + Sync {
@@ -149,13 +149,14 @@ pub fn read_whole(
 #[derive(Debug, Clone)]
 pub struct BlobFolder {
     path: PathBuf,
+    links: Links,
     folder: Arc<OnceLock<File>>,
 }
 
 impl BlobFolder {
-    /// The blobs of the layout in `dir`.
-    pub fn of_layout(dir: &Path) -> Self {
-        Self { path: dir.join("blobs/sha256"), folder: Arc::default() }
+    /// The blobs of the layout in `dir`, whose files may or may not be links.
+    pub fn of_layout(dir: &Path, links: Links) -> Self {
+        Self { path: dir.join("blobs/sha256"), links, folder: Arc::default() }
     }
 
     /// Where a blob is, or would be.
@@ -171,7 +172,7 @@ impl BlobFolder {
                 self.folder.get_or_init(|| opened)
             }
         };
-        open_at(folder, &digest.hex())
+        open_regular_at(folder, &digest.hex(), self.links)
     }
 }
 
@@ -183,11 +184,7 @@ impl Blobs for BlobFolder {
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
         // A failure leaves nothing of an earlier blob behind.
         bytes.clear();
-        let failed = |source| BlobError::Io { digest: *digest, source };
-        let file = self.open(digest).map_err(failed)?;
-        if !file.metadata().map_err(failed)?.is_file() {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file")));
-        }
+        let file = self.open(digest).map_err(|source| BlobError::Io { digest: *digest, source })?;
         read_whole(file, digest, stored_bytes, bytes)
     }
 }
@@ -201,7 +198,7 @@ mod tests {
     #[test]
     fn a_blob_is_the_right_one_or_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        let blobs = BlobFolder::of_layout(dir.path());
+        let blobs = BlobFolder::of_layout(dir.path(), Links::Refused);
         let digest = Digest::of(b"content");
         let path = blobs.path(&digest);
         fs::create_dir_all(path.parent().unwrap()).unwrap();

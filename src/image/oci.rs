@@ -35,6 +35,8 @@ pub const MAX_CHUNKS: usize = 65_536;
 /// The most entries that an index may have.
 pub const MAX_INDEX_ENTRIES: usize = 65_536;
 
+/// The repository of system manifests, in a store and below a prefix of a registry.
+pub const SYSTEM_REPOSITORY: &str = "mos/system/system";
 /// Media type of an OCI image manifest (image-spec, media-types.md).
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Media type of an OCI image index.

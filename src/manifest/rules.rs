@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use uuid::Uuid;
 
 use crate::digest::Digest;
+use crate::text::one_line;
 
 /// A value that a rule refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -30,16 +31,10 @@ pub fn has_control(text: &str) -> bool {
 }
 
 /// At most `max` characters of a text, for messages: what others wrote goes to terminals and logs, so
-/// control characters and those that turn the direction of text or cannot be seen are escaped.
+/// it is escaped ([`one_line`]).
 pub fn printable(text: &str, max: usize) -> String {
-    let hidden = |c| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-    let mut short = String::new();
-    for c in text.chars().take(max) {
-        match c {
-            c if c.is_control() || hidden(c) => short.extend(c.escape_debug()),
-            c => short.push(c),
-        }
-    }
+    let short: String = text.chars().take(max).collect();
+    let mut short = one_line(&short).into_owned();
     if text.chars().nth(max).is_some() {
         short.push('…');
     }

@@ -6,15 +6,17 @@
 //!         the system's log adds its own)
 //! ```
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+
+use crate::sys::file::create_file;
+use crate::text::one_line;
 
 /// The log file starts anew when it has this many bytes.
 const MOST_BYTES: u64 = 256 * 1024;
@@ -64,8 +66,8 @@ impl Log for DaemonLog {
             return;
         }
         // One line, whatever an image or a path may hold.
-        let text: String =
-            record.args().to_string().chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+        let text = record.args().to_string();
+        let text = one_line(&text);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(path) = &self.path {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -74,9 +76,7 @@ impl Log for DaemonLog {
                 (state.file, state.written) = (None, 0);
             }
             if state.file.is_none() {
-                let mut options = OpenOptions::new();
-                options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
-                state.file = options.open(path).ok();
+                state.file = create_file(path, 0o644).ok();
             }
             if let Some(file) = &mut state.file {
                 let _ = file.write_all(line.as_bytes());

@@ -1,6 +1,5 @@
 //! Opens the layers of a plan for reading in this process.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use super::MountError;
@@ -13,6 +12,7 @@ use crate::image::oci::Trust;
 use crate::image::source::Source;
 use crate::image::verified::{PlainSource, VerifiedSource};
 use crate::image::verity::VerityError;
+use crate::sys::file::{Links, open_regular};
 
 /// Opens all layers of a plan, the bottom one first.
 ///
@@ -58,10 +58,10 @@ fn source(layer: &PlannedLayer, blob: &Blob) -> Result<Arc<dyn Source>, MountErr
     let root_hash = layer.descriptor.trust;
     match blob {
         Blob::File(path) => {
-            let file = File::open(path).map_err(|source| MountError::LayerFile {
+            let (file, _) = open_regular(path, Links::Followed).map_err(|error| MountError::LayerFile {
                 layer: digest,
                 place: blob.to_string(),
-                source,
+                source: error.source,
             })?;
             match root_hash {
                 Trust::RootHash(root_hash) => {

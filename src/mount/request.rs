@@ -198,7 +198,7 @@ impl<'a> Request<'a> {
                 };
                 return Err(format!("layer {} {why}", layer.descriptor.digest));
             }
-            DmVerity::open(Path::new(kernel::RUN_DIR)).map_err(|error| error.to_string())
+            DmVerity::open(&sys::run_dir()).map_err(|error| error.to_string())
         };
         match (kernel(), self.backend) {
             (Ok(open), _) => Ok(Chosen::Kernel(open)),

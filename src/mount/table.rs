@@ -13,10 +13,10 @@
 //! a record, or removes one as stale, holds `lock` (flock) in the folder, and looks again under it.
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
-use std::io::{self, Read, Write};
+use std::fs;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -28,8 +28,9 @@ use super::plan::{MountPlan, PlannedLayer};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::image::oci::LayerDescriptor;
-use crate::sys;
+use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
+use crate::sys::{self};
 
 /// A record is at most this long: 1,000 layers are about 200 KiB.
 const MOST_BYTES: u64 = 1 << 20;
@@ -183,7 +184,7 @@ pub fn start_ticks(pid: u32) -> Option<u64> {
 pub fn folder() -> PathBuf {
     let (uid, _) = sys::daemon::effective_ids();
     if uid == 0 {
-        return "/run/mosfs/mounts".into();
+        return sys::run_dir().join("mounts");
     }
     match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
         Some(dir) if dir.is_absolute() => dir.join("mosfs/mounts"),
@@ -200,11 +201,14 @@ fn own_folder() -> Result<PathBuf, IoError> {
     let folder = folder();
     let (uid, _) = sys::daemon::effective_ids();
     let mode = if uid == 0 { 0o755 } else { 0o700 };
+    if uid == 0
+        && let Some(above) = folder.ancestors().nth(2)
+    {
+        file::create_folders(above)?;
+    }
     for dir in [folder.parent(), Some(folder.as_path())].into_iter().flatten() {
-        match DirBuilder::new().mode(mode).create(dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).on("create", dir);
-            }
+        match file::create_folder(dir, mode) {
+            Err(error) if error.source.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
         let found = fs::symlink_metadata(dir).on("look at", dir)?;
@@ -255,9 +259,7 @@ fn write_in(folder: &Path, record: &MountRecord) -> Result<(), IoError> {
     let text = serde_json::to_vec(record).map_err(io::Error::other).on("write", &path)?;
     let _lock = lock(folder)?;
     // No fsync: what is mounted is gone after a power cut, and so is /run.
-    let mut options = fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
-    options.open(&temp).and_then(|mut file| file.write_all(&text)).on("write", &temp)?;
+    file::create_file(&temp, 0o644)?.write_all(&text).on("write", &temp)?;
     fs::rename(&temp, &path).on("rename", &temp)
 }
 
@@ -332,8 +334,7 @@ pub fn mounts() -> Result<Vec<MountRecord>, IoError> {
 }
 
 fn read(path: &Path) -> Option<MountRecord> {
-    let mut text = Vec::new();
-    fs::File::open(path).ok()?.take(MOST_BYTES).read_to_end(&mut text).ok()?;
+    let text = file::read_regular(path, Links::Refused, MOST_BYTES).ok()?;
     serde_json::from_slice(&text).ok()
 }
 

@@ -14,9 +14,8 @@
 //! signature, certificate and floor signature: that is how a system gets a renewed certificate.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::base::Base;
 use crate::convert::Effort;
 use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
 use crate::digest::Digest;
@@ -30,8 +29,8 @@ use crate::manifest::{
     TargetName,
 };
 use crate::progress::Progress;
-use crate::store::{Store, StoreError, image_name, system_name, version_name};
-use crate::transport::{SourceRef, Transport, TransportError};
+use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
+use crate::transport::{Access, SourceRef, Transport, TransportError};
 use crate::trust::{
     CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, SignError, Signed,
 };
@@ -44,8 +43,8 @@ pub struct Signer<'a> {
     pub certificate: &'a [u8],
     /// When the certificate has to be valid.
     pub dates: Dates,
-    /// The key that signs the version for the devices' floor.
-    pub floor_key: Option<&'a floor::PrivateKey>,
+    /// The keys that sign the version for the devices' floor; two while one takes the other's place.
+    pub floor_keys: &'a [floor::PrivateKey],
 }
 
 /// A system that was built.
@@ -84,55 +83,89 @@ pub fn build(
     store: &Store,
     signer: &Signer<'_>,
     effort: Effort,
-    base: Option<&str>,
+    access: &Access,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
+    let trial = |manifest: &SystemManifest| {
+        Signed::create(manifest, signer.key, signer.certificate, signer.dates).map(|_| ())
+    };
+    let writer = store.writer()?;
+    let assembled = assemble(import, &writer, trial, effort, access, progress)?;
+    let manifest = &assembled.manifest;
+    let signed = Signed::create(manifest, signer.key, signer.certificate, signer.dates)?;
+    let mut floor_signatures = Vec::new();
+    for key in signer.floor_keys {
+        floor_signatures.push(floor::sign_version(key, &manifest.product, manifest.version)?.to_vec());
+    }
+    publish(&writer, manifest, assembled.names, &signed, &floor_signatures)?;
+    Ok(Built { digest: manifest.digest(), manifest: assembled.manifest, targets: assembled.targets })
+}
+
+/// A system whose images are in the store, and that nobody has signed yet.
+pub(super) struct Assembled {
+    pub(super) manifest: SystemManifest,
+    /// The images, with the names that they are to get.
+    pub(super) names: Vec<(String, Descriptor)>,
+    pub(super) targets: BTreeMap<TargetName, BuiltTarget>,
+}
+
+/// Finds, converts and stores the images of an import manifest.
+///
+/// `trial` sees the manifest with the sources' digests before anything is fetched.
+pub(super) fn assemble(
+    import: &ImportManifest,
+    writer: &Writer<'_>,
+    trial: impl FnOnce(&SystemManifest) -> Result<(), SignError>,
+    effort: Effort,
+    access: &Access,
+    progress: &Progress,
+) -> Result<Assembled, BuildError> {
     let storage = match import.storage_type() {
         StorageType::Atomfs => Storage::Atomfs,
         StorageType::Puzzlefs => Storage::Puzzlefs,
     };
-    let base = base.map(|name| Base::of(store, name)).transpose()?;
-    let writer = store.writer()?;
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
     for (name, target) in &import.targets {
-        let (image, source) = find(import, name, target)?;
+        let (image, source) = find(import, name, target, access)?;
         resolved.insert(name.clone(), source);
         found.insert(name.clone(), image);
     }
     // A trial, with the sources' digests: key, certificate, product and dates are refused here.
-    Signed::create(&import.to_system(&resolved)?, signer.key, signer.certificate, signer.dates)?;
+    trial(&import.to_system(&resolved)?)?;
 
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
-        let job = Ingest { from: &*image.from, writer: &writer, effort, storage, progress };
-        let mut done = ingest(&job, &image.descriptor)
+        let job = Ingest { from: &*image.from, writer, effort, storage, progress };
+        let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
-        failpoint::hit("build.image");
-        if let Some(base) = &base {
-            done.notes.push(base.note(&store.image(&done.manifest.digest)?.manifest.layers));
-        }
+        failpoint::hit("build.image.stored");
         resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
         names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));
         targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });
     }
 
-    let manifest = import.to_system(&resolved)?;
-    let digest = manifest.digest();
-    let signed = Signed::create(&manifest, signer.key, signer.certificate, signer.dates)?;
-    let floor_signature = match signer.floor_key {
-        Some(key) => Some(floor::sign_version(key, &manifest.product, manifest.version)?),
-        None => None,
-    };
+    Ok(Assembled { manifest: import.to_system(&resolved)?, names, targets })
+}
 
+/// Puts a signed system into the store and names it, in one step. Its images are there.
+pub(super) fn publish(
+    writer: &Writer<'_>,
+    manifest: &SystemManifest,
+    mut names: Vec<(String, Descriptor)>,
+    signed: &Signed,
+    floor_signatures: &[Vec<u8>],
+) -> Result<(), BuildError> {
+    let store = writer.store();
+    let digest = manifest.digest();
     let artifact = writer.put_artifact(SYSTEM_MEDIA_TYPE, &signed.manifest, None)?;
     refuse_other(store, manifest.version, &artifact)?;
     let mut referrers = vec![
         writer.put_artifact(SIGNATURE_TYPE, &signed.signature, Some(&artifact))?,
         writer.put_artifact(CERTIFICATE_TYPE, &signed.certificate, Some(&artifact))?,
     ];
-    if let Some(signature) = &floor_signature {
+    for signature in floor_signatures {
         referrers.push(writer.put_artifact(FLOOR_SIGNATURE_TYPE, signature, Some(&artifact))?);
     }
     names.push((system_name(&digest), artifact.clone()));
@@ -147,11 +180,11 @@ pub fn build(
         .map(|(name, entry)| (Some(name.as_str()), entry))
         .chain(referrers.iter().map(|entry| (None, entry)))
         .collect();
-    failpoint::hit("build.signed");
+    failpoint::hit("build.system.signed");
     // Another build may have taken the version meanwhile: it is checked again under the index's lock.
     writer.replace_entries(&replaced, &entries, &[&version_name(manifest.version)])?;
-    failpoint::hit("build.named");
-    Ok(Built { digest, manifest, targets })
+    failpoint::hit("build.system.named");
+    Ok(())
 }
 
 /// Finds a target's image, and checks what can be checked without its blobs.
@@ -159,10 +192,11 @@ fn find(
     import: &ImportManifest,
     name: &TargetName,
     target: &ImportTarget,
+    access: &Access,
 ) -> Result<(Found, Resolved), BuildError> {
     let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
     let source = source_of(&target.url).map_err(wrong)?;
-    let from = source.open().map_err(wrong)?;
+    let from = source.open(access).map_err(wrong)?;
     let descriptor = from.find_image(source.name.as_deref(), &Platform::this_machine()).map_err(wrong)?;
     let resolved = Resolved { digest: descriptor.digest, size: descriptor.size };
     import.check_pins(name, &resolved)?;
@@ -219,6 +253,24 @@ pub enum BuildError {
     /// Key or certificate are of no use.
     #[error(transparent)]
     Sign(#[from] SignError),
+    /// A floor signature that was made elsewhere is of no use.
+    #[error("{}: {source}", path.display())]
+    FloorSignature {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: FloorError,
+    },
+    /// An image of a system manifest is not in the store: the first half of the build was made elsewhere.
+    #[error("target `{target}`: {digest} is not in the store {}", store.display())]
+    NotInStore {
+        /// The target.
+        target: TargetName,
+        /// The blob.
+        digest: Digest,
+        /// The store.
+        store: PathBuf,
+    },
     /// The floor key is of no use.
     #[error(transparent)]
     Floor(#[from] FloorError),
@@ -243,7 +295,8 @@ impl Classified for BuildError {
     fn class(&self) -> Class {
         match self {
             Self::Import(error) => error.class(),
-            Self::VersionTaken { .. } => Class::Input,
+            Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
+            Self::FloorSignature { .. } => Class::Verification,
             Self::Source { source, .. } => source.class(),
             Self::Image { source, .. } => source.class(),
             Self::Sign(error) => error.class(),

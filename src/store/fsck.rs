@@ -11,12 +11,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::gc::files;
-use super::{Store, StoreError};
+use super::{Store, StoreError, files};
 use crate::digest::{Digest, Hasher};
 use crate::error::{AnyError, Class, Classified};
 use crate::image::LayerError;
@@ -191,6 +191,8 @@ struct Reached {
     /// By digest; a layer of many blobs also by its manifest, whose list of chunks is checked with it.
     layers: BTreeMap<(Digest, Option<Digest>), ReachedLayer>,
     documents: BTreeSet<Digest>,
+    /// What descriptors say of the blobs' sizes, in bytes.
+    sizes: BTreeMap<Digest, u64>,
 }
 
 /// A layer that was reached first through `object`.
@@ -209,7 +211,7 @@ struct ReachedLayer {
 /// Only where the store cannot be read at all; what is wrong in it is in the report.
 pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Result<Report, StoreError> {
     // A layout of another tool, or one that may not be written to, has no lock; then nobody collects it either.
-    let _writer = if store.private("lock").exists() { store.writer().ok() } else { None };
+    let _held = if store.private("lock").exists() { store.hold().ok() } else { None };
     let layout = store.transport();
     let mut report = Report::default();
     let entries = layout.entries()?;
@@ -221,12 +223,22 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
             None => report.extra_files.push(path),
         }
     }
-    report.extra_files.extend(files(&store.private("tmp"))?.into_iter().map(|(path, _)| path));
+    for folder in ["tmp", "partial"] {
+        report.extra_files.extend(files(&store.private(folder))?.into_iter().map(|(path, _)| path));
+    }
     blobs.sort();
     report.blobs = blobs.len();
-    report.bytes = blobs.iter().map(|(_, size)| size).sum();
+    report.bytes = total(&blobs);
 
-    let bad = hash_blobs(layout, &blobs, threads, progress);
+    // A first look, to know which sizes blobs should have: one of another size is wrong without being
+    // read, however long it pretends to be.
+    let mut known = Reached::default();
+    for entry in &entries {
+        follow(layout, entry, "", &BTreeSet::new(), &mut known, &mut Vec::new());
+    }
+    let worth: Vec<_> =
+        blobs.iter().copied().filter(|blob| is_worth_reading(layout, blob, &known.sizes)).collect();
+    let bad = hash_blobs(layout, &worth, threads, progress);
     let broken: BTreeSet<Digest> = bad.iter().map(|(digest, _)| *digest).collect();
     report.problems.extend(bad.into_iter().map(|(_, problem)| problem));
 
@@ -270,12 +282,44 @@ pub fn check_image(
         }
     }
     report.blobs = blobs.len();
-    report.bytes = blobs.iter().map(|(_, size)| size).sum();
+    report.bytes = total(&blobs);
+    blobs.retain(|blob| is_worth_reading(layout, blob, &reached.sizes));
     let bad = hash_blobs(layout, &blobs, threads, progress);
     report.problems.extend(bad.into_iter().map(|(_, problem)| problem));
     // A broken layer is read through its tree all the same: that names the blocks.
     check_layers(layout, &reached, &none, threads, progress, &mut report);
     Ok(report)
+}
+
+/// Which of these blobs a store lacks: those that are not there, and those whose content is another.
+pub fn lacking(
+    store: &Store,
+    blobs: &[Descriptor],
+    threads: NonZeroUsize,
+    progress: &Progress,
+) -> BTreeSet<Digest> {
+    let (here, gone): (Vec<_>, Vec<_>) = blobs.iter().partition(|blob| store.has(blob));
+    let here: Vec<_> = here.into_iter().map(|blob| (blob.digest, blob.size)).collect();
+    let bad = hash_blobs(store.transport(), &here, threads, progress);
+    bad.into_iter().map(|(digest, _)| digest).chain(gone.into_iter().map(|blob| blob.digest)).collect()
+}
+
+/// A hole in a file that nobody needs, from which on the file is not read, in bytes.
+const MOST_SPARSE: u64 = 1 << 30;
+
+/// The bytes of blobs, which whoever wrote the disk may have made to look like any number.
+fn total(blobs: &[(Digest, u64)]) -> u64 {
+    blobs.iter().fold(0, |sum, (_, size)| sum.saturating_add(*size))
+}
+
+/// Whether a blob's content can matter: it has the size that it should have, or nobody needs it and
+/// its bytes are on the disk. (A file of 8 EiB that is one hole takes no space, and years to read.)
+fn is_worth_reading(layout: &OciDir, (digest, size): &(Digest, u64), sizes: &BTreeMap<Digest, u64>) -> bool {
+    match sizes.get(digest) {
+        Some(expected) => expected == size,
+        None => std::fs::symlink_metadata(layout.blob_path(digest))
+            .is_ok_and(|found| found.blocks().saturating_mul(512).saturating_add(MOST_SPARSE) >= *size),
+    }
 }
 
 /// Hashes blobs, the largest ones first, so that the threads end together.
@@ -287,7 +331,7 @@ fn hash_blobs(
 ) -> Vec<(Digest, Problem)> {
     let mut order: Vec<_> = blobs.to_vec();
     order.sort_by_key(|(digest, size)| (std::cmp::Reverse(*size), *digest));
-    let total = blobs.iter().map(|(_, size)| size).sum();
+    let total = total(blobs);
     let task = progress.task("verify", &layout.location(), Some(total));
     let (next, bad) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let work = || {
@@ -400,6 +444,7 @@ fn reach(
     problems: &mut Vec<Problem>,
 ) -> bool {
     reached.blobs.insert(blob.digest);
+    reached.sizes.insert(blob.digest, blob.size);
     let problem = match layout.open_blob(&blob.digest) {
         Ok((_, size)) if size == blob.size => return true,
         Ok((_, found)) => {

@@ -7,6 +7,7 @@
 //! DIR/.mosfs/lock              who writes and who collects garbage, by flock(2)
 //! DIR/.mosfs/index.lock        who is replacing index.json, by flock(2)
 //! DIR/.mosfs/tmp/*             files that are being written
+//! DIR/.mosfs/partial/HEX       the first bytes of blobs that are being received ([`partial`])
 //! ```
 //!
 //! Names (`org.opencontainers.image.ref.name` in `index.json`):
@@ -40,6 +41,7 @@
 
 pub mod fsck;
 pub mod gc;
+mod partial;
 mod put;
 pub mod stats;
 
@@ -48,22 +50,30 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use put::{Batch, TempBlob, Writer};
+pub use put::{Batch, FetchJob, TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::image::blobs::Blobs;
 use crate::image::oci::{Descriptor, OciError, OciImage};
 use crate::sys::atomic::sync_folder;
+use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 use crate::transport::{OciDir, Transport, TransportError};
 
 /// Names of system manifests begin so; what follows is a version or `sha256/HEX`.
 pub const SYSTEM_PREFIX: &str = "mos/system/system:";
+/// Names of images begin so, up to the target; what follows is `TARGET:sha256/HEX`.
+pub const IMAGES: &str = "mos/images";
+
+/// The repository of a target's images.
+pub fn image_repository(target: &str) -> String {
+    format!("{IMAGES}/{target}")
+}
 
 /// The name of a target's image.
 pub fn image_name(target: &str, digest: &Digest) -> String {
-    format!("mos/images/{target}:sha256/{}", digest.hex())
+    format!("{}:sha256/{}", image_repository(target), digest.hex())
 }
 
 /// The name of a system manifest by the digest of its JSON.
@@ -88,7 +98,15 @@ impl Store {
     /// # Errors
     /// [`TransportError::NotALayout`].
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        Ok(Self { layout: OciDir::open(dir)? })
+        Self::open_with(dir, Links::Followed)
+    }
+
+    /// Opens a store whose files may or may not be links.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub(crate) fn open_with(dir: &Path, links: Links) -> Result<Self, StoreError> {
+        Ok(Self { layout: OciDir::open_with(dir, links)? })
     }
 
     /// Opens a store, and makes it first where there is none.
@@ -119,7 +137,7 @@ impl Store {
         }
         for folder in ["blobs/sha256", ".mosfs/tmp"] {
             let folder = dir.join(folder);
-            fs::create_dir_all(&folder).on("create", &folder)?;
+            file::create_folders(&folder)?;
         }
         for folder in [&dir.join("blobs"), dir] {
             sync_folder(folder).on("sync", folder)?;
@@ -138,7 +156,7 @@ impl Store {
                 put::replace_file(dir, name, &content)?;
             }
         }
-        Self::open(dir)
+        Self::open_with(dir, Links::Refused)
     }
 
     /// The folder.
@@ -164,7 +182,12 @@ impl Store {
     /// Whether a blob is there with the right size. Its content was checked when it was written;
     /// [`fsck`] checks it again.
     pub fn has(&self, blob: &Descriptor) -> bool {
-        matches!(fs::metadata(self.blob_path(&blob.digest)), Ok(data) if data.is_file() && data.len() == blob.size)
+        let path = self.blob_path(&blob.digest);
+        let found = match self.layout.links() {
+            Links::Refused => fs::symlink_metadata(path),
+            Links::Followed => fs::metadata(path),
+        };
+        found.is_ok_and(|data| data.is_file() && data.len() == blob.size)
     }
 
     /// A small blob, whole, checked against its digest.
@@ -228,7 +251,13 @@ impl Store {
         Writer::new(self)
     }
 
-    fn private(&self, name: &str) -> PathBuf {
+    /// Keeps garbage from being collected as long as what is returned lives; changes nothing.
+    fn hold(&self) -> Result<Lock, StoreError> {
+        let path = self.private("lock");
+        Ok(Lock::shared(&path).on("lock", &path)?)
+    }
+
+    pub(crate) fn private(&self, name: &str) -> PathBuf {
         self.dir().join(".mosfs").join(name)
     }
 
@@ -237,10 +266,28 @@ impl Store {
         // A layout that another tool made has no private folder yet.
         let tmp = self.private("tmp");
         if !tmp.is_dir() {
-            fs::create_dir_all(&tmp).on("create", &tmp)?;
+            file::create_folders(&tmp)?;
         }
         Ok(self.private(name))
     }
+}
+
+/// The files in a folder, with their sizes in bytes. Folders are not ours and stay.
+fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(IoError { operation: "list", path: dir.to_path_buf(), source }.into()),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.on("list", dir)?.path();
+        let data = fs::symlink_metadata(&path).on("stat", &path)?;
+        if !data.is_dir() {
+            found.push((path, data.len()));
+        }
+    }
+    Ok(found)
 }
 
 /// Why the store cannot do something.

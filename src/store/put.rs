@@ -4,21 +4,34 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, files, partial};
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Manifest, REF_NAME};
-use crate::progress::Task;
+use crate::progress::{self, Progress, Task};
 use crate::sys::atomic;
-use crate::sys::file::{reflink, sync_file_system};
+use crate::sys::file::{self, Links, reflink, sync_file_system};
 use crate::sys::flock::Lock;
-use crate::transport::{Blob, Transport, TransportError};
+use crate::transport::{Blob, Transport, TransportError, parallel};
 
 /// How much is read, hashed and written at a time, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
+
+/// A blob to fetch, for [`Writer::fetch_all`].
+pub struct FetchJob<'a> {
+    /// Where it is.
+    pub from: &'a dyn Transport,
+    /// The blob.
+    pub blob: &'a Descriptor,
+    /// Whether to fetch it whatever has its name in the store.
+    pub again: bool,
+    /// What to call it to people.
+    pub object: String,
+}
 
 /// Someone who writes to a store. What it puts is safe from garbage collection while it lives;
 /// what should stay must have a name, or be reached by one, before it is dropped.
@@ -31,6 +44,10 @@ pub struct Writer<'a> {
 impl<'a> Writer<'a> {
     pub(super) fn new(store: &'a Store) -> Result<Self, StoreError> {
         let path = store.lock_path("lock")?;
+        // What a writer left that died goes with the next one, as long as no other writer lives.
+        if let Some(_alone) = Lock::try_exclusive(&path).on("lock", &path)? {
+            sweep(&store.private("tmp"));
+        }
         // Garbage collection holds it for seconds: wait.
         Ok(Self { store, _lock: Lock::shared(&path).on("lock", &path)? })
     }
@@ -87,9 +104,42 @@ impl<'a> Writer<'a> {
             task.advance(blob.size);
             return Ok(false);
         }
+        if from.is_remote() {
+            return partial::receive(self, from, blob, false, task);
+        }
         let temp = self.receive(from, blob, task)?;
         self.commit(temp, &blob.digest)?;
         Ok(true)
+    }
+
+    /// Fetches blobs, several at a time, each once.
+    ///
+    /// # Errors
+    /// As [`Writer::fetch`], of the first that failed.
+    pub fn fetch_all(&self, jobs: &[FetchJob<'_>], progress: &Progress) -> Result<(), StoreError> {
+        let all: u64 = jobs.iter().map(|job| job.blob.size).sum();
+        let whole = Arc::new(progress.task("fetch", progress::ALL, Some(all)));
+        parallel::for_each(jobs, |job| {
+            let task = progress.task("fetch", &job.object, Some(job.blob.size)).part_of(&whole);
+            match job.again {
+                true => self.refetch(job.from, job.blob, &task)?,
+                false => self.fetch(job.from, job.blob, &task).map(|_| ())?,
+            }
+            failpoint::hit("store.blob.fetched");
+            Ok(())
+        })
+    }
+
+    /// Fetches a blob whatever has its name in the store, and puts it there: the same bytes, or better.
+    ///
+    /// # Errors
+    /// As [`Writer::fetch`].
+    pub fn refetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<(), StoreError> {
+        if from.is_remote() {
+            return partial::receive(self, from, blob, true, task).map(|_| ());
+        }
+        let temp = self.receive(from, blob, task)?;
+        self.commit(temp, &blob.digest)
     }
 
     /// Fetches a blob into a temporary file, checked against digest and size: for a blob that is
@@ -105,7 +155,7 @@ impl<'a> Writer<'a> {
     ) -> Result<TempBlob, StoreError> {
         let object = format!("{} in {}", blob.digest, from.location());
         let mut temp = self.temp()?;
-        let (found, size) = temp.fill(from.open(&blob.digest)?, blob.size, task)?;
+        let (found, size) = temp.fill(from.open(blob, 0)?, blob.size, task)?;
         if size != blob.size {
             return Err(TransportError::SizeMismatch { object, expected: blob.size, found: size }.into());
         }
@@ -171,8 +221,16 @@ impl<'a> Writer<'a> {
                 match name {
                     Some(name) => {
                         entry.annotations.insert(REF_NAME.into(), (*name).into());
-                        index.retain(|old| old.ref_name() != Some(*name));
-                        index.push(entry);
+                        // In its place, so that what is as it should be changes nothing.
+                        let place = index.iter().position(|old| old.ref_name() == Some(*name));
+                        let mut taken = place.is_none();
+                        index.retain(|old| {
+                            old.ref_name() != Some(*name) || !std::mem::replace(&mut taken, true)
+                        });
+                        match place.and_then(|place| index.get_mut(place)) {
+                            Some(old) => *old = entry,
+                            None => index.push(entry),
+                        }
                     }
                     None => {
                         if !index.iter().any(|old| old.digest == entry.digest && old.ref_name().is_none()) {
@@ -196,6 +254,20 @@ impl<'a> Writer<'a> {
             index.retain(|entry| entry.ref_name().is_none_or(|name| !names.contains(&name)));
             Ok(())
         })
+    }
+
+    /// Begins `index.json` anew where it cannot be read; whether it had to. The names that it had are lost.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn mend_index(&self) -> Result<bool, StoreError> {
+        let path = self.store.lock_path("index.lock")?;
+        let _lock = Lock::exclusive(&path).on("lock", &path)?;
+        if self.store.layout.index().is_ok() {
+            return Ok(false);
+        }
+        replace_file(self.store.dir(), "index.json", &crate::image::oci::Index::empty().to_bytes())?;
+        Ok(true)
     }
 
     fn change_index(
@@ -231,9 +303,8 @@ impl Batch<'_> {
     /// [`StoreError::Io`].
     pub fn put(&mut self, digest: &Digest, bytes: &[u8]) -> Result<bool, StoreError> {
         // Small enough to look rather than believe the size.
-        if atomic::read_bounded(&self.store.blob_path(digest), bytes.len() as u64)
-            .is_ok_and(|held| held == bytes)
-        {
+        let held = file::read_regular(&self.store.blob_path(digest), Links::Refused, bytes.len() as u64);
+        if held.is_ok_and(|held| held == bytes) {
             return Ok(false);
         }
         let mut temp = TempBlob::new(&self.store.private("tmp"))?;
@@ -270,6 +341,16 @@ impl Batch<'_> {
         self.bytes = 0;
         atomic::sync_folder(&folder).on("sync", &folder)?;
         Ok(())
+    }
+}
+
+/// Removes the temporary files of writers that died. The caller holds the store's lock, exclusive.
+fn sweep(folder: &Path) {
+    for (path, _) in files(folder).unwrap_or_default() {
+        match fs::remove_file(&path) {
+            Err(error) => log::warn!("{} stays: {error}", path.display()),
+            Ok(()) => failpoint::hit("store.tmp.removed"),
+        }
     }
 }
 
@@ -317,6 +398,11 @@ impl TempBlob {
                 Err(source) => return Err(IoError { operation: "create", path, source }),
             }
         }
+    }
+
+    /// A file that has its content already, such as one that was received in parts.
+    pub(super) fn of(file: File, path: PathBuf) -> Self {
+        Self { file, path, kept: false }
     }
 
     /// Where the file is.

@@ -8,8 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::gc::files;
-use super::{Store, StoreError};
+use super::{Store, StoreError, files};
 use crate::digest::Digest;
 use crate::image::oci::{CONFIG, Descriptor, MAX_MANIFEST_BYTES, OciImage};
 use crate::transport::{Transport, TransportError};

@@ -2,12 +2,13 @@
 //! keeps on a disk is written by these functions.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
+use crate::sys::file;
 
 /// Replaces `path` by a file of these bytes and this mode, so that a crash leaves the old file or
 /// the new one, whole. The caller holds the lock that guards `path`.
@@ -87,16 +88,16 @@ pub struct NewFile {
 /// # Errors
 /// With the path that it was about.
 pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Result<(), IoError> {
-    fs::create_dir_all(dir).on("create", dir)?;
+    file::create_folders(dir)?;
     let scratch = Scratch::new(dir)?;
     for file in files {
-        let path = scratch.0.join(file.name);
+        let path = scratch.path.join(file.name);
         write_new(&path, &file.bytes, file.mode).on("write", &path)?;
     }
     let mut done: Vec<PathBuf> = Vec::new();
     for file in files {
         let path = dir.join(file.name);
-        if let Err(error) = fs::hard_link(scratch.0.join(file.name), &path).on("create", &path) {
+        if let Err(error) = fs::hard_link(scratch.path.join(file.name), &path).on("create", &path) {
             for path in done {
                 let _ = fs::remove_file(path);
             }
@@ -109,18 +110,60 @@ pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Res
     Ok(())
 }
 
-/// A temporary folder that goes with its last user.
-struct Scratch(PathBuf);
+/// A temporary folder that goes with its user, and is locked as long as that lives: what a crash left goes with
+/// the next one.
+struct Scratch {
+    path: PathBuf,
+    /// Locked until it is closed.
+    _lock: File,
+}
+
+/// What their names begin with.
+const SCRATCH: &str = ".new.";
 
 impl Scratch {
     fn new(dir: &Path) -> Result<Self, IoError> {
-        // A crash leaves its folder behind, and process ids come again: another number then.
+        Self::sweep(dir);
         let mut attempt = 0;
         loop {
-            let path = dir.join(format!(".new.{}.{attempt}", std::process::id()));
+            let path = dir.join(format!("{SCRATCH}{}.{attempt}", std::process::id()));
             match DirBuilder::new().mode(0o700).create(&path) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => attempt += 1,
-                outcome => return outcome.on("create", &path).map(|()| Self(path)),
+                // Process ids come again.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => {
+                    attempt += 1;
+                    continue;
+                }
+                outcome => outcome.on("create", &path)?,
+            }
+            let lock = match File::open(&path) {
+                Ok(lock) => lock,
+                // Swept away before it was locked.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && attempt < 1000 => {
+                    attempt += 1;
+                    continue;
+                }
+                outcome => outcome.on("open", &path)?,
+            };
+            lock.lock().on("lock", &path)?;
+            let same = |at: io::Result<fs::Metadata>| at.map(|data| (data.dev(), data.ino())).ok();
+            if same(fs::symlink_metadata(&path)) == same(lock.metadata()) {
+                return Ok(Self { path, _lock: lock });
+            }
+            attempt += 1;
+        }
+    }
+
+    /// Removes the folders that nobody has locked. Best effort: they are in nobody's way.
+    fn sweep(dir: &Path) {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            if !is_folder || !entry.file_name().as_encoded_bytes().starts_with(SCRATCH.as_bytes()) {
+                continue;
+            }
+            if let Ok(folder) = File::open(entry.path())
+                && folder.try_lock().is_ok()
+            {
+                let _: io::Result<()> = fs::remove_dir_all(entry.path());
             }
         }
     }
@@ -128,7 +171,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _: io::Result<()> = fs::remove_dir_all(&self.0);
+        let _: io::Result<()> = fs::remove_dir_all(&self.path);
     }
 }
 
@@ -150,17 +193,6 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Reads a file of at most `max_bytes`; a longer one is an error and is not read.
-pub fn read_bounded(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > max_bytes {
-        let why = format!("the file is longer than the {max_bytes} bytes that are allowed");
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
-    }
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -172,9 +204,8 @@ mod tests {
         std::fs::write(folder.path().join(".file.new"), "left by a crash").unwrap();
         replace(&path, b"one", 0o600, "test").unwrap();
         replace(&path, b"two", 0o600, "test").unwrap();
-        assert_eq!(read_bounded(&path, 3).unwrap(), b"two");
+        assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-        assert_eq!(read_bounded(&path, 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
     }
 
     #[test]
@@ -194,5 +225,18 @@ mod tests {
             1,
             "neither the first nor a temporary folder is left"
         );
+        // What a crash left goes with the next one; the folder of somebody who is at work stays.
+        let (dead, busy) = (dir.join(".new.4000000000.0"), dir.join(".new.4000000001.0"));
+        for folder in [&dead, &busy] {
+            fs::create_dir(folder).unwrap();
+            fs::write(folder.join("secret.key"), "half").unwrap();
+        }
+        let lock = File::open(&busy).unwrap();
+        lock.lock().unwrap();
+        create(&dir, &[file("c", b"three")], |_| ()).unwrap();
+        assert!(!dead.exists() && busy.exists());
+        drop(lock);
+        create(&dir, &[file("d", b"four")], |_| ()).unwrap();
+        assert!(!busy.exists());
     }
 }

@@ -64,8 +64,10 @@ pub struct Control {
 }
 
 /// What the kernel says of a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceStatus {
+    /// What its maker says it is: `MOSFS-VERITY-…`, `LVM-…`, `CRYPT-…`, or nothing.
+    pub uuid: String,
     /// Device number, as `st_rdev` has it.
     pub dev: u64,
     /// How many holders it has.
@@ -168,6 +170,7 @@ impl Control {
         let reply = self.call(Command::DevStatus, &Request { name, ..Request::default() })?;
         let flags = reply.u32_at(28)?;
         Ok(DeviceStatus {
+            uuid: reply.text_at(176, UUID_BYTES)?,
             dev: decode_dev(reply.u64_at(40)?),
             open_count: reply.u32_at(24)?,
             live: flags & DM_ACTIVE_PRESENT_FLAG != 0,

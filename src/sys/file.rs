@@ -1,8 +1,199 @@
-//! Files: sharing of blocks, space, syncing.
+//! Files and folders: opening what is not trusted, bounded reads, exact modes, sharing of blocks.
+//!
+//! Two kinds of files are read. What lies on SYSTEM, in an OCI layout or in a run folder is **not
+//! trusted**: whoever could write there may have put a named pipe, a device, a folder, a link or a
+//! file of any length in its place. [`open_regular`] and [`read_regular`] are the only way to such a
+//! file. What the administrator names on the command line may well be a pipe (`--key <(…)`):
+//! [`read_named`] only bounds its length.
+//!
+//! The umask takes bits from what open(2) and mkdir(2) make. Where the mode matters, folders are made
+//! by [`create_folders`] or [`create_folder`] and files by [`create_file`], which put the bits back.
 
-use std::fs::File;
-use std::io;
+use std::fs::{self, DirBuilder, File, FileType, OpenOptions, Permissions};
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use crate::error::{IoContext, IoError};
+
+/// Whether the last component of an untrusted path may be a symbolic link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Links {
+    /// A link is an error. For files that mosfs itself writes: it never makes one.
+    Refused,
+    /// A link is followed to a regular file. For OCI layouts of other tools, some of which make their
+    /// blobs links; what is read is checked against its digest or root hash all the same.
+    Followed,
+}
+
+/// Opens an untrusted regular file for reading, with its length in bytes. Never blocks.
+///
+/// # Errors
+/// `InvalidData` with what was expected and found where it is something else; a device is not opened.
+pub fn open_regular(path: &Path, links: Links) -> Result<(File, u64), IoError> {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    let file = open_checked(path, links, &mut options)?;
+    let length = file.metadata().on("stat", path)?.len();
+    Ok((file, length))
+}
+
+/// Opens (or makes, mode 0600) an untrusted regular file for writing, to lock it. Follows no link.
+///
+/// # Errors
+/// As [`open_regular`].
+pub fn open_lock_file(path: &Path) -> Result<File, IoError> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    open_checked(path, Links::Refused, &mut options)
+}
+
+/// Opens (or makes, mode 0600) an untrusted regular file to read it, write to it and lock it. Follows no link.
+///
+/// # Errors
+/// As [`open_regular`].
+pub fn open_to_continue(path: &Path) -> Result<File, IoError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    open_checked(path, Links::Refused, &mut options)
+}
+
+/// Reads an untrusted regular file of at most `max_bytes`; a longer one is not read.
+///
+/// # Errors
+/// As [`open_regular`]; `FileTooLarge`.
+pub fn read_regular(path: &Path, links: Links, max_bytes: u64) -> Result<Vec<u8>, IoError> {
+    let (file, length) = open_regular(path, links)?;
+    let too_long = || {
+        let why = format!("the file is longer than the {max_bytes} bytes that are allowed");
+        IoError::new("read", path, io::Error::new(io::ErrorKind::FileTooLarge, why))
+    };
+    if length > max_bytes {
+        return Err(too_long());
+    }
+    // It may have grown since.
+    let bytes = read_at_most(file, path, max_bytes)?;
+    if bytes.len() as u64 > max_bytes { Err(too_long()) } else { Ok(bytes) }
+}
+
+/// Does what [`read_regular`] does; returns `None` where there is no such file.
+///
+/// # Errors
+/// As [`read_regular`].
+pub fn find_regular(path: &Path, links: Links, max_bytes: u64) -> Result<Option<Vec<u8>>, IoError> {
+    match read_regular(path, links, max_bytes) {
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Reads a file that the administrator named, or `max_bytes` and one byte of it, so that its reader
+/// can refuse it as too long. May be a pipe.
+///
+/// # Errors
+/// With the path.
+pub fn read_named(path: &Path, max_bytes: u64) -> Result<Vec<u8>, IoError> {
+    read_at_most(File::open(path).on("open", path)?, path, max_bytes)
+}
+
+/// Reads an open file whole, or `max_bytes` and one byte of it. `path` is for the error.
+///
+/// # Errors
+/// With the path.
+pub fn read_at_most(file: impl Read, path: &Path, max_bytes: u64) -> Result<Vec<u8>, IoError> {
+    let mut bytes = Vec::new();
+    file.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes).on("read", path)?;
+    Ok(bytes)
+}
+
+/// Rule: what is not trusted is a regular file, or is not used.
+fn open_checked(path: &Path, links: Links, options: &mut OpenOptions) -> Result<File, IoError> {
+    // Looked at first, because opening a device can have effects (a watchdog, a tape) and opening a
+    // socket fails without saying why.
+    let found = match links {
+        Links::Refused => fs::symlink_metadata(path),
+        Links::Followed => fs::metadata(path),
+    };
+    if let Ok(found) = found
+        && !found.is_file()
+    {
+        return Err(not_regular(path, found.file_type()));
+    }
+    // Whatever has taken its place since: no wait for the other end of a pipe, no controlling terminal.
+    let follow = if links == Links::Refused { libc::O_NOFOLLOW } else { 0 };
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC | follow);
+    let file = options.open(path).on("open", path)?;
+    let found = file.metadata().on("stat", path)?.file_type();
+    if found.is_file() { Ok(file) } else { Err(not_regular(path, found)) }
+}
+
+fn not_regular(path: &Path, found: FileType) -> IoError {
+    let found = match found {
+        found if found.is_dir() => "a folder",
+        found if found.is_symlink() => "a symbolic link",
+        found if found.is_fifo() => "a named pipe",
+        found if found.is_socket() => "a socket",
+        found if found.is_block_device() => "a block device",
+        found if found.is_char_device() => "a character device",
+        _ => "something else",
+    };
+    let why = format!("expected a regular file, found {found}");
+    IoError::new("open", path, io::Error::new(io::ErrorKind::InvalidData, why))
+}
+
+/// Makes a folder and those above it that are missing, each with mode 0755 whatever the umask.
+///
+/// # Errors
+/// With the folder that could not be made.
+pub fn create_folders(path: &Path) -> Result<(), IoError> {
+    if path.as_os_str().is_empty() || path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        create_folders(parent)?;
+    }
+    match create_folder(path, 0o755) {
+        // Somebody else has just made it.
+        Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
+/// Makes one folder with this mode whatever the umask.
+///
+/// # Errors
+/// With the path; `AlreadyExists`.
+pub fn create_folder(path: &Path, mode: u32) -> Result<(), IoError> {
+    DirBuilder::new().mode(mode).create(path).on("create", path)?;
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    // A umask that takes the owner's right to read: by path then.
+    match options.open(path) {
+        Ok(folder) => add_bits(&folder, mode),
+        Err(_) => fs::set_permissions(path, Permissions::from_mode(mode)),
+    }
+    .on("change the mode of", path)
+}
+
+/// Makes or empties a file with this mode whatever the umask. Follows no link.
+///
+/// # Errors
+/// As [`open_regular`].
+pub fn create_file(path: &Path, mode: u32) -> Result<File, IoError> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(mode);
+    let file = open_checked(path, Links::Refused, &mut options)?;
+    // A file system without modes keeps its own.
+    let _ = add_bits(&file, mode);
+    Ok(file)
+}
+
+/// Puts back what the umask took, and leaves what the folder above added (set-group-ID).
+fn add_bits(file: &File, mode: u32) -> io::Result<()> {
+    let found = file.metadata()?.mode() & 0o7777;
+    if found | mode == found { Ok(()) } else { file.set_permissions(Permissions::from_mode(found | mode)) }
+}
 
 /// Makes `to` share all blocks of `from`, copy on write (`FICLONE`, ioctl_ficlone(2)).
 ///
@@ -40,16 +231,81 @@ pub fn sync_file_system(file: &File) -> io::Result<()> {
     }
 }
 
-/// Opens a file of an open folder for reading (openat(2)).
+/// Does what [`open_regular`] does, for a file of an open folder (openat(2)).
 ///
-/// O_NONBLOCK: opening a pipe that nobody writes to must not hang. It means nothing for files.
-pub fn open_at(folder: &File, name: &str) -> io::Result<File> {
+/// # Errors
+/// As [`open_regular`], without the path.
+pub fn open_regular_at(folder: &File, name: &str, links: Links) -> io::Result<File> {
     let name = std::ffi::CString::new(name)?;
-    let flags = libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // SAFETY: the name is NUL-terminated and outlives the call; the folder is open for it.
-    match unsafe { libc::openat(folder.as_raw_fd(), name.as_ptr(), flags) } {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: openat has just returned this descriptor, which nobody else has.
-        descriptor => Ok(File::from(unsafe { OwnedFd::from_raw_fd(descriptor) })),
+    let follow = if links == Links::Refused { libc::O_NOFOLLOW } else { 0 };
+    let open = |flags: libc::c_int| -> io::Result<File> {
+        // SAFETY: the name is NUL-terminated and outlives the call; the folder is open for it.
+        match unsafe { libc::openat(folder.as_raw_fd(), name.as_ptr(), flags | libc::O_CLOEXEC | follow) } {
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: openat has just returned this descriptor, which nobody else has.
+            descriptor => Ok(File::from(unsafe { OwnedFd::from_raw_fd(descriptor) })),
+        }
+    };
+    let check = |file: File| {
+        let found = file.metadata()?.file_type();
+        if found.is_file() { Ok(file) } else { Err(not_regular(Path::new(""), found).source) }
+    };
+    // Looked at first, as in `open_checked`; O_PATH opens nothing.
+    check(open(libc::O_PATH)?)?;
+    check(open(libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+    use std::process::Command;
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("file"), "12345").unwrap();
+        fs::create_dir(path("folder")).unwrap();
+        symlink("file", path("link")).unwrap();
+        symlink("/dev/null", path("device-link")).unwrap();
+        let _socket = UnixListener::bind(path("socket")).unwrap();
+        assert!(Command::new("mkfifo").arg(path("pipe")).status().unwrap().success());
+
+        for links in [Links::Refused, Links::Followed] {
+            assert_eq!(open_regular(&path("file"), links).unwrap().1, 5);
+            for (name, what) in [("folder", "a folder"), ("socket", "a socket"), ("pipe", "a named pipe")] {
+                let error = open_regular(&path(name), links).unwrap_err();
+                let expected =
+                    format!("cannot open {}: expected a regular file, found {what}", path(name).display());
+                assert_eq!(error.to_string(), expected);
+                assert_eq!(open_lock_file(&path(name)).unwrap_err().to_string(), expected);
+                assert_eq!(create_file(&path(name), 0o644).unwrap_err().to_string(), expected);
+            }
+            let error = open_regular(&path("absent"), links).unwrap_err();
+            assert_eq!(error.source.kind(), io::ErrorKind::NotFound);
+        }
+        let error = open_regular(&path("link"), Links::Refused).unwrap_err();
+        assert!(error.to_string().ends_with("expected a regular file, found a symbolic link"), "{error}");
+        assert_eq!(open_regular(&path("link"), Links::Followed).unwrap().1, 5);
+        let error = open_regular(&path("device-link"), Links::Followed).unwrap_err();
+        assert!(error.to_string().ends_with("found a character device"), "{error}");
+    }
+
+    #[test]
+    fn reads_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "12345").unwrap();
+        assert_eq!(read_regular(&path, Links::Refused, 5).unwrap(), b"12345");
+        let error = read_regular(&path, Links::Refused, 4).unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::FileTooLarge);
+        // 1 TiB that nobody reads.
+        File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        let error = read_regular(&path, Links::Refused, 1 << 20).unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(read_named(&path, 7).unwrap(), [0; 8]);
+        assert!(find_regular(&dir.path().join("absent"), Links::Refused, 1).unwrap().is_none());
     }
 }

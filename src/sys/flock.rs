@@ -1,9 +1,10 @@
 //! Whole-file locks between processes: flock(2), through the standard library.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+use super::file;
 
 /// A lock of a file; dropping it, or the death of the process, releases it.
 ///
@@ -37,9 +38,8 @@ impl Lock {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(false).mode(0o600);
-    options.custom_flags(libc::O_NOFOLLOW).open(path)
+    // The caller names the path.
+    file::open_lock_file(path).map_err(|error| error.source)
 }
 
 fn wait(file: File, lock: impl Fn(&File) -> io::Result<()>) -> io::Result<Lock> {

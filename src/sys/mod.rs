@@ -15,3 +15,9 @@ pub mod notify;
 pub mod process;
 pub mod sha256;
 pub mod tpm;
+
+/// The folder of what lives as long as this boot (locks, records, mount points): `$MOSFS_RUN`, or
+/// `/run/mosfs`.
+pub fn run_dir() -> std::path::PathBuf {
+    std::env::var_os("MOSFS_RUN").map_or_else(|| "/run/mosfs".into(), std::path::PathBuf::from)
+}

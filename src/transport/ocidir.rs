@@ -7,12 +7,12 @@
 //! ```
 //!
 //! Nothing in the folder is believed: every document is hashed before it is parsed, no file is
-//! read beyond its promised size, and what is not a regular file is not opened as one. Links are
-//! followed, since what they lead to is checked all the same.
+//! read beyond its promised size, and what is not a regular file is not opened. Links to regular
+//! files are followed, because some tools make blobs so and what they lead to is checked all the
+//! same; in the store of a device, where mosfs makes none, they are refused.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,14 +20,16 @@ use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
 use crate::digest::Digest;
-use crate::error::{IoContext, IoError};
+use crate::error::IoContext;
 use crate::image::blobs::{BlobFolder, Blobs};
 use crate::image::oci::{Descriptor, Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
+use crate::sys::file::{self, Links};
 
 /// An OCI image layout in a folder, to read from.
 #[derive(Debug, Clone)]
 pub struct OciDir {
     dir: PathBuf,
+    links: Links,
 }
 
 /// The content of `oci-layout`.
@@ -38,14 +40,14 @@ struct LayoutFile {
 }
 
 /// Splits `DIR[:NAME]`; the folder ends at the first `:` (docs/design.md, source words).
-pub(super) fn split(rest: &str) -> Option<Place> {
+pub(super) fn split(rest: &str) -> Result<Place, &'static str> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     let (dir, name) = match rest.split_once(':') {
-        Some((_, "")) => return None,
+        Some((_, "")) => return Err("the name after the colon is empty"),
         Some((dir, name)) => (dir, Some(name.to_string())),
         None => (rest, None),
     };
-    (!dir.is_empty()).then(|| (dir.to_string(), name))
+    if dir.is_empty() { Err("the folder is empty") } else { Ok((dir.to_string(), name)) }
 }
 
 impl OciDir {
@@ -54,21 +56,25 @@ impl OciDir {
     /// # Errors
     /// [`TransportError::NotALayout`].
     pub fn open(dir: &Path) -> Result<Self, TransportError> {
+        Self::open_with(dir, Links::Followed)
+    }
+
+    /// Opens a layout whose files may or may not be links.
+    ///
+    /// # Errors
+    /// [`TransportError::NotALayout`].
+    pub(crate) fn open_with(dir: &Path, links: Links) -> Result<Self, TransportError> {
         let not = |why: String| TransportError::NotALayout { dir: dir.to_path_buf(), why };
-        let bytes = match read_file(&dir.join("oci-layout"), 4096) {
-            Ok(bytes) => bytes,
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
-                let what = if dir.is_dir() { "it has no file oci-layout" } else { "there is no such folder" };
-                return Err(not(what.into()));
-            }
-            Err(error) => return Err(error.into()),
+        let Some(bytes) = file::find_regular(&dir.join("oci-layout"), links, 4096)? else {
+            let what = if dir.is_dir() { "it has no file oci-layout" } else { "there is no such folder" };
+            return Err(not(what.into()));
         };
         let layout: LayoutFile =
             serde_json::from_slice(&bytes).map_err(|error| not(format!("oci-layout: {error}")))?;
         if !layout.image_layout_version.starts_with("1.") {
             return Err(not(format!("its version is `{}`, expected 1.x", layout.image_layout_version)));
         }
-        Ok(Self { dir: dir.to_path_buf() })
+        Ok(Self { dir: dir.to_path_buf(), links })
     }
 
     /// The folder.
@@ -78,21 +84,23 @@ impl OciDir {
 
     /// Where a blob lies, or would lie.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
-        BlobFolder::of_layout(&self.dir).path(digest)
+        self.blob_folder().path(digest)
     }
 
     /// The blobs, for whoever mounts an image of this layout.
     pub fn blobs(&self) -> Arc<dyn Blobs> {
-        Arc::new(BlobFolder::of_layout(&self.dir))
+        Arc::new(self.blob_folder())
+    }
+
+    fn blob_folder(&self) -> BlobFolder {
+        BlobFolder::of_layout(&self.dir, self.links)
     }
 
     /// Reads `index.json`. A layout without one has no images.
     pub fn index(&self) -> Result<Index, TransportError> {
         let path = self.dir.join("index.json");
-        let bytes = match read_file(&path, MAX_INDEX_BYTES) {
-            Ok(bytes) => bytes,
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(Index::empty()),
-            Err(error) => return Err(error.into()),
+        let Some(bytes) = file::find_regular(&path, self.links, MAX_INDEX_BYTES)? else {
+            return Ok(Index::empty());
         };
         Index::parse(&bytes, MAX_INDEX_BYTES)
             .map_err(|source| TransportError::Document { object: path.display().to_string(), source })
@@ -104,13 +112,18 @@ impl OciDir {
     /// [`TransportError::BlobMissing`].
     pub fn open_blob(&self, digest: &Digest) -> Result<(File, u64), TransportError> {
         let path = self.blob_path(digest);
-        match open_regular(&path) {
+        match file::open_regular(&path, self.links) {
             Ok(opened) => Ok(opened),
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
                 Err(TransportError::BlobMissing { location: self.location(), digest: *digest })
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Whether links to files are followed.
+    pub(crate) fn links(&self) -> Links {
+        self.links
     }
 
     /// Reads a blob whole, checked against its digest; its size is only bounded.
@@ -153,9 +166,8 @@ impl Transport for OciDir {
         if size != blob.size {
             return Err(wrong_size(size));
         }
-        let mut bytes = Vec::new();
         // One byte more than promised, so that a file that grows meanwhile is seen.
-        file.take(blob.size + 1).read_to_end(&mut bytes).on("read", &path)?;
+        let bytes = file::read_at_most(file, &path, blob.size)?;
         if bytes.len() as u64 != blob.size {
             return Err(wrong_size(bytes.len() as u64));
         }
@@ -167,8 +179,24 @@ impl Transport for OciDir {
         Ok(bytes)
     }
 
-    fn open(&self, blob: &Digest) -> Result<Blob, TransportError> {
-        Ok(Blob::File(self.open_blob(blob)?.0))
+    fn open(&self, blob: &Descriptor, offset: u64) -> Result<Blob, TransportError> {
+        let (mut file, _) = self.open_blob(&blob.digest)?;
+        if offset > 0 {
+            file.seek(SeekFrom::Start(offset)).on("seek in", self.blob_path(&blob.digest))?;
+        }
+        Ok(Blob::File(file))
+    }
+
+    fn tags(&self, repository: &str) -> Result<Vec<String>, TransportError> {
+        let entries = self.entries()?;
+        let tag = |entry: &Descriptor| {
+            Some(entry.ref_name()?.strip_prefix(repository)?.strip_prefix(':')?.to_string())
+        };
+        Ok(entries.iter().filter_map(tag).collect())
+    }
+
+    fn within(&self, _repository: &str) -> Result<Box<dyn Transport>, TransportError> {
+        Ok(Box::new(self.clone()))
     }
 
     fn referrers(
@@ -194,29 +222,4 @@ impl Transport for OciDir {
         }
         Ok(found)
     }
-}
-
-/// Opens a regular file for reading, with its size in bytes; a pipe or device is an error.
-pub(crate) fn open_regular(path: &Path) -> Result<(File, u64), IoError> {
-    // O_NONBLOCK: opening a pipe that nobody writes to must not hang. It means nothing for files.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).on("open", path)?;
-    let data = file.metadata().on("stat", path)?;
-    if !data.is_file() {
-        let source = io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file");
-        return Err(IoError { operation: "read", path: path.to_path_buf(), source });
-    }
-    Ok((file, data.len()))
-}
-
-/// Reads a small file whole.
-pub(crate) fn read_file(path: &Path, max_bytes: u64) -> Result<Vec<u8>, IoError> {
-    let (file, _) = open_regular(path)?;
-    let mut bytes = Vec::new();
-    file.take(max_bytes + 1).read_to_end(&mut bytes).on("read", path)?;
-    if bytes.len() as u64 > max_bytes {
-        let source =
-            io::Error::new(io::ErrorKind::FileTooLarge, format!("it is larger than {max_bytes} bytes"));
-        return Err(IoError { operation: "read", path: path.to_path_buf(), source });
-    }
-    Ok(bytes)
 }

@@ -2,14 +2,13 @@
 //!
 //! ```text
 //! CONFIG/manifestCA.pem     one certificate or several, any of which may end a chain
+//! CONFIG/crl.pem            what these have revoked (crl.rs); may be missing
 //! CONFIG/product            the UUID, one line
 //! ```
 //!
-//! Both are written by the first installation, and by nothing after it.
+//! CA and product are written by the first installation, and by nothing after it.
 
 use std::fmt;
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use openssl::error::ErrorStack;
@@ -18,12 +17,14 @@ use uuid::Uuid;
 
 use super::MAX_CERTIFICATE_BYTES;
 use super::certificate::{name_text, read_pem, reason};
-use super::files::read_at_most;
+use super::crl::Crls;
+use super::pem::{SecretInPublic, private_key, public_only};
 use crate::digest::Digest;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
+use crate::sys::file::{self, Links};
 
 /// Name of the CA's file in CONFIG.
 pub const CA_FILE: &str = "manifestCA.pem";
@@ -34,6 +35,7 @@ pub const PRODUCT_FILE: &str = "product";
 #[derive(Clone)]
 pub struct Anchor {
     ca: Vec<X509>,
+    crls: Crls,
     product: Uuid,
 }
 
@@ -56,6 +58,17 @@ pub enum AnchorError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Not revocation lists, or not those of the CA that they name.
+    #[error("{} holds no revocation lists of use: {reason}", path.display())]
+    BadCrl {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A private key in a file that is public.
+    #[error(transparent)]
+    Secret(#[from] SecretInPublic),
     /// Not a UUID.
     #[error("{} is not a product: found `{found}`, expected a UUID", path.display())]
     BadProduct {
@@ -96,7 +109,10 @@ impl Classified for AnchorError {
             AnchorError::Missing { .. } | AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
                 Class::Verification
             }
-            AnchorError::BadCa { .. } | AnchorError::BadProduct { .. } => Class::Input,
+            AnchorError::BadCa { .. } | AnchorError::BadCrl { .. } | AnchorError::BadProduct { .. } => {
+                Class::Input
+            }
+            AnchorError::Secret(error) => error.class(),
             AnchorError::Io(error) => error.class(),
         }
     }
@@ -109,9 +125,24 @@ impl fmt::Debug for Anchor {
 }
 
 impl Anchor {
-    /// An anchor of a CA file and a product.
+    /// An anchor of a CA file and a product, with nothing revoked.
     pub fn new(ca: CaFile, product: Uuid) -> Self {
-        Self { ca: ca.certificates, product }
+        Self { ca: ca.certificates, crls: Crls::default(), product }
+    }
+
+    /// The same anchor with the revocation lists of a file.
+    ///
+    /// # Errors
+    /// [`AnchorError::BadCrl`], [`AnchorError::Io`].
+    pub fn with_crls(mut self, path: &Path) -> Result<Self, AnchorError> {
+        self.crls = Crls::load(path, &self.ca)?;
+        Ok(self)
+    }
+
+    /// The same anchor with the revocation lists of CONFIG, if it has any.
+    fn with_crls_of(mut self, config: &Path) -> Result<Self, AnchorError> {
+        self.crls = Crls::find(config, &self.ca)?;
+        Ok(self)
     }
 
     /// The anchor of a device.
@@ -122,7 +153,7 @@ impl Anchor {
         let missing = |file: &str, what| AnchorError::Missing { path: config.join(file), what };
         let ca = CaFile::find(&config.join(CA_FILE))?.ok_or_else(|| missing(CA_FILE, "manifest CA"))?;
         let product = find_product(config)?.ok_or_else(|| missing(PRODUCT_FILE, "product"))?;
-        Ok(Self::new(ca, product))
+        Self::new(ca, product).with_crls_of(config)
     }
 
     /// Plans the anchor of a first installation: what CONFIG has, and what is given where CONFIG
@@ -163,7 +194,8 @@ impl Anchor {
             }
             (None, None) => return Err(AnchorError::Missing { path, what: "manifest CA" }),
         };
-        Ok(AnchorPlan { config: config.to_path_buf(), anchor: Self::new(ca, product), files })
+        let anchor = Self::new(ca, product).with_crls_of(config)?;
+        Ok(AnchorPlan { config: config.to_path_buf(), anchor, files })
     }
 
     /// The product of the device.
@@ -173,6 +205,10 @@ impl Anchor {
 
     pub(super) fn ca(&self) -> &[X509] {
         &self.ca
+    }
+
+    pub(super) fn crls(&self) -> &Crls {
+        &self.crls
     }
 
     /// The subject of the CA, for messages.
@@ -209,8 +245,8 @@ impl AnchorPlan {
             return Ok(());
         }
         atomic::create(&self.config, &self.files, |name| match name {
-            PRODUCT_FILE => failpoint::hit("anchor-product"),
-            _ => failpoint::hit("anchor-ca"),
+            PRODUCT_FILE => failpoint::hit("config.product.linked"),
+            _ => failpoint::hit("config.ca.linked"),
         })?;
         Ok(())
     }
@@ -225,30 +261,32 @@ pub struct CaFile {
 }
 
 impl CaFile {
-    /// Reads a PEM file.
+    /// Reads a PEM file that somebody gives: certificates and nothing secret.
     ///
     /// # Errors
-    /// [`AnchorError::BadCa`], [`AnchorError::Io`].
+    /// [`AnchorError::BadCa`], [`AnchorError::Secret`], [`AnchorError::Io`].
     pub fn load(path: &Path) -> Result<Self, AnchorError> {
-        let file = File::open(path).on("open", path)?;
-        Self::read(file, path)
+        let bytes = file::read_named(path, MAX_CERTIFICATE_BYTES as u64)?;
+        public_only(&bytes, path)?;
+        Self::parse(&bytes, path)
     }
 
     /// The same, with `None` if there is no such file.
     fn find(path: &Path) -> Result<Option<Self>, AnchorError> {
-        match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            file => Self::read(file.on("open", path)?, path).map(Some),
+        let bytes = file::find_regular(path, Links::Followed, MAX_CERTIFICATE_BYTES as u64)?;
+        // A device that has run with it goes on running: what is done is done.
+        if let Some(label) = bytes.as_deref().and_then(private_key) {
+            log::warn!("{} holds a private key ({label}): whoever has read it can sign", path.display());
         }
+        bytes.map(|bytes| Self::parse(&bytes, path)).transpose()
     }
 
-    fn read(file: File, path: &Path) -> Result<Self, AnchorError> {
-        let bytes = read_at_most(file, path, MAX_CERTIFICATE_BYTES)?;
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self, AnchorError> {
         let bad = |reason| AnchorError::BadCa { path: path.to_path_buf(), reason };
         if bytes.len() > MAX_CERTIFICATE_BYTES {
             return Err(bad(format!("it has more than {MAX_CERTIFICATE_BYTES} bytes")));
         }
-        let certificates = read_pem(&bytes).map_err(bad)?;
+        let certificates = read_pem(bytes).map_err(bad)?;
         let der = certificates.iter().map(|ca| ca.to_der()).collect::<Result<_, _>>();
         Ok(Self { certificates, der: der.map_err(|error| bad(reason(&error)))? })
     }
@@ -280,11 +318,7 @@ impl fmt::Display for CaFile {
 /// The product that CONFIG names, if it names one.
 pub(crate) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
     let path = config.join(PRODUCT_FILE);
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file.on("open", &path)?,
-    };
-    let bytes = read_at_most(file, &path, 256)?;
+    let Some(bytes) = file::find_regular(&path, Links::Followed, 4096)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes);
     match rules::uuid(text.trim_end()) {
         Ok(product) => Ok(Some(product)),

@@ -132,6 +132,12 @@ impl Certificate {
             if !issuer.to_der().is_ok_and(|der| der::is_marked_ca(&der)) {
                 return Err(TrustError::NotACa { certificate: name_text(issuer.subject_name()) });
             }
+            check_extended_usage(issuer)?;
+        }
+        for link in chain.windows(2) {
+            if let [certificate, issuer] = link {
+                anchor.crls().check(certificate, issuer)?;
+            }
         }
         self.check_usage()?;
         chain.iter().try_for_each(|link| check_dates(link, dates))
@@ -139,19 +145,33 @@ impl Certificate {
 
     /// Requires that it is a certificate for signing, where it says what it is for.
     pub(super) fn check_usage(&self) -> Result<(), TrustError> {
-        let wrong =
-            |extension, lacks| TrustError::WrongUsage { certificate: self.subject(), extension, lacks };
         // RFC 5280, section 4.2.1.3: digitalSignature "is asserted when the subject public key is used
         // for verifying digital signatures, other than signatures on certificates".
         if self.leaf.key_usage().is_some_and(|usage| !usage.contains(X509KeyUsage::DIGITAL_SIGNATURE)) {
-            return Err(wrong("keyUsage", "digitalSignature"));
+            return Err(TrustError::WrongUsage {
+                certificate: self.subject(),
+                extension: "keyUsage",
+                lacks: "digitalSignature",
+            });
         }
-        // Section 4.2.1.12: "the certificate MUST only be used for one of the purposes indicated".
-        let signing = X509ExtendedKeyUsage::CODE_SIGN | X509ExtendedKeyUsage::ANYEKU;
-        if self.leaf.extended_key_usage().is_some_and(|usage| !usage.intersects(signing)) {
-            return Err(wrong("extendedKeyUsage", "codeSigning"));
-        }
-        Ok(())
+        check_extended_usage(&self.leaf)
+    }
+
+    /// The certificates alone, in PEM, as they stand in the file.
+    ///
+    /// # Errors
+    /// [`TrustError::Openssl`].
+    pub fn to_pem(&self) -> Result<Vec<u8>, TrustError> {
+        let all = std::iter::once(&self.leaf).chain(&self.others);
+        all.map(|one| one.to_pem())
+            .collect::<Result<Vec<_>, _>>()
+            .map(|all| all.concat())
+            .map_err(|source| TrustError::Openssl { operation: "write a certificate", source })
+    }
+
+    /// Which of two ends later; those that cannot be compared end together.
+    pub(super) fn compare_end(&self, other: &Self) -> std::cmp::Ordering {
+        self.leaf.not_after().compare(other.leaf.not_after()).unwrap_or(std::cmp::Ordering::Equal)
     }
 
     /// Checks the dates of the signer's certificate alone.
@@ -226,6 +246,21 @@ struct Failure {
     code: i32,
     reason: &'static str,
     certificate: Option<X509>,
+}
+
+/// Requires that a certificate is for signing, where its extended key usage says what it is for: of the signer, and
+/// of the intermediates above it, which may issue only for what they are for themselves.
+fn check_extended_usage(certificate: &X509Ref) -> Result<(), TrustError> {
+    // RFC 5280, section 4.2.1.12: "the certificate MUST only be used for one of the purposes indicated".
+    let signing = X509ExtendedKeyUsage::CODE_SIGN | X509ExtendedKeyUsage::ANYEKU;
+    match certificate.extended_key_usage() {
+        Some(usage) if !usage.intersects(signing) => Err(TrustError::WrongUsage {
+            certificate: name_text(certificate.subject_name()),
+            extension: "extendedKeyUsage",
+            lacks: "codeSigning",
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Reads `manifest NAME:UUID`.

@@ -9,9 +9,9 @@ use openssl::hash::MessageDigest;
 use openssl::pkey::{PKey, PKeyRef, Private};
 use openssl::sign::Signer;
 
-use super::files::read_at_most;
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::sys::file::read_at_most;
 
 /// Most bytes of a key file.
 const MAX_KEY_BYTES: usize = 64 << 10;
@@ -83,7 +83,7 @@ impl PrivateKey {
         if mode & 0o077 != 0 {
             return Err(KeyError::OpenToOthers { path: path.to_path_buf(), mode });
         }
-        let pem = read_at_most(file, path, MAX_KEY_BYTES)?;
+        let pem = read_at_most(file, path, MAX_KEY_BYTES as u64)?;
         let unreadable = |reason: String| KeyError::Unreadable { path: path.to_path_buf(), reason };
         // Without a callback OpenSSL would ask on the terminal for the passphrase.
         let mut encrypted = false;

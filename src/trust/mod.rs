@@ -10,8 +10,8 @@
 //! which is all that those accept. The order of checks is fixed and nothing is believed before
 //! the check above it has passed:
 //!
-//! 1. the certificate chains to the manifest CA of the device ([`certificate`]); dates as
-//!    [`Dates`] says
+//! 1. the certificate chains to the manifest CA of the device ([`certificate`]), and no link of the
+//!    chain is revoked ([`crl`]); dates as [`Dates`] says
 //! 2. its CN names the product of the device
 //! 3. the signature is one of its key's over the stored bytes ([`signature`])
 //! 4. the bytes are the canonical form of a system manifest
@@ -22,9 +22,11 @@
 
 pub mod anchor;
 pub mod certificate;
+pub mod crl;
 mod der;
-pub(crate) mod files;
+pub mod evidence;
 pub mod keys;
+pub mod pem;
 pub mod signature;
 
 use std::time::SystemTime;
@@ -189,6 +191,22 @@ pub enum TrustError {
         /// What the extension lacks.
         lacks: &'static str,
     },
+    /// A certificate that its issuer has taken back.
+    #[error("the certificate `{certificate}` was revoked by `{issuer}` at {since}")]
+    Revoked {
+        /// Its subject.
+        certificate: String,
+        /// Who issued and revoked it.
+        issuer: String,
+        /// When, as the list says.
+        since: String,
+    },
+    /// A file of certificates with a private key in it: it must not be published.
+    #[error("the certificate file holds a private key (`{label}`) beside the certificates")]
+    PrivateKey {
+        /// The label of the PEM block.
+        label: String,
+    },
     /// A certificate that names no product.
     #[error(
         "the subject `{certificate}` of the certificate names no product: expected one CN `manifest NAME:UUID`"
@@ -256,6 +274,7 @@ impl Classified for TrustError {
     fn class(&self) -> Class {
         match self {
             TrustError::Openssl { .. } => Class::Failure,
+            TrustError::PrivateKey { .. } => Class::Input,
             _ => Class::Verification,
         }
     }
@@ -296,7 +315,8 @@ impl Signed {
     ///
     /// What no device would accept is refused here already: a key that is not the certificate's, a
     /// certificate of another product, out of date, or not for signing. Whether it chains to the
-    /// CA of the devices is theirs to know.
+    /// CA of the devices is theirs to know. What is kept of the certificate file is its certificates,
+    /// written anew; a private key in it is an error.
     ///
     /// # Errors
     /// [`SignError`].
@@ -306,24 +326,60 @@ impl Signed {
         certificate: &[u8],
         dates: Dates,
     ) -> Result<Self, SignError> {
-        at_most("certificate", certificate, MAX_CERTIFICATE_BYTES)?;
-        let signer = Certificate::from_pem(certificate)?;
-        signer.check_usage()?;
-        signer.check_dates(dates)?;
-        let binding = signer.binding()?;
-        if binding.product != manifest.product {
-            return Err(SignError::Certificate(TrustError::ManifestOtherProduct {
-                manifest: manifest.product,
-                certificate: binding.product,
-            }));
-        }
+        let signer = signer_for(manifest, certificate, dates)?;
         if !signer.has_key(key) {
             return Err(SignError::KeyMismatch { certificate: signer.subject() });
         }
         let bytes = manifest.canonical();
         let signature = key.sign(&bytes)?;
-        Ok(Self { manifest: bytes, signature, certificate: certificate.to_vec(), floor_signature: None })
+        Ok(Self { manifest: bytes, signature, certificate: signer.to_pem()?, floor_signature: None })
     }
+
+    /// Joins a manifest and a signature that was made elsewhere: the publisher's side, where the key is in
+    /// a token or on another machine. The same is refused as by [`Signed::create`].
+    ///
+    /// # Errors
+    /// [`SignError`], with the reason where the signature is not one of the certificate's key over the
+    /// manifest's canonical bytes.
+    pub fn attach(
+        manifest: &SystemManifest,
+        signature: &[u8],
+        certificate: &[u8],
+        dates: Dates,
+    ) -> Result<Self, SignError> {
+        let signer = signer_for(manifest, certificate, dates)?;
+        at_most("signature", signature, MAX_SIGNATURE_BYTES)?;
+        let bytes = manifest.canonical();
+        signature::check(&signer, &bytes, signature)?;
+        let (signature, certificate) = (signature.to_vec(), signer.to_pem()?);
+        Ok(Self { manifest: bytes, signature, certificate, floor_signature: None })
+    }
+}
+
+/// A certificate that may sign for the product of a manifest, as far as the publisher can know.
+///
+/// # Errors
+/// [`SignError::Certificate`].
+pub fn signer_for(
+    manifest: &SystemManifest,
+    certificate: &[u8],
+    dates: Dates,
+) -> Result<Certificate, SignError> {
+    at_most("certificate", certificate, MAX_CERTIFICATE_BYTES)?;
+    if let Some(label) = pem::private_key(certificate) {
+        return Err(TrustError::PrivateKey { label }.into());
+    }
+    let signer = Certificate::from_pem(certificate)?;
+    signer.check_usage()?;
+    signer.check_dates(dates)?;
+    let binding = signer.binding()?;
+    if binding.product != manifest.product {
+        return Err(SignError::Certificate(TrustError::ManifestOtherProduct {
+            manifest: manifest.product,
+            certificate: binding.product,
+        }));
+    }
+    Ok(signer)
 }
 
 fn at_most(what: &'static str, bytes: &[u8], max: usize) -> Result<(), TrustError> {
@@ -389,14 +445,17 @@ pub enum SignError {
 }
 
 impl Classified for SignError {
-    /// Nothing is attacked here: the publisher gave the wrong files. Only dates and products are
-    /// verified, as on a device.
+    /// Nothing is attacked here: the publisher gave the wrong files. Only dates, products and a
+    /// signature that was made elsewhere are verified, as on a device.
     fn class(&self) -> Class {
         match self {
             SignError::Certificate(
                 error @ (TrustError::Expired { .. }
                 | TrustError::NotYetValid { .. }
                 | TrustError::ManifestOtherProduct { .. }
+                | TrustError::BadSignature { .. }
+                | TrustError::MalformedSignature { .. }
+                | TrustError::TruncatedSignature { .. }
                 | TrustError::Openssl { .. }),
             ) => error.class(),
             SignError::Certificate(_) | SignError::KeyMismatch { .. } => Class::Input,

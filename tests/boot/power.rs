@@ -21,7 +21,9 @@ use tempfile::TempDir;
 
 use super::KERNEL;
 use super::device::{Device, MOSFS};
-use super::machine::{Cut, Ended, Machine, mini_initrd, noise, squashfs, tool};
+use super::machine::{
+    Before, Cut, Ended, Machine, RESTARTS, mini_initrd, noise, say_restart, squashfs, tool,
+};
 use super::nbd::Disk;
 use super::publish::Publisher;
 
@@ -136,6 +138,23 @@ impl Source {
             &[(&dir.path().join("store"), "/source"), (device.config(), "/etc/mosfs")],
         );
         Self { dir, initrd }
+    }
+
+    /// Runs a machine; one whose Linux gave up on the TPM starts again with the disk and the TPM as they were.
+    ///
+    /// The disk has nothing in its cache before: it has just been made or cut.
+    fn run(&self, device: &Device, disk: &Disk, machine: impl Fn() -> Machine) -> Ended {
+        let (image, tpm) = (disk.image(), Before::new(&device.path("tpm"), None));
+        for restart in 1.. {
+            let ended = machine().run_once();
+            if !ended.gave_up_on_the_tpm() || restart > RESTARTS {
+                return ended;
+            }
+            say_restart(restart);
+            disk.put_back(&image);
+            tpm.put_back();
+        }
+        unreachable!("it returns after the last restart")
     }
 
     /// A device with the first version on a disk that loses its cache.
@@ -254,16 +273,21 @@ fn chain(source: &Source, cuts: u64, seed: u64) -> (Promised, usize, usize) {
     for number in 1..=cuts {
         // Half of the cuts come between two operations of the disk, which a moment chosen by time seldom
         // meets; the others while the processor or the TPM works.
-        let cut = if number % 2 == 1 {
+        let (cut, operation) = if number % 2 == 1 {
             let file = device.path(&format!("cut-{number}"));
-            disk.cut_after(1 + chance.below(WINDOW_OPERATIONS), &file);
-            Cut::File(file)
+            (Cut::File(file), 1 + chance.below(WINDOW_OPERATIONS))
         } else {
             let text = if chance.below(5) == 0 { "vm: starting" } else { "vm: booted" };
-            Cut::After(text.into(), Duration::from_millis(chance.below(WINDOW_MS)))
+            (Cut::After(text.into(), Duration::from_millis(chance.below(WINDOW_MS))), 0)
         };
         let kind = format!("{cut:?}");
-        let ended = Machine { cut: Some(cut), ..source.machine(&device, &disk) }.run();
+        let ended = source.run(&device, &disk, || {
+            if let Cut::File(file) = &cut {
+                let _ = fs::remove_file(file);
+                disk.cut_after(operation, file);
+            }
+            Machine { cut: Some(cut.clone()), ..source.machine(&device, &disk) }
+        });
         let loss = disk.cut(|limit| chance.below(limit));
         let last = ended
             .after("vm: ")
@@ -280,9 +304,12 @@ fn chain(source: &Source, cuts: u64, seed: u64) -> (Promised, usize, usize) {
         cached += loss.cached;
         lost += loss.lost;
     }
-    let mut last = source.machine(&device, &disk);
-    last.cmdline += " vm.do=check";
-    let ended = last.expect(0, &["vm: committed"]);
+    let ended = source.run(&device, &disk, || {
+        let mut last = source.machine(&device, &disk);
+        last.cmdline += " vm.do=check";
+        last
+    });
+    ended.expect(0, &["vm: committed"]);
     promised.follow(&ended);
     // Nothing but the console was asked so far: the TPM itself, on the host.
     assert_eq!(device.floor(), promised.current, "the floor is what was committed last");

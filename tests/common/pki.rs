@@ -178,6 +178,30 @@ impl Pki {
         self
     }
 
+    /// Revokes `NAME.pem`, which `ISSUER` issued.
+    pub fn revoke(&self, name: &str, issuer: &str) -> &Self {
+        let (pem, ca, key) = (format!("{name}.pem"), format!("{issuer}.pem"), format!("{issuer}.key"));
+        self.openssl(&["ca", "-config", "openssl.cnf", "-cert", &ca, "-keyfile", &key, "-revoke", &pem]);
+        self
+    }
+
+    /// Makes the issuer's list of what it has revoked.
+    pub fn crl(&self, issuer: &str, out: &str) -> &Self {
+        self.make_crl(issuer, out, &["-crldays", "30"])
+    }
+
+    /// The same, of a time and to be renewed at another (`YYYYMMDDHHMMSSZ`).
+    pub fn dated_crl(&self, issuer: &str, out: &str, [from, until]: [&str; 2]) -> &Self {
+        self.make_crl(issuer, out, &["-crl_lastupdate", from, "-crl_nextupdate", until])
+    }
+
+    fn make_crl(&self, issuer: &str, out: &str, more: &[&str]) -> &Self {
+        let (ca, key) = (format!("{issuer}.pem"), format!("{issuer}.key"));
+        let words = ["ca", "-config", "openssl.cnf", "-cert", &ca, "-keyfile", &key, "-gencrl", "-out", out];
+        self.openssl(&[&words, more].concat());
+        self
+    }
+
     /// Signs FILE with NAME.key, to `SIG`, with more words for `openssl dgst`.
     pub fn sign_with(&self, name: &str, file: &str, sig: &str, more: &[&str]) -> &Self {
         let key = format!("{name}.key");

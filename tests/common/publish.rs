@@ -48,6 +48,11 @@ impl Publisher {
         Self { dir: dir.to_path_buf(), product: PRODUCT.parse().expect("a UUID") }
     }
 
+    /// Where everything of this publisher is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// A file of `mosfs keys generate`.
     pub fn key(&self, name: &str) -> PathBuf {
         self.dir.join("keys").join(name)

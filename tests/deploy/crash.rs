@@ -21,8 +21,13 @@ const FAILPOINTS: &[(&str, u64)] = &[
     ("deploy.folder.renamed", 1),
     ("deploy.state.written", 1),
     ("deploy.state.renamed", 1),
-    ("commit.blessed", 1),
-    ("commit.raised", 1),
+    ("commit.state.blessed", 1),
+    ("commit.floor.raised", 1),
+    ("deploy.previous.dropped", 1),
+    ("deploy.folder.removing", 1),
+    ("deploy.gc.folders", 1),
+    ("store.gc.names", 1),
+    ("store.gc.blob", 2),
 ];
 
 struct World {
@@ -74,10 +79,11 @@ fn check_update(world: &World, device: &Device, what: &str) {
     let fallback = device.boot_if(|version| version == 200).unwrap();
     assert_eq!(fallback.deployment.version, 200, "{what}");
     device.ok(&strs(&world.update_args()));
-    // Not booted again: each boot above may have spent a try, and `commit` comes after a boot.
+    // Not booted again: each boot above may have spent a try. But `commit` comes after a boot.
     let pending = device.state().pending.expect("an update is pending");
     assert_eq!(pending.deployment.version, 201, "{what}");
     assert!(pending.tries_left > 0, "{what}");
+    device.record_boot(pending.deployment);
 }
 
 /// After a crash of `commit`: 201 boots; again finishes it.

@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use mosfs::deploy::booted::BootRecord;
 use mosfs::deploy::choice::{Booted, Role, choose};
-use mosfs::deploy::{DeployError, State, System};
+use mosfs::deploy::{DeployError, DeploymentId, State, System};
 use mosfs::floor::{self, Config, Floor, Place, Tcti};
 use mosfs::trust::Anchor;
 use tempfile::TempDir;
@@ -62,7 +63,7 @@ impl Device {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mosfs"));
         command.args(args);
-        if ["install", "update", "commit", "status", "floor", "activate"].contains(&args[0]) {
+        if ["install", "update", "commit", "status", "floor", "activate", "gc", "repair"].contains(&args[0]) {
             command.args(&self.floor);
         }
         command
@@ -132,22 +133,48 @@ impl Device {
 
     /// What the initramfs would do: the version that boots, in which role, and the content of
     /// its one file's layer is not looked at. `start` may refuse versions.
+    /// Its record is left where the system would find it.
     pub fn boot_if(&self, good: impl Fn(u64) -> bool) -> Result<Booted<()>, DeployError> {
         let anchor = Anchor::load(&self.config()).expect("an anchor");
         let mut floor = self.open_floor();
-        choose(&System::at(self.system()), &anchor, floor.as_mut(), |verified, _| {
+        let _ = fs::remove_file(self.boot_record());
+        let booted = choose(&System::at(self.system()), &anchor, floor.as_mut(), |verified, _| {
             if good(verified.manifest().version) {
                 Ok(())
             } else {
                 Err(DeployError::NothingInstalled { path: "its root cannot be mounted".into() }.into())
             }
-        })
+        })?;
+        self.record_boot(booted.deployment);
+        Ok(booted)
+    }
+
+    /// Where the record of the boot is that runs.
+    pub fn boot_record(&self) -> PathBuf {
+        self.dir.join("run/boot.json")
+    }
+
+    /// Records that this deployment runs.
+    pub fn record_boot(&self, deployment: DeploymentId) {
+        let record = BootRecord { deployment, backend: "fuse".into(), phases_ms: Vec::new() };
+        record.save(&self.boot_record()).expect("a record");
     }
 
     /// What boots when everything that verifies can be mounted.
     pub fn boot(&self) -> (u64, Role) {
         let booted = self.boot_if(|_| true).expect("something boots");
         (booted.deployment.version, booted.role)
+    }
+
+    /// The versions of the deployments on the disk, sorted.
+    pub fn versions(&self) -> Vec<u64> {
+        let mut versions: Vec<u64> = fs::read_dir(self.system().join("deployments"))
+            .expect("a folder")
+            .map(|entry| text(entry.expect("an entry").file_name().as_encoded_bytes()))
+            .filter_map(|name| name.split_once('-')?.0.parse().ok())
+            .collect();
+        versions.sort_unstable();
+        versions
     }
 
     /// Everything on the device's disk, by path and content.

@@ -18,7 +18,9 @@ fn the_floor_rises_from_200_to_20261123_in_one_commit_and_never_falls() {
     let device = Device::with_tpm(&tpm);
     device.install(&publisher, 200);
     device.provision(&publisher);
+    assert_eq!(device.boot(), (200, Role::Current));
     device.ok(&["commit"]);
+    let old = device.state().current.unwrap();
     let old_disk = dir.path().join("old disk");
     device.copy_disk(&old_disk);
     device.ok(&["update", &publisher.source_of(20_261_123)]);
@@ -38,6 +40,8 @@ fn the_floor_rises_from_200_to_20261123_in_one_commit_and_never_falls() {
     assert!(matches!(error, DeployError::NoneLeft { .. }));
     let why = error.to_string();
     assert!(why.contains("version 200") && why.contains("20261123"), "{why}");
+    // Not even where something claims that the old one runs.
+    device.record_boot(old);
     device.refused(&["commit"], 4, &["version 200", "20261123"]);
 }
 
@@ -68,11 +72,12 @@ fn a_cleared_tpm_stops_the_boot_with_code_5() {
     let device = Device::with_tpm(&tpm);
     device.install(&publisher, 200);
     device.provision(&publisher);
-    device.ok(&["commit"]);
     assert_eq!(device.boot(), (200, Role::Current));
+    device.ok(&["commit"]);
     tpm.tool_ok("tpm2_clear", &["-c", "p"]);
     let error = device.boot_if(|_| true).unwrap_err();
     assert_eq!(error.class().exit_code(), 5, "{error}");
+    device.record_boot(device.state().current.unwrap());
     device.refused(&["commit"], 5, &["0x01500050"]);
 }
 
@@ -87,6 +92,7 @@ fn two_commits_at_once_are_as_if_one_after_the_other() {
     device.install(&publisher, 200);
     device.provision(&publisher);
     device.ok(&["update", &publisher.source_of(201)]);
+    assert_eq!(device.boot(), (201, Role::Pending));
     let both: Vec<_> = (0..2).map(|_| device.command(&["commit"]).spawn().unwrap()).collect();
     for mut one in both {
         assert!(one.wait().unwrap().success());

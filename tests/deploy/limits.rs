@@ -7,10 +7,11 @@ use crate::device::{Device, text};
 use crate::publish::Publisher;
 
 /// A small file system at the device's system folder, unmounted on drop.
-struct SmallDisk(std::path::PathBuf);
+pub struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
-    fn mount(device: &Device, megabytes: u64) -> Self {
+    /// Mounts it.
+    pub fn mount(device: &Device, megabytes: u64) -> Self {
         let at = device.system();
         std::fs::create_dir_all(&at).unwrap();
         tool("mount", &["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "tmpfs"], &at);
@@ -34,7 +35,7 @@ fn tool(name: &str, args: &[&str], path: &Path) {
 }
 
 /// Text that does not compress.
-fn noise(bytes: usize, mut seed: u64) -> String {
+pub fn noise(bytes: usize, mut seed: u64) -> String {
     let mut text = String::with_capacity(bytes);
     while text.len() < bytes {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -126,41 +127,38 @@ fn gc_keeps_current_pending_and_previous_and_a_crash_of_it_can_be_run_again() {
     let device = Device::with_file_floor();
     for version in 200..=203 {
         publisher.publish(version, &format!("content of {version}"));
-        if version == 200 {
-            device.install(&publisher, version);
-        } else {
-            device.ok(&["update", &publisher.source_of(version)]);
-        }
-        // The last one stays pending.
-        if version < 203 {
-            device.ok(&["commit"]);
-        }
     }
-    let versions = || {
-        let mut versions: Vec<u64> = std::fs::read_dir(device.system().join("deployments"))
-            .unwrap()
-            .map(|entry| text(entry.unwrap().file_name().as_encoded_bytes()))
-            .filter_map(|name| name.split_once('-')?.0.parse().ok())
-            .collect();
-        versions.sort_unstable();
-        versions
-    };
-    assert_eq!(versions(), [200, 201, 202, 203]);
+    device.install(&publisher, 200);
+    device.ok(&["update", &publisher.source_of(201)]);
+    // Blessed, and cut off before the floor rose: 200 may still be booted.
+    let cut = device.command(&["commit"]).env("MOSFS_FAILPOINT", "commit.state.blessed").output().unwrap();
+    assert!(!cut.status.success());
+    device.ok(&["update", &publisher.source_of(202)]);
+    assert_eq!(device.versions(), [200, 201, 202]);
+    let state = device.state();
+    let version = |id: Option<mosfs::deploy::DeploymentId>| id.map(|id| id.version);
+    assert_eq!((version(state.previous), version(state.current)), (Some(200), Some(201)));
+    // An update that was cut off before the state named its deployment.
+    let cut = device.command(&["update", &publisher.source_of(203)]);
+    let cut = { cut }.env("MOSFS_FAILPOINT", "deploy.folder.renamed").output().unwrap();
+    assert!(!cut.status.success());
+    assert_eq!(device.versions(), [200, 201, 202, 203]);
     let before = device.snapshot();
     let said = device.ok(&["gc", "--dry-run"]);
-    assert!(said.contains("would remove deployment 200-"), "{said}");
+    assert!(said.contains("would remove deployment 203-"), "{said}");
     assert_eq!(device.snapshot(), before);
     for point in ["deploy.folder.removing", "deploy.gc.folders", "store.gc.names", "store.gc.blob"] {
-        let _ = device.command(&["gc"]).env("MOSFS_FAILPOINT", point).output().unwrap();
+        let cut = device.command(&["gc"]).env("MOSFS_FAILPOINT", point).output().unwrap();
+        assert!(!cut.status.success(), "{point}");
         device.ok(&["verify"]);
-        assert_eq!(device.state().current.unwrap().version, 202, "{point}");
+        assert_eq!(device.state(), state, "{point}");
     }
     device.ok(&["gc"]);
-    assert_eq!(versions(), [201, 202, 203]);
+    assert_eq!(device.versions(), [200, 201, 202]);
     device.ok(&["verify"]);
     let said = device.ok(&["gc"]);
     assert!(said.contains("removed 0 blobs"), "{said}");
-    assert_eq!(device.boot().0, 203);
+    assert_eq!(device.boot().0, 202);
 }
 
 #[test]

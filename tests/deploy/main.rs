@@ -3,6 +3,9 @@
 //! Test names say which rule of the design they hold. The TPM is a real swtpm; the second opinion
 //! is tpm2-tools'.
 
+#[path = "../common/pki.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod pki;
 #[path = "../common/publish.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod publish;
@@ -14,4 +17,9 @@ mod crash;
 mod device;
 mod floor;
 mod limits;
+mod offers;
+mod replace;
 mod rules;
+mod same;
+mod signers;
+mod space;

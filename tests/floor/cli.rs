@@ -444,7 +444,9 @@ fn the_development_floor_warns_each_time() {
 
 #[test]
 fn a_crash_at_each_step_of_provisioning_can_be_run_again() {
-    for failpoint in ["floor.defined", "floor.config", "floor.config:2", "floor.provisioned"] {
+    for failpoint in
+        ["floor.index.defined", "config.floor.linked", "config.floor.linked:2", "floor.index.provisioned"]
+    {
         let (bench, swtpm) = (Bench::new(), Swtpm::start());
         let crashed =
             bench.command(Some(&swtpm), &AT_HAND).env("MOSFS_FAILPOINT", failpoint).output().unwrap();
@@ -452,7 +454,7 @@ fn a_crash_at_each_step_of_provisioning_can_be_run_again() {
         // What the killed process left in a TPM that has no resource manager.
         swtpm.tool_ok("tpm2_flushcontext", &["-l"]);
         swtpm.tool_ok("tpm2_flushcontext", &["-t"]);
-        if failpoint == "floor.provisioned" {
+        if failpoint == "floor.index.provisioned" {
             // It was done; only saying so was cut off.
             bench.fails(Some(&swtpm), &AT_HAND, 5, "has its floor already");
         } else {

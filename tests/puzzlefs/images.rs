@@ -9,6 +9,7 @@ use mosfs::image::blobs::BlobFolder;
 use mosfs::image::format::ChunkedLayer;
 use mosfs::image::oci::{Index, MAX_INDEX_BYTES, OciImage};
 use mosfs::image::puzzlefs::Puzzlefs;
+use mosfs::sys::file::Links;
 
 /// The images: layout, name in it, and the expected tree.
 pub const IMAGES: [(&str, &str, &str); 7] = [
@@ -50,7 +51,7 @@ pub fn layer(layout: &Path, image: &OciImage) -> ChunkedLayer {
         digest: rootfs.digest,
         size: rootfs.size,
         chunks: Arc::clone(&image.chunks),
-        blobs: Arc::new(BlobFolder::of_layout(layout)),
+        blobs: Arc::new(BlobFolder::of_layout(layout, Links::Refused)),
     }
 }
 

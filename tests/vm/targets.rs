@@ -88,7 +88,7 @@ fn devices() -> Vec<String> {
 }
 
 fn wait_for_devices(expected: &[&str]) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(300);
     while devices() != expected {
         assert!(Instant::now() < end, "expected {expected:?}, found {:?}", devices());
         std::thread::sleep(Duration::from_millis(20));
@@ -170,16 +170,16 @@ fn guest_activate_mends_what_a_crash_left() {
         unreachable!("the failpoint was not passed");
     }
     let points = [
-        "activate.planned:1",
-        "activate.prepared:2",
-        "activate.cleared:1",
-        "activate.folder:2",
-        "kernel.attached:1",
-        "kernel.attached:2",
-        "activate.mounted:1",
-        "dm-verity-created:1",
-        "dm-verity-live:2",
-        "dm-verity-overlay:2",
+        "activate.plan.made:1",
+        "activate.mount.prepared:2",
+        "activate.place.cleared:1",
+        "activate.place.made:2",
+        "kernel.tree.attached:1",
+        "kernel.tree.attached:2",
+        "activate.mount.attached:1",
+        "kernel.device.created:1",
+        "kernel.device.live:2",
+        "kernel.overlay.assembled:2",
     ];
     let crash = |point: &str| {
         let status = Command::new("/proc/self/exe")
@@ -201,7 +201,12 @@ fn guest_activate_mends_what_a_crash_left() {
         unmount_targets();
     }
     // The same where a mount is replaced: one layer is new, and the old mount is in place.
-    for point in ["activate.prepared:2", "activate.cleared:2", "kernel.attached:1", "dm-verity-live:1"] {
+    for point in [
+        "activate.mount.prepared:2",
+        "activate.place.cleared:2",
+        "kernel.tree.attached:1",
+        "kernel.device.live:1",
+    ] {
         let device = GuestDevice::new("crash");
         assert_eq!(device.activate(), 0);
         device.next();

@@ -1,7 +1,7 @@
 #!/bin/bash
 # dracut module: what `mosfs boot` needs in the initramfs (see README of dracut, "module-setup.sh").
 #
-# CONFIG, which is what the boot trusts, is taken from /etc/mosfs (manifestCA.pem, product,
+# CONFIG, which is what the boot trusts, is taken from /etc/mosfs (manifestCA.pem, crl.pem, product,
 # floor.pub, overlay) at the time that the initramfs is made.
 
 check() {
@@ -32,7 +32,7 @@ install() {
     inst_multiple env modprobe mount
     # Loaded with dlopen when the TPM is asked, so nothing that lists libraries sees it.
     inst_libdir_file "libtss2-esys.so.0*" "libtss2-sys.so.1*" "libtss2-mu.so.0*"
-    for file in manifestCA.pem product floor.pub overlay; do
+    for file in manifestCA.pem crl.pem product floor.pub overlay; do
         [[ ! -e ${dracutsysrootdir-}/etc/mosfs/$file ]] || inst_simple "/etc/mosfs/$file"
     done
     inst_hook cmdline 90 "$moddir/parse-mosfs.sh"

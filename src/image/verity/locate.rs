@@ -8,8 +8,8 @@
 //!                   the signature of a verity superblock                 -> Present, or an error
 //! ```
 //!
-//! Rule: the file ends with the hash tree. No hash covers what lies behind it, so bytes there are refused, like
-//! a tree that is cut off.
+//! Rule (docs/design.md, verity location): the file ends with the hash tree. No hash covers what lies behind it, so
+//! bytes there are refused, like a tree that is cut off.
 
 use super::{BLOCK_BYTES, Geometry, SIGNATURE, Superblock, VerityError, data_bytes};
 use crate::image::bytes::{ReadAt, len, read_exact};

@@ -176,7 +176,7 @@ pub fn mount(
     foreign: &[RawFd],
 ) -> Result<(), MountError> {
     let mounted = Mounted::new(&plan.source, target, flags)?;
-    failpoint::hit("fuse.mounted");
+    failpoint::hit("fuse.tree.attached");
     let undo = (mounted.target.clone(), mounted.as_root);
     let failed = |operation| move |source| MountError::System { operation, source };
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;

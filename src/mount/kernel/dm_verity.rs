@@ -22,10 +22,10 @@
 //! **Locks.** `RUN/dm.lock` (flock) is held from the look-up of a device until it has a holder.
 //! Where `RUN` is not shared (containers), the loser of the race for a name tries again.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,6 +36,7 @@ use crate::failpoint;
 use crate::image::verity::{BLOCK_BYTES, Located, VerityData, VerityError, locate};
 use crate::mount::plan::PlannedLayer;
 use crate::sys::dm::{Control, Target};
+use crate::sys::file::{self, Links, open_regular};
 use crate::sys::flock::Lock;
 use crate::sys::loopdev::LoopDevice;
 use crate::sys::mountapi::{FsContext, MountError};
@@ -44,6 +45,8 @@ use crate::sys::mountapi::{FsContext, MountError};
 const SECTOR_BYTES: u64 = 512;
 /// Prefix of the names of our devices.
 const NAME_PREFIX: &str = "mosfs-";
+/// Prefix of their UUIDs, which say that a device is ours.
+const UUID_PREFIX: &str = "MOSFS-VERITY-";
 /// How often a lost race for a device is tried again, 10 ms apart.
 const TRIES: u32 = 300;
 
@@ -222,7 +225,7 @@ impl DmVerity {
             // Other errors: an older kernel, which will say so when the table is loaded.
             _ => {}
         }
-        std::fs::create_dir_all(run_dir).on("create", run_dir)?;
+        file::create_folders(run_dir)?;
         let backend = Self { control, lock_path: run_dir.join("dm.lock") };
         backend.sweep()?;
         Ok(backend)
@@ -236,7 +239,8 @@ impl DmVerity {
                 continue;
             }
             let Ok(status) = self.control.status(&device.name) else { continue };
-            if status.open_count == 0 && !status.deferred_remove {
+            // Rule: the UUID tells whose a device is. Anybody's volume group may be called `mosfs`.
+            if status.uuid.starts_with(UUID_PREFIX) && status.open_count == 0 && !status.deferred_remove {
                 // Whoever opened it meanwhile keeps it: the removal is then refused as busy.
                 let _ = self.control.remove(&device.name, false);
             }
@@ -261,7 +265,7 @@ impl DmVerity {
         let layer = &KernelLayer::of(layer)?;
         let device = self.activate(layer)?;
         let mounted = mount_device(layer.file_system, &device.node);
-        failpoint::hit("dm-verity-layer");
+        failpoint::hit("kernel.layer.mounted");
         // Rule (docs/design.md, corrupt is seen): after
         // activation the device's status is checked. Mounting has read the superblock and the
         // tables at both ends of the image, so the tree has been used by now; a mount that failed
@@ -289,11 +293,7 @@ impl DmVerity {
 
     /// Finds or makes the verity device of a layer.
     fn activate(&self, layer: &KernelLayer<'_>) -> Result<Device, DmVerityError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(layer.path)
-            .on("open", layer.path)?;
+        let (file, _) = open_regular(layer.path, Links::Followed)?;
         let data = locate(&file).and_then(Located::required).map_err(|source| DmVerityError::NoVerity {
             digest: layer.digest,
             path: layer.path.to_path_buf(),
@@ -351,7 +351,7 @@ impl DmVerity {
         let backend = Self { control: Control::open().ok()?, lock_path: PathBuf::new() };
         let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
         let status = backend.control.status(&name).ok().filter(|status| status.live)?;
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(layer.path).ok()?;
+        let (file, _) = open_regular(layer.path, Links::Followed).ok()?;
         let data = locate(&file).and_then(Located::required).ok()?;
         backend.join(&name, status.dev, layer, &data).ok().map(|device| device.holder)
     }
@@ -379,19 +379,19 @@ impl DmVerity {
                     source,
                 }
             })?;
-        let uuid = format!("MOSFS-VERITY-{}", layer.root_hash.hex());
+        let uuid = format!("{UUID_PREFIX}{}", layer.root_hash.hex());
         self.control.create(name, &uuid).map_err(|source| failed("create", source))?;
-        failpoint::hit("dm-verity-created");
+        failpoint::hit("kernel.device.created");
         let finish = || {
             let target = target(data, &loop_device.major_minor(), &layer.root_hash);
             self.control.load(name, &target).map_err(|source| failed("load a table into", source))?;
-            failpoint::hit("dm-verity-loaded");
+            failpoint::hit("kernel.device.loaded");
             let status = self.control.status(name).map_err(|source| failed("look for", source))?;
             let device = open_node(name, status.dev).map_err(|source| failed("open", source))?;
             // From here on the device goes when its last holder does, and we are one.
             self.control.remove(name, true).map_err(|source| failed("mark for removal", source))?;
             self.control.resume(name).map_err(|source| failed("activate", source))?;
-            failpoint::hit("dm-verity-live");
+            failpoint::hit("kernel.device.live");
             Ok(device)
         };
         finish().inspect_err(|_| {
@@ -450,7 +450,7 @@ pub fn assemble(
 ) -> Result<OwnedFd, DmVerityError> {
     let lowers: Vec<_> = layers.iter().map(|layer| layer.0.as_fd()).collect();
     let overlay = overlay::assemble(&lowers, upper, source, attributes)?;
-    failpoint::hit("dm-verity-overlay");
+    failpoint::hit("kernel.overlay.assembled");
     Ok(overlay)
 }
 

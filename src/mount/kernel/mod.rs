@@ -21,15 +21,11 @@ use std::time::{Duration, Instant};
 
 use self::dm_verity::{DmVerity, DmVerityError};
 use self::overlay::Upper;
-use crate::error::IoContext;
 use crate::failpoint;
 use crate::mount::backend::{DM_VERITY, FUSE, OVERLAY_SOURCE_PREFIX};
 use crate::mount::table::{self, DaemonRecord, MountRecord};
 use crate::mount::{MountError, MountFlags, MountPlan};
-use crate::sys::mountapi;
-
-/// Where locks and records of root's mounts are.
-pub const RUN_DIR: &str = "/run/mosfs";
+use crate::sys::{self, file, mountapi};
 
 /// The tree of a plan, attached nowhere, and how long its layers took. Dropping it frees everything.
 ///
@@ -52,14 +48,14 @@ pub fn assemble(
 pub fn attach(tree: OwnedFd, plan: &MountPlan, target: &Path) -> Result<(), MountError> {
     let target = mount_point(target)?;
     mountapi::attach(tree, &target).map_err(DmVerityError::Mount)?;
-    failpoint::hit("kernel.attached");
+    failpoint::hit("kernel.tree.attached");
     record(plan, &target, DM_VERITY, None)
 }
 
 /// Puts a writable layer over a FUSE mount, which `mount_lower` makes at the folder given, and attaches that at
 /// `target`. Returns how long the lower mount took.
 ///
-/// The FUSE mount is made at a folder in [`RUN_DIR`] and taken out of the tree as soon as the overlay
+/// The FUSE mount is made at a folder in [`sys::run_dir`] and taken out of the tree as soon as the overlay
 /// has a mount of its own of it; so it lives exactly as long as the overlay, and so does its daemon.
 pub fn attach_over_fuse(
     plan: &MountPlan,
@@ -84,20 +80,22 @@ pub fn attach_over_fuse(
     Ok(with_lower)
 }
 
-/// An empty folder in [`RUN_DIR`] that is removed again.
+/// An empty folder in [`sys::run_dir`] that is removed again.
 struct LowerFolder(PathBuf);
 
 impl LowerFolder {
     fn new() -> Result<Self, MountError> {
-        let parent = Path::new(RUN_DIR).join("lower");
-        fs::create_dir_all(&parent).on("create", &parent)?;
+        let parent = sys::run_dir().join("lower");
+        file::create_folders(&parent)?;
         let mut number = 0;
         loop {
             let path = parent.join(format!("{}-{number}", std::process::id()));
-            match fs::create_dir(&path) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < 1000 => number += 1,
+            match file::create_folder(&path, 0o700) {
+                Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists && number < 1000 => {
+                    number += 1
+                }
                 result => {
-                    result.on("create", &path)?;
+                    result?;
                     return Ok(Self(path));
                 }
             }

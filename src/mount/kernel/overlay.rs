@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 
+use crate::sys::file;
 use crate::sys::mountapi::{self, FsContext, MountError};
 
 /// Most layers of a stack: `OVL_MAX_STACK` in the kernel's fs/overlayfs/params.h, less the empty one.
@@ -165,9 +166,9 @@ fn prepare(
         let call = format!("prepare the upper folder {}", path.display());
         MountError { call, source, log: Vec::new() }
     };
-    std::fs::create_dir_all(&paths.work).map_err(|source| failed(&paths.work, source))?;
+    file::create_folders(&paths.work).map_err(|error| failed(&error.path, error.source))?;
     if !paths.upper.is_dir() {
-        std::fs::create_dir_all(&paths.upper).map_err(|source| failed(&paths.upper, source))?;
+        file::create_folders(&paths.upper).map_err(|error| failed(&error.path, error.source))?;
         if let Some(root) = root {
             let copy = || {
                 let root = std::fs::File::from(root.try_clone_to_owned()?).metadata()?;

@@ -20,7 +20,7 @@ mod library;
 mod tcti;
 
 use std::cell::Cell;
-use std::os::fd::RawFd;
+use std::path::Path;
 use std::ptr::{null, null_mut};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -32,6 +32,8 @@ use tss_esapi::tss2_esys as tss;
 use commands::{build_nv_public, build_public};
 use library::Library;
 use tcti::{Channel, Failure};
+
+use super::flock::Lock;
 pub use tcti::{Tcti, TctiError};
 
 /// `TPM2_RC_RETRY`, `TPM2_RC_NV_RATE`, `TPM2_RC_YIELDED`, `TPM2_RC_TESTING`: the same command may do later
@@ -201,13 +203,6 @@ pub struct NvIndex {
     handle: tss::ESYS_TR,
 }
 
-/// Holds other processes off; lets go when dropped.
-pub struct TpmLock {
-    // Keeps the descriptor open.
-    _inner: Rc<Inner>,
-    descriptor: RawFd,
-}
-
 impl Tpm {
     /// Connects to a TPM; `budget` is the time for this and for what follows, see the module's comment.
     pub fn open(tcti: &Tcti, budget: Duration) -> Result<Self, TpmError> {
@@ -240,21 +235,20 @@ impl Tpm {
         self.0.channel().set_deadline(Instant::now() + self.0.budget);
     }
 
-    /// Waits until no other process of mosfs holds this TPM, and holds it.
+    /// Waits until no other process of mosfs holds this lock file, and holds it.
     ///
-    /// A lock of the device file, flock(2): it stops nobody who does not ask for it.
-    pub fn lock(&self) -> Result<TpmLock, TpmError> {
+    /// The file is one of ours: whoever may open the TPM's device could hold a lock of it for ever.
+    ///
+    /// # Errors
+    /// [`TpmError::Timeout`] when the budget is spent; [`TpmError::Io`] where there can be no lock file.
+    pub fn lock(&self, path: &Path) -> Result<Lock, TpmError> {
         let operation = "be free of other processes";
-        let descriptor = self.0.channel().descriptor().ok_or_else(|| self.0.timeout(operation))?;
         loop {
-            // SAFETY: flock takes no pointer, and `self` keeps the descriptor open.
-            if unsafe { libc::flock(descriptor, libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-                return Ok(TpmLock { _inner: self.0.clone(), descriptor });
-            }
-            let source = std::io::Error::last_os_error();
-            match source.raw_os_error() {
-                Some(libc::EWOULDBLOCK | libc::EINTR) => {}
-                _ => return Err(TpmError::Io { tcti: self.0.tcti.clone(), operation, source }),
+            match Lock::try_exclusive(path) {
+                Ok(Some(lock)) => return Ok(lock),
+                Ok(None) => {}
+                Err(source) if source.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(TpmError::Io { tcti: self.0.tcti.clone(), operation, source }),
             }
             if self.0.channel().deadline().is_none_or(|deadline| Instant::now() >= deadline) {
                 return Err(self.0.timeout(operation));
@@ -520,12 +514,5 @@ impl Drop for NvIndex {
             // SAFETY: the context is live, and the handle is not used again. No command is sent.
             unsafe { (self.inner.library.Esys_TR_Close)(self.inner.esys.get(), &raw mut handle) };
         }
-    }
-}
-
-impl Drop for TpmLock {
-    fn drop(&mut self) {
-        // SAFETY: flock takes no pointer, and `_inner` keeps the descriptor open.
-        unsafe { libc::flock(self.descriptor, libc::LOCK_UN) };
     }
 }

@@ -24,7 +24,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -197,11 +197,6 @@ impl Channel {
     /// The failure since the last call of this, if there was one.
     pub(super) fn take_failure(&self) -> Option<Failure> {
         self.state.try_borrow_mut().ok().and_then(|mut state| state.failure.take())
-    }
-
-    /// The descriptor of the connection, to lock it.
-    pub(super) fn descriptor(&self) -> Option<RawFd> {
-        self.state.try_borrow().ok().map(|state| state.link.as_raw_fd())
     }
 }
 

@@ -1,0 +1,282 @@
+//! What a user can do about an error. All hints are here, and only [`super::output`] asks for them.
+
+use crate::deploy::DeployError;
+use crate::deploy::activate::NotActive;
+use crate::error::{AnyError, Class, Classified};
+use crate::floor::{self, FloorError};
+use crate::manifest::{ImportErrors, SystemError};
+use crate::publish::keys::GenerateError;
+use crate::store::StoreError;
+use crate::store::fsck::NotWhole;
+use crate::transport::TransportError;
+#[cfg(feature = "registry")]
+use crate::transport::registry::RegistryError;
+use crate::trust::pem::SecretInPublic;
+use crate::trust::{AnchorError, KeyError, SignError, TrustError};
+
+/// What a user can do about an error, if there is something. The library's errors say what is
+/// wrong; only here is it said what to run.
+///
+/// An error type with advice has a function below and a row here. A type that wraps another one
+/// as `#[error(transparent)]` is looked through by its own function, because `source` skips it.
+pub(super) fn of(error: &AnyError) -> Option<&'static str> {
+    let mut cause = Some(error.inner());
+    while let Some(this) = cause {
+        let found = None
+            .or_else(|| this.downcast_ref().and_then(for_floor))
+            .or_else(|| this.downcast_ref().and_then(for_floor_key))
+            .or_else(|| this.downcast_ref().and_then(for_activation))
+            .or_else(|| this.downcast_ref().and_then(for_deploy))
+            .or_else(|| this.downcast_ref().and_then(for_store))
+            .or_else(|| this.downcast_ref().and_then(for_transport))
+            .or_else(|| this.downcast_ref().and_then(for_secret))
+            .or_else(|| this.downcast_ref().and_then(for_not_whole))
+            .or_else(|| this.downcast_ref().and_then(for_trust))
+            .or_else(|| this.downcast_ref().and_then(for_anchor))
+            .or_else(|| this.downcast_ref().and_then(for_key))
+            .or_else(|| this.downcast_ref().and_then(for_generate))
+            .or_else(|| this.downcast_ref().and_then(for_sign))
+            .or_else(|| this.downcast_ref().and_then(for_system))
+            .or_else(|| this.downcast_ref().and_then(for_import));
+        if found.is_some() {
+            return found;
+        }
+        cause = this.source();
+    }
+    None
+}
+
+fn for_store(error: &StoreError) -> Option<&'static str> {
+    match error {
+        StoreError::Transport(error) => for_transport(error),
+        _ => None,
+    }
+}
+
+#[cfg(not(feature = "registry"))]
+fn for_transport(_: &TransportError) -> Option<&'static str> {
+    None
+}
+
+#[cfg(feature = "registry")]
+fn for_transport(error: &TransportError) -> Option<&'static str> {
+    let TransportError::Registry(error) = error else { return None };
+    Some(match **error {
+        RegistryError::Denied { .. } => {
+            "log in with `podman login` or `docker login`, or give --authfile (docs/registries.md, credentials)"
+        }
+        RegistryError::Tls { .. } => {
+            "put the registry's CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
+        }
+        RegistryError::Network { .. } | RegistryError::Stalled { .. } => {
+            "run the command again: what was received is kept"
+        }
+        _ => return None,
+    })
+}
+
+fn for_trust(error: &TrustError) -> Option<&'static str> {
+    Some(match error {
+        TrustError::Expired { .. } => {
+            "ask the publisher for a system signed with a renewed certificate, or check this machine's clock"
+        }
+        TrustError::NotYetValid { .. } => "check this machine's clock",
+        TrustError::IncompleteChain { .. } => {
+            "append the certificates between the signer and the CA to the certificate file"
+        }
+        TrustError::SelfSigned { .. } | TrustError::UntrustedCertificate { .. } => {
+            "do not install this system unless its publisher confirms the certificate"
+        }
+        TrustError::OtherProduct { .. } | TrustError::ManifestOtherProduct { .. } => {
+            "this system was made for other devices"
+        }
+        TrustError::BadSignature { .. } => {
+            "fetch the system again; if it fails again, its bytes were changed after signing"
+        }
+        TrustError::Revoked { .. } => {
+            "install a system that is signed with another key: this one was taken back (docs/keys.md)"
+        }
+        TrustError::PrivateKey { .. } => {
+            "give a file with certificates alone; if the other one was published, replace the key (docs/keys.md)"
+        }
+        TrustError::TruncatedSignature { .. } | TrustError::UnreadableCertificate { .. } => {
+            "fetch the file again"
+        }
+        _ => return None,
+    })
+}
+
+fn for_deploy(error: &DeployError) -> Option<&'static str> {
+    Some(match error {
+        DeployError::Trust(error) => return for_trust(error),
+        DeployError::Transport(error) => return for_transport(error),
+        DeployError::Store(error) => return for_store(error),
+        DeployError::VersionElsewhere { .. } => "build the other system with a higher version",
+        DeployError::Floor(error) => return for_floor(error),
+        DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
+        DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
+        DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
+        DeployError::NoSpace { .. } => {
+            "free space on this file system: what mosfs itself does not need is gone already; nothing was fetched"
+        }
+        DeployError::MissingBlob { .. } => "run `mosfs repair SOURCE` with a source that has this system",
+        DeployError::Damaged { .. } => "run `mosfs repair`, or `mosfs repair SOURCE`; all else was done",
+        DeployError::NotMended { .. } => "run `mosfs repair SOURCE` with a source that has this system",
+        DeployError::OtherThanNamed { .. } => {
+            "leave out the name to take the highest version that verifies; the source's index was changed"
+        }
+        DeployError::BootUnknown { .. } => {
+            "run it in the system that mosfs has started; for a machine that mosfs never starts there is --unbooted"
+        }
+        DeployError::NoTriesLeft { .. } => "`mosfs update --again SOURCE` tries it once more",
+        DeployError::NotSigned { .. } => {
+            "copy the whole system: its signature and certificate are artifacts of their own"
+        }
+        DeployError::State { .. } => {
+            "run the mosfs that wrote the file, or a later one; `mosfs repair` writes a damaged one anew"
+        }
+        _ => return None,
+    })
+}
+
+fn for_secret(_: &SecretInPublic) -> Option<&'static str> {
+    Some(
+        "give a file with what is public alone; if the other one was published, replace the key (docs/keys.md)",
+    )
+}
+
+fn for_not_whole(_: &NotWhole) -> Option<&'static str> {
+    Some(
+        "on a device `mosfs repair` mends what it can from what else is there, `mosfs repair SOURCE` the rest",
+    )
+}
+
+fn for_anchor(error: &AnchorError) -> Option<&'static str> {
+    Some(match error {
+        AnchorError::Missing { .. } => {
+            "give --ca and --product to `mosfs install`, or --config if the configuration is elsewhere"
+        }
+        AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
+            "leave out --ca and --product to use what this device trusts"
+        }
+        AnchorError::Secret(error) => return for_secret(error),
+        AnchorError::BadCrl { .. } => "write it with `openssl ca -gencrl`, signed by the CA (docs/keys.md)",
+        _ => return None,
+    })
+}
+
+fn for_key(error: &KeyError) -> Option<&'static str> {
+    Some(match error {
+        KeyError::OpenToOthers { .. } => "run `chmod 600` on it, and consider whether someone has read it",
+        KeyError::Unsupported { .. } => "make a key with `mosfs keys generate`",
+        _ => return None,
+    })
+}
+
+fn for_generate(error: &GenerateError) -> Option<&'static str> {
+    match error {
+        GenerateError::Exists { .. } => Some("choose another folder"),
+        _ => None,
+    }
+}
+
+fn for_sign(error: &SignError) -> Option<&'static str> {
+    match error {
+        SignError::KeyMismatch { .. } => Some("give --key and --cert of the same signer"),
+        SignError::Certificate(error) => for_trust(error),
+        SignError::Key(error) => for_key(error),
+    }
+}
+
+fn for_system(error: &SystemError) -> Option<&'static str> {
+    match error {
+        SystemError::NotCanonical { .. } => Some("`mosfs manifest canonical FILE` prints the canonical form"),
+        _ => None,
+    }
+}
+
+fn for_import(errors: &ImportErrors) -> Option<&'static str> {
+    Some(match errors.class() {
+        Class::Verification => {
+            "another image is there than the one that was pinned; look at it before changing the pin"
+        }
+        _ => "`mosfs manifest check FILE` checks a manifest without building it",
+    })
+}
+
+/// What to do about an error of the floor.
+fn for_floor(error: &FloorError) -> Option<&'static str> {
+    Some(match error {
+        FloorError::NoTpm { .. } => {
+            "load the TPM's driver or name the TPM with --tpm; a development machine may use --floor file"
+        }
+        FloorError::NoLibrary { .. } => {
+            "install libtss2-esys-3.0.2-0 (tpm2-tss); an initramfs must carry libtss2-esys.so.0"
+        }
+        FloorError::NotProvisioned { .. } => {
+            "provision the device with `mosfs floor provision`; if it had a floor, somebody cleared its TPM"
+        }
+        FloorError::ProvisionIncomplete { .. } => {
+            "run `mosfs floor provision` again; if the device had a floor, somebody deleted it"
+        }
+        FloorError::FloorIndexTampered { .. } => {
+            "this is not the floor that the factory made, or CONFIG names another floor key or product: \
+             inspect the device before it is trusted again (docs/floor.md, \"Recovery\")"
+        }
+        FloorError::Rollback { .. } => "install a version that is not below the floor",
+        FloorError::NotNewer { .. } => "build the update with a higher version",
+        FloorError::RaiseRefused { .. } | FloorError::NotRaised { .. } => {
+            "run `mosfs commit` again; if it stays, something else writes to this TPM"
+        }
+        FloorError::BadFloorSignature { .. } | FloorError::NoFloorSignature { .. } => {
+            "sign the version with `mosfs floor sign`, or build with --floor-key, with this product's floor key"
+        }
+        FloorError::PolicyMismatch { .. } => {
+            "the TPM disagrees with the floor's digests: report this with the TPM's model"
+        }
+        FloorError::BadProvisionSignature => {
+            "sign the nonce of this run with `mosfs floor sign-provision`; an earlier nonce does not do"
+        }
+        FloorError::FirstWriteNotAuthorized { .. } => {
+            "append the output of `mosfs floor authorize` (made with the floor key) to the provisioning key's file, \
+             or give it with --authorization"
+        }
+        FloorError::NvFull { .. } => {
+            "free an NV index with tpm2_nvundefine (tpm2_getcap handles-nv-index lists them)"
+        }
+        FloorError::AlreadyProvisioned { .. } => "nothing is to be done; `mosfs floor show` shows it",
+        FloorError::OwnerAuthNeeded { .. } => {
+            "take the owner's authorization away for the provisioning: tpm2_changeauth -c owner -p OLD"
+        }
+        FloorError::TpmBusy(_) => {
+            "try again; see who uses the TPM (fuser /dev/tpmrm0), or allow more with --tpm-timeout"
+        }
+        FloorError::NotConfigured { .. } => {
+            "name it once with `mosfs floor provision --floor-pub F --product UUID`"
+        }
+        FloorError::ConfigConflict { .. } => {
+            "a device keeps its product and its floor key; name the recorded ones"
+        }
+        FloorError::FileTampered { .. } => "delete the file: it is a development floor",
+        FloorError::Config(error) => return for_anchor(error),
+        FloorError::Key(error) => return for_floor_key(error),
+        FloorError::Tpm(_) | FloorError::VersionRange { .. } | FloorError::Io(_) => return None,
+    })
+}
+
+/// What to do about a key of the floor that cannot be used.
+fn for_floor_key(error: &floor::KeyError) -> Option<&'static str> {
+    match error {
+        floor::KeyError::Private(error) => for_key(error),
+        floor::KeyError::Secret(error) => for_secret(error),
+        floor::KeyError::Unusable { .. } => Some("make the floor's keys with `mosfs keys generate`"),
+        _ => None,
+    }
+}
+
+/// What a user can do about targets that are not active.
+fn for_activation(error: &NotActive) -> Option<&'static str> {
+    error
+        .only_busy
+        .then_some("end those who use it, then run `mosfs activate` again; nothing was taken from them")
+}

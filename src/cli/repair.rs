@@ -1,0 +1,62 @@
+//! `mosfs repair`: mend what is damaged on this device.
+
+use clap::Args;
+use serde_json::json;
+
+use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
+use crate::deploy::DeployError;
+use crate::deploy::repair::{self, Means};
+use crate::error::AnyError;
+use crate::floor::Config;
+use crate::transport::SourceRef;
+use crate::trust::Anchor;
+
+/// Mends what is damaged: the state file, deployments, names, and with a source also blobs.
+///
+/// Works offline as far as one part can be had from another: what vouches for a deployment is in its folder and in the
+/// store. Without a source, blobs of images that are missing or damaged are listed, and the exit code is 3.
+/// Nothing is taken that does not verify, and no other version becomes current.
+#[derive(Debug, Args)]
+pub struct RepairArgs {
+    /// Where to fetch what cannot be had from this device: `oci:DIR` or `docker://HOST[:PORT]/PREFIX`, any
+    /// source that has its systems.
+    source: Option<SourceRef>,
+    #[command(flatten)]
+    floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
+}
+
+/// Runs `mosfs repair`.
+pub fn run(args: &RepairArgs, global: &Global) -> Result<(), AnyError> {
+    let system = device::system(global);
+    if !system.root().is_dir() {
+        return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
+    }
+    let anchor = Anchor::load(&global.config)?;
+    let policy = Config::load(&global.config)?.policy().ok();
+    let source = args.source.as_ref().map(|source| source.open(&args.registry.access(global))).transpose()?;
+    let progress = progress::of(global)?;
+    let lock = system.lock(device::waiting(global))?;
+    let means = Means {
+        anchor: &anchor,
+        policy: policy.as_ref(),
+        floor: device::floor_if_known(&args.floor, global),
+        source: source.as_deref(),
+        progress: &progress,
+    };
+    let done = repair::repair(&system, &lock, &means)?;
+    if global.json {
+        output::json(&json!({ "mended": done.mended, "problems": done.problems }))?;
+    } else {
+        done.mended.iter().try_for_each(|what| output::line(format_args!("mended {what}")))?;
+        done.problems.iter().for_each(output::note);
+        if done.mended.is_empty() && done.problems.is_empty() {
+            output::line("nothing is damaged")?;
+        }
+    }
+    if done.problems.is_empty() {
+        return Ok(());
+    }
+    Err(DeployError::NotMended { path: system.root().to_path_buf(), problems: done.problems }.into())
+}

@@ -1,0 +1,63 @@
+//! Checking deployments, as `mosfs verify` does: the state file, and each deployment from its certificate down to
+//! whether its images are there. The blobs' content is for [`crate::store::fsck`].
+
+use super::error::DeployError;
+use super::id::DeploymentId;
+use super::state::State;
+use super::{System, check_complete, deployment};
+use crate::floor::{self, FloorError, Policy};
+use crate::trust::{Anchor, Dates};
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Checked {
+    /// How many deployments were looked at.
+    pub deployments: usize,
+    /// What is wrong, each with its deployment, as a sentence.
+    pub problems: Vec<String>,
+}
+
+/// Checks the state file and every deployment that it names.
+pub fn check(system: &System, anchor: &Anchor, policy: Option<&Policy>) -> Checked {
+    let mut checked = Checked::default();
+    let ids = match system.state() {
+        Ok(state) => of_state(&state),
+        Err(error) => {
+            checked.problems.push(error.to_string());
+            deployment::list(system).map(|(whole, _)| whole).unwrap_or_default()
+        }
+    };
+    for id in ids {
+        checked.deployments += 1;
+        if let Err(error) = one(system, &id, anchor, policy) {
+            checked.problems.push(format!("deployment {id}: {error}"));
+        }
+    }
+    checked
+}
+
+/// The deployments that may be started: a pending one that failed needs not be whole.
+pub(super) fn of_state(state: &State) -> Vec<DeploymentId> {
+    let failed =
+        state.pending.as_ref().filter(|pending| pending.tries_left == 0).map(|pending| pending.deployment);
+    state.named().into_iter().filter(|id| Some(*id) != failed).collect()
+}
+
+/// Checks one deployment: signature, certificate, product, name, floor signature, images.
+///
+/// # Errors
+/// The first that does not hold.
+pub(super) fn one(
+    system: &System,
+    id: &DeploymentId,
+    anchor: &Anchor,
+    policy: Option<&Policy>,
+) -> Result<(), DeployError> {
+    let verified = deployment::verify(system, id, anchor, Dates::LogOnly)?;
+    if let Some(policy) = policy {
+        let signature =
+            verified.floor_signature().ok_or(FloorError::NoFloorSignature { version: id.version })?;
+        floor::check_signature(policy, id.version, signature)?;
+    }
+    check_complete(system, &verified)
+}

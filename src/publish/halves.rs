@@ -1,0 +1,152 @@
+//! A build in two halves, where the signer's key is in a token or on another machine.
+//!
+//! ```text
+//! prepare   import manifest ─> images in the store, with names ─> what is to be signed
+//!           (elsewhere: the signer's key signs that, the floor key signs the version)
+//! finish    what was signed + signature + certificate + floor signatures ─> checked ─> the system's names
+//! ```
+//!
+//! The second half refuses what no device would accept: a signature that is not of these bytes, a certificate that is
+//! of another product. It takes the import manifest again, which gives the same bytes again, or the very bytes
+//! that the first half wrote, whose images must be in the store.
+
+use std::path::{Path, PathBuf};
+
+use super::build::{Assembled, BuildError, Built, assemble, publish};
+use crate::convert::Effort;
+use crate::floor::{self, FloorError, Policy, PublicKey, signature};
+use crate::image::oci::{Descriptor, MANIFEST};
+use crate::manifest::{ImportManifest, SystemManifest};
+use crate::progress::Progress;
+use crate::store::{Store, Writer, image_name};
+use crate::transport::Access;
+use crate::trust::{Dates, Signed, signer_for};
+
+/// The first half: the images are put into the store and named; the system is not.
+///
+/// # Errors
+/// As a whole build, but for the key. The certificate is checked where it is given.
+pub fn prepare(
+    import: &ImportManifest,
+    store: &Store,
+    certificate: Option<&[u8]>,
+    dates: Dates,
+    effort: Effort,
+    access: &Access,
+    progress: &Progress,
+) -> Result<Built, BuildError> {
+    let trial = |manifest: &SystemManifest| match certificate {
+        Some(certificate) => signer_for(manifest, certificate, dates).map(|_| ()),
+        None => Ok(()),
+    };
+    let writer = store.writer()?;
+    let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, access, progress)?;
+    // Named, so that nobody collects them before the second half.
+    let entries: Vec<_> = names.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
+    writer.set_entries(&entries)?;
+    Ok(Built { digest: manifest.digest(), manifest, targets })
+}
+
+/// What was made elsewhere.
+pub struct Made<'a> {
+    /// The signature over what [`prepare`] wrote.
+    pub signature: &'a [u8],
+    /// The signer's certificate, with those that lead from it to the CA.
+    pub certificate: &'a [u8],
+    /// When the certificate has to be valid.
+    pub dates: Dates,
+    /// Floor signatures of the version, with the files that they are from; raw, or DER as openssl writes it.
+    pub floor_signatures: &'a [(PathBuf, Vec<u8>)],
+    /// The floor keys that these have to be of; none if that is not to be checked here.
+    pub floor_keys: &'a [PublicKey],
+}
+
+/// The second half, from the import manifest.
+///
+/// # Errors
+/// As a whole build; [`crate::trust::SignError::Certificate`] where the signature does not hold.
+pub fn finish(
+    import: &ImportManifest,
+    store: &Store,
+    made: &Made<'_>,
+    effort: Effort,
+    access: &Access,
+    progress: &Progress,
+) -> Result<Built, BuildError> {
+    let writer = store.writer()?;
+    let trial = |manifest: &SystemManifest| signer_for(manifest, made.certificate, made.dates).map(|_| ());
+    let assembled = assemble(import, &writer, trial, effort, access, progress)?;
+    join(&writer, &assembled.manifest, assembled.names, made)?;
+    let Assembled { manifest, targets, .. } = assembled;
+    Ok(Built { digest: manifest.digest(), manifest, targets })
+}
+
+/// The second half, from what the first one wrote.
+///
+/// # Errors
+/// The same; [`BuildError::NotInStore`].
+pub fn finish_prepared(
+    manifest: SystemManifest,
+    store: &Store,
+    made: &Made<'_>,
+) -> Result<Built, BuildError> {
+    let writer = store.writer()?;
+    let mut names = Vec::new();
+    for (target, wanted) in &manifest.targets {
+        let missing = |digest| BuildError::NotInStore {
+            target: target.clone(),
+            digest,
+            store: store.dir().to_path_buf(),
+        };
+        let descriptor = Descriptor::new(MANIFEST, wanted.digest, wanted.size);
+        if !store.has(&descriptor) {
+            return Err(missing(wanted.digest));
+        }
+        let image = store.image(&wanted.digest)?;
+        let blobs = image.manifest.layers.iter().chain([&image.manifest.config]);
+        if let Some(blob) = blobs.into_iter().find(|blob| !store.has(blob)) {
+            return Err(missing(blob.digest));
+        }
+        names.push((image_name(target.as_str(), &wanted.digest), descriptor));
+    }
+    join(&writer, &manifest, names, made)?;
+    Ok(Built { digest: manifest.digest(), manifest, targets: Default::default() })
+}
+
+fn join(
+    writer: &Writer<'_>,
+    manifest: &SystemManifest,
+    names: Vec<(String, Descriptor)>,
+    made: &Made<'_>,
+) -> Result<(), BuildError> {
+    let signed = Signed::attach(manifest, made.signature, made.certificate, made.dates)?;
+    let mut floor_signatures = Vec::new();
+    for (path, bytes) in made.floor_signatures {
+        floor_signatures.push(floor_signature(manifest, path, bytes, made.floor_keys)?);
+    }
+    publish(writer, manifest, names, &signed, &floor_signatures)
+}
+
+fn floor_signature(
+    manifest: &SystemManifest,
+    path: &Path,
+    bytes: &[u8],
+    keys: &[PublicKey],
+) -> Result<Vec<u8>, BuildError> {
+    let wrong = |source: FloorError| BuildError::FloorSignature { path: path.to_path_buf(), source };
+    let (product, version) = (manifest.product, manifest.version);
+    let raw = signature::raw_version(product, version, bytes).map_err(wrong)?;
+    let holds = |key: &PublicKey| floor::check_signature(&Policy::new(*key, product), version, &raw).is_ok();
+    if !keys.is_empty() && !keys.iter().any(holds) {
+        return Err(wrong(FloorError::BadFloorSignature { version, product }));
+    }
+    Ok(raw.to_vec())
+}
+
+/// What the floor key has to sign for a system.
+///
+/// # Errors
+/// [`FloorError::VersionRange`], which no system manifest has.
+pub fn floor_message(manifest: &SystemManifest, key: &PublicKey) -> Result<Vec<u8>, FloorError> {
+    signature::version_message(&Policy::new(*key, manifest.product), manifest.version)
+}
