@@ -82,7 +82,7 @@ pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<In
     }
     let view = Merged::new(layers).map_err(PuzzlefsError::Tree)?;
     let packed = pack(&view, job.writer, Limits::default(), job.effort.threads, job.progress)?;
-    failpoint::hit("build.layer");
+    failpoint::hit("build.layer.stored");
     notes
         .push("times are not stored: PuzzleFS has none, and every file shows 1970-01-01 00:00:00 UTC".into());
 
@@ -135,7 +135,7 @@ fn open_layer(
             let temp = job.writer.temp()?;
             let tar = TarLayer { digest: layer.digest, size: layer.size, compression, diff_id };
             let effort = Effort { level: TEMPORARY_LEVEL, ..job.effort };
-            let from = job.from.open(&layer.digest)?;
+            let from = job.from.open(&layer.to_descriptor(), 0)?;
             let mut below = |path: &[u8]| attributes_below(below, layer, path);
             let (_, notes) =
                 write_squashfs(from, &tar, &temp.file, effort, &mut below, job.progress).map_err(wrong)?;
