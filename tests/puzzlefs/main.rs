@@ -15,10 +15,8 @@ mod scan;
 #[allow(dead_code, reason = "the floor's own tests use the rest")]
 mod swtpm;
 #[path = "../common/tarball.rs"]
-#[allow(dead_code)]
 mod tarball;
 #[path = "../common/tools.rs"]
-#[allow(dead_code)]
 mod tools;
 
 mod dump;
