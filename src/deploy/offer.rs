@@ -265,8 +265,10 @@ fn look_by_tags<T>(
     versions.dedup();
     let mut passed_over = Vec::new();
     let mut first = None;
+    // One type for all depths: `look` calls this function, and each call would otherwise be of a type of its own.
+    let judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError> = &mut judge;
     for version in versions.into_iter().take(LOOK_ON) {
-        match look(from, Some(&version.to_string()), &mut judge) {
+        match look(from, Some(&version.to_string()), &mut *judge) {
             Ok(Found { taken, passed_over: more }) => {
                 passed_over.extend(more);
                 return Ok(Found { taken, passed_over });
