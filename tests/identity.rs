@@ -177,11 +177,47 @@ fn both_sides(layers: Vec<Layer>) -> (Tree, Tree) {
     let mounted = Mounted::new(&source(&store, &image_name(&store)), &dir.path().join("mnt"));
     let found = scan(mounted.dir());
     mounted.unmount();
+    // The same layers as a PuzzleFS image show the same tree, but for times, which it has none of.
+    let packed = as_puzzlefs(&manifest, &dir.path().join("puzzlefs"), &keys);
+    assert_same(&without_times(&found), &packed, "the same layers as PuzzleFS");
     run(command("umoci")
         .args(["unpack", "--image"])
         .arg(join(&layout, ":", "odd"))
         .arg(dir.path().join("bundle")));
     (scan(&dir.path().join("bundle/rootfs")), found)
+}
+
+/// Builds the target of an import manifest as a PuzzleFS image, verifies and mounts it, and scans the mount.
+fn as_puzzlefs(manifest: &Path, work: &Path, keys: &Path) -> Tree {
+    fs::create_dir_all(work).expect("mkdir");
+    let text = fs::read_to_string(manifest).expect("the import manifest");
+    let (manifest, store) = (work.join("import.yaml"), work.join("store"));
+    fs::write(&manifest, format!("{text}storage_type: puzzlefs\n")).expect("write the import manifest");
+    run(&mut build(&manifest, &store, keys));
+    run(mosfs().arg("verify").arg(join(Path::new("oci:"), "", &store.to_string_lossy())));
+    let mounted = Mounted::new(&source(&store, &image_name(&store)), &work.join("mnt"));
+    let tree = scan(mounted.dir());
+    mounted.unmount();
+    tree
+}
+
+/// What PuzzleFS shows of a tree: it has no times, and shows 1970 for all.
+fn without_times(tree: &Tree) -> Tree {
+    let mut tree = tree.clone();
+    tree.values_mut().for_each(|node| node.mtime = 0);
+    tree
+}
+
+/// All of a real root file system is in a PuzzleFS image, but for times.
+#[test]
+fn a_debian_root_is_the_same_in_puzzlefs() {
+    let image = debian::image();
+    let dir = scratch();
+    let keys = keys(dir.path());
+    let manifest = dir.path().join("import.yaml");
+    import_manifest(&manifest, &url(&image.layout, "debian"));
+    let found = as_puzzlefs(&manifest, &dir.path().join("puzzlefs"), &keys);
+    assert_same(&without_times(&scan(&image.unpacked)), &found, "the PuzzleFS image");
 }
 
 /// Deletes, opaque folders and changes of type over three layers, in orders that tools do not use.

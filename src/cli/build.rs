@@ -14,6 +14,7 @@ use crate::floor;
 use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
 use crate::progress::Progress;
+use crate::publish::base::Base;
 use crate::publish::build::{Built, Signer, Sources, build};
 use crate::publish::halves::{self, Made};
 use crate::store::Store;
@@ -76,6 +77,9 @@ pub struct Build {
     /// The floor key's public half, to check --floor-signature with.
     #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
     floor_pub: Vec<PathBuf>,
+    /// An earlier version, or another name of the store: prints how much of each target it has already.
+    #[arg(long, value_name = "NAME")]
+    base: Option<String>,
     /// How many threads work at a time; without it, one for each processor.
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
@@ -114,7 +118,11 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let access = args.registry.access(global);
     let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
     let sources = Sources { access: &access, platform: &platform };
-    let built = match (&args.key, &args.to_sign, &args.signature) {
+    let base = match &args.base {
+        Some(name) => Some(Base::of(&Store::open(&args.store)?, name)?),
+        None => None,
+    };
+    let mut built = match (&args.key, &args.to_sign, &args.signature) {
         (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &sources, &progress)?,
         (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &sources, &progress)?,
         (.., signature) => {
@@ -122,6 +130,14 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
             second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &sources, &progress)?
         }
     };
+    if let Some(base) = base {
+        let store = Store::open(&args.store)?;
+        for (name, target) in &mut built.targets {
+            if let Some(image) = built.manifest.targets.get(name) {
+                target.notes.push(base.note(&store.image(&image.digest)?.manifest.layers));
+            }
+        }
+    }
     print(&built, global)
 }
 

@@ -171,6 +171,13 @@ const PAGES: &[Page] = &[
         &["system", "config", "json", "progress_fd"],
         &["mosfs verify", "mosfs verify oci:store"],
     ),
+    page("store", Group::Host, &[], &[]),
+    page(
+        "store stats",
+        Group::Host,
+        &["system", "json"],
+        &["mosfs store stats", "mosfs store stats --store store"],
+    ),
     page(
         "boot",
         Group::Plumbing,

@@ -28,6 +28,7 @@ mod registry;
 mod repair;
 pub mod start;
 mod status;
+mod store;
 mod umount;
 mod verify;
 
@@ -54,7 +55,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Build(build::Build),
+    Build(Box<build::Build>),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
     #[cfg(feature = "registry")]
@@ -75,6 +76,7 @@ enum Command {
     Verify(verify::Verify),
     Repair(repair::RepairArgs),
     Gc(gc::Gc),
+    Store(store::StoreCommand),
 }
 
 /// Runs the command line of this process.
@@ -117,5 +119,6 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Verify(args) => verify::run(args, &cli.global),
         Command::Repair(args) => repair::run(args, &cli.global),
         Command::Gc(args) => gc::run(args, &cli.global),
+        Command::Store(args) => store::run(args, &cli.global),
     }
 }

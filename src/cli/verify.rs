@@ -120,7 +120,7 @@ fn print(object: &str, deployments: &Checked, report: &Report, global: &Global) 
             n => format!(", {n} deployments"),
         };
         output::line(format_args!(
-            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers with a verity tree{checked}"
+            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers read{checked}"
         ))?;
     }
     Ok(())

@@ -8,6 +8,9 @@
 //!   is its own uncompressed form (as stacker does it). An artifact's config stays untouched.
 //! - Annotations and artifact type stay; `subject` goes, as it spoke of the other manifest.
 //!
+//! A PuzzleFS image is stored as it is too. Where PuzzleFS is asked for, any other image becomes one:
+//! see [`puzzlefs::ingest`](super::puzzlefs::ingest).
+//!
 //! The bytes of both depend on the source image alone.
 
 use std::collections::HashSet;
@@ -19,10 +22,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde_json::Value;
 
 use super::lower::Lower;
-use super::{ConvertError, Effort, Ready, TarLayer, convert_tar, examine, inspect};
+use super::puzzlefs::PuzzlefsError;
+use super::{ConvertError, Effort, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
+use crate::image::LayerError;
 use crate::image::format::Content;
 use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError, OciImage,
@@ -36,7 +41,7 @@ use crate::store::{StoreError, Writer};
 use crate::transport::{Transport, TransportError};
 
 /// Docker's media type of an image config.
-const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+pub(super) const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
 /// An image that is in the store.
 #[derive(Debug)]
@@ -59,22 +64,29 @@ pub struct Ingest<'a> {
     pub platform: &'a Platform,
     /// How many threads work at a time, and how hard.
     pub effort: Effort,
+    /// The format that layers are brought into.
+    pub storage: Storage,
     /// Who hears of it.
     pub progress: &'a Progress,
 }
 
-/// Checks what can be checked of an image before its layers are fetched: each backend can mount it.
+/// The format that layers are brought into, where they do not have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// Each layer a squashfs or erofs image with a verity tree.
+    #[default]
+    Atomfs,
+    /// All layers one PuzzleFS image.
+    Puzzlefs,
+}
+
+/// Checks what can be checked of an image before its layers are fetched: it has layers, of known formats, and no
+/// more than each backend can mount.
 ///
 /// # Errors
-/// [`OciError::UnknownLayer`], also for a layer of many blobs, [`IngestError::NoLayers`], [`IngestError::TooManyLayers`].
+/// [`OciError::UnknownLayer`], [`IngestError::NoLayers`], [`IngestError::TooManyLayers`].
 pub fn check_layers(image: &OciImage) -> Result<(), IngestError> {
-    image.layers.iter().try_for_each(|layer| match layer.format()?.content() {
-        Content::Tar(_) | Content::Image(_) => Ok(()),
-        Content::Chunked(_) => {
-            let (layer, media_type) = (layer.digest, layer.media_type().to_string());
-            Err(OciError::UnknownLayer { layer, media_type })
-        }
-    })?;
+    image.layers.iter().try_for_each(|layer| layer.format().map(|_| ()))?;
     if image.layers.is_empty() {
         return Err(IngestError::NoLayers { image: image.digest });
     }
@@ -92,6 +104,18 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let image = OciImage::parse(&bytes)?;
     check_layers(&image)?;
     let config = job.from.fetch(&image.manifest.config, MAX_MANIFEST_BYTES)?;
+    if let [rootfs] = &image.layers[..]
+        && rootfs.format()?.is_chunked()
+    {
+        puzzlefs::ingest::keep(job, &image, rootfs)?;
+        let writer = job.writer;
+        writer.put_bytes(&image.manifest.config.media_type, &config)?;
+        let manifest = writer.put_bytes(&source.media_type, &bytes)?;
+        return Ok(Ingested { manifest, untouched: true, notes: Vec::new() });
+    }
+    if job.storage == Storage::Puzzlefs {
+        return puzzlefs::ingest::convert(job, &image, config);
+    }
     let diff_ids = diff_ids(&image, &config)?;
 
     let mut layers = images(job, &image)?;
@@ -246,7 +270,7 @@ fn other_platform(config: &[u8], platform: &Platform) -> Option<String> {
 }
 
 /// The digests of the uncompressed layers that an image's config names; `None` for an artifact.
-fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
+pub(super) fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
     if !matches!(image.manifest.config.media_type.as_str(), CONFIG | DOCKER_CONFIG) {
         return Ok(None);
     }
@@ -262,7 +286,7 @@ fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, Inge
 }
 
 /// The config with the digests of the layers as they are stored.
-fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, IngestError> {
+pub(super) fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, IngestError> {
     let mut config: Value = serde_json::from_slice(config).map_err(IngestError::Config)?;
     if let Some(place) = config.pointer_mut("/rootfs/diff_ids") {
         *place = layers.iter().map(|layer| Value::from(layer.digest.to_string())).collect();
@@ -285,7 +309,7 @@ fn inspect_image(
 }
 
 /// Says which layer of an image an error is about.
-fn in_layer(image: &OciImage, at: usize, source: ConvertError) -> IngestError {
+pub(super) fn in_layer(image: &OciImage, at: usize, source: ConvertError) -> IngestError {
     let layer = &image.layers[at];
     IngestError::Layer {
         number: at + 1,
@@ -349,6 +373,17 @@ pub enum IngestError {
         /// What the config has.
         found: String,
     },
+    /// A PuzzleFS image cannot be made.
+    #[error(transparent)]
+    Puzzlefs(#[from] PuzzlefsError),
+    /// A PuzzleFS image of the source is not whole, or makes no sense.
+    #[error("the PuzzleFS image {image}: {source}")]
+    Chunks {
+        /// Digest of its manifest.
+        image: Digest,
+        /// What is wrong with it.
+        source: LayerError,
+    },
     /// The operating system's answer.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -365,7 +400,8 @@ impl Classified for IngestError {
             Self::Oci(error) => error.class(),
             Self::Layer { source, .. } => source.class(),
             Self::NoLayers { .. } | Self::TooManyLayers { .. } => Class::Input,
-            Self::DiffIds { .. } => Class::Verification,
+            Self::DiffIds { .. } | Self::Chunks { .. } => Class::Verification,
+            Self::Puzzlefs(error) => error.class(),
             Self::Config(_) | Self::Io(_) | Self::Panicked => Class::Failure,
         }
     }

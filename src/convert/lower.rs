@@ -34,7 +34,7 @@ impl<'a> Lower<'a> {
             None => self.open()?,
         };
         let found = match &view {
-            Some((view, digests)) => find(view, path).map_err(|error| failed(error, digests)),
+            Some((view, digests)) => under(view, digests, path),
             None => Ok(Under::Nothing),
         };
         self.view = Some(view);
@@ -61,6 +61,11 @@ impl<'a> Lower<'a> {
         let view = Merged::new(images).map_err(|error| failed(error, &digests))?;
         Ok(Some((view, digests)))
     }
+}
+
+/// What a merged view of layers with these digests has at a path.
+pub(super) fn under(view: &Merged, digests: &[Digest], path: &[u8]) -> Result<Under, ConvertError> {
+    find(view, path).map_err(|error| failed(error, digests))
 }
 
 /// Says which layer it was.

@@ -15,6 +15,8 @@
 //! (fixed after 4.6.1); `tar2sqfs` refuses a second entry of a name. Both give other bytes with another
 //! version of the tool.
 //!
+//! With `storage_type: puzzlefs` the layers are merged and packed instead: see [`puzzlefs`].
+//!
 //! Digest of the compressed blob and of the uncompressed stream (`diff_id`) are checked on the way;
 //! what was written before a mismatch shows never leaves its temporary file.
 
@@ -22,6 +24,7 @@ pub mod image;
 mod inspect;
 mod lower;
 mod pack;
+pub mod puzzlefs;
 mod sniff;
 mod squashfs;
 mod tar;
@@ -98,6 +101,20 @@ pub fn convert_tar(
     below: &mut Below<'_>,
     progress: &Progress,
 ) -> Result<Converted, ConvertError> {
+    let (image_bytes, notes) = write_squashfs(from, layer, to, effort, below, progress)?;
+    let sealed = verity::seal(to, image_bytes, effort.threads, progress)?;
+    Ok(Converted { sealed, notes })
+}
+
+/// Converts a tar layer into a squashfs image without a verity tree. Returns its size in bytes, and notes.
+fn write_squashfs(
+    from: impl Read,
+    layer: &TarLayer,
+    to: &File,
+    effort: Effort,
+    below: &mut Below<'_>,
+    progress: &Progress,
+) -> Result<(u64, Vec<String>), ConvertError> {
     let task = progress.task("convert", &layer.digest.to_string(), Some(layer.size));
     let mut blob = Hashing { from, hasher: Hasher::new(), limit: layer.size, task: Some(&task) };
     let mut packer = pack::Packer::new(to.try_clone()?, squashfs::SUPERBLOCK_BYTES, effort)?;
@@ -116,12 +133,11 @@ pub fn convert_tar(
     tree.finish(below)?;
     let packed = packer.finish()?;
     let image_bytes = squashfs::write_tables(&tree, &packed, to, effort.level)?;
-    let sealed = verity::seal(to, image_bytes, effort.threads, progress)?;
     let mut notes = tree.notes;
     if tree.notes_total > notes.len() {
         notes.push(format!("and {} more of the kind", tree.notes_total - notes.len()));
     }
-    Ok(Converted { sealed, notes })
+    Ok((image_bytes, notes))
 }
 
 /// Reads a blob through its decompressor.

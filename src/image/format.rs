@@ -9,15 +9,14 @@
 //! A new format is one folder beside this file, which implements [`Layer`], and one row in [`TABLE`]. A media type
 //! is parsed when the manifest is ([`super::oci::OciImage::parse`]), and never again.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::blobs::Blobs;
+pub use super::chunked::{ChunkedLayer, Chunks};
 use super::layer::{Layer, LayerError};
+use super::puzzlefs::{self, Puzzlefs};
 use super::source::Source;
 use super::squashfs::Squashfs;
-use crate::digest::Digest;
 
 /// A format that a layer may have: a row of the table.
 #[derive(Clone, Copy)]
@@ -92,23 +91,6 @@ pub struct ChunkedFormat {
     pub open: Option<fn(&ChunkedLayer) -> Result<Arc<dyn Layer>, LayerError>>,
 }
 
-/// The chunks that a manifest lists: the digest and the stored size of each, in bytes.
-pub type Chunks = BTreeMap<Digest, u64>;
-
-/// What a chunked layer is read from.
-#[derive(Debug, Clone)]
-pub struct ChunkedLayer {
-    /// The blob of metadata.
-    pub digest: Digest,
-    /// Its size in bytes.
-    pub size: u64,
-    /// The chunks that the manifest lists. One that is not among them is not copied and may be collected, so a
-    /// layer that uses it is refused.
-    pub chunks: Arc<Chunks>,
-    /// Where the blobs are.
-    pub blobs: Arc<dyn Blobs>,
-}
-
 /// All formats.
 const TABLE: &[Row] = &[
     Row {
@@ -127,10 +109,10 @@ const TABLE: &[Row] = &[
     },
     Row {
         name: "puzzlefs",
-        media_types: &[MediaType::Exact("application/vnd.puzzlefs.image.rootfs.v1")],
+        media_types: &[MediaType::Exact(puzzlefs::ROOTFS)],
         content: Content::Chunked(ChunkedFormat {
-            chunks: &[MediaType::Prefix("application/vnd.puzzlefs.image.filedata.v1")],
-            open: None,
+            chunks: &[MediaType::Prefix(puzzlefs::FILEDATA)],
+            open: Some(|layer| Ok(Arc::new(Puzzlefs::open(layer)?))),
         }),
     },
     Row {

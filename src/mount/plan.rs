@@ -100,7 +100,7 @@ fn trust(layer: &LayerDescriptor, pin: Option<Digest>, unsafe_no_verity: bool) -
             Err(PlanError::Pin { layer: layer.digest, expected, found })
         }
         // There is no root hash that could be the one required.
-        (Trust::Content, Some(_)) => Err(PlanError::NoRootHash { layer: layer.digest }),
+        (Trust::Content, Some(_)) => Err(PlanError::PinOnChunks { layer: layer.digest }),
         (Trust::Content, None) => Ok(Trust::Content),
         // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
         (Trust::RootHash(_) | Trust::None, _) if unsafe_no_verity => Ok(Trust::None),
@@ -149,6 +149,14 @@ pub enum PlanError {
         /// Digest of the layer.
         layer: Digest,
     },
+    /// A root hash is required of a layer that is made of chunks.
+    #[error(
+        "layer {layer} is made of chunks, each verified by its own digest: it has no root hash to compare"
+    )]
+    PinOnChunks {
+        /// Digest of the layer.
+        layer: Digest,
+    },
     /// The number of pins is not that of the layers.
     #[error("expected {expected} root hashes, one for each layer, found {found}")]
     PinCount {
@@ -172,7 +180,7 @@ pub enum PlanError {
 impl Classified for PlanError {
     fn class(&self) -> Class {
         match self {
-            Self::Pin { .. } | Self::NoRootHash { .. } => Class::Verification,
+            Self::Pin { .. } | Self::NoRootHash { .. } | Self::PinOnChunks { .. } => Class::Verification,
             Self::NoLayers { .. } | Self::PinCount { .. } => Class::Input,
         }
     }

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::convert::Effort;
-use crate::convert::image::{Ingest, IngestError, check_layers, ingest};
+use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
@@ -129,9 +129,10 @@ pub(super) fn assemble(
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Assembled, BuildError> {
-    if import.storage_type() != StorageType::Atomfs {
-        return Err(BuildError::StorageType { found: format!("{:?}", import.storage_type()).to_lowercase() });
-    }
+    let storage = match import.storage_type() {
+        StorageType::Atomfs => Storage::Atomfs,
+        StorageType::Puzzlefs => Storage::Puzzlefs,
+    };
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
     for (name, target) in &import.targets {
@@ -145,7 +146,8 @@ pub(super) fn assemble(
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
-        let job = Ingest { from: &*image.from, writer, platform: sources.platform, effort, progress };
+        let job =
+            Ingest { from: &*image.from, writer, platform: sources.platform, effort, storage, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
         failpoint::hit("build.image.stored");
@@ -239,12 +241,6 @@ pub enum BuildError {
     /// The import manifest, or a pin in it, is wrong.
     #[error(transparent)]
     Import(#[from] ImportErrors),
-    /// A storage type that this version cannot make.
-    #[error("storage_type `{found}` cannot be built by this version; expected `atomfs`")]
-    StorageType {
-        /// What the manifest says.
-        found: String,
-    },
     /// A target's image cannot be had.
     #[error("target `{target}`, {url}: {source}")]
     Source {
@@ -308,7 +304,7 @@ impl Classified for BuildError {
     fn class(&self) -> Class {
         match self {
             Self::Import(error) => error.class(),
-            Self::StorageType { .. } | Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
+            Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
             Self::FloorSignature { .. } => Class::Verification,
             Self::Source { source, .. } => source.class(),
             Self::Image { source, .. } => source.class(),

@@ -43,13 +43,14 @@ pub mod fsck;
 pub mod gc;
 mod partial;
 mod put;
+pub mod stats;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use put::{FetchJob, TempBlob, Writer};
+pub use put::{Batch, FetchJob, TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
