@@ -268,6 +268,7 @@ fn for_floor(error: &FloorError) -> Option<&'static str> {
 fn for_floor_key(error: &floor::KeyError) -> Option<&'static str> {
     match error {
         floor::KeyError::Private(error) => for_key(error),
+        floor::KeyError::Secret(error) => for_secret(error),
         floor::KeyError::Unusable { .. } => Some("make the floor's keys with `mosfs keys generate`"),
         _ => None,
     }

@@ -144,7 +144,7 @@ pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, GenerateE
     }
     let mut files = make(request, &common_name).map_err(openssl("make keys"))?;
     authorize(&mut files, &request.product)?;
-    let outcome = atomic::create(dir, &files, |_| failpoint::hit("keys-file"));
+    let outcome = atomic::create(dir, &files, |_| failpoint::hit("keys.file.linked"));
     outcome.map_err(|error| match error.source.kind() {
         std::io::ErrorKind::AlreadyExists => GenerateError::Exists { path: error.path },
         _ => GenerateError::Io(error),
