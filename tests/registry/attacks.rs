@@ -130,11 +130,11 @@ fn an_older_system_under_a_newer_tag_is_a_rollback() {
     // A name that the user gives must tell the truth; one that is found is passed over.
     place.refused(&["update", &server.source("p:300")], 3, &["system:300", "version 100"]);
     place.refused(&["update", &server.source("p:100")], 4, &["100", "200"]);
+    let log = server.take_log();
+    assert!(log.iter().all(|seen| !seen.path.contains("/mos/images/")), "before a blob moves: {log:?}");
     let said = place.run(&["update", &server.source("p")]);
     assert!(said.status.success(), "{}", text(&said.stderr));
     assert!(text(&said.stderr).contains("system:300 is passed over"), "{}", text(&said.stderr));
-    let log = server.take_log();
-    assert!(log.iter().all(|seen| !seen.path.contains("/mos/images/")), "before a blob moves: {log:?}");
 }
 
 #[test]
