@@ -266,7 +266,9 @@ fn look_by_tags<T>(
     let mut passed_over = Vec::new();
     let mut first = None;
     for version in versions.into_iter().take(LOOK_ON) {
-        match look(from, Some(&version.to_string()), &mut judge) {
+        // Behind a pointer: the two call each other, and each would make the other a type of its own.
+        let judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError> = &mut judge;
+        match look(from, Some(&version.to_string()), judge) {
             Ok(Found { taken, passed_over: more }) => {
                 passed_over.extend(more);
                 return Ok(Found { taken, passed_over });
