@@ -204,8 +204,19 @@ fn files(paths: &[&str]) -> Vec<PathBuf> {
 
 /// Our own program; what the Rust toolchain brings; what tests/setup itself looks for first; and what every Debian has
 /// although no essential package owns the name: `awk` is one of several that base-files requires.
-const WITHOUT_A_ROW: &[&str] =
-    &["mosfs", "cargo", "rustc", "rustdoc", "rustup", "cargo-fuzz", "apt-get", "apt-cache", "sudo", "awk"];
+const WITHOUT_A_ROW: &[&str] = &[
+    "mosfs",
+    "cargo",
+    "rustc",
+    "rustdoc",
+    "rustup",
+    "cargo-fuzz",
+    "cargo-deb",
+    "apt-get",
+    "apt-cache",
+    "sudo",
+    "awk",
+];
 
 /// Of these commands, those that are in no package of Debian that is essential or among `packages`.
 fn in_no_package(commands: &BTreeSet<String>, packages: &BTreeSet<String>) -> BTreeSet<String> {

@@ -89,6 +89,18 @@ const PAGES: &[Page] = &[
         ],
     ),
     page(
+        "push",
+        Group::Publisher,
+        &["json", "progress_fd"],
+        &["mosfs push --store store docker://127.0.0.1:5000/product"],
+    ),
+    page(
+        "pull",
+        Group::Publisher,
+        &["json", "progress_fd"],
+        &["mosfs pull docker://127.0.0.1:5000/product --store copy"],
+    ),
+    page(
         "install",
         Group::Device,
         &["system", "config", "json", "progress_fd"],

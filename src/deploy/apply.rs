@@ -93,7 +93,7 @@ fn fetch_and_switch(
     } else {
         state.set_pending(id);
     }
-    state.last_update = Some(LastUpdate { version: Some(id.version), error: None });
+    state.last_update = Some(LastUpdate::new(Some(id.version), None));
     state.save(&system.state_path())
 }
 
@@ -177,7 +177,7 @@ pub fn record_failure(system: &System, why: &str) {
     if state.current.is_none() {
         return;
     }
-    state.last_update = Some(LastUpdate { version: None, error: Some(clip(why)) });
+    state.last_update = Some(LastUpdate::new(None, Some(clip(why))));
     if let Err(more) = state.save(&system.state_path()) {
         log::warn!("the reason of the failed update is not recorded: {more}");
     }

@@ -102,7 +102,7 @@ pub fn find(
     name: Option<&str>,
     judge: &Judge<'_>,
 ) -> Result<Found<Accepted>, DeployError> {
-    look(from, name, |offer| {
+    look(from, name, &mut |offer| {
         offer.fetch_parts(from)?;
         offer.verify(judge)
     })
@@ -113,7 +113,7 @@ pub fn find(
 /// # Errors
 /// As [`find`].
 pub fn find_unverified(from: &dyn Transport, name: Option<&str>) -> Result<Vec<u8>, DeployError> {
-    Ok(look(from, name, |offer| Ok(offer.manifest.clone()))?.taken)
+    Ok(look(from, name, &mut |offer| Ok(offer.manifest.clone()))?.taken)
 }
 
 /// A system of which nothing is verified, with everything that says something about it: to be copied whole.
@@ -132,7 +132,7 @@ pub struct Whole {
 /// # Errors
 /// As [`find`]; [`DeployError::NotSigned`].
 pub fn find_whole(from: &dyn Transport, name: Option<&str>) -> Result<Whole, DeployError> {
-    let whole = look(from, name, |offer| {
+    let whole = look(from, name, &mut |offer| {
         offer.fetch_parts(from)?;
         for (found, missing) in [(&offer.signatures, "signature"), (&offer.certificates, "certificate")] {
             if found.is_empty() {
@@ -174,7 +174,7 @@ fn version_of(name: &str) -> Option<u64> {
 fn look<T>(
     from: &dyn Transport,
     name: Option<&str>,
-    mut judge: impl FnMut(&mut Offer) -> Result<T, DeployError>,
+    judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError>,
 ) -> Result<Found<T>, DeployError> {
     if name.is_none() && from.is_remote() {
         return look_by_tags(from, judge);
@@ -257,7 +257,7 @@ fn look<T>(
 /// leave some out, and all of them would have to be fetched to find out.
 fn look_by_tags<T>(
     from: &dyn Transport,
-    mut judge: impl FnMut(&mut Offer) -> Result<T, DeployError>,
+    judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError>,
 ) -> Result<Found<T>, DeployError> {
     let mut versions: Vec<u64> =
         from.tags(SYSTEM_REPOSITORY)?.iter().filter_map(|tag| tag.parse().ok()).collect();
@@ -266,8 +266,6 @@ fn look_by_tags<T>(
     let mut passed_over = Vec::new();
     let mut first = None;
     for version in versions.into_iter().take(LOOK_ON) {
-        // Behind a pointer: the two call each other, and each would make the other a type of its own.
-        let judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError> = &mut judge;
         match look(from, Some(&version.to_string()), judge) {
             Ok(Found { taken, passed_over: more }) => {
                 passed_over.extend(more);

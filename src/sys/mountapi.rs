@@ -396,6 +396,16 @@ fn open_folder(path: &CStr) -> Result<OwnedFd, MountError> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Whether a folder has an entry of this name; links are not followed. Anything but a plain yes is no.
+pub fn has_entry(dir: BorrowedFd<'_>, name: &str) -> bool {
+    let Ok(name) = CString::new(name) else { return false };
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: the name is NUL-terminated and outlives the call; `stat` has room for the answer.
+    unsafe {
+        libc::fstatat(dir.as_raw_fd(), name.as_ptr(), stat.as_mut_ptr(), libc::AT_SYMLINK_NOFOLLOW) == 0
+    }
+}
+
 /// mkdirat(2) with mode 0700, for the folders of a private namespace.
 pub fn make_folder(dir: BorrowedFd<'_>, name: &str) -> Result<(), MountError> {
     let call = || format!("mkdirat({}, \"{name}\", 0700)", dir.as_raw_fd());

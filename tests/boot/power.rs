@@ -129,12 +129,13 @@ impl Source {
         }
         let device = Device::of(publisher, 1);
         let initrd = dir.path().join("initrd");
-        let esys = esys();
+        let libraries = loaded_libraries();
+        let [esys, blkid] = libraries.each_ref().map(|path| (path.as_path(), path.to_str().expect("a path")));
         mini_initrd(
             &initrd,
             KERNEL,
             INIT,
-            &[(Path::new(MOSFS), "/usr/bin/mosfs"), (&esys, esys.to_str().expect("a path"))],
+            &[(Path::new(MOSFS), "/usr/bin/mosfs"), esys, blkid],
             &[(&dir.path().join("store"), "/source"), (device.config(), "/etc/mosfs")],
         );
         Self { dir, initrd }
@@ -179,12 +180,15 @@ impl Source {
     }
 }
 
-/// The library that mosfs loads when it asks a TPM.
-pub fn esys() -> PathBuf {
+/// The libraries that mosfs loads when it asks a TPM, and when it looks for a disk.
+pub fn loaded_libraries() -> [PathBuf; 2] {
     let list = tool("libc-bin", Command::new("ldconfig").arg("-p")).stdout;
     let list = String::from_utf8_lossy(&list).into_owned();
-    let line = list.lines().find(|line| line.contains("libtss2-esys.so.0"));
-    line.and_then(|line| Some(line.split_once("=> ")?.1.into())).expect("libtss2-esys; install libtss2-dev")
+    ["libtss2-esys.so.0", "libblkid.so.1"].map(|name| {
+        let line = list.lines().find(|line| line.trim_start().starts_with(name));
+        line.and_then(|line| Some(line.split_once("=> ")?.1.into()))
+            .unwrap_or_else(|| panic!("{name}; install libtss2-dev and libblkid1"))
+    })
 }
 
 /// What must hold of a device, from what its console has said so far.

@@ -20,7 +20,7 @@
 //! what is asked for by tag is named by the digest of the bytes that came, and every answer is
 //! bounded while it is read. Who may see credentials is in `auth` and `client`.
 //!
-//! Why a client of our own: docs/design.md, "Registries".
+//! Why a client of our own: the section "Registries" of docs/design.md.
 
 mod auth;
 mod blobs;
