@@ -461,8 +461,8 @@ pub struct OciImage {
 impl OciImage {
     /// Parses the manifest of an image.
     ///
-    /// `digest` is that of `bytes`; the caller compares it with the expected one, or obtained the bytes from
-    /// code that did, such as `Store::get`.
+    /// The digest of the image is that of `bytes`; the caller compares it with the expected one, or obtained
+    /// the bytes from code that did, such as `Store::get`.
     ///
     /// # Errors
     /// See [`OciError`].
