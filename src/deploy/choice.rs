@@ -1,9 +1,9 @@
-//! Which deployment boots: pending while it has tries, else current, else previous.
+//! Chooses the deployment to boot: pending while it has tries, else current, else previous.
 //!
-//! Rules (docs/design.md, floor at boot, try first): each candidate is verified afresh; a version below the
-//! floor is never started; a pending deployment's try is spent, and synced, before it is used;
-//! every refusal is recorded with its reason. A floor that cannot be read, or that was tampered
-//! with, stops the boot: there is no candidate that could be trusted then.
+//! Rules (docs/design.md, floor at boot, try first): each candidate is verified again; a version below the
+//! floor is never started; a pending deployment's try is spent, and synced, before it is used; every refusal
+//! is recorded with its reason. A floor that cannot be read, or that was tampered with, stops the boot: no
+//! candidate could be trusted then.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::failpoint;
 use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates, Verified};
 
-/// In which capacity a deployment is tried.
+/// The role in which a deployment is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// It was installed by an update and has not yet proved healthy.
@@ -30,26 +30,25 @@ pub enum Role {
 /// A deployment that was started.
 #[derive(Debug)]
 pub struct Booted<T> {
-    /// Which one.
+    /// The deployment.
     pub deployment: DeploymentId,
-    /// In which capacity.
+    /// Its role.
     pub role: Role,
     /// Those that were refused before it, in order.
     pub refused: Vec<Refusal>,
     /// How long its signature, certificate and manifest took to verify.
     pub verifying: Duration,
-    /// What starting it gave.
+    /// The result of starting it.
     pub started: T,
 }
 
-/// Chooses a deployment and starts it with `start`; goes on to the next where that fails.
+/// Chooses a deployment and starts it with `start`; tries the next if that fails.
 ///
 /// `start` mounts the deployment; its failure counts as a refusal.
 ///
 /// # Errors
-/// [`DeployError::Floor`] where the floor cannot be trusted; [`DeployError::NoneLeft`] where every
-/// deployment was refused, with the class of the gravest reason: rollback before verification
-/// before anything else.
+/// [`DeployError::Floor`] if the floor cannot be trusted; [`DeployError::NoneLeft`] if every deployment was
+/// refused, with the class of the most serious reason: rollback before verification before anything else.
 pub fn choose<T>(
     system: &System,
     anchor: &Anchor,
@@ -106,8 +105,8 @@ fn try_one<T>(
     start: &mut impl FnMut(&Verified, Role) -> Result<T, AnyError>,
 ) -> Result<(T, Duration), AnyError> {
     if role == Role::Pending {
-        // Rule: a try is spent and synced before it is used. Where it cannot be written, the
-        // deployment is not tried: a system that fails for ever must not be tried for ever.
+        // Rule: a try is spent and synced before it is used. If it cannot be written, the deployment is not
+        // tried: a system that always fails must not be tried forever.
         let mut spent = state.clone();
         if let Some(pending) = &mut spent.pending {
             pending.tries_left -= 1;
@@ -128,7 +127,7 @@ fn try_one<T>(
     Ok((start(&verified, role)?, verifying))
 }
 
-/// The class that is worth more words: rollback before verification before anything else.
+/// Returns the more serious class: rollback before verification before anything else.
 pub(super) fn graver(one: Class, other: Class) -> Class {
     let rank = |class| match class {
         Class::Rollback => 4,
@@ -140,7 +139,7 @@ pub(super) fn graver(one: Class, other: Class) -> Class {
     if rank(other) > rank(one) { other } else { one }
 }
 
-/// Keeps how the choice ended. A disk that takes no more writes does not stop a boot.
+/// Records the outcome of the choice. A disk that cannot be written does not stop a boot.
 fn record(system: &System, state: &mut State, chosen: Option<DeploymentId>, refused: &[Refusal]) {
     let outcome = Some(LastBoot { chosen, refused: refused.to_vec() });
     if state.last_boot == outcome {
