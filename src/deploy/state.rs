@@ -1,4 +1,4 @@
-//! The state file: which deployment is current, which one is pending, which one was before.
+//! The state file: which deployment is current, which is pending, which was previous.
 //!
 //! ```text
 //! SYSTEM/state.json
@@ -10,11 +10,11 @@
 //!  "last_update":{"version":201,"error":"…"}}             or null
 //! ```
 //!
-//! Invariants: it is the one source of truth on what may run; it changes only by atomic replace,
-//! under the exclusive lock of the system folder ([`super::System::lock`]); a file with another
-//! format number or an unknown field is refused, not guessed at. It is not signed and not
-//! trusted: everything that it names is verified afresh before it is used, so whoever can write
-//! it can at most choose among systems that the product's owner signed and the floor allows.
+//! Invariants: it is the one source of truth on what may run; it changes only by atomic replace, under the
+//! exclusive lock of the system folder ([`super::System::lock`]); a file with another format number or an
+//! unknown field is refused, not guessed at. It is not signed and not trusted: everything that it names is
+//! verified again before it is used, so an attacker who can write it can only choose among systems that the
+//! product's owner signed and the floor allows.
 
 use std::path::Path;
 
@@ -28,11 +28,11 @@ use crate::sys::file::{self, Links};
 
 /// The format number that this program writes and reads.
 pub const FORMAT: u32 = 1;
-/// How often a pending deployment may be tried before it is passed over.
+/// How often a pending deployment may be tried before it is skipped.
 pub const TRIES: u32 = 3;
-/// No state file of ours is longer, in bytes.
+/// Maximum size of a state file, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
-/// How much of an error's text is kept, in characters.
+/// Maximum length of a stored error text, in characters.
 const MAX_WHY: usize = 2000;
 
 /// A deployment that was installed by an update and has not yet proved healthy.
@@ -41,7 +41,7 @@ const MAX_WHY: usize = 2000;
 pub struct Pending {
     /// Which one.
     pub deployment: DeploymentId,
-    /// How many boots it still may try. A try is spent, and synced, before it is used.
+    /// How many tries it has left. A try is spent, and synced, before it is used.
     pub tries_left: u32,
 }
 
@@ -49,7 +49,7 @@ pub struct Pending {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LastBoot {
-    /// The deployment that was handed over to; none if all were refused.
+    /// The deployment that was booted; none if all were refused.
     pub chosen: Option<DeploymentId>,
     /// Those that were refused before it, in order.
     pub refused: Vec<Refusal>,
@@ -59,13 +59,13 @@ pub struct LastBoot {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LastUpdate {
-    /// The version that was to be installed, where it was known.
+    /// The version to be installed, if known.
     pub version: Option<u64>,
     /// The error's text; none after a success.
     pub error: Option<String>,
 }
 
-/// What `state.json` holds.
+/// The content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
@@ -74,7 +74,7 @@ pub struct State {
     pub current: Option<DeploymentId>,
     /// The deployment to try at the next boot.
     pub pending: Option<Pending>,
-    /// What was current before `current`.
+    /// The deployment that was current before `current`.
     pub previous: Option<DeploymentId>,
     /// How the last boot choice ended.
     pub last_boot: Option<LastBoot>,
@@ -99,7 +99,7 @@ impl State {
     /// Reads the state; a missing file is the state of a system with nothing installed.
     ///
     /// # Errors
-    /// [`DeployError::State`] where the file is not the state of a format that this program knows.
+    /// [`DeployError::State`] if the file is not a state file of a known format.
     pub fn load(path: &Path) -> Result<Self, DeployError> {
         let Some(bytes) = file::find_regular(path, Links::Refused, MAX_BYTES)? else {
             return Ok(Self::default());
@@ -108,8 +108,8 @@ impl State {
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
-        // The format number comes first, so that a later format is named as such and not as an
-        // unknown field.
+        // Check the format number first, so that a later format is reported as such and not as an unknown
+        // field.
         #[derive(Deserialize)]
         struct Format {
             format: u32,
@@ -123,13 +123,13 @@ impl State {
 
     /// Writes the state by atomic replace, synced. The caller holds the system's exclusive lock.
     pub fn save(&self, path: &Path) -> Result<(), DeployError> {
-        // A state is plain data: strings, numbers and options always serialise.
+        // A state is plain data: serializing strings, numbers and options cannot fail.
         let mut bytes = serde_json::to_vec(self).expect("plain data");
         bytes.push(b'\n');
         Ok(atomic::replace(path, &bytes, 0o644, "deploy.state").on("replace", path)?)
     }
 
-    /// Every deployment that the state names: those that `gc` must keep.
+    /// Returns every deployment that the state names: those that `gc` must keep.
     pub fn named(&self) -> Vec<DeploymentId> {
         let pending = self.pending.as_ref().map(|pending| pending.deployment);
         let mut all: Vec<_> = [self.current, pending, self.previous].into_iter().flatten().collect();
@@ -138,12 +138,12 @@ impl State {
         all
     }
 
-    /// Makes `id` the one to try at the next boot.
+    /// Makes `id` the deployment to try at the next boot.
     pub fn set_pending(&mut self, id: DeploymentId) {
         self.pending = Some(Pending { deployment: id, tries_left: TRIES });
     }
 
-    /// Makes `id` current; what was current becomes previous. Blessing twice changes nothing.
+    /// Makes `id` current; the former current one becomes previous. Blessing twice changes nothing.
     pub fn bless(&mut self, id: DeploymentId) {
         if self.current != Some(id) {
             self.previous = self.current.replace(id);
@@ -154,7 +154,7 @@ impl State {
     }
 }
 
-/// Shortens an error's text to what the state file keeps.
+/// Shortens an error's text to the length that the state file stores.
 pub fn clip(why: &str) -> String {
     why.chars().take(MAX_WHY).collect()
 }
