@@ -1,4 +1,4 @@
-//! Processes: signals to oneself.
+//! Signals to the own process.
 
 /// Ends this process at once, as a power cut would: no destructor, no flush.
 pub fn kill_self() -> ! {
