@@ -56,8 +56,8 @@ pub fn open_descriptors() -> Vec<RawFd> {
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|&fd| fd > 2)
         .collect();
-    // The descriptor used to list the folder is among them and is already closed. SAFETY: F_GETFD on any
-    // number is harmless.
+    // The descriptor used to list the folder is among them and is already closed.
+    // SAFETY: F_GETFD on any number is harmless.
     all.retain(|&fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
     all
 }
