@@ -50,6 +50,12 @@ impl Digest {
     }
 }
 
+/// Splits `TEXT@sha256:HEX`: what names a thing by its digest. `None` where the end is no digest.
+pub fn split_pin(text: &str) -> Option<(&str, Digest)> {
+    let (before, digest) = text.rsplit_once('@')?;
+    Some((before, digest.parse().ok()?))
+}
+
 /// Formats bytes as lower-case hex digits.
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";

@@ -4,6 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// The object of a task that others are part of.
+pub const ALL: &str = "all";
+
 /// An event of a task. Tasks run in parallel and are identified by `id`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<'a> {
@@ -62,7 +65,7 @@ impl Progress {
         if let Some(sink) = &self.sink {
             sink.event(Event::Start { id, step, object, total_bytes });
         }
-        Task { id, sink: self.sink.clone() }
+        Task { id, sink: self.sink.clone(), whole: None }
     }
 }
 
@@ -70,13 +73,24 @@ impl Progress {
 pub struct Task {
     id: u64,
     sink: Option<Arc<dyn Sink>>,
+    whole: Option<Arc<Task>>,
 }
 
 impl Task {
+    /// Makes this task a part of another one, which advances with it.
+    pub fn part_of(self, whole: &Arc<Task>) -> Self {
+        let mut this = self;
+        this.whole = Some(whole.clone());
+        this
+    }
+
     /// Reports that `bytes` more are done. Cheap enough for every 128 KiB, not for every 4 KiB.
     pub fn advance(&self, bytes: u64) {
         if let Some(sink) = &self.sink {
             sink.event(Event::Advance { id: self.id, bytes });
+        }
+        if let Some(whole) = &self.whole {
+            whole.advance(bytes);
         }
     }
 }

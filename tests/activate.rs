@@ -155,7 +155,7 @@ impl Drop for Process {
 fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !so() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "waited in vain: {what}");
+        assert!(begin.elapsed() < Duration::from_secs(300), "waited in vain: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

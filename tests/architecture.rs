@@ -22,7 +22,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("transport", &["image"]),
     ("store", &["image", "transport"]),
     ("convert", &["image", "transport", "store"]),
-    ("manifest", &[]),
+    // The grammar of registry names.
+    ("manifest", &["transport"]),
     ("trust", &["manifest"]),
     ("floor", &["trust"]),
     ("deploy", &["image", "mount", "transport", "store", "manifest", "trust", "floor"]),

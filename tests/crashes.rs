@@ -28,7 +28,8 @@ struct Input {
     whole: PathBuf,
 }
 
-fn input(dir: &Path) -> Input {
+/// `more` are lines for the end of the import manifest.
+fn input(dir: &Path, more: &str) -> Input {
     need_root();
     let (layout, manifest, whole) = (dir.join("layout"), dir.join("import.yaml"), dir.join("whole"));
     layers::image(
@@ -43,6 +44,8 @@ fn input(dir: &Path) -> Input {
     let mut url = OsString::from("oci:");
     url.push(join(&layout, ":", "crash"));
     import_manifest(&manifest, &url);
+    let text = fs::read_to_string(&manifest).expect("read");
+    fs::write(&manifest, text + more).expect("write");
     let keys = keys(dir);
     let expected = digest(&run(&mut build(&manifest, &whole, &keys)));
     Input { manifest, keys, expected, whole }
@@ -110,18 +113,30 @@ fn failpoints(folders: &[&str]) -> Vec<String> {
 #[test]
 fn a_build_killed_at_a_commit_point_can_be_finished() {
     let dir = scratch();
-    let input = input(dir.path());
+    killed_everywhere(&input(dir.path(), ""), dir.path(), "store.blob.renamed", 15);
+}
+
+/// Chunks are written, synced and named many at a time.
+#[test]
+fn a_puzzlefs_build_killed_at_a_commit_point_can_be_finished() {
+    let dir = scratch();
+    let input = input(dir.path(), "storage_type: puzzlefs\n");
+    killed_everywhere(&input, dir.path(), "store.batch.renamed", 15);
+}
+
+/// Kills a build at every commit point, each time that it is passed. `known` is one that it must pass.
+fn killed_everywhere(input: &Input, dir: &Path, known: &str, at_least: usize) {
     let all = failpoints(&["src/store", "src/convert", "src/publish/build.rs"]);
-    for known in ["build.system.named", "build.system.signed", "store.blob.renamed", "store.index.renamed"] {
+    for known in ["build.system.named", "build.system.signed", "store.index.renamed", known] {
         assert!(all.iter().any(|name| name == known), "no failpoint {known} among {all:?}");
     }
-    let mut reached = 0;
+    let (mut reached, mut reached_known) = (0, false);
     for name in all.iter().filter(|name| name.starts_with("build.") || name.starts_with("store.")) {
         // The N-th time that it is passed; the third stands for those in the middle, and then steps grow.
         let mut number = 1;
         loop {
             let what = format!("killed at {name}:{number}");
-            let store = dir.path().join("store");
+            let store = dir.join("store");
             let mut command = build(&input.manifest, &store, &input.keys);
             let killed = output(command.env("MOSFS_FAILPOINT", format!("{name}:{number}")));
             let finished = killed.status.success();
@@ -133,6 +148,7 @@ fn a_build_killed_at_a_commit_point_can_be_finished() {
                     String::from_utf8_lossy(&killed.stderr)
                 );
                 reached += 1;
+                reached_known |= name == known;
             }
             input.recovers(&store, &what);
             fs::remove_dir_all(&store).expect("remove the store");
@@ -142,14 +158,14 @@ fn a_build_killed_at_a_commit_point_can_be_finished() {
             number += if number < 3 { 1 } else { 4 };
         }
     }
-    assert!(reached >= 15, "only {reached} commit points were reached");
+    assert!(reached >= at_least && reached_known, "only {reached} commit points were reached");
 }
 
 /// Killed whenever, and while another build runs.
 #[test]
 fn builds_in_each_others_way_end_well() {
     let dir = scratch();
-    let input = input(dir.path());
+    let input = input(dir.path(), "");
     let store = dir.path().join("store");
     for milliseconds in [1, 5, 12, 25, 40, 70] {
         let start = || {
@@ -171,7 +187,7 @@ fn builds_in_each_others_way_end_well() {
 #[test]
 fn verify_lists_each_bad_blob() {
     let dir = scratch();
-    let input = input(dir.path());
+    let input = input(dir.path(), "");
     let store = Store::open(&input.whole).expect("open the store");
     let name = image_name(&input.whole);
     let image = Digest::from_hex(name.rsplit('/').next().expect("hex")).expect("a digest");

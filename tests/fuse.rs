@@ -5,6 +5,8 @@
 mod images;
 #[path = "common/layout.rs"]
 mod layout;
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/whole/scan.rs"]
 mod scan;
 
@@ -26,6 +28,7 @@ use layout::{
     wait_until,
 };
 use mosfs::mount::{Health, MountError, mounts};
+use program::copy_program;
 use scan::{assert_same, scan};
 use tempfile::TempDir;
 
@@ -585,7 +588,7 @@ fn as_user(uid: u32, binary: &Path, args: &[&OsStr]) -> std::process::Output {
 fn user_folder(uid: u32, folder: &Path) -> (PathBuf, PathBuf) {
     open_to_all(folder);
     let (binary, target) = (folder.join("mosfs"), folder.join("target"));
-    fs::copy(env!("CARGO_BIN_EXE_mosfs-full"), &binary).unwrap();
+    copy_program(env!("CARGO_BIN_EXE_mosfs-full"), &binary);
     fs::create_dir(&target).unwrap();
     std::os::unix::fs::chown(&target, Some(uid), Some(uid)).unwrap();
     (binary, target)

@@ -5,6 +5,8 @@
 
 #[path = "common/whole/mod.rs"]
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::ffi::OsString;
 use std::fs;
@@ -18,6 +20,7 @@ use common::scan::{Scan, Tree, assert_same, scan, show, try_scan};
 use common::system::{Mounted, PRODUCT, build, digest, image_name, import_manifest, keys, scratch, source};
 use common::{debian, layers};
 use mosfs::store::Store;
+use program::copy_program;
 use tar::EntryType;
 
 /// `oci:DIR:NAME` of a layout.
@@ -75,7 +78,7 @@ fn the_debian_image_has_it_all() {
     let node = |path: &str| tree.get(path.as_bytes()).unwrap_or_else(|| panic!("there is no {path}"));
     let missing = |path: &str| assert!(!tree.contains_key(path.as_bytes()), "{path} should be deleted");
 
-    assert!(tree.len() > 10_000, "{} paths", tree.len());
+    has_whole_packages(&tree);
     assert_eq!(node("odd/links/three-c").nlink, 1, "see umoci_keeps_all_but");
     assert_eq!(node("odd/links/untouched").nlink, 3);
     assert_eq!(node("odd/links/many-0001").nlink, 498);
@@ -116,6 +119,29 @@ fn the_debian_image_has_it_all() {
     assert!(node("odd/kept/no-attribute").xattrs.is_empty());
 }
 
+/// A whole Debian lies under the odd files: all that dpkg says that these packages installed, but for what the
+/// recipe deletes.
+fn has_whole_packages(tree: &Tree) {
+    for package in ["bash", "coreutils", "dpkg", "libc6", "perl-base", "util-linux"] {
+        let list =
+            [format!("var/lib/dpkg/info/{package}.list"), format!("var/lib/dpkg/info/{package}:amd64.list")];
+        let list = list.iter().find(|path| tree.contains_key(path.as_bytes()));
+        let list =
+            debian::image().unpacked.join(list.unwrap_or_else(|| panic!("{package} is not installed")));
+        let text = fs::read_to_string(list).expect("a list of dpkg");
+        let paths: Vec<_> = text.lines().filter(|path| !path.starts_with("/usr/share/doc")).collect();
+        assert!(paths.len() > 10, "{package}: {paths:?}");
+        for path in paths.into_iter().filter_map(|path| path.strip_prefix('/')) {
+            // dpkg lists /bin/bash; /bin leads to /usr/bin.
+            let there = [path.to_string(), format!("usr/{path}")];
+            assert!(
+                path == "." || there.iter().any(|path| tree.contains_key(path.as_bytes())),
+                "{package}: /{path}"
+            );
+        }
+    }
+}
+
 /// What umoci 0.4.7 itself loses between the tree that it packs and the one that it unpacks:
 /// - Times: Go's tar writer rounds to the nearest second, so those of half a second and more get the next one.
 /// - Hard links: `repack` writes what changed, link count included. Layer 3 takes one name of a file away and
@@ -151,11 +177,47 @@ fn both_sides(layers: Vec<Layer>) -> (Tree, Tree) {
     let mounted = Mounted::new(&source(&store, &image_name(&store)), &dir.path().join("mnt"));
     let found = scan(mounted.dir());
     mounted.unmount();
+    // The same layers as a PuzzleFS image show the same tree, but for times, which it has none of.
+    let packed = as_puzzlefs(&manifest, &dir.path().join("puzzlefs"), &keys);
+    assert_same(&without_times(&found), &packed, "the same layers as PuzzleFS");
     run(command("umoci")
         .args(["unpack", "--image"])
         .arg(join(&layout, ":", "odd"))
         .arg(dir.path().join("bundle")));
     (scan(&dir.path().join("bundle/rootfs")), found)
+}
+
+/// Builds the target of an import manifest as a PuzzleFS image, verifies and mounts it, and scans the mount.
+fn as_puzzlefs(manifest: &Path, work: &Path, keys: &Path) -> Tree {
+    fs::create_dir_all(work).expect("mkdir");
+    let text = fs::read_to_string(manifest).expect("the import manifest");
+    let (manifest, store) = (work.join("import.yaml"), work.join("store"));
+    fs::write(&manifest, format!("{text}storage_type: puzzlefs\n")).expect("write the import manifest");
+    run(&mut build(&manifest, &store, keys));
+    run(mosfs().arg("verify").arg(join(Path::new("oci:"), "", &store.to_string_lossy())));
+    let mounted = Mounted::new(&source(&store, &image_name(&store)), &work.join("mnt"));
+    let tree = scan(mounted.dir());
+    mounted.unmount();
+    tree
+}
+
+/// What PuzzleFS shows of a tree: it has no times, and shows 1970 for all.
+fn without_times(tree: &Tree) -> Tree {
+    let mut tree = tree.clone();
+    tree.values_mut().for_each(|node| node.mtime = 0);
+    tree
+}
+
+/// All of a real root file system is in a PuzzleFS image, but for times.
+#[test]
+fn a_debian_root_is_the_same_in_puzzlefs() {
+    let image = debian::image();
+    let dir = scratch();
+    let keys = keys(dir.path());
+    let manifest = dir.path().join("import.yaml");
+    import_manifest(&manifest, &url(&image.layout, "debian"));
+    let found = as_puzzlefs(&manifest, &dir.path().join("puzzlefs"), &keys);
+    assert_same(&without_times(&scan(&image.unpacked)), &found, "the PuzzleFS image");
 }
 
 /// Deletes, opaque folders and changes of type over three layers, in orders that tools do not use.
@@ -354,7 +416,7 @@ fn layers_that_cannot_be_are_refused() {
         ("link-to-below", "b", vec![layer().file("a", "x"), layer().hard("b", "a")]),
         ("link-to-itself", "b", vec![layer().hard("b", "b")]),
         ("links-in-a-ring", "b", vec![layer().hard("b", "c").hard("c", "b")]),
-        ("socket", "s", vec![layer().entry(b"s", EntryType::new(b's'), 0o644, b"", b"")]),
+        ("continued", "s", vec![layer().entry(b"s", EntryType::new(b'M'), 0o644, b"", b"")]),
         ("links-in-a-loop", "l/x", vec![layer().symlink("l", "m").symlink("m", "l").file("l/x", "x")]),
         ("no-target", "l", vec![layer().symlink("l", "")]),
     ];
@@ -441,7 +503,7 @@ fn an_ordinary_user_sees_the_same() {
         (PathBuf::from(env!("CARGO_BIN_EXE_mosfs-full")), "mosfs-full"),
         (std::env::current_exe().expect("this program"), "test"),
     ] {
-        fs::copy(program, there.join(name)).expect("copy a program");
+        copy_program(program, there.join(name));
         fs::set_permissions(there.join(name), fs::Permissions::from_mode(0o755)).expect("chmod");
     }
     run(Command::new("chown").args(["-R", &format!("{USER}:{USER}")]).arg(&home));

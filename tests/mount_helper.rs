@@ -1,6 +1,8 @@
 //! mount(8) and fstab with `mount -t mosfs`: the helper that they call, in a mount namespace where it
 //! is in /sbin. Also `notify_pipe`, for those who wait for a mount otherwise.
 
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/publish.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod publish;
@@ -11,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use program::copy_program;
 use publish::{PRODUCT, Publisher};
 use tempfile::TempDir;
 
@@ -34,7 +37,7 @@ impl Fixture {
             fs::create_dir(fixture.path(folder)).unwrap();
         }
         let helper = Path::new(env!("CARGO_MANIFEST_DIR")).join("mount-helpers/mount.mosfs");
-        fs::copy(helper, fixture.path("sbin/mount.mosfs")).unwrap();
+        copy_program(helper, fixture.path("sbin/mount.mosfs"));
         let ca = fixture.publisher.key("ca.pem");
         let source = fixture.publisher.source();
         let mut install = fixture.mosfs();
@@ -68,12 +71,11 @@ impl Fixture {
         let begin = "awk '/ - fuse.mosfs | - overlay mosfs:/ { print $5 }' /proc/self/mountinfo | xargs -r umount -l\n\
                      mount -t overlay -o lowerdir=$T/sbin:/usr/sbin none /usr/sbin || exit 99\n\
                      trap 'while mountpoint -q $T/m; do umount -l $T/m; done' EXIT\n";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-uc", &format!("{begin}{text}")]);
+        let private = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/private-mounts");
+        let mut command = Command::new(private);
+        command.args(["sh", "-uc", &format!("{begin}{text}")]);
         self.environment(&mut command);
-        command
-            .output()
-            .unwrap_or_else(|error| panic!("cannot run unshare (Debian package util-linux): {error}"))
+        command.output().expect("run tests/private-mounts")
     }
 
     /// The same, which must succeed; what it printed.
@@ -201,7 +203,7 @@ fn read_pipe(path: &Path) -> Vec<u8> {
         fs::File::open(&path).unwrap().read_to_end(&mut said).unwrap();
         sender.send(said).unwrap();
     });
-    receiver.recv_timeout(Duration::from_secs(60)).expect("somebody writes to the pipe")
+    receiver.recv_timeout(Duration::from_secs(300)).expect("somebody writes to the pipe")
 }
 
 fn make_pipe(path: &Path) {
@@ -272,7 +274,7 @@ fn the_service_manager_is_told_when_a_mount_in_the_foreground_is_ready() {
         let mut command = fixture.mosfs();
         command.args(["mount", "--foreground", "--backend", "fuse", "app"]).arg(&target);
         let mut child = command.env("NOTIFY_SOCKET", &name).stderr(Stdio::null()).spawn().unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(300))).unwrap();
         let mut said = [0; 64];
         let count = socket.recv(&mut said).unwrap();
         assert_eq!(&said[..count], b"READY=1", "{name}");
@@ -280,7 +282,7 @@ fn the_service_manager_is_told_when_a_mount_in_the_foreground_is_ready() {
         assert!(fixture.mosfs().arg("umount").arg(&target).status().unwrap().success());
         let begin = Instant::now();
         while child.try_wait().unwrap().is_none() {
-            assert!(begin.elapsed() < Duration::from_secs(60));
+            assert!(begin.elapsed() < Duration::from_secs(300));
             std::thread::sleep(Duration::from_millis(5));
         }
     }

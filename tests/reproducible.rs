@@ -2,6 +2,8 @@
 
 #[path = "common/whole/mod.rs"]
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::ffi::OsString;
 use std::fs;
@@ -14,6 +16,7 @@ use common::debian::{self, noise};
 use common::layers::{self, Layer, layer};
 use common::system::{build, digest, image_name, import_manifest, keys, scratch};
 use mosfs::digest::Digest;
+use program::copy_program;
 
 /// Layers with enough content that threads have something to overtake each other with.
 fn some_layers() -> Vec<Layer> {
@@ -122,7 +125,7 @@ fn another_user_with_another_copy_gets_the_same_digest() {
     for (program, name) in
         [(mosfs().get_program(), "mosfs"), (env!("CARGO_BIN_EXE_mosfs-full").as_ref(), "mosfs-full")]
     {
-        fs::copy(program, there.path().join(name)).expect("copy the program");
+        copy_program(program, there.path().join(name));
         fs::set_permissions(there.path().join(name), fs::Permissions::from_mode(0o755)).expect("chmod");
     }
     let mut url = OsString::from("oci:");

@@ -1,9 +1,14 @@
 //! `mosfs` and `mosfs-full`: which of them runs a command, and that nobody can tell.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Output};
+
+use program::copy_program;
 
 const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
 const FULL: &str = env!("CARGO_BIN_EXE_mosfs-full");
@@ -35,6 +40,27 @@ fn both_answer_the_same() {
     }
 }
 
+/// The shared libraries that a program names.
+fn libraries(program: &str) -> Vec<String> {
+    let output = Command::new("readelf").args(["--dynamic", "--wide", program]).output();
+    let output = output.expect("run readelf (Debian package binutils)");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let needed = text.lines().filter(|line| line.contains("(NEEDED)"));
+    needed.map(|line| line.split(['[', ']']).nth(1).unwrap().to_string()).collect()
+}
+
+/// What makes it quick to start: loading libcrypto takes longer than all the rest. Where this fails, something that
+/// `src/cli/start.rs` leads to checks a signature.
+#[test]
+fn mosfs_loads_no_more_than_the_c_library() {
+    for name in libraries(MOSFS) {
+        let known = ["libc.so.", "libgcc_s.so.", "libm.so.", "ld-linux"];
+        assert!(known.iter().any(|known| name.starts_with(known)), "mosfs loads {name}");
+    }
+    assert!(libraries(FULL).iter().any(|name| name.starts_with("libcrypto.so.")), "{:?}", libraries(FULL));
+}
+
 #[test]
 fn the_full_program_is_found_where_it_is_installed() {
     let root = tempfile::tempdir().unwrap();
@@ -43,7 +69,7 @@ fn the_full_program_is_found_where_it_is_installed() {
         fs::create_dir_all(folder).unwrap();
     }
     let installed = bin.join("mosfs");
-    fs::copy(MOSFS, &installed).unwrap();
+    copy_program(MOSFS, &installed);
     let alone = run(&installed, &["--version"]);
     assert_eq!(alone.status.code(), Some(1));
     let said = String::from_utf8_lossy(&alone.stderr);
@@ -52,7 +78,7 @@ fn the_full_program_is_found_where_it_is_installed() {
         "{said}"
     );
 
-    fs::copy(FULL, libexec.join("mosfs-full")).unwrap();
+    copy_program(FULL, libexec.join("mosfs-full"));
     let link = root.path().join("elsewhere");
     symlink(&installed, &link).unwrap();
     for program in [installed, link] {

@@ -15,7 +15,7 @@ use mosfs::error::{Class, Classified};
 use mosfs::image::oci::{Descriptor, INDEX, Index, MANIFEST, Manifest, Platform};
 use mosfs::progress::{Progress, Task};
 use mosfs::store::{Store, StoreError, fsck};
-use mosfs::transport::{OciDir, SourceRef, Transport, TransportError};
+use mosfs::transport::{Access, OciDir, SourceRef, Transport, TransportError};
 use tempfile::TempDir;
 use tools::{run, sh};
 
@@ -38,7 +38,7 @@ fn umoci_layout(dir: &Path) {
 }
 
 fn transport(dir: &Path) -> Box<dyn Transport> {
-    SourceRef::oci(dir, None).open().unwrap()
+    SourceRef::oci(dir, None).open(&Access::default()).unwrap()
 }
 
 /// Brings an image as it is from a layout into a store, under a name.

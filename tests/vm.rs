@@ -252,7 +252,7 @@ fn left_overs() -> Vec<String> {
 
 /// Wants nothing to be left: the kernel frees devices from a work queue, so it is given time.
 fn nothing_left() {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(300);
     loop {
         let found = left_overs();
         if found.is_empty() {

@@ -1,14 +1,15 @@
 //! Boot: from the initramfs, choose a deployment, verify it, check the floor, mount the root.
 //!
 //! ```text
-//! partition   find the system partition and mount it (untrusted: nosuid, nodev, noexec)
-//! floor       read it from the TPM; its index must have the expected Name
+//! floor       wait for the TPM and read it; its index must have the expected Name
+//! partition   find the system partition and mount it (untrusted: nosuid, nodev, noexec); the next one where
+//!             this one boots nothing
 //! read        state, try spent where it is a pending one, images complete
 //! signature   manifest, signature, certificate, product; then version >= floor
 //! layers      loop and dm-verity devices, or the start of the FUSE daemon
 //! tree        overlay, attached at the sysroot
-//! measure     extend PCR 15 with the manifest's digest
 //! hand over   SYSTEM and CONFIG where the booted system finds them; /run/mosfs/boot.json
+//! measure     extend PCR 15 with what was booted
 //! ```
 //!
 //! The choice itself, with its fallback, is [`crate::deploy::choice`].
@@ -16,40 +17,45 @@
 //! **Trust.** CONFIG lies in the initramfs, which whoever signs the kernel vouches for. The partition
 //! and the kernel command line are anybody's ([`cmdline`]).
 //!
-//! **The PCR.** It is number 15, in the SHA-256 bank, extended once with the digest H3 of the system
-//! manifest. The Linux TPM PCR registry gives 15 to the "system identity": what the initramfs found the
-//! root file system to be. PCRs 0 to 7 are the firmware's, 8 to 14 those of boot loader, kernel and
-//! IMA; 16 and 23 can be reset at run time. So a key that is sealed to PCR 15 opens only for one
-//! signed system, and an attestation shows which one ran. It is extended after the root is mounted and
-//! before anything of it runs.
+//! **The PCR.** A boot that is handed over extends PCR 15 once with what it is, as the last step before anything of
+//! it runs; whoever calls [`boot`] extends it with [`measure::REFUSED`] where that fails ([`refuse`]).
+//! PCRs 0 to 7 are the firmware's, 8 to 14 those of boot loader, kernel and IMA; 16 and 23 can be reset at run
+//! time. So a key that is sealed to PCR 15 opens only for one signed system in one form, and an attestation
+//! shows which one ran ([`measure`]).
+//!
+//! **Waiting.** TPM and system partition are waited for together, [`Setup::patience`] in all. Each device that may be
+//! the partition is tried once ([`candidates`]).
 
+pub mod candidates;
+pub mod check;
 pub mod cmdline;
-pub mod partition;
+pub mod event_log;
+pub mod measure;
+pub mod settings;
 
 use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use candidates::{Candidate, PassedOver, Search};
 use cmdline::{BootOptions, Overlay};
+use measure::{Identity, MeasureError};
+use settings::{Settings, SettingsError};
 
 use crate::deploy::booted::BootRecord;
 use crate::deploy::choice::{self, Role};
 use crate::deploy::state::Refusal;
-use crate::deploy::{DeployError, DeploymentId, System, target};
+use crate::deploy::{DeployError, DeploymentId, System, check_images, target};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Config, Floor, FloorError, Place};
-use crate::manifest::ServiceType;
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::{Request, Timing};
-use crate::sys::file::{self, Links};
-use crate::sys::mountapi::{self, FsContext, MountError as CallError};
-use crate::sys::tpm::{Tpm, TpmError};
+use crate::sys::file;
+use crate::sys::mountapi::{self, MountError as CallError};
+use crate::sys::tpm::TpmError;
 use crate::trust::{Anchor, AnchorError, Verified};
-
-/// The PCR that is extended with the manifest's digest (see the module's text).
-pub const PCR: u32 = 15;
 
 /// Where a boot finds and leaves things.
 #[derive(Debug, Clone)]
@@ -64,9 +70,12 @@ pub struct Setup {
     pub run_dir: PathBuf,
     /// Where the floor is.
     pub floor: Place,
-    /// How long to wait for the system partition.
+    /// How long to wait for the TPM and the system partition.
     pub patience: Duration,
 }
+
+/// The longest time that the TPM is given to appear, and to take the measurement of a boot that failed.
+const REFUSE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A boot that is ready to be handed over to.
 #[derive(Debug)]
@@ -91,13 +100,29 @@ pub struct Report {
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The system partition did not appear.
-    #[error("no system partition: {partition} with an ext4, xfs or btrfs file system did not appear within {} s", waited.as_secs())]
+    #[error(
+        "no system partition: {partition} with an ext4, xfs or btrfs file system did not appear within {} s{}",
+        waited.as_secs(), list(passed_over)
+    )]
     NoPartition {
         /// What was looked for.
         partition: String,
         /// How long it was waited for.
         waited: Duration,
+        /// Devices that were not taken.
+        passed_over: Vec<PassedOver>,
     },
+    /// A device with the right name holds no system that can be booted.
+    #[error("{}: {why}", device.display())]
+    BadPartition {
+        /// Its node.
+        device: PathBuf,
+        /// Why it was passed over.
+        why: String,
+    },
+    /// Devices cannot be looked at.
+    #[error("cannot load libblkid, which tells what is on a disk: {0}")]
+    NoBlkid(std::io::Error),
     /// The kernel refused a mount.
     #[error("cannot mount {what}: {source}")]
     Mount {
@@ -106,32 +131,9 @@ pub enum BootError {
         /// The call that failed.
         source: CallError,
     },
-    /// The trusted configuration names no overlay that we know.
-    #[error("{}: `{found}` is not an overlay; expected scratch, tmpfs or ro", path.display())]
-    BadOverlay {
-        /// The file.
-        path: PathBuf,
-        /// What it says.
-        found: String,
-    },
-    /// The command line asks for less than the trusted configuration demands.
-    #[error(
-        "kernel command line: mosfs.overlay={asked}: the product's configuration allows nothing less strict than {allowed}"
-    )]
-    LaxOverlay {
-        /// What the command line asks for.
-        asked: &'static str,
-        /// What CONFIG/overlay says, or the default.
-        allowed: &'static str,
-    },
-    /// The system has no such target.
-    #[error("the system has no target {wanted}, found {found}")]
-    NoTarget {
-        /// The name, or `of service type hostfs`.
-        wanted: String,
-        /// The names that it has.
-        found: String,
-    },
+    /// The trusted configuration says something else.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     /// The anchor cannot be had.
     #[error(transparent)]
     Anchor(#[from] AnchorError),
@@ -141,14 +143,9 @@ pub enum BootError {
     /// No deployment could be started.
     #[error(transparent)]
     Deploy(#[from] DeployError),
-    /// The TPM did not take the measurement.
-    #[error("cannot extend PCR {PCR} with {digest}: {source}")]
-    Measure {
-        /// The digest of the system manifest.
-        digest: crate::digest::Digest,
-        /// The TPM's answer.
-        source: TpmError,
-    },
+    /// The boot could not be measured.
+    #[error(transparent)]
+    Measure(#[from] MeasureError),
     /// A file could not be used.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -160,11 +157,19 @@ impl Classified for BootError {
             Self::Anchor(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::Deploy(error) => error.class(),
-            Self::Measure { .. } => Class::Tpm,
-            Self::BadOverlay { .. } | Self::LaxOverlay { .. } | Self::NoTarget { .. } => Class::Input,
-            Self::NoPartition { .. } | Self::Mount { .. } | Self::Io(_) => Class::Failure,
+            Self::Settings(error) => error.class(),
+            Self::Measure(error) => error.class(),
+            Self::NoPartition { .. }
+            | Self::BadPartition { .. }
+            | Self::NoBlkid(_)
+            | Self::Mount { .. }
+            | Self::Io(_) => Class::Failure,
         }
     }
+}
+
+fn list(passed_over: &[PassedOver]) -> String {
+    passed_over.iter().map(|one| format!("; {} was passed over: {}", one.device.display(), one.why)).collect()
 }
 
 /// What mounting a deployment's root gives.
@@ -176,131 +181,215 @@ struct Started {
     tree: Duration,
 }
 
-/// Boots: all that is between the initramfs and switch_root.
+/// Boots: all that is between the initramfs and switch_root. `say` gets a sentence for each thing that goes another
+/// way than usual, when it happens.
 ///
 /// # Errors
-/// Where no deployment can be started. Nothing is left at the sysroot then.
-pub fn boot(setup: &Setup, options: &BootOptions) -> Result<Report, BootError> {
+/// Where no deployment can be started. Nothing is left at the sysroot then, and PCR 15 is not extended unless
+/// its extension itself is what failed: see [`refuse`].
+pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<Report, BootError> {
     let clock = Instant::now();
-    let overlay = overlay(&setup.config, options.overlay)?;
-    // What is wrong with the trusted configuration is said before a disk is waited for.
+    // What is wrong with the trusted configuration is said before a device is waited for.
+    let settings = Settings::load(&setup.config)?;
+    let overlay = settings.overlay(options.overlay)?;
     let anchor = Anchor::load(&setup.config)?;
+    let config = measure::config_digest(&setup.config)?;
     let mut floor = floor::open(&setup.floor, &Config::load(&setup.config)?)?;
     if let Some(warning) = floor.warning() {
-        log::warn!("{warning}");
+        say(warning);
     }
-    mount_partition(setup, options)?;
-    let partition = clock.elapsed();
-
     let floor_time = Cell::new(Duration::ZERO);
-    let verified_at = Cell::new(clock);
-    let system = System::at(&setup.system);
-    let mut timed = TimedFloor { inner: floor.as_mut(), time: &floor_time };
-    let begin = Instant::now();
-    let booted = choice::choose(&system, &anchor, &mut timed, |verified, _| {
-        verified_at.set(Instant::now());
-        start(setup, &system, options, overlay, verified)
-    })?;
-    let read = (verified_at.get() - begin).saturating_sub(floor_time.get() + booted.verifying);
+    let mut patient = PatientFloor { inner: floor.as_mut(), time: &floor_time, end: clock + setup.patience };
+    if matches!(setup.floor, Place::Tpm(..)) {
+        // What cannot be trusted stops the boot, whatever is on the disks.
+        patient.read()?;
+    }
+    let mut attempt =
+        Attempt { setup, options, settings: &settings, overlay, anchor: &anchor, floor: &mut patient, say };
+    let (chosen, partition) = find_and_choose(&mut attempt, clock)?;
     // A TPM behind a socket takes one connection at a time.
     drop(floor);
 
     let begin = Instant::now();
-    let done = measure(setup, &booted.started.digest).and_then(|()| hand_over(setup));
-    if let Err(error) = done {
-        let _ = mountapi::unmount(&setup.sysroot, true);
-        return Err(error);
-    }
-    let phases = vec![
+    let started = &chosen.booted.started;
+    let identity = Identity { manifest: started.digest, target: &started.target, overlay, config };
+    let mut phases = vec![
         ("partition", partition),
         ("floor", floor_time.get()),
-        ("read", read),
-        ("signature", booted.verifying),
-        ("layers", booted.started.layers),
-        ("tree", booted.started.tree),
-        ("measure and hand over", begin.elapsed()),
-        ("all", clock.elapsed()),
+        ("read", chosen.reading.saturating_sub(floor_time.get())),
+        ("signature", chosen.booted.verifying),
+        ("layers", started.layers),
+        ("tree", started.tree),
     ];
-    let record = BootRecord {
-        deployment: booted.deployment,
-        backend: booted.started.backend.into(),
-        phases_ms: phases.iter().map(|(name, time)| (name.to_string(), time.as_secs_f64() * 1e3)).collect(),
-    };
-    record.save(&setup.run_dir.join("boot.json"))?;
+    let done = hand_over(setup).and_then(|()| {
+        let record = BootRecord {
+            deployment: chosen.booted.deployment,
+            backend: started.backend.into(),
+            phases_ms: phases
+                .iter()
+                .map(|(name, time)| (name.to_string(), time.as_secs_f64() * 1e3))
+                .collect(),
+        };
+        record.save(&setup.run_dir.join("boot.json"))?;
+        // Last: nothing can fail once the PCR says that this system runs.
+        measure(setup, &identity, say)
+    });
+    if let Err(error) = done {
+        undo(setup);
+        return Err(error);
+    }
+    phases.push(("measure and hand over", begin.elapsed()));
+    phases.push(("all", clock.elapsed()));
     failpoint::hit("boot.root.ready");
     Ok(Report {
-        deployment: booted.deployment,
-        role: booted.role,
-        refused: booted.refused,
-        target: booted.started.target,
-        backend: booted.started.backend,
+        deployment: chosen.booted.deployment,
+        role: chosen.booted.role,
+        refused: chosen.booted.refused,
+        target: chosen.booted.started.target,
+        backend: chosen.booted.started.backend,
         overlay,
         phases,
     })
 }
 
-/// No file CONFIG/overlay is longer, in bytes.
-const MAX_OVERLAY_BYTES: u64 = 4096;
-
-/// The overlay: what CONFIG/overlay says (default tmpfs), or something stricter that the command line asks for.
-fn overlay(config: &Path, asked: Option<Overlay>) -> Result<Overlay, BootError> {
-    let path = config.join("overlay");
-    let allowed = match file::find_regular(&path, Links::Followed, MAX_OVERLAY_BYTES)? {
-        Some(bytes) => {
-            let text = String::from_utf8_lossy(&bytes);
-            let found = || text.trim().chars().take(40).collect();
-            Overlay::parse(text.trim()).ok_or_else(|| BootError::BadOverlay { path, found: found() })?
+/// Closes PCR 15 after a boot that failed: whoever gets at the machine now cannot have it say that a good system runs.
+///
+/// A TPM that is not there yet is waited for, at most `patience`: what fails at once must not be faster than its driver.
+///
+/// # Errors
+/// Where the TPM did not take it.
+pub fn refuse(place: &Place, patience: Duration) -> Result<(), BootError> {
+    let Place::Tpm(tcti, budget) = place else { return Ok(()) };
+    let end = Instant::now() + patience.min(REFUSE_WITHIN);
+    loop {
+        match measure::extend(tcti, (*budget).min(REFUSE_WITHIN), measure::REFUSED) {
+            Err(MeasureError::Tpm { source: TpmError::Absent { .. } }) if Instant::now() < end => {
+                std::thread::sleep(LOOK_FOR_TPM_EVERY);
+            }
+            result => return Ok(result.map(|_| ())?),
         }
-        None => Overlay::Tmpfs,
-    };
-    match asked {
-        // Rule (docs/design.md, kernel command line): no word can lower what CONFIG demands.
-        Some(asked) if asked < allowed => {
-            Err(BootError::LaxOverlay { asked: asked.name(), allowed: allowed.name() })
-        }
-        Some(asked) => Ok(asked),
-        None => Ok(allowed),
     }
 }
 
-/// Finds the system partition and mounts it, unless something is mounted there already.
-fn mount_partition(setup: &Setup, options: &BootOptions) -> Result<(), BootError> {
-    if setup.system.join("state.json").exists() {
-        return Ok(());
+/// What the choice of a deployment needs.
+struct Attempt<'a, 'f> {
+    setup: &'a Setup,
+    options: &'a BootOptions,
+    settings: &'a Settings,
+    overlay: Overlay,
+    anchor: &'a Anchor,
+    floor: &'a mut PatientFloor<'f>,
+    say: &'a dyn Fn(&str),
+}
+
+/// A deployment whose root is mounted.
+struct Chosen {
+    booted: choice::Booted<Started>,
+    /// How long everything but verifying and mounting took.
+    reading: Duration,
+}
+
+impl Attempt<'_, '_> {
+    /// Chooses among the deployments of what is mounted at SYSTEM.
+    fn choose(&mut self) -> Result<Chosen, BootError> {
+        let system = System::at(&self.setup.system);
+        let begin = Instant::now();
+        let verified_at = Cell::new(begin);
+        let (setup, settings, options, overlay) = (self.setup, self.settings, self.options, self.overlay);
+        let booted = choice::choose(&system, self.anchor, self.floor, |verified, _| {
+            verified_at.set(Instant::now());
+            start(setup, &system, settings, options, overlay, verified)
+        })?;
+        if let Some(damage) = &booted.damage {
+            let path = system.state_path();
+            (self.say)(&format!(
+                "{} cannot be used: {damage}; the highest version that verifies is taken",
+                path.display()
+            ));
+        }
+        let reading = (verified_at.get() - begin).saturating_sub(booted.verifying);
+        Ok(Chosen { booted, reading })
     }
-    let wanted = &options.partition;
-    let found = partition::find(wanted, setup.patience)
-        .ok_or_else(|| BootError::NoPartition { partition: wanted.to_string(), waited: setup.patience })?;
-    log::info!("system partition: {} ({}), {wanted}", found.device.display(), found.file_system);
-    file::create_folders(&setup.system)?;
-    let mount = || {
-        let context = FsContext::open(found.file_system)?;
-        context.set_string("source", found.device.as_os_str().as_encoded_bytes())?;
-        // Nothing on it is trusted: no programs, no devices, no setuid. What is executed comes
-        // from verified layers, whose devices and modes are those of the layer's own mount.
-        let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-        mountapi::attach(context.mount(attributes)?, &setup.system)
-    };
-    mount().map_err(|source| BootError::Mount { what: found.device.display().to_string(), source })
+
+    /// Mounts a candidate at SYSTEM and chooses among its deployments. It stays mounted only where one is started.
+    fn try_candidate(&mut self, candidate: &Candidate) -> Result<Chosen, BootError> {
+        let place = &self.setup.system;
+        let bad = |why| BootError::BadPartition { device: candidate.device.clone(), why };
+        let mounted = candidate.mount(self.setup.patience).map_err(bad)?;
+        if mounted.read_only {
+            (self.say)(&format!(
+                "{} cannot be written: a pending version, whose tries are counted there, is not tried",
+                candidate.device.display()
+            ));
+        }
+        file::create_folders(place)?;
+        mountapi::attach(mounted.mount, place)
+            .map_err(|source| BootError::Mount { what: candidate.device.display().to_string(), source })?;
+        self.choose().inspect_err(|_| {
+            let _ = mountapi::unmount(place, true);
+        })
+    }
+}
+
+/// Finds a system partition with a deployment that can be started, and starts it. With it comes how long the
+/// partition took.
+fn find_and_choose(attempt: &mut Attempt<'_, '_>, clock: Instant) -> Result<(Chosen, Duration), BootError> {
+    let setup = attempt.setup;
+    // Somebody has mounted it: then that is the one.
+    if ["state.json", "deployments"].iter().any(|name| setup.system.join(name).symlink_metadata().is_ok()) {
+        let partition = clock.elapsed();
+        return Ok((attempt.choose()?, partition));
+    }
+    let wanted = &attempt.options.partition;
+    let mut search = Search::new(wanted, clock, setup.patience).map_err(BootError::NoBlkid)?;
+    let mut gravest: Option<BootError> = None;
+    for candidate in search.by_ref() {
+        let partition = clock.elapsed();
+        log::info!("system partition: {} ({}), {wanted}", candidate.device.display(), candidate.file_system);
+        let error = match attempt.try_candidate(&candidate) {
+            Ok(chosen) => return Ok((chosen, partition)),
+            // A floor that cannot be trusted is not the disk's fault.
+            Err(BootError::Deploy(DeployError::Floor(error))) => return Err(error.into()),
+            Err(error) => error,
+        };
+        (attempt.say)(&match &error {
+            error @ BootError::BadPartition { .. } => format!("{error}; looking for another one"),
+            error => format!("{}: {error}; looking for another one", candidate.device.display()),
+        });
+        let is_graver = |before: &BootError| choice::graver(before.class(), error.class()) != before.class();
+        if gravest.as_ref().is_none_or(is_graver) {
+            gravest = Some(error);
+        }
+    }
+    Err(gravest.unwrap_or_else(|| BootError::NoPartition {
+        partition: wanted.to_string(),
+        waited: setup.patience,
+        passed_over: search.passed_over(),
+    }))
+}
+
+/// Takes away what was mounted at the sysroot. The daemon of a FUSE root ends with it.
+fn undo(setup: &Setup) {
+    for (_, place) in HANDED_OVER {
+        if is_plain_folder(&setup.sysroot, place) {
+            let _ = mountapi::unmount(&setup.sysroot.join(place), true);
+        }
+    }
+    let _ = mountapi::unmount(&setup.sysroot, true);
 }
 
 /// Mounts the root of a verified deployment at the sysroot.
 fn start(
     setup: &Setup,
     system: &System,
+    settings: &Settings,
     options: &BootOptions,
     overlay: Overlay,
     verified: &Verified,
 ) -> Result<Started, AnyError> {
-    let targets = &verified.manifest().targets;
-    let found = match &options.target {
-        Some(name) => targets.get_key_value(name.as_str()),
-        None => targets.iter().find(|(_, target)| target.service_type == ServiceType::Hostfs),
-    };
-    let (name, signed) = found.ok_or_else(|| BootError::NoTarget {
-        wanted: options.target.clone().unwrap_or_else(|| "of service type hostfs".into()),
-        found: targets.keys().map(|name| name.as_str()).collect::<Vec<_>>().join(", "),
-    })?;
+    let (name, signed) = settings.root(verified.manifest(), options.target.as_deref())?;
+    // The images of others may be damaged: that is no reason to have no system at all.
+    check_images(system, verified, |other| std::ptr::eq(other, signed))?;
     let name = name.as_str();
     let store = system.store()?;
     let plan = target::plan(&store, name, signed)?;
@@ -325,12 +414,16 @@ fn start(
 }
 
 /// Extends the PCR. The development floor stands for a machine without a TPM.
-fn measure(setup: &Setup, digest: &crate::digest::Digest) -> Result<(), BootError> {
+fn measure(setup: &Setup, identity: &Identity<'_>, say: &dyn Fn(&str)) -> Result<(), BootError> {
     let Place::Tpm(tcti, budget) = &setup.floor else { return Ok(()) };
-    Tpm::open(tcti, *budget)
-        .and_then(|tpm| tpm.pcr_extend(PCR, digest.as_bytes()))
-        .map_err(|source| BootError::Measure { digest: *digest, source })
+    if let Some(error) = measure::extend(tcti, *budget, &identity.event())? {
+        say(&format!("the measurement is not in the event log: {error}"));
+    }
+    Ok(())
 }
+
+/// Where the booted system finds what it was booted with: whether it is CONFIG (else SYSTEM), and where below its root.
+const HANDED_OVER: [(bool, &str); 2] = [(false, "var/lib/mosfs"), (true, "etc/mosfs")];
 
 /// Shows SYSTEM and CONFIG to the booted system: both live on in `/run`, and are mounted at their
 /// usual places where the image has folders for them.
@@ -344,7 +437,8 @@ fn hand_over(setup: &Setup) -> Result<(), BootError> {
             fs::copy(entry.path(), &to).on("copy", entry.path())?;
         }
     }
-    for (from, place) in [(&setup.system, "var/lib/mosfs"), (&config, "etc/mosfs")] {
+    for (is_config, place) in HANDED_OVER {
+        let from = if is_config { &config } else { &setup.system };
         let to = setup.sysroot.join(place);
         if !is_plain_folder(&setup.sysroot, place) {
             log::info!("{} is not in the image: see {}", to.display(), from.display());
@@ -366,16 +460,29 @@ fn is_plain_folder(root: &Path, place: &str) -> bool {
     })
 }
 
-/// Counts the time that the floor takes.
-struct TimedFloor<'a> {
+/// Waits for the TPM, as for the disk, and counts the time that the floor takes.
+struct PatientFloor<'a> {
     inner: &'a mut dyn Floor,
     time: &'a Cell<Duration>,
+    /// Until when a TPM that is not there is waited for.
+    end: Instant,
 }
 
-impl Floor for TimedFloor<'_> {
+/// How often a TPM that is not there is looked for.
+const LOOK_FOR_TPM_EVERY: Duration = Duration::from_millis(50);
+
+impl Floor for PatientFloor<'_> {
     fn read(&mut self) -> Result<u64, FloorError> {
         let begin = Instant::now();
-        let result = self.inner.read();
+        // Drivers of TPMs behind SPI, or in firmware, find theirs when the disks are long there.
+        let result = loop {
+            match self.inner.read() {
+                Err(FloorError::NoTpm { .. }) if Instant::now() < self.end => {
+                    std::thread::sleep(LOOK_FOR_TPM_EVERY);
+                }
+                result => break result,
+            }
+        };
         self.time.set(self.time.get() + begin.elapsed());
         result
     }
@@ -396,25 +503,6 @@ impl Floor for TimedFloor<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_command_line_can_only_be_stricter_than_the_configuration() {
-        use Overlay::{ReadOnly, Scratch, Tmpfs};
-        let dir = tempfile::tempdir().unwrap();
-        let of = |asked| overlay(dir.path(), asked);
-        assert_eq!(of(None).unwrap(), Tmpfs);
-        assert_eq!(of(Some(ReadOnly)).unwrap(), ReadOnly);
-        let error = of(Some(Scratch)).unwrap_err();
-        assert!(matches!(error, BootError::LaxOverlay { asked: "scratch", allowed: "tmpfs" }));
-        assert_eq!(error.class(), Class::Input);
-        fs::write(dir.path().join("overlay"), "scratch\n").unwrap();
-        assert_eq!(of(None).unwrap(), Scratch);
-        assert_eq!(of(Some(Tmpfs)).unwrap(), Tmpfs);
-        fs::write(dir.path().join("overlay"), "ro").unwrap();
-        assert!(matches!(of(Some(Tmpfs)).unwrap_err(), BootError::LaxOverlay { .. }));
-        fs::write(dir.path().join("overlay"), "rw").unwrap();
-        assert!(matches!(of(None).unwrap_err(), BootError::BadOverlay { .. }));
-    }
 
     #[test]
     fn links_do_not_lead_out_of_the_sysroot() {

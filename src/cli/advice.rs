@@ -6,7 +6,11 @@ use crate::error::{AnyError, Class, Classified};
 use crate::floor::{self, FloorError};
 use crate::manifest::{ImportErrors, SystemError};
 use crate::publish::keys::GenerateError;
+use crate::store::StoreError;
 use crate::store::fsck::NotWhole;
+use crate::transport::TransportError;
+#[cfg(feature = "registry")]
+use crate::transport::registry::RegistryError;
 use crate::trust::pem::SecretInPublic;
 use crate::trust::{AnchorError, KeyError, SignError, TrustError};
 
@@ -23,6 +27,8 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_floor_key))
             .or_else(|| this.downcast_ref().and_then(for_activation))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
+            .or_else(|| this.downcast_ref().and_then(for_store))
+            .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_secret))
             .or_else(|| this.downcast_ref().and_then(for_not_whole))
             .or_else(|| this.downcast_ref().and_then(for_trust))
@@ -31,6 +37,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_generate))
             .or_else(|| this.downcast_ref().and_then(for_sign))
             .or_else(|| this.downcast_ref().and_then(for_system))
+            .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_import));
         if found.is_some() {
             return found;
@@ -38,6 +45,40 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
         cause = this.source();
     }
     None
+}
+
+fn for_store(error: &StoreError) -> Option<&'static str> {
+    match error {
+        StoreError::Transport(error) => for_transport(error),
+        _ => None,
+    }
+}
+
+fn for_transport(error: &TransportError) -> Option<&'static str> {
+    match error {
+        TransportError::WrongPlatform { .. } => {
+            Some("`mosfs build --platform OS/ARCH` builds for other machines")
+        }
+        #[cfg(feature = "registry")]
+        TransportError::Registry(error) => for_registry(error),
+        _ => None,
+    }
+}
+
+#[cfg(feature = "registry")]
+fn for_registry(error: &RegistryError) -> Option<&'static str> {
+    Some(match *error {
+        RegistryError::Denied { .. } => {
+            "log in with `podman login` or `docker login`, or give --authfile (docs/registries.md, credentials)"
+        }
+        RegistryError::Tls { .. } => {
+            "put the registry's CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
+        }
+        RegistryError::Network { .. } | RegistryError::Stalled { .. } => {
+            "run the command again: what was received is kept"
+        }
+        _ => return None,
+    })
 }
 
 fn for_trust(error: &TrustError) -> Option<&'static str> {
@@ -74,6 +115,9 @@ fn for_trust(error: &TrustError) -> Option<&'static str> {
 fn for_deploy(error: &DeployError) -> Option<&'static str> {
     Some(match error {
         DeployError::Trust(error) => return for_trust(error),
+        DeployError::Transport(error) => return for_transport(error),
+        DeployError::Store(error) => return for_store(error),
+        DeployError::VersionElsewhere { .. } => "build the other system with a higher version",
         DeployError::Floor(error) => return for_floor(error),
         DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
         DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",

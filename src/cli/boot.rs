@@ -11,20 +11,24 @@ use serde_json::json;
 use super::floor::FloorArgs;
 use super::{Global, output};
 use crate::boot::cmdline;
-use crate::boot::{self, Setup};
+use crate::boot::{self, BootError, Setup};
 use crate::error::{AnyError, Class, Classified};
+use crate::floor::FloorError;
 use crate::sys::file::read_named;
 
 /// From the initramfs: choose a deployment, verify it, check the floor, mount its root.
 #[derive(Debug, Args)]
 pub struct BootArgs {
     /// Where to mount the root.
-    #[arg(long, value_name = "DIR")]
-    sysroot: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "check")]
+    sysroot: Option<PathBuf>,
+    /// Only check whether an initramfs with this CONFIG and these libraries could boot.
+    #[arg(long, conflicts_with_all = ["sysroot", "cmdline", "wait"])]
+    check: bool,
     /// The kernel command line.
     #[arg(long, value_name = "FILE", default_value = "/proc/cmdline")]
     cmdline: PathBuf,
-    /// How long to wait for the system partition, in seconds.
+    /// How long to wait for the TPM and the system partition, in seconds.
     #[arg(long, value_name = "S", default_value_t = 30)]
     wait: u64,
     #[command(flatten)]
@@ -77,8 +81,33 @@ fn protect_from_switch_root() {
     log::warn!("the name that survives switch_root cannot be had: {error}");
 }
 
+/// Has the kernel spare this process when memory runs out, and with it the daemon of a FUSE root that it forks:
+/// without that daemon there is no system.
+fn protect_from_the_oom_killer() {
+    // Lower values than the own one take CAP_SYS_RESOURCE; a boot is root's.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        log::warn!("the OOM killer may end the root's daemon: {error}");
+    }
+}
+
 /// Runs `mosfs boot`.
 pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
+    if args.check {
+        boot::check::check(&global.config, !args.floor.in_file())?;
+        return output::line("a boot with this configuration finds what it needs in an initramfs");
+    }
+    attempt(args, global).inspect_err(|error| {
+        // Rule: every failing exit extends PCR 15 with the refused value. A TPM that was waited for in vain has
+        // no PCR.
+        let no_tpm = matches!(error.inner().downcast_ref(), Some(BootError::Floor(FloorError::NoTpm { .. })));
+        let patience = Duration::from_secs(args.wait);
+        if !no_tpm && let Err(error) = boot::refuse(&args.floor.place(global), patience) {
+            output::note(format!("PCR {} is not closed: {error}", boot::measure::PCR));
+        }
+    })
+}
+
+fn attempt(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     let real = args.cmdline.as_os_str() == "/proc/cmdline";
     // Rule (docs/design.md, kernel command line): nothing on it can turn a check off. A
     // word like MOSFS_CONFIG=/tmp on it becomes an environment variable of init.
@@ -90,6 +119,7 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     if real {
         protect_from_switch_root();
     }
+    protect_from_the_oom_killer();
     let text = read_named(&args.cmdline, MAX_CMDLINE_BYTES)?;
     let options = cmdline::parse(&String::from_utf8_lossy(&text))
         .map_err(RefusedError::Cmdline)?
@@ -97,17 +127,17 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     let setup = Setup {
         system: global.system.clone(),
         config: global.config.clone(),
-        sysroot: args.sysroot.clone(),
+        sysroot: args.sysroot.clone().unwrap_or_default(),
         run_dir: crate::sys::run_dir(),
         floor: args.floor.place(global),
         patience: Duration::from_secs(args.wait),
     };
-    let report = boot::boot(&setup, &options)?;
+    let report = boot::boot(&setup, &options, &|text| output::note(text))?;
     for refused in &report.refused {
         output::message(format_args!("deployment {} was not booted: {}", refused.deployment, refused.why));
     }
     let ms = |time: &Duration| time.as_secs_f64() * 1e3;
-    output::answer(
+    let said = output::answer(
         global,
         || {
             let phases: Vec<_> =
@@ -131,5 +161,10 @@ pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
                 phases.join(", ")
             )
         },
-    )
+    );
+    if let Err(error) = said {
+        // The system is mounted and measured: a console that takes no more words does not end that.
+        log::warn!("the answer is not printed: {error}");
+    }
+    Ok(())
 }

@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::{Global, output, progress};
+use super::{Global, RegistryArgs, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
+use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
 use crate::progress::Progress;
-use crate::publish::build::{Built, Signer, build};
+use crate::publish::base::Base;
+use crate::publish::build::{Built, Signer, Sources, build};
 use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
@@ -45,6 +47,10 @@ pub struct Build {
     /// file is refused.
     #[arg(long, value_name = "FILE", required_unless_present = "to_sign")]
     cert: Option<PathBuf>,
+    /// Build for other machines than this one: of images for several platforms take that of OS/ARCH[/VARIANT],
+    /// as linux/arm64.
+    #[arg(long, value_name = "OS/ARCH")]
+    platform: Option<Platform>,
     /// The floor key: signs the version, so that devices can raise their floor to it. Twice while one floor
     /// key takes another's place.
     #[arg(long, value_name = "FILE", requires = "key")]
@@ -71,12 +77,17 @@ pub struct Build {
     /// The floor key's public half, to check --floor-signature with.
     #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
     floor_pub: Vec<PathBuf>,
+    /// An earlier version, or another name of the store: prints how much of each target it has already.
+    #[arg(long, value_name = "NAME")]
+    base: Option<String>,
     /// How many threads work at a time; without it, one for each processor.
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
     /// How hard to compress, as zstd counts: another level gives another digest.
     #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// A key that is named by a URI.
@@ -104,14 +115,29 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let floor_pub: Vec<_> =
         args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
     let progress = progress::of(global)?;
-    let built = match (&args.key, &args.to_sign, &args.signature) {
-        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &progress)?,
-        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &progress)?,
+    let access = args.registry.access(global);
+    let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
+    let sources = Sources { access: &access, platform: &platform };
+    let base = match &args.base {
+        Some(name) => Some(Base::of(&Store::open(&args.store)?, name)?),
+        None => None,
+    };
+    let mut built = match (&args.key, &args.to_sign, &args.signature) {
+        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &sources, &progress)?,
+        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &sources, &progress)?,
         (.., signature) => {
             let signature = signature.as_deref().unwrap_or(Path::new(""));
-            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &progress)?
+            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &sources, &progress)?
         }
     };
+    if let Some(base) = base {
+        let store = Store::open(&args.store)?;
+        for (name, target) in &mut built.targets {
+            if let Some(image) = built.manifest.targets.get(name) {
+                target.notes.push(base.note(&store.image(&image.digest)?.manifest.layers));
+            }
+        }
+    }
     print(&built, global)
 }
 
@@ -124,14 +150,20 @@ fn import(args: &Build) -> Result<ImportManifest, AnyError> {
 }
 
 /// With both keys at hand.
-fn whole(args: &Build, key: &Path, certificate: &[u8], progress: &Progress) -> Result<Built, AnyError> {
+fn whole(
+    args: &Build,
+    key: &Path,
+    certificate: &[u8],
+    sources: &Sources<'_>,
+    progress: &Progress,
+) -> Result<Built, AnyError> {
     let import = import(args)?;
     let key = PrivateKey::load(key)?;
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
-    Ok(build(&import, &store, &signer, effort(args), progress)?)
+    Ok(build(&import, &store, &signer, effort(args), sources, progress)?)
 }
 
 fn first_half(
@@ -139,11 +171,13 @@ fn first_half(
     to: &Path,
     certificate: Option<&[u8]>,
     floor_pub: &[floor::PublicKey],
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
     let store = Store::create(&args.store)?;
-    let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), progress)?;
+    let built =
+        halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), sources, progress)?;
     atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
     if let (Some(to), Some(key)) = (&args.floor_to_sign, floor_pub.first()) {
         let message = halves::floor_message(&built.manifest, key)?;
@@ -157,6 +191,7 @@ fn second_half(
     signature: &Path,
     certificate: &[u8],
     floor_keys: &[floor::PublicKey],
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let signature = read_file(signature, trust::MAX_SIGNATURE_BYTES)?;
@@ -177,7 +212,7 @@ fn second_half(
         return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
     }
     let import = ImportManifest::parse(&args.file, &bytes)?;
-    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), progress)?)
+    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), sources, progress)?)
 }
 
 fn print(built: &Built, global: &Global) -> Result<(), AnyError> {

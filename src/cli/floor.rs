@@ -278,6 +278,9 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     if args.nonce_out.as_deref() != Some(Path::new("-")) {
         output::line(format_args!("{} is provisioned: it stands at {stands_at}", floor.place()))?;
     }
+    super::output::note(
+        "the initramfs carries a copy of the configuration: make it again (update-initramfs -u, or dracut --force)",
+    );
     Ok(())
 }
 

@@ -89,6 +89,18 @@ const PAGES: &[Page] = &[
         ],
     ),
     page(
+        "push",
+        Group::Publisher,
+        &["json", "progress_fd"],
+        &["mosfs push --store store docker://127.0.0.1:5000/product"],
+    ),
+    page(
+        "pull",
+        Group::Publisher,
+        &["json", "progress_fd"],
+        &["mosfs pull docker://127.0.0.1:5000/product --store copy"],
+    ),
+    page(
         "install",
         Group::Device,
         &["system", "config", "json", "progress_fd"],
@@ -158,6 +170,13 @@ const PAGES: &[Page] = &[
         Group::Host,
         &["system", "config", "json", "progress_fd"],
         &["mosfs verify", "mosfs verify oci:store"],
+    ),
+    page("store", Group::Host, &[], &[]),
+    page(
+        "store stats",
+        Group::Host,
+        &["system", "json"],
+        &["mosfs store stats", "mosfs store stats --store store"],
     ),
     page(
         "boot",

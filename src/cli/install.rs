@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{FloorArgs, Global, device, output, progress};
+use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::offer::{self, Accepted, Found, Judge};
 use crate::deploy::plan::{self, Options, Plan, Verdict};
 use crate::deploy::state::TRIES;
@@ -23,8 +23,8 @@ use crate::trust::{Anchor, Dates};
 /// replaced.
 #[derive(Debug, Args)]
 pub struct InstallArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]`; without a name, the highest version there
-    /// that verifies.
+    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
+    /// a name or version, the highest version there that verifies.
     source: SourceRef,
     /// The manifest CA that this device is to trust; kept in CONFIG.
     #[arg(long, value_name = "FILE")]
@@ -37,6 +37,8 @@ pub struct InstallArgs {
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Install the next deployment; it is tried at the next boot.
@@ -45,8 +47,8 @@ pub struct InstallArgs {
 /// replaced. A version that failed before is not tried again by itself (--again).
 #[derive(Debug, Args)]
 pub struct UpdateArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]`; without a name, the highest version there
-    /// that verifies.
+    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
+    /// a name or version, the highest version there that verifies.
     source: SourceRef,
     /// Say whether there is an update that this device would take, and do nothing.
     #[arg(long)]
@@ -59,6 +61,8 @@ pub struct UpdateArgs {
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Runs `mosfs install`.
@@ -66,7 +70,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let ca = args.ca.as_deref().map(CaFile::load).transpose()?;
     let trust = Anchor::plan(&global.config, ca, args.product)?;
-    let from = args.source.open()?;
+    let from = args.source.open(&args.registry.access(global))?;
     // A refused system leaves not even a folder behind.
     let offer = find(&args.source, from.as_ref(), trust.anchor(), global)?;
     if !args.dry_run {
@@ -94,7 +98,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
 /// Runs `mosfs update`.
 pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
-    let from = args.source.open()?;
+    let from = args.source.open(&args.registry.access(global))?;
     if args.check {
         let outcome = check(args, global, &system, from.as_ref());
         return match outcome {
@@ -145,6 +149,9 @@ fn check(
     system: &System,
     from: &dyn Transport,
 ) -> Result<(Verdict, u64), AnyError> {
+    if let Some(unchanged) = plan::unchanged(system, &system.state()?, from, args.source.name.as_deref())? {
+        return Ok(unchanged);
+    }
     let mut found = None;
     make_plan(args, global, system, from, |plan| {
         found = Some((plan.verdict, plan.id.version));

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Global, output};
+use super::{Global, RegistryArgs, output};
 use crate::deploy::offer::find_unverified;
 use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
@@ -42,8 +42,11 @@ enum Command {
     },
     /// Print the system manifest of a source, as it is stored. It is not verified.
     Show {
-        /// Where it is: `oci:DIR[:VERSION]`, or `oci:DIR:sha256:HEX`; without a name, the highest version there.
+        /// Where it is: `oci:DIR[:VERSION]`, `oci:DIR:sha256:HEX`, or `docker://HOST[:PORT]/PREFIX[:VERSION]`;
+        /// without a name or version, the highest version there.
         source: String,
+        #[command(flatten)]
+        registry: RegistryArgs,
     },
     /// Sign a system manifest, as `openssl dgst -sha256 -sign KEY` does.
     Sign {
@@ -83,7 +86,7 @@ pub fn run(args: &Manifest, global: &Global) -> Result<(), AnyError> {
     match &args.command {
         Command::Check { file } => check(file, global),
         Command::Canonical { file } => canonical(file),
-        Command::Show { source } => show(source),
+        Command::Show { source, registry } => show(source, registry, global),
         Command::Sign { file, key, output } => sign(file, key, output.as_deref(), global),
         Command::Verify { file, sig, cert, ca, crl, product } => {
             verify(file, [sig.as_path(), cert, ca], crl.as_deref(), *product, global)
@@ -173,9 +176,9 @@ fn canonical(file: &Path) -> Result<(), AnyError> {
     output::document(&out)
 }
 
-fn show(source: &str) -> Result<(), AnyError> {
+fn show(source: &str, registry: &RegistryArgs, global: &Global) -> Result<(), AnyError> {
     let source: SourceRef = source.parse()?;
-    let transport = source.open()?;
+    let transport = source.open(&registry.access(global))?;
     let manifest = find_unverified(&*transport, source.name.as_deref())?;
     SystemManifest::parse(&manifest)
         .map_err(|error| BadFile { path: source.to_string().into(), source: error })?;

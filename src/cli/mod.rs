@@ -16,14 +16,19 @@ mod global;
 mod help;
 mod install;
 mod keys;
+mod log;
 mod manifest;
 mod mount;
 mod notify;
 pub mod output;
 mod progress;
+#[cfg(feature = "registry")]
+mod push;
+mod registry;
 mod repair;
 pub mod start;
 mod status;
+mod store;
 mod umount;
 mod verify;
 
@@ -34,6 +39,7 @@ use clap::{FromArgMatches, Parser, Subcommand};
 
 use floor::FloorArgs;
 pub use global::Global;
+use registry::RegistryArgs;
 
 use crate::error::AnyError;
 
@@ -49,9 +55,13 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Build(build::Build),
+    Build(Box<build::Build>),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
+    #[cfg(feature = "registry")]
+    Push(push::PushArgs),
+    #[cfg(feature = "registry")]
+    Pull(push::PullArgs),
     Install(install::InstallArgs),
     Update(install::UpdateArgs),
     Commit(commit::CommitArgs),
@@ -66,6 +76,7 @@ enum Command {
     Verify(verify::Verify),
     Repair(repair::RepairArgs),
     Gc(gc::Gc),
+    Store(store::StoreCommand),
 }
 
 /// Runs the command line of this process.
@@ -91,6 +102,10 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Build(args) => build::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Push(args) => push::push(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Pull(args) => push::pull(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),
         Command::Update(args) => install::update(args, &cli.global),
         Command::Commit(args) => commit::run(args, &cli.global),
@@ -104,5 +119,6 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Verify(args) => verify::run(args, &cli.global),
         Command::Repair(args) => repair::run(args, &cli.global),
         Command::Gc(args) => gc::run(args, &cli.global),
+        Command::Store(args) => store::run(args, &cli.global),
     }
 }

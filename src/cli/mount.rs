@@ -18,7 +18,7 @@ use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{Backend, Daemon, MountFlags, MountPlan, Request, Verification};
 use crate::sys;
-use crate::transport::{OciDir, SourceRef};
+use crate::transport::{SourceRef, Transport};
 use crate::trust::Anchor;
 
 /// Mount a target of the current deployment, or any image of an OCI layout.
@@ -103,10 +103,12 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
 pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     mount(args, global, || {
         let source: SourceRef = args.source.parse()?;
-        let transport = source.open()?;
+        // Not `SourceRef::open`: the start program must not hold the client of registries.
+        let layout = source.layout()?;
+        let transport: &dyn Transport = &layout;
         let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-        let layout = OciDir::open(Path::new(&source.location))?;
-        Ok(Found { blobs: layout.blobs(), image: transport.image(&found)?, scratch: Upper::Memory })
+        let image = transport.image(&found)?;
+        Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory })
     })
 }
 

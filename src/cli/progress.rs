@@ -4,11 +4,15 @@
 //!
 //! ```text
 //! {"event":"start","id":1,"step":"convert","object":"sha256:…","total_bytes":53000000}
-//! {"event":"advance","id":1,"bytes":1048576}        total so far; at most ten a second a task
+//! {"event":"advance","id":1,"bytes":1048576,"bytes_per_second":9437184,"seconds_left":6}
+//!                                                   bytes: so far; at most ten a second a task
 //! {"event":"done","id":1}
 //! ```
+//!
+//! A task that others are part of, such as all blobs of an update, has the object `all`: its numbers are those of
+//! the whole. The rate is that of the last seconds; it and `seconds_left` are missing until they are known.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,7 +22,7 @@ use serde_json::json;
 
 use super::{Global, output};
 use crate::error::{AnyError, IoContext};
-use crate::progress::{Event, Progress, Sink};
+use crate::progress::{ALL, Event, Progress, Sink};
 
 /// How often a task is drawn, or told of, at the most.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -47,6 +51,38 @@ enum Form {
     Lines,
 }
 
+/// Over how many drawings a rate is taken.
+const SAMPLES: usize = 30;
+
+/// How fast a task has been of late.
+#[derive(Default)]
+struct Speed {
+    /// Bytes that were done, and when; the oldest first.
+    samples: VecDeque<(Instant, u64)>,
+}
+
+impl Speed {
+    fn note(&mut self, now: Instant, bytes: u64) {
+        if self.samples.len() == SAMPLES {
+            self.samples.pop_front();
+        }
+        self.samples.push_back((now, bytes));
+    }
+
+    /// In bytes a second.
+    fn rate(&self) -> Option<u64> {
+        let ((from, before), (to, after)) = (self.samples.front()?, self.samples.back()?);
+        let seconds = to.duration_since(*from).as_secs_f64();
+        (seconds > 0.0).then(|| (after.saturating_sub(*before) as f64 / seconds) as u64)
+    }
+
+    fn seconds_left(&self, total: Option<u64>) -> Option<u64> {
+        let (_, done) = self.samples.back()?;
+        let rate = self.rate().filter(|rate| *rate > 0)?;
+        Some(total?.saturating_sub(*done).div_ceil(rate))
+    }
+}
+
 struct Running {
     step: String,
     object: String,
@@ -54,6 +90,7 @@ struct Running {
     bytes: u64,
     told: Instant,
     begun: Instant,
+    speed: Speed,
 }
 
 struct State {
@@ -78,17 +115,25 @@ impl Sink for Drawer {
                 }));
                 state.say(|| format!("{step} {object}"));
                 let (step, object) = (step.to_string(), object.to_string());
-                state
-                    .tasks
-                    .insert(id, Running { step, object, total_bytes, bytes: 0, told: now, begun: now });
+                let mut speed = Speed::default();
+                speed.note(now, 0);
+                let running = Running { step, object, total_bytes, bytes: 0, told: now, begun: now, speed };
+                state.tasks.insert(id, running);
             }
             Event::Advance { id, bytes } => {
                 let Some(task) = state.tasks.get_mut(&id) else { return };
                 task.bytes = task.bytes.saturating_add(bytes);
                 if now.duration_since(task.told) >= INTERVAL {
                     task.told = now;
-                    let bytes = task.bytes;
-                    state.tell(&json!({ "event": "advance", "id": id, "bytes": bytes }));
+                    task.speed.note(now, task.bytes);
+                    let mut event = json!({ "event": "advance", "id": id, "bytes": task.bytes });
+                    if let (Some(rate), Some(fields)) = (task.speed.rate(), event.as_object_mut()) {
+                        fields.insert("bytes_per_second".into(), rate.into());
+                        let left = task.speed.seconds_left(task.total_bytes);
+                        left.iter()
+                            .for_each(|left| drop(fields.insert("seconds_left".into(), (*left).into())));
+                    }
+                    state.tell(&event);
                 }
             }
             Event::Done { id } => {
@@ -122,7 +167,9 @@ impl State {
         if !matches!(self.form, Form::Terminal) {
             return;
         }
-        let Some(task) = self.tasks.values().next_back() else {
+        // The whole, where there is one.
+        let whole = self.tasks.values().find(|task| task.object == ALL);
+        let Some(task) = whole.or(self.tasks.values().next_back()) else {
             if self.drawn.take().is_some() {
                 output::draw("");
             }
@@ -138,9 +185,37 @@ impl State {
             }
             _ => format!("{} MiB", task.bytes >> 20),
         };
+        let mut speed =
+            task.speed.rate().map(|rate| format!(", {:.1} MB/s", rate as f64 / 1e6)).unwrap_or_default();
+        if let Some(left) = task.speed.seconds_left(task.total_bytes) {
+            speed += &format!(", {}:{:02} left", left / 60, left % 60);
+        }
         let object: String = task.object.chars().take(24).collect();
-        let line: String = format!("{} {object} {done}", task.step).chars().take(WIDTH).collect();
+        let line: String = format!("{} {object} {done}{speed}", task.step).chars().take(WIDTH).collect();
         output::draw(&line);
         self.drawn = Some(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_that_of_the_last_seconds() {
+        let mut speed = Speed::default();
+        let begun = Instant::now();
+        assert_eq!((speed.rate(), speed.seconds_left(Some(1))), (None, None));
+        speed.note(begun, 0);
+        assert_eq!(speed.rate(), None);
+        // A thousand bytes each tenth of a second, then a hundred.
+        let at = |tenth: u64| begun + Duration::from_millis(tenth * 100);
+        (1..=10).for_each(|tenth| speed.note(at(tenth), tenth * 1000));
+        assert_eq!(speed.rate(), Some(10_000));
+        assert_eq!(speed.seconds_left(Some(50_000)), Some(4));
+        assert_eq!(speed.seconds_left(None), None);
+        (11..=60).for_each(|tenth| speed.note(at(tenth), 10_000 + (tenth - 10) * 100));
+        assert_eq!(speed.rate(), Some(1000));
+        assert_eq!(speed.seconds_left(Some(1)), Some(0));
     }
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{FloorArgs, Global, device, output, progress};
+use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::DeployError;
 use crate::deploy::repair::{self, Means};
 use crate::error::AnyError;
@@ -18,10 +18,13 @@ use crate::trust::Anchor;
 /// Nothing is taken that does not verify, and no other version becomes current.
 #[derive(Debug, Args)]
 pub struct RepairArgs {
-    /// Where to fetch what cannot be had from this device: `oci:DIR`, any source that has its systems.
+    /// Where to fetch what cannot be had from this device: `oci:DIR` or `docker://HOST[:PORT]/PREFIX`, any
+    /// source that has its systems.
     source: Option<SourceRef>,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Runs `mosfs repair`.
@@ -32,7 +35,7 @@ pub fn run(args: &RepairArgs, global: &Global) -> Result<(), AnyError> {
     }
     let anchor = Anchor::load(&global.config)?;
     let policy = Config::load(&global.config)?.policy().ok();
-    let source = args.source.as_ref().map(SourceRef::open).transpose()?;
+    let source = args.source.as_ref().map(|source| source.open(&args.registry.access(global))).transpose()?;
     let progress = progress::of(global)?;
     let lock = system.lock(device::waiting(global))?;
     let means = Means {

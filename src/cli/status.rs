@@ -69,6 +69,11 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
     if !installed.unused.is_empty() {
         lines.push(format!("unused    {} deployments (`mosfs gc` removes them)", installed.unused.len()));
     }
+    if let Some(error) = &installed.state_error {
+        lines.push(format!(
+            "state     the state file cannot be read ({error}); the next command writes it anew"
+        ));
+    }
     lines.push(match (&floor["version"], floor["error"].as_str()) {
         (_, Some(error)) => format!("floor     unknown: {error}"),
         (version, _) => format!("floor     version {version}, in {}", floor["place"].as_str().unwrap_or("?")),

@@ -1,7 +1,5 @@
 //! `mosfs verify`: read and check everything.
 
-use std::path::Path;
-
 use clap::Args;
 use serde_json::json;
 
@@ -16,7 +14,7 @@ use crate::floor::{Config, Policy};
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::store::Store;
 use crate::store::fsck::{self, NotWhole, Report};
-use crate::transport::{OciDir, SourceRef};
+use crate::transport::{SourceRef, Transport};
 use crate::trust::Anchor;
 
 /// Reads and checks everything: every blob against its digest, every layer against its verity
@@ -44,13 +42,13 @@ pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
         // A source has a scheme; a target's name cannot hold a colon.
         Some(text) if text.contains(':') => {
             let source: SourceRef = text.parse()?;
-            let transport = source.open()?;
-            let dir = Path::new(&source.location);
+            let layout = source.layout()?;
+            let transport: &dyn Transport = &layout;
             let report = match &source.name {
-                None => fsck::check(&Store::open(dir)?, threads(), &progress)?,
+                None => fsck::check(&Store::open(layout.dir())?, threads(), &progress)?,
                 Some(name) => {
                     let found = transport.find_image(Some(name), &Platform::this_machine())?;
-                    fsck::check_image(&OciDir::open(dir)?, &found, text, threads(), &progress)?
+                    fsck::check_image(&layout, &found, text, threads(), &progress)?
                 }
             };
             (text.to_string(), report)
@@ -100,6 +98,7 @@ fn print(object: &str, deployments: &Checked, report: &Report, global: &Global) 
             "blobs": report.blobs,
             "bytes": report.bytes,
             "layers": report.layers,
+            "unread": report.unread,
             "unreachable": report.unreachable.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "extra_files": report.extra_files.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>(),
         }));
@@ -111,6 +110,9 @@ fn print(object: &str, deployments: &Checked, report: &Report, global: &Global) 
             "{object}: {extra} blobs and files that nothing needs; `mosfs gc` removes them"
         ));
     }
+    for entry in &report.unread {
+        output::note(format_args!("{object}: not checked: the entry {entry}"));
+    }
     let Report { names, blobs, bytes, layers, .. } = report;
     if problems.is_empty() {
         let checked = match deployments.deployments {
@@ -118,7 +120,7 @@ fn print(object: &str, deployments: &Checked, report: &Report, global: &Global) 
             n => format!(", {n} deployments"),
         };
         output::line(format_args!(
-            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers with a verity tree{checked}"
+            "{object}: good: {names} names, {blobs} blobs with {bytes} bytes, {layers} layers read{checked}"
         ))?;
     }
     Ok(())

@@ -8,35 +8,40 @@
 //!   is its own uncompressed form (as stacker does it). An artifact's config stays untouched.
 //! - Annotations and artifact type stay; `subject` goes, as it spoke of the other manifest.
 //!
+//! A PuzzleFS image is stored as it is too. Where PuzzleFS is asked for, any other image becomes one:
+//! see [`puzzlefs::ingest`](super::puzzlefs::ingest).
+//!
 //! The bytes of both depend on the source image alone.
 
+use std::collections::HashSet;
+use std::fs::File;
 use std::num::NonZeroUsize;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-use super::{ConvertError, Effort, Meta, Ready, TarLayer, convert_tar, examine};
+use super::lower::Lower;
+use super::puzzlefs::PuzzlefsError;
+use super::{ConvertError, Effort, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
+use crate::image::LayerError;
 use crate::image::format::Content;
 use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError, OciImage,
-    SQUASHFS_ZSTD, Trust,
+    Platform, SQUASHFS_ZSTD, Trust,
 };
+use crate::image::overlay::MAX_KERNEL_LAYERS;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{self, Sealed};
-use crate::image::{FileType, Layer, LayerError};
 use crate::progress::Progress;
-use crate::store::{Store, StoreError, Writer};
-use crate::sys::file::open_regular;
+use crate::store::{StoreError, Writer};
 use crate::transport::{Transport, TransportError};
 
 /// Docker's media type of an image config.
-const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+pub(super) const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
 /// An image that is in the store.
 #[derive(Debug)]
@@ -55,24 +60,42 @@ pub struct Ingest<'a> {
     pub from: &'a dyn Transport,
     /// The store, with its lock held.
     pub writer: &'a Writer<'a>,
+    /// The machines that the image is for; one whose config names others gets a note.
+    pub platform: &'a Platform,
     /// How many threads work at a time, and how hard.
     pub effort: Effort,
+    /// The format that layers are brought into.
+    pub storage: Storage,
     /// Who hears of it.
     pub progress: &'a Progress,
 }
 
-/// Checks that all layers of an image can be brought into a store, before anything is fetched.
+/// The format that layers are brought into, where they do not have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// Each layer a squashfs or erofs image with a verity tree.
+    #[default]
+    Atomfs,
+    /// All layers one PuzzleFS image.
+    Puzzlefs,
+}
+
+/// Checks what can be checked of an image before its layers are fetched: it has layers, of known formats, and no
+/// more than each backend can mount.
 ///
 /// # Errors
-/// [`OciError::UnknownLayer`], also for a layer of many blobs.
-pub fn check_layers(image: &OciImage) -> Result<(), OciError> {
-    image.layers.iter().try_for_each(|layer| match layer.format()?.content() {
-        Content::Tar(_) | Content::Image(_) => Ok(()),
-        Content::Chunked(_) => {
-            let (layer, media_type) = (layer.digest, layer.media_type().to_string());
-            Err(OciError::UnknownLayer { layer, media_type })
-        }
-    })
+/// [`OciError::UnknownLayer`], [`IngestError::NoLayers`], [`IngestError::TooManyLayers`].
+pub fn check_layers(image: &OciImage) -> Result<(), IngestError> {
+    image.layers.iter().try_for_each(|layer| layer.format().map(|_| ()))?;
+    if image.layers.is_empty() {
+        return Err(IngestError::NoLayers { image: image.digest });
+    }
+    // A layer that is there twice is mounted once.
+    let found = image.layers.iter().map(|layer| layer.digest).collect::<HashSet<_>>().len();
+    if found > MAX_KERNEL_LAYERS {
+        return Err(IngestError::TooManyLayers { image: image.digest, found });
+    }
+    Ok(())
 }
 
 /// Brings an image into the store. What is stored has no name yet.
@@ -81,10 +104,22 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let image = OciImage::parse(&bytes)?;
     check_layers(&image)?;
     let config = job.from.fetch(&image.manifest.config, MAX_MANIFEST_BYTES)?;
+    if let [rootfs] = &image.layers[..]
+        && rootfs.format()?.is_chunked()
+    {
+        puzzlefs::ingest::keep(job, &image, rootfs)?;
+        let writer = job.writer;
+        writer.put_bytes(&image.manifest.config.media_type, &config)?;
+        let manifest = writer.put_bytes(&source.media_type, &bytes)?;
+        return Ok(Ingested { manifest, untouched: true, notes: Vec::new() });
+    }
+    if job.storage == Storage::Puzzlefs {
+        return puzzlefs::ingest::convert(job, &image, config);
+    }
     let diff_ids = diff_ids(&image, &config)?;
 
     let mut layers = images(job, &image)?;
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = other_platform(&config, job.platform).into_iter().collect();
     for (at, layer) in image.layers.iter().enumerate() {
         let Content::Tar(compression) = layer.format()?.content() else { continue };
         let tar = TarLayer {
@@ -95,17 +130,16 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         };
         let temp = job.writer.temp()?;
         let (below, _) = layers.split_at(at);
-        let store = job.writer.store();
-        let mut attributes = |path: &[u8]| attributes_below(store, below, path);
+        let mut lower = Lower::new(job.writer.store(), below);
         let converted = convert_tar(
-            job.from.open(&layer.digest)?,
+            job.from.open(&layer.to_descriptor(), 0)?,
             &tar,
             &temp.file,
             job.effort,
-            &mut attributes,
+            &mut |path| lower.at(path),
             job.progress,
         )
-        .map_err(|source| IngestError::Layer { layer: layer.digest, source })?;
+        .map_err(|source| in_layer(&image, at, source))?;
         job.writer.commit(temp, &converted.sealed.digest)?;
         failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
@@ -155,7 +189,7 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, In
             let Some(layer) = image.layers.get(at) else { return Ok(done) };
             if layer.image().is_some() {
                 // An error ends this thread alone; the others end after the layer that they are at.
-                let stored = image_layer(job, layer, inner).inspect_err(|_| {
+                let stored = image_layer(job, image, at, inner).inspect_err(|_| {
                     next.store(usize::MAX / 2, Ordering::Relaxed);
                 })?;
                 done.push((at, stored));
@@ -182,24 +216,29 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, In
 /// Stores one image of a file system, with a tree.
 fn image_layer(
     job: &Ingest<'_>,
-    layer: &LayerDescriptor,
+    image: &OciImage,
+    at: usize,
     threads: NonZeroUsize,
 ) -> Result<LayerDescriptor, IngestError> {
-    let wrong = |source| IngestError::Layer { layer: layer.digest, source };
+    let wrong = |source| in_layer(image, at, source);
+    let layer = &image.layers[at];
     let blob = Descriptor::new(layer.media_type(), layer.digest, layer.size);
     let store = job.writer.store();
     let root_hash = layer.trust.root_hash();
     if root_hash.is_some() && store.has(&blob) {
         let (file, _) = store.transport().open_blob(&layer.digest)?;
         // It is there already, whole or not: what was checked once is checked again before it is signed for.
-        examine(&file, &layer.digest, root_hash, threads, job.progress).map_err(wrong)?;
+        examine(&file, root_hash, threads, job.progress)
+            .and_then(|_| inspect_image(&file, layer, root_hash))
+            .map_err(wrong)?;
         return Ok(layer.clone());
     }
     let task = job.progress.task("fetch", &layer.digest.to_string(), Some(layer.size));
     let temp = job.writer.receive(job.from, &blob, &task)?;
     drop(task);
-    match examine(&temp.file, &layer.digest, root_hash, threads, job.progress).map_err(wrong)? {
+    match examine(&temp.file, root_hash, threads, job.progress).map_err(wrong)? {
         Ready::Untouched => {
+            inspect_image(&temp.file, layer, root_hash).map_err(wrong)?;
             job.writer.commit(temp, &layer.digest)?;
             failpoint::hit("build.layer.stored");
             Ok(layer.clone())
@@ -207,6 +246,7 @@ fn image_layer(
         Ready::NeedsTree(image_bytes) => {
             let sealed = verity::seal(&temp.file, image_bytes, threads, job.progress)
                 .map_err(|source| wrong(ConvertError::Seal(source)))?;
+            inspect_image(&temp.file, layer, Some(sealed.root_hash)).map_err(wrong)?;
             job.writer.commit(temp, &sealed.digest)?;
             failpoint::hit("build.layer.stored");
             Ok(sealed_layer(layer.media_type(), &sealed))
@@ -218,8 +258,19 @@ fn sealed_layer(media_type: &str, sealed: &Sealed) -> LayerDescriptor {
     LayerDescriptor::new(media_type, sealed.digest, sealed.size_bytes, Trust::RootHash(sealed.root_hash))
 }
 
+/// What to say where an image's config names another platform than the system is built for.
+fn other_platform(config: &[u8], platform: &Platform) -> Option<String> {
+    // An artifact's config names none.
+    let other: Platform = serde_json::from_slice(config).ok()?;
+    let differs =
+        !other.architecture.is_empty() && !other.os.is_empty() && platform.accepts(&other).is_none();
+    differs.then(|| {
+        format!("the image's config says that it is for {other}, the system is built for {platform}")
+    })
+}
+
 /// The digests of the uncompressed layers that an image's config names; `None` for an artifact.
-fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
+pub(super) fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
     if !matches!(image.manifest.config.media_type.as_str(), CONFIG | DOCKER_CONFIG) {
         return Ok(None);
     }
@@ -235,7 +286,7 @@ fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, Inge
 }
 
 /// The config with the digests of the layers as they are stored.
-fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, IngestError> {
+pub(super) fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, IngestError> {
     let mut config: Value = serde_json::from_slice(config).map_err(IngestError::Config)?;
     if let Some(place) = config.pointer_mut("/rootfs/diff_ids") {
         *place = layers.iter().map(|layer| Value::from(layer.digest.to_string())).collect();
@@ -244,62 +295,29 @@ fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result<Vec<u8>, I
     serde_json::to_vec(&config).map_err(IngestError::Config)
 }
 
-/// What the layers below say of a folder, from the top one down.
-fn attributes_below(
-    store: &Store,
-    layers: &[LayerDescriptor],
-    path: &[u8],
-) -> Result<Option<Meta>, ConvertError> {
-    for layer in layers.iter().rev() {
-        let Some(root_hash) = layer.trust.root_hash() else { continue };
-        // Without a reader such a layer cannot be asked.
-        let Some(open) = layer.image().and_then(|format| format.open) else { continue };
-        let verity = |source| ConvertError::Verity { layer: layer.digest, source };
-        let below = |source| ConvertError::Below { layer: layer.digest, source };
-        let blob = store.blob_path(&layer.digest);
-        let (file, _) = open_regular(&blob, store.transport().links()).map_err(|error| error.source)?;
-        let source = VerifiedSource::open(file, root_hash).map_err(verity)?;
-        let image = open(Arc::new(source)).map_err(below)?;
-        match folder(&*image, path).map_err(below)? {
-            Folder::Here(meta) => return Ok(Some(meta)),
-            Folder::Hidden => return Ok(None),
-            Folder::Unknown => {}
-        }
+/// Reads an image of a file system through, where there is a reader for its format.
+fn inspect_image(
+    file: &File,
+    layer: &LayerDescriptor,
+    root_hash: Option<Digest>,
+) -> Result<(), ConvertError> {
+    let is_squashfs = layer.image().is_some_and(|format| format.kernel == "squashfs");
+    let (Some(root_hash), true) = (root_hash, is_squashfs) else { return Ok(()) };
+    let source = VerifiedSource::open(file.try_clone()?, root_hash)
+        .map_err(|source| ConvertError::Verity { source })?;
+    inspect::squashfs(Arc::new(source))
+}
+
+/// Says which layer of an image an error is about.
+pub(super) fn in_layer(image: &OciImage, at: usize, source: ConvertError) -> IngestError {
+    let layer = &image.layers[at];
+    IngestError::Layer {
+        number: at + 1,
+        count: image.layers.len(),
+        layer: layer.digest,
+        media_type: layer.media_type().to_string(),
+        source,
     }
-    Ok(None)
-}
-
-/// What one layer says of a folder.
-enum Folder {
-    Here(Meta),
-    /// There is none, and none below counts: removed, or behind an opaque folder.
-    Hidden,
-    /// The layer does not speak of it.
-    Unknown,
-}
-
-fn folder(image: &dyn Layer, path: &[u8]) -> Result<Folder, LayerError> {
-    let mut node = image.root();
-    for part in Path::new(std::ffi::OsStr::from_bytes(path)).components() {
-        let Component::Normal(name) = part else { continue };
-        match image.lookup(node, name.as_bytes())? {
-            Some(entry) if entry.kind == FileType::Directory => node = entry.node,
-            Some(_) => return Ok(Folder::Hidden),
-            None if is_opaque(&image.xattrs(node)?) => return Ok(Folder::Hidden),
-            None => return Ok(Folder::Unknown),
-        }
-    }
-    let (attr, mut xattrs) = (image.attr(node)?, image.xattrs(node)?);
-    xattrs.retain(|(name, _)| !name.starts_with(b"trusted.overlay.") && !name.starts_with(b"user.overlay."));
-    xattrs.sort();
-    let mtime = attr.mtime.clamp(0, i64::from(u32::MAX)) as u32;
-    Ok(Folder::Here(Meta { mode: attr.permissions, uid: attr.uid, gid: attr.gid, mtime, xattrs }))
-}
-
-fn is_opaque(xattrs: &[(Vec<u8>, Vec<u8>)]) -> bool {
-    xattrs.iter().any(|(name, value)| {
-        (name == b"trusted.overlay.opaque" || name == b"user.overlay.opaque") && value == b"y"
-    })
 }
 
 /// Why an image cannot be brought into the store.
@@ -315,12 +333,34 @@ pub enum IngestError {
     #[error(transparent)]
     Oci(#[from] OciError),
     /// A layer cannot be converted or verified.
-    #[error("{source}")]
+    #[error("layer {number} of {count}, {layer} ({media_type}): {source}")]
     Layer {
+        /// Which layer it is; 1 is the bottom one.
+        number: usize,
+        /// How many there are.
+        count: usize,
         /// The layer, as the source names it.
         layer: Digest,
+        /// Its media type.
+        media_type: String,
         /// What is wrong with it.
         source: ConvertError,
+    },
+    /// There is nothing to mount.
+    #[error("image {image} has no layers")]
+    NoLayers {
+        /// Digest of the image's manifest.
+        image: Digest,
+    },
+    /// The kernel mounts fewer.
+    #[error(
+        "image {image} has {found} different layers, more than the {MAX_KERNEL_LAYERS} that overlayfs takes"
+    )]
+    TooManyLayers {
+        /// Digest of the image's manifest.
+        image: Digest,
+        /// How many there are.
+        found: usize,
     },
     /// The config is not JSON.
     #[error("the image's config cannot be read: {0}")]
@@ -332,6 +372,17 @@ pub enum IngestError {
         layers: usize,
         /// What the config has.
         found: String,
+    },
+    /// A PuzzleFS image cannot be made.
+    #[error(transparent)]
+    Puzzlefs(#[from] PuzzlefsError),
+    /// A PuzzleFS image of the source is not whole, or makes no sense.
+    #[error("the PuzzleFS image {image}: {source}")]
+    Chunks {
+        /// Digest of its manifest.
+        image: Digest,
+        /// What is wrong with it.
+        source: LayerError,
     },
     /// The operating system's answer.
     #[error(transparent)]
@@ -348,7 +399,9 @@ impl Classified for IngestError {
             Self::Store(error) => error.class(),
             Self::Oci(error) => error.class(),
             Self::Layer { source, .. } => source.class(),
-            Self::DiffIds { .. } => Class::Verification,
+            Self::NoLayers { .. } | Self::TooManyLayers { .. } => Class::Input,
+            Self::DiffIds { .. } | Self::Chunks { .. } => Class::Verification,
+            Self::Puzzlefs(error) => error.class(),
             Self::Config(_) | Self::Io(_) | Self::Panicked => Class::Failure,
         }
     }

@@ -15,11 +15,17 @@
 //! (fixed after 4.6.1); `tar2sqfs` refuses a second entry of a name. Both give other bytes with another
 //! version of the tool.
 //!
+//! With `storage_type: puzzlefs` the layers are merged and packed instead: see [`puzzlefs`].
+//!
 //! Digest of the compressed blob and of the uncompressed stream (`diff_id`) are checked on the way;
 //! what was written before a mismatch shows never leaves its temporary file.
 
 pub mod image;
+mod inspect;
+mod lower;
 mod pack;
+pub mod puzzlefs;
+mod sniff;
 mod squashfs;
 mod tar;
 mod tree;
@@ -28,8 +34,8 @@ use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::num::NonZeroUsize;
 
-pub use tar::TarError;
-pub use tree::Meta;
+pub use tar::{Place, Problem, TarError};
+pub use tree::{Meta, Under};
 
 use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
@@ -78,8 +84,8 @@ pub struct Converted {
     pub notes: Vec<String>,
 }
 
-/// What the layers below say of a folder: called with its path (`/usr/lib`; the root is empty).
-pub type Below<'a> = dyn FnMut(&[u8]) -> Result<Option<Meta>, ConvertError> + 'a;
+/// What the layers below have at a path (`/usr/lib`; the root is empty).
+pub type Below<'a> = dyn FnMut(&[u8]) -> Result<Under, ConvertError> + 'a;
 
 /// Converts a tar layer into a squashfs image with a verity tree, in `to`, an empty file.
 ///
@@ -95,27 +101,30 @@ pub fn convert_tar(
     below: &mut Below<'_>,
     progress: &Progress,
 ) -> Result<Converted, ConvertError> {
+    let (image_bytes, notes) = write_squashfs(from, layer, to, effort, below, progress)?;
+    let sealed = verity::seal(to, image_bytes, effort.threads, progress)?;
+    Ok(Converted { sealed, notes })
+}
+
+/// Converts a tar layer into a squashfs image without a verity tree. Returns its size in bytes, and notes.
+fn write_squashfs(
+    from: impl Read,
+    layer: &TarLayer,
+    to: &File,
+    effort: Effort,
+    below: &mut Below<'_>,
+    progress: &Progress,
+) -> Result<(u64, Vec<String>), ConvertError> {
     let task = progress.task("convert", &layer.digest.to_string(), Some(layer.size));
     let mut blob = Hashing { from, hasher: Hasher::new(), limit: layer.size, task: Some(&task) };
     let mut packer = pack::Packer::new(to.try_clone()?, squashfs::SUPERBLOCK_BYTES, effort)?;
     let mut tree = tree::Tree::default();
 
-    let buffered = |blob| BufReader::with_capacity(128 << 10, blob);
-    let read = match layer.compression {
-        Compression::None => read_stream(&mut blob, &mut packer, &mut tree, layer),
-        Compression::Gzip => read_stream(
-            flate2::bufread::MultiGzDecoder::new(buffered(&mut blob)),
-            &mut packer,
-            &mut tree,
-            layer,
-        ),
-        // Windows above 128 MiB are refused by the library's default.
-        Compression::Zstd => read_stream(
-            zstd::stream::read::Decoder::with_buffer(buffered(&mut blob))?,
-            &mut packer,
-            &mut tree,
-            layer,
-        ),
+    let mut head = Vec::new();
+    (&mut blob).take(sniff::HEAD_BYTES as u64).read_to_end(&mut head)?;
+    let read = match sniff::other_than(layer.compression, &head, tar::begins(&head)) {
+        Some(found) => Err(ConvertError::Compression { expected: sniff::name(layer.compression), found }),
+        None => decompress(head.as_slice().chain(&mut blob), &mut packer, &mut tree, layer),
     };
     // A blob that is not the one asked for explains whatever else went wrong, so it is told first.
     check_blob(blob, layer)?;
@@ -124,12 +133,29 @@ pub fn convert_tar(
     tree.finish(below)?;
     let packed = packer.finish()?;
     let image_bytes = squashfs::write_tables(&tree, &packed, to, effort.level)?;
-    let sealed = verity::seal(to, image_bytes, effort.threads, progress)?;
     let mut notes = tree.notes;
     if tree.notes_total > notes.len() {
         notes.push(format!("and {} more of the kind", tree.notes_total - notes.len()));
     }
-    Ok(Converted { sealed, notes })
+    Ok((image_bytes, notes))
+}
+
+/// Reads a blob through its decompressor.
+fn decompress(
+    blob: impl Read,
+    packer: &mut pack::Packer,
+    tree: &mut tree::Tree,
+    layer: &TarLayer,
+) -> Result<(), ConvertError> {
+    let buffered = BufReader::with_capacity(128 << 10, blob);
+    match layer.compression {
+        Compression::None => read_stream(buffered, packer, tree, layer),
+        Compression::Gzip => read_stream(flate2::bufread::MultiGzDecoder::new(buffered), packer, tree, layer),
+        // Windows above 128 MiB are refused by the library's default.
+        Compression::Zstd => {
+            read_stream(zstd::stream::read::Decoder::with_buffer(buffered)?, packer, tree, layer)
+        }
+    }
 }
 
 /// Reads a tar stream to its very end, and checks the stream's digest.
@@ -144,23 +170,33 @@ fn read_stream(
     while let Some(entry) = tar.next_entry()? {
         let data = match entry.kind {
             tar::EntryKind::File => {
-                let mut file = packer.file(entry.size)?;
-                tar.content(|content| file.write(content))?;
-                Some(file.finish()?)
+                let done = packer.file(entry.size).and_then(|mut file| {
+                    tar.content(|content| file.write(content))?;
+                    file.finish()
+                });
+                // The packer knows no names.
+                Some(done.map_err(|error| match error {
+                    ConvertError::TooMuch { entries, bytes, .. } => {
+                        ConvertError::TooMuch { path: tar::show(&entry.path), entries, bytes }
+                    }
+                    other => other,
+                })?)
             }
             _ => None,
         };
         tree.add(entry, data)?;
     }
-    let offset = tar.offset();
+    tree.take_notes(tar.take_notes());
     // Writers pad the end; it belongs to the digests.
-    let read = |source| TarError::Read { what: "padding", offset, source };
-    io::copy(&mut stream, &mut io::sink()).map_err(read)?;
+    let offset = tar.offset();
+    let mut place = tar.fail(Problem::Read { what: "the padding", offset, source: io::Error::other("") });
+    io::copy(&mut stream, &mut io::sink()).map_err(|source| {
+        place.problem = Problem::Read { what: "the padding", offset, source };
+        place
+    })?;
     let found = stream.hasher.finish();
     match layer.diff_id {
-        Some(expected) if expected != found => {
-            Err(ConvertError::DiffId { layer: layer.digest, expected, found })
-        }
+        Some(expected) if expected != found => Err(ConvertError::DiffId { expected, found }),
         _ => Ok(()),
     }
 }
@@ -172,10 +208,10 @@ fn check_blob<R: Read>(mut blob: Hashing<'_, R>, layer: &TarLayer) -> Result<(),
     let size = blob.hasher.bytes();
     let found = blob.hasher.finish();
     if size != layer.size {
-        return Err(ConvertError::Size { layer: layer.digest, expected: layer.size, found: size });
+        return Err(ConvertError::Size { expected: layer.size, found: size });
     }
     if found != layer.digest {
-        return Err(ConvertError::Digest { layer: layer.digest, found });
+        return Err(ConvertError::Digest { expected: layer.digest, found });
     }
     Ok(())
 }
@@ -218,33 +254,40 @@ pub enum Ready {
 /// [`ConvertError::Corrupt`] where a block is not what the root hash names.
 pub fn examine(
     image: &File,
-    layer: &Digest,
     root_hash: Option<Digest>,
     threads: NonZeroUsize,
     progress: &Progress,
 ) -> Result<Ready, ConvertError> {
-    let verity = |source| ConvertError::Verity { layer: *layer, source };
+    let verity = |source| ConvertError::Verity { source };
     match root_hash {
         Some(root_hash) => {
             let source = VerifiedSource::open(image.try_clone()?, root_hash).map_err(verity)?;
             match source.verify_all(threads, progress).bad.into_iter().next() {
-                Some(source) => Err(ConvertError::Corrupt { layer: *layer, source }),
+                Some(source) => Err(ConvertError::Corrupt { source }),
                 None => Ok(Ready::Untouched),
             }
         }
         None => match locate(image).map_err(verity)? {
-            Located::Present(_) => Err(ConvertError::TreeWithoutRootHash { layer: *layer }),
+            Located::Present(_) => Err(ConvertError::TreeWithoutRootHash),
             Located::Absent { image_bytes, .. } => Ok(Ready::NeedsTree(image_bytes)),
         },
     }
 }
 
-/// Why a layer cannot be converted.
+/// Why a layer cannot be converted. It does not say which: whoever asked for the layer knows its place in the image.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The stream is not a tar that can be read.
     #[error(transparent)]
     Tar(#[from] TarError),
+    /// The blob is compressed in another way than its media type says, or not at all.
+    #[error("the content is {found}, its media type says {expected}")]
+    Compression {
+        /// What the media type says.
+        expected: &'static str,
+        /// What the first bytes say.
+        found: &'static str,
+    },
     /// An entry has no place in a layer.
     #[error("tar: `{path}`: {why}")]
     Entry {
@@ -263,9 +306,11 @@ pub enum ConvertError {
     },
     /// The layer needs more memory than it may.
     #[error(
-        "tar: the layer has too many names, attributes or blocks ({entries} entries, {bytes} bytes of them)"
+        "tar: `{path}`: the layer has too many names, attributes or blocks ({entries} entries, {bytes} bytes of them)"
     )]
     TooMuch {
+        /// The entry that was too much.
+        path: String,
         /// Entries so far.
         entries: usize,
         /// Bytes so far.
@@ -281,62 +326,77 @@ pub enum ConvertError {
         what: &'static str,
     },
     /// The blob is not the one that was asked for.
-    #[error("layer {layer}: the blob has digest {found}")]
+    #[error("the blob has digest {found}, expected {expected}")]
     Digest {
-        /// The layer: the digest expected.
-        layer: Digest,
+        /// The digest expected.
+        expected: Digest,
         /// The digest found.
         found: Digest,
     },
     /// The blob is longer or shorter than its descriptor says.
-    #[error("layer {layer}: the blob has {found} bytes, expected {expected}")]
+    #[error("the blob has {found} bytes, expected {expected}")]
     Size {
-        /// The layer.
-        layer: Digest,
         /// The size expected, in bytes.
         expected: u64,
         /// The size found, in bytes.
         found: u64,
     },
     /// The uncompressed stream is not the one that the image's config names.
-    #[error("layer {layer}: the uncompressed stream has digest {found}, the image's config says {expected}")]
+    #[error("the uncompressed stream has digest {found}, the image's config says {expected}")]
     DiffId {
-        /// The layer.
-        layer: Digest,
         /// What the config says.
         expected: Digest,
         /// The digest found.
         found: Digest,
     },
     /// There is a verity tree, but nothing to check it against.
-    #[error("layer {layer}: it has a verity tree but no root hash; either both or none")]
-    TreeWithoutRootHash {
-        /// The layer.
-        layer: Digest,
-    },
+    #[error("it has a verity tree but no root hash; either both or none")]
+    TreeWithoutRootHash,
     /// The verity data is missing or malformed.
-    #[error("layer {layer}: {source}")]
+    #[error("{source}")]
     Verity {
-        /// The layer.
-        layer: Digest,
         /// What is wrong.
         source: VerityError,
     },
     /// A block is not what the root hash promises.
-    #[error("layer {layer}: {source}")]
+    #[error("{source}")]
     Corrupt {
-        /// The layer.
-        layer: Digest,
         /// The first such block.
         source: ReadError,
     },
-    /// A layer below, which is asked for the attributes of a folder, cannot be read.
-    #[error("layer {layer}: {source}")]
+    /// The image of a file system is what its digest says, but makes no sense.
+    #[error("the file system image cannot be read: `{path}`: {source}{}", more(*others))]
+    Unreadable {
+        /// The first file that is hit.
+        path: String,
+        /// What is wrong with it.
+        source: LayerError,
+        /// How many more faults there are.
+        others: u64,
+    },
+    /// The kernel's driver cannot read the image, so that one backend could not mount it.
+    #[error("the kernel cannot mount the file system image: {why}")]
+    NotForKernel {
+        /// What it cannot do.
+        why: String,
+    },
+    /// A file whose content overlayfs would look for elsewhere in the stack.
+    #[error(
+        "`{path}` has the attribute {name}: mounts do not follow it, so the file would not be the one that was meant"
+    )]
+    Steers {
+        /// The file.
+        path: String,
+        /// The attribute.
+        name: String,
+    },
+    /// A layer below, which is asked what it has at a path, cannot be read.
+    #[error("the layer {layer} below it: {source}")]
     Below {
         /// The layer below.
         layer: Digest,
         /// What is wrong with it.
-        source: LayerError,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The tree of a new image cannot be made.
     #[error("cannot append the verity tree: {0}")]
@@ -349,16 +409,35 @@ pub enum ConvertError {
     Io(#[from] io::Error),
 }
 
+fn more(others: u64) -> String {
+    match others {
+        0 => String::new(),
+        1 => " (and one more fault)".into(),
+        others => format!(" (and {others} more faults)"),
+    }
+}
+
 impl Classified for ConvertError {
     fn class(&self) -> Class {
         match self {
             Self::Digest { .. }
             | Self::Size { .. }
             | Self::DiffId { .. }
-            | Self::TreeWithoutRootHash { .. }
+            | Self::TreeWithoutRootHash
             | Self::Corrupt { .. } => Class::Verification,
-            Self::Verity { source, .. } => source.class(),
-            _ => Class::Failure,
+            Self::Verity { source } => source.class(),
+            // The publisher's input is what it says it is, and no good.
+            Self::Tar(_)
+            | Self::Compression { .. }
+            | Self::Entry { .. }
+            | Self::HardLink { .. }
+            | Self::TooMuch { .. }
+            | Self::TooManyIds
+            | Self::TableTooBig { .. }
+            | Self::Unreadable { .. }
+            | Self::NotForKernel { .. }
+            | Self::Steers { .. } => Class::Input,
+            Self::Below { .. } | Self::Seal(_) | Self::Write(_) | Self::Io(_) => Class::Failure,
         }
     }
 }

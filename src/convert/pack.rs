@@ -120,7 +120,7 @@ impl Packer {
     pub fn file(&mut self, size: u64) -> Result<FileWriter<'_>, ConvertError> {
         self.list_bytes = self.list_bytes.saturating_add(size.div_ceil(BLOCK_BYTES as u64).saturating_mul(4));
         if self.list_bytes > MAX_METADATA_BYTES {
-            return Err(ConvertError::TooMuch { entries: 0, bytes: self.list_bytes });
+            return Err(ConvertError::TooMuch { path: String::new(), entries: 0, bytes: self.list_bytes });
         }
         let small = size < BLOCK_BYTES as u64;
         if small && self.fragment.len() as u64 + size > BLOCK_BYTES as u64 {

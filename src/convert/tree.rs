@@ -8,6 +8,11 @@
 //! - Missing parents are made; what they look like is asked of the layers below (a folder that a
 //!   layer does not mention keeps its attributes), else 0755, root, 1970.
 //! - A parent that is a symbolic link of this layer is followed, within the layer's root; a whiteout's is not.
+//!   One that is a link in a layer below is not followed: the folder made here takes its place, which is what the
+//!   kernel's overlayfs shows of layers that were unpacked one by one. A note says so.
+//! - A folder that only whiteouts stand in is there to delete, not to appear: where the layers below have no folder
+//!   at its place, nothing of it is stored, and what is there stays. A whiteout in a folder
+//!   that hides all below it, or has nothing below it, is not stored either.
 //! - OCI whiteouts (image-spec, layer.md) become overlayfs' own (kernel, overlayfs.rst): `.wh.NAME` a character device
 //!   0:0, `.wh..wh..opq` the attribute `trusted.overlay.opaque=y` of its folder, wherever in the stream it stands. Both
 //!   speak of the layers below only: an entry of that name in the same layer stays, and if it is a
@@ -24,6 +29,8 @@ use std::collections::BTreeMap;
 
 use super::tar::{Entry, EntryKind, show};
 use super::{ConvertError, MAX_METADATA_BYTES, pack::FileData};
+use crate::image::FileType;
+use crate::image::overlay::names;
 
 /// The most names that a layer may have.
 pub const MAX_ENTRIES: usize = 4_000_000;
@@ -33,9 +40,6 @@ const MAX_LINKS: usize = 40;
 const MAX_NOTES: usize = 20;
 /// What a node costs besides its bytes, roughly.
 const NODE_BYTES: u64 = 200;
-
-/// The attribute that hides the folder of the same name in the layers below.
-const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
 /// A list of extended attributes: full names and values, sorted.
 pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
@@ -104,7 +108,26 @@ pub struct Tree {
     /// How many notes there were.
     pub notes_total: usize,
     metadata_bytes: u64,
-    pending: Vec<(NodeIndex, Box<[u8]>)>,
+    pending: Vec<Pending>,
+}
+
+/// A name whose hard link is resolved at the end.
+struct Pending {
+    dir: NodeIndex,
+    name: Box<[u8]>,
+    /// The whole path, for errors.
+    path: Box<[u8]>,
+}
+
+/// What the layers below have at a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Under {
+    /// Nothing.
+    Nothing,
+    /// A folder.
+    Folder(Meta),
+    /// Something else.
+    Other(FileType),
 }
 
 fn directory(implied: bool) -> Node {
@@ -148,6 +171,9 @@ impl Tree {
     /// Takes an entry in. `data` is where the content of a regular file is.
     pub fn add(&mut self, mut entry: Entry, data: Option<FileData>) -> Result<(), ConvertError> {
         let path = std::mem::take(&mut entry.path);
+        for note in std::mem::take(&mut entry.notes) {
+            self.note(|| format!("{}: {note}", show(&path)));
+        }
         let parts = components(&path, &path)?;
         let Some((name, parents)) = parts.split_last() else {
             // `./` speaks of the root.
@@ -165,7 +191,7 @@ impl Tree {
             return Ok(());
         }
         if let Some(hidden) = name.strip_prefix(b".wh.") {
-            return match self.whiteout_dir(parents)? {
+            return match self.whiteout_dir(parents, &path)? {
                 Some(dir) => self.whiteout(dir, hidden, &path),
                 None => Ok(()),
             };
@@ -174,7 +200,7 @@ impl Tree {
         let kind = match entry.kind.clone() {
             EntryKind::Directory => {
                 let meta = self.meta(&path, entry)?;
-                return self.add_dir(dir, name, meta);
+                return self.add_dir(dir, name, meta, &path);
             }
             EntryKind::HardLink(target) => return self.link(dir, name, &target, &path),
             EntryKind::File => NodeKind::File(data.unwrap_or_default()),
@@ -200,15 +226,19 @@ impl Tree {
             NodeKind::Symlink(target) => target.len() as u64,
             _ => 0,
         };
-        self.charge(cost)?;
-        self.put(dir, name, Node { kind, meta })
+        self.charge(cost, &path)?;
+        self.put(dir, name, Node { kind, meta }, &path)
     }
 
     /// Adds to the account of memory.
-    fn charge(&mut self, bytes: u64) -> Result<(), ConvertError> {
+    fn charge(&mut self, bytes: u64, path: &[u8]) -> Result<(), ConvertError> {
         self.metadata_bytes += bytes;
         if self.metadata_bytes > MAX_METADATA_BYTES || self.nodes.len() > MAX_ENTRIES {
-            return Err(ConvertError::TooMuch { entries: self.nodes.len(), bytes: self.metadata_bytes });
+            return Err(ConvertError::TooMuch {
+                path: show(path),
+                entries: self.nodes.len(),
+                bytes: self.metadata_bytes,
+            });
         }
         Ok(())
     }
@@ -235,8 +265,7 @@ impl Tree {
             let known = [&b"user."[..], b"trusted.", b"security."]
                 .iter()
                 .any(|prefix| name.strip_prefix(*prefix).is_some_and(|rest| !rest.is_empty()));
-            let overlay = name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");
-            if !known || overlay {
+            if !known || names::steers(&name) {
                 self.note(|| format!("{}: attribute {} is dropped", show(path), show(&name)));
                 continue;
             }
@@ -244,7 +273,7 @@ impl Tree {
             if name.len() > 255 || value.len() > 65536 {
                 return Err(bad(path, "an extended attribute is longer than Linux allows"));
             }
-            self.charge((name.len() + value.len()) as u64 + 48)?;
+            self.charge((name.len() + value.len()) as u64 + 48, path)?;
             xattrs.push((name, value));
         }
         xattrs.sort();
@@ -266,8 +295,8 @@ impl Tree {
     }
 
     /// Puts a new node at a name, in place of what is there.
-    fn put(&mut self, dir: NodeIndex, name: &[u8], node: Node) -> Result<(), ConvertError> {
-        self.charge(NODE_BYTES + name.len() as u64)?;
+    fn put(&mut self, dir: NodeIndex, name: &[u8], node: Node, path: &[u8]) -> Result<(), ConvertError> {
+        self.charge(NODE_BYTES + name.len() as u64, path)?;
         let index = self.nodes.len();
         self.nodes.push(node);
         self.set_child(dir, name, index);
@@ -287,14 +316,14 @@ impl Tree {
         }
     }
 
-    fn add_dir(&mut self, dir: NodeIndex, name: &[u8], meta: Meta) -> Result<(), ConvertError> {
-        let index = self.make_dir(dir, name)?;
+    fn add_dir(&mut self, dir: NodeIndex, name: &[u8], meta: Meta, path: &[u8]) -> Result<(), ConvertError> {
+        let index = self.make_dir(dir, name, path)?;
         self.describe_dir(index, meta);
         Ok(())
     }
 
     /// The folder of that name; what else stands there is replaced.
-    fn make_dir(&mut self, dir: NodeIndex, name: &[u8]) -> Result<NodeIndex, ConvertError> {
+    fn make_dir(&mut self, dir: NodeIndex, name: &[u8], path: &[u8]) -> Result<NodeIndex, ConvertError> {
         let old = self.child(dir, name);
         let mut hides = false;
         if let Some(index) = old {
@@ -306,7 +335,7 @@ impl Tree {
             }
         }
         let index = self.nodes.len();
-        self.put(dir, name, directory(true))?;
+        self.put(dir, name, directory(true), path)?;
         if hides {
             self.make_opaque(index);
         }
@@ -324,13 +353,13 @@ impl Tree {
     ///
     /// Links are not followed: tools that compare trees write whiteouts of what was in a folder also
     /// where a link took the folder's place, and never mean what the link leads to.
-    fn whiteout_dir(&mut self, parents: &[&[u8]]) -> Result<Option<NodeIndex>, ConvertError> {
+    fn whiteout_dir(&mut self, parents: &[&[u8]], path: &[u8]) -> Result<Option<NodeIndex>, ConvertError> {
         let mut dir = 0;
         for name in parents {
             dir = match self.child(dir, name) {
                 Some(index) if self.children(index).is_some() => index,
                 Some(_) => return Ok(None),
-                None => self.make_dir(dir, name)?,
+                None => self.make_dir(dir, name, path)?,
             };
         }
         Ok(Some(dir))
@@ -365,7 +394,10 @@ impl Tree {
                 self.make_opaque(index);
                 Ok(())
             }
-            _ => self.put(dir, hidden, Node { kind: NodeKind::Whiteout, meta: Meta::default() }),
+            _ => {
+                let node = Node { kind: NodeKind::Whiteout, meta: Meta::default() };
+                self.put(dir, hidden, node, path)
+            }
         }
     }
 
@@ -373,21 +405,18 @@ impl Tree {
         match self.find(target, path)? {
             Some(index) => {
                 self.check_link_target(index, path)?;
-                self.charge(NODE_BYTES)?;
+                self.charge(NODE_BYTES, path)?;
                 if matches!(self.nodes.get(index).map(|node| &node.kind), Some(NodeKind::PendingLink(_))) {
-                    self.pending.push((dir, name.into()));
+                    self.pending.push(Pending { dir, name: name.into(), path: path.into() });
                 }
                 self.set_child(dir, name, index);
                 Ok(())
             }
             None => {
-                self.charge(target.len() as u64)?;
-                self.pending.push((dir, name.into()));
-                self.put(
-                    dir,
-                    name,
-                    Node { kind: NodeKind::PendingLink(target.to_vec()), meta: Meta::default() },
-                )
+                self.charge(target.len() as u64, path)?;
+                self.pending.push(Pending { dir, name: name.into(), path: path.into() });
+                let node = Node { kind: NodeKind::PendingLink(target.to_vec()), meta: Meta::default() };
+                self.put(dir, name, node, path)
             }
         }
     }
@@ -419,60 +448,142 @@ impl Tree {
             match steps.next(self, path)? {
                 Step::Done(dir) => return Ok(dir),
                 Step::Missing(dir, name) => {
-                    let index = self.make_dir(dir, &name)?;
+                    let index = self.make_dir(dir, &name, path)?;
                     steps.trail.push(index);
                 }
             }
         }
     }
 
-    /// Ends the tree: resolves links, asks `below` for the attributes of folders that the stream
-    /// does not speak of, and marks opaque folders.
+    /// Takes notes of the stream as a whole.
+    pub fn take_notes(&mut self, notes: Vec<String>) {
+        for note in notes {
+            self.note(|| note);
+        }
+    }
+
+    /// Ends the tree: resolves links, asks `below` for what is at the folders that the stream does
+    /// not speak of, takes away what hides nothing, and marks opaque folders.
     pub fn finish(
         &mut self,
-        below: &mut dyn FnMut(&[u8]) -> Result<Option<Meta>, ConvertError>,
+        below: &mut dyn FnMut(&[u8]) -> Result<Under, ConvertError>,
     ) -> Result<(), ConvertError> {
-        for (dir, name) in std::mem::take(&mut self.pending) {
-            let Some(mut index) = self.child(dir, &name) else { continue };
-            for hop in 0.. {
-                let Some(Node { kind: NodeKind::PendingLink(target), .. }) = self.nodes.get(index) else {
-                    break;
-                };
-                let missing = || ConvertError::HardLink { path: show(&name), target: show(target) };
-                if hop == MAX_LINKS {
-                    return Err(missing());
-                }
-                index = self.find(target, &name)?.ok_or_else(missing)?;
-            }
-            self.check_link_target(index, &name)?;
-            self.set_child(dir, &name, index);
-        }
-
-        // All folders that are left, with their paths, parents first.
-        let mut todo = vec![(0, Vec::new())];
-        while let Some((index, path)) = todo.pop() {
+        self.resolve_links()?;
+        let deletes = self.deletes();
+        // All folders that are left, with their paths and what is below them, parents first.
+        let under = below(b"")?;
+        let mut todo = vec![(0, Vec::new(), under)];
+        while let Some((index, path, under)) = todo.pop() {
             let Some(Node { kind: NodeKind::Dir { children, implied, opaque }, meta }) =
                 self.nodes.get_mut(index)
             else {
                 continue;
             };
-            let children: Vec<_> = children.iter().map(|(name, index)| (name.clone(), *index)).collect();
-            if *implied && let Some(found) = below(&path)? {
+            // Whether the layers below show anything through this folder.
+            let seen_through = matches!(under, Under::Folder(_)) && !*opaque;
+            if *implied && let Under::Folder(found) = under {
                 *meta = found;
             }
             if *opaque {
-                meta.xattrs.retain(|(name, _)| name != OPAQUE);
-                meta.xattrs.push((OPAQUE.to_vec(), b"y".to_vec()));
+                meta.xattrs.retain(|(name, _)| name != names::OPAQUE);
+                meta.xattrs.push((names::OPAQUE.to_vec(), b"y".to_vec()));
                 meta.xattrs.sort();
             }
+            let children: Vec<_> = children.iter().map(|(name, index)| (name.clone(), *index)).collect();
             for (name, child) in children {
-                if matches!(self.nodes.get(child), Some(Node { kind: NodeKind::Dir { .. }, .. })) {
-                    let mut path = path.clone();
-                    path.push(b'/');
-                    path.extend_from_slice(&name);
-                    todo.push((child, path));
+                let (implied, whiteout) = match self.nodes.get(child).map(|node| &node.kind) {
+                    Some(NodeKind::Dir { implied, .. }) => (*implied, false),
+                    Some(NodeKind::Whiteout) => (false, true),
+                    _ => continue,
+                };
+                if whiteout {
+                    if !seen_through && let Some(children) = self.children(index) {
+                        children.remove(&name);
+                    }
+                    continue;
                 }
+                let path = [&path, &b"/"[..], &name].concat();
+                let under = if seen_through { below(&path)? } else { Under::Nothing };
+                let only_deletes = deletes.get(child).copied().unwrap_or(false);
+                if implied && let Under::Other(kind) = under {
+                    self.note_other(&path, kind, only_deletes);
+                }
+                if only_deletes && !matches!(under, Under::Folder(_)) {
+                    if let Some(children) = self.children(index) {
+                        children.remove(&name);
+                    }
+                    continue;
+                }
+                todo.push((child, path, under));
             }
+        }
+        Ok(())
+    }
+
+    /// Says that a folder without an entry of its own meets something else in the layers below.
+    fn note_other(&mut self, path: &[u8], kind: FileType, only_deletes: bool) {
+        let path = path.strip_prefix(b"/").unwrap_or(path);
+        let what = match kind {
+            FileType::Symlink => "a symbolic link",
+            FileType::Regular => "a file",
+            _ => "no folder",
+        };
+        self.note(|| match only_deletes {
+            true => format!("{}: it is {what} in the layers below: what is to be deleted in it is not there", show(path)),
+            false => format!(
+                "{}: it is {what} in the layers below, which is hidden by the folder that this layer's entries need \
+                 (as overlayfs shows layers that are unpacked one by one)",
+                show(path)
+            ),
+        });
+    }
+
+    /// For each node, whether it is a folder that is there only because whiteouts stand in it.
+    fn deletes(&self) -> Vec<bool> {
+        // Parents first.
+        let mut order = vec![0];
+        let mut at = 0;
+        while let Some(&index) = order.get(at) {
+            if let Some(Node { kind: NodeKind::Dir { children, .. }, .. }) = self.nodes.get(index) {
+                let folder = |child: &&NodeIndex| {
+                    matches!(self.nodes.get(**child).map(|node| &node.kind), Some(NodeKind::Dir { .. }))
+                };
+                order.extend(children.values().filter(folder));
+            }
+            at += 1;
+        }
+        let mut deletes = vec![false; self.nodes.len()];
+        for index in order.into_iter().rev() {
+            let Some(Node { kind: NodeKind::Dir { children, implied: true, .. }, .. }) =
+                self.nodes.get(index)
+            else {
+                continue;
+            };
+            let only = children
+                .values()
+                .all(|child| deletes[*child] || matches!(self.nodes[*child].kind, NodeKind::Whiteout));
+            // Where there are none, a note of aufs stood in it.
+            deletes[index] = only;
+        }
+        deletes
+    }
+
+    /// Finds what hard links to later names meant.
+    fn resolve_links(&mut self) -> Result<(), ConvertError> {
+        for Pending { dir, name, path } in std::mem::take(&mut self.pending) {
+            let Some(mut index) = self.child(dir, &name) else { continue };
+            for hop in 0.. {
+                let Some(Node { kind: NodeKind::PendingLink(target), .. }) = self.nodes.get(index) else {
+                    break;
+                };
+                let missing = || ConvertError::HardLink { path: show(&path), target: show(target) };
+                if hop == MAX_LINKS {
+                    return Err(missing());
+                }
+                index = self.find(target, &path)?.ok_or_else(missing)?;
+            }
+            self.check_link_target(index, &path)?;
+            self.set_child(dir, &name, index);
         }
         Ok(())
     }

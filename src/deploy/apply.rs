@@ -1,23 +1,25 @@
 //! Carries out a [`Plan`]: blobs, then the deployment's folder, then the state file, each synced
 //! before the next begins.
 
+use std::collections::BTreeMap;
+
 use super::error::DeployError;
 use super::gc::Needs;
-use super::plan::{Plan, Verdict, names};
+use super::plan::{Fetch, Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
 use super::{System, SystemLock, deployment, space};
 use crate::digest::Digest;
 use crate::failpoint;
-use crate::image::oci::Descriptor;
+use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
 use crate::progress::Progress;
-use crate::store::{Store, Writer};
+use crate::store::{FetchJob, Store, StoreError, Writer, image_repository};
 use crate::transport::Transport;
 use crate::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
 
 /// Carries out a plan. The caller has held the system's lock since before it made the plan.
 ///
-/// On an error the running deployment is untouched, and the space of fetched blobs is freed. On success,
-/// everything that is no longer needed is removed.
+/// On an error the running deployment is untouched, and the space of what was fetched is given
+/// back, unless it is the network that failed: then the next run goes on there. After a success what nothing needs any more is removed.
 pub fn apply(
     system: &System,
     lock: &SystemLock,
@@ -29,12 +31,25 @@ pub fn apply(
         Verdict::FailedBefore => Ok(()),
         _ => fetch_and_switch(system, lock, from, plan, progress),
     };
+    if outcome.as_ref().is_err_and(may_go_on) {
+        return outcome;
+    }
     match tidy(system, lock, plan) {
         Ok(problems) => problems.iter().for_each(|problem| log::warn!("{problem}")),
         // The next command that collects garbage removes the rest.
         Err(error) => log::warn!("what nothing needs is not removed: {error}"),
     }
     outcome
+}
+
+/// Whether the network failed: then what came so far is kept, and the next run goes on there.
+fn may_go_on(error: &DeployError) -> bool {
+    match error {
+        DeployError::Transport(error) | DeployError::Store(StoreError::Transport(error)) => {
+            error.is_temporary()
+        }
+        _ => false,
+    }
 }
 
 fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
@@ -58,13 +73,8 @@ fn fetch_and_switch(
     }
     {
         let writer = store.writer()?;
-        for fetch in &plan.fetch {
-            let object = format!("{} {}", fetch.target, fetch.blob.digest);
-            let task = progress.task("fetch", &object, Some(fetch.blob.size));
-            // The plan has checked: the store's file of this name is not this blob.
-            writer.refetch(from, &fetch.blob, &task)?;
-            failpoint::hit("deploy.blob.fetched");
-        }
+        // The plan has looked: what has one of these names in the store is not that blob.
+        fetch_blobs(&writer, from, &plan.fetch, true, progress)?;
         for artifact in std::iter::once(&plan.artifact).chain(&plan.referrers) {
             fetch_artifact(&writer, from, artifact)?;
         }
@@ -83,8 +93,34 @@ fn fetch_and_switch(
     } else {
         state.set_pending(id);
     }
-    state.last_update = Some(LastUpdate { version: Some(id.version), error: None });
+    state.last_update = Some(LastUpdate::new(Some(id.version), None));
     state.save(&system.state_path())
+}
+
+/// Fetches blobs of targets, several at a time; `again` whatever has their names in the store.
+pub(super) fn fetch_blobs(
+    writer: &Writer<'_>,
+    from: &dyn Transport,
+    blobs: &[Fetch],
+    again: bool,
+    progress: &Progress,
+) -> Result<(), DeployError> {
+    // A registry keeps each target's blobs in a repository of their own.
+    let mut places = BTreeMap::new();
+    for fetch in blobs {
+        if !places.contains_key(fetch.target.as_str()) {
+            places.insert(fetch.target.as_str(), from.within(&image_repository(&fetch.target))?);
+        }
+    }
+    let jobs: Vec<_> = blobs
+        .iter()
+        .filter_map(|fetch| {
+            let object = format!("{} {}", fetch.target, fetch.blob.digest);
+            let from = places.get(fetch.target.as_str())?.as_ref();
+            Some(FetchJob { from, blob: &fetch.blob, again, object })
+        })
+        .collect();
+    Ok(writer.fetch_all(&jobs, progress)?)
 }
 
 /// Stores an artifact and its parts. It is small, so its content is compared, not its size.
@@ -94,6 +130,8 @@ pub(super) fn fetch_artifact(
     artifact: &Descriptor,
 ) -> Result<(), DeployError> {
     let quiet = Progress::silent().task("fetch", "", None);
+    let place = from.within(SYSTEM_REPOSITORY)?;
+    let from = place.as_ref();
     let manifest = from.manifest(artifact)?;
     for blob in manifest.layers.iter().chain([&manifest.config, artifact]) {
         let good = writer.store().has(blob) && writer.store().get(&blob.digest, blob.size).is_ok();
@@ -139,7 +177,7 @@ pub fn record_failure(system: &System, why: &str) {
     if state.current.is_none() {
         return;
     }
-    state.last_update = Some(LastUpdate { version: None, error: Some(clip(why)) });
+    state.last_update = Some(LastUpdate::new(None, Some(clip(why))));
     if let Err(more) = state.save(&system.state_path()) {
         log::warn!("the reason of the failed update is not recorded: {more}");
     }

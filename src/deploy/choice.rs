@@ -4,13 +4,18 @@
 //! floor is never started; a pending deployment's try is spent, and synced, before it is used; every refusal
 //! is recorded with its reason. A floor that cannot be read, or that was tampered with, stops the boot: no
 //! candidate could be trusted then.
+//!
+//! A boot needs no more than it must. A state file that cannot be read is made anew ([`super::recover`]). On a disk
+//! that cannot be written no try can be counted: a pending deployment is passed over, and the current one
+//! boots. Whether the images that a boot needs are complete is the business of `start`: those of other targets
+//! are no reason to have no system at all.
 
 use std::time::{Duration, Instant};
 
-use super::deployment;
 use super::error::DeployError;
-use super::state::{DeploymentId, LastBoot, Refusal, State, clip};
-use super::{System, check_complete};
+use super::recover::{self, Recovered};
+use super::state::{Damage, DeploymentId, LastBoot, Refusal, State, clip};
+use super::{System, deployment as on_disk};
 use crate::error::{AnyError, Class};
 use crate::failpoint;
 use crate::floor::{Floor, FloorError};
@@ -38,6 +43,8 @@ pub struct Booted<T> {
     pub refused: Vec<Refusal>,
     /// How long its signature, certificate and manifest took to verify.
     pub verifying: Duration,
+    /// Why the state file was not used, where it could not be read.
+    pub damage: Option<Damage>,
     /// The result of starting it.
     pub started: T,
 }
@@ -55,27 +62,44 @@ pub fn choose<T>(
     floor: &mut dyn Floor,
     mut start: impl FnMut(&Verified, Role) -> Result<T, AnyError>,
 ) -> Result<Booted<T>, DeployError> {
-    let _lock = system.lock(|| {})?;
-    let mut state = system.state()?;
+    let _lock = system.lock_as_it_is(|| {})?;
     let lowest = floor.read()?;
-    let mut refused = Vec::new();
     let mut gravest = Class::Failure;
+    let (mut state, mut refused) = match read_state(system) {
+        Ok(state) => (state, Vec::new()),
+        Err(damage) => {
+            let Recovered { state, refused } = recover::for_boot(system, anchor, lowest, damage)?;
+            gravest = refused.iter().fold(gravest, |so_far, (_, class)| graver(so_far, *class));
+            (state, refused.into_iter().map(|(refusal, _)| refusal).collect())
+        }
+    };
+    let damage = state.damage.clone();
     for (id, role) in candidates(&state) {
         let attempt = try_one(system, anchor, lowest, &mut state, id, role, &mut start);
         match attempt {
             Ok((started, verifying)) => {
                 record(system, &mut state, Some(id), &refused);
-                return Ok(Booted { deployment: id, role, refused, verifying, started });
+                return Ok(Booted { deployment: id, role, refused, verifying, damage, started });
             }
             Err(error) => {
                 gravest = graver(gravest, error.class());
                 log::error!("deployment {id} is not booted: {error}");
-                refused.push(Refusal { deployment: id, why: clip(&error.to_string()) });
+                refused.push(Refusal::new(id, clip(&error.to_string())));
             }
         }
     }
     record(system, &mut state, None, &refused);
     Err(DeployError::NoneLeft { refused, class: gravest })
+}
+
+/// The state as it is on disk. A missing file beside deployments is damage too: whoever took it away must not
+/// be able to stop the boot.
+fn read_state(system: &System) -> Result<State, Damage> {
+    match State::read(&system.state_path())? {
+        Some(state) => Ok(state),
+        None if on_disk::list(system).is_ok_and(|(whole, _)| !whole.is_empty()) => Err(Damage::Missing),
+        None => Ok(State::default()),
+    }
 }
 
 /// The deployments that may be tried, in order.
@@ -87,7 +111,8 @@ fn candidates(state: &State) -> Vec<(DeploymentId, Role)> {
         state.previous.map(|id| (id, Role::Previous)),
     ];
     let mut list: Vec<(DeploymentId, Role)> = Vec::new();
-    for (id, role) in all.into_iter().flatten() {
+    let found = state.found.iter().map(|id| (*id, Role::Previous));
+    for (id, role) in all.into_iter().flatten().chain(found) {
         if !list.iter().any(|(seen, _)| *seen == id) {
             list.push((id, role));
         }
@@ -117,18 +142,17 @@ fn try_one<T>(
     }
     // Rule: no clock is trusted in early boot: dates are logged, not enforced.
     let clock = Instant::now();
-    let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
+    let verified = on_disk::verify(system, &id, anchor, Dates::LogOnly)?;
     let verifying = clock.elapsed();
     // Rule: boot: `version >= floor`.
     if id.version < lowest {
         return Err(FloorError::Rollback { version: id.version, floor: lowest }.into());
     }
-    check_complete(system, &verified)?;
     Ok((start(&verified, role)?, verifying))
 }
 
 /// Returns the more serious class: rollback before verification before anything else.
-pub(super) fn graver(one: Class, other: Class) -> Class {
+pub fn graver(one: Class, other: Class) -> Class {
     let rank = |class| match class {
         Class::Rollback => 4,
         Class::Verification => 3,
@@ -141,7 +165,13 @@ pub(super) fn graver(one: Class, other: Class) -> Class {
 
 /// Records the outcome of the choice. A disk that cannot be written does not stop a boot.
 fn record(system: &System, state: &mut State, chosen: Option<DeploymentId>, refused: &[Refusal]) {
-    let outcome = Some(LastBoot { chosen, refused: refused.to_vec() });
+    // A file of another format is left to whoever knows it; and nothing that the next command could not make
+    // anew is written over one that cannot be read.
+    if state.damage.is_some() && state.pending.is_none() {
+        return;
+    }
+    let later = state.last_boot.as_ref().map(|last| last.later.clone()).unwrap_or_default();
+    let outcome = Some(LastBoot { chosen, refused: refused.to_vec(), later });
     if state.last_boot == outcome {
         return;
     }

@@ -126,6 +126,18 @@ pub enum DeployError {
         /// What was expected and found.
         why: String,
     },
+    /// Rule: a version stands for one system, in a registry too.
+    #[error("{location} has another system of version {version}: {found}, expected {expected}")]
+    VersionElsewhere {
+        /// The repository.
+        location: String,
+        /// The version.
+        version: u64,
+        /// The OCI manifest that it stands for there.
+        found: Digest,
+        /// The OCI manifest that was to be pushed.
+        expected: Digest,
+    },
     /// A system manifest has no signature, or no certificate for it.
     #[error("system manifest {digest} comes without a {missing}")]
     NotSigned {
@@ -224,7 +236,10 @@ impl Classified for DeployError {
             Self::Damaged { .. } | Self::NotMended { .. } => Class::Verification,
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::SameVersionOtherDigest { .. } => Class::Rollback,
-            Self::NoSuchTarget { .. } | Self::IsHostfs { .. } | Self::NotASystem { .. } => Class::Input,
+            Self::NoSuchTarget { .. }
+            | Self::IsHostfs { .. }
+            | Self::NotASystem { .. }
+            | Self::VersionElsewhere { .. } => Class::Input,
             Self::State { .. }
             | Self::BootUnknown { .. }
             | Self::NoTriesLeft { .. }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::digest::Digest;
 
@@ -60,10 +61,19 @@ impl From<DeploymentId> for String {
 
 /// A deployment that was not booted, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Refusal {
     /// Which one.
     pub deployment: DeploymentId,
     /// The reason, as a sentence.
     pub why: String,
+    /// Fields that a later mosfs wrote.
+    #[serde(flatten)]
+    pub later: Map<String, Value>,
+}
+
+impl Refusal {
+    /// A refusal with its reason.
+    pub fn new(deployment: DeploymentId, why: String) -> Self {
+        Self { deployment, why, later: Map::new() }
+    }
 }

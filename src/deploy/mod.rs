@@ -28,12 +28,17 @@ pub mod gc;
 pub mod id;
 pub mod offer;
 pub mod plan;
+pub mod pull;
+#[cfg(feature = "registry")]
+pub mod push;
+mod recover;
 pub mod repair;
 pub mod space;
 pub mod state;
 pub mod status;
 pub mod target;
 
+use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -44,6 +49,7 @@ pub use state::State;
 use crate::digest::Digest;
 use crate::error::IoContext;
 use crate::floor::{Floor, Policy};
+use crate::manifest::Target;
 use crate::store::{Store, StoreError};
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
@@ -113,18 +119,45 @@ impl System {
     }
 
     /// Takes the system's lock for a change. If another process holds it, calls `waiting` and waits.
+    ///
+    /// A state file that cannot be read is written anew ([`recover`]).
     pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
+        let lock = self.lock_as_it_is(waiting)?;
+        let state = self.state()?;
+        if let Some(damage) = &state.damage {
+            let path = self.state_path();
+            match recover::write(&state, &path) {
+                Ok(()) => log::warn!("{} is written anew: {damage}", path.display()),
+                // Whatever this command is to write fails with a reason of its own.
+                Err(error) => log::warn!("{} is not written anew: {error}", path.display()),
+            }
+        }
+        Ok(lock)
+    }
+
+    /// The same, and leaves the state file as it is.
+    fn lock_as_it_is(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
         let path = self.root.join("lock");
-        if let Some(lock) = Lock::try_exclusive(&path).on("lock", &path)? {
-            return Ok(SystemLock(lock));
+        match Lock::try_exclusive(&path) {
+            Ok(Some(lock)) => return Ok(SystemLock(lock)),
+            Ok(None) => {}
+            // Nobody can change a disk that cannot be written; those who read it may as well agree.
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                return Ok(SystemLock(Lock::of_folder(&self.root).on("lock", &self.root)?));
+            }
+            Err(error) => return Err(Err::<(), _>(error).on("lock", &path).unwrap_err().into()),
         }
         waiting();
         Ok(SystemLock(Lock::exclusive(&path).on("lock", &path)?))
     }
 
-    /// Reads the state from disk.
+    /// The state as it is on disk; where the file cannot be read, one made anew from the deployments
+    /// ([`State::damage`] says why).
     pub fn state(&self) -> Result<State, DeployError> {
-        State::load(&self.state_path())
+        match State::read(&self.state_path()) {
+            Ok(state) => Ok(state.unwrap_or_default()),
+            Err(damage) => recover::by_name(self, damage),
+        }
     }
 }
 
@@ -148,14 +181,26 @@ pub enum FloorGate<'a> {
     },
 }
 
-/// Checks that each image of a deployment is in the store: the OCI manifests by digest and size,
-/// the blobs by size (their content is verified as it is read).
+/// Checks that the images of all targets of a deployment are in the store, as [`check_images`] does.
+///
+/// # Errors
+/// As [`check_images`].
+pub fn check_complete(system: &System, verified: &Verified) -> Result<(), DeployError> {
+    check_images(system, verified, |_| true)
+}
+
+/// Checks that the images of those targets that `needed` names are in the store: the OCI manifests by digest and
+/// size, the blobs by size (their content is verified as it is read).
 ///
 /// # Errors
 /// [`DeployError::MissingBlob`] and [`DeployError::OtherSize`], naming the target.
-pub fn check_complete(system: &System, verified: &Verified) -> Result<(), DeployError> {
+pub fn check_images(
+    system: &System,
+    verified: &Verified,
+    needed: impl Fn(&Target) -> bool,
+) -> Result<(), DeployError> {
     let store = system.store()?;
-    for (name, target) in &verified.manifest().targets {
+    for (name, target) in verified.manifest().targets.iter().filter(|(_, target)| needed(target)) {
         let missing = |digest| DeployError::MissingBlob { target: name.to_string(), digest };
         let open = |digest: &Digest| match store.transport().open_blob(digest) {
             Err(TransportError::BlobMissing { .. }) => Err(missing(*digest)),

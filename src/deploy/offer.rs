@@ -14,9 +14,9 @@ use std::collections::BTreeMap;
 use super::error::DeployError;
 use crate::digest::Digest;
 use crate::floor::{self, Policy};
-use crate::image::oci::Descriptor;
+use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
 use crate::manifest::{SYSTEM_MEDIA_TYPE, SystemManifest};
-use crate::store::SYSTEM_PREFIX;
+use crate::store::{SYSTEM_PREFIX, version_name};
 use crate::transport::{Transport, TransportError};
 use crate::trust::evidence::{MAX_ALTERNATIVES, Taken, verify_any};
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
@@ -102,7 +102,7 @@ pub fn find(
     name: Option<&str>,
     judge: &Judge<'_>,
 ) -> Result<Found<Accepted>, DeployError> {
-    look(from, name, |offer| {
+    look(from, name, &mut |offer| {
         offer.fetch_parts(from)?;
         offer.verify(judge)
     })
@@ -113,7 +113,37 @@ pub fn find(
 /// # Errors
 /// As [`find`].
 pub fn find_unverified(from: &dyn Transport, name: Option<&str>) -> Result<Vec<u8>, DeployError> {
-    Ok(look(from, name, |offer| Ok(offer.manifest.clone()))?.taken)
+    Ok(look(from, name, &mut |offer| Ok(offer.manifest.clone()))?.taken)
+}
+
+/// A system of which nothing is verified, with everything that says something about it: to be copied whole.
+pub struct Whole {
+    /// The system manifest's artifact.
+    pub artifact: Descriptor,
+    /// The artifacts of all its signatures, certificates and floor signatures.
+    pub referrers: Vec<Descriptor>,
+    /// The system manifest's bytes.
+    pub manifest: Vec<u8>,
+}
+
+/// Finds, in the same way, a system to copy. Rule: one without a signature and a certificate is none,
+/// wherever it is copied to.
+///
+/// # Errors
+/// As [`find`]; [`DeployError::NotSigned`].
+pub fn find_whole(from: &dyn Transport, name: Option<&str>) -> Result<Whole, DeployError> {
+    let whole = look(from, name, &mut |offer| {
+        offer.fetch_parts(from)?;
+        for (found, missing) in [(&offer.signatures, "signature"), (&offer.certificates, "certificate")] {
+            if found.is_empty() {
+                return Err(DeployError::NotSigned { digest: offer.digest(), missing });
+            }
+        }
+        let parts = offer.signatures.iter().chain(&offer.certificates).chain(&offer.floor_signatures);
+        let referrers = parts.filter_map(|part| part.artifact.clone()).collect();
+        Ok(Whole { artifact: offer.artifact.clone(), referrers, manifest: offer.manifest.clone() })
+    })?;
+    Ok(whole.taken)
 }
 
 /// The systems of a source, each once, with the names that lead to it.
@@ -144,8 +174,11 @@ fn version_of(name: &str) -> Option<u64> {
 fn look<T>(
     from: &dyn Transport,
     name: Option<&str>,
-    mut judge: impl FnMut(&mut Offer) -> Result<T, DeployError>,
+    judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError>,
 ) -> Result<Found<T>, DeployError> {
+    if name.is_none() && from.is_remote() {
+        return look_by_tags(from, judge);
+    }
     let wanted = name.map(full_name);
     let candidates = candidates(from, wanted.as_deref())?;
     if candidates.is_empty() {
@@ -219,8 +252,41 @@ fn look<T>(
     }
 }
 
+/// The same for a registry, whose systems are listed by their tags: the highest version is looked at first,
+/// and the first one that verifies is taken. Its tag must tell the truth: a registry that plants names could as well
+/// leave some out, and all of them would have to be fetched to find out.
+fn look_by_tags<T>(
+    from: &dyn Transport,
+    judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError>,
+) -> Result<Found<T>, DeployError> {
+    let mut versions: Vec<u64> =
+        from.tags(SYSTEM_REPOSITORY)?.iter().filter_map(|tag| tag.parse().ok()).collect();
+    versions.sort_unstable_by(|one, other| other.cmp(one));
+    versions.dedup();
+    let mut passed_over = Vec::new();
+    let mut first = None;
+    for version in versions.into_iter().take(LOOK_ON) {
+        match look(from, Some(&version.to_string()), judge) {
+            Ok(Found { taken, passed_over: more }) => {
+                passed_over.extend(more);
+                return Ok(Found { taken, passed_over });
+            }
+            // The next one would fail as well, and an older system is not what was asked for.
+            Err(DeployError::Transport(error)) if error.is_temporary() => return Err(error.into()),
+            Err(error) => {
+                passed_over.push(PassedOver { object: version_name(version), why: error.to_string() });
+                first = first.or(Some(error));
+            }
+        }
+    }
+    Err(first.unwrap_or_else(|| DeployError::NotASystem {
+        object: from.location(),
+        why: format!("it has no repository {SYSTEM_REPOSITORY} with a tag that is a version"),
+    }))
+}
+
 /// Returns the full name for the user's input.
-fn full_name(name: &str) -> String {
+pub(super) fn full_name(name: &str) -> String {
     match name.strip_prefix("sha256:") {
         _ if name.starts_with(SYSTEM_PREFIX) => name.to_string(),
         Some(hex) => format!("{SYSTEM_PREFIX}sha256/{hex}"),
@@ -271,7 +337,9 @@ fn content(from: &dyn Transport, artifact: &Descriptor, max: u64) -> Result<Vec<
 
 impl Offer {
     fn read(from: &dyn Transport, candidate: &Candidate) -> Result<Self, DeployError> {
-        let manifest = content(from, &candidate.artifact, MAX_SYSTEM)?;
+        // A registry keeps a system's own blobs in a repository of their own.
+        let place = from.within(SYSTEM_REPOSITORY)?;
+        let manifest = content(place.as_ref(), &candidate.artifact, MAX_SYSTEM)?;
         Ok(Self {
             artifact: candidate.artifact.clone(),
             names: candidate.names.clone(),
@@ -312,6 +380,8 @@ impl Offer {
     /// # Errors
     /// If the source cannot list them.
     pub fn fetch_parts(&mut self, from: &dyn Transport) -> Result<(), DeployError> {
+        let place = from.within(SYSTEM_REPOSITORY)?;
+        let from = place.as_ref();
         let of_type = |artifact_type: &str| -> Result<Vec<Part>, DeployError> {
             let mut found = from.referrers(&self.artifact.digest, Some(artifact_type))?;
             found.sort_by_key(|one| one.digest);

@@ -15,13 +15,13 @@ use serde::Serialize;
 
 use super::error::DeployError;
 use super::id::DeploymentId;
-use super::offer::Accepted;
+use super::offer::{self, Accepted};
 use super::state::State;
 use super::{FloorGate, System, deployment, space};
 use crate::floor::{self, FloorError, Policy};
-use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
+use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
 use crate::progress::Progress;
-use crate::store::{fsck, image_name, system_name, version_name};
+use crate::store::{fsck, image_name, image_repository, system_name, version_name};
 use crate::transport::Transport;
 use crate::trust::{Anchor, Verified};
 
@@ -212,6 +212,7 @@ fn plan_blobs(
     let mut order = Vec::new();
     for (name, target) in &plan.verified.manifest().targets {
         let manifest = Descriptor::new(MANIFEST, target.digest, target.size);
+        let from = from.within(&image_repository(name.as_str()))?;
         let bytes = from.fetch(&manifest, MAX_MANIFEST_BYTES)?;
         let image = OciImage::parse(&bytes)?;
         let config = image.manifest.config.clone();
@@ -239,6 +240,40 @@ fn plan_blobs(
         }
     }
     Ok(())
+}
+
+/// Whether a registry still offers what is current or pending here, found out by one HEAD (and the
+/// list of versions, where none is named); `None` where only the offer itself can tell.
+///
+/// The registry's word is enough to do nothing: one that lies could as well hide what is new.
+pub fn unchanged(
+    system: &System,
+    state: &State,
+    from: &dyn Transport,
+    name: Option<&str>,
+) -> Result<Option<(Verdict, u64)>, DeployError> {
+    let Ok(store) = system.store() else { return Ok(None) };
+    if !from.is_remote() {
+        return Ok(None);
+    }
+    let name = match name {
+        Some(name) => offer::full_name(name),
+        None => match from.tags(SYSTEM_REPOSITORY)?.iter().filter_map(|tag| tag.parse().ok()).max() {
+            Some(version) => version_name(version),
+            None => return Ok(None),
+        },
+    };
+    let Some(offered) = from.peek(&name)? else { return Ok(None) };
+    let pending = state.pending.as_ref().filter(|pending| pending.tries_left > 0);
+    let known = state.current.map(|current| (Verdict::UpToDate, current));
+    let known = known.into_iter().chain(pending.map(|one| (Verdict::AlreadyPending, one.deployment)));
+    for (verdict, deployment) in known {
+        let here = store.resolve(&version_name(deployment.version)).ok();
+        if here.is_some_and(|here| here.digest == offered) {
+            return Ok(Some((verdict, deployment.version)));
+        }
+    }
+    Ok(None)
 }
 
 /// Returns the names of a system in the store.

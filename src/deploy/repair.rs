@@ -26,10 +26,10 @@ use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::failpoint;
 use crate::floor::Policy;
-use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
+use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
 use crate::manifest::SYSTEM_MEDIA_TYPE;
 use crate::progress::Progress;
-use crate::store::{Store, StoreError, Writer, fsck, image_name, system_name};
+use crate::store::{Store, StoreError, Writer, fsck, image_name, image_repository, system_name};
 use crate::transport::Transport;
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
 
@@ -162,6 +162,7 @@ fn gather(
     let manifest = found.manifest.filter(is_it).or_else(|| {
         sources().find_map(|from| {
             let entries = from.lookup(&system_name(&id.digest)).ok()?;
+            let from = from.within(SYSTEM_REPOSITORY).ok()?;
             let layers = from.manifest(entries.first()?).ok()?.layers;
             let layer = layers.into_iter().find(|layer| layer.digest == id.digest)?;
             from.fetch(&layer, deployment::MAX_MANIFEST).ok()
@@ -279,7 +280,10 @@ fn mend(
             Some(from) => {
                 let object = format!("{target} {}", blob.digest);
                 let task = means.progress.task("fetch", &object, Some(blob.size));
-                writer.refetch(from, blob, &task).map_err(|error: StoreError| error.into())
+                from.within(&image_repository(target))
+                    .map_err(StoreError::from)
+                    .and_then(|from| writer.refetch(from.as_ref(), blob, &task))
+                    .map_err(DeployError::from)
             }
         };
         match fetched {

@@ -11,14 +11,18 @@
 //! ```
 //!
 //! Invariants: it is the one source of truth on what may run; it changes only by atomic replace, under the
-//! exclusive lock of the system folder ([`super::System::lock`]); a file with another format number or an
-//! unknown field is refused, not guessed at. It is not signed and not trusted: everything that it names is
-//! verified again before it is used, so an attacker who can write it can only choose among systems that the
-//! product's owner signed and the floor allows.
+//! exclusive lock of the system folder ([`super::System::lock`]). Fields that this program does not know are
+//! kept where they are, at every level, so that a later mosfs finds them again. It is not signed and not
+//! trusted: everything that it names is verified again before it is used, so an attacker who can write it can
+//! only choose among systems that the product's owner signed and the floor allows.
+//!
+//! That is also why a file that cannot be read stops nothing: damaged, empty, or of another format, it is
+//! made anew from the deployments on the disk ([`super::recover`]).
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::error::DeployError;
 pub use super::id::{BadDeploymentId, DeploymentId, Refusal};
@@ -37,37 +41,42 @@ const MAX_WHY: usize = 2000;
 
 /// A deployment that was installed by an update and has not yet proved healthy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Pending {
     /// Which one.
     pub deployment: DeploymentId,
     /// How many tries it has left. A try is spent, and synced, before it is used.
     pub tries_left: u32,
+    /// Fields that a later mosfs wrote.
+    #[serde(flatten)]
+    pub later: Map<String, Value>,
 }
 
 /// How the last boot choice ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct LastBoot {
     /// The deployment that was booted; none if all were refused.
     pub chosen: Option<DeploymentId>,
     /// Those that were refused before it, in order.
     pub refused: Vec<Refusal>,
+    /// Fields that a later mosfs wrote.
+    #[serde(flatten)]
+    pub later: Map<String, Value>,
 }
 
 /// How the last install or update ended, if it failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct LastUpdate {
     /// The version to be installed, if known.
     pub version: Option<u64>,
     /// The error's text; none after a success.
     pub error: Option<String>,
+    /// Fields that a later mosfs wrote.
+    #[serde(flatten)]
+    pub later: Map<String, Value>,
 }
 
 /// The content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct State {
     format: u32,
     /// The deployment that has proved healthy last, or the first one installed.
@@ -80,6 +89,15 @@ pub struct State {
     pub last_boot: Option<LastBoot>,
     /// How the last install or update ended.
     pub last_update: Option<LastUpdate>,
+    /// Where the file could not be read: why. Not written.
+    #[serde(skip)]
+    pub damage: Option<Damage>,
+    /// Where the file could not be read: the deployments on the disk, highest version first. Not written.
+    #[serde(skip)]
+    pub found: Vec<DeploymentId>,
+    /// Fields that a later mosfs wrote.
+    #[serde(flatten)]
+    pub later: Map<String, Value>,
 }
 
 impl Default for State {
@@ -91,34 +109,64 @@ impl Default for State {
             previous: None,
             last_boot: None,
             last_update: None,
+            damage: None,
+            found: Vec::new(),
+            later: Map::new(),
         }
     }
 }
 
+impl LastUpdate {
+    /// How an update ended.
+    pub fn new(version: Option<u64>, error: Option<String>) -> Self {
+        Self { version, error, later: Map::new() }
+    }
+}
+
+/// Why a state file cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Damage {
+    /// Another mosfs wrote it.
+    #[error("format {0} was found, this mosfs knows format {FORMAT} only")]
+    OtherFormat(u32),
+    /// It is no state at all, or the disk does not give it.
+    #[error("{0}")]
+    Unreadable(String),
+    /// There is none, beside deployments.
+    #[error("it is missing")]
+    Missing,
+}
+
 impl State {
-    /// Reads the state; a missing file is the state of a system with nothing installed.
-    ///
-    /// # Errors
-    /// [`DeployError::State`] if the file is not a state file of a known format.
-    pub fn load(path: &Path) -> Result<Self, DeployError> {
-        let Some(bytes) = file::find_regular(path, Links::Refused, MAX_BYTES)? else {
-            return Ok(Self::default());
-        };
-        Self::parse(&bytes).map_err(|why| DeployError::State { path: path.to_path_buf(), why })
+    /// The beginning of a state that is made anew from these deployments, because the file cannot be used.
+    pub(super) fn anew(damage: Damage, found: Vec<DeploymentId>) -> Self {
+        Self { damage: Some(damage), found, ..Self::default() }
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, String> {
-        // Check the format number first, so that a later format is reported as such and not as an unknown
-        // field.
+    /// Reads the state; `None` where there is no file.
+    ///
+    /// # Errors
+    /// Why the file is not a state that this program can use.
+    pub fn read(path: &Path) -> Result<Option<Self>, Damage> {
+        match file::find_regular(path, Links::Refused, MAX_BYTES) {
+            Ok(bytes) => bytes.map(|bytes| Self::parse(&bytes)).transpose(),
+            Err(error) => Err(Damage::Unreadable(error.source.to_string())),
+        }
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, Damage> {
+        // The format number comes first, so that a later format is named as such and not as
+        // whatever it lacks.
         #[derive(Deserialize)]
         struct Format {
             format: u32,
         }
-        let Format { format } = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        let unreadable = |error: serde_json::Error| Damage::Unreadable(error.to_string());
+        let Format { format } = serde_json::from_slice(bytes).map_err(unreadable)?;
         if format != FORMAT {
-            return Err(format!("format {format} was found, this mosfs knows format {FORMAT} only"));
+            return Err(Damage::OtherFormat(format));
         }
-        serde_json::from_slice(bytes).map_err(|error| error.to_string())
+        serde_json::from_slice(bytes).map_err(unreadable)
     }
 
     /// Writes the state by atomic replace, synced. The caller holds the system's exclusive lock.
@@ -129,10 +177,12 @@ impl State {
         Ok(atomic::replace(path, &bytes, 0o644, "deploy.state").on("replace", path)?)
     }
 
-    /// Returns every deployment that the state names: those that `gc` must keep.
+    /// Returns every deployment that the state names: those that `gc` must keep. Where the file could not be
+    /// read, that is every one that was found.
     pub fn named(&self) -> Vec<DeploymentId> {
         let pending = self.pending.as_ref().map(|pending| pending.deployment);
         let mut all: Vec<_> = [self.current, pending, self.previous].into_iter().flatten().collect();
+        all.extend(&self.found);
         all.sort();
         all.dedup();
         all
@@ -140,7 +190,7 @@ impl State {
 
     /// Makes `id` the deployment to try at the next boot.
     pub fn set_pending(&mut self, id: DeploymentId) {
-        self.pending = Some(Pending { deployment: id, tries_left: TRIES });
+        self.pending = Some(Pending { deployment: id, tries_left: TRIES, later: Map::new() });
     }
 
     /// Makes `id` current; the former current one becomes previous. Blessing twice changes nothing.
@@ -195,13 +245,27 @@ mod tests {
     }
 
     #[test]
-    fn unknown_fields_and_formats_are_refused() {
+    fn another_format_is_named_as_such() {
         let later = State::parse(br#"{"format":2,"new":1}"#).unwrap_err();
-        assert_eq!(later, "format 2 was found, this mosfs knows format 1 only");
-        let unknown = State::parse(
-            br#"{"format":1,"current":null,"pending":null,"previous":null,"last_boot":null,"last_update":null,"x":1}"#,
+        assert_eq!(later, Damage::OtherFormat(2));
+        assert_eq!(later.to_string(), "format 2 was found, this mosfs knows format 1 only");
+    }
+
+    #[test]
+    fn fields_of_a_later_mosfs_are_kept_at_every_level() {
+        let [one, two] = [id(1).to_string(), id(2).to_string()];
+        let text = format!(
+            "{{\"format\":1,\"current\":\"{one}\",\"pending\":{{\"deployment\":\"{two}\",\"tries_left\":3,\"a\":[1]}},\
+             \"previous\":null,\"last_boot\":{{\"chosen\":null,\"refused\":[{{\"deployment\":\"{two}\",\"why\":\"w\",\"b\":{{}}}}],\"c\":1}},\
+             \"last_update\":{{\"version\":2,\"error\":null,\"d\":\"x\"}},\"e\":{{\"f\":null}}}}"
         );
-        assert!(unknown.unwrap_err().contains("unknown field `x`"));
+        let mut state = State::parse(text.as_bytes()).unwrap();
+        assert_eq!(serde_json::to_string(&state).unwrap(), text);
+        if let Some(pending) = &mut state.pending {
+            pending.tries_left -= 1;
+        }
+        let spent = text.replace("\"tries_left\":3", "\"tries_left\":2");
+        assert_eq!(serde_json::to_string(&state).unwrap(), spent);
     }
 
     #[test]

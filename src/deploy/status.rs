@@ -45,6 +45,10 @@ pub struct Installed {
     pub last_boot: Option<LastBoot>,
     /// How the last install or update ended.
     pub last_update: Option<LastUpdate>,
+    /// Why the state file cannot be read: then the above is what the disk holds, and the next command that
+    /// changes something writes the file anew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state_error: Option<String>,
 }
 
 /// Reads what is installed.
@@ -62,5 +66,6 @@ pub fn installed(system: &System) -> Result<Installed, DeployError> {
         unused: whole.into_iter().filter(|id| !named.contains(id)).collect(),
         last_boot: state.last_boot,
         last_update: state.last_update,
+        state_error: state.damage.map(|damage| damage.to_string()),
     })
 }

@@ -7,14 +7,15 @@
 //! digest of that copy.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
-use crate::sys::file::{Links, open_regular};
+use crate::sys::file::{Links, open_regular_at};
 
 /// A place that provides blobs by digest.
 pub trait Blobs: fmt::Debug + Send + Sync {
@@ -142,21 +143,36 @@ pub fn read_whole(
 }
 
 /// The blobs of an OCI layout in a folder: `DIR/blobs/sha256/HEX`.
+///
+/// The folder is opened by the first [`Blobs::read`], and stays open: a daemon reads blobs long after it has left its
+/// working directory and, at boot, after its root folder has become another one.
 #[derive(Debug, Clone)]
 pub struct BlobFolder {
-    folder: PathBuf,
+    path: PathBuf,
     links: Links,
+    folder: Arc<OnceLock<File>>,
 }
 
 impl BlobFolder {
     /// Returns the blobs of the layout in `dir`, whose files may or may not be links.
     pub fn of_layout(dir: &Path, links: Links) -> Self {
-        Self { folder: dir.join("blobs/sha256"), links }
+        Self { path: dir.join("blobs/sha256"), links, folder: Arc::default() }
     }
 
     /// Returns the path where a blob is, or would be.
     pub fn path(&self, digest: &Digest) -> PathBuf {
-        self.folder.join(digest.hex())
+        self.path.join(digest.hex())
+    }
+
+    fn open(&self, digest: &Digest) -> io::Result<File> {
+        let folder = match self.folder.get() {
+            Some(folder) => folder,
+            None => {
+                let opened = File::open(&self.path)?;
+                self.folder.get_or_init(|| opened)
+            }
+        };
+        open_regular_at(folder, &digest.hex(), self.links)
     }
 }
 
@@ -166,9 +182,9 @@ impl Blobs for BlobFolder {
     }
 
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
+        // A failure leaves nothing of an earlier blob behind.
         bytes.clear();
-        let (file, _) = open_regular(&self.path(digest), self.links)
-            .map_err(|error| BlobError::Io { digest: *digest, source: error.source })?;
+        let file = self.open(digest).map_err(|source| BlobError::Io { digest: *digest, source })?;
         read_whole(file, digest, stored_bytes, bytes)
     }
 }

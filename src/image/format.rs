@@ -9,15 +9,14 @@
 //! A new format takes one folder beside this file, which implements [`Layer`], and one row in [`TABLE`]. A
 //! media type is parsed once, together with the manifest ([`super::oci::OciImage::parse`]).
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::blobs::Blobs;
+pub use super::chunked::{ChunkedLayer, Chunks};
 use super::layer::{Layer, LayerError};
+use super::puzzlefs::{self, Puzzlefs};
 use super::source::Source;
 use super::squashfs::Squashfs;
-use crate::digest::Digest;
 
 /// The format of a layer: a row of the table.
 #[derive(Clone, Copy)]
@@ -93,23 +92,6 @@ pub struct ChunkedFormat {
     pub open: Option<fn(&ChunkedLayer) -> Result<Arc<dyn Layer>, LayerError>>,
 }
 
-/// The chunks that a manifest lists: the digest and the stored size in bytes of each.
-pub type Chunks = BTreeMap<Digest, u64>;
-
-/// The parts of a chunked layer.
-#[derive(Debug, Clone)]
-pub struct ChunkedLayer {
-    /// The blob of metadata.
-    pub digest: Digest,
-    /// Its size in bytes.
-    pub size: u64,
-    /// The chunks that the manifest lists. Any other chunk is not copied and may be collected as garbage, so
-    /// a layer that uses one is refused.
-    pub chunks: Arc<Chunks>,
-    /// Where the blobs are.
-    pub blobs: Arc<dyn Blobs>,
-}
-
 /// All formats.
 const TABLE: &[Row] = &[
     Row {
@@ -128,10 +110,10 @@ const TABLE: &[Row] = &[
     },
     Row {
         name: "puzzlefs",
-        media_types: &[MediaType::Exact("application/vnd.puzzlefs.image.rootfs.v1")],
+        media_types: &[MediaType::Exact(puzzlefs::ROOTFS)],
         content: Content::Chunked(ChunkedFormat {
-            chunks: &[MediaType::Prefix("application/vnd.puzzlefs.image.filedata.v1")],
-            open: None,
+            chunks: &[MediaType::Prefix(puzzlefs::FILEDATA)],
+            open: Some(|layer| Ok(Arc::new(Puzzlefs::open(layer)?))),
         }),
     },
     Row {

@@ -189,4 +189,20 @@ pub trait Layer: Send + Sync {
 
     /// Sizes, for statfs(2).
     fn stat_fs(&self) -> StatFs;
+
+    /// A bound that is above all numbers of files, at most 2^48: the smaller it is, the more layers have inode
+    /// numbers of 32 bits. The same at every call.
+    fn numbers(&self) -> u64 {
+        1 << 48
+    }
+
+    /// The number of a file: below [`Layer::numbers`], the same for all its hard links, and at every time.
+    fn number(&self, node: NodeId) -> Result<u64, LayerError> {
+        Ok(node.0)
+    }
+
+    /// The file with that number.
+    fn node(&self, number: u64) -> Result<NodeId, LayerError> {
+        Ok(NodeId(number))
+    }
 }

@@ -17,14 +17,19 @@
 
 pub mod blobs;
 pub mod bytes;
+pub mod check;
+pub mod chunked;
 pub mod format;
 pub mod layer;
 pub mod oci;
 pub mod overlay;
+pub mod platform;
+pub mod puzzlefs;
 pub mod source;
 pub mod squashfs;
 pub mod verified;
 pub mod verity;
 
+pub use blobs::Blobs;
 pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 pub use source::{MemorySource, ReadError, Source};

@@ -17,13 +17,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use oci_spec::image::{Arch, Os};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::format::{Chunks, ImageFormat, LayerFormat};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified};
+pub use crate::image::platform::Platform;
 
 /// The largest manifest or nested index that is read, in bytes.
 pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
@@ -36,6 +36,8 @@ pub const MAX_CHUNKS: usize = 65_536;
 /// The most entries that an index may have.
 pub const MAX_INDEX_ENTRIES: usize = 65_536;
 
+/// The repository of system manifests, in a store and below a prefix of a registry.
+pub const SYSTEM_REPOSITORY: &str = "mos/system/system";
 /// Media type of an OCI image manifest (image-spec, media-types.md).
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Media type of an OCI image index.
@@ -103,7 +105,7 @@ impl Descriptor {
         Self::new(media_type, Digest::of(bytes), bytes.len() as u64)
     }
 
-    /// Returns its name in `index.json`.
+    /// The name that `index.json` gives it.
     pub fn ref_name(&self) -> Option<&str> {
         self.annotations.get(REF_NAME).map(String::as_str)
     }
@@ -113,59 +115,14 @@ impl Descriptor {
         self.media_type == INDEX || self.media_type == DOCKER_INDEX
     }
 
+    /// Whether it is of a kind that mosfs reads: a manifest or an index.
+    pub fn is_image(&self) -> bool {
+        self.is_manifest() || self.is_index()
+    }
+
     /// Whether it is an image manifest.
     pub fn is_manifest(&self) -> bool {
         self.media_type == MANIFEST || self.media_type == DOCKER_MANIFEST
-    }
-}
-
-/// A platform, in Go's terms (image-spec, image-index.md, `platform`).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Platform {
-    /// `amd64`, `arm64` …
-    pub architecture: String,
-    /// `linux` …
-    pub os: String,
-    /// `v8` …
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub variant: Option<String>,
-    /// The fields that mosfs does not know.
-    #[serde(flatten)]
-    pub extra: BTreeMap<String, Value>,
-}
-
-impl Platform {
-    /// The platform of this machine.
-    pub fn this_machine() -> Self {
-        let (architecture, os) = (Arch::default().to_string(), Os::default().to_string());
-        Self { architecture, os, variant: None, extra: BTreeMap::new() }
-    }
-
-    /// Ranks how well an image for `other` runs on this platform: lower is better, `None` means not at all.
-    ///
-    /// A variant that requires more than the architecture's baseline is never chosen.
-    pub fn accepts(&self, other: &Platform) -> Option<usize> {
-        if (self.os.as_str(), self.architecture.as_str()) != (other.os.as_str(), other.architecture.as_str())
-        {
-            return None;
-        }
-        let baselines: &[&str] = match other.architecture.as_str() {
-            "amd64" => &["v1"],
-            "arm64" => &["v8", "v8.0"],
-            "arm" => &["v6", "v5"],
-            _ => &[],
-        };
-        match other.variant.as_deref() {
-            None | Some("") => Some(0),
-            Some(variant) => baselines.iter().position(|known| *known == variant).map(|place| place + 1),
-        }
-    }
-}
-
-impl std::fmt::Display for Platform {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        self.variant.iter().try_for_each(|variant| write!(f, "/{variant}"))
     }
 }
 
@@ -200,22 +157,86 @@ pub struct Manifest {
 /// An image index: `index.json` of a layout, or a list of the platforms of an image
 /// (image-spec, image-index.md).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(from = "IndexDocument", into = "IndexDocument")]
 pub struct Index {
     /// Always 2.
     pub schema_version: u32,
     /// [`INDEX`]; many tools leave it out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media_type: Option<String>,
     /// Manifests and nested indexes.
-    #[serde(default, deserialize_with = "null_is_empty")]
     pub manifests: Vec<Descriptor>,
+    /// The entries that mosfs cannot read, as they were written: with a digest of another algorithm, say. They
+    /// are passed over, and written back behind the others.
+    pub unread: Vec<UnreadEntry>,
     /// Free words about it.
-    #[serde(default, deserialize_with = "null_is_empty", skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
     /// The fields that mosfs does not know.
-    #[serde(flatten)]
     pub extra: BTreeMap<String, Value>,
+}
+
+/// An entry of an index that is no descriptor to mosfs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct UnreadEntry(Value);
+
+impl UnreadEntry {
+    /// The name that `index.json` gives it.
+    pub fn ref_name(&self) -> Option<&str> {
+        self.0.get("annotations")?.get(REF_NAME)?.as_str()
+    }
+
+    /// Why it cannot be read.
+    pub fn why(&self) -> String {
+        serde_json::from_value::<Descriptor>(self.0.clone())
+            .err()
+            .map(|error| error.to_string())
+            .unwrap_or_default()
+    }
+}
+
+/// An index as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct IndexDocument {
+    schema_version: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    media_type: Option<String>,
+    #[serde(default, deserialize_with = "null_is_empty")]
+    manifests: Vec<IndexEntry>,
+    #[serde(default, deserialize_with = "null_is_empty", skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<String, String>,
+    #[serde(flatten)]
+    extra: BTreeMap<String, Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum IndexEntry {
+    Read(Box<Descriptor>),
+    Unread(UnreadEntry),
+}
+
+impl From<IndexDocument> for Index {
+    fn from(document: IndexDocument) -> Self {
+        let IndexDocument { schema_version, media_type, manifests: entries, annotations, extra } = document;
+        let (mut manifests, mut unread) = (Vec::new(), Vec::new());
+        for entry in entries {
+            match entry {
+                IndexEntry::Read(descriptor) => manifests.push(*descriptor),
+                IndexEntry::Unread(entry) => unread.push(entry),
+            }
+        }
+        Self { schema_version, media_type, manifests, unread, annotations, extra }
+    }
+}
+
+impl From<Index> for IndexDocument {
+    fn from(index: Index) -> Self {
+        let Index { schema_version, media_type, manifests, unread, annotations, extra } = index;
+        let read = manifests.into_iter().map(|descriptor| IndexEntry::Read(Box::new(descriptor)));
+        let entries = read.chain(unread.into_iter().map(IndexEntry::Unread)).collect();
+        Self { schema_version, media_type, manifests: entries, annotations, extra }
+    }
 }
 
 /// Go writes a list or map that was never allocated as `null`.
@@ -277,6 +298,7 @@ impl Index {
             schema_version: 2,
             media_type: Some(INDEX.into()),
             manifests: Vec::new(),
+            unread: Vec::new(),
             annotations: BTreeMap::new(),
             extra: BTreeMap::new(),
         }
@@ -294,7 +316,7 @@ impl Index {
             return Err(OciError::Ambiguous { document: "image index", field });
         }
         check_schema("image index", index.schema_version)?;
-        limit("image index", "entries", index.manifests.len(), MAX_INDEX_ENTRIES)?;
+        limit("image index", "entries", index.manifests.len() + index.unread.len(), MAX_INDEX_ENTRIES)?;
         Ok(index)
     }
 
@@ -699,17 +721,17 @@ mod tests {
     }
 
     #[test]
-    fn platforms() {
-        let platform = |architecture: &str, variant: Option<&str>| Platform {
-            architecture: architecture.into(),
-            os: "linux".into(),
-            variant: variant.map(Into::into),
-            extra: BTreeMap::new(),
-        };
-        let amd64 = platform("amd64", None);
-        assert_eq!(amd64.accepts(&platform("amd64", None)), Some(0));
-        assert_eq!(amd64.accepts(&platform("amd64", Some("v1"))), Some(1));
-        assert_eq!(amd64.accepts(&platform("amd64", Some("v3"))), None);
-        assert_eq!(amd64.accepts(&platform("arm64", None)), None);
+    fn entries_that_cannot_be_read_are_kept() {
+        let odd = r#"{"annotations":{"org.opencontainers.image.ref.name":"other"},"digest":"sha512:00","mediaType":"m","size":2}"#;
+        let text = format!(
+            r#"{{"schemaVersion":2,"manifests":[{odd},{{"mediaType":"m","digest":"{D}","size":2}},7]}}"#
+        );
+        let index = Index::parse(text.as_bytes(), MAX_INDEX_BYTES).unwrap();
+        assert_eq!((index.manifests.len(), index.unread.len()), (1, 2));
+        assert_eq!(index.unread[0].ref_name(), Some("other"));
+        assert!(index.unread[0].why().contains("sha512:00"), "{}", index.unread[0].why());
+        let back = Index::parse(&index.to_bytes(), MAX_INDEX_BYTES).unwrap();
+        assert_eq!(back, index);
+        assert!(String::from_utf8(index.to_bytes()).unwrap().contains(odd));
     }
 }

@@ -58,6 +58,16 @@ pub enum ReadError {
         /// The hash of the bytes read.
         found: Digest,
     },
+    /// A blob is shorter or longer than what refers to it says.
+    #[error("blob {blob} has {found} bytes, expected {expected}")]
+    Length {
+        /// The blob.
+        blob: Digest,
+        /// The length that its descriptor says, in bytes.
+        expected: u64,
+        /// How many bytes were read; one more than expected where it is longer.
+        found: u64,
+    },
 }
 
 /// Checks that `[offset, offset + len)` lies within an image of `size` bytes.

@@ -326,6 +326,8 @@ fn place(error: &ReadError) -> u64 {
     match error {
         ReadError::Verity { block, .. } => *block,
         ReadError::Io { offset, .. } | ReadError::OutOfRange { offset, .. } => offset / BLOCK,
+        // Of blobs that are read whole, which this is not.
+        ReadError::Length { .. } => 0,
     }
 }
 

@@ -2,18 +2,18 @@
 //!
 //! ```text
 //! oci:PATH[:REF]  oci://PATH[:REF]                 PATH ends at the first `:`
+//! oci:PATH@DIGEST                                  anything in the layout, by its digest
 //! docker://HOST[:PORT]/NAME[:TAG | @DIGEST]        not both of tag and digest
 //! ```
 //!
-//! Grammar of host, name and tag: the distribution project's reference grammar. Grammar of REF:
-//! OCI image-spec, annotations, `org.opencontainers.image.ref.name`.
+//! Grammar of host, name and tag: [`crate::transport::reference`]. Grammar of REF: OCI image-spec, annotations, `org.opencontainers.image.ref.name`.
 
 use std::fmt;
-use std::net::Ipv6Addr;
 use std::str::FromStr;
 
 use super::rules::{MAX_PATH, Refused, has_control};
-use crate::digest::Digest;
+use crate::digest::{Digest, split_pin};
+use crate::transport::reference::{Host, Malformed, Reference, TagOrDigest};
 
 /// The location of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub enum ImageUrl {
     Oci {
         /// The folder, absolute or relative to the working directory.
         path: String,
-        /// The name in the layout; without one, the layout must hold only one image.
+        /// The name in the layout, or `@sha256:HEX`; without one, the layout has to hold one image only.
         reference: Option<String>,
     },
     /// A registry.
@@ -48,7 +48,13 @@ pub enum DockerReference {
 }
 
 /// The allowed forms.
-const ALLOWED: &str = "oci:PATH[:REF], oci://PATH:REF or docker://HOST[:PORT]/NAME[:TAG|@DIGEST]";
+const ALLOWED: &str = "oci:PATH[:REF|@DIGEST], oci://PATH:REF or docker://HOST[:PORT]/NAME[:TAG|@DIGEST]";
+/// The same, for what skopeo can make a layout of.
+const UNPACK: &str =
+    "oci:PATH[:REF|@DIGEST] or docker://…; `skopeo copy SOURCE oci:PATH:REF` makes a layout of it";
+/// What skopeo and podman read besides, and mosfs does not.
+const FOREIGN: [&str; 7] =
+    ["oci-archive:", "docker-archive:", "dir:", "docker-daemon:", "containers-storage:", "ostree:", "sif:"];
 
 impl FromStr for ImageUrl {
     type Err = Refused;
@@ -63,11 +69,22 @@ impl FromStr for ImageUrl {
         if let Some(rest) = text.strip_prefix("oci://").or_else(|| text.strip_prefix("oci:")) {
             return oci(rest);
         }
+        if FOREIGN.iter().any(|scheme| text.starts_with(scheme)) {
+            return Err(Refused { allowed: UNPACK });
+        }
         Err(Refused { allowed: ALLOWED })
     }
 }
 
 fn oci(rest: &str) -> Result<ImageUrl, Refused> {
+    if let Some((path, digest)) = split_pin(rest)
+        && !path.contains(':')
+    {
+        if path.is_empty() {
+            return Err(Refused { allowed: "oci:PATH@DIGEST with a PATH that is not empty" });
+        }
+        return Ok(ImageUrl::Oci { path: path.to_string(), reference: Some(format!("@{digest}")) });
+    }
     let (path, reference) = match rest.split_once(':') {
         Some((path, reference)) => (path, Some(reference)),
         None => (rest, None),
@@ -95,88 +112,26 @@ fn is_oci_reference(text: &str) -> bool {
 }
 
 fn docker(rest: &str) -> Result<ImageUrl, Refused> {
-    let (authority, path) = rest.split_once('/').ok_or(Refused { allowed: ALLOWED })?;
-    let (host, port) = split_host(authority).ok_or(Refused {
-        allowed: "docker://HOST[:PORT]/… with a host name or address and a port from 1 to 65535",
-    })?;
-    let (name, reference) = match path.split_once('@') {
-        Some((name, _)) if name.contains(':') => {
-            return Err(Refused {
-                allowed: "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], not both of tag and digest",
-            });
-        }
-        Some((name, digest)) => {
-            let digest = digest
-                .parse()
-                .map_err(|_| Refused { allowed: "after @, sha256: and 64 lower-case hex digits" })?;
-            (name, Some(DockerReference::Digest(digest)))
-        }
-        None => match path.split_once(':') {
-            Some((name, tag)) if is_tag(tag) => (name, Some(DockerReference::Tag(tag.to_string()))),
-            Some(_) => {
-                return Err(Refused {
-                    allowed: "a tag of 1 to 128 characters of A-Z a-z 0-9 . _ -, not first . or -",
-                });
-            }
-            None => (path, None),
-        },
-    };
-    if name.len() > 255 || !name.split('/').all(is_repository_part) {
-        return Err(Refused {
-            allowed: "a repository name of parts of a-z 0-9 joined by one of . _ __ or by hyphens, at most 255 characters",
-        });
-    }
-    Ok(ImageUrl::Docker { host, port, name: name.to_string(), reference })
-}
-
-fn split_host(authority: &str) -> Option<(String, Option<u16>)> {
-    let (host, port) = if let Some(rest) = authority.strip_prefix('[') {
-        let (address, after) = rest.split_once(']')?;
-        address.parse::<Ipv6Addr>().ok()?;
-        (
-            &authority[..address.len() + 2],
-            if after.is_empty() { None } else { Some(after.strip_prefix(':')?) },
-        )
-    } else {
-        match authority.split_once(':') {
-            Some((host, port)) => (host, Some(port)),
-            None => (authority, None),
-        }
-    };
-    let label = |label: &str| {
-        let inner = label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
-        !label.is_empty() && inner && !label.starts_with('-') && !label.ends_with('-')
-    };
-    let name = host.len() <= 253 && host.split('.').all(label);
-    if !name && !host.starts_with('[') {
-        return None;
-    }
-    let port = match port {
-        Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => {
-            Some(port.parse::<u16>().ok().filter(|port| *port > 0)?)
-        }
-        Some(_) => return None,
-        None => None,
-    };
-    Some((host.to_string(), port))
-}
-
-fn is_tag(tag: &str) -> bool {
-    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
-    tag.len() <= 128
-        && tag.bytes().next().is_some_and(word)
-        && tag.bytes().all(|b| word(b) || b == b'.' || b == b'-')
-}
-
-/// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
-fn is_repository_part(part: &str) -> bool {
-    let word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    let bytes = part.as_bytes();
-    if !bytes.first().copied().is_some_and(word) || !bytes.last().copied().is_some_and(word) {
-        return false;
-    }
-    part.split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
-        .all(|separator| matches!(separator, "" | "." | "_" | "__") || separator.bytes().all(|b| b == b'-'))
+    let Reference { host: Host { name: host, port }, repository: name, which } =
+        Reference::parse(rest).map_err(|malformed| Refused {
+            allowed: match malformed {
+                Malformed::NoRepository => ALLOWED,
+                Malformed::Host => {
+                    "docker://HOST[:PORT]/… with a host name or address and a port from 1 to 65535"
+                }
+                Malformed::Both => "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], not both of tag and digest",
+                Malformed::Digest => "after @, sha256: and 64 lower-case hex digits",
+                Malformed::Tag => "a tag of 1 to 128 characters of A-Z a-z 0-9 . _ -, not first . or -",
+                Malformed::Repository => {
+                    "a repository name of parts of a-z 0-9 joined by one of . _ __ or by hyphens, at most 255 characters"
+                }
+            },
+        })?;
+    let reference = which.map(|which| match which {
+        TagOrDigest::Tag(tag) => DockerReference::Tag(tag),
+        TagOrDigest::Digest(digest) => DockerReference::Digest(digest),
+    });
+    Ok(ImageUrl::Docker { host, port, name, reference })
 }
 
 impl fmt::Display for ImageUrl {
@@ -187,7 +142,8 @@ impl fmt::Display for ImageUrl {
             Self::Oci { path, reference } => {
                 f.write_str(if path.starts_with("//") { "oci://" } else { "oci:" })?;
                 f.write_str(path)?;
-                reference.iter().try_for_each(|reference| write!(f, ":{reference}"))
+                let mark = |reference: &str| if reference.starts_with('@') { "" } else { ":" };
+                reference.iter().try_for_each(|reference| write!(f, "{}{reference}", mark(reference)))
             }
             Self::Docker { host, port, name, reference } => {
                 write!(f, "docker://{host}")?;
@@ -220,6 +176,8 @@ mod tests {
             ("docker://localhost:5000/a__b/c---d", None),
             ("docker://[::1]:5000/a", None),
             (&format!("docker://10.0.0.1/a.b@{digest}"), None),
+            (&format!("oci:/srv/layout@{digest}"), None),
+            (&format!("oci:/srv/layout:v1@{digest}"), None),
         ] {
             let url: ImageUrl = text.parse().unwrap_or_else(|e| panic!("{text}: {e}"));
             assert_eq!(url.to_string(), back.unwrap_or(text));
@@ -251,6 +209,8 @@ mod tests {
             "oci:/d:a b",
             "oci:/d\n",
             "dir:/d",
+            "oci-archive:/d.tar:x",
+            &format!("oci:@{digest}"),
             "docker:h/a",
             "docker://",
             "docker://h",

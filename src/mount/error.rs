@@ -194,7 +194,7 @@ impl Classified for MountError {
 /// The class of a layer's error: what does not verify is [`Class::Verification`].
 pub fn layer_class(error: &LayerError) -> Class {
     match error {
-        LayerError::Read(ReadError::Verity { .. }) => Class::Verification,
+        LayerError::Read(ReadError::Verity { .. } | ReadError::Length { .. }) => Class::Verification,
         _ => Class::Failure,
     }
 }

@@ -13,6 +13,7 @@
 //! unmount.rs    ends a mount
 //! table.rs      /run/mosfs/mounts: what is mounted, by whom, how it is
 //! holders.rs    who uses a mount that is busy
+//! source_name.rs  what the mount table shows as the source
 //! log.rs        where daemons write
 //! error.rs      MountError
 //! ```
@@ -28,6 +29,7 @@ mod log;
 mod open;
 mod plan;
 mod request;
+mod source_name;
 pub mod table;
 pub mod units;
 mod unmount;

@@ -1,5 +1,6 @@
 //! What is to be mounted. Pure: nothing is opened.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ pub struct MountPlan {
     pub source: String,
     /// Digest of the image's OCI manifest.
     pub digest: Option<Digest>,
-    /// The layers, the bottom one first.
+    /// The layers, the bottom one first, none twice.
     pub layers: Vec<PlannedLayer>,
 }
 
@@ -81,6 +82,7 @@ impl MountPlan {
             Ok(PlannedLayer { descriptor: layer.clone().with_trust(trust), bytes })
         };
         let layers = image.layers.iter().enumerate().map(plan).collect::<Result<_, PlanError>>()?;
+        let layers = without_repeats(layers);
         Ok(Self { source: source.to_string(), digest: Some(image.digest), layers })
     }
 
@@ -98,13 +100,28 @@ fn trust(layer: &LayerDescriptor, pin: Option<Digest>, unsafe_no_verity: bool) -
             Err(PlanError::Pin { layer: layer.digest, expected, found })
         }
         // There is no root hash that could be the one required.
-        (Trust::Content, Some(_)) => Err(PlanError::NoRootHash { layer: layer.digest }),
+        (Trust::Content, Some(_)) => Err(PlanError::PinOnChunks { layer: layer.digest }),
         (Trust::Content, None) => Ok(Trust::Content),
         // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
         (Trust::RootHash(_) | Trust::None, _) if unsafe_no_verity => Ok(Trust::None),
         (Trust::RootHash(hash), _) | (Trust::None, Some(hash)) => Ok(Trust::RootHash(hash)),
         (Trust::None, None) => Err(PlanError::NoRootHash { layer: layer.digest }),
     }
+}
+
+/// Leaves out each layer that comes again further up, as overlayfs takes no folder twice.
+///
+/// Nothing is lost: a folder of the lower copy is visible only where the same folder of the upper
+/// one is, and every name in it is there too, as a file, a whiteout or a folder of the same kind. So the
+/// lower copy adds no name, and hides none that the upper one does not hide.
+fn without_repeats(layers: Vec<PlannedLayer>) -> Vec<PlannedLayer> {
+    // Two blobs with one root hash are one device to dm-verity.
+    let content =
+        |layer: &PlannedLayer| layer.descriptor.trust.root_hash().unwrap_or(layer.descriptor.digest);
+    let mut above = HashSet::new();
+    let mut kept: Vec<_> = layers.into_iter().rev().filter(|layer| above.insert(content(layer))).collect();
+    kept.reverse();
+    kept
 }
 
 impl PlannedLayer {
@@ -132,6 +149,14 @@ pub enum PlanError {
         /// Digest of the layer.
         layer: Digest,
     },
+    /// A root hash is required of a layer that is made of chunks.
+    #[error(
+        "layer {layer} is made of chunks, each verified by its own digest: it has no root hash to compare"
+    )]
+    PinOnChunks {
+        /// Digest of the layer.
+        layer: Digest,
+    },
     /// The number of pins is not that of the layers.
     #[error("expected {expected} root hashes, one for each layer, found {found}")]
     PinCount {
@@ -155,7 +180,7 @@ pub enum PlanError {
 impl Classified for PlanError {
     fn class(&self) -> Class {
         match self {
-            Self::Pin { .. } | Self::NoRootHash { .. } => Class::Verification,
+            Self::Pin { .. } | Self::NoRootHash { .. } | Self::PinOnChunks { .. } => Class::Verification,
             Self::NoLayers { .. } | Self::PinCount { .. } => Class::Input,
         }
     }

@@ -21,7 +21,7 @@ use super::kernel::dm_verity::DmVerity;
 use super::kernel::overlay::Upper;
 use super::kernel::{self, mount_point};
 use super::log as daemon_log;
-use super::plan::MountPlan;
+use super::plan::{LayerBytes, MountPlan};
 use super::units::Unit;
 use crate::sys;
 
@@ -192,7 +192,11 @@ impl<'a> Request<'a> {
             }
             // Not offered where it cannot be: a layer of many blobs, or of a blob that is elsewhere.
             if let Some(layer) = self.plan.layers.iter().find(|layer| layer.file().is_none()) {
-                return Err(format!("layer {} is not one file of this machine", layer.descriptor.digest));
+                let why = match layer.bytes {
+                    LayerBytes::Chunks(_) => "is made of chunks, which the kernel cannot mount",
+                    LayerBytes::One(_) => "is not one file of this machine",
+                };
+                return Err(format!("layer {} {why}", layer.descriptor.digest));
             }
             DmVerity::open(&sys::run_dir()).map_err(|error| error.to_string())
         };

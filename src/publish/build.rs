@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::convert::Effort;
-use crate::convert::image::{Ingest, IngestError, check_layers, ingest};
+use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
@@ -30,7 +30,7 @@ use crate::manifest::{
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
-use crate::transport::{SourceRef, Transport, TransportError};
+use crate::transport::{Access, SourceRef, Transport, TransportError};
 use crate::trust::{
     CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, SignError, Signed,
 };
@@ -68,13 +68,22 @@ pub struct BuiltTarget {
     pub notes: Vec<String>,
 }
 
+/// Where images come from, and for what machines.
+#[derive(Debug, Clone, Copy)]
+pub struct Sources<'a> {
+    /// How registries are reached.
+    pub access: &'a Access,
+    /// Of images for several platforms this one is taken.
+    pub platform: &'a Platform,
+}
+
 /// An image that was found.
 struct Found {
     from: Box<dyn Transport>,
     descriptor: Descriptor,
 }
 
-/// Builds a system.
+/// Builds a system. Of images for several platforms that of `sources` is taken.
 ///
 /// # Errors
 /// See [`BuildError`]. The store has no new name then.
@@ -83,13 +92,14 @@ pub fn build(
     store: &Store,
     signer: &Signer<'_>,
     effort: Effort,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| {
         Signed::create(manifest, signer.key, signer.certificate, signer.dates).map(|_| ())
     };
     let writer = store.writer()?;
-    let assembled = assemble(import, &writer, trial, effort, progress)?;
+    let assembled = assemble(import, &writer, trial, effort, sources, progress)?;
     let manifest = &assembled.manifest;
     let signed = Signed::create(manifest, signer.key, signer.certificate, signer.dates)?;
     let mut floor_signatures = Vec::new();
@@ -116,15 +126,17 @@ pub(super) fn assemble(
     writer: &Writer<'_>,
     trial: impl FnOnce(&SystemManifest) -> Result<(), SignError>,
     effort: Effort,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Assembled, BuildError> {
-    if import.storage_type() != StorageType::Atomfs {
-        return Err(BuildError::StorageType { found: format!("{:?}", import.storage_type()).to_lowercase() });
-    }
+    let storage = match import.storage_type() {
+        StorageType::Atomfs => Storage::Atomfs,
+        StorageType::Puzzlefs => Storage::Puzzlefs,
+    };
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
     for (name, target) in &import.targets {
-        let (image, source) = find(import, name, target)?;
+        let (image, source) = find(import, name, target, sources)?;
         resolved.insert(name.clone(), source);
         found.insert(name.clone(), image);
     }
@@ -134,7 +146,8 @@ pub(super) fn assemble(
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
-        let job = Ingest { from: &*image.from, writer, effort, progress };
+        let job =
+            Ingest { from: &*image.from, writer, platform: sources.platform, effort, storage, progress };
         let done = ingest(&job, &image.descriptor)
             .map_err(|source| BuildError::Image { target: name.clone(), source })?;
         failpoint::hit("build.image.stored");
@@ -189,16 +202,16 @@ fn find(
     import: &ImportManifest,
     name: &TargetName,
     target: &ImportTarget,
+    sources: &Sources<'_>,
 ) -> Result<(Found, Resolved), BuildError> {
     let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
     let source = source_of(&target.url).map_err(wrong)?;
-    let from = source.open().map_err(wrong)?;
-    let descriptor = from.find_image(source.name.as_deref(), &Platform::this_machine()).map_err(wrong)?;
+    let from = source.open(sources.access).map_err(wrong)?;
+    let descriptor = from.find_image(source.name.as_deref(), sources.platform).map_err(wrong)?;
     let resolved = Resolved { digest: descriptor.digest, size: descriptor.size };
     import.check_pins(name, &resolved)?;
     let image = from.image(&descriptor).map_err(wrong)?;
-    check_layers(&image)
-        .map_err(|source| BuildError::Image { target: name.clone(), source: source.into() })?;
+    check_layers(&image).map_err(|source| BuildError::Image { target: name.clone(), source })?;
     Ok((Found { from, descriptor }, resolved))
 }
 
@@ -228,12 +241,6 @@ pub enum BuildError {
     /// The import manifest, or a pin in it, is wrong.
     #[error(transparent)]
     Import(#[from] ImportErrors),
-    /// A storage type that this version cannot build.
-    #[error("storage_type `{found}` cannot be built by this version; expected `atomfs`")]
-    StorageType {
-        /// The value in the manifest.
-        found: String,
-    },
     /// A target's image cannot be fetched.
     #[error("target `{target}`, {url}: {source}")]
     Source {
@@ -297,7 +304,7 @@ impl Classified for BuildError {
     fn class(&self) -> Class {
         match self {
             Self::Import(error) => error.class(),
-            Self::StorageType { .. } | Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
+            Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
             Self::FloorSignature { .. } => Class::Verification,
             Self::Source { source, .. } => source.class(),
             Self::Image { source, .. } => source.class(),

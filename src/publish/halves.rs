@@ -12,7 +12,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::build::{Assembled, BuildError, Built, assemble, publish};
+use super::build::{Assembled, BuildError, Built, Sources, assemble, publish};
 use crate::convert::Effort;
 use crate::floor::{self, FloorError, Policy, PublicKey, signature};
 use crate::image::oci::{Descriptor, MANIFEST};
@@ -31,6 +31,7 @@ pub fn prepare(
     certificate: Option<&[u8]>,
     dates: Dates,
     effort: Effort,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| match certificate {
@@ -38,7 +39,7 @@ pub fn prepare(
         None => Ok(()),
     };
     let writer = store.writer()?;
-    let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, progress)?;
+    let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, sources, progress)?;
     // Named, so that they are not collected as garbage before the second half.
     let entries: Vec<_> = names.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
     writer.set_entries(&entries)?;
@@ -68,11 +69,12 @@ pub fn finish(
     store: &Store,
     made: &Made<'_>,
     effort: Effort,
+    sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let writer = store.writer()?;
     let trial = |manifest: &SystemManifest| signer_for(manifest, made.certificate, made.dates).map(|_| ());
-    let assembled = assemble(import, &writer, trial, effort, progress)?;
+    let assembled = assemble(import, &writer, trial, effort, sources, progress)?;
     join(&writer, &assembled.manifest, assembled.names, made)?;
     let Assembled { manifest, targets, .. } = assembled;
     Ok(Built { digest: manifest.digest(), manifest, targets })

@@ -1,11 +1,13 @@
 //! The publisher's side: from an import manifest to a signed system.
 //!
 //! ```text
+//! base.rs    what a new system shares with an earlier one
 //! build.rs   import manifest -> images in a store, a signed system manifest
 //! halves.rs  the same in two halves, with the keys elsewhere
 //! keys.rs    a set of keys and certificates for development
 //! ```
 
+pub mod base;
 pub mod build;
 pub mod halves;
 pub mod keys;

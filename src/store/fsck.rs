@@ -3,7 +3,7 @@
 //! 1. every blob is hashed, on several threads
 //! 2. every entry of `index.json` is followed: manifests parse, and config, layers and subject exist
 //! 3. every layer that is an image of a file system is read through its verity tree ("root hash
-//!    and tree both there, or both absent; anything else is refused")
+//!    and tree both there, or both absent; anything else is refused"); every chunk of a layer of many blobs is decoded
 //!
 //! Unreferenced blobs and temporary files are reported but are not errors: an interrupted build leaves them.
 //! Every bad object is listed, not just the first.
@@ -13,13 +13,18 @@ use std::io::Read;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::{Store, StoreError, files};
 use crate::digest::{Digest, Hasher};
 use crate::error::{AnyError, Class, Classified};
-use crate::image::oci::{Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage};
+use crate::image::LayerError;
+use crate::image::check::content;
+use crate::image::format::{ChunkedFormat, ChunkedLayer, Chunks, Content, LayerFormat};
+use crate::image::oci::{
+    Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage, UnreadEntry,
+};
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{Located, VerityError, locate};
@@ -46,6 +51,8 @@ pub struct Report {
     pub unreachable: Vec<Digest>,
     /// Files left by writers that died, and files that are not blobs. Not an error.
     pub extra_files: Vec<PathBuf>,
+    /// Entries of the index that mosfs cannot read, and what they reach is not checked. Not wrong.
+    pub unread: Vec<String>,
 }
 
 /// A problem.
@@ -123,6 +130,16 @@ pub enum Problem {
         /// Which block, and its hashes.
         source: ReadError,
     },
+    /// The metadata of a layer of many blobs makes no sense, or one of them does not decode to what it should.
+    #[error("{object}: layer {layer}: {source}")]
+    Content {
+        /// What has the layer.
+        object: String,
+        /// The layer.
+        layer: Digest,
+        /// What is wrong.
+        source: LayerError,
+    },
     /// More of the same, not listed.
     #[error("{object}: layer {layer}: {count} more bad blocks")]
     MoreBlocks {
@@ -175,10 +192,19 @@ impl Report {
 #[derive(Default)]
 struct Reached {
     blobs: BTreeSet<Digest>,
-    layers: BTreeMap<Digest, (LayerDescriptor, String)>,
+    /// By digest; a layer of many blobs also by its manifest, whose list of chunks is checked with it.
+    layers: BTreeMap<(Digest, Option<Digest>), ReachedLayer>,
     documents: BTreeSet<Digest>,
     /// The sizes of blobs according to descriptors, in bytes.
     sizes: BTreeMap<Digest, u64>,
+}
+
+/// A layer that was reached first through `object`.
+struct ReachedLayer {
+    layer: LayerDescriptor,
+    /// The chunks that its manifest lists.
+    chunks: Arc<Chunks>,
+    object: String,
 }
 
 /// Checks a whole store, or any other layout in a folder, on up to `threads` threads.
@@ -193,7 +219,9 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
     let _held = if store.private("lock").exists() { store.hold().ok() } else { None };
     let layout = store.transport();
     let mut report = Report::default();
-    let entries = layout.entries()?;
+    let Index { manifests: entries, unread, .. } = layout.index()?;
+    let name = |entry: &UnreadEntry| format!("`{}`: {}", entry.ref_name().unwrap_or_default(), entry.why());
+    report.unread = unread.iter().map(name).collect();
 
     let mut blobs = Vec::new();
     for (path, size) in files(&store.dir().join("blobs/sha256"))? {
@@ -202,7 +230,9 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
             None => report.extra_files.push(path),
         }
     }
-    report.extra_files.extend(files(&store.private("tmp"))?.into_iter().map(|(path, _)| path));
+    for folder in ["tmp", "partial"] {
+        report.extra_files.extend(files(&store.private(folder))?.into_iter().map(|(path, _)| path));
+    }
     blobs.sort();
     report.blobs = blobs.len();
     report.bytes = total(&blobs);
@@ -402,7 +432,10 @@ fn follow(
             reach(layout, blob, object, false, reached, problems);
         }
         for layer in image.layers {
-            reached.layers.entry(layer.digest).or_insert_with(|| (layer, object.to_string()));
+            let (chunks, object) = (Arc::clone(&image.chunks), object.to_string());
+            let chunked = layer.format().is_ok_and(LayerFormat::is_chunked);
+            let key = (layer.digest, chunked.then_some(entry.digest));
+            reached.layers.entry(key).or_insert(ReachedLayer { layer, chunks, object });
         }
     }
 }
@@ -434,7 +467,7 @@ fn reach(
     false
 }
 
-/// Reads every layer that has a tree through that tree.
+/// Reads every layer that has a tree through it, and decodes every layer of many blobs.
 fn check_layers(
     layout: &OciDir,
     reached: &Reached,
@@ -443,13 +476,27 @@ fn check_layers(
     progress: &Progress,
     report: &mut Report,
 ) {
-    for (digest, (layer, object)) in &reached.layers {
-        // Other layers have no tree: their blobs were hashed whole.
-        if layer.image().is_none() {
-            continue;
-        }
+    for ((digest, _), ReachedLayer { layer, chunks, object }) in &reached.layers {
+        let Ok(format) = layer.format() else { continue };
         let Ok((file, _)) = layout.open_blob(digest) else { continue };
         let object = object.clone();
+        match format.content() {
+            Content::Image(_) => {}
+            // It was hashed whole.
+            Content::Tar(_) => continue,
+            Content::Chunked(chunked) => {
+                let chunks = Arc::clone(chunks);
+                let layer = ChunkedLayer { digest: *digest, size: layer.size, chunks, blobs: layout.blobs() };
+                report.layers += 1;
+                let bad = check_chunked(chunked, &layer, threads, progress);
+                report.problems.extend(bad.into_iter().map(|source| Problem::Content {
+                    object: object.clone(),
+                    layer: *digest,
+                    source,
+                }));
+                continue;
+            }
+        }
         match layer.trust.root_hash() {
             Some(root_hash) => {
                 report.layers += 1;
@@ -480,4 +527,20 @@ fn check_layers(
             },
         }
     }
+}
+
+/// Opens a layer of many blobs, and decodes each. Blobs that are missing or have another digest were told already.
+fn check_chunked(
+    format: ChunkedFormat,
+    layer: &ChunkedLayer,
+    threads: NonZeroUsize,
+    progress: &Progress,
+) -> Vec<LayerError> {
+    let Some(open) = format.open else { return Vec::new() };
+    let mut bad = match open(layer) {
+        Ok(opened) => content(&*opened, threads, progress),
+        Err(error) => vec![error],
+    };
+    bad.retain(|error| matches!(error, LayerError::Corrupt { .. }));
+    bad
 }

@@ -82,7 +82,13 @@ impl Collector<'_> {
     /// An index that cannot be read.
     pub fn plan(&self, drop_names: &[String], roots: &[Digest]) -> Result<Removal, StoreError> {
         let mut removal = Removal::default();
-        let entries = self.store.transport().entries()?;
+        let Index { manifests: entries, unread, .. } = self.store.transport().index()?;
+        if let Some(entry) = unread.first() {
+            // Nobody can say which blobs it needs.
+            let name = entry.ref_name().unwrap_or("an entry without a name");
+            let object = format!("{}: {name}", self.store.transport().location());
+            return Err(TransportError::UnreadableEntry { object, why: entry.why() }.into());
+        }
         let mut marking = Marking { marked: roots.iter().copied().collect(), ..Marking::default() };
         let mut unnamed = Vec::new();
         for entry in entries {
@@ -146,9 +152,11 @@ impl Collector<'_> {
             }
             removal.bytes += size;
         }
-        for (path, size) in files(&self.store.private("tmp"))? {
-            removal.files.push(path);
-            removal.bytes += size;
+        for folder in ["tmp", "partial"] {
+            for (path, size) in files(&self.store.private(folder))? {
+                removal.files.push(path);
+                removal.bytes += size;
+            }
         }
         removal.blobs.sort();
         removal.files.sort();
@@ -180,7 +188,9 @@ impl Collector<'_> {
                 _ => failpoint::hit("store.gc.blob"),
             }
         }
-        for folder in [self.store.dir().join("blobs/sha256"), self.store.private("tmp")] {
+        for folder in
+            [self.store.dir().join("blobs/sha256"), self.store.private("tmp"), self.store.private("partial")]
+        {
             if folder.exists() {
                 sync_folder(&folder).on("sync", &folder)?;
             }

@@ -7,6 +7,7 @@
 //! DIR/.mosfs/lock              flock(2): held by writers and by garbage collection
 //! DIR/.mosfs/index.lock        flock(2): held while index.json is replaced
 //! DIR/.mosfs/tmp/*             files that are being written
+//! DIR/.mosfs/partial/HEX       the first bytes of blobs that are being received ([`partial`])
 //! ```
 //!
 //! Names (`org.opencontainers.image.ref.name` in `index.json`):
@@ -39,14 +40,16 @@
 
 pub mod fsck;
 pub mod gc;
+mod partial;
 mod put;
+pub mod stats;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use put::{TempBlob, Writer};
+pub use put::{Batch, FetchJob, TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
@@ -59,10 +62,17 @@ use crate::transport::{OciDir, Transport, TransportError};
 
 /// The prefix of the names of system manifests; a version or `sha256/HEX` follows.
 pub const SYSTEM_PREFIX: &str = "mos/system/system:";
+/// Names of images begin so, up to the target; what follows is `TARGET:sha256/HEX`.
+pub const IMAGES: &str = "mos/images";
+
+/// The repository of a target's images.
+pub fn image_repository(target: &str) -> String {
+    format!("{IMAGES}/{target}")
+}
 
 /// Returns the name of a target's image.
 pub fn image_name(target: &str, digest: &Digest) -> String {
-    format!("mos/images/{target}:sha256/{}", digest.hex())
+    format!("{}:sha256/{}", image_repository(target), digest.hex())
 }
 
 /// Returns the name of a system manifest by the digest of its JSON.
@@ -246,7 +256,7 @@ impl Store {
         Ok(Lock::shared(&path).on("lock", &path)?)
     }
 
-    fn private(&self, name: &str) -> PathBuf {
+    pub(crate) fn private(&self, name: &str) -> PathBuf {
         self.dir().join(".mosfs").join(name)
     }
 

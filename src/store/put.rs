@@ -4,21 +4,34 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Store, StoreError, files};
+use super::{Store, StoreError, files, partial};
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Manifest, REF_NAME};
-use crate::progress::Task;
+use crate::progress::{self, Progress, Task};
 use crate::sys::atomic;
-use crate::sys::file::reflink;
+use crate::sys::file::{self, Links, reflink, sync_file_system};
 use crate::sys::flock::Lock;
-use crate::transport::{Blob, Transport, TransportError};
+use crate::transport::{Blob, Transport, TransportError, parallel};
 
 /// How much is read, hashed and written at a time, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
+
+/// A blob to fetch, for [`Writer::fetch_all`].
+pub struct FetchJob<'a> {
+    /// Where it is.
+    pub from: &'a dyn Transport,
+    /// The blob.
+    pub blob: &'a Descriptor,
+    /// Whether to fetch it whatever has its name in the store.
+    pub again: bool,
+    /// What to call it to people.
+    pub object: String,
+}
 
 /// A writer to a store. What it stores is safe from garbage collection while it lives; what should stay must
 /// have a name, or be reached by one, before it is dropped.
@@ -67,7 +80,7 @@ impl<'a> Writer<'a> {
     /// Stores bytes from memory.
     pub fn put_bytes(&self, media_type: &str, bytes: &[u8]) -> Result<Descriptor, StoreError> {
         let descriptor = Descriptor::of(media_type, bytes);
-        // Small enough to compare the content rather than rely on the size.
+        // Small enough to look rather than believe the size.
         if self.store.has(&descriptor) && self.store.get(&descriptor.digest, descriptor.size).is_ok() {
             return Ok(descriptor);
         }
@@ -75,6 +88,11 @@ impl<'a> Writer<'a> {
         temp.file.write_all(bytes).on("write", &temp.path)?;
         self.commit(temp, &descriptor.digest)?;
         Ok(descriptor)
+    }
+
+    /// Begins to put many small blobs, which are synced together.
+    pub fn batch(&self) -> Batch<'_> {
+        Batch { store: self.store, written: Vec::new(), bytes: 0 }
     }
 
     /// Fetches a blob from a transport, unless it exists; returns whether it was fetched.
@@ -86,9 +104,30 @@ impl<'a> Writer<'a> {
             task.advance(blob.size);
             return Ok(false);
         }
+        if from.is_remote() {
+            return partial::receive(self, from, blob, false, task);
+        }
         let temp = self.receive(from, blob, task)?;
         self.commit(temp, &blob.digest)?;
         Ok(true)
+    }
+
+    /// Fetches blobs, several at a time, each once.
+    ///
+    /// # Errors
+    /// As [`Writer::fetch`], of the first that failed.
+    pub fn fetch_all(&self, jobs: &[FetchJob<'_>], progress: &Progress) -> Result<(), StoreError> {
+        let all: u64 = jobs.iter().map(|job| job.blob.size).sum();
+        let whole = Arc::new(progress.task("fetch", progress::ALL, Some(all)));
+        parallel::for_each(jobs, |job| {
+            let task = progress.task("fetch", &job.object, Some(job.blob.size)).part_of(&whole);
+            match job.again {
+                true => self.refetch(job.from, job.blob, &task)?,
+                false => self.fetch(job.from, job.blob, &task).map(|_| ())?,
+            }
+            failpoint::hit("store.blob.fetched");
+            Ok(())
+        })
     }
 
     /// Fetches a blob even if the store has one of that name, and replaces it: the same bytes, or a repaired
@@ -97,6 +136,9 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// As [`Writer::fetch`].
     pub fn refetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<(), StoreError> {
+        if from.is_remote() {
+            return partial::receive(self, from, blob, true, task).map(|_| ());
+        }
         let temp = self.receive(from, blob, task)?;
         self.commit(temp, &blob.digest)
     }
@@ -114,7 +156,7 @@ impl<'a> Writer<'a> {
     ) -> Result<TempBlob, StoreError> {
         let object = format!("{} in {}", blob.digest, from.location());
         let mut temp = self.temp()?;
-        let (found, size) = temp.fill(from.open(&blob.digest)?, blob.size, task)?;
+        let (found, size) = temp.fill(from.open(blob, 0)?, blob.size, task)?;
         if size != blob.size {
             return Err(TransportError::SizeMismatch { object, expected: blob.size, found: size }.into());
         }
@@ -237,6 +279,72 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// Small blobs that are put into a store together: written, synced at once, then given their names.
+///
+/// A sync costs about the same for one file and for a thousand, and a disk does few of them a second. What is not
+/// finished when the batch is dropped leaves nothing.
+pub struct Batch<'a> {
+    store: &'a Store,
+    /// Written, not synced, each with the blob that it becomes.
+    written: Vec<(TempBlob, Digest)>,
+    /// How many bytes they have.
+    bytes: u64,
+}
+
+impl Batch<'_> {
+    /// How many files are written before they are synced; each is open until then.
+    const FILES: usize = 256;
+    /// How many bytes are written before they are synced.
+    const BYTES: u64 = 64 << 20;
+
+    /// Puts bytes that the caller has hashed: `digest` is theirs. Returns whether they were written: a blob
+    /// that is there with these bytes stays as it is.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn put(&mut self, digest: &Digest, bytes: &[u8]) -> Result<bool, StoreError> {
+        // Small enough to look rather than believe the size.
+        let held = file::read_regular(&self.store.blob_path(digest), Links::Refused, bytes.len() as u64);
+        if held.is_ok_and(|held| held == bytes) {
+            return Ok(false);
+        }
+        let mut temp = TempBlob::new(&self.store.private("tmp"))?;
+        temp.file.write_all(bytes).on("write", &temp.path)?;
+        temp.file.set_permissions(Permissions::from_mode(0o444)).on("change the mode of", &temp.path)?;
+        self.written.push((temp, *digest));
+        self.bytes += bytes.len() as u64;
+        if self.written.len() >= Self::FILES || self.bytes >= Self::BYTES {
+            self.publish()?;
+        }
+        Ok(true)
+    }
+
+    /// Puts what is left.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn finish(mut self) -> Result<(), StoreError> {
+        self.publish()
+    }
+
+    fn publish(&mut self) -> Result<(), StoreError> {
+        let Some((first, _)) = self.written.first() else { return Ok(()) };
+        failpoint::hit("store.batch.written");
+        sync_file_system(&first.file).on("sync", &first.path)?;
+        failpoint::hit("store.batch.synced");
+        let folder = self.store.dir().join("blobs/sha256");
+        for (temp, digest) in self.written.drain(..) {
+            let path = self.store.blob_path(&digest);
+            fs::rename(&temp.path, &path).on("rename to", &path)?;
+            temp.keep();
+            failpoint::hit("store.batch.renamed");
+        }
+        self.bytes = 0;
+        atomic::sync_folder(&folder).on("sync", &folder)?;
+        Ok(())
+    }
+}
+
 /// Removes the temporary files of writers that died. The caller holds the store's lock, exclusive.
 fn sweep(folder: &Path) {
     for (path, _) in files(folder).unwrap_or_default() {
@@ -290,6 +398,11 @@ impl TempBlob {
                 Err(source) => return Err(IoError { operation: "create", path, source }),
             }
         }
+    }
+
+    /// A file that has its content already, such as one that was received in parts.
+    pub(super) fn of(file: File, path: PathBuf) -> Self {
+        Self { file, path, kept: false }
     }
 
     /// Returns the path of the file.

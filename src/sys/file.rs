@@ -11,7 +11,7 @@
 
 use std::fs::{self, DirBuilder, File, FileType, OpenOptions, Permissions};
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
@@ -46,6 +46,16 @@ pub fn open_regular(path: &Path, links: Links) -> Result<(File, u64), IoError> {
 pub fn open_lock_file(path: &Path) -> Result<File, IoError> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);
+    open_checked(path, Links::Refused, &mut options)
+}
+
+/// Opens (or makes, mode 0600) an untrusted regular file to read it, write to it and lock it. Follows no link.
+///
+/// # Errors
+/// As [`open_regular`].
+pub fn open_to_continue(path: &Path) -> Result<File, IoError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
     open_checked(path, Links::Refused, &mut options)
 }
 
@@ -211,6 +221,39 @@ pub fn available_bytes(path: &std::path::Path) -> io::Result<u64> {
         answer.assume_init()
     };
     Ok(answer.f_bavail.saturating_mul(answer.f_frsize))
+}
+
+/// Writes everything that the file system of `file` holds in memory to its disk (syncfs(2)).
+pub fn sync_file_system(file: &File) -> io::Result<()> {
+    // SAFETY: syncfs takes a file descriptor by value, no pointer; it is open for the call.
+    match unsafe { libc::syncfs(file.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Does what [`open_regular`] does, for a file of an open folder (openat(2)).
+///
+/// # Errors
+/// As [`open_regular`], without the path.
+pub fn open_regular_at(folder: &File, name: &str, links: Links) -> io::Result<File> {
+    let name = std::ffi::CString::new(name)?;
+    let follow = if links == Links::Refused { libc::O_NOFOLLOW } else { 0 };
+    let open = |flags: libc::c_int| -> io::Result<File> {
+        // SAFETY: the name is NUL-terminated and outlives the call; the folder is open for it.
+        match unsafe { libc::openat(folder.as_raw_fd(), name.as_ptr(), flags | libc::O_CLOEXEC | follow) } {
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: openat has just returned this descriptor, which nobody else has.
+            descriptor => Ok(File::from(unsafe { OwnedFd::from_raw_fd(descriptor) })),
+        }
+    };
+    let check = |file: File| {
+        let found = file.metadata()?.file_type();
+        if found.is_file() { Ok(file) } else { Err(not_regular(Path::new(""), found).source) }
+    };
+    // Looked at first, as in `open_checked`; O_PATH opens nothing.
+    check(open(libc::O_PATH)?)?;
+    check(open(libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY)?)
 }
 
 #[cfg(test)]

@@ -26,6 +26,11 @@ impl Lock {
         wait(open(path)?, File::lock_shared)
     }
 
+    /// Waits until nobody else has the lock of a folder: for a file system on which no file can be made.
+    pub fn of_folder(path: &Path) -> io::Result<Self> {
+        wait(File::open(path)?, File::lock)
+    }
+
     /// Takes the lock if no other process holds it.
     pub fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
         let file = open(path)?;

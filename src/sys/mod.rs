@@ -4,11 +4,13 @@
 //! block. Nothing here depends on the formats of mosfs.
 
 pub mod atomic;
+pub mod blkid;
 pub mod daemon;
 pub mod dm;
 pub mod file;
 pub mod flock;
 pub mod fuse;
+pub mod helper;
 pub mod loopdev;
 pub mod mountapi;
 pub mod notify;

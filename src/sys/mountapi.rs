@@ -313,20 +313,7 @@ fn enter_private_namespace() -> Result<OwnedFd, MountError> {
     if unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) } != 0 {
         return Err(MountError::last("unshare(CLONE_FS|CLONE_NEWNS)".into()));
     }
-    // SAFETY: constant NUL-terminated strings; source, type and data may be null for a change of
-    // propagation (mount(2)).
-    let result = unsafe {
-        libc::mount(
-            std::ptr::null(),
-            c"/".as_ptr(),
-            std::ptr::null(),
-            libc::MS_REC | libc::MS_PRIVATE,
-            std::ptr::null(),
-        )
-    };
-    if result != 0 {
-        return Err(MountError::last("mount(NULL, \"/\", NULL, MS_REC|MS_PRIVATE, NULL)".into()));
-    }
+    make_all_mounts_private()?;
     let context = FsContext::open("tmpfs")?;
     context.set_string("size", b"1m")?;
     context.set_string("mode", b"0700")?;
@@ -339,6 +326,84 @@ fn enter_private_namespace() -> Result<OwnedFd, MountError> {
         return Err(MountError::last("fchdir(tmpfs)".into()));
     }
     Ok(folder)
+}
+
+/// Ends the exchange of mounts between the calling thread's own mount namespace and all others.
+///
+/// The kernel changes the propagation of a mount point only. In a chroot whose root folder is not one, `/` is
+/// refused, and no path below it leads to the mount that contains it. There the thread goes to the root of its
+/// namespace, which is always a mount point, and comes back.
+fn make_all_mounts_private() -> Result<(), MountError> {
+    match make_tree_private() {
+        Err(error) if error.errno() == libc::EINVAL => {}
+        result => return result,
+    }
+    // After unshare(2), so that it is the folder on this namespace's copy of the mount.
+    let root = open_folder(c"/")?;
+    let path = c"/proc/thread-self/ns/mnt";
+    // SAFETY: the path is a NUL-terminated constant.
+    let namespace = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    if namespace < 0 {
+        return Err(MountError::last(format!("open({path:?}, O_RDONLY)")));
+    }
+    // SAFETY: open(2) has just returned this descriptor, and nothing else owns it.
+    let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
+    // setns(2): joining a mount namespace, even one's own, moves root and working folder to its root.
+    // SAFETY: setns takes no pointers; the descriptor is open.
+    if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS) } != 0 {
+        return Err(MountError::last("setns(/proc/thread-self/ns/mnt, CLONE_NEWNS)".into()));
+    }
+    let made_private = make_tree_private();
+    // SAFETY: fchdir takes no pointers; the descriptor is open.
+    if unsafe { libc::fchdir(root.as_raw_fd()) } != 0 {
+        return Err(MountError::last("fchdir(\"/\")".into()));
+    }
+    // SAFETY: the path is a NUL-terminated constant.
+    if unsafe { libc::chroot(c".".as_ptr()) } != 0 {
+        return Err(MountError::last("chroot(\".\")".into()));
+    }
+    made_private
+}
+
+/// Makes the mount at `/` and all below it private (mount_namespaces(7)).
+fn make_tree_private() -> Result<(), MountError> {
+    // SAFETY: constant NUL-terminated strings; source, type and data may be null for a change of
+    // propagation (mount(2)).
+    let result = unsafe {
+        libc::mount(
+            std::ptr::null(),
+            c"/".as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_PRIVATE,
+            std::ptr::null(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(MountError::last("mount(NULL, \"/\", NULL, MS_REC|MS_PRIVATE, NULL)".into()))
+    }
+}
+
+/// Opens a folder as a place only (O_PATH).
+fn open_folder(path: &CStr) -> Result<OwnedFd, MountError> {
+    // SAFETY: the pointer is to a NUL-terminated string.
+    let fd = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Err(MountError::last(format!("open({path:?}, O_PATH|O_DIRECTORY)")));
+    }
+    // SAFETY: open(2) has just returned this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether a folder has an entry of this name; links are not followed. Anything but a plain yes is no.
+pub fn has_entry(dir: BorrowedFd<'_>, name: &str) -> bool {
+    let Ok(name) = CString::new(name) else { return false };
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: the name is NUL-terminated and outlives the call; `stat` has room for the answer.
+    unsafe {
+        libc::fstatat(dir.as_raw_fd(), name.as_ptr(), stat.as_mut_ptr(), libc::AT_SYMLINK_NOFOLLOW) == 0
+    }
 }
 
 /// mkdirat(2) with mode 0700, for the folders of a private namespace.

@@ -1,4 +1,4 @@
-//! Signals to the own process.
+//! Processes: who we are, and signals to oneself.
 
 /// Ends this process at once, as a power cut would: no destructor, no flush.
 pub fn kill_self() -> ! {
@@ -7,4 +7,10 @@ pub fn kill_self() -> ! {
         libc::kill(libc::getpid(), libc::SIGKILL);
     }
     std::process::abort()
+}
+
+/// The user id of this process.
+pub fn user_id() -> u32 {
+    // SAFETY: getuid takes nothing and cannot fail.
+    unsafe { libc::getuid() }
 }

@@ -3,8 +3,14 @@
 //! A transport finds a name and hands out bytes. Manifests are checked against digest and size
 //! before anyone sees them; a blob is a stream whose digest the store checks while it copies.
 
+pub mod access;
 pub mod ocidir;
+pub mod parallel;
+pub mod reference;
+#[cfg(feature = "registry")]
+pub mod registry;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -14,10 +20,14 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::image::oci::{Descriptor, Index, Manifest, OciError, OciImage, Platform};
 
+pub use access::Access;
 pub use ocidir::OciDir;
 
 /// How deep indexes may nest: `index.json`, an index of platforms, and one to spare.
 const MAX_INDEX_DEPTH: usize = 4;
+
+/// How many entries without a name are looked at to find the only image.
+const MAX_UNNAMED: usize = 256;
 
 /// A place that images are fetched from.
 pub trait Transport: Send + Sync {
@@ -40,8 +50,8 @@ pub trait Transport: Send + Sync {
     /// [`TransportError::DigestMismatch`] or [`TransportError::SizeMismatch`].
     fn fetch(&self, blob: &Descriptor, max_bytes: u64) -> Result<Vec<u8>, TransportError>;
 
-    /// A blob, from its start. Nothing is checked: the reader hashes what it gets.
-    fn open(&self, blob: &Digest) -> Result<Blob, TransportError>;
+    /// A blob, from byte `offset` on. Nothing is checked: the reader hashes what it gets.
+    fn open(&self, blob: &Descriptor, offset: u64) -> Result<Blob, TransportError>;
 
     /// The manifests whose `subject` is `subject`, all of them or of one artifact type.
     fn referrers(
@@ -49,6 +59,30 @@ pub trait Transport: Send + Sync {
         subject: &Digest,
         artifact_type: Option<&str>,
     ) -> Result<Vec<Descriptor>, TransportError>;
+
+    /// The tags of a repository: whatever TAG there is in names `REPOSITORY:TAG`, in no order.
+    fn tags(&self, repository: &str) -> Result<Vec<String>, TransportError>;
+
+    /// The part of this place that holds the blobs of `REPOSITORY:…`. A registry keeps each
+    /// repository's blobs apart; a layout has one heap.
+    fn within(&self, repository: &str) -> Result<Box<dyn Transport>, TransportError>;
+
+    /// The manifest or index that a name stands for, if the place can say so without sending it.
+    ///
+    /// It is the place's word, and good for nothing but saving a transfer.
+    fn peek(&self, name: &str) -> Result<Option<Digest>, TransportError> {
+        Ok(self.lookup(name)?.first().map(|found| found.digest))
+    }
+
+    /// Whether blobs come from another machine, so that what came before a cut is worth keeping.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
+    /// The name that is meant where none is given.
+    fn default_name(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 /// A blob that is open for reading.
@@ -72,31 +106,57 @@ impl Read for Blob {
 impl dyn Transport + '_ {
     /// The manifest that a name stands for on `platform`.
     ///
-    /// Without a name, the only image there. Nested indexes are followed; of several platforms
+    /// Without a name, the place's own default, or the only image there. Nested indexes are followed; of several platforms
     /// the one asked for is taken.
     ///
     /// # Errors
     /// [`TransportError::WrongPlatform`] where there are only others, [`TransportError::NameMissing`].
     pub fn find_image(&self, name: Option<&str>, platform: &Platform) -> Result<Descriptor, TransportError> {
+        let name = name.or(self.default_name());
         let found = match name {
             Some(name) => self.lookup(name)?,
-            None => {
-                let named: Vec<_> =
-                    self.entries()?.into_iter().filter(|one| one.ref_name().is_some()).collect();
-                let mut digests: Vec<_> = named.iter().map(|one| one.digest).collect();
-                digests.sort();
-                digests.dedup();
-                if digests.len() != 1 {
-                    return Err(TransportError::NameNeeded {
-                        location: self.location(),
-                        available: names_of(&named),
-                    });
-                }
-                named
-            }
+            None => self.only_image(platform)?,
         };
-        let object = format!("{}:{}", self.location(), name.unwrap_or(""));
+        let object = match name {
+            Some(name) if name.starts_with('@') => format!("{}{name}", self.location()),
+            Some(name) => format!("{}:{name}", self.location()),
+            None => self.location(),
+        };
         self.choose(&object, found, platform, 0)
+    }
+
+    /// The entries of the only image there: of those with names, or, where no image has one, of those without.
+    ///
+    /// Artifacts that speak of an image, such as its signature, are none.
+    fn only_image(&self, platform: &Platform) -> Result<Vec<Descriptor>, TransportError> {
+        let images: Vec<_> =
+            self.entries()?.into_iter().filter(|one| one.is_image() && one.artifact_type.is_none()).collect();
+        let available = names_of(&images);
+        let (named, mut unnamed): (Vec<_>, Vec<_>) =
+            images.into_iter().partition(|one| one.ref_name().is_some());
+        let found = if named.is_empty() {
+            if unnamed.len() > 1 && unnamed.len() <= MAX_UNNAMED {
+                unnamed.retain(|one| !self.is_artifact(one));
+                unnamed.retain(|one| {
+                    one.platform.as_ref().is_none_or(|other| platform.accepts(other).is_some())
+                });
+            }
+            unnamed
+        } else {
+            named
+        };
+        match found.iter().map(|one| one.digest).collect::<BTreeSet<_>>().len() {
+            1 => Ok(found),
+            _ => Err(TransportError::NameNeeded { location: self.location(), found: found.len(), available }),
+        }
+    }
+
+    /// Whether a manifest is that of an artifact. One that cannot be read is no artifact: whoever wants it gets the error.
+    fn is_artifact(&self, entry: &Descriptor) -> bool {
+        let manifest = || self.manifest(entry).ok();
+        entry.is_manifest()
+            && manifest()
+                .is_some_and(|manifest| manifest.artifact_type.is_some() || manifest.subject.is_some())
     }
 
     /// Takes the one descriptor for `platform`, and follows it until it is a manifest.
@@ -109,7 +169,12 @@ impl dyn Transport + '_ {
     ) -> Result<Descriptor, TransportError> {
         let mut best: Option<(usize, Descriptor)> = None;
         let mut others = Vec::new();
+        let mut unreadable = None;
         for one in found {
+            if !one.is_image() {
+                unreadable = unreadable.or(Some(one.media_type));
+                continue;
+            }
             let rank = match &one.platform {
                 // No word about the platform: an image that was stored for one machine.
                 None => 0,
@@ -133,6 +198,12 @@ impl dyn Transport + '_ {
             }
         }
         let Some((_, chosen)) = best else {
+            if let (Some(media_type), true) = (unreadable, others.is_empty()) {
+                let why = format!(
+                    "its media type is `{media_type}`, which is neither an image manifest nor an index"
+                );
+                return Err(TransportError::UnreadableEntry { object: object.into(), why });
+            }
             return Err(TransportError::WrongPlatform {
                 object: object.into(),
                 expected: platform.to_string(),
@@ -175,13 +246,13 @@ pub fn names_of(entries: &[Descriptor]) -> Vec<String> {
     names
 }
 
-/// A place and a name there, as a user writes them: `oci:DIR[:NAME]`, `docker://…`.
+/// A place and a name there, as a user writes them: `oci:DIR[:NAME]`, `oci:DIR@sha256:HEX`, `docker://…`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceRef {
     scheme: &'static str,
     /// What stands between scheme and name: a folder.
     pub location: String,
-    /// The name, where one is given.
+    /// The name, where one is given; `@sha256:HEX` names anything by its digest.
     pub name: Option<String>,
 }
 
@@ -192,38 +263,63 @@ type Place = (String, Option<String>);
 struct Scheme {
     /// What a reference begins with.
     name: &'static str,
-    /// Splits what follows `name:` into place and name.
-    split: fn(&str) -> Option<Place>,
-    /// Opens the place.
-    open: fn(&str) -> Result<Box<dyn Transport>, TransportError>,
+    /// Splits what follows `name:` into place and name; what is wrong with it otherwise.
+    split: fn(&str) -> Result<Place, &'static str>,
 }
 
-/// All kinds of source. A new one is one file and one row.
-const SCHEMES: [Scheme; 2] = [
-    Scheme { name: "oci", split: ocidir::split, open: |dir| Ok(Box::new(OciDir::open(Path::new(dir))?)) },
-    Scheme {
-        name: "docker",
-        // HOST[:PORT]/NAME[:TAG|@DIGEST] is taken apart by the registry transport, when there is one.
-        split: |rest| rest.strip_prefix("//").filter(|rest| !rest.is_empty()).map(|rest| (rest.into(), None)),
-        open: |_| Err(TransportError::NotYet { scheme: "docker" }),
-    },
-];
+/// The scheme of OCI layouts.
+const OCI: &str = "oci";
+/// The scheme of registries.
+const DOCKER: &str = "docker";
+
+/// All kinds of source. A new one is one file, one row here and one in [`SourceRef::open`].
+///
+/// How a place is opened is not in this table: a program that only reads layouts (the start
+/// program) must not hold the code of a registry's client because it parses a source.
+const SCHEMES: [Scheme; 2] =
+    [Scheme { name: OCI, split: ocidir::split }, Scheme { name: DOCKER, split: reference::split }];
+
+/// What skopeo and podman read besides, and mosfs does not.
+pub const FOREIGN: [&str; 7] =
+    ["oci-archive", "docker-archive", "dir", "docker-daemon", "containers-storage", "ostree", "sif"];
 
 impl SourceRef {
     /// A folder of this machine that holds an OCI layout.
     pub fn oci(dir: &Path, name: Option<&str>) -> Self {
-        Self { scheme: "oci", location: dir.to_string_lossy().into_owned(), name: name.map(Into::into) }
+        Self { scheme: OCI, location: dir.to_string_lossy().into_owned(), name: name.map(Into::into) }
     }
 
     /// Opens the place.
     ///
     /// # Errors
-    /// [`TransportError::NotYet`] for registries; [`TransportError::NotALayout`].
-    pub fn open(&self) -> Result<Box<dyn Transport>, TransportError> {
-        match SCHEMES.iter().find(|row| row.name == self.scheme) {
-            Some(row) => (row.open)(&self.location),
-            None => Err(TransportError::BadSource { found: self.to_string(), why: "unknown scheme" }),
+    /// [`TransportError::NotALayout`]; [`TransportError::LeftOut`] for a registry where the program
+    /// was built without them.
+    pub fn open(&self, access: &Access) -> Result<Box<dyn Transport>, TransportError> {
+        match self.scheme {
+            OCI => Ok(Box::new(self.layout()?)),
+            #[cfg(feature = "registry")]
+            DOCKER => Ok(Box::new(registry::Registry::open(&self.location, access)?)),
+            scheme => {
+                let _ = access;
+                Err(TransportError::LeftOut { scheme })
+            }
         }
+    }
+
+    /// The layout, for what needs files of this machine.
+    ///
+    /// # Errors
+    /// [`TransportError::NotHere`] for all other sources; [`TransportError::NotALayout`].
+    pub fn layout(&self) -> Result<OciDir, TransportError> {
+        match self.scheme {
+            OCI => OciDir::open(Path::new(&self.location)),
+            _ => Err(TransportError::NotHere { found: self.to_string() }),
+        }
+    }
+
+    /// Whether it is a registry.
+    pub fn is_registry(&self) -> bool {
+        self.scheme == DOCKER
     }
 }
 
@@ -236,20 +332,27 @@ impl FromStr for SourceRef {
         let (scheme, rest) = text
             .split_once(':')
             .ok_or(wrong("there is no scheme; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"))?;
-        let row = SCHEMES
-            .iter()
-            .find(|row| row.name == scheme)
-            .ok_or(wrong("the scheme is unknown; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"))?;
-        let (location, name) = (row.split)(rest).ok_or(wrong("the place is empty"))?;
+        let row =
+            SCHEMES.iter().find(|row| row.name == scheme).ok_or_else(|| match FOREIGN.contains(&scheme) {
+                true => TransportError::Foreign { found: text.chars().take(200).collect() },
+                false => wrong("the scheme is unknown; expected oci:DIR[:NAME] or docker://HOST/NAME[:TAG]"),
+            })?;
+        let (location, name) = (row.split)(rest).map_err(wrong)?;
         Ok(Self { scheme: row.name, location, name })
     }
 }
 
 impl std::fmt::Display for SourceRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let slashes = if self.scheme == "docker" { "//" } else { "" };
+        let slashes = if self.is_registry() { "//" } else { "" };
         write!(f, "{}:{slashes}{}", self.scheme, self.location)?;
-        self.name.iter().try_for_each(|name| write!(f, ":{name}"))
+        let mark = |name: &str| match name {
+            // A name by digest begins with its own mark.
+            _ if name.starts_with('@') => "",
+            _ if self.is_registry() && name.contains(':') => "@",
+            _ => ":",
+        };
+        self.name.iter().try_for_each(|name| write!(f, "{}{name}", mark(name)))
     }
 }
 
@@ -264,14 +367,38 @@ pub enum TransportError {
         /// What is wrong with it.
         why: &'static str,
     },
-    /// A kind of source that this version cannot read.
-    #[error(
-        "sources of the kind `{scheme}:` cannot be read by this version; copy it to an `oci:` folder first"
-    )]
-    NotYet {
+    /// A kind of source that this program was built without.
+    #[error("this program was built without sources of the kind `{scheme}:`; use an `oci:` folder")]
+    LeftOut {
         /// The kind.
         scheme: &'static str,
     },
+    /// A kind of source that other tools read.
+    #[error(
+        "`{found}` is not read as it is: copy it into a layout first, `skopeo copy {found} oci:DIR:NAME`"
+    )]
+    Foreign {
+        /// What was given.
+        found: String,
+    },
+    /// An entry that was asked for, and that mosfs cannot read.
+    #[error("{object} cannot be read: {why}")]
+    UnreadableEntry {
+        /// The place and name.
+        object: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Something that needs files of this machine was asked of another place.
+    #[error("{found} is not a folder of this machine, and this needs one")]
+    NotHere {
+        /// The source.
+        found: String,
+    },
+    /// A registry refused, failed, or does not answer as one.
+    #[cfg(feature = "registry")]
+    #[error(transparent)]
+    Registry(#[from] Box<registry::RegistryError>),
     /// A folder that is not an OCI image layout.
     #[error("{} is not an OCI image layout: {why}", dir.display())]
     NotALayout {
@@ -291,10 +418,15 @@ pub enum TransportError {
         available: Vec<String>,
     },
     /// A name must be given, as there is not exactly one image.
-    #[error("{location} holds not exactly one image, so a name is needed; it has {}", list(available))]
+    #[error(
+        "{location} holds {found} images, so a name or a digest (`@sha256:…`) is needed; its names are {}",
+        list(available)
+    )]
     NameNeeded {
         /// The place.
         location: String,
+        /// How many images there are.
+        found: usize,
         /// The names that there are.
         available: Vec<String>,
     },
@@ -387,16 +519,33 @@ fn list(names: &[String]) -> String {
     text
 }
 
+impl TransportError {
+    /// Whether the same may succeed at another time: the network failed, or a server is busy.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            #[cfg(feature = "registry")]
+            Self::Registry(error) => error.is_temporary(),
+            _ => false,
+        }
+    }
+}
+
 impl Classified for TransportError {
     fn class(&self) -> Class {
         match self {
             Self::BadSource { .. }
-            | Self::NotYet { .. }
+            | Self::LeftOut { .. }
+            | Self::NotHere { .. }
+            | Self::Foreign { .. }
+            | Self::UnreadableEntry { .. }
+            | Self::WrongPlatform { .. }
             | Self::NameMissing { .. }
             | Self::NameNeeded { .. } => Class::Input,
             Self::NotALayout { .. } => Class::Input,
             Self::DigestMismatch { .. } | Self::SizeMismatch { .. } => Class::Verification,
             Self::Document { source, .. } => source.class(),
+            #[cfg(feature = "registry")]
+            Self::Registry(error) => error.class(),
             _ => Class::Failure,
         }
     }
@@ -420,18 +569,48 @@ mod tests {
         assert_eq!(parsed("oci:///a/b:v1"), ("/a/b".into(), name("v1")));
         let long = "mos/images/hostfs:sha256/00";
         assert_eq!(parsed(&format!("oci:/s:{long}")), ("/s".into(), name(long)));
-        assert_eq!(parsed("docker://h:5000/x:1"), ("h:5000/x:1".into(), None));
+        let digest = format!("@{}", Digest::of(b""));
+        let by_digest = format!("oci:/s{digest}");
+        assert_eq!(parsed(&by_digest), ("/s".into(), name(&digest)));
+        assert_eq!(by_digest.parse::<SourceRef>().unwrap().to_string(), by_digest);
+        // A name may hold the like.
+        let within = format!("v1{digest}");
+        assert_eq!(parsed(&format!("oci:/s:{within}")), ("/s".into(), name(&within)));
+        assert_eq!(parsed("docker://h:5000/x:1"), ("h:5000/x".into(), name("1")));
+        assert_eq!(parsed("docker://h/a/b"), ("h/a/b".into(), None));
+        let pinned = format!("docker://h/x@{}", Digest::of(b""));
+        assert_eq!(parsed(&pinned), ("h/x".into(), name(&Digest::of(b"").to_string())));
+        assert_eq!(pinned.parse::<SourceRef>().unwrap().to_string(), pinned);
     }
 
     #[test]
     fn what_is_not_a_source() {
-        for bad in ["", "dir", "oci:", "oci::x", "oci://", "oci:d:", "docker:x", "docker://", "dir:/x"] {
+        for bad in [
+            "",
+            "dir",
+            "oci:",
+            "oci::x",
+            "oci://",
+            "oci:d:",
+            "docker:x",
+            "docker://",
+            "docker://h",
+            "docker://h/A",
+            "docker://h/x:",
+            "tarball:/x",
+        ] {
             let error = bad.parse::<SourceRef>().unwrap_err();
             assert!(matches!(error, TransportError::BadSource { .. }), "{bad}: {error}");
             assert_eq!(error.class(), Class::Input);
         }
-        let error = "docker://h/x".parse::<SourceRef>().unwrap().open().err().unwrap();
-        assert!(matches!(error, TransportError::NotYet { scheme: "docker" }));
+        for other in ["dir:/x", "oci-archive:/x.tar:name", "docker-daemon:x:y"] {
+            let error = other.parse::<SourceRef>().unwrap_err();
+            assert!(matches!(error, TransportError::Foreign { .. }), "{other}: {error}");
+            assert!(error.to_string().contains(&format!("`skopeo copy {other} oci:DIR:NAME`")), "{error}");
+            assert_eq!(error.class(), Class::Input);
+        }
+        let error = "docker://h/x".parse::<SourceRef>().unwrap().layout().unwrap_err();
+        assert!(matches!(error, TransportError::NotHere { .. }), "{error}");
         assert_eq!(error.class(), Class::Input);
     }
 }

@@ -12,16 +12,17 @@
 //! same; in the store of a device, where mosfs makes none, they are refused.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::{Blob, Place, Transport, TransportError, names_of};
-use crate::digest::Digest;
+use crate::digest::{Digest, split_pin};
+use crate::error::IoContext;
 use crate::image::blobs::{BlobFolder, Blobs};
-use crate::image::oci::{Descriptor, Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
+use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
 use crate::sys::file::{self, Links};
 
 /// An OCI image layout in a folder, to read from.
@@ -38,15 +39,24 @@ struct LayoutFile {
     image_layout_version: String,
 }
 
-/// Splits `DIR[:NAME]`; the folder ends at the first `:` (docs/design.md, source words).
-pub(super) fn split(rest: &str) -> Option<Place> {
+/// Splits `DIR[:NAME]` or `DIR@sha256:HEX`; the folder ends at the first `:` (docs/design.md, source words), or at
+/// the `@` before a digest. The name by digest is `@sha256:HEX`.
+pub(super) fn split(rest: &str) -> Result<Place, &'static str> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
+    if let Some((dir, digest)) = split_pin(rest)
+        && !dir.contains(':')
+    {
+        return match dir {
+            "" => Err("the folder is empty"),
+            _ => Ok((dir.to_string(), Some(format!("@{digest}")))),
+        };
+    }
     let (dir, name) = match rest.split_once(':') {
-        Some((_, "")) => return None,
+        Some((_, "")) => return Err("the name after the colon is empty"),
         Some((dir, name)) => (dir, Some(name.to_string())),
         None => (rest, None),
     };
-    (!dir.is_empty()).then(|| (dir.to_string(), name))
+    if dir.is_empty() { Err("the folder is empty") } else { Ok((dir.to_string(), name)) }
 }
 
 impl OciDir {
@@ -64,9 +74,23 @@ impl OciDir {
     /// [`TransportError::NotALayout`].
     pub(crate) fn open_with(dir: &Path, links: Links) -> Result<Self, TransportError> {
         let not = |why: String| TransportError::NotALayout { dir: dir.to_path_buf(), why };
+        if dir.is_file() {
+            let file = dir.display();
+            return Err(not(format!(
+                "it is a file; `skopeo copy oci-archive:{file} oci:DIR:NAME` unpacks an archive of a layout, \
+                 `skopeo copy docker-archive:{file} oci:DIR:NAME` one of docker save"
+            )));
+        }
         let Some(bytes) = file::find_regular(&dir.join("oci-layout"), links, 4096)? else {
-            let what = if dir.is_dir() { "it has no file oci-layout" } else { "there is no such folder" };
-            return Err(not(what.into()));
+            return Err(not(match dir.is_dir() {
+                false => "there is no such folder".into(),
+                // What skopeo's transport `dir:` writes.
+                true if dir.join("version").exists() && dir.join("manifest.json").exists() => format!(
+                    "it has no file oci-layout; `skopeo copy dir:{} oci:DIR:NAME` makes a layout of it",
+                    dir.display()
+                ),
+                true => "it has no file oci-layout".into(),
+            }));
         };
         let layout: LayoutFile =
             serde_json::from_slice(&bytes).map_err(|error| not(format!("oci-layout: {error}")))?;
@@ -120,6 +144,22 @@ impl OciDir {
         }
     }
 
+    /// What a digest names: an entry of `index.json`, or any manifest or index that is there as a blob.
+    fn by_digest(&self, entries: Vec<Descriptor>, digest: &Digest) -> Result<Descriptor, TransportError> {
+        if let Some(entry) = entries.into_iter().find(|entry| entry.digest == *digest) {
+            // Whoever names it so has chosen already.
+            return Ok(Descriptor { platform: None, ..entry });
+        }
+        let bytes = self.get(digest, MAX_MANIFEST_BYTES)?;
+        let media_type =
+            if Index::parse(&bytes, MAX_MANIFEST_BYTES).is_ok_and(|index| !index.manifests.is_empty()) {
+                INDEX
+            } else {
+                MANIFEST
+            };
+        Ok(Descriptor::new(media_type, *digest, bytes.len() as u64))
+    }
+
     /// Whether links to files are followed.
     pub(crate) fn links(&self) -> Links {
         self.links
@@ -142,9 +182,16 @@ impl Transport for OciDir {
     }
 
     fn lookup(&self, name: &str) -> Result<Vec<Descriptor>, TransportError> {
-        let entries = self.entries()?;
+        let Index { manifests: entries, unread, .. } = self.index()?;
+        if let Some(("", digest)) = split_pin(name) {
+            return Ok(vec![self.by_digest(entries, &digest)?]);
+        }
         let found: Vec<_> = entries.iter().filter(|one| one.ref_name() == Some(name)).cloned().collect();
         if found.is_empty() {
+            if let Some(entry) = unread.iter().find(|entry| entry.ref_name() == Some(name)) {
+                let (object, why) = (format!("{}:{name}", self.location()), entry.why());
+                return Err(TransportError::UnreadableEntry { object, why });
+            }
             let (location, available) = (self.location(), names_of(&entries));
             return Err(TransportError::NameMissing { location, name: name.into(), available });
         }
@@ -178,8 +225,24 @@ impl Transport for OciDir {
         Ok(bytes)
     }
 
-    fn open(&self, blob: &Digest) -> Result<Blob, TransportError> {
-        Ok(Blob::File(self.open_blob(blob)?.0))
+    fn open(&self, blob: &Descriptor, offset: u64) -> Result<Blob, TransportError> {
+        let (mut file, _) = self.open_blob(&blob.digest)?;
+        if offset > 0 {
+            file.seek(SeekFrom::Start(offset)).on("seek in", self.blob_path(&blob.digest))?;
+        }
+        Ok(Blob::File(file))
+    }
+
+    fn tags(&self, repository: &str) -> Result<Vec<String>, TransportError> {
+        let entries = self.entries()?;
+        let tag = |entry: &Descriptor| {
+            Some(entry.ref_name()?.strip_prefix(repository)?.strip_prefix(':')?.to_string())
+        };
+        Ok(entries.iter().filter_map(tag).collect())
+    }
+
+    fn within(&self, _repository: &str) -> Result<Box<dyn Transport>, TransportError> {
+        Ok(Box::new(self.clone()))
     }
 
     fn referrers(

@@ -1,17 +1,8 @@
 //! Boots of a whole Debian: systemd, multi-user.target, `mosfs commit` by its unit.
 
-use mosfs::digest::{self, Digest};
-
-use super::device::{Device, GOOD, NEXT, OWN_INIT, SICK, fleet, flip, noise_file, position};
+use super::device::{Device, GOOD, NEXT, OWN_INIT, SICK, fleet, flip, measured, noise_file, position};
 use super::machine::{Ended, Machine};
 use super::{DRACUT, INITRAMFS_TOOLS, KERNEL, OLD_KERNEL};
-
-/// What a PCR holds after one extension from zero (TPM 2.0 part 1, "Extend of a PCR").
-fn extended_once(digest: &Digest) -> String {
-    let mut bytes = vec![0; 32];
-    bytes.extend_from_slice(digest.as_bytes());
-    digest::hex(Digest::of(&bytes).as_bytes()).to_uppercase()
-}
 
 /// Boots, and wants a version to reach multi-user with the root and the PCR that are its own.
 fn reaches_multi_user(machine: &Machine, version: u64, backend: &str) -> Ended {
@@ -21,7 +12,11 @@ fn reaches_multi_user(machine: &Machine, version: u64, backend: &str) -> Ended {
             &format!("vm: version {version} reached multi-user with systemd"),
             "vm: root is overlay mosfs:hostfs",
             &format!("\"backend\":\"{backend}\""),
-            &format!("vm: pcr15 {}", extended_once(&fleet().digest(version))),
+            &format!(
+                "vm: pcr15 {}",
+                measured(&fleet().config(), &fleet().digest(version), "hostfs", "tmpfs")
+            ),
+            "vm: measured {\"content\":{\"bootId\":\"",
         ],
     )
 }
@@ -68,7 +63,9 @@ fn initramfs_tools_on_fuse_boots_and_boots_again() {
     for kernel in [KERNEL, OLD_KERNEL] {
         let mut machine = device.kept(INITRAMFS_TOOLS, kernel);
         machine.cmdline += " mosfs.backend=fuse";
-        reaches_multi_user(&machine, GOOD, "fuse");
+        let ended = reaches_multi_user(&machine, GOOD, "fuse");
+        // As hard to kill as anything: without it there is no root.
+        assert_eq!(ended.after("vm: daemon of the root, oom_score_adj"), ["-1000"], "{}", ended.console);
         assert_eq!(device.floor(), GOOD);
     }
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::KERNEL;
 use super::device::{Device, GOOD, MOSFS};
 use super::machine::{Machine, mini_initrd, tool};
-use super::power::esys;
+use super::power::loaded_libraries;
 
 /// How often each way is taken.
 const ROUNDS: usize = 9;
@@ -73,7 +73,8 @@ fn boot_times() {
         .collect();
     fs::write(&layers, list.concat()).expect("the list");
     let initrd = dir.path().join("initrd");
-    let (me, esys) = (std::env::current_exe().expect("this program"), esys());
+    let (me, libraries) = (std::env::current_exe().expect("this program"), loaded_libraries());
+    let [esys, blkid] = libraries.each_ref().map(|path| (path.as_path(), path.to_str().expect("a path")));
     mini_initrd(
         &initrd,
         KERNEL,
@@ -82,7 +83,8 @@ fn boot_times() {
             (Path::new(MOSFS), "/usr/bin/mosfs"),
             (&me, "/guest"),
             (Path::new("/sbin/veritysetup"), "/sbin/veritysetup"),
-            (&esys, esys.to_str().expect("a path")),
+            esys,
+            blkid,
         ],
         &[(device.config(), "/etc/mosfs"), (&script, "/by-hand"), (&layers, "/layers")],
     );

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::device::{Device, SMALL};
 
 /// Unmounts what a boot on this machine has mounted, the last one first.
-struct Mounts(PathBuf);
+pub struct Mounts(pub PathBuf);
 
 impl Drop for Mounts {
     fn drop(&mut self) {

@@ -3,8 +3,11 @@
 //! ```text
 //! debian.rs      boots to multi-user on each backend from each generator; updates, failures, rollback
 //! figures.rs     how long `mosfs boot` takes, for docs/boot.md
+//! hooks.rs       what the generators refuse to make
 //! host.rs        `mosfs boot` without a machine
 //! refused.rs     what is refused before anything of it runs
+//! no_shell.rs    what follows a boot that fails
+//! partitions.rs  which disk is taken, and what a boot is measured as, without a machine
 //! power.rs       power cuts during update and commit, with a disk that loses its write cache
 //! ```
 //! Each test prepares a system partition and a TPM on the host with the real commands, boots
@@ -25,7 +28,10 @@ mod swtpm;
 
 mod debian;
 mod figures;
+mod hooks;
 mod host;
+mod no_shell;
+mod partitions;
 mod power;
 mod refused;
 

@@ -21,7 +21,9 @@ use tempfile::TempDir;
 
 use super::KERNEL;
 use super::device::{Device, MOSFS};
-use super::machine::{Cut, Ended, Machine, mini_initrd, noise, squashfs, tool};
+use super::machine::{
+    Before, Cut, Ended, Machine, RESTARTS, mini_initrd, noise, say_restart, squashfs, tool,
+};
 use super::nbd::Disk;
 use super::publish::Publisher;
 
@@ -127,15 +129,33 @@ impl Source {
         }
         let device = Device::of(publisher, 1);
         let initrd = dir.path().join("initrd");
-        let esys = esys();
+        let libraries = loaded_libraries();
+        let [esys, blkid] = libraries.each_ref().map(|path| (path.as_path(), path.to_str().expect("a path")));
         mini_initrd(
             &initrd,
             KERNEL,
             INIT,
-            &[(Path::new(MOSFS), "/usr/bin/mosfs"), (&esys, esys.to_str().expect("a path"))],
+            &[(Path::new(MOSFS), "/usr/bin/mosfs"), esys, blkid],
             &[(&dir.path().join("store"), "/source"), (device.config(), "/etc/mosfs")],
         );
         Self { dir, initrd }
+    }
+
+    /// Runs a machine; one whose Linux gave up on the TPM starts again with the disk and the TPM as they were.
+    ///
+    /// The disk has nothing in its cache before: it has just been made or cut.
+    fn run(&self, device: &Device, disk: &Disk, machine: impl Fn() -> Machine) -> Ended {
+        let (image, tpm) = (disk.image(), Before::new(&device.path("tpm"), None));
+        for restart in 1.. {
+            let ended = machine().run_once();
+            if !ended.gave_up_on_the_tpm() || restart > RESTARTS {
+                return ended;
+            }
+            say_restart(restart);
+            disk.put_back(&image);
+            tpm.put_back();
+        }
+        unreachable!("it returns after the last restart")
     }
 
     /// A device with the first version on a disk that loses its cache.
@@ -160,12 +180,15 @@ impl Source {
     }
 }
 
-/// The library that mosfs loads when it asks a TPM.
-pub fn esys() -> PathBuf {
+/// The libraries that mosfs loads when it asks a TPM, and when it looks for a disk.
+pub fn loaded_libraries() -> [PathBuf; 2] {
     let list = tool("libc-bin", Command::new("ldconfig").arg("-p")).stdout;
     let list = String::from_utf8_lossy(&list).into_owned();
-    let line = list.lines().find(|line| line.contains("libtss2-esys.so.0"));
-    line.and_then(|line| Some(line.split_once("=> ")?.1.into())).expect("libtss2-esys; install libtss2-dev")
+    ["libtss2-esys.so.0", "libblkid.so.1"].map(|name| {
+        let line = list.lines().find(|line| line.trim_start().starts_with(name));
+        line.and_then(|line| Some(line.split_once("=> ")?.1.into()))
+            .unwrap_or_else(|| panic!("{name}; install libtss2-dev and libblkid1"))
+    })
 }
 
 /// What must hold of a device, from what its console has said so far.
@@ -254,16 +277,21 @@ fn chain(source: &Source, cuts: u64, seed: u64) -> (Promised, usize, usize) {
     for number in 1..=cuts {
         // Half of the cuts come between two operations of the disk, which a moment chosen by time seldom
         // meets; the others while the processor or the TPM works.
-        let cut = if number % 2 == 1 {
+        let (cut, operation) = if number % 2 == 1 {
             let file = device.path(&format!("cut-{number}"));
-            disk.cut_after(1 + chance.below(WINDOW_OPERATIONS), &file);
-            Cut::File(file)
+            (Cut::File(file), 1 + chance.below(WINDOW_OPERATIONS))
         } else {
             let text = if chance.below(5) == 0 { "vm: starting" } else { "vm: booted" };
-            Cut::After(text.into(), Duration::from_millis(chance.below(WINDOW_MS)))
+            (Cut::After(text.into(), Duration::from_millis(chance.below(WINDOW_MS))), 0)
         };
         let kind = format!("{cut:?}");
-        let ended = Machine { cut: Some(cut), ..source.machine(&device, &disk) }.run();
+        let ended = source.run(&device, &disk, || {
+            if let Cut::File(file) = &cut {
+                let _ = fs::remove_file(file);
+                disk.cut_after(operation, file);
+            }
+            Machine { cut: Some(cut.clone()), ..source.machine(&device, &disk) }
+        });
         let loss = disk.cut(|limit| chance.below(limit));
         let last = ended
             .after("vm: ")
@@ -280,9 +308,12 @@ fn chain(source: &Source, cuts: u64, seed: u64) -> (Promised, usize, usize) {
         cached += loss.cached;
         lost += loss.lost;
     }
-    let mut last = source.machine(&device, &disk);
-    last.cmdline += " vm.do=check";
-    let ended = last.expect(0, &["vm: committed"]);
+    let ended = source.run(&device, &disk, || {
+        let mut last = source.machine(&device, &disk);
+        last.cmdline += " vm.do=check";
+        last
+    });
+    ended.expect(0, &["vm: committed"]);
     promised.follow(&ended);
     // Nothing but the console was asked so far: the TPM itself, on the host.
     assert_eq!(device.floor(), promised.current, "the floor is what was committed last");

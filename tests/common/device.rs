@@ -54,6 +54,12 @@ echo "vm: version $(cat /etc/vm-version) reached multi-user with $(cat /proc/1/c
 echo "vm: root is $(sed -n 's/^.* \/ \/ [^-]*- \([^ ]*\) \([^ ]*\) .*/\1 \2/p' /proc/self/mountinfo)"
 echo "vm: boot.json $(cat /run/mosfs/boot.json)"
 echo "vm: pcr15 $(cat /sys/class/tpm/tpm0/pcr-sha256/15)"
+echo "vm: measured $(tr -d '\036\n' </run/log/systemd/tpm2-measure.log)"
+for process in /proc/[0-9]*; do
+    case $(tr '\0' ' ' <$process/cmdline 2>/dev/null) in
+        @mosfs*) echo "vm: daemon of the root, oom_score_adj $(cat $process/oom_score_adj)" ;;
+    esac
+done
 code=0
 if [ -e $MOSFS_SYSTEM/vm-action ]; then
     sh $MOSFS_SYSTEM/vm-action "$(sed -n 's/.*vm\.do=\([^ ]*\).*/\1/p' /proc/cmdline)"
@@ -139,6 +145,11 @@ impl Fleet {
         Self { publisher: Publisher::again(&dir), dir, _lock: lock }
     }
 
+    /// What the devices' initramfs trust.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("config")
+    }
+
     /// The digest of the system manifest of a version with Debian in it.
     pub fn digest(&self, version: u64) -> Digest {
         let hex = fs::read_to_string(self.dir.join(format!("digest.{version}"))).expect("the digest");
@@ -163,7 +174,7 @@ impl Fleet {
         };
         once.get_or_init(|| {
             if !initrd.exists() {
-                make_initrd(&initrd, generator, kernel, &self.dir.join("config"));
+                make_initrd(&initrd, generator, kernel, &self.config());
             }
         });
         initrd
@@ -175,6 +186,30 @@ pub fn make_initrd(out: &Path, generator: &str, kernel: &str, config: &Path) {
     let mut command = script("make-initrd");
     command.arg(generator).arg(out).args(["--mosfs", MOSFS, "--kernel", kernel]);
     tool("", command.arg("--config").arg(config));
+}
+
+/// What PCR 15 of the SHA-256 bank holds after one boot, in upper case as the kernel shows it; worked out as docs/boot.md
+/// says, with no code of mosfs' own but the hash.
+pub fn measured(config: &Path, manifest: &Digest, target: &str, overlay: &str) -> String {
+    let mut files: Vec<_> =
+        fs::read_dir(config).expect("list").map(|entry| entry.expect("an entry").path()).collect();
+    files.sort();
+    let mut list = String::new();
+    for file in &files {
+        let name = file.file_name().expect("a name").to_str().expect("UTF-8");
+        list += &format!("{}  {name}\n", Digest::of(&fs::read(file).expect("a file")).hex());
+    }
+    let event = format!(
+        "{{\"boot\":\"mosfs-v1\",\"config\":\"sha256:{}\",\"manifest\":\"sha256:{}\",\"overlay\":\"{overlay}\",\
+         \"program\":\"{}\",\"target\":\"{target}\"}}",
+        Digest::of(list.as_bytes()).hex(),
+        manifest.hex(),
+        env!("CARGO_PKG_VERSION"),
+    );
+    // TPM 2.0 part 1, "Extend of a PCR": the hash of the old value, all zeros after a start, and the digest.
+    let mut bytes = vec![0; 32];
+    bytes.extend_from_slice(Digest::of(event.as_bytes()).as_bytes());
+    Digest::of(&bytes).hex().to_uppercase()
 }
 
 /// Writes a file below `root`, and makes the folders that it is in.
@@ -313,6 +348,7 @@ impl Device {
                 .env("MOSFS_SYSTEM", self.system())
                 .env("MOSFS_CONFIG", &self.config)
                 .env("MOSFS_RUN", self.path("run"))
+                .env("SYSTEMD_MEASURE_LOG_USERSPACE", self.path("tpm2-measure.log"))
                 .env("MOSFS_TPM", tpm.tcti_text()),
         );
         String::from_utf8(output.stdout).expect("text")

@@ -133,6 +133,18 @@ impl Disk {
         content.cut_at = Some((content.operations + number, file.into()));
     }
 
+    /// Puts back what [`Disk::image`] returned, for a machine that has ended, as if nothing had been written since.
+    pub fn put_back(&self, image: &[u8]) {
+        while self.busy.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let content = &mut *lock(&self.content);
+        content.cut_at = None;
+        content.cache.clear();
+        content.seen.copy_from_slice(image);
+        content.platter.copy_from_slice(image);
+    }
+
     /// The power goes, for a machine that has ended. `chance(n)` gives a number below n.
     pub fn cut(&self, mut chance: impl FnMut(u64) -> u64) -> Loss {
         // What the machine had sent before it ended has reached the disk.

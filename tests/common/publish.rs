@@ -189,7 +189,8 @@ impl Publisher {
     }
 
     /// A squashfs layer with a verity tree.
-    fn layer(&self, writer: &mosfs::store::Writer<'_>, content: &str) -> Descriptor {
+    /// Puts a layer with one file, `content`, into the store.
+    pub fn layer(&self, writer: &mosfs::store::Writer<'_>, content: &str) -> Descriptor {
         let work = tempfile::tempdir_in(&self.dir).expect("a folder");
         let (tree, image) = (work.path().join("tree"), work.path().join("image"));
         fs::create_dir(&tree).expect("a folder");

@@ -57,7 +57,7 @@ impl Swtpm {
                 .unwrap_or_else(|error| {
                     panic!("cannot run swtpm: {error}; install the Debian package `swtpm`")
                 });
-            let deadline = Instant::now() + Duration::from_secs(20);
+            let deadline = Instant::now() + Duration::from_secs(300);
             while Instant::now() < deadline {
                 if TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() {
                     return Self { child, port, state: state.to_path_buf(), _own_state: None };

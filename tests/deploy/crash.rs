@@ -14,7 +14,7 @@ const FAILPOINTS: &[(&str, u64)] = &[
     ("store.blob.renamed", 8),
     ("store.index.written", 3),
     ("store.index.renamed", 3),
-    ("deploy.blob.fetched", 3),
+    ("store.blob.fetched", 3),
     ("deploy.blobs.fetched", 1),
     ("deploy.names.set", 1),
     ("deploy.folder.written", 1),

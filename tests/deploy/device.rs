@@ -6,8 +6,10 @@ use std::process::{Command, Output};
 
 use mosfs::deploy::booted::BootRecord;
 use mosfs::deploy::choice::{Booted, Role, choose};
-use mosfs::deploy::{DeployError, DeploymentId, State, System};
+use mosfs::deploy::{DeployError, DeploymentId, State, System, check_images};
 use mosfs::floor::{self, Config, Floor, Place, Tcti};
+use mosfs::manifest::ServiceType;
+use mosfs::manifest::system::Target;
 use mosfs::trust::Anchor;
 use tempfile::TempDir;
 
@@ -138,7 +140,10 @@ impl Device {
         let anchor = Anchor::load(&self.config()).expect("an anchor");
         let mut floor = self.open_floor();
         let _ = fs::remove_file(self.boot_record());
-        let booted = choose(&System::at(self.system()), &anchor, floor.as_mut(), |verified, _| {
+        let system = System::at(self.system());
+        let booted = choose(&system, &anchor, floor.as_mut(), |verified, _| {
+            let is_root = |target: &Target| target.service_type == ServiceType::Hostfs;
+            check_images(&system, verified, is_root)?;
             if good(verified.manifest().version) {
                 Ok(())
             } else {

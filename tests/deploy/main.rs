@@ -18,6 +18,7 @@ mod device;
 mod floor;
 mod limits;
 mod offers;
+mod recover;
 mod replace;
 mod rules;
 mod same;

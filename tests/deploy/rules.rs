@@ -259,26 +259,6 @@ fn everything_in_the_system_folder_is_verified_afresh_at_boot() {
 }
 
 #[test]
-fn a_state_file_of_another_format_is_refused_not_guessed_at() {
-    let (_dir, publisher) = published(&[200]);
-    let device = Device::with_file_floor();
-    device.install(&publisher, 200);
-    let path = device.system().join("state.json");
-    let good = text(&fs::read(&path).unwrap());
-    for (bad, why) in [
-        (good.replace("\"format\":1", "\"format\":2"), "format 2"),
-        (good.replace("{\"format\"", "{\"x\":1,\"format\""), "unknown field `x`"),
-        (good[..good.len() / 2].to_string(), "EOF"),
-        (good.replace("200-", "0200-"), "not the name of a deployment"),
-    ] {
-        fs::write(&path, bad).unwrap();
-        device.refused(&["status"], 1, &["state.json", why]);
-        let error = device.boot_if(|_| true).unwrap_err();
-        assert!(matches!(error, DeployError::State { .. }), "{error}");
-    }
-}
-
-#[test]
 fn a_device_without_a_tpm_is_refused_by_default() {
     let (_dir, publisher) = published(&[200, 201]);
     let device = Device::without_tpm();

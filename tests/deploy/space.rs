@@ -42,7 +42,9 @@ fn what_interrupted_updates_left_goes_with_the_next_one() {
     };
     for time in 1..=3 {
         cut(&format!("store.blob.synced:{time}"));
-        assert_eq!(temporary_files(&device), 1, "the next writer sweeps before it writes");
+        // Four blobs are fetched at a time.
+        let left = temporary_files(&device);
+        assert!((1..=4).contains(&left), "the next writer sweeps before it writes: {left}");
     }
     cut("store.tmp.removed");
     device.ok(&["update", &publisher.source_of(201)]);

@@ -88,7 +88,7 @@ fn devices() -> Vec<String> {
 }
 
 fn wait_for_devices(expected: &[&str]) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(300);
     while devices() != expected {
         assert!(Instant::now() < end, "expected {expected:?}, found {:?}", devices());
         std::thread::sleep(Duration::from_millis(20));

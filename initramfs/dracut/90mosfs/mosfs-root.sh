@@ -14,6 +14,7 @@ code=0
 env -i PATH=/usr/bin:/bin mosfs boot --system /run/mosfs/system --config /etc/mosfs \
     --sysroot "$sysroot" > /dev/console 2>&1 || code=$?
 if [ "$code" -ne 0 ]; then
-    echo "mosfs: no system is booted (exit code $code); the reason is above" > /dev/console
+    echo "mosfs: no system is booted (exit code $code), the reason is above" > /dev/console
+    /sbin/mosfs-stop --allows-shell || exec /sbin/mosfs-stop
     exit 1
 fi

@@ -9,15 +9,15 @@
 use std::collections::HashMap;
 
 use super::cursor::Merge;
-use super::{Chain, Merged, OverlayError, Part, at, number};
+use super::{Chain, Merged, OverlayError, Part, at};
 use crate::image::layer::FileType;
 
-/// For each file with hidden links how many they are, by inode number.
+/// For each file with hidden links how many they are.
 ///
 /// The walk looks at no more entries than the layers say that they have files (twice, and 1,000
 /// more), so that a tree that loops comes to an end. Beyond that, or on an error, it gives up
 /// with what it has, and says so in the log.
-pub(super) fn hidden_links(view: &Merged, root: &[Part]) -> HashMap<u64, u32> {
+pub(super) fn hidden_links(view: &Merged, root: &[Part]) -> HashMap<Part, u32> {
     let mut walk = Walk {
         view,
         hidden: HashMap::new(),
@@ -35,7 +35,7 @@ pub(super) fn hidden_links(view: &Merged, root: &[Part]) -> HashMap<u64, u32> {
 
 struct Walk<'a> {
     view: &'a Merged,
-    hidden: HashMap<u64, u32>,
+    hidden: HashMap<Part, u32>,
     /// How many entries may still be looked at.
     budget: u64,
 }
@@ -103,7 +103,7 @@ impl Walk<'_> {
 
     fn count(&mut self, part: Part) -> Result<(), OverlayError> {
         if self.view.part_attr(part)?.nlink > 1 {
-            let count = self.hidden.entry(number(part)).or_default();
+            let count = self.hidden.entry(part).or_default();
             *count = count.saturating_add(1);
         }
         Ok(())

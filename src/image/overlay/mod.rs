@@ -1,20 +1,25 @@
 //! The merged view: a stack of layers shown as one tree, by the rules of overlayfs.
 //!
 //! Rules (Linux `Documentation/filesystems/overlayfs.rst`):
-//! - a character device with number 0:0 is a whiteout: it hides the name in all layers below, and is
-//!   itself never shown, not even in the bottom layer;
+//! - a character device with number 0:0 is a whiteout, and so is an empty regular file with the attribute
+//!   `trusted.overlay.whiteout`: it hides the name in all layers below, and is itself never shown, not
+//!   even in the bottom layer;
 //! - folders of the same name merge, down to the first layer where the name is a whiteout or is no
 //!   folder; anything but a folder hides what is below;
-//! - a folder with the attribute `trusted.overlay.opaque` (or `user.overlay.opaque`, which is what
-//!   tools without root write) = `y` hides the folders below it;
-//! - attributes under `trusted.overlay.` and `user.overlay.` are never shown.
+//! - a folder with the attribute `trusted.overlay.opaque` = `y` hides the folders below it;
+//! - attributes under `trusted.overlay.` are shown as names.rs says.
 //!
 //! # Inode numbers
-//! A file is known by one 64-bit number, which a mount shows as st_ino:
+//! A file is known by one number, which a mount shows as st_ino:
 //! ```text
-//! 1                                      the root
-//! (layer index + 1) << 48 | node id      all else; a merged folder has the number of its topmost part
+//! 1                                  the root
+//! base of the layer + its number     all else; a merged folder has the number of its topmost part
 //! ```
+//! A layer numbers its files from 0 to a bound ([`Layer::numbers`]); its base is 2 and the bounds of
+//! the layers below it. The bounds of squashfs layers are small: together they stay below 2^32 up to
+//! some 80 million files, so that programs with 32-bit inode numbers work. The bases are found when
+//! the first number is needed.
+//!
 //! So a number can be used at any later time without any state, and hard links share it. Only
 //! folders that several layers have need state: their list of parts, kept once the folder has been
 //! seen (about 100 bytes each, never more than there are such folders). A folder that only one layer
@@ -31,6 +36,7 @@
 
 mod cursor;
 mod links;
+pub mod names;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -43,13 +49,16 @@ use super::layer::{Attr, DirEntry, Extent, FileType, Layer, LayerError, NodeId, 
 pub const ROOT: u64 = 1;
 /// How many layers a view can have.
 pub const MAX_LAYERS: usize = 1000;
+/// How many layers the kernel's overlayfs takes (`OVL_MAX_STACK` in fs/overlayfs/params.h, less the empty one that
+/// the kernel backend adds).
+pub const MAX_KERNEL_LAYERS: usize = 499;
 /// How many places in merged listings are remembered, each with 8 bytes a layer.
 pub const SAVED_CURSORS: usize = 64;
 
-const NODE_BITS: u32 = 48;
-const NODE_MASK: u64 = (1 << NODE_BITS) - 1;
-const OPAQUE: [&[u8]; 2] = [b"trusted.overlay.opaque", b"user.overlay.opaque"];
-const HIDDEN: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
+/// The number of the first file of the bottom layer.
+const FIRST: u64 = ROOT + 1;
+/// The number that a listing shows of an entry that leads to no inode. It stands for no file.
+const BROKEN: u64 = u64::MAX;
 
 /// Why the merged view cannot answer.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +117,9 @@ pub struct Merged {
     root: Arc<MergedDir>,
     dirs: RwLock<HashMap<u64, Arc<MergedDir>>>,
     cursors: Mutex<CursorCache>,
-    hidden_links: OnceLock<HashMap<u64, u32>>,
+    hidden_links: OnceLock<HashMap<Part, u32>>,
+    /// The first inode number of each layer, and one past the last of all.
+    bases: OnceLock<Box<[u64]>>,
 }
 
 /// What an inode number stands for.
@@ -144,6 +155,7 @@ impl Merged {
             dirs: RwLock::default(),
             cursors: Mutex::default(),
             hidden_links: OnceLock::new(),
+            bases: OnceLock::new(),
         })
     }
 
@@ -184,7 +196,7 @@ impl Merged {
                 if self.is_whiteout(found, entry.kind)? {
                     return Ok(None);
                 }
-                number(found)
+                self.number(found)?
             }
             Place::Several(merged) => {
                 let mut chain = Chain::default();
@@ -199,7 +211,7 @@ impl Merged {
                         break;
                     }
                 }
-                match self.number_of(chain, dir) {
+                match self.number_of(chain, dir)? {
                     Some((ino, _)) => ino,
                     None => return Ok(None),
                 }
@@ -244,9 +256,8 @@ impl Merged {
         if !self.layers[part.layer].has_xattrs() {
             return Ok(Vec::new());
         }
-        let mut all = self.layers[part.layer].xattrs(part.node).map_err(|source| at(part, source))?;
-        all.retain(|(name, _)| !HIDDEN.iter().any(|prefix| name.starts_with(prefix)));
-        Ok(all)
+        let all = self.layers[part.layer].xattrs(part.node).map_err(|source| at(part, source))?;
+        Ok(all.into_iter().filter_map(|(name, value)| Some((names::shown(name)?, value))).collect())
     }
 
     /// The extent that holds the byte at `offset` of a regular file, which is below its size, and the
@@ -289,10 +300,32 @@ impl Merged {
         if ino == ROOT {
             return self.root.parts.first().copied().ok_or(OverlayError::NoSuchInode(ino));
         }
-        match (ino >> NODE_BITS).checked_sub(1).map(|layer| layer as usize) {
-            Some(layer) if layer < self.layers.len() => Ok(Part { layer, node: NodeId(ino & NODE_MASK) }),
-            _ => Err(OverlayError::NoSuchInode(ino)),
-        }
+        let bases = self.bases();
+        // The last layer whose base is not above the number.
+        let above = bases.partition_point(|base| *base <= ino);
+        let Some(layer) = above.checked_sub(1).filter(|layer| *layer < self.layers.len()) else {
+            return Err(OverlayError::NoSuchInode(ino));
+        };
+        let node = self.layers[layer].node(ino - bases[layer]);
+        node.map(|node| Part { layer, node }).map_err(|source| OverlayError::Layer { layer, source })
+    }
+
+    fn bases(&self) -> &[u64] {
+        self.bases.get_or_init(|| {
+            let mut next = FIRST;
+            let mut bases = vec![next];
+            for layer in &self.layers {
+                next = next.saturating_add(layer.numbers());
+                bases.push(next);
+            }
+            bases.into_boxed_slice()
+        })
+    }
+
+    /// The inode number of a file.
+    fn number(&self, part: Part) -> Result<u64, OverlayError> {
+        let number = self.layers[part.layer].number(part.node).map_err(|source| at(part, source))?;
+        Ok(self.bases()[part.layer] + number)
     }
 
     fn place(&self, ino: u64) -> Result<Place, OverlayError> {
@@ -323,9 +356,22 @@ impl Merged {
         self.layers[part.layer].lookup(part.node, name).map_err(|source| at(part, source))
     }
 
-    /// Whiteout: a character device with number 0:0 (overlayfs.rst, "whiteouts and opaque directories").
+    /// Whiteout: a character device with number 0:0, or an empty regular file with the attribute
+    /// (overlayfs.rst, "whiteouts and opaque directories").
     fn is_whiteout(&self, part: Part, kind: FileType) -> Result<bool, OverlayError> {
-        Ok(kind == FileType::CharDevice && self.part_attr(part)?.rdev == 0)
+        match kind {
+            FileType::CharDevice => Ok(self.part_attr(part)?.rdev == 0),
+            FileType::Regular if self.layers[part.layer].has_xattrs() => {
+                // A file that cannot be read hides nothing; whoever opens it gets the error.
+                let Ok(attr) = self.part_attr(part) else { return Ok(false) };
+                if attr.size_bytes != 0 || !attr.has_xattrs {
+                    return Ok(false);
+                }
+                let all = self.layers[part.layer].xattrs(part.node).map_err(|source| at(part, source))?;
+                Ok(all.iter().any(|(name, _)| name == names::WHITEOUT))
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Adds what the next lower layer has under the name to what is visible of it. Returns whether
@@ -350,9 +396,9 @@ impl Merged {
     }
 
     /// The inode number of what is visible under a name; remembers a merged folder.
-    fn number_of(&self, chain: Chain, parent: u64) -> Option<(u64, FileType)> {
-        let top = *chain.parts.first()?;
-        let ino = number(top);
+    fn number_of(&self, chain: Chain, parent: u64) -> Result<Option<(u64, FileType)>, OverlayError> {
+        let (Some(&top), Some(kind)) = (chain.parts.first(), chain.kind) else { return Ok(None) };
+        let ino = self.number(top)?;
         if chain.parts.len() > 1 {
             let known = self.dirs.read().unwrap_or_else(PoisonError::into_inner).contains_key(&ino);
             if !known {
@@ -362,7 +408,7 @@ impl Merged {
                 dirs.entry(ino).or_insert_with(|| Arc::new(dir));
             }
         }
-        Some((ino, chain.kind?))
+        Ok(Some((ino, kind)))
     }
 
     fn read_single(
@@ -379,7 +425,8 @@ impl Merged {
                     Ok(true) => true,
                     Ok(false) => {
                         let DirEntry { name, kind, next, .. } = entry;
-                        each(Entry { name, ino: number(found), kind, next })
+                        let ino = self.number(found).unwrap_or(BROKEN);
+                        each(Entry { name, ino, kind, next })
                     }
                     Err(error) => {
                         failed = Some(error);
@@ -416,7 +463,12 @@ impl Merged {
                 if ordinal < cookie {
                     ordinal += 1;
                 } else {
-                    let Some((child, kind)) = self.number_of(chain, ino) else { continue };
+                    let kind = chain.kind.unwrap_or(FileType::Regular);
+                    let (child, kind) = match self.number_of(chain, ino) {
+                        Ok(Some(found)) => found,
+                        Ok(None) => continue,
+                        Err(_) => (BROKEN, kind),
+                    };
                     if !each(Entry { name, ino: child, kind, next: ordinal + 1 }) {
                         break;
                     }
@@ -456,7 +508,7 @@ impl Merged {
             return nlink;
         }
         let hidden = self.hidden_links.get_or_init(|| links::hidden_links(self, &self.root.parts));
-        nlink.saturating_sub(hidden.get(&number(part)).copied().unwrap_or(0)).max(1)
+        nlink.saturating_sub(hidden.get(&part).copied().unwrap_or(0)).max(1)
     }
 }
 
@@ -466,10 +518,6 @@ impl Merged {
 struct Chain {
     parts: Vec<Part>,
     kind: Option<FileType>,
-}
-
-fn number(part: Part) -> u64 {
-    (part.layer as u64 + 1) << NODE_BITS | part.node.0 & NODE_MASK
 }
 
 fn at(part: Part, source: LayerError) -> OverlayError {
@@ -483,5 +531,5 @@ fn is_opaque(layers: &[Arc<dyn Layer>], part: Part) -> Result<bool, OverlayError
         return Ok(false);
     }
     let all = layer.xattrs(part.node).map_err(|source| at(part, source))?;
-    Ok(all.iter().any(|(name, value)| OPAQUE.contains(&name.as_slice()) && value == b"y"))
+    Ok(all.iter().any(|(name, value)| name == names::OPAQUE && value == b"y"))
 }

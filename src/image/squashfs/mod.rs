@@ -24,10 +24,11 @@
 //! - No value from an image determines the size of an allocation before it has been compared with a bound.
 //!
 //! # Memory
-//! Per image: decoded metadata blocks ([`Options::metadata_cache_bytes`], 4 MiB by default); positions in
-//! large files and folders (2 MiB); ids (256 KiB); pointers of tables (64 KiB for each of four). Per thread:
-//! see compress.rs, at most 1.3 MiB, and 4 MiB more while it decodes xz or lzma. Per result: a name of 255
-//! bytes, a link of 4 KiB, the xattrs of one file (4 MiB of values, 64 KiB of names), one decoded block.
+//! For an image: decoded metadata blocks ([`Options::metadata_cache_bytes`], 4 MiB unless set); places in large files
+//! and folders (2 MiB); ids (256 KiB); pointers of tables (64 KiB for each of four); places of inode blocks
+//! (numbers.rs, 4 bytes for some 150 files). For a thread: see compress.rs, at most
+//! 1.3 MiB, and 4 MiB more while it decodes xz or lzma. For an answer: a name of 255 bytes, a link of 4 KiB, the xattrs
+//! of one file (4 MiB of values, 64 KiB of names), one decoded block.
 //!
 //! # Locks
 //! One per set of the cache of metadata blocks and of the positions, each held for a look-up only, never
@@ -41,6 +42,7 @@ mod file;
 mod inode;
 mod lzo;
 mod metadata;
+mod numbers;
 mod superblock;
 mod tables;
 mod xattr;
@@ -85,6 +87,7 @@ pub struct Squashfs {
     fragments: Table,
     export: Option<Table>,
     xattr_table: OnceLock<XattrTable>,
+    starts: OnceLock<numbers::Starts>,
 }
 
 impl Squashfs {
@@ -121,6 +124,7 @@ impl Squashfs {
             places: Places::default(),
             ids: OnceLock::new(),
             xattr_table: OnceLock::new(),
+            starts: OnceLock::new(),
         };
         let (root, _) = image.inode(superblock.root)?;
         if root.kind != FileType::Directory {
@@ -263,5 +267,17 @@ impl Layer for Squashfs {
             files: self.superblock.inodes.into(),
             block_bytes: self.superblock.block_bytes,
         }
+    }
+
+    fn numbers(&self) -> u64 {
+        self.number_bound()
+    }
+
+    fn number(&self, node: NodeId) -> Result<u64, LayerError> {
+        self.number_of(node)
+    }
+
+    fn node(&self, number: u64) -> Result<NodeId, LayerError> {
+        self.node_of(number)
     }
 }

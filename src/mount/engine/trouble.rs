@@ -102,6 +102,7 @@ impl Troubles {
         // below.
         let (count, place) = match error {
             LayerError::Read(ReadError::Verity { block, .. }) => (&self.verity, *block),
+            LayerError::Read(ReadError::Length { .. }) => (&self.verity, ino),
             LayerError::Read(ReadError::Io { offset, .. }) => (&self.io, offset / 4096),
             LayerError::Read(ReadError::OutOfRange { .. }) => (&self.corrupt, ino),
             LayerError::Corrupt { .. } | LayerError::WrongType { .. } => (&self.corrupt, ino),

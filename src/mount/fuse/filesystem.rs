@@ -34,7 +34,6 @@ pub(super) struct Tree {
     pub engine: Arc<Engine>,
     pub siblings: Arc<Siblings>,
     pub pulse: Arc<Pulse>,
-    pub has_xattrs: bool,
 }
 
 impl Tree {
@@ -256,10 +255,8 @@ impl Filesystem for Tree {
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         self.beat();
-        if !self.has_xattrs {
-            // The kernel does not ask again.
-            return reply.error(Errno::ENOSYS);
-        }
+        // ENOSYS would keep the kernel from asking again, but it answers EOPNOTSUPP then: programs take that for a
+        // file system without attributes, and say so. An image without any has none on this file: ENODATA.
         match self.engine.view().xattrs(ino.0) {
             Ok(all) => match all.iter().find(|(key, _)| key == name.as_bytes()) {
                 Some((_, value)) => answer_xattr(value, size, reply),
@@ -271,9 +268,6 @@ impl Filesystem for Tree {
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         self.beat();
-        if !self.has_xattrs {
-            return reply.error(Errno::ENOSYS);
-        }
         match self.engine.view().xattrs(ino.0) {
             Ok(all) => {
                 let mut list = Vec::new();

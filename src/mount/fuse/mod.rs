@@ -42,7 +42,7 @@ use super::backend::{FUSE, FUSE_KIND};
 use super::engine::Engine;
 use super::open::open;
 use super::table::{self, DaemonRecord, MountRecord};
-use super::{MountError, MountFlags, MountPlan, log as daemon_log};
+use super::{MountError, MountFlags, MountPlan, log as daemon_log, source_name};
 use crate::failpoint;
 use crate::image::overlay::Merged;
 use crate::sys;
@@ -73,8 +73,9 @@ pub struct Mounted {
 impl Mounted {
     /// Mounts an empty connection at `target`; nothing in it can be used before it is served.
     ///
-    /// `source` is what the kernel lists as the mount's source.
+    /// `source` is what the kernel lists as the mount's source, cut where it is too long for that.
     pub fn new(source: &str, target: &Path, flags: &MountFlags) -> Result<Self, MountError> {
+        let source = &*source_name::cut(source, source_name::MOUNT_BYTES_MAX);
         // mount(2) follows links, and the record must name what the kernel will list.
         let wrong = |source| MountError::Target { target: target.to_path_buf(), source };
         let target = target.canonicalize().map_err(wrong)?;
@@ -308,12 +309,7 @@ fn serve(
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
     let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
-    let tree = Tree {
-        has_xattrs: engine.view().has_xattrs(),
-        engine: engine.clone(),
-        siblings: siblings.clone(),
-        pulse: pulse.clone(),
-    };
+    let tree = Tree { engine: engine.clone(), siblings: siblings.clone(), pulse: pulse.clone() };
 
     let mut config = Config::default();
     config.n_threads = Some(if options.threads == 0 { limits::default_threads() } else { options.threads });

@@ -21,11 +21,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 
+use crate::image::overlay::MAX_KERNEL_LAYERS;
+use crate::mount::source_name;
 use crate::sys::file;
 use crate::sys::mountapi::{self, FsContext, MountError};
 
-/// Most layers of a stack: `OVL_MAX_STACK` in the kernel's fs/overlayfs/params.h, less the empty one.
-pub const MAX_LAYERS: usize = 499;
+/// Most layers of a stack.
+pub const MAX_LAYERS: usize = MAX_KERNEL_LAYERS;
 
 /// Where the writes of a writable mount go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,9 +54,12 @@ struct UpperPaths {
 /// - `redirect_dir=nofollow`, `metacopy=off`: a layer must not name where else in the stack to
 ///   read (`trusted.overlay.redirect`, `trusted.overlay.metacopy` are content of the image).
 /// - `index=off`: no state in the upper folder that binds it to one lower file system.
-/// - `xino=on`: one st_dev and stable inode numbers over all layers.
+/// - `xino=off`: files have the inode numbers of their layers, which programs with 32-bit numbers
+///   can take; `on` puts the number of the layer into the highest bits. So files of different layers
+///   differ in st_dev. Folders have the overlay's own st_dev, so that nobody who stays on one file
+///   system stops at them.
 const OPTIONS: [(&str, &str); 4] =
-    [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off"), ("xino", "on")];
+    [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off"), ("xino", "off")];
 
 /// Makes an overlay of `lowers` (bottom first) that is attached nowhere.
 ///
@@ -105,7 +110,7 @@ fn with_context(
     attributes: u64,
 ) -> Result<OwnedFd, MountError> {
     let context = FsContext::open("overlay")?;
-    context.set_string("source", source.as_bytes())?;
+    context.set_string("source", source_name::cut(source, source_name::FSCONFIG_BYTES_MAX).as_bytes())?;
     for (key, value) in OPTIONS {
         context.set_string(key, value.as_bytes())?;
     }
@@ -139,6 +144,7 @@ fn with_string(
     }
     let flags = if upper.is_none() { libc::MS_RDONLY } else { 0 };
     mountapi::make_folder(folder, "m")?;
+    let source = &*source_name::cut(source, source_name::MOUNT_BYTES_MAX);
     mountapi::mount_legacy(source, Path::new("m"), "overlay", flags, &options)?;
     let mount = mountapi::clone_mount(Path::new("m"))?;
     mountapi::set_attributes(mount.as_fd(), attributes, 0)?;

@@ -13,8 +13,8 @@ use tss_esapi::tss2_esys as tss;
 use tss_esapi::tss2_esys::{
     ESYS_CONTEXT, ESYS_TR, TPM2_HANDLE, TPM2B_AUTH, TPM2B_DIGEST, TPM2B_MAX_NV_BUFFER, TPM2B_NAME,
     TPM2B_NONCE, TPM2B_NV_PUBLIC, TPM2B_OPERAND, TPM2B_PUBLIC, TPM2B_SENSITIVE, TPM2B_TIMEOUT,
-    TPML_DIGEST_VALUES, TPMT_SIGNATURE, TPMT_SYM_DEF, TPMT_TK_AUTH, TPMT_TK_VERIFIED, TSS2_ABI_VERSION,
-    TSS2_TCTI_CONTEXT,
+    TPML_DIGEST_VALUES, TPMS_CAPABILITY_DATA, TPMT_SIGNATURE, TPMT_SYM_DEF, TPMT_TK_AUTH, TPMT_TK_VERIFIED,
+    TSS2_ABI_VERSION, TSS2_TCTI_CONTEXT,
 };
 
 /// The library's name, with the version of its ABI: the same in Debian 12 and 13.
@@ -71,6 +71,9 @@ functions! {
     Esys_TRSess_GetNonceTPM(*mut ESYS_CONTEXT, ESYS_TR, *mut *mut TPM2B_NONCE) -> u32;
     Esys_FlushContext(*mut ESYS_CONTEXT, ESYS_TR) -> u32;
     Esys_PCR_Extend(*mut ESYS_CONTEXT, ESYS_TR, ESYS_TR, ESYS_TR, ESYS_TR, *const TPML_DIGEST_VALUES) -> u32;
+    Esys_GetCapability(
+        *mut ESYS_CONTEXT, ESYS_TR, ESYS_TR, ESYS_TR, u32, u32, u32, *mut u8, *mut *mut TPMS_CAPABILITY_DATA,
+    ) -> u32;
     Esys_NV_ReadPublic(
         *mut ESYS_CONTEXT, ESYS_TR, ESYS_TR, ESYS_TR, ESYS_TR, *mut *mut TPM2B_NV_PUBLIC, *mut *mut TPM2B_NAME,
     ) -> u32;

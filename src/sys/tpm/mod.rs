@@ -1,4 +1,4 @@
-//! A TPM 2.0: the commands that the floor needs, through tpm2-tss' enhanced system API (ESYS).
+//! A TPM 2.0: the commands that the floor and the measurement of a boot need, through tpm2-tss' enhanced system API (ESYS).
 //!
 //! Typed values and their conversions to the C structures are those of `tss-esapi`; the calls are
 //! those of its `tss-esapi-sys`, because `tss_esapi::Context` has no `TPM2_PolicyNV`, keeps its raw context
@@ -17,6 +17,7 @@
 
 mod commands;
 mod library;
+mod pcr;
 mod tcti;
 
 use std::cell::Cell;
@@ -31,6 +32,7 @@ use tss_esapi::tss2_esys as tss;
 
 use commands::{build_nv_public, build_public};
 use library::Library;
+pub use pcr::{BankAlgorithm, BankDigest};
 use tcti::{Channel, Failure};
 
 use super::flock::Lock;
@@ -135,6 +137,15 @@ impl TpmError {
             _ => None,
         }
     }
+}
+
+/// Whether tpm2-tss can be loaded.
+///
+/// # Errors
+/// [`TpmError::Library`] with what the dynamic loader said.
+pub fn check_library() -> Result<(), TpmError> {
+    let loaded = library::load().map(|_| ());
+    loaded.map_err(|message| TpmError::Library { message: message.to_string() })
 }
 
 /// Keeps tpm2-tss from writing to stderr what is reported as an error anyway; whoever sets
@@ -255,21 +266,6 @@ impl Tpm {
             }
             std::thread::sleep(BUSY_PAUSE);
         }
-    }
-
-    /// Extends a PCR, in its SHA-256 bank, with a digest.
-    ///
-    /// Where the TPM has no such bank it answers with success and changes nothing (TPM 2.0 part 3,
-    /// section "TPM2_PCR_Extend").
-    pub fn pcr_extend(&self, pcr: u32, digest: &[u8; 32]) -> Result<(), TpmError> {
-        let mut values = tss::TPML_DIGEST_VALUES { count: 1, ..Default::default() };
-        values.digests[0].hashAlg = ALG_SHA256;
-        values.digests[0].digest = tss::TPMU_HA { sha256: *digest };
-        self.0.call("extend a PCR", |library, esys| {
-            // SAFETY: the context is live, and `values` outlives the call. The handles of PCRs are
-            // their numbers (ESYS_TR_PCR0 is 0); their authorization is the empty password.
-            unsafe { (library.Esys_PCR_Extend)(esys, pcr, PASSWORD, NONE, NONE, &raw const values) }
-        })
     }
 
     /// Looks up an NV index.

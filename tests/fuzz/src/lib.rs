@@ -4,6 +4,7 @@
 
 pub mod build;
 pub mod manifest;
+pub mod puzzlefs;
 pub mod squashfs;
 pub mod trust;
 pub mod verity;
@@ -22,6 +23,8 @@ pub const TARGETS: &[Target] = &[
     ("squashfs_image", squashfs::image),
     ("manifest_import", manifest::import),
     ("manifest_system", manifest::system),
+    ("puzzlefs_metadata", puzzlefs::metadata),
+    ("puzzlefs_chunk", puzzlefs::chunk),
     ("trust_certificate", trust::certificate),
     ("verity_superblock", verity::superblock),
     ("verity_tree", verity::tree),

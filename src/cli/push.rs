@@ -1,0 +1,109 @@
+//! `mosfs push`: a signed system from a store to a registry. `mosfs pull`: the other way.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Global, RegistryArgs, output, progress};
+use crate::deploy::{pull, push};
+use crate::error::AnyError;
+use crate::image::oci::Platform;
+use crate::store::Store;
+use crate::transport::registry::Registry;
+use crate::transport::{SourceRef, TransportError};
+
+/// Push a signed system, with its images, to a registry.
+///
+/// Sends what the registry lacks. The version is visible there when all of it is.
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// The store that has the system.
+    #[arg(long, value_name = "DIR")]
+    store: PathBuf,
+    /// Where to: `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a version, the highest in the store.
+    #[arg(value_name = "DESTINATION")]
+    to: SourceRef,
+    #[command(flatten)]
+    registry: RegistryArgs,
+}
+
+/// Pull a signed system, with its images, into a store.
+///
+/// Fetches what the store lacks, and goes on where an earlier pull was cut off.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// Where from: `docker://HOST[:PORT]/PREFIX[:VERSION]` or `oci:DIR[:NAME]`; without a version or
+    /// name, the highest version there.
+    source: SourceRef,
+    /// The store; it is made where there is none.
+    #[arg(long, value_name = "DIR")]
+    store: PathBuf,
+    /// Pull the single image `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`, which nobody has signed.
+    #[arg(long)]
+    image: bool,
+    /// The image's name in the store [default: NAME:TAG].
+    #[arg(long, value_name = "NAME", requires = "image")]
+    name: Option<String>,
+    #[command(flatten)]
+    registry: RegistryArgs,
+}
+
+/// Runs `mosfs push`.
+pub fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
+    if !args.to.is_registry() {
+        return Err(TransportError::BadSource {
+            found: args.to.to_string(),
+            why: "expected a registry, docker://HOST[:PORT]/PREFIX[:VERSION]",
+        }
+        .into());
+    }
+    let store = Store::open(&args.store)?;
+    let to = Registry::open(&args.to.location, &args.registry.access(global))?;
+    let pushed = push::system(&store, args.to.name.as_deref(), &to, &progress::of(global)?)?;
+    output::answer(
+        global,
+        || {
+            json!({
+                "version": pushed.version, "digest": pushed.digest, "sent": pushed.sent,
+                "mounted": pushed.mounted, "present": pushed.present,
+            })
+        },
+        || {
+            format!(
+                "pushed version {} ({}): {} blobs sent, {} mounted, {} were there",
+                pushed.version, pushed.digest, pushed.sent, pushed.mounted, pushed.present
+            )
+        },
+    )
+}
+
+/// Runs `mosfs pull`.
+pub fn pull(args: &PullArgs, global: &Global) -> Result<(), AnyError> {
+    let from = args.source.open(&args.registry.access(global))?;
+    let store = Store::create(&args.store)?;
+    let progress = progress::of(global)?;
+    let name = args.source.name.as_deref();
+    let pulled = match args.image {
+        true => {
+            let as_name = args.name.clone().unwrap_or_else(|| name_of(&args.source));
+            pull::image(from.as_ref(), name, &Platform::this_machine(), &as_name, &store, &progress)?
+        }
+        false => pull::system(from.as_ref(), name, &store, &progress)?,
+    };
+    output::answer(
+        global,
+        || json!({ "digest": pulled.digest, "names": pulled.names, "fetched": pulled.fetched }),
+        || format!("pulled {}: {} blobs fetched", pulled.digest, pulled.fetched),
+    )
+}
+
+/// `NAME:TAG` of an image in a registry, without its host.
+fn name_of(source: &SourceRef) -> String {
+    let name = source.name.as_deref().unwrap_or("latest");
+    if !source.is_registry() {
+        return name.to_string();
+    }
+    let (_, repository) = source.location.split_once('/').unwrap_or(("", &source.location));
+    format!("{repository}:{name}")
+}

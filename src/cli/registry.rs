@@ -1,0 +1,42 @@
+//! Options of commands that reach registries.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::Global;
+use crate::transport::Access;
+
+/// Options of commands that reach registries.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Registries")]
+pub struct RegistryArgs {
+    /// Speak plain HTTP to the registries named here. Registries of this machine (localhost, 127.0.0.0/8, [::1])
+    /// need no such word.
+    #[arg(long)]
+    plain_http: bool,
+    /// Take credentials from this file alone, as `podman login` and `docker login` write it.
+    #[arg(long, value_name = "FILE")]
+    authfile: Option<PathBuf>,
+    /// Trust the CAs (*.crt) in this folder beside the system's, and log in with its client
+    /// certificate (*.cert, *.key); instead of certs.d.
+    #[arg(long, value_name = "DIR")]
+    cert_dir: Option<PathBuf>,
+    /// How long to wait for a silent server; a transfer below 1 KiB/s over this time is broken too.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=3600))]
+    net_timeout: u16,
+}
+
+impl RegistryArgs {
+    /// How registries are to be reached. Shows the log from now on.
+    pub fn access(&self, global: &Global) -> Access {
+        super::log::show(global);
+        Access {
+            plain_http: self.plain_http,
+            auth_file: self.authfile.clone(),
+            certificates: self.cert_dir.clone(),
+            patience: Duration::from_secs(self.net_timeout.into()),
+        }
+    }
+}

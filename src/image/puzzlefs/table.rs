@@ -1,0 +1,662 @@
+//! The metadata as it is kept: checked once, compact, sorted.
+//!
+//! Schema (id 0x84ae5e6e88b7cbb7). Numbers in brackets: data words and pointers; `@` is the bit of a field.
+//!
+//! ```text
+//! Rootfs (1, 2)         manifestVersion u64 @0; 0 metadatas: InodeVector, the newest first; 1 fsVerityData (not read)
+//! InodeVector (0, 1)    0 inodes: Inode, ascending
+//! Inode (3, 2)          ino u64 @0, tag u16 @64, permissions u16 @80, uid u32 @96, gid u32 @128;
+//!                       0 by the tag: Chr, Blk, Dir or list of FileChunk; 1 InodeAdditional
+//! Chr, Blk (2, 0)       major u64 @0, minor u64 @64
+//! Dir (1, 1)            lookBelow @0; 0 entries: DirEntry
+//! DirEntry (1, 1)       ino u64 @0; 0 name
+//! FileChunk (1, 1)      len u64 @0; 0 BlobRef
+//! BlobRef (2, 1)        offset u64 @0, compressed @64; 0 digest
+//! InodeAdditional (0, 2)  0 xattrs: Xattr; 1 symlinkTarget
+//! Xattr (0, 2)          0 key, 1 val
+//! ```
+//!
+//! Three walks over the message. The first checks every inode of every list, finds which of them count, and how many
+//! bytes each chunk decodes to: to the end of the last stretch that any inode uses, also one that no name leads to,
+//! since a chunk is cut from the files of one build. The second goes from the root through all folders. The third
+//! keeps what the second reached.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
+
+use super::chunk::Chunk;
+use super::message::{List, Message, Struct};
+use super::{MANIFEST_VERSION, MAX_CHUNK_BYTES, MAX_INO, corrupt};
+use crate::digest::Digest;
+use crate::image::LayerError;
+use crate::image::chunked::Chunks;
+use crate::image::layer::FileType;
+
+/// The inode number of the root folder.
+pub(super) const ROOT: u64 = 1;
+
+/// The longest name, in bytes (the kernel's NAME_MAX).
+const NAME_MAX: usize = 255;
+/// The longest target of a link, in bytes (the kernel's PATH_MAX, less the NUL).
+const TARGET_MAX: usize = 4095;
+/// The longest value of an extended attribute, in bytes (the kernel's XATTR_SIZE_MAX).
+const XATTR_MAX: usize = 65_536;
+/// The kernel's device numbers have 12 bits of major and 20 of minor number.
+const MAJOR_MAX: u64 = (1 << 12) - 1;
+const MINOR_MAX: u64 = (1 << 20) - 1;
+/// The largest file, in bytes: sizes are signed to the kernel.
+const SIZE_MAX: u64 = i64::MAX as u64;
+
+/// What an inode is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tag {
+    Fifo,
+    Char,
+    Dir,
+    Block,
+    File,
+    Symlink,
+    Socket,
+    /// Of a delta: the name does not exist.
+    Whiteout,
+}
+
+impl Tag {
+    fn of(inode: &Struct<'_>) -> Result<Self, LayerError> {
+        Ok(match inode.u16(64) {
+            1 => Tag::Fifo,
+            2 => Tag::Char,
+            3 => Tag::Dir,
+            4 => Tag::Block,
+            5 => Tag::File,
+            6 => Tag::Symlink,
+            7 => Tag::Socket,
+            8 => Tag::Whiteout,
+            tag => return Err(corrupt(inode.offset(), format!("an inode has tag {tag}, expected 1 to 8"))),
+        })
+    }
+
+    /// The type of file. No inode that is kept is a whiteout.
+    pub fn kind(self) -> FileType {
+        match self {
+            Tag::Fifo => FileType::Fifo,
+            Tag::Char | Tag::Whiteout => FileType::CharDevice,
+            Tag::Dir => FileType::Directory,
+            Tag::Block => FileType::BlockDevice,
+            Tag::File => FileType::Regular,
+            Tag::Symlink => FileType::Symlink,
+            Tag::Socket => FileType::Socket,
+        }
+    }
+}
+
+/// A file that a name leads to.
+#[derive(Debug)]
+pub(super) struct Inode {
+    pub ino: u64,
+    /// Bytes of a file's content or of a link's target.
+    pub size: u64,
+    pub uid: u32,
+    pub gid: u32,
+    pub nlink: u32,
+    /// The first of its entries (folder) or stretches (file), where its target begins (link), its number (device).
+    pub first: u32,
+    /// How many entries or stretches it has.
+    pub count: u32,
+    pub xattr_first: u32,
+    pub xattr_count: u32,
+    pub permissions: u16,
+    pub tag: Tag,
+}
+
+/// A name in a folder.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    name: u32,
+    name_len: u8,
+    whiteout: bool,
+    /// Which of [`Table::inodes`].
+    pub inode: u32,
+}
+
+/// A part of a file that lies in one chunk. It ends where the next one begins, or with the file.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stretch {
+    /// Where in the file it begins, in bytes.
+    pub start: u64,
+    /// Which of [`Table::chunks`].
+    pub chunk: u32,
+    /// Where in the decoded chunk it begins, in bytes.
+    pub offset: u32,
+}
+
+/// An extended attribute: places in the arena.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Xattr {
+    pub name: u32,
+    pub value: u32,
+    pub value_len: u32,
+    pub name_len: u8,
+}
+
+/// All that is kept of the metadata.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    /// In the order of their numbers.
+    pub inodes: Vec<Inode>,
+    /// Those of a folder lie side by side, in the order of their names.
+    entries: Vec<Entry>,
+    stretches: Vec<Stretch>,
+    pub xattrs: Vec<Xattr>,
+    /// In the order of their first use.
+    pub chunks: Vec<Chunk>,
+    /// Names, targets, attributes.
+    arena: Vec<u8>,
+}
+
+/// An inode that counts: the first list that has its number has it at that index.
+#[derive(Debug, Clone, Copy)]
+struct Visible {
+    ino: u64,
+    list: u32,
+    index: u32,
+    /// How many names lead to it; of a folder that was reached: 1.
+    links: u32,
+    /// Of a folder: its entries, and how many of them are folders.
+    first: u32,
+    count: u32,
+    folders: u32,
+}
+
+/// Which chunks there are, by digest and flag.
+#[derive(Default)]
+struct Used {
+    numbers: HashMap<(Digest, bool), u32>,
+    /// How many bytes each decodes to, and its number in the order of first use once it is used.
+    found: Vec<(u32, Option<u32>)>,
+}
+
+/// A part of a file, checked.
+struct FileChunk {
+    len: u32,
+    offset: u32,
+    digest: Digest,
+    compressed: bool,
+}
+
+/// An index of the tables. They have fewer elements than the message has bytes, and that is below 2^32.
+fn index(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
+}
+
+impl Table {
+    /// Reads and checks the metadata. `listed` are the chunks that the manifest lists.
+    pub fn read(bytes: &[u8], listed: &Chunks) -> Result<Table, LayerError> {
+        let message = Message::open(bytes)?;
+        let root = message.root()?;
+        let version = root.u64(0);
+        if version != MANIFEST_VERSION {
+            let why = format!("manifestVersion is {version}, expected {MANIFEST_VERSION}");
+            return Err(corrupt(root.offset(), why));
+        }
+        let lists = root.list(0)?.iter().map(|list| list.list(0)).collect::<Result<Vec<_>, _>>()?;
+        let mut chunks = Used::default();
+        let mut visible = visible(&lists, &mut chunks)?;
+        message.refill();
+        let mut table = Table::default();
+        table.walk(&lists, &mut visible)?;
+        message.refill();
+        table.keep(&lists, &visible, &mut chunks, listed)?;
+        for list in [&mut table.entries as &mut dyn Shrink, &mut table.stretches, &mut table.arena] {
+            list.shrink();
+        }
+        Ok(table)
+    }
+
+    /// The inode of that number, if a name leads to it.
+    pub fn inode(&self, ino: u64) -> Option<&Inode> {
+        // Numbers begin at 1 and have few gaps, so it lies at this place or before it.
+        let guess = usize::try_from(ino.checked_sub(ROOT)?).unwrap_or(usize::MAX);
+        match self.inodes.get(guess) {
+            Some(inode) if inode.ino == ino => Some(inode),
+            _ => {
+                let below = self.inodes.get(..guess.min(self.inodes.len())).unwrap_or_default();
+                below.binary_search_by_key(&ino, |inode| inode.ino).ok().and_then(|at| below.get(at))
+            }
+        }
+    }
+
+    /// Bytes of the arena.
+    pub fn bytes(&self, start: u32, len: usize) -> &[u8] {
+        self.arena.get(start as usize..).and_then(|rest| rest.get(..len)).unwrap_or_default()
+    }
+
+    /// The name of an entry.
+    pub fn name(&self, entry: &Entry) -> &[u8] {
+        self.bytes(entry.name, entry.name_len.into())
+    }
+
+    /// The entries of a folder, in the order of their names.
+    pub fn entries_of(&self, inode: &Inode) -> &[Entry] {
+        slice(&self.entries, inode.first, inode.count)
+    }
+
+    /// The stretches of a file.
+    pub fn stretches_of(&self, inode: &Inode) -> &[Stretch] {
+        slice(&self.stretches, inode.first, inode.count)
+    }
+
+    /// The attributes of a file.
+    pub fn xattrs_of(&self, inode: &Inode) -> &[Xattr] {
+        slice(&self.xattrs, inode.xattr_first, inode.xattr_count)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> u32 {
+        let start = index(self.arena.len());
+        self.arena.extend_from_slice(bytes);
+        start
+    }
+
+    /// The second walk: all folders, from the root on.
+    fn walk(&mut self, lists: &[List<'_>], visible: &mut [Visible]) -> Result<(), LayerError> {
+        let root = find(visible, ROOT).ok_or_else(|| corrupt(0, "there is no inode 1, the root folder"))?;
+        if tag(lists, visible.get(root))? != Tag::Dir {
+            return Err(corrupt(0, "inode 1, the root, is not a folder"));
+        }
+        if let Some(root) = visible.get_mut(root) {
+            root.links = 1;
+        }
+        let mut todo = vec![root];
+        while let Some(at) = todo.pop() {
+            let first = self.entries.len();
+            let folder = inode(lists, visible.get(at));
+            let names = match folder.map(|inode| inode.child(0)).transpose()?.flatten() {
+                Some(dir) => dir.list(0)?,
+                None => continue,
+            };
+            let mut folders = 0;
+            for entry in names.iter() {
+                let (ino, name) = (entry.u64(0), entry.bytes(0)?);
+                check_name(name, entry.offset())?;
+                let child = find(visible, ino)
+                    .ok_or_else(|| corrupt(entry.offset(), format!("there is no inode {ino} for a name")))?;
+                let child_tag = tag(lists, visible.get(child))?;
+                let Some(node) = visible.get_mut(child) else { continue };
+                match child_tag {
+                    Tag::Whiteout => {}
+                    Tag::Dir if node.links > 0 => {
+                        let why = format!("folder {ino} has two names, or is within itself");
+                        return Err(corrupt(entry.offset(), why));
+                    }
+                    Tag::Dir => {
+                        node.links = 1;
+                        folders += 1;
+                        todo.push(child);
+                    }
+                    _ => node.links = node.links.saturating_add(1),
+                }
+                let name_len = name.len() as u8;
+                let name = self.put(name);
+                let whiteout = child_tag == Tag::Whiteout;
+                self.entries.push(Entry { name, name_len, whiteout, inode: index(child) });
+            }
+            self.sort(first, names.iter().next().map_or(0, |entry| entry.offset()))?;
+            if let Some(node) = visible.get_mut(at) {
+                node.first = index(first);
+                node.count = index(self.entries.len() - first);
+                node.folders = folders;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sorts the entries of the folder that begins at `first`, and takes out what does not exist.
+    fn sort(&mut self, first: usize, offset: usize) -> Result<(), LayerError> {
+        let Self { entries, arena, .. } = self;
+        let name = |entry: &Entry| {
+            arena.get(entry.name as usize..).and_then(|rest| rest.get(..entry.name_len.into())).unwrap_or(&[])
+        };
+        let folder = entries.get_mut(first..).unwrap_or_default();
+        folder.sort_unstable_by(|a, b| name(a).cmp(name(b)));
+        for pair in folder.windows(2) {
+            if let [a, b] = pair
+                && name(a) == name(b)
+            {
+                let why = format!("a folder has the name `{}` twice", name(a).escape_ascii());
+                return Err(corrupt(offset, why));
+            }
+        }
+        let mut at = first;
+        for from in first..entries.len() {
+            if !entries[from].whiteout {
+                entries.swap(at, from);
+                at += 1;
+            }
+        }
+        entries.truncate(at);
+        Ok(())
+    }
+
+    /// The third walk: keeps the inodes that were reached.
+    fn keep(
+        &mut self,
+        lists: &[List<'_>],
+        visible: &[Visible],
+        chunks: &mut Used,
+        listed: &Chunks,
+    ) -> Result<(), LayerError> {
+        let mut places = vec![u32::MAX; visible.len()];
+        for (seen, place) in visible.iter().zip(&mut places) {
+            if seen.links == 0 {
+                continue;
+            }
+            let Some(source) = inode(lists, Some(seen)) else { continue };
+            let mut kept = Inode {
+                ino: seen.ino,
+                size: 0,
+                uid: source.u32(96),
+                gid: source.u32(128),
+                nlink: seen.links,
+                first: 0,
+                count: 0,
+                xattr_first: index(self.xattrs.len()),
+                xattr_count: 0,
+                permissions: source.u16(80) & 0o7777,
+                tag: Tag::of(&source)?,
+            };
+            let additional = source.child(1)?;
+            match kept.tag {
+                Tag::Dir => {
+                    (kept.first, kept.count) = (seen.first, seen.count);
+                    kept.nlink = seen.folders.saturating_add(2);
+                }
+                Tag::File => {
+                    kept.first = index(self.stretches.len());
+                    kept.size = self.file(&source, chunks, listed)?;
+                    kept.count = index(self.stretches.len()) - kept.first;
+                }
+                Tag::Char | Tag::Block => kept.first = device(&source)?,
+                Tag::Symlink => {
+                    let target = match additional {
+                        Some(additional) => additional.bytes(1)?,
+                        None => &[],
+                    };
+                    if target.is_empty() || target.len() > TARGET_MAX || target.contains(&0) {
+                        let why = format!(
+                            "link {} has a target of {} bytes, expected 1 to {TARGET_MAX} without NUL",
+                            seen.ino,
+                            target.len()
+                        );
+                        return Err(corrupt(source.offset(), why));
+                    }
+                    (kept.first, kept.size) = (self.put(target), target.len() as u64);
+                }
+                Tag::Fifo | Tag::Socket | Tag::Whiteout => {}
+            }
+            if let Some(additional) = additional {
+                self.attributes(&additional)?;
+                kept.xattr_count = index(self.xattrs.len()) - kept.xattr_first;
+            }
+            *place = index(self.inodes.len());
+            self.inodes.push(kept);
+        }
+        for entry in &mut self.entries {
+            entry.inode = places.get(entry.inode as usize).copied().unwrap_or(u32::MAX);
+        }
+        Ok(())
+    }
+
+    /// Keeps the stretches of a file. Returns its size in bytes.
+    fn file(&mut self, source: &Struct<'_>, chunks: &mut Used, listed: &Chunks) -> Result<u64, LayerError> {
+        let mut start = 0u64;
+        for part in source.list(0)?.iter() {
+            let FileChunk { len, offset, digest, compressed } = file_chunk(&part)?;
+            if len == 0 {
+                continue;
+            }
+            let number = chunks.numbers.get(&(digest, compressed)).copied().unwrap_or(u32::MAX);
+            let Some((decoded_bytes, used)) = chunks.found.get_mut(number as usize) else { continue };
+            let chunk = match *used {
+                Some(chunk) => chunk,
+                None => {
+                    let chunk = index(self.chunks.len());
+                    let stored_bytes = stored_bytes(listed, &digest, part.offset())?;
+                    let decoded_bytes = *decoded_bytes;
+                    self.chunks.push(Chunk { digest, stored_bytes, decoded_bytes, compressed });
+                    *used = Some(chunk);
+                    chunk
+                }
+            };
+            self.stretches.push(Stretch { start, chunk, offset });
+            start = start
+                .checked_add(len.into())
+                .filter(|size| *size <= SIZE_MAX)
+                .ok_or_else(|| corrupt(part.offset(), format!("a file is larger than {SIZE_MAX} bytes")))?;
+        }
+        Ok(start)
+    }
+
+    fn attributes(&mut self, additional: &Struct<'_>) -> Result<(), LayerError> {
+        for xattr in additional.list(0)?.iter() {
+            let (name, value) = (xattr.bytes(0)?, xattr.bytes(1)?);
+            if name.is_empty() || name.len() > NAME_MAX || name.contains(&0) || value.len() > XATTR_MAX {
+                let why = format!(
+                    "an extended attribute has a name of {} and a value of {} bytes, \
+                     expected 1 to {NAME_MAX} without NUL, and at most {XATTR_MAX}",
+                    name.len(),
+                    value.len()
+                );
+                return Err(corrupt(xattr.offset(), why));
+            }
+            let (name_len, value_len) = (name.len() as u8, index(value.len()));
+            let (name, value) = (self.put(name), self.put(value));
+            self.xattrs.push(Xattr { name, value, value_len, name_len });
+        }
+        Ok(())
+    }
+}
+
+/// The stored size of a chunk that is used, in bytes, by the manifest's list.
+fn stored_bytes(listed: &Chunks, digest: &Digest, offset: usize) -> Result<u32, LayerError> {
+    match listed.get(digest) {
+        Some(&size) if size > 0 && size <= MAX_CHUNK_BYTES.into() => Ok(size as u32),
+        Some(size) => {
+            let why = format!(
+                "the manifest says that chunk {digest} has {size} bytes, expected 1 to {MAX_CHUNK_BYTES}"
+            );
+            Err(corrupt(offset, why))
+        }
+        // Garbage collection would take it away, and no copy of the image would have it.
+        None => Err(corrupt(offset, format!("chunk {digest} is used, but the manifest does not list it"))),
+    }
+}
+
+/// The first walk: the inodes that count, in the order of their numbers, and all chunks.
+fn visible(lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerError> {
+    let total = lists.iter().map(List::len).sum();
+    let mut visible: Vec<Visible> = Vec::with_capacity(total);
+    for (number, list) in lists.iter().enumerate() {
+        let mut before: Option<u64> = None;
+        for (at, source) in list.iter().enumerate() {
+            let ino = source.u64(0);
+            if ino == 0 || ino >= MAX_INO {
+                let why = format!("inode number {ino}, expected 1 to {}", MAX_INO - 1);
+                return Err(corrupt(source.offset(), why));
+            }
+            if before.is_some_and(|before| before > ino) {
+                return Err(corrupt(source.offset(), format!("inode {ino} is not in the order of numbers")));
+            }
+            check_inode(&source, chunks)?;
+            let mut seen = Visible {
+                ino,
+                list: index(number),
+                index: index(at),
+                links: 0,
+                first: 0,
+                count: 0,
+                folders: 0,
+            };
+            if before == Some(ino) {
+                // Some deltas have a number twice. The inode that a binary search meets first counts.
+                seen.index = index(first_met(list, ino));
+                visible.pop();
+            }
+            visible.push(seen);
+            before = Some(ino);
+        }
+    }
+    if lists.len() > 1 {
+        // Stable: of those with one number, that of the newest list comes first.
+        visible.sort_by_key(|seen| seen.ino);
+        visible.dedup_by_key(|seen| seen.ino);
+    }
+    Ok(visible)
+}
+
+/// Which element of a list a binary search for `ino` meets first. It is in the list.
+fn first_met(list: &List<'_>, ino: u64) -> usize {
+    let (mut left, mut right) = (0, list.len().saturating_sub(1));
+    while left < right {
+        let middle = left + (right - left) / 2;
+        match list.get(middle).u64(0) {
+            found if found < ino => left = middle + 1,
+            found if found > ino => right = middle.saturating_sub(1),
+            _ => return middle,
+        }
+    }
+    left
+}
+
+fn check_inode(source: &Struct<'_>, chunks: &mut Used) -> Result<(), LayerError> {
+    match Tag::of(source)? {
+        Tag::File => {
+            for part in source.list(0)?.iter() {
+                let FileChunk { len, offset, digest, compressed } = file_chunk(&part)?;
+                if len > 0 {
+                    chunks.reach(digest, compressed, offset + len);
+                }
+            }
+        }
+        Tag::Dir => {
+            if let Some(dir) = source.child(0)?
+                && dir.bit(0)
+            {
+                return Err(corrupt(
+                    dir.offset(),
+                    "a folder has lookBelow set, which nothing reads or writes",
+                ));
+            }
+        }
+        Tag::Char | Tag::Block => {
+            device(source)?;
+        }
+        Tag::Fifo | Tag::Symlink | Tag::Socket | Tag::Whiteout => {}
+    }
+    Ok(())
+}
+
+impl Used {
+    /// Notes that a file uses a chunk up to `end`.
+    fn reach(&mut self, digest: Digest, compressed: bool, end: u32) {
+        let next = index(self.found.len());
+        match self.numbers.entry((digest, compressed)) {
+            MapEntry::Vacant(place) => {
+                place.insert(next);
+                self.found.push((end, None));
+            }
+            MapEntry::Occupied(place) => {
+                if let Some((decoded_bytes, _)) = self.found.get_mut(*place.get() as usize) {
+                    *decoded_bytes = end.max(*decoded_bytes);
+                }
+            }
+        }
+    }
+}
+
+fn file_chunk(part: &Struct<'_>) -> Result<FileChunk, LayerError> {
+    let len = part.u64(0);
+    let blob = part.child(0)?.ok_or_else(|| corrupt(part.offset(), "a part of a file has no chunk"))?;
+    let (offset, compressed, digest) = (blob.u64(0), blob.bit(64), blob.bytes(0)?);
+    let digest: [u8; 32] = digest
+        .try_into()
+        .map_err(|_| corrupt(blob.offset(), format!("a digest has {} bytes, expected 32", digest.len())))?;
+    match offset.checked_add(len) {
+        Some(end) if end <= MAX_CHUNK_BYTES.into() => {
+            let (len, offset) = (len as u32, offset as u32);
+            Ok(FileChunk { len, offset, digest: Digest::from_bytes(digest), compressed })
+        }
+        _ => {
+            let why = format!(
+                "a part of a file has {len} bytes at {offset} of a chunk, \
+                 expected an end of at most {MAX_CHUNK_BYTES}"
+            );
+            Err(corrupt(part.offset(), why))
+        }
+    }
+}
+
+/// The number of a device, in the kernel's encoding for user space.
+fn device(source: &Struct<'_>) -> Result<u32, LayerError> {
+    let (major, minor) = match source.child(0)? {
+        Some(numbers) => (numbers.u64(0), numbers.u64(1)),
+        None => (0, 0),
+    };
+    if major > MAJOR_MAX || minor > MINOR_MAX {
+        let why = format!(
+            "device number {major}:{minor}, expected at most {MAJOR_MAX}:{MINOR_MAX}, the kernel's bits"
+        );
+        return Err(corrupt(source.offset(), why));
+    }
+    let (major, minor) = (major as u32, minor as u32);
+    Ok(minor & 0xff | major << 8 | (minor & !0xff) << 12)
+}
+
+fn check_name(name: &[u8], offset: usize) -> Result<(), LayerError> {
+    let wrong = match name {
+        b"" => "is empty",
+        b"." | b".." => "is not a name",
+        _ if name.len() > NAME_MAX => "is longer than 255 bytes",
+        _ if name.contains(&b'/') || name.contains(&0) => "has a `/` or a NUL in it",
+        _ => return Ok(()),
+    };
+    let shown = name.get(..name.len().min(NAME_MAX)).unwrap_or_default().escape_ascii();
+    Err(corrupt(offset, format!("the name `{shown}` of a file {wrong}")))
+}
+
+fn find(visible: &[Visible], ino: u64) -> Option<usize> {
+    // As in `Table::inode`: the place is known where there are no gaps.
+    let guess = usize::try_from(ino.checked_sub(ROOT)?).unwrap_or(usize::MAX);
+    if visible.get(guess).is_some_and(|seen| seen.ino == ino) {
+        return Some(guess);
+    }
+    visible.binary_search_by_key(&ino, |seen| seen.ino).ok()
+}
+
+/// The inode in the message.
+fn inode<'m>(lists: &[List<'m>], seen: Option<&Visible>) -> Option<Struct<'m>> {
+    let seen = seen?;
+    let list = lists.get(seen.list as usize)?;
+    ((seen.index as usize) < list.len()).then(|| list.get(seen.index as usize))
+}
+
+fn tag(lists: &[List<'_>], seen: Option<&Visible>) -> Result<Tag, LayerError> {
+    match inode(lists, seen) {
+        Some(inode) => Tag::of(&inode),
+        None => Err(corrupt(0, "there is no such inode")),
+    }
+}
+
+fn slice<T>(all: &[T], first: u32, count: u32) -> &[T] {
+    all.get(first as usize..).and_then(|rest| rest.get(..count as usize)).unwrap_or_default()
+}
+
+/// A list whose room can be given back.
+trait Shrink {
+    fn shrink(&mut self);
+}
+
+impl<T> Shrink for Vec<T> {
+    fn shrink(&mut self) {
+        self.shrink_to_fit();
+    }
+}

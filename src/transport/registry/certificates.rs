@@ -1,0 +1,93 @@
+//! Private CAs and client certificates, where docker and podman keep them.
+//!
+//! ```text
+//! DIR/HOST[:PORT]/*.crt     CAs, trusted for this registry beside the system's
+//! DIR/HOST[:PORT]/*.cert    client certificate; its key is the *.key of the same name
+//! ```
+//!
+//! DIR is `~/.config/containers/certs.d`, `/etc/containers/certs.d`, `/etc/docker/certs.d`: the
+//! first that has a folder for the registry. A folder given by the user stands in place of them.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::error::RegistryError;
+use super::tls::Certificates;
+use crate::transport::reference::Host;
+
+/// The certificates for a registry.
+///
+/// # Errors
+/// [`RegistryError::Config`] for a folder that cannot be read, and for a certificate without its key.
+pub fn find(host: &Host, given: Option<&Path>) -> Result<Certificates, RegistryError> {
+    if let Some(folder) = given {
+        return match read(folder)? {
+            Some(found) => Ok(found),
+            None => Err(RegistryError::Config { path: folder.into(), why: "there is no such folder".into() }),
+        };
+    }
+    for dir in folders() {
+        if let Some(found) = read(&dir.join(host.to_string()))? {
+            return Ok(found);
+        }
+    }
+    Ok(Certificates::default())
+}
+
+fn folders() -> impl Iterator<Item = PathBuf> {
+    let own = super::home::config().map(|config| config.join("containers/certs.d"));
+    own.into_iter().chain(["/etc/containers/certs.d".into(), "/etc/docker/certs.d".into()])
+}
+
+fn read(folder: &Path) -> Result<Option<Certificates>, RegistryError> {
+    let wrong = |path: &Path, why: String| RegistryError::Config { path: path.to_path_buf(), why };
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(wrong(folder, error.to_string())),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        paths.push(entry.map_err(|error| wrong(folder, error.to_string()))?.path());
+    }
+    paths.sort();
+    let with = |extension: &str| {
+        paths
+            .iter()
+            .filter(|path| path.extension().is_some_and(|found| found == extension))
+            .cloned()
+            .collect::<Vec<_>>()
+    };
+    let authorities = with("crt");
+    let mut client = None;
+    for certificate in with("cert") {
+        let key = certificate.with_extension("key");
+        if !paths.contains(&key) {
+            return Err(wrong(&certificate, format!("its key {} is missing", key.display())));
+        }
+        client = client.or(Some((certificate, key)));
+    }
+    Ok(Some(Certificates { authorities, client }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_of_certificates() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Host::parse("h:5000").unwrap();
+        for name in ["b.crt", "a.crt", "me.cert", "me.key", "readme.txt"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let found = find(&host, Some(dir.path())).unwrap();
+        assert_eq!(found.authorities, [dir.path().join("a.crt"), dir.path().join("b.crt")]);
+        assert_eq!(found.client, Some((dir.path().join("me.cert"), dir.path().join("me.key"))));
+        fs::remove_file(dir.path().join("me.key")).unwrap();
+        let error = find(&host, Some(dir.path())).unwrap_err();
+        assert!(error.to_string().contains("me.key is missing"), "{error}");
+        assert!(find(&host, Some(&dir.path().join("none"))).is_err());
+    }
+}

@@ -1,0 +1,204 @@
+//! Writing to a registry.
+//!
+//! A blob is asked for first (HEAD), then mounted from another repository that has it, then sent whole:
+//! `POST …/uploads/` gives a place, one `PUT` fills it. An upload that breaks begins again at a new place:
+//! registries in use (distribution before 3.0) lose a broken one, and append to it whatever
+//! `Content-Range` says. A digest is checked by the registry and again here, by its name.
+
+use std::fs::File;
+use std::thread;
+
+use ureq::http::{HeaderName, Method, header};
+
+use super::client::{Scope, TRIES};
+use super::error::RegistryError;
+use super::http::{Ask, Payload};
+use super::url::Url;
+use super::{CONTENT_DIGEST, Registry, is_document};
+use crate::digest::Digest;
+use crate::image::oci::Descriptor;
+use crate::progress::Task;
+use crate::transport::{Transport, TransportError};
+
+/// The answer of a registry that has understood the `subject` of a manifest.
+const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
+
+/// How a blob came to be in a repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uploaded {
+    /// It was there.
+    Present,
+    /// It was in another repository of the registry.
+    Mounted,
+    /// It was sent.
+    Sent,
+}
+
+impl Registry {
+    /// Whether the repository has a blob or manifest.
+    pub fn has(&self, blob: &Descriptor) -> Result<bool, TransportError> {
+        let endpoint = self.home()?;
+        let kind = if is_document(blob) { "manifests" } else { "blobs" };
+        let url = Self::url(endpoint, &format!("{kind}/{}", blob.digest));
+        let mut ask = Ask::new(Method::HEAD);
+        if is_document(blob) {
+            ask.headers.push((header::ACCEPT, blob.media_type.clone()));
+        }
+        let answer = self.client().send(endpoint, &url, &Scope::Push, &ask)?;
+        match answer.status {
+            // A length that is not the blob's is a broken upload of someone else: send it again.
+            200 => Ok(answer.length().is_none_or(|length| length == blob.size)),
+            404 => Ok(false),
+            _ => Err(answer.unexpected().into()),
+        }
+    }
+
+    /// Puts a blob into the repository. `elsewhere` is a repository of this registry that has it.
+    ///
+    /// # Errors
+    /// [`TransportError::Registry`].
+    pub fn put_blob(
+        &self,
+        blob: &Descriptor,
+        file: &File,
+        elsewhere: Option<&str>,
+        task: &Task,
+    ) -> Result<Uploaded, TransportError> {
+        if self.has(blob)? {
+            task.advance(blob.size);
+            return Ok(Uploaded::Present);
+        }
+        let mut place = None;
+        if let Some(from) = elsewhere.filter(|from| *from != self.repository()) {
+            match self.mount(blob, from)? {
+                Mount::Done => {
+                    task.advance(blob.size);
+                    return Ok(Uploaded::Mounted);
+                }
+                Mount::Upload(url) => place = Some(url),
+                Mount::Refused => {}
+            }
+        }
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let sent = match place.take() {
+                Some(place) => self.fill(&place, blob, file, task),
+                None => self.begin().and_then(|place| self.fill(&place, blob, file, task)),
+            };
+            match sent {
+                Ok(()) => return Ok(Uploaded::Sent),
+                Err(TransportError::Registry(error)) if tries < TRIES && is_lost(&error) => {
+                    log::info!("{error}; sending {} again", blob.digest);
+                    thread::sleep(self.client().pause(tries, None));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Asks the registry to take a blob from another of its repositories.
+    fn mount(&self, blob: &Descriptor, from: &str) -> Result<Mount, TransportError> {
+        let endpoint = self.home()?;
+        let url =
+            Self::url(endpoint, "blobs/uploads/").with("mount", &blob.digest.to_string()).with("from", from);
+        let ask = empty_post();
+        let answer = match self.client().send(endpoint, &url, &Scope::Mount(from.into()), &ask) {
+            Ok(answer) => answer,
+            // Who may write here may not read there: send it.
+            Err(RegistryError::Denied { .. }) => return Ok(Mount::Refused),
+            Err(error) => return Err(error.into()),
+        };
+        match answer.status {
+            201 => Ok(Mount::Done),
+            202 => Ok(Mount::Upload(self.upload_at(endpoint, &answer)?)),
+            _ => Ok(Mount::Refused),
+        }
+    }
+
+    /// Asks for a place to send a blob to.
+    fn begin(&self) -> Result<Url, TransportError> {
+        let endpoint = self.home()?;
+        let url = Self::url(endpoint, "blobs/uploads/");
+        let answer = self.client().send(endpoint, &url, &Scope::Push, &empty_post())?;
+        match answer.status {
+            202 => self.upload_at(endpoint, &answer),
+            _ => Err(answer.unexpected().into()),
+        }
+    }
+
+    fn upload_at(
+        &self,
+        endpoint: &super::settings::Endpoint,
+        answer: &super::http::Answer,
+    ) -> Result<Url, TransportError> {
+        let Some(location) = answer.header(&header::LOCATION) else {
+            let (request, why) = (answer.request().to_string(), "the answer has no Location".into());
+            return Err(RegistryError::Protocol { request, why }.into());
+        };
+        Ok(self.client().next(endpoint, &answer.url, answer.request(), location)?)
+    }
+
+    fn fill(&self, place: &Url, blob: &Descriptor, file: &File, task: &Task) -> Result<(), TransportError> {
+        let endpoint = self.home()?;
+        let url = place.with("digest", &blob.digest.to_string());
+        let mut ask = Ask::new(Method::PUT);
+        ask.headers.push((header::CONTENT_TYPE, "application/octet-stream".into()));
+        ask.payload = Payload::File { file, size: blob.size, task };
+        let answer = self.client().once(endpoint, &url, &Scope::Push, &ask)?;
+        match answer.status {
+            201 | 204 => Ok(()),
+            _ => Err(answer.unexpected().into()),
+        }
+    }
+
+    /// Puts a manifest or index under a tag or digest; whether the registry knows about `subject`.
+    ///
+    /// # Errors
+    /// [`TransportError::DigestMismatch`] where the registry says that it stored something else.
+    pub fn put_document(&self, name: &str, media_type: &str, bytes: &[u8]) -> Result<bool, TransportError> {
+        let endpoint = self.home()?;
+        let url = Self::url(endpoint, &format!("manifests/{name}"));
+        let mut ask = Ask::new(Method::PUT);
+        ask.headers.push((header::CONTENT_TYPE, media_type.into()));
+        ask.payload = Payload::Bytes(bytes);
+        let answer = self.client().send(endpoint, &url, &Scope::Push, &ask)?;
+        if !matches!(answer.status, 200 | 201) {
+            return Err(answer.unexpected().into());
+        }
+        let expected = Digest::of(bytes);
+        let said = answer.header(&CONTENT_DIGEST).and_then(|text| text.parse::<Digest>().ok());
+        if let Some(found) = said.filter(|found| *found != expected) {
+            let object = answer.request().to_string();
+            return Err(TransportError::DigestMismatch { object, expected, found });
+        }
+        Ok(answer.header(&SUBJECT).is_some())
+    }
+
+    /// Puts referrers of `subject`, which are in this repository already, where readers find them,
+    /// on a registry that does not do so by itself.
+    pub fn put_referrers(&self, subject: &Digest, referrers: &[Descriptor]) -> Result<(), TransportError> {
+        self.add_to_tag(subject, referrers)
+    }
+
+    /// The place, for messages.
+    pub fn name(&self) -> String {
+        self.location()
+    }
+}
+
+enum Mount {
+    Done,
+    Upload(Url),
+    Refused,
+}
+
+fn empty_post() -> Ask<'static> {
+    // Without a body the length must be said: some servers wait for one.
+    Ask { payload: Payload::Bytes(&[]), ..Ask::new(Method::POST) }
+}
+
+/// Whether an upload is lost and another one may do better.
+fn is_lost(error: &RegistryError) -> bool {
+    error.is_temporary() || matches!(error, RegistryError::NotFound { .. })
+}

@@ -1,0 +1,318 @@
+//! Mounts of PuzzleFS images through FUSE, and what a flipped bit does to one.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use mosfs::digest::Digest;
+use mosfs::image::layer::Layer;
+use mosfs::image::puzzlefs::{Puzzlefs, ROOTFS};
+use mosfs::image::{FileType, NodeId};
+
+use crate::dump::content;
+use mosfs::image::oci::MAX_MANIFEST_BYTES;
+
+use crate::images::{IMAGES, expected, image, layer, open, unpack};
+use crate::layout::{OurMount, open_rw, run_mosfs};
+use crate::message::{large, large_manifest};
+use crate::scan::{Node, Tree, scan, show};
+use crate::tools::need_root;
+
+/// The lines of an expected tree that a mount can show: the merged view hides devices 0:0 and the overlay's own
+/// attributes.
+fn visible(text: &str) -> Vec<String> {
+    let lines = text.lines().filter(|line| !line.contains(" char ") || !line.contains(" 0:0 "));
+    lines.map(|line| line.replace("trusted.overlay.opaque=79", "-")).collect()
+}
+
+fn escaped(bytes: &[u8]) -> String {
+    let each = bytes.iter().map(|byte| match byte {
+        33..127 if *byte != b'\\' => char::from(*byte).to_string(),
+        _ => format!("\\{byte:03o}"),
+    });
+    let text: String = each.collect();
+    if text.is_empty() { "-".into() } else { text }
+}
+
+/// A mounted tree as the expected trees are written.
+fn lines(tree: &Tree) -> Vec<String> {
+    let mut lines: Vec<(Vec<Vec<u8>>, String)> = tree
+        .iter()
+        .map(|(path, node)| {
+            let parts = path.split(|byte| *byte == b'/').map(<[u8]>::to_vec).collect();
+            (parts, line(path, node))
+        })
+        .collect();
+    lines.sort();
+    lines.into_iter().map(|(_, line)| line).collect()
+}
+
+fn line(path: &[u8], node: &Node) -> String {
+    let kind = match node.kind {
+        'd' => "dir",
+        '-' => "file",
+        'l' => "link",
+        'b' => "block",
+        'c' => "char",
+        'p' => "fifo",
+        _ => "sock",
+    };
+    let size = if node.kind == 'd' { "-".into() } else { node.size.to_string() };
+    let device = match node.kind {
+        'b' | 'c' => format!("{}:{}", libc::major(node.rdev), libc::minor(node.rdev)),
+        _ => "-".into(),
+    };
+    let hex = |bytes: &[u8]| mosfs::digest::hex(bytes);
+    let xattrs: Vec<_> = node.xattrs.iter().map(|(k, v)| format!("{}={}", escaped(k), hex(v))).collect();
+    let xattrs = if xattrs.is_empty() { "-".into() } else { xattrs.join(",") };
+    let content = match (&node.content, &node.target) {
+        (Some(Ok(digest)), _) => digest.to_string(),
+        (Some(Err(number)), _) => format!("error {number}"),
+        (None, Some(target)) => format!("-> {}", escaped(target)),
+        (None, None) => "-".into(),
+    };
+    let same = if node.same_as == path {
+        String::new()
+    } else {
+        format!(" same-inode-as=/{}", escaped(&node.same_as))
+    };
+    let Node { mode, uid, gid, nlink, mtime, .. } = node;
+    let path = if path.is_empty() { "/".to_string() } else { format!("/{}", escaped(path)) };
+    format!(
+        "{path} {kind} {mode:04o} {uid} {gid} {size} {device} nlink={nlink} mtime={mtime} {xattrs} {content}{same}"
+    )
+}
+
+#[test]
+fn the_images_of_the_tool_mount_as_they_were_meant() {
+    need_root();
+    for (layout, name, tree) in IMAGES {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("oci");
+        unpack(layout, &dir);
+        let mount = OurMount::new(&format!("oci:{}:{name}", dir.display()), &folder.path().join("m"), &[]);
+        let (found, expected) = (lines(&scan(&mount.at)), visible(&expected(tree)));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!(found, expected, "{layout}:{name}");
+        }
+        assert_eq!(found.len(), expected.len(), "{layout}:{name}");
+        // And the whole layout verifies.
+        let verified = run_mosfs(&["verify", &format!("oci:{}:{name}", dir.display())]);
+        assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+    }
+}
+
+/// `mosfs` with these words fails with this code and says this.
+#[track_caller]
+fn refused(args: &[&OsStr], code: i32, words: &str) {
+    let output = run_mosfs(args);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+    assert!(said.contains(words), "{said}\ndoes not say: {words}");
+}
+
+#[test]
+fn what_a_puzzlefs_image_cannot_do_is_refused_by_name() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, at) = (folder.path().join("oci"), folder.path().join("m"));
+    unpack("socket-raw", &dir);
+    fs::create_dir(&at).unwrap();
+    let source = format!("oci:{}:socket", dir.display());
+    let mount = |more: &[&str], code, words: &str| {
+        let mut args: Vec<&OsStr> = vec!["mount".as_ref()];
+        args.extend(more.iter().map(OsStr::new));
+        args.extend([OsStr::new(&source), at.as_os_str()]);
+        refused(&args, code, words);
+    };
+    mount(&["--backend", "dm-verity"], 1, "is made of chunks, which the kernel cannot mount");
+    let hash = "0".repeat(64);
+    mount(&["--root-hash", &hash], 3, "is made of chunks, each verified by its own digest");
+}
+
+/// Content of every regular file by its path.
+fn contents(image: &Puzzlefs) -> BTreeMap<Vec<u8>, (NodeId, u64)> {
+    let mut files = BTreeMap::new();
+    let mut todo = vec![(image.root(), Vec::new())];
+    while let Some((folder, path)) = todo.pop() {
+        image
+            .read_dir(folder, 0, &mut |entry| {
+                let path = [&path[..], b"/", &entry.name].concat();
+                match entry.kind {
+                    FileType::Directory => todo.push((entry.node, path)),
+                    FileType::Regular => {
+                        files.insert(path, (entry.node, image.attr(entry.node).unwrap().size_bytes));
+                    }
+                    _ => {}
+                }
+                true
+            })
+            .unwrap();
+    }
+    files
+}
+
+/// Every blob of an image, with one bit flipped at many places of each: a file has its right content or cannot be
+/// read, and never another. Every flip is seen by whoever reads all files.
+#[test]
+fn a_flipped_bit_is_never_served() {
+    for (layout, name) in [("odd-zstd", "odd"), ("del-raw", "d1"), ("hard-raw", "h2")] {
+        let folder = tempfile::tempdir().unwrap();
+        unpack(layout, folder.path());
+        let listed = image(folder.path(), name);
+        let good = open(folder.path(), name);
+        let files = contents(&good);
+        let right: BTreeMap<_, _> =
+            files.iter().map(|(path, (node, size))| (path, content(&good, *node, *size).unwrap())).collect();
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut seen = std::collections::BTreeSet::new();
+        for blob in listed.manifest.layers.iter().filter(|blob| seen.insert(blob.digest)) {
+            let path = folder.path().join("blobs/sha256").join(blob.digest.hex());
+            let file = open_rw(&path);
+            for round in 0..40 {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                let at = match round {
+                    0 => 0,
+                    1 => blob.size - 1,
+                    _ => seed % blob.size,
+                };
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at).unwrap();
+                file.write_all_at(&[byte[0] ^ (1 << (seed >> 61))], at).unwrap();
+                let mut wrong = 0;
+                match Puzzlefs::open(&layer(folder.path(), &listed)) {
+                    Err(error) => {
+                        assert_eq!(blob.media_type, ROOTFS, "{error}");
+                        assert!(error.to_string().starts_with("verity: "), "{error}");
+                        wrong += 1;
+                    }
+                    Ok(image) => {
+                        for (path, (node, size)) in &files {
+                            match content(&image, *node, *size) {
+                                Ok(content) => assert_eq!(&content, &right[path], "{}", show(path)),
+                                Err(error) => {
+                                    assert!(error.to_string().contains("(chunk) has hash"), "{error}");
+                                    wrong += 1;
+                                }
+                            }
+                        }
+                    }
+                }
+                assert!(wrong > 0, "byte {at} of {} was flipped, and nobody saw it", blob.digest);
+                file.write_all_at(&byte, at).unwrap();
+            }
+            assert_eq!(Digest::of(&fs::read(&path).unwrap()), blob.digest);
+        }
+        assert_eq!(contents(&good), files);
+    }
+}
+
+/// The same through FUSE: EIO where the chunk is needed, the right bytes everywhere else, and an exit code 3 of
+/// `mosfs verify`, which names the blob.
+#[test]
+fn a_flipped_bit_of_a_chunk_is_eio_for_the_files_in_it() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("oci");
+    unpack("odd-zstd", &dir);
+    let good = {
+        let mount = OurMount::new(&format!("oci:{}:odd", dir.display()), &folder.path().join("m"), &[]);
+        scan(&mount.at)
+    };
+    let listed = image(&dir, "odd");
+    let chunks: Vec<PathBuf> =
+        listed.chunks.keys().map(|digest| dir.join("blobs/sha256").join(digest.hex())).collect();
+    for chunk in chunks {
+        let file = open_rw(&chunk);
+        let middle = file.metadata().unwrap().len() / 2;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, middle).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], middle).unwrap();
+        let mount = OurMount::new(&format!("oci:{}:odd", dir.display()), &folder.path().join("m"), &[]);
+        let mut bad = 0;
+        for (path, node) in good.iter().filter(|(_, node)| node.kind == '-') {
+            let at = mount.at.join(Path::new(OsStr::from_bytes(path)));
+            match fs::read(&at) {
+                Ok(bytes) => assert_eq!(node.content, Some(Ok(Digest::of(&bytes))), "{}", show(path)),
+                Err(error) => {
+                    assert_eq!(error.raw_os_error(), Some(libc::EIO), "{}", show(path));
+                    bad += 1;
+                }
+            }
+        }
+        assert!(bad > 0, "{chunk:?} was flipped, and nobody saw it");
+        drop(mount);
+        let source = format!("oci:{}:odd", dir.display());
+        let name = chunk.file_name().unwrap().to_str().unwrap().to_string();
+        let said = run_mosfs(&["verify", &source]);
+        assert_eq!(said.status.code(), Some(3));
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert!(said.contains(&name), "{said}");
+        file.write_all_at(&byte, middle).unwrap();
+    }
+}
+
+/// As many chunks as the largest manifest can list: the daemon needs less than 64 MiB, all of it, to open and serve it.
+#[test]
+fn the_largest_image_is_served_within_64_mib() {
+    need_root();
+    const CHUNKS: u64 = 26_000;
+    let folder = tempfile::tempdir().unwrap();
+    let layout = crate::layout::Layout::new(&folder.path().join("oci"));
+    let metadata = large(CHUNKS);
+    let manifest = large_manifest(&metadata, CHUNKS, 40_000);
+    assert!(
+        manifest.len() as u64 <= MAX_MANIFEST_BYTES && manifest.len() as u64 > MAX_MANIFEST_BYTES / 100 * 97
+    );
+    for blob in [&metadata[..], &manifest, b"{}"] {
+        fs::write(layout.blob(&Digest::of(blob)), blob).unwrap();
+    }
+    let index = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":{},"annotations":{{"org.opencontainers.image.ref.name":"large"}}}}]}}"#,
+        Digest::of(&manifest),
+        manifest.len()
+    );
+    fs::write(layout.dir.join("index.json"), index).unwrap();
+    let mount = OurMount::new(&layout.source("large"), &folder.path().join("m"), &[]);
+    let files: usize = fs::read_dir(&mount.at)
+        .unwrap()
+        .map(|entry| {
+            fs::read_dir(entry.unwrap().path())
+                .unwrap()
+                .map(|entry| assert_eq!(entry.unwrap().metadata().unwrap().len(), 16_384))
+                .count()
+        })
+        .sum();
+    assert_eq!(files as u64, CHUNKS * 4);
+    // There are no chunks: their files cannot be read, and the mount goes on.
+    let error = fs::read(mount.at.join("file-00000000/file-00000000")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(kib < 64 << 10, "the daemon needed {kib} KiB");
+}
+
+/// Chunks are opened when they are read, long after the daemon has left the folder that it was started in, and, at
+/// boot, its root folder: it holds the folder of the blobs, not its name.
+#[test]
+fn a_layout_may_be_named_from_here_and_renamed_while_it_is_mounted() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    unpack("odd-zstd", &folder.path().join("oci"));
+    let at = folder.path().join("m");
+    fs::create_dir(&at).unwrap();
+    let mut mount = crate::layout::mosfs();
+    mount.current_dir(folder.path()).args(["mount", "--backend", "fuse", "oci:oci:odd", "m"]);
+    assert!(mount.status().unwrap().success());
+    let mount = OurMount { at: at.canonicalize().unwrap() };
+    assert_eq!(fs::read(mount.at.join("hello.txt")).unwrap(), b"hello\n");
+    fs::rename(folder.path().join("oci"), folder.path().join("moved")).unwrap();
+    let good = visible(&expected("odd"));
+    assert_eq!(lines(&scan(&mount.at)), good);
+}

@@ -1,0 +1,277 @@
+//! Signed systems whose targets are PuzzleFS images: built, compared, installed, updated, activated, booted, verified
+//! and collected by the commands that people run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use mosfs::image::oci::{CONFIG, OciImage};
+use mosfs::image::puzzlefs::ROOTFS;
+use mosfs::store::Store;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::device::{Device, text};
+use crate::publish::{PRODUCT, Publisher};
+use crate::tarball::Tarball;
+use crate::tools::{need_root, run, run_any, sh};
+
+/// A publisher with keys, images that umoci makes, and a store.
+struct Fixture {
+    dir: TempDir,
+    publisher: Publisher,
+}
+
+/// Text that compresses and has no repeats that are as long as a chunk.
+fn words(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut text = Vec::new();
+    while text.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        text.extend(format!("{} ", state % 65_536).into_bytes());
+    }
+    text.truncate(len);
+    text
+}
+
+impl Fixture {
+    fn new() -> Self {
+        need_root();
+        let dir = TempDir::new().unwrap();
+        let publisher = Publisher::new(dir.path());
+        sh(dir.path(), "umoci init --layout images");
+        Self { dir, publisher }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Makes an image of two layers: the second deletes a file of the first, and has `own` as its content.
+    fn image(&self, name: &str, own: &[u8]) {
+        let mut bottom = Tarball::default();
+        bottom
+            .dir("etc")
+            .file("etc/gone", b"deleted above")
+            .file("large", &words(1, 900_000))
+            .link(b'1', "also-large", "large")
+            .link(b'2', "etc/link", "../large");
+        let mut top = Tarball::default();
+        top.dir("etc").file("etc/.wh.gone", b"").file("etc/own", own);
+        for (number, tar) in [bottom, top].iter().enumerate() {
+            fs::write(self.path(&format!("{number}.tar")), tar.end()).unwrap();
+        }
+        sh(
+            self.dir.path(),
+            &format!(
+                "umoci new --image images:{name}; umoci raw add-layer --image images:{name} 0.tar; \
+                 umoci raw add-layer --image images:{name} 1.tar; \
+                 umoci config --image images:{name} --config.entrypoint /bin/app --config.env A=b --config.user 7:8"
+            ),
+        );
+    }
+
+    /// `mosfs build` of a system of these targets: name, service type, image.
+    fn build(&self, version: u64, storage: &str, targets: &[(&str, &str, &str)], more: &[&str]) -> Command {
+        let mut text = format!("version: {version}\nproduct: {PRODUCT}\nstorage_type: {storage}\ntargets:\n");
+        for (name, service, image) in targets {
+            text += &format!(
+                "  {name}:\n    url: \"oci:images:{image}\"\n    version: 1.0.0\n    service_type: {service}\n    \
+                 network: {{type: host}}\n"
+            );
+        }
+        fs::write(self.path("import.yaml"), text).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mosfs"));
+        command.current_dir(self.dir.path()).args(["build", "import.yaml", "--store", "store"]);
+        command.args(["--key", "keys/signer.key", "--cert", "keys/signer.pem"]);
+        command.args(["--floor-key", "keys/floor.key", "--level", "1"]).args(more);
+        command
+    }
+
+    fn image_of(&self, target: &str) -> OciImage {
+        let store = Store::open(&self.path("store")).unwrap();
+        let prefix = format!("mos/images/{target}:");
+        let names = store.names().unwrap();
+        let (_, found) = names.iter().find(|(name, _)| name.starts_with(&prefix)).unwrap();
+        store.image(&found.digest).unwrap()
+    }
+
+    fn stats(&self) -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mosfs"));
+        let said = run(command.args(["store", "stats", "--json", "--store"]).arg(self.path("store")));
+        serde_json::from_str(&said).unwrap()
+    }
+}
+
+#[test]
+fn layers_become_one_image_with_the_config_of_the_source() {
+    let fixture = Fixture::new();
+    fixture.image("v1", b"one");
+    let built = run_any(&mut fixture.build(200, "puzzlefs", &[("hostfs", "hostfs", "v1")], &[]));
+    let notes = text(&built.stderr);
+    assert!(built.status.success(), "{notes}");
+    let times = notes.lines().filter(|line| line.contains("1970-01-01 00:00:00 UTC")).count();
+    assert_eq!(times, 1, "{notes}");
+    let image = fixture.image_of("hostfs");
+    assert_eq!(image.manifest.layers[0].media_type, ROOTFS);
+    assert!(image.manifest.layers.len() > 5);
+    assert_eq!(image.manifest.config.media_type, CONFIG);
+    let store = Store::open(&fixture.path("store")).unwrap();
+    let config: Value =
+        serde_json::from_slice(&store.get(&image.manifest.config.digest, 1 << 20).unwrap()).unwrap();
+    assert_eq!(config["config"]["Entrypoint"], serde_json::json!(["/bin/app"]));
+    assert_eq!(config["config"]["User"], "7:8");
+    assert!(config["config"]["Env"].as_array().unwrap().contains(&"A=b".into()));
+    assert_eq!(config["rootfs"]["diff_ids"], serde_json::json!([]));
+    // A copy by another tool is whole.
+    let copy = format!("oci:{}:copy", fixture.path("copy").display());
+    let name =
+        store.names().unwrap().into_iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap().0;
+    let from = format!("oci:{}:{name}", fixture.path("store").display());
+    run(Command::new("skopeo").args(["copy", "--quiet", &from, &copy]));
+    run(Command::new(env!("CARGO_BIN_EXE_mosfs")).args(["verify", &copy]));
+
+    // Such an image is a source too, of either storage type, and stays what it is.
+    for storage in ["puzzlefs", "atomfs"] {
+        let other = fixture.path(storage);
+        let manifest = fs::read_to_string(fixture.path("import.yaml")).unwrap();
+        let manifest = manifest
+            .replace("oci:images:v1", &copy)
+            .replace("storage_type: puzzlefs", &format!("storage_type: {storage}"));
+        fs::write(fixture.path("again.yaml"), manifest).unwrap();
+        let mut again = fixture.build(200, storage, &[("hostfs", "hostfs", "v1")], &[]);
+        fs::rename(fixture.path("again.yaml"), fixture.path("import.yaml")).unwrap();
+        let mut args: Vec<_> = again.get_args().map(|arg| arg.to_os_string()).collect();
+        let place = args.iter().position(|arg| arg == "store").unwrap();
+        args[place] = other.clone().into();
+        again = Command::new(env!("CARGO_BIN_EXE_mosfs"));
+        run(again.current_dir(fixture.dir.path()).args(args));
+        let kept = Store::open(&other).unwrap();
+        assert!(kept.names().unwrap().iter().any(|(_, entry)| entry.digest == image.digest), "{storage}");
+    }
+}
+
+#[test]
+fn versions_and_targets_share_chunks_and_stats_say_how_much() {
+    let fixture = Fixture::new();
+    fixture.image("v1", b"one");
+    fixture.image("v2", b"two");
+    run(&mut fixture.build(200, "puzzlefs", &[("hostfs", "hostfs", "v1")], &[]));
+    let alone = fixture.stats();
+    assert_eq!(alone["images"], 1);
+    assert_eq!(alone["saved_bytes"], 0);
+    let targets = [("hostfs", "hostfs", "v2"), ("other", "fs-only", "v2")];
+    let built = run_any(&mut fixture.build(201, "puzzlefs", &targets, &["--base", "200"]));
+    let notes = text(&built.stderr);
+    assert!(built.status.success(), "{notes}");
+    assert_eq!(notes.lines().filter(|line| line.contains("are those of 200")).count(), 2, "{notes}");
+    let stats = fixture.stats();
+    let number = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{value}"));
+    assert_eq!(stats["images"], 3);
+    let [hostfs, other] = &stats["targets"].as_array().unwrap()[..] else { panic!("{stats}") };
+    assert_eq!(hostfs["images"][0]["formats"], serde_json::json!(["puzzlefs"]));
+    // Nine tenths of an image are a file that did not change; two targets have the same image.
+    assert!(number(&hostfs["saved_bytes"]) > number(&alone["stored_bytes"]) / 2, "{stats}");
+    assert_eq!(other["shared_with_targets_bytes"], other["stored_bytes"]);
+    let sum = number(&hostfs["sum_bytes"]) + number(&other["sum_bytes"]);
+    assert_eq!(number(&stats["sum_bytes"]), sum);
+    assert_eq!(number(&stats["stored_bytes"]), sum - number(&stats["saved_bytes"]));
+    let words = run(Command::new(env!("CARGO_BIN_EXE_mosfs"))
+        .args(["store", "stats", "--store"])
+        .arg(fixture.path("store")));
+    assert!(words.contains("hostfs: 2 images (puzzlefs): "), "{words}");
+    // A base that is not there is refused before anything is built.
+    let refused = run_any(&mut fixture.build(202, "puzzlefs", &targets, &["--base", "199"]));
+    assert!(!refused.status.success() && text(&refused.stderr).contains("mos/system/system:199"));
+    assert_eq!(fixture.stats(), stats);
+}
+
+/// Unmounts what a test mounted below a folder, the last one first.
+struct Mounts(PathBuf);
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+        let points: Vec<_> = points.filter(|point| Path::new(point).starts_with(&self.0)).collect();
+        for point in points.into_iter().rev() {
+            let _ = mosfs::sys::mountapi::unmount(Path::new(point), true);
+        }
+    }
+}
+
+#[test]
+fn a_device_installs_mounts_updates_activates_boots_and_collects() {
+    let fixture = Fixture::new();
+    fixture.image("v1", b"one");
+    fixture.image("v2", b"two");
+    run(&mut fixture.build(200, "puzzlefs", &[("hostfs", "hostfs", "v1"), ("app", "container", "v1")], &[]));
+    run(&mut fixture.build(201, "puzzlefs", &[("hostfs", "hostfs", "v2"), ("app", "container", "v2")], &[]));
+    let device = Device::with_file_floor();
+    let _mounts = Mounts(device.dir.canonicalize().unwrap());
+    device.install(&fixture.publisher, 200);
+    let at = device.dir.join("at");
+    fs::create_dir(&at).unwrap();
+    let at_text = at.to_str().unwrap();
+    // `auto` finds that the kernel cannot, and takes FUSE.
+    device.ok(&["mount", "hostfs", at_text]);
+    assert_eq!(fs::read(at.join("etc/own")).unwrap(), b"one");
+    assert_eq!(fs::read(at.join("also-large")).unwrap(), words(1, 900_000));
+    assert!(!at.join("etc/gone").exists());
+    device.ok(&["umount", at_text]);
+    device.refused(&["mount", "--backend", "dm-verity", "hostfs", at_text], 1, &["is made of chunks"]);
+
+    device.ok(&["activate"]);
+    let app = device.dir.join("run/targets/app/etc/own");
+    assert_eq!(fs::read(&app).unwrap(), b"one");
+    device.ok(&["update", &fixture.publisher.source_of(201)]);
+    device.ok(&["commit"]);
+    device.ok(&["activate"]);
+    assert_eq!(fs::read(&app).unwrap(), b"two");
+    assert!(device.ok(&["verify"]).contains("good"));
+    assert!(device.ok(&["verify", "hostfs"]).contains("good"));
+    device.ok(&["store", "stats"]);
+    device.ok(&["gc"]);
+    assert!(device.ok(&["verify"]).contains("good"));
+
+    let (sysroot, cmdline) = (device.dir.join("sysroot"), device.dir.join("cmdline"));
+    fs::create_dir(&sysroot).unwrap();
+    fs::write(&cmdline, "quiet root=mosfs mosfs.backend=fuse\n").unwrap();
+    let booted = device.ok(&[
+        "boot",
+        "--floor",
+        "file",
+        "--sysroot",
+        sysroot.to_str().unwrap(),
+        "--cmdline",
+        cmdline.to_str().unwrap(),
+        "--json",
+    ]);
+    let booted: Value = serde_json::from_str(&booted).unwrap();
+    assert_eq!((&booted["version"], &booted["backend"]), (&201.into(), &"fuse".into()));
+    assert_eq!(fs::read(sysroot.join("etc/own")).unwrap(), b"two");
+}
+
+/// A chunk that is damaged on the publisher's side is not installed, and the error names it.
+#[test]
+fn a_damaged_chunk_is_not_installed() {
+    let fixture = Fixture::new();
+    fixture.image("v1", b"one");
+    run(&mut fixture.build(200, "puzzlefs", &[("hostfs", "hostfs", "v1")], &[]));
+    let image = fixture.image_of("hostfs");
+    let chunk = &image.manifest.layers[2];
+    let path = fixture.path("store").join("blobs/sha256").join(chunk.digest.hex());
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[100] ^= 1;
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, &bytes).unwrap();
+    let device = Device::with_file_floor();
+    let (ca, source) = (fixture.publisher.key("ca.pem"), fixture.publisher.source_of(200));
+    let install = ["install", &source, "--ca", ca.to_str().unwrap(), "--product", PRODUCT];
+    device.refused(&install, 3, &[&chunk.digest.to_string()]);
+    bytes[100] ^= 1;
+    fs::write(&path, &bytes).unwrap();
+    device.ok(&install);
+}

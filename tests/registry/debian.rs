@@ -1,0 +1,99 @@
+//! Debian's `docker-registry`, on a port of its own.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+/// A running registry; it ends when it is dropped.
+pub struct Debian {
+    child: Child,
+    pub port: u16,
+    dir: TempDir,
+}
+
+/// More of the configuration file, beside storage and address.
+#[derive(Default)]
+pub struct Config<'a> {
+    /// A file of htpasswd.
+    pub htpasswd: Option<&'a Path>,
+    /// Certificate and key.
+    pub tls: Option<(&'a Path, &'a Path)>,
+    /// The registry that this one is a cache of.
+    pub proxy_of: Option<String>,
+}
+
+impl Debian {
+    pub fn start(config: &Config<'_>) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        // Another process may take the port between its choice and its use: then choose again.
+        for _ in 0..10 {
+            let port =
+                TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
+            let mut yaml = format!(
+                "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n",
+                dir.path().join("data").display()
+            );
+            yaml += &format!("http:\n  addr: 127.0.0.1:{port}\n  secret: s\n");
+            if let Some((certificate, key)) = config.tls {
+                yaml +=
+                    &format!("  tls: {{certificate: {}, key: {}}}\n", certificate.display(), key.display());
+            }
+            if let Some(file) = config.htpasswd {
+                yaml += &format!("auth:\n  htpasswd: {{realm: r, path: {}}}\n", file.display());
+            }
+            if let Some(origin) = &config.proxy_of {
+                yaml += &format!("proxy: {{remoteurl: \"{origin}\"}}\n");
+            }
+            let file = dir.path().join("config.yml");
+            fs::write(&file, yaml).expect("a file");
+            let mut child = Command::new("docker-registry")
+                .arg("serve")
+                .arg(&file)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap_or_else(|error| {
+                    panic!(
+                        "cannot run docker-registry: {error}; install the Debian package `docker-registry`"
+                    )
+                });
+            loop {
+                if let Ok(Some(_)) = child.try_wait() {
+                    break;
+                }
+                if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                    return Self { child, port, dir };
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+        panic!("docker-registry does not start");
+    }
+
+    /// `127.0.0.1:PORT`.
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// `docker://127.0.0.1:PORT/` and what follows.
+    pub fn source(&self, rest: &str) -> String {
+        format!("docker://{}/{rest}", self.host())
+    }
+
+    /// The configuration file, for its garbage collection.
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("config.yml")
+    }
+}
+
+impl Drop for Debian {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
