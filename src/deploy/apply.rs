@@ -18,8 +18,9 @@ use crate::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
 
 /// Carries out a plan. The caller has held the system's lock since before it made the plan.
 ///
-/// On an error the running deployment is untouched, and the space of what was fetched is given
-/// back, unless it is the network that failed: then the next run goes on there. After a success what nothing needs any more is removed.
+/// On an error the running deployment is untouched, and the space of fetched blobs is freed, unless the
+/// network failed: then the next run continues there. On success, everything that is no longer needed is
+/// removed.
 pub fn apply(
     system: &System,
     lock: &SystemLock,
@@ -73,7 +74,7 @@ fn fetch_and_switch(
     }
     {
         let writer = store.writer()?;
-        // The plan has looked: what has one of these names in the store is not that blob.
+        // The plan has checked: the store's files of these names are not those blobs.
         fetch_blobs(&writer, from, &plan.fetch, true, progress)?;
         for artifact in std::iter::once(&plan.artifact).chain(&plan.referrers) {
             fetch_artifact(&writer, from, artifact)?;

@@ -5,10 +5,10 @@
 //! is recorded with its reason. A floor that cannot be read, or that was tampered with, stops the boot: no
 //! candidate could be trusted then.
 //!
-//! A boot needs no more than it must. A state file that cannot be read is made anew ([`super::recover`]). On a disk
-//! that cannot be written no try can be counted: a pending deployment is passed over, and the current one
-//! boots. Whether the images that a boot needs are complete is the business of `start`: those of other targets
-//! are no reason to have no system at all.
+//! A boot depends on as little as possible. A state file that cannot be read is rebuilt ([`super::recover`]).
+//! On a disk that cannot be written no try can be counted: a pending deployment is skipped, and the current
+//! one boots. `start` checks whether the images that a boot needs are complete: incomplete images of other
+//! targets must not prevent a boot.
 
 use std::time::{Duration, Instant};
 
@@ -92,8 +92,8 @@ pub fn choose<T>(
     Err(DeployError::NoneLeft { refused, class: gravest })
 }
 
-/// The state as it is on disk. A missing file beside deployments is damage too: whoever took it away must not
-/// be able to stop the boot.
+/// Returns the state on disk. If there are deployments, a missing file is damage too: an attacker who removes
+/// it must not be able to stop the boot.
 fn read_state(system: &System) -> Result<State, Damage> {
     match State::read(&system.state_path())? {
         Some(state) => Ok(state),
@@ -165,8 +165,8 @@ pub fn graver(one: Class, other: Class) -> Class {
 
 /// Records the outcome of the choice. A disk that cannot be written does not stop a boot.
 fn record(system: &System, state: &mut State, chosen: Option<DeploymentId>, refused: &[Refusal]) {
-    // A file of another format is left to whoever knows it; and nothing that the next command could not make
-    // anew is written over one that cannot be read.
+    // A file of another format is left to the mosfs that knows it; and nothing that the next command could
+    // not rebuild is written over an unreadable one.
     if state.damage.is_some() && state.pending.is_none() {
         return;
     }

@@ -181,7 +181,7 @@ pub enum DeployError {
     NoSuchTarget {
         /// The deployment.
         id: DeploymentId,
-        /// What was asked for.
+        /// The requested target.
         target: String,
         /// The targets that exist.
         known: Vec<String>,
@@ -191,7 +191,7 @@ pub enum DeployError {
     IsHostfs {
         /// The running deployment.
         id: DeploymentId,
-        /// What was asked for.
+        /// The requested target.
         target: String,
     },
     /// No deployment on the device can be booted.

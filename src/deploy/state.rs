@@ -16,8 +16,8 @@
 //! trusted: everything that it names is verified again before it is used, so an attacker who can write it can
 //! only choose among systems that the product's owner signed and the floor allows.
 //!
-//! That is also why a file that cannot be read stops nothing: damaged, empty, or of another format, it is
-//! made anew from the deployments on the disk ([`super::recover`]).
+//! For the same reason an unreadable file stops nothing: if it is damaged, empty, or of another format, it is
+//! rebuilt from the deployments on the disk ([`super::recover`]).
 
 use std::path::Path;
 
@@ -89,10 +89,10 @@ pub struct State {
     pub last_boot: Option<LastBoot>,
     /// How the last install or update ended.
     pub last_update: Option<LastUpdate>,
-    /// Where the file could not be read: why. Not written.
+    /// The reason, if the file could not be read. Not written.
     #[serde(skip)]
     pub damage: Option<Damage>,
-    /// Where the file could not be read: the deployments on the disk, highest version first. Not written.
+    /// The deployments on the disk, highest version first, if the file could not be read. Not written.
     #[serde(skip)]
     pub found: Vec<DeploymentId>,
     /// Fields that a later mosfs wrote.
@@ -129,21 +129,21 @@ pub enum Damage {
     /// Another mosfs wrote it.
     #[error("format {0} was found, this mosfs knows format {FORMAT} only")]
     OtherFormat(u32),
-    /// It is no state at all, or the disk does not give it.
+    /// It is not a state, or it cannot be read from the disk.
     #[error("{0}")]
     Unreadable(String),
-    /// There is none, beside deployments.
+    /// It is missing, although there are deployments.
     #[error("it is missing")]
     Missing,
 }
 
 impl State {
-    /// The beginning of a state that is made anew from these deployments, because the file cannot be used.
+    /// Begins a state that is rebuilt from these deployments, because the file cannot be used.
     pub(super) fn anew(damage: Damage, found: Vec<DeploymentId>) -> Self {
         Self { damage: Some(damage), found, ..Self::default() }
     }
 
-    /// Reads the state; `None` where there is no file.
+    /// Reads the state; `None` if there is no file.
     ///
     /// # Errors
     /// Why the file is not a state that this program can use.
@@ -177,8 +177,8 @@ impl State {
         Ok(atomic::replace(path, &bytes, 0o644, "deploy.state").on("replace", path)?)
     }
 
-    /// Returns every deployment that the state names: those that `gc` must keep. Where the file could not be
-    /// read, that is every one that was found.
+    /// Returns every deployment that the state names: those that `gc` must keep. If the file could not be
+    /// read, these are all that were found.
     pub fn named(&self) -> Vec<DeploymentId> {
         let pending = self.pending.as_ref().map(|pending| pending.deployment);
         let mut all: Vec<_> = [self.current, pending, self.previous].into_iter().flatten().collect();

@@ -67,7 +67,7 @@ pub enum FloorError {
     /// The version is older than the floor.
     #[error("version {version} is below the floor: this device allows version {floor} and up")]
     Rollback {
-        /// The version that was asked for.
+        /// The requested version.
         version: u64,
         /// The floor.
         floor: u64,
@@ -75,7 +75,7 @@ pub enum FloorError {
     /// The offered version is not newer.
     #[error("version {version} is not newer than the current version {current}")]
     NotNewer {
-        /// The version that was asked for.
+        /// The requested version.
         version: u64,
         /// The current version of the device.
         current: u64,
@@ -83,7 +83,7 @@ pub enum FloorError {
     /// The TPM refused the raise, although the floor reads below the version.
     #[error("the TPM refused to raise the floor to {version}, though it stands at {floor}")]
     RaiseRefused {
-        /// The version that was asked for.
+        /// The requested version.
         version: u64,
         /// The floor that was read after the refusal.
         floor: u64,

@@ -105,7 +105,7 @@ impl Descriptor {
         Self::new(media_type, Digest::of(bytes), bytes.len() as u64)
     }
 
-    /// The name that `index.json` gives it.
+    /// Returns its name in `index.json`.
     pub fn ref_name(&self) -> Option<&str> {
         self.annotations.get(REF_NAME).map(String::as_str)
     }
@@ -180,7 +180,7 @@ pub struct Index {
 pub struct UnreadEntry(Value);
 
 impl UnreadEntry {
-    /// The name that `index.json` gives it.
+    /// Returns its name in `index.json`.
     pub fn ref_name(&self) -> Option<&str> {
         self.0.get("annotations")?.get(REF_NAME)?.as_str()
     }

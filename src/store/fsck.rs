@@ -130,7 +130,7 @@ pub enum Problem {
         /// Which block, and its hashes.
         source: ReadError,
     },
-    /// The metadata of a layer of many blobs makes no sense, or one of them does not decode to what it should.
+    /// The metadata of a layer of many blobs is malformed, or one of the blobs does not decode as expected.
     #[error("{object}: layer {layer}: {source}")]
     Content {
         /// What has the layer.
@@ -529,7 +529,8 @@ fn check_layers(
     }
 }
 
-/// Opens a layer of many blobs, and decodes each. Blobs that are missing or have another digest were told already.
+/// Opens a layer of many blobs, and decodes each. Blobs that are missing or have another digest have already
+/// been reported.
 fn check_chunked(
     format: ChunkedFormat,
     layer: &ChunkedLayer,

@@ -80,7 +80,7 @@ impl<'a> Writer<'a> {
     /// Stores bytes from memory.
     pub fn put_bytes(&self, media_type: &str, bytes: &[u8]) -> Result<Descriptor, StoreError> {
         let descriptor = Descriptor::of(media_type, bytes);
-        // Small enough to look rather than believe the size.
+        // Small enough to compare the content rather than rely on the size.
         if self.store.has(&descriptor) && self.store.get(&descriptor.digest, descriptor.size).is_ok() {
             return Ok(descriptor);
         }
@@ -303,7 +303,7 @@ impl Batch<'_> {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn put(&mut self, digest: &Digest, bytes: &[u8]) -> Result<bool, StoreError> {
-        // Small enough to look rather than believe the size.
+        // Small enough to compare the content rather than rely on the size.
         let held = file::read_regular(&self.store.blob_path(digest), Links::Refused, bytes.len() as u64);
         if held.is_ok_and(|held| held == bytes) {
             return Ok(false);

@@ -26,7 +26,8 @@ impl Lock {
         wait(open(path)?, File::lock_shared)
     }
 
-    /// Waits until nobody else has the lock of a folder: for a file system on which no file can be made.
+    /// Waits until no other process holds the lock of a folder: for a file system on which no file can be
+    /// created.
     pub fn of_folder(path: &Path) -> io::Result<Self> {
         wait(File::open(path)?, File::lock)
     }

@@ -262,7 +262,7 @@ pub enum TrustError {
     /// OpenSSL failed for a reason unrelated to the input.
     #[error("OpenSSL cannot {operation}: {source}")]
     Openssl {
-        /// What it was asked to do.
+        /// The operation.
         operation: &'static str,
         /// What it says.
         source: ErrorStack,

@@ -24,11 +24,11 @@
 //! - No value from an image determines the size of an allocation before it has been compared with a bound.
 //!
 //! # Memory
-//! For an image: decoded metadata blocks ([`Options::metadata_cache_bytes`], 4 MiB unless set); places in large files
-//! and folders (2 MiB); ids (256 KiB); pointers of tables (64 KiB for each of four); places of inode blocks
-//! (numbers.rs, 4 bytes for some 150 files). For a thread: see compress.rs, at most
-//! 1.3 MiB, and 4 MiB more while it decodes xz or lzma. For an answer: a name of 255 bytes, a link of 4 KiB, the xattrs
-//! of one file (4 MiB of values, 64 KiB of names), one decoded block.
+//! Per image: decoded metadata blocks ([`Options::metadata_cache_bytes`], 4 MiB by default); positions in
+//! large files and folders (2 MiB); ids (256 KiB); pointers of tables (64 KiB for each of four); positions of
+//! inode blocks (numbers.rs, 4 bytes for about 150 files). Per thread: see compress.rs, at most 1.3 MiB, and
+//! 4 MiB more while it decodes xz or lzma. Per result: a name of 255 bytes, a link of 4 KiB, the xattrs of
+//! one file (4 MiB of values, 64 KiB of names), one decoded block.
 //!
 //! # Locks
 //! One per set of the cache of metadata blocks and of the positions, each held for a look-up only, never
