@@ -1,4 +1,4 @@
-//! SHA-256 digests as OCI writes them: `sha256:` and 64 lower-case hex digits.
+//! SHA-256 digests in OCI form: `sha256:` and 64 lower-case hex digits.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,21 +13,21 @@ use sha2::Digest as _;
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
 
-/// Why a text is not a digest.
+/// The error for a string that is not a digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{found}` is not a digest: expected `sha256:` and 64 lower-case hex digits")]
 pub struct DigestError {
-    /// The text as it was given.
+    /// The given string.
     pub found: String,
 }
 
 impl Digest {
-    /// The digest of bytes held in memory.
+    /// Returns the digest of bytes in memory.
     pub fn of(bytes: &[u8]) -> Self {
         Self(sha2::Sha256::digest(bytes).into())
     }
 
-    /// A digest from its 32 raw bytes.
+    /// Creates a digest from its 32 raw bytes.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
@@ -42,7 +42,7 @@ impl Digest {
         hex(&self.0)
     }
 
-    /// Reads 64 lower-case hex digits without a prefix.
+    /// Parses 64 lower-case hex digits without a prefix.
     pub fn from_hex(text: &str) -> Result<Self, DigestError> {
         let wrong = || DigestError { found: text.chars().take(100).collect() };
         let bytes = unhex(text).ok_or_else(wrong)?;
@@ -56,7 +56,7 @@ pub fn split_pin(text: &str) -> Option<(&str, Digest)> {
     Some((before, digest.parse().ok()?))
 }
 
-/// Lower-case hex digits of some bytes.
+/// Formats bytes as lower-case hex digits.
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut text = String::with_capacity(bytes.len() * 2);
@@ -67,7 +67,7 @@ pub fn hex(bytes: &[u8]) -> String {
     text
 }
 
-/// The bytes that lower-case hex digits spell, or `None` where the text is anything else.
+/// Parses lower-case hex digits to bytes; returns `None` for any other string.
 pub fn unhex(text: &str) -> Option<Vec<u8>> {
     let digit = |c: u8| match c {
         b'0'..=b'9' => Some(c - b'0'),
@@ -115,7 +115,7 @@ impl From<Digest> for String {
     }
 }
 
-/// A digest that is fed piece by piece, and counts what it was fed.
+/// An incremental hasher, which also counts its input.
 #[derive(Clone, Default)]
 pub struct Hasher {
     inner: sha2::Sha256,
@@ -123,23 +123,23 @@ pub struct Hasher {
 }
 
 impl Hasher {
-    /// A hasher that has seen nothing.
+    /// Creates a hasher without input.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Feeds the next bytes.
+    /// Adds the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.inner.update(bytes);
         self.bytes += bytes.len() as u64;
     }
 
-    /// How many bytes it was fed.
+    /// Returns the number of bytes added.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The digest of all that was fed.
+    /// Returns the digest of all input.
     pub fn finish(self) -> Digest {
         Digest(self.inner.finalize().into())
     }

@@ -1,29 +1,29 @@
-//! What every error of the library can tell about itself.
+//! The common interface of all errors of the library.
 //!
-//! Each module has its own error type, whose text names the object (target, digest, path), what
-//! was expected and what was found. All of them say which [`Class`] they belong to; the command
-//! line turns the class into an exit code (docs/design.md, exit codes) and adds advice.
+//! Each module has its own error type, whose text names the object (target, digest, path), what was expected
+//! and what was found. Every error has a [`Class`]; the command line converts the class to an exit code
+//! (docs/design.md, exit codes) and adds advice.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The kinds of failure that a caller can tell apart by the exit code.
+/// The kinds of failure that a caller can distinguish by the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// Anything without a code of its own, such as an I/O error. Exit code 1.
+    /// Anything without a specific code, such as an I/O error. Exit code 1.
     Failure,
-    /// The user's words or the user's file are wrong. Exit code 2.
+    /// The user's arguments or input files are wrong. Exit code 2.
     Input,
     /// Signature, digest, verity or product do not match. Exit code 3.
     Verification,
-    /// A version that is older than what the device may run. Exit code 4.
+    /// A version older than the device may run. Exit code 4.
     Rollback,
     /// The TPM is missing, not provisioned, or was tampered with. Exit code 5.
     Tpm,
 }
 
 impl Class {
-    /// The process exit code of this class (docs/design.md, exit codes).
+    /// Returns the process exit code of this class (docs/design.md, exit codes).
     pub const fn exit_code(self) -> u8 {
         match self {
             Class::Failure => 1,
@@ -35,13 +35,13 @@ impl Class {
     }
 }
 
-/// An error that knows its class.
+/// An error that has a class.
 pub trait Classified: std::error::Error + Send + Sync + 'static {
     /// Which exit code this error leads to.
     fn class(&self) -> Class;
 }
 
-/// Any error of the library, for callers that only report it.
+/// Any error of the library, for callers that only report errors.
 #[derive(Debug)]
 pub struct AnyError(Box<dyn Classified>);
 
@@ -51,15 +51,15 @@ impl AnyError {
         self.0.class()
     }
 
-    /// The error itself, to look at its concrete type with `downcast_ref`.
+    /// Returns the error itself, to inspect its concrete type with `downcast_ref`.
     pub fn inner(&self) -> &(dyn std::error::Error + 'static) {
         // Upcast from `Classified` to its supertrait.
         &*self.0 as &(dyn std::error::Error + 'static)
     }
 
-    /// The error's text with the texts of its causes, joined by `: `.
+    /// Returns the error's text with the texts of its causes, joined by `: `.
     ///
-    /// A cause whose text the error already ends with is not repeated.
+    /// A cause is not repeated if the error's text already ends with it.
     pub fn chain(&self) -> String {
         let mut text = self.0.to_string();
         let mut cause = self.0.source();
@@ -91,16 +91,16 @@ impl<E: Classified> From<E> for AnyError {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {operation} {}: {source}", path.display())]
 pub struct IoError {
-    /// What was tried, as a verb: `open`, `rename`, `sync`.
+    /// The operation, as a verb: `open`, `rename`, `sync`.
     pub operation: &'static str,
-    /// The object that it was tried on.
+    /// The object of the operation.
     pub path: PathBuf,
-    /// What the operating system answered.
+    /// The error of the operating system.
     pub source: io::Error,
 }
 
 impl IoError {
-    /// An operation that failed on this object.
+    /// Creates an error of an operation on this object.
     pub fn new(operation: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
         Self { operation, path: path.as_ref().to_path_buf(), source }
     }
@@ -114,7 +114,7 @@ impl Classified for IoError {
 
 /// Names the operation and the object of an `io::Result`.
 pub trait IoContext<T> {
-    /// Turns the error into an [`IoError`] that names `operation` and `path`.
+    /// Converts the error to an [`IoError`] that names `operation` and `path`.
     fn on(self, operation: &'static str, path: impl AsRef<Path>) -> Result<T, IoError>;
 }
 

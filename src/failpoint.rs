@@ -1,12 +1,11 @@
-//! Places where a test can cut the power.
+//! Points at which a test can simulate a power cut.
 //!
-//! A failpoint stands at each commit point of whatever changes the disk. Its name is
-//! `MODULE.OBJECT.STATE`, lower case: `deploy.folder.renamed`. In a build with the
-//! `failpoints` feature or debug assertions, `MOSFS_FAILPOINT=NAME` (or `NAME:N` for the N-th
-//! time that it is passed, counted from 1) kills the process there with SIGKILL, so that no
-//! destructor runs and no buffer is flushed. A release build has none of it.
+//! Each commit point of a change to the disk has a failpoint. Its name is `MODULE.OBJECT.STATE`, lower case:
+//! `deploy.folder.renamed`. In a build with the `failpoints` feature or debug assertions,
+//! `MOSFS_FAILPOINT=NAME` (or `NAME:N` for the N-th pass, counted from 1) kills the process there with
+//! SIGKILL, so that no destructor runs and no buffer is flushed. A release build contains no failpoints.
 
-/// Dies here, if the environment asks for it.
+/// Kills the process here if the environment requests it.
 #[inline]
 pub fn hit(name: &str) {
     #[cfg(any(feature = "failpoints", debug_assertions))]

@@ -1,12 +1,12 @@
 //! mosfs turns a list of OCI images into a signed, verified, running Linux system.
 //!
-//! Three pillars, and what stands on them. A module uses those below and to its left (`tests/architecture.rs` holds
-//! the table):
+//! Three groups of modules carry the rest. A module may use those below and to its left (a table in
+//! `tests/architecture.rs` enforces it):
 //!
 //! ```text
-//! bytes    image <- mount                             what is read, and how it is shown
+//! bytes    image <- mount                             what is read, and how it is presented
 //! places   image <- transport <- store <- convert     where images come from and go to
-//! belief   manifest <- trust <- floor                 what is believed, and why
+//! belief   manifest <- trust <- floor                 what is trusted, and why
 //!
 //! deploy (all three) <- boot          on a device
 //! publish (places, belief)            on the publisher's machine

@@ -1,5 +1,5 @@
-//! How the library tells of long work. It never prints: it sends events to a [`Sink`], which the
-//! command line draws on a terminal or writes as JSON lines (`--progress-fd`).
+//! Progress reports of long operations. The library never prints: it sends events to a [`Sink`], which the
+//! command line displays on a terminal or writes as JSON lines (`--progress-fd`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,18 +7,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The object of a task that others are part of.
 pub const ALL: &str = "all";
 
-/// One piece of news about a task. Tasks run side by side and are told apart by `id`.
+/// An event of a task. Tasks run in parallel and are identified by `id`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event<'a> {
     /// A task begins.
     Start {
         /// Unique within the process.
         id: u64,
-        /// What is done, as a verb: `fetch`, `convert`, `hash`, `verify`.
+        /// The operation, as a verb: `fetch`, `convert`, `hash`, `verify`.
         step: &'a str,
-        /// What it is done to: a target, a digest or a path.
+        /// The object of the operation: a target, a digest or a path.
         object: &'a str,
-        /// How many bytes there are to do, where that is known.
+        /// The total number of bytes, if known.
         total_bytes: Option<u64>,
     },
     /// More bytes of a task are done.
@@ -28,32 +28,32 @@ pub enum Event<'a> {
         /// How many bytes were done since the last event of this task.
         bytes: u64,
     },
-    /// A task has ended, well or not.
+    /// A task has ended, successfully or not.
     Done {
         /// The task.
         id: u64,
     },
 }
 
-/// Whoever wants to hear of progress.
+/// A receiver of progress events.
 pub trait Sink: Send + Sync {
-    /// Takes one event; called from any thread.
+    /// Handles one event; called from any thread.
     fn event(&self, event: Event<'_>);
 }
 
-/// A handle that is passed to whatever takes long. The default one is silent.
+/// A handle that is passed to long operations. The default one is silent.
 #[derive(Clone, Default)]
 pub struct Progress {
     sink: Option<Arc<dyn Sink>>,
 }
 
 impl Progress {
-    /// Progress that is told to `sink`.
+    /// Returns a handle that reports to `sink`.
     pub fn new(sink: Arc<dyn Sink>) -> Self {
         Self { sink: Some(sink) }
     }
 
-    /// Progress that nobody hears.
+    /// Returns a handle that reports nothing.
     pub fn silent() -> Self {
         Self::default()
     }
@@ -84,7 +84,7 @@ impl Task {
         this
     }
 
-    /// Says that `bytes` more are done. Cheap enough for each 128 KiB, not for each 4 KiB.
+    /// Reports that `bytes` more are done. Cheap enough for every 128 KiB, not for every 4 KiB.
     pub fn advance(&self, bytes: u64) {
         if let Some(sink) = &self.sink {
             sink.event(Event::Advance { id: self.id, bytes });

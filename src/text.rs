@@ -1,14 +1,14 @@
-//! Text that others wrote, on its way to a terminal or a log.
+//! Escapes untrusted text for a terminal or a log.
 //!
-//! File names, process names, and what images, manifests and the network say may hold escape
-//! sequences that rewrite a terminal, line breaks that forge a message, and marks that turn the
-//! direction of text. All of it is shown as an escape (`\u{1b}`, `\n`); everything else stays as it is.
+//! File names, process names, and text from images, manifests and the network may contain escape sequences
+//! that rewrite a terminal, line breaks that forge a message, and marks that change the direction of text.
+//! All of these are shown as escapes (`\u{1b}`, `\n`); everything else stays unchanged.
 
 use std::borrow::Cow;
 
-/// Whether a character is not shown as it is: control characters (C0, DEL, C1), line and paragraph
-/// separators, and characters that turn the direction of text or cannot be seen (Unicode Standard
-/// Annex 9, and the default-ignorable ones that hide differences).
+/// Returns whether a character must be escaped: control characters (C0, DEL, C1), line and paragraph
+/// separators, and characters that change the direction of text or are invisible (Unicode Standard Annex 9,
+/// and the default-ignorable ones that hide differences).
 pub fn is_hidden(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -18,7 +18,7 @@ pub fn is_hidden(c: char) -> bool {
             | '\u{e0000}'..='\u{e0fff}')
 }
 
-/// A text as one line that a terminal shows as it is.
+/// Escapes a string to a single line that is safe for a terminal.
 pub fn one_line(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_hidden) {
         return Cow::Borrowed(text);
@@ -34,9 +34,9 @@ pub fn one_line(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// JSON text with the same characters as `\uXXXX`: the same value, shown as it is by a terminal.
+/// Escapes the same characters of JSON text as `\uXXXX`: the same value, safe for a terminal.
 ///
-/// JSON has such characters in strings only, so the answer stays JSON.
+/// JSON has such characters only in strings, so the result stays JSON.
 pub fn json(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_hidden) {
         return Cow::Borrowed(text);

@@ -1,30 +1,30 @@
 //! `mosfs activate`: the targets of the running deployment, mounted where services find them.
 //!
 //! ```text
-//! RUN/targets/NAME    one read-only mount a target, hostfs aside (it is the root, and mounted by boot)
+//! RUN/targets/NAME    one read-only mount per target except hostfs (the root, which boot mounts)
 //! RUN/activate.lock   flock: one activation at a time
 //! ```
 //! RUN is `/run/mosfs`, or `$MOSFS_RUN`. The mounts are `nosuid` and `nodev`: every user of the host can
-//! reach them, and a setuid program of a container was made for another system. Whoever runs a
-//! container makes a mount of its own of the tree, with the flags that it needs.
+//! reach them, and a setuid program of a container was made for another system. A container runtime creates
+//! its own mount of the tree, with the flags that it needs.
 //!
-//! **Trust.** `boot.json` (else `state.json`) says which deployment runs, and nothing else is taken from it:
-//! signature, certificate and product are checked afresh, and the version against the floor,
-//! where the device has one. On a device that mosfs did not boot this is the only check of the floor,
-//! so that a disk that was put back does not bring old targets with it.
+//! **Trust.** `boot.json` (else `state.json`) says which deployment runs, and nothing else is read from it:
+//! signature, certificate and product are verified again, and the version is compared with the floor, if the
+//! device has one. On a device that mosfs did not boot this is the only check of the floor; it prevents a
+//! restored old disk from activating old targets.
 //!
-//! **Plan, then apply.** The plan compares what is mounted with what the signed manifest wants; what is as
-//! wanted is not touched. To replace a mount, the new image is opened and checked while the old one is
-//! still there; then the old one is unmounted, never lazily while its daemon lives: where it is in use,
-//! it stays, and those who use it are named. Nothing is written but mounts and their records, which are
-//! gone after a power cut; what a killed activation leaves is found by the next plan:
+//! **Plan, then apply.** The plan compares what is mounted with what the signed manifest requires; correct
+//! mounts are not touched. To replace a mount, the new image is opened and checked while the old one is still
+//! mounted; then the old one is unmounted, never lazily while its daemon lives: if it is in use, it stays,
+//! and its users are reported. Activation writes only mounts and their records, which do not survive a power
+//! cut; the next plan finds what a killed activation left:
 //!
 //! | killed… | leaves | the next activation |
 //! | --- | --- | --- |
-//! | before the mount | at the most an empty folder | mounts |
-//! | after the old mount went | nothing mounted | mounts |
-//! | between a mount and its record | a mount that is not in the register | replaces it |
-//! | after the record | what was wanted | keeps it |
+//! | before the mount | at most an empty folder | mounts |
+//! | after unmounting the old one | nothing mounted | mounts |
+//! | between a mount and its record | a mount without a record | replaces it |
+//! | after the record | the correct mount | keeps it |
 
 use std::fs;
 use std::io;
@@ -47,7 +47,7 @@ use crate::sys::file;
 use crate::sys::flock::Lock;
 use crate::trust::Anchor;
 
-/// Mounts that lie on top of each other at one place; more are not taken apart.
+/// Maximum number of mounts stacked at one place that are unmounted.
 const MOST_STACKED: usize = 16;
 
 /// Where the targets of the running deployment are mounted.
@@ -55,32 +55,32 @@ pub fn targets_dir(run: &Path) -> PathBuf {
     run.join("targets")
 }
 
-/// What is to be done with a target.
+/// The action for a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
-    /// It is mounted as wanted.
+    /// It is mounted correctly.
     Keep,
     /// Nothing is mounted.
     Mount,
     /// Another image is mounted, or with another backend.
     Remount,
-    /// Its mount is of no use: the daemon is dead, or the mount was never finished.
+    /// Its mount is unusable: the daemon is dead, or the mount was never finished.
     Mend,
-    /// The deployment has no such target any more.
+    /// The target is no longer part of the deployment.
     Unmount,
     /// Something is mounted there that mosfs did not mount; it is not touched.
     Refuse,
 }
 
-/// What was found at a target's place.
+/// What is mounted at a target's path.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Found {
     /// The topmost mount there.
     pub mounted: Option<Mounted>,
     /// Its record.
     pub record: Option<MountRecord>,
-    /// How it is, where there is a record.
+    /// Its state, if there is a record.
     pub health: Option<Health>,
 }
 
@@ -91,11 +91,11 @@ pub struct Step {
     pub target: String,
     /// Where it is mounted.
     pub path: PathBuf,
-    /// What is to be done.
+    /// The action.
     pub action: Action,
-    /// Why, where it is not plain.
+    /// The reason, if it is not obvious.
     pub why: String,
-    /// What is wanted there, or why it cannot be had.
+    /// What should be mounted there, or why that is impossible.
     wanted: Result<Option<MountPlan>, AnyError>,
 }
 
@@ -104,41 +104,41 @@ pub struct Step {
 pub struct ActivationPlan {
     /// The deployment that runs.
     pub deployment: DeploymentId,
-    /// Its targets by name, then what is to go.
+    /// Its targets by name, then the mounts to remove.
     pub steps: Vec<Step>,
 }
 
-/// How a step ended.
+/// The outcome of a step.
 #[derive(Debug)]
 pub enum Outcome {
-    /// It is as wanted; which backend serves it, where it is mounted.
+    /// It is correct; with the backend, if it is mounted.
     Done(Option<String>),
-    /// It is in use, and was left in place.
+    /// It is in use and was left in place.
     Busy(Users),
     /// It failed.
     Failed(AnyError),
 }
 
-/// A step that was taken.
+/// A completed step.
 #[derive(Debug)]
 pub struct Taken {
     /// The target.
     pub target: String,
     /// Where it is mounted.
     pub path: PathBuf,
-    /// What was to be done.
+    /// The action.
     pub action: Action,
-    /// How it ended.
+    /// Its outcome.
     pub outcome: Outcome,
 }
 
-/// Targets that are not as the deployment wants them.
+/// Targets that do not match the deployment.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", reasons.join("; "))]
 pub struct NotActive {
-    /// One sentence a target.
+    /// One sentence per target.
     pub reasons: Vec<String>,
-    /// Whether all that is wrong is that mounts are in use.
+    /// Whether the only problem is that mounts are in use.
     pub only_busy: bool,
     class: Class,
 }
@@ -156,14 +156,13 @@ pub fn lock(run: &Path) -> Result<Lock, IoError> {
     Lock::exclusive(&path).on("lock", &path)
 }
 
-/// Plans an activation of these targets, of all where none are named. Nothing is changed.
+/// Plans an activation of these targets, or of all if none are named. Changes nothing.
 ///
-/// `floor` is asked where the device has one.
+/// `floor` is read if the device has one.
 ///
 /// # Errors
-/// What the running deployment's verification says, [`DeployError::Floor`] with `Rollback` for a version
-/// below the floor, and names that are no targets of it. What is wrong with one target's image
-/// is an error of its step alone.
+/// Errors of verifying the running deployment, [`DeployError::Floor`] with `Rollback` for a version below the
+/// floor, and names that are not targets of it. A problem of one target's image fails only its own step.
 pub fn plan(
     system: &System,
     run: &Path,
@@ -202,7 +201,7 @@ pub fn plan(
         let found = find(&path, &mounted, &register);
         let (action, why) = match &wanted {
             Ok(plan) => decide(Some(plan), &found, backend),
-            // What is mounted stays until there is something to replace it.
+            // The present mount stays until there is one to replace it.
             Err(_) if found.mounted.is_some() => (Action::Remount, String::new()),
             Err(_) => (Action::Mount, String::new()),
         };
@@ -238,7 +237,7 @@ fn find(path: &Path, mounted: &[Mounted], register: &[MountRecord]) -> Found {
     Found { mounted, record, health }
 }
 
-/// What is to be done where `found` is and `wanted` should be, and why.
+/// Returns what to do if `found` is mounted and `wanted` should be, and why.
 fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Action, String) {
     let Some(mounted) = &found.mounted else {
         return (if wanted.is_some() { Action::Mount } else { Action::Keep }, String::new());
@@ -255,7 +254,7 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
     if found.health == Some(Health::DaemonDead) {
         return (Action::Mend, "its daemon is gone".into());
     }
-    // The register is root's own; the layers are compared all the same, as they are what is verified.
+    // Only root can write the records; the layers are still compared, as they are what is verified.
     if record.digest != wanted.digest || record.layers != LayerRecord::of(wanted) || !record.verified {
         let old = record.digest.map_or("another image".into(), |digest| digest.to_string());
         return (Action::Remount, format!("{old} is mounted"));
@@ -269,15 +268,15 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
     }
 }
 
-/// How targets are mounted.
+/// How to mount targets.
 pub struct Ways<'a> {
     /// The backend.
     pub backend: Backend,
-    /// The unit that keeps the daemon of a target's FUSE mount, by name and mount point; none where it is forked.
+    /// The unit of the daemon of a target's FUSE mount, by name and mount point; none if it is forked.
     pub unit: &'a dyn Fn(&str, &Path) -> Option<Unit>,
 }
 
-/// Does what was planned, target by target; what fails for one does not keep the others.
+/// Applies the plan, target by target; a failure of one does not stop the others.
 ///
 /// The caller holds the lock.
 pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
@@ -314,8 +313,8 @@ fn take(
         let backend = register.into_iter().find(|one| one.target == path).map(|one| one.backend);
         return Ok(Outcome::Done(backend));
     }
-    // Everything that can be wrong with the new image is found before the old one goes.
-    // The folder is ours, so this is where the target will be also when it is made only below.
+    // Find every possible problem of the new image before unmounting the old one. The folder belongs to
+    // mosfs, so the target will be at this path even if it is only created below.
     let place = folder.canonicalize().on("find", folder)?.join(target);
     let prepare = |plan| {
         let daemon = (ways.unit)(target, &place).map_or(Daemon::Forked, Daemon::Unit);
@@ -331,7 +330,7 @@ fn take(
     }
     failpoint::hit("activate.place.cleared");
     let Some(prepared) = prepared else {
-        // Only an empty folder of ours goes.
+        // Remove only an empty folder of mosfs.
         let _ = fs::remove_dir(path);
         return Ok(Outcome::Done(None));
     };
@@ -345,17 +344,17 @@ fn take(
     Ok(Outcome::Done(Some(mounted.backend.to_string())))
 }
 
-/// The flags of each target's mount: see the module's text.
+/// The flags of each target's mount: see the module documentation.
 pub fn flags() -> MountFlags {
     MountFlags { nosuid: true, nodev: true, ..MountFlags::default() }
 }
 
-/// Unmounts what is at a target's place; gives who uses it where it is in use.
+/// Unmounts what is mounted at a target's path; returns its users if it is in use.
 ///
-/// `of_no_use`: the mount answers nobody, so it leaves the tree at once, whoever still has it open.
+/// `of_no_use`: the mount serves no requests, so it is detached at once, even if files in it are still open.
 fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
     if of_no_use {
-        // First its unit: it would mount again what is unmounted here.
+        // Stop its unit first: it would remount what is unmounted here.
         units::stop(path);
     }
     for _ in 0..MOST_STACKED {
@@ -368,7 +367,7 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
         }
         match mount::unmount(path, of_no_use) {
             Ok(()) => {}
-            // The place is free; the daemon serves a copy of the mount in another namespace until that goes.
+            // The path is free; the daemon serves a copy of the mount in another namespace until that ends.
             Err(MountError::Daemon { .. }) => {}
             Err(MountError::Unmount { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
                 return Ok(Some(holders::of(path)));
@@ -379,7 +378,7 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
     Err(MountError::NotOurs { target: path.to_path_buf(), found: None })
 }
 
-/// Somebody else's mount is where a target's should be.
+/// A foreign mount is at a target's path.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing is mounted at {}: {why}", path.display())]
 struct RefusedError {
@@ -393,10 +392,10 @@ impl Classified for RefusedError {
     }
 }
 
-/// Whether all is as wanted.
+/// Requires that every target is correct.
 ///
 /// # Errors
-/// [`NotActive`] with the class of the gravest reason.
+/// [`NotActive`] with the class of the most serious reason.
 pub fn verdict(taken: &[Taken]) -> Result<(), NotActive> {
     let mut reasons = Vec::new();
     let mut classes = Vec::new();

@@ -16,10 +16,11 @@ use crate::store::{FetchJob, Store, StoreError, Writer, image_repository};
 use crate::transport::Transport;
 use crate::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
 
-/// Carries out a plan. The caller holds the system's lock since before it made the plan.
+/// Carries out a plan. The caller has held the system's lock since before it made the plan.
 ///
-/// On an error the running deployment is untouched, and the space of what was fetched is given
-/// back, unless it is the network that failed: then the next run goes on there. After a success what nothing needs any more is removed.
+/// On an error the running deployment is untouched, and the space of fetched blobs is freed, unless the
+/// network failed: then the next run continues there. On success, everything that is no longer needed is
+/// removed.
 pub fn apply(
     system: &System,
     lock: &SystemLock,
@@ -36,7 +37,7 @@ pub fn apply(
     }
     match tidy(system, lock, plan) {
         Ok(problems) => problems.iter().for_each(|problem| log::warn!("{problem}")),
-        // What stays is removed by the next command that tidies up.
+        // The next command that collects garbage removes the rest.
         Err(error) => log::warn!("what nothing needs is not removed: {error}"),
     }
     outcome
@@ -73,7 +74,7 @@ fn fetch_and_switch(
     }
     {
         let writer = store.writer()?;
-        // The plan has looked: what has one of these names in the store is not that blob.
+        // The plan has checked: the store's files of these names are not those blobs.
         fetch_blobs(&writer, from, &plan.fetch, true, progress)?;
         for artifact in std::iter::once(&plan.artifact).chain(&plan.referrers) {
             fetch_artifact(&writer, from, artifact)?;
@@ -123,7 +124,7 @@ pub(super) fn fetch_blobs(
     Ok(writer.fetch_all(&jobs, progress)?)
 }
 
-/// Puts an artifact and what it consists of into the store. It is small: its content is looked at, not its size.
+/// Stores an artifact and its parts. It is small, so its content is compared, not its size.
 pub(super) fn fetch_artifact(
     writer: &Writer<'_>,
     from: &dyn Transport,
@@ -142,7 +143,7 @@ pub(super) fn fetch_artifact(
     Ok(())
 }
 
-/// Sets the names of the system, its images, and what vouches for it; what vouched for it before goes.
+/// Sets the names of the system, its images and its signatures, and removes previous signatures.
 fn set_names(writer: &Writer<'_>, plan: &Plan) -> Result<(), DeployError> {
     let names = names(&plan.id);
     let mut entries: Vec<_> = plan.images.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
@@ -152,7 +153,7 @@ fn set_names(writer: &Writer<'_>, plan: &Plan) -> Result<(), DeployError> {
     Ok(writer.replace_entries(&replaced, &entries, &[])?)
 }
 
-/// What the store has to say about a system, and is not among `referrers`, of the kinds that are.
+/// Returns the store's referrers of a system that are not among `referrers`, of the same kinds.
 fn replaced(
     writer: &Writer<'_>,
     artifact: &Digest,
@@ -161,7 +162,7 @@ fn replaced(
     let mut replaced = Vec::new();
     for kind in [SIGNATURE_TYPE, CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE] {
         let here = writer.store().referrers(artifact, Some(kind))?;
-        // A source without a floor signature says nothing about the one that is here.
+        // A source without a floor signature does not affect the existing one.
         let offered = referrers.iter().any(|one| one.artifact_type.as_deref() == Some(kind));
         if offered {
             replaced.extend(here.iter().map(|one| one.digest));
@@ -171,7 +172,7 @@ fn replaced(
     Ok(replaced)
 }
 
-/// Keeps why an install or an update failed, for `mosfs status`. Best effort: the disk may be full.
+/// Records why an install or an update failed, for `mosfs status`. Best effort: the disk may be full.
 pub fn record_failure(system: &System, why: &str) {
     let Ok(mut state) = system.state() else { return };
     if state.current.is_none() {

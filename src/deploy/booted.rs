@@ -1,5 +1,5 @@
-//! What this boot runs: `/run/mosfs/boot.json`, written by `mosfs boot`, read by `mosfs commit`
-//! and `mosfs status`. It lies in memory (tmpfs), so it never outlives the boot that it tells of.
+//! The record of this boot: `/run/mosfs/boot.json`, written by `mosfs boot`, read by `mosfs commit` and
+//! `mosfs status`. It is in memory (tmpfs), so it never outlives the boot that it describes.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,15 +13,15 @@ use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 pub use crate::sys::run_dir;
 
-/// Where the file is, below the run folder.
+/// Path of the file below the run folder.
 const FILE: &str = "boot.json";
-/// No such file of ours is longer, in bytes.
+/// Maximum size of the file, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// What this boot runs.
+/// The record of this boot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BootRecord {
-    /// The deployment that was handed over to.
+    /// The deployment that was booted.
     pub deployment: DeploymentId,
     /// How its root is mounted: `dm-verity` or `fuse`.
     pub backend: String,
@@ -29,12 +29,12 @@ pub struct BootRecord {
     pub phases_ms: Vec<(String, f64)>,
 }
 
-/// Where the record is, in [`run_dir`].
+/// Returns the path of the record, in [`run_dir`].
 pub fn path() -> PathBuf {
     run_dir().join(FILE)
 }
 
-/// The deployment that this boot runs; `None` where mosfs did not boot this machine.
+/// Returns the deployment that this boot runs; `None` if mosfs did not boot this machine.
 ///
 /// # Errors
 /// As [`BootRecord::load`].
@@ -43,7 +43,7 @@ pub fn deployment() -> Result<Option<DeploymentId>, DeployError> {
 }
 
 impl BootRecord {
-    /// Reads the record of this boot; `None` where mosfs did not boot this machine.
+    /// Reads the record of this boot; `None` if mosfs did not boot this machine.
     pub fn load(path: &Path) -> Result<Option<Self>, DeployError> {
         let wrong = |why: String| DeployError::State { path: path.to_path_buf(), why };
         let Some(bytes) = file::find_regular(path, Links::Refused, MAX_BYTES)? else { return Ok(None) };

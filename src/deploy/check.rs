@@ -1,5 +1,5 @@
-//! Checking deployments, as `mosfs verify` does: the state file, and each deployment from its certificate down to
-//! whether its images are there. The blobs' content is for [`crate::store::fsck`].
+//! Checks deployments for `mosfs verify`: the state file, and each deployment from its certificate to the
+//! presence of its images. [`crate::store::fsck`] checks the content of the blobs.
 
 use super::error::DeployError;
 use super::id::DeploymentId;
@@ -8,12 +8,12 @@ use super::{System, check_complete, deployment};
 use crate::floor::{self, FloorError, Policy};
 use crate::trust::{Anchor, Dates};
 
-/// What was found.
+/// The result of the check.
 #[derive(Debug, Default)]
 pub struct Checked {
-    /// How many deployments were looked at.
+    /// How many deployments were checked.
     pub deployments: usize,
-    /// What is wrong, each with its deployment, as a sentence.
+    /// The problems, each with its deployment, as a sentence.
     pub problems: Vec<String>,
 }
 
@@ -36,7 +36,7 @@ pub fn check(system: &System, anchor: &Anchor, policy: Option<&Policy>) -> Check
     checked
 }
 
-/// The deployments that may be started: a pending one that failed needs not be whole.
+/// The deployments that may be started: a pending one that failed need not be complete.
 pub(super) fn of_state(state: &State) -> Vec<DeploymentId> {
     let failed =
         state.pending.as_ref().filter(|pending| pending.tries_left == 0).map(|pending| pending.deployment);
@@ -46,7 +46,7 @@ pub(super) fn of_state(state: &State) -> Vec<DeploymentId> {
 /// Checks one deployment: signature, certificate, product, name, floor signature, images.
 ///
 /// # Errors
-/// The first that does not hold.
+/// The first check that fails.
 pub(super) fn one(
     system: &System,
     id: &DeploymentId,

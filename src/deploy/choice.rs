@@ -1,14 +1,14 @@
-//! Which deployment boots: pending while it has tries, else current, else previous.
+//! Chooses the deployment to boot: pending while it has tries, else current, else previous.
 //!
-//! Rules (docs/design.md, floor at boot, try first): each candidate is verified afresh; a version below the
-//! floor is never started; a pending deployment's try is spent, and synced, before it is used;
-//! every refusal is recorded with its reason. A floor that cannot be read, or that was tampered
-//! with, stops the boot: there is no candidate that could be trusted then.
+//! Rules (docs/design.md, floor at boot, try first): each candidate is verified again; a version below the
+//! floor is never started; a pending deployment's try is spent, and synced, before it is used; every refusal
+//! is recorded with its reason. A floor that cannot be read, or that was tampered with, stops the boot: no
+//! candidate could be trusted then.
 //!
-//! A boot needs no more than it must. A state file that cannot be read is made anew ([`super::recover`]). On a disk
-//! that cannot be written no try can be counted: a pending deployment is passed over, and the current one
-//! boots. Whether the images that a boot needs are complete is the business of `start`: those of other targets
-//! are no reason to have no system at all.
+//! A boot depends on as little as possible. A state file that cannot be read is rebuilt ([`super::recover`]).
+//! On a disk that cannot be written no try can be counted: a pending deployment is skipped, and the current
+//! one boots. `start` checks whether the images that a boot needs are complete: incomplete images of other
+//! targets must not prevent a boot.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use crate::failpoint;
 use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates, Verified};
 
-/// In which capacity a deployment is tried.
+/// The role in which a deployment is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// It was installed by an update and has not yet proved healthy.
@@ -35,9 +35,9 @@ pub enum Role {
 /// A deployment that was started.
 #[derive(Debug)]
 pub struct Booted<T> {
-    /// Which one.
+    /// The deployment.
     pub deployment: DeploymentId,
-    /// In which capacity.
+    /// Its role.
     pub role: Role,
     /// Those that were refused before it, in order.
     pub refused: Vec<Refusal>,
@@ -45,18 +45,17 @@ pub struct Booted<T> {
     pub verifying: Duration,
     /// Why the state file was not used, where it could not be read.
     pub damage: Option<Damage>,
-    /// What starting it gave.
+    /// The result of starting it.
     pub started: T,
 }
 
-/// Chooses a deployment and starts it with `start`; goes on to the next where that fails.
+/// Chooses a deployment and starts it with `start`; tries the next if that fails.
 ///
 /// `start` mounts the deployment; its failure counts as a refusal.
 ///
 /// # Errors
-/// [`DeployError::Floor`] where the floor cannot be trusted; [`DeployError::NoneLeft`] where every
-/// deployment was refused, with the class of the gravest reason: rollback before verification
-/// before anything else.
+/// [`DeployError::Floor`] if the floor cannot be trusted; [`DeployError::NoneLeft`] if every deployment was
+/// refused, with the class of the most serious reason: rollback before verification before anything else.
 pub fn choose<T>(
     system: &System,
     anchor: &Anchor,
@@ -93,8 +92,8 @@ pub fn choose<T>(
     Err(DeployError::NoneLeft { refused, class: gravest })
 }
 
-/// The state as it is on disk. A missing file beside deployments is damage too: whoever took it away must not
-/// be able to stop the boot.
+/// Returns the state on disk. If there are deployments, a missing file is damage too: an attacker who removes
+/// it must not be able to stop the boot.
 fn read_state(system: &System) -> Result<State, Damage> {
     match State::read(&system.state_path())? {
         Some(state) => Ok(state),
@@ -131,8 +130,8 @@ fn try_one<T>(
     start: &mut impl FnMut(&Verified, Role) -> Result<T, AnyError>,
 ) -> Result<(T, Duration), AnyError> {
     if role == Role::Pending {
-        // Rule: a try is spent and synced before it is used. Where it cannot be written, the
-        // deployment is not tried: a system that fails for ever must not be tried for ever.
+        // Rule: a try is spent and synced before it is used. If it cannot be written, the deployment is not
+        // tried: a system that always fails must not be tried forever.
         let mut spent = state.clone();
         if let Some(pending) = &mut spent.pending {
             pending.tries_left -= 1;
@@ -152,7 +151,7 @@ fn try_one<T>(
     Ok((start(&verified, role)?, verifying))
 }
 
-/// The class that is worth more words: rollback before verification before anything else.
+/// Returns the more serious class: rollback before verification before anything else.
 pub fn graver(one: Class, other: Class) -> Class {
     let rank = |class| match class {
         Class::Rollback => 4,
@@ -164,10 +163,10 @@ pub fn graver(one: Class, other: Class) -> Class {
     if rank(other) > rank(one) { other } else { one }
 }
 
-/// Keeps how the choice ended. A disk that takes no more writes does not stop a boot.
+/// Records the outcome of the choice. A disk that cannot be written does not stop a boot.
 fn record(system: &System, state: &mut State, chosen: Option<DeploymentId>, refused: &[Refusal]) {
-    // A file of another format is left to whoever knows it; and nothing that the next command could not make
-    // anew is written over one that cannot be read.
+    // A file of another format is left to the mosfs that knows it; and nothing that the next command could
+    // not rebuild is written over an unreadable one.
     if state.damage.is_some() && state.pending.is_none() {
         return;
     }

@@ -1,15 +1,14 @@
-//! `mosfs commit`: this boot is healthy.
+//! `mosfs commit`: marks this boot as healthy.
 //!
-//! Rule (docs/design.md, bless first): bless the deployment first, then raise the floor, then read it
-//! back. Until the floor is raised, falling back to the previous deployment is legal. Each step
-//! may be cut off and run again: blessing twice changes nothing, and a floor that is at the
-//! version already is a success.
+//! Rule (docs/design.md, bless first): bless the deployment first, then raise the floor, then read it back.
+//! Until the floor is raised, falling back to the previous deployment is legal. Each step may be interrupted
+//! and repeated: blessing twice changes nothing, and a floor already at the version is a success.
 //!
-//! Rule: a floor in a TPM never falls again, so that nothing is blessed on a guess. What this boot runs is said by
-//! the record of the boot. Where that cannot be seen (a chroot, a container, a rescue system), a commit is refused.
-//! Only on a machine that mosfs has never started can the pending deployment be meant: where it is asked for
-//! in so many words, or where the floor is the development floor, which can be lowered again. Even there it
-//! must have tries left, and be complete.
+//! Rule: a floor in a TPM can never be lowered, so nothing is blessed on a guess. The record of the boot
+//! states what this boot runs. If it is not visible (a chroot, a container, a rescue system), a commit is
+//! refused. Only on a machine that mosfs has never booted can a commit use the pending deployment: if the
+//! user requests it explicitly, or if the floor is the development floor, which can be lowered again. Even
+//! then it must have tries left and be complete.
 
 use super::booted;
 use super::error::DeployError;
@@ -20,12 +19,12 @@ use crate::failpoint;
 use crate::floor::{Floor, FloorError};
 use crate::trust::{Anchor, Dates};
 
-/// What a commit did.
+/// The result of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Committed {
     /// The deployment that is current now.
     pub deployment: DeploymentId,
-    /// Whether it was blessed by this call (`false`: it was current before).
+    /// Whether this call blessed it (`false`: it was already current).
     pub blessed: bool,
     /// The floor before.
     pub floor_before: u64,
@@ -33,25 +32,25 @@ pub struct Committed {
     pub floor_after: u64,
 }
 
-/// What is known of the boot that runs.
+/// What is known about the running boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ran {
     /// The record of this boot names the deployment that runs.
     This(DeploymentId),
     /// There is no record.
     Unknown {
-        /// Whether the pending deployment may be meant, on a machine that mosfs has never started.
+        /// Whether the pending deployment may be used, on a machine that mosfs has never booted.
         take_pending: bool,
     },
 }
 
-/// Blesses the deployment that runs and raises the floor to its version.
+/// Blesses the running deployment and raises the floor to its version.
 ///
 /// # Errors
-/// [`DeployError::BootUnknown`] where it is not known what runs; [`DeployError::NoTriesLeft`] where the
-/// pending deployment would be taken and has failed; [`DeployError::Floor`] with `Rollback` where the version is
-/// below the floor (nothing is changed in these cases); any error of the floor after the blessing leaves the
-/// deployment blessed and the floor to be raised by the next commit.
+/// [`DeployError::BootUnknown`] if it is not known what runs; [`DeployError::NoTriesLeft`] if the pending
+/// deployment would be used but has failed; [`DeployError::Floor`] with `Rollback` if the version is below
+/// the floor (in these cases nothing is changed). An error of the floor after the blessing leaves the
+/// deployment blessed, and the next commit raises the floor.
 pub fn commit(
     system: &System,
     anchor: &Anchor,
@@ -68,7 +67,7 @@ pub fn commit(
         Ran::This(id) => (id, true),
         Ran::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
     };
-    // What is blessed is what is verified now, not what was verified at boot.
+    // Bless what is verified now, not what was verified at boot.
     let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
     if !known {
         check_complete(system, &verified)?;
@@ -88,19 +87,19 @@ pub fn commit(
     if floor_before < id.version {
         let signature = match verified.floor_signature() {
             Some(signature) => signature,
-            // The development floor of a device without a floor key asks for none.
+            // The development floor of a device without a floor key requires none.
             None if !floor.needs_signature() => &[],
             None => return Err(FloorError::NoFloorSignature { version: id.version }.into()),
         };
         floor.raise(id.version, signature)?;
     }
     failpoint::hit("commit.floor.raised");
-    // Rule: then read it back. A raise that did not take is an error of the floor already.
+    // Rule: then read it back. A raise without effect is already an error of the floor.
     let floor_after = floor.read()?;
     Ok(Committed { deployment: id, blessed, floor_before, floor_after })
 }
 
-/// What is meant on a machine that mosfs has never started.
+/// Returns what to commit on a machine that mosfs has never booted.
 fn guess(system: &System, state: &State, take_pending: bool) -> Result<DeploymentId, DeployError> {
     let unknown = |why: &str| Err(DeployError::BootUnknown { path: booted::path(), why: why.to_string() });
     if state.last_boot.is_some() {

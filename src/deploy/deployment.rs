@@ -4,13 +4,13 @@
 //! SYSTEM/deployments/200-HEX/
 //!   manifest.json   the stored bytes that were signed
 //!   manifest.sig    detached signature over them
-//!   cert.pem        the signer's certificate, intermediates behind it
+//!   cert.pem        the signer's certificate, then intermediates
 //!   floor.sig       the floor key's signature of the version; absent where the publisher made none
 //! ```
 //!
-//! Invariants: a folder appears whole, by rename, and is replaced whole, by exchange, where what vouches for the
-//! manifest changes (a renewed certificate) or has rotted. Nothing in it is believed before [`Signed::verify`] has
-//! passed.
+//! Invariants: a folder appears whole, by rename, and is replaced whole, by exchange, if the signature or
+//! certificate changes (a renewed certificate) or is corrupt. Nothing in it is trusted before
+//! [`Signed::verify`] has passed.
 
 use std::fs;
 use std::io;
@@ -26,9 +26,9 @@ use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 use crate::trust::{Anchor, Dates, Signed, Verified};
 
-/// No system manifest is longer, in bytes (its reader has the same bound).
+/// Maximum size of a system manifest, in bytes (its reader has the same bound).
 pub(super) const MAX_MANIFEST: u64 = 4 << 20;
-/// No signature or certificate chain is longer, in bytes.
+/// Maximum size of a signature or certificate chain, in bytes.
 const MAX_SMALL: u64 = 1 << 16;
 
 const MANIFEST: &str = "manifest.json";
@@ -49,8 +49,7 @@ pub fn read(system: &System, id: &DeploymentId) -> Result<Signed, DeployError> {
     })
 }
 
-/// Reads a deployment and verifies it: signature, certificate, product, and that the folder's
-/// name tells the truth.
+/// Reads a deployment and verifies it: signature, certificate, product, and that the folder's name matches.
 pub fn verify(
     system: &System,
     id: &DeploymentId,
@@ -65,7 +64,7 @@ pub fn verify(
     Ok(verified)
 }
 
-/// What a deployment's folder holds, each part by itself: for a folder that may be damaged.
+/// The content of a deployment's folder, each part separately: for a folder that may be damaged.
 pub struct Parts {
     /// The bytes of the manifest.
     pub manifest: Option<Vec<u8>>,
@@ -77,7 +76,7 @@ pub struct Parts {
     pub floor_signature: Option<Vec<u8>>,
 }
 
-/// Reads what can be read of a deployment's folder.
+/// Reads the readable parts of a deployment's folder.
 pub fn parts(system: &System, id: &DeploymentId) -> Parts {
     let folder = system.deployment_dir(id);
     let file = |name: &str, max| file::read_regular(&folder.join(name), Links::Refused, max).ok();
@@ -89,9 +88,9 @@ pub fn parts(system: &System, id: &DeploymentId) -> Parts {
     }
 }
 
-/// The files of a deployment that have to be replaced by those of an offer of the same system: those that are
-/// missing or damaged, a certificate that differs, a signature that does not hold under it, and a floor signature that
-/// does not hold where the offer's does.
+/// Returns the files of a deployment that must be replaced by those of an offer of the same system: files
+/// that are missing or damaged, a certificate that differs, a signature that is not valid with it, and an
+/// invalid floor signature if the offer's is valid.
 pub fn differences(
     system: &System,
     offer: &Verified,
@@ -107,7 +106,7 @@ pub fn differences(
     if found.certificate.as_deref() != Some(offer.certificate()) {
         differ.push(CERTIFICATE);
     }
-    // Two signatures of one manifest by one key may differ, and both hold.
+    // Two signatures of one manifest by one key may differ and both be valid.
     if found.signature.as_deref() != Some(offer.signature())
         && (!differ.is_empty() || verify(system, &id, anchor, Dates::LogOnly).is_err())
     {
@@ -121,7 +120,7 @@ pub fn differences(
     differ
 }
 
-/// Of the floor signature of an offer and the one that is there, the one to keep.
+/// Chooses between the floor signature of an offer and the existing one.
 fn better_floor_signature<'a>(
     offer: &'a Verified,
     here: Option<&'a [u8]>,
@@ -138,8 +137,8 @@ fn better_floor_signature<'a>(
 
 /// Writes a verified system as a deployment's folder, synced. The caller holds the exclusive lock.
 ///
-/// A folder that a crash left half-written is begun again. One that is there already is replaced as a whole, by
-/// exchange, where [`differences`] finds any.
+/// A folder left half-written by a crash is started over. An existing folder is replaced as a whole, by
+/// exchange, if [`differences`] finds any.
 pub fn write(
     system: &System,
     verified: &Verified,
@@ -200,7 +199,7 @@ fn remove_if_there(folder: &Path) -> Result<(), IoError> {
     }
 }
 
-/// What is in the folder of deployments: those that are whole, and what crashes left behind.
+/// Lists the folder of deployments: complete ones, and what crashes left behind.
 pub fn list(system: &System) -> Result<(Vec<DeploymentId>, Vec<PathBuf>), DeployError> {
     let parent = system.deployments_dir();
     let entries = match fs::read_dir(&parent) {
@@ -231,8 +230,7 @@ pub fn remove_leftover(system: &System, path: &Path) -> Result<(), DeployError> 
 
 /// Removes a deployment that no state names. The caller holds the exclusive lock.
 ///
-/// It is renamed first: a crash leaves either the whole folder or one that `list` calls a
-/// left-over.
+/// It is renamed first: a crash leaves either the whole folder or one that `list` reports as left over.
 pub fn remove(system: &System, id: &DeploymentId) -> Result<(), DeployError> {
     let folder = system.deployment_dir(id);
     let parent = system.deployments_dir();

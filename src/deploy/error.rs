@@ -15,28 +15,28 @@ use crate::trust::TrustError;
 /// Why an install, an update, a boot choice or a commit was refused or failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DeployError {
-    /// The operating system's answer.
+    /// An error of the operating system.
     #[error(transparent)]
     Io(#[from] IoError),
     /// The store failed or refused.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The source could not be read, or is not what it says.
+    /// The source could not be read, or has the wrong content.
     #[error(transparent)]
     Transport(#[from] TransportError),
-    /// An OCI manifest of a target makes no sense.
+    /// An OCI manifest of a target is malformed.
     #[error(transparent)]
     Oci(#[from] OciError),
     /// Signature, certificate or product do not match.
     #[error(transparent)]
     Trust(#[from] TrustError),
-    /// The floor refused, or could not be asked.
+    /// The floor refused, or could not be read.
     #[error(transparent)]
     Floor(#[from] FloorError),
     /// A target's image cannot be mounted as it is signed.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The state file is not one that this program knows.
+    /// The state file has an unknown format.
     #[error("state file {}: {why}", path.display())]
     State {
         /// The file.
@@ -44,7 +44,7 @@ pub enum DeployError {
         /// What was expected and found.
         why: String,
     },
-    /// A deployment's folder holds another manifest than its name says.
+    /// The manifest in a deployment's folder does not match the folder's name.
     #[error("deployment {id}: its manifest is version {version}, {digest}")]
     OtherManifest {
         /// The name of the deployment.
@@ -54,23 +54,23 @@ pub enum DeployError {
         /// The digest that the manifest in the folder has.
         digest: Digest,
     },
-    /// A name at a source that the user gave leads to another system than it says.
+    /// A name given by the user leads to another system than it states.
     #[error("the name {name} leads to another system: {found}")]
     OtherThanNamed {
         /// The name.
         name: String,
-        /// Version and digest of what is there.
+        /// Version and digest of the system found.
         found: String,
     },
-    /// Which deployment this boot runs is not known, so that none can be called healthy.
+    /// It is not known which deployment this boot runs, so none can be committed.
     #[error("it is not known which deployment runs: {} is missing, and {why}", path.display())]
     BootUnknown {
         /// The record of this boot.
         path: PathBuf,
-        /// Why nothing else tells.
+        /// Why it cannot be determined otherwise.
         why: String,
     },
-    /// A pending deployment that was started as often as it may be, and that this boot does not run.
+    /// A pending deployment that has used up its tries, and that this boot does not run.
     #[error(
         "deployment {id} has no tries left: it was started as often as it may be and never proved healthy"
     )]
@@ -78,31 +78,31 @@ pub enum DeployError {
         /// The deployment.
         id: DeploymentId,
     },
-    /// A collection that had to work around what is damaged. All else was done.
+    /// A garbage collection that had to skip damaged objects. Everything else was done.
     #[error("{}: {} damaged or not removed; the first is: {}", path.display(), problems.len(), first(problems))]
     Damaged {
         /// The system folder.
         path: PathBuf,
-        /// What is damaged, each as a sentence.
+        /// The damage, each item as a sentence.
         problems: Vec<String>,
     },
-    /// A repair that could not mend everything. All else was done.
+    /// A repair that could not fix everything. Everything else was done.
     #[error("{}: {} not mended; the first is: {}", path.display(), problems.len(), first(problems))]
     NotMended {
         /// The system folder.
         path: PathBuf,
-        /// What is not mended, each as a sentence.
+        /// What could not be fixed, each item as a sentence.
         problems: Vec<String>,
     },
-    /// The system folder has a deployment already: `install` is for the first one only.
+    /// The system folder already has a deployment: `install` is only for the first one.
     #[error("{} holds deployment {current} already", path.display())]
     AlreadyInstalled {
         /// The system folder.
         path: PathBuf,
-        /// The deployment that is there.
+        /// The existing deployment.
         current: DeploymentId,
     },
-    /// Nothing is installed where a deployment is needed.
+    /// Nothing is installed, but a deployment is required.
     #[error("{} holds no deployment", path.display())]
     NothingInstalled {
         /// The system folder.
@@ -143,7 +143,7 @@ pub enum DeployError {
     NotSigned {
         /// The system manifest.
         digest: Digest,
-        /// What there is none of.
+        /// What is missing.
         missing: &'static str,
     },
     /// A blob of a deployment is not in the store.
@@ -166,14 +166,14 @@ pub enum DeployError {
         /// The size that was found, in bytes.
         found: u64,
     },
-    /// There is too little room, found out before anything was fetched.
+    /// There is too little space, detected before anything was fetched.
     #[error("{}: the update needs {needed} bytes, {available} are free", path.display())]
     NoSpace {
         /// The system folder.
         path: PathBuf,
-        /// What the missing blobs take, with some reserve, in bytes.
+        /// The space that the missing blobs need, with some reserve, in bytes.
         needed: u64,
-        /// What the file system has for us, in bytes.
+        /// The free space of the file system, in bytes.
         available: u64,
     },
     /// The running deployment has no such target.
@@ -181,9 +181,9 @@ pub enum DeployError {
     NoSuchTarget {
         /// The deployment.
         id: DeploymentId,
-        /// What was asked for.
+        /// The requested target.
         target: String,
-        /// What there is.
+        /// The targets that exist.
         known: Vec<String>,
     },
     /// The root is mounted by `mosfs boot`, not by `mosfs activate`.
@@ -191,15 +191,15 @@ pub enum DeployError {
     IsHostfs {
         /// The running deployment.
         id: DeploymentId,
-        /// What was asked for.
+        /// The requested target.
         target: String,
     },
-    /// Nothing on the device may be booted.
+    /// No deployment on the device can be booted.
     #[error("no deployment can be booted: {}", list(refused))]
     NoneLeft {
         /// Each deployment and why it was refused.
         refused: Vec<Refusal>,
-        /// The class of the gravest reason.
+        /// The class of the most serious reason.
         class: Class,
     },
 }

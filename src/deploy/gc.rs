@@ -1,19 +1,20 @@
-//! `mosfs gc` on a device: what no deployment needs goes. `install`, `update` and `commit` do the same when they
-//! are done.
+//! `mosfs gc` on a device: removes what no deployment needs. `install`, `update` and `commit` do the same at
+//! their end.
 //!
-//! Kept: current, pending and previous, what this boot runs, and whatever is mounted. Not kept:
+//! It keeps current, pending and previous, what this boot runs, and everything that is mounted. It does not
+//! keep:
 //!
 //! - a pending deployment that has used up its tries and does not run: the state file remembers that it failed
-//! - a previous deployment below the floor, which no boot will ever take
+//! - a previous deployment below the floor, which can never boot
 //! - a previous deployment that cannot be read
 //!
-//! The order keeps a crash harmless: the state file first, then folders (nothing names them), then the names in the
-//! store, then the blobs that no name reaches. Names that are not mosfs' own (`mos/…`) are somebody
-//! else's and stay.
+//! The order keeps a crash harmless: the state file first, then folders (nothing names them), then the names
+//! in the store, then the blobs that no name reaches. Names that are not mosfs' own (`mos/…`) belong to
+//! others and stay.
 //!
-//! What is damaged does not stop the collection. A deployment's needs are read from its folder, else from the
-//! store, whose blobs are named by their digests; where neither can be read, every name stays. What was met is
-//! said, so that the exit code shows it.
+//! Damage does not stop the collection. A deployment's needs are read from its folder, else from the store,
+//! whose blobs are named by their digests; if neither can be read, every name stays. Damage is reported and
+//! determines the exit code.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -33,24 +34,24 @@ use crate::mount::table;
 use crate::store::gc::{Collector, Removal};
 use crate::store::{Store, image_name, system_name, version_name};
 
-/// What has to stay, beside what the state file names.
+/// What must stay in addition to what the state file names.
 #[derive(Debug, Clone, Default)]
 pub struct Needs {
-    /// The deployment that this boot runs, where that is known.
+    /// The deployment that this boot runs, if known.
     pub booted: Option<DeploymentId>,
-    /// The OCI manifests of what is mounted.
+    /// The OCI manifests of mounted images.
     pub mounted: Vec<Digest>,
-    /// The floor, where it is known: no boot will take what is below it.
+    /// The floor, if known: nothing below it can boot.
     pub floor: Option<u64>,
-    /// Blobs that somebody is about to need.
+    /// Blobs that will be needed soon.
     pub keep: Vec<Digest>,
 }
 
 impl Needs {
-    /// What this boot runs and has mounted.
+    /// Returns what this boot runs and has mounted.
     ///
     /// # Errors
-    /// Where that cannot be read: then nothing is known of what has to stay.
+    /// If that cannot be read: then it is unknown what must stay.
     pub fn of_this_boot() -> Result<Self, DeployError> {
         let booted = booted::deployment()?;
         let mounted = table::mounts()?.iter().filter_map(|mount| mount.digest).collect();
@@ -58,7 +59,7 @@ impl Needs {
     }
 }
 
-/// A deployment that the state file stops to name.
+/// A deployment to be removed from the state file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Dropped {
     /// Which one.
@@ -67,25 +68,25 @@ pub struct Dropped {
     pub why: String,
 }
 
-/// What `gc` would remove.
+/// The objects that `gc` would remove.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct GcPlan {
-    /// The previous deployment, where it is of no use any more.
+    /// The previous deployment, if it can no longer be used.
     pub dropped: Vec<Dropped>,
-    /// Deployments that nothing needs.
+    /// Deployments that are not needed.
     pub deployments: Vec<DeploymentId>,
     /// Folders that crashes left behind.
     pub leftovers: Vec<PathBuf>,
     /// Names, blobs and temporary files of the store.
     pub store: Removal,
-    /// What is damaged, each as a sentence: it was worked around.
+    /// Damage that was skipped, each item as a sentence.
     pub damaged: Vec<String>,
 }
 
-/// Looks what can go. The system should be locked, and its store is.
+/// Finds what can be removed. The system should be locked, and its store is.
 ///
 /// # Errors
-/// A state file or an index that cannot be read: nothing is known then.
+/// A state file or an index that cannot be read: then it is unknown what is needed.
 pub fn plan(
     system: &System,
     collector: &Collector<'_>,
@@ -115,7 +116,7 @@ pub fn plan(
                 let images = manifest.targets.iter();
                 names.extend(images.map(|(name, target)| image_name(name.as_str(), &target.digest)));
             }
-            // What it needs is not known: whatever has a name may be it.
+            // Its needs are unknown: they may include everything that has a name.
             _ => names = None,
         }
     }
@@ -133,15 +134,15 @@ pub fn plan(
     Ok(plan)
 }
 
-/// The pending deployment, while it may be started or may be what runs.
+/// Returns the pending deployment, while it may be started or may be running.
 fn pending_to_keep(state: &State, needs: &Needs) -> Option<DeploymentId> {
     let pending = state.pending.as_ref()?;
-    // Its last try may be the boot that runs now: without a record of that, it stays.
+    // Its last try may be the current boot: without a record of the boot, it stays.
     let failed = pending.tries_left == 0 && needs.booted.is_some_and(|booted| booted != pending.deployment);
     (!failed).then_some(pending.deployment)
 }
 
-/// Why the previous deployment is of no use, if it is of none.
+/// Returns why the previous deployment cannot be used, if that is so.
 fn useless(system: &System, id: &DeploymentId, needs: &Needs) -> Option<String> {
     // Rule: boot: `version >= floor` (docs/design.md, floor at boot).
     if let Some(floor) = needs.floor.filter(|floor| id.version < *floor) {
@@ -154,7 +155,7 @@ fn useless(system: &System, id: &DeploymentId, needs: &Needs) -> Option<String> 
     }
 }
 
-/// A deployment's manifest, from its folder or from the store, and what is wrong with the folder.
+/// Returns a deployment's manifest, from its folder or from the store, and what is wrong with the folder.
 fn manifest_of(
     system: &System,
     store: &Store,
@@ -175,10 +176,10 @@ fn manifest_of(
     (stored.and_then(|bytes| SystemManifest::parse(&bytes).ok()), damage)
 }
 
-/// Removes what [`plan`] found under the same locks; what is damaged or could not be removed is returned.
+/// Removes what [`plan`] found under the same locks; returns what is damaged or could not be removed.
 ///
 /// # Errors
-/// Where the state file cannot be written: then nothing is removed.
+/// If the state file cannot be written; then nothing is removed.
 pub fn apply(
     system: &System,
     _lock: &SystemLock,

@@ -25,7 +25,7 @@ impl fmt::Display for DeploymentId {
     }
 }
 
-/// A text that is not the name of a deployment.
+/// A string that is not the name of a deployment.
 #[derive(Debug, thiserror::Error)]
 #[error("`{0}` is not the name of a deployment: expected VERSION-HEX")]
 pub struct BadDeploymentId(String);
@@ -40,7 +40,7 @@ impl FromStr for DeploymentId {
             version: version.parse().map_err(|_| wrong())?,
             digest: Digest::from_hex(digest).map_err(|_| wrong())?,
         };
-        // One spelling only: "+7" and "007" are numbers to Rust, but not names of ours.
+        // One spelling only: Rust parses "+7" and "007" as numbers, but they are not valid names.
         if id.to_string() == text { Ok(id) } else { Err(wrong()) }
     }
 }

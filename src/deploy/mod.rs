@@ -3,7 +3,7 @@
 //! ```text
 //! SYSTEM/
 //!   store/          the blobs (crate::store)
-//!   deployments/    one folder a signed system (deployment.rs)
+//!   deployments/    one folder per signed system (deployment.rs)
 //!   state.json      which is current, pending, previous (state.rs): the one source of truth
 //!   floor.json      the development floor of `--floor file`
 //!   scratch/TARGET/ writable upper layers
@@ -11,11 +11,10 @@
 //!                   need two of them to agree
 //! ```
 //!
-//! Invariants: what changes the disk is planned first ([`plan`]) and then applied ([`apply`]) in
-//! the order blobs, deployment folder, state file, each synced before the next begins; so a crash
-//! leaves the old state, plus blobs and folders that `gc` removes, or the new one. Nothing on the
-//! device is trusted: a deployment is verified afresh each time that it is used. The lock order is
-//! the system's lock, then the store's.
+//! Invariants: a change to the disk is planned first ([`plan`]) and then applied ([`apply`]) in the order
+//! blobs, deployment folder, state file, each synced before the next begins; so a crash leaves the old state,
+//! plus blobs and folders that `gc` removes, or the new one. Nothing on the device is trusted: a deployment
+//! is verified each time it is used. The lock order is the system's lock, then the store's.
 
 pub mod activate;
 pub mod apply;
@@ -57,7 +56,7 @@ use crate::sys::flock::Lock;
 use crate::transport::TransportError;
 use crate::trust::Verified;
 
-/// The folder on a device where the deployed system lives.
+/// The folder of the deployed system on a device.
 #[derive(Debug, Clone)]
 pub struct System {
     root: PathBuf,
@@ -68,7 +67,7 @@ pub struct System {
 pub struct SystemLock(#[allow(dead_code, reason = "dropping it releases the lock")] Lock);
 
 impl System {
-    /// The system at this folder, which need not exist yet.
+    /// Returns the system in this folder, which need not exist yet.
     pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
@@ -78,20 +77,20 @@ impl System {
         &self.root
     }
 
-    /// Where the blobs are.
+    /// Returns the folder of the store.
     pub fn store_dir(&self) -> PathBuf {
         self.root.join("store")
     }
 
-    /// The store. Nothing in it is a link.
+    /// Opens the store. Nothing in it is a link.
     ///
     /// # Errors
-    /// [`StoreError::Transport`] where it is not a layout.
+    /// [`StoreError::Transport`] if it is not a layout.
     pub fn store(&self) -> Result<Store, StoreError> {
         Store::open_with(&self.store_dir(), Links::Refused)
     }
 
-    /// Where the deployments' folders are.
+    /// Returns the folder that holds the deployments' folders.
     pub fn deployments_dir(&self) -> PathBuf {
         self.root.join("deployments")
     }
@@ -106,12 +105,12 @@ impl System {
         self.root.join("state.json")
     }
 
-    /// Where a target's writable upper layer is kept.
+    /// Returns the folder of a target's writable upper layer.
     pub fn scratch_dir(&self, target: &str) -> PathBuf {
         self.root.join("scratch").join(target)
     }
 
-    /// Makes the folders that are missing.
+    /// Creates missing folders.
     pub fn create(&self) -> Result<(), DeployError> {
         for folder in [self.root.clone(), self.deployments_dir()] {
             file::create_folders(&folder)?;
@@ -119,7 +118,7 @@ impl System {
         Ok(())
     }
 
-    /// Takes the system's lock for a change; waits for whoever holds it, after telling `waiting`.
+    /// Takes the system's lock for a change. If another process holds it, calls `waiting` and waits.
     ///
     /// A state file that cannot be read is written anew ([`recover`]).
     pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
@@ -162,23 +161,22 @@ impl System {
     }
 }
 
-/// As many threads as this machine works on at a time.
+/// Returns the number of threads that this machine runs in parallel.
 fn threads() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-/// What an install or an update asks of the floor.
+/// What an install or an update requires of the floor.
 #[allow(clippy::large_enum_variant, reason = "there is one, on the stack, for the length of a command")]
 pub enum FloorGate<'a> {
-    /// The device has no floor yet (CONFIG has no `floor.pub`): a first install may go on, so that
-    /// there is something to provision for. Nothing else may.
+    /// The device has no floor yet (CONFIG has no `floor.pub`): only a first install may proceed, so that
+    /// there is something to provision for.
     Unprovisioned,
     /// The floor is read, and the system must not be below it.
     Enforced {
         /// The floor.
         floor: &'a mut dyn Floor,
-        /// What a version's floor signature is checked against; where it is there, a system needs
-        /// a signature.
+        /// What a version's floor signature is checked against; if it is set, a system requires a signature.
         policy: Option<Policy>,
     },
 }

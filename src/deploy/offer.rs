@@ -1,12 +1,12 @@
-//! Systems at a source: which are there, and which of them is to be taken.
+//! Finds the systems at a source, and chooses the one to use.
 //!
-//! A name in an index is signed by nobody. So it is a hint, and no more: every system that a source lists is
-//! looked at, those with the highest names first, and the highest version that *verifies* is taken. What does not
-//! verify, cannot be read, or is not what its name says is passed over and said, so that a stray or planted
-//! name hides nothing. A name that the user gives must tell the truth.
+//! Names in an index are not signed, so they are only hints: every system that a source lists is examined,
+//! those with the highest names first, and the highest version that *verifies* is used. A system that does
+//! not verify, cannot be read, or does not match its name is skipped and reported, so that a stray or planted
+//! name hides nothing. A name given by the user must match the system.
 //!
-//! The work is bounded ([`MAX_SYSTEMS`], [`MAX_BYTES`]); once a system was found that verifies, only
-//! [`LOOK_ON`] others are looked at, because those that are left claim less. Only small documents are read, in
+//! The work is bounded ([`MAX_SYSTEMS`], [`MAX_BYTES`]); once a system that verifies has been found, only
+//! [`LOOK_ON`] others are examined, because the rest claim lower versions. Only small documents are read, in
 //! memory.
 
 use std::collections::BTreeMap;
@@ -21,29 +21,29 @@ use crate::transport::{Transport, TransportError};
 use crate::trust::evidence::{MAX_ALTERNATIVES, Taken, verify_any};
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
 
-/// No system manifest is longer, in bytes.
+/// Maximum size of a system manifest, in bytes.
 const MAX_SYSTEM: u64 = 4 << 20;
-/// No signature or certificate chain is longer, in bytes.
+/// Maximum size of a signature or certificate chain, in bytes.
 const MAX_SMALL: u64 = 1 << 16;
-/// Most systems of a source that are looked at.
+/// Maximum number of systems of a source that are examined.
 const MAX_SYSTEMS: usize = 4096;
-/// Most bytes of system manifests that are read while they are looked at.
+/// Maximum total size of the system manifests that are read, in bytes.
 const MAX_BYTES: u64 = 256 << 20;
-/// How many more systems are looked at once one was found that verifies.
+/// How many more systems are examined after one that verifies.
 const LOOK_ON: usize = 64;
 
-/// A small document that says something about a system manifest, and where it came from.
+/// A small document that refers to a system manifest, and its origin.
 struct Part {
-    /// Its artifact at the source; none where it is a file of a deployment.
+    /// Its artifact at the source; none if it is a file of a deployment.
     artifact: Option<Descriptor>,
     content: Vec<u8>,
 }
 
-/// A signed system at a source, of which nothing is verified yet.
+/// A signed system at a source, not yet verified.
 pub struct Offer {
     /// The system manifest's artifact.
     pub artifact: Descriptor,
-    /// The names that lead to it; they say what they please.
+    /// The names that lead to it, which are not trusted.
     names: Vec<String>,
     /// The system manifest's bytes.
     manifest: Vec<u8>,
@@ -52,14 +52,14 @@ pub struct Offer {
     floor_signatures: Vec<Part>,
 }
 
-/// What a device judges an offer by.
+/// What a device checks an offer against.
 #[derive(Clone, Copy)]
 pub struct Judge<'a> {
-    /// Whom it trusts.
+    /// Its trust anchor.
     pub anchor: &'a Anchor,
-    /// What to do about validity dates.
+    /// How to treat validity dates.
     pub dates: Dates,
-    /// What floor signatures are checked against, where the device has a floor.
+    /// What floor signatures are checked against, if the device has a floor.
     pub policy: Option<&'a Policy>,
 }
 
@@ -67,13 +67,13 @@ pub struct Judge<'a> {
 pub struct Accepted {
     /// The system manifest's artifact.
     pub artifact: Descriptor,
-    /// The artifacts of the signature, the certificate and the floor signature that were taken.
+    /// The artifacts of the signature, the certificate and the floor signature that are used.
     pub referrers: Vec<Descriptor>,
     /// The verified system.
     pub verified: Verified,
 }
 
-/// A system that was looked at and not taken.
+/// A system that was examined and skipped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PassedOver {
     /// Its name at the source, or its digest.
@@ -82,21 +82,21 @@ pub struct PassedOver {
     pub why: String,
 }
 
-/// The system of a source that is to be taken.
+/// The system chosen from a source.
 pub struct Found<T> {
-    /// What was made of it.
+    /// The chosen system.
     pub taken: T,
-    /// Those that were looked at and are of no use.
+    /// The skipped systems.
     pub passed_over: Vec<PassedOver>,
 }
 
-/// Finds the system that a name stands for, or without a name the highest version that verifies.
+/// Finds the system with the given name or, without a name, the highest version that verifies.
 ///
 /// `name` is a full name, a version or `sha256:HEX`.
 ///
 /// # Errors
-/// [`DeployError::NotASystem`] where the source lists no system; [`DeployError::OtherThanNamed`] where a
-/// name that the user gave leads elsewhere; else why the first one, by name, is refused.
+/// [`DeployError::NotASystem`] if the source lists no system; [`DeployError::OtherThanNamed`] if a name given
+/// by the user leads elsewhere; else why the first one, by name, is refused.
 pub fn find(
     from: &dyn Transport,
     name: Option<&str>,
@@ -108,7 +108,7 @@ pub fn find(
     })
 }
 
-/// Finds, in the same way, a system of which nothing is verified; the system manifest's bytes.
+/// Finds an unverified system in the same way; returns the bytes of the system manifest.
 ///
 /// # Errors
 /// As [`find`].
@@ -146,7 +146,7 @@ pub fn find_whole(from: &dyn Transport, name: Option<&str>) -> Result<Whole, Dep
     Ok(whole.taken)
 }
 
-/// A source's systems, each once, with the names that lead to it.
+/// The systems of a source, each once, with the names that lead to it.
 struct Candidate {
     artifact: Descriptor,
     names: Vec<String>,
@@ -166,7 +166,7 @@ impl Candidate {
     }
 }
 
-/// The version that a name claims.
+/// Returns the version that a name claims.
 fn version_of(name: &str) -> Option<u64> {
     name.strip_prefix(SYSTEM_PREFIX)?.parse().ok()
 }
@@ -211,7 +211,7 @@ fn look<T>(
                 object: candidate.object(),
                 why: error.to_string(),
             });
-            // What is signed and of no use is for the judge to refuse; what it cannot be is known now.
+            // The judge refuses signed but unusable systems; what cannot be a system is detected here.
             let version = match &manifest {
                 Ok(manifest) => Some(manifest.version),
                 Err(_) => None,
@@ -285,7 +285,7 @@ fn look_by_tags<T>(
     }))
 }
 
-/// The full name of what the user wrote.
+/// Returns the full name for the user's input.
 pub(super) fn full_name(name: &str) -> String {
     match name.strip_prefix("sha256:") {
         _ if name.starts_with(SYSTEM_PREFIX) => name.to_string(),
@@ -294,7 +294,7 @@ pub(super) fn full_name(name: &str) -> String {
     }
 }
 
-/// The systems that a source lists, those with the highest names first.
+/// Returns the systems that a source lists, those with the highest names first.
 fn candidates(from: &dyn Transport, wanted: Option<&str>) -> Result<Vec<Candidate>, DeployError> {
     let entries = match wanted {
         Some(name) => from.lookup(name)?,
@@ -305,7 +305,7 @@ fn candidates(from: &dyn Transport, wanted: Option<&str>) -> Result<Vec<Candidat
         let name = match (entry.ref_name(), wanted) {
             (_, Some(wanted)) => Some(wanted.to_string()),
             (Some(name), None) if name.starts_with(SYSTEM_PREFIX) => Some(name.to_string()),
-            // A system whose name was taken by another.
+            // A system that has lost its name to another.
             (_, None) if entry.artifact_type.as_deref() == Some(SYSTEM_MEDIA_TYPE) => None,
             _ => continue,
         };
@@ -316,14 +316,14 @@ fn candidates(from: &dyn Transport, wanted: Option<&str>) -> Result<Vec<Candidat
     }
     let mut all: Vec<Candidate> = found.into_values().collect();
     for candidate in &mut all {
-        // The version first: it is the name that a person knows.
+        // The version first: it is the name that people know.
         candidate.names.sort_by_key(|name| (std::cmp::Reverse(version_of(name)), name.clone()));
     }
     all.sort_by_key(|candidate| std::cmp::Reverse(candidate.claim()));
     Ok(all)
 }
 
-/// The one layer of an artifact.
+/// Returns the only layer of an artifact.
 fn content(from: &dyn Transport, artifact: &Descriptor, max: u64) -> Result<Vec<u8>, DeployError> {
     let manifest = from.manifest(artifact)?;
     let [layer] = manifest.layers.as_slice() else {
@@ -350,7 +350,7 @@ impl Offer {
         })
     }
 
-    /// An offer of a manifest that is at hand, such as one in a deployment's folder.
+    /// Returns an offer of a local manifest, such as one in a deployment's folder.
     pub fn of(artifact: Descriptor, manifest: Vec<u8>) -> Self {
         Self {
             artifact,
@@ -362,7 +362,7 @@ impl Offer {
         }
     }
 
-    /// Adds what a deployment's folder holds; parts that are missing are left out.
+    /// Adds the content of a deployment's folder; missing parts are skipped.
     pub fn add_files(
         &mut self,
         signature: Option<Vec<u8>>,
@@ -375,10 +375,10 @@ impl Offer {
         self.floor_signatures.extend(floor_signature.map(part));
     }
 
-    /// Fetches signatures, certificates and floor signatures. One that cannot be read hides no other.
+    /// Fetches signatures, certificates and floor signatures. An unreadable one does not hide others.
     ///
     /// # Errors
-    /// Where the source cannot list them.
+    /// If the source cannot list them.
     pub fn fetch_parts(&mut self, from: &dyn Transport) -> Result<(), DeployError> {
         let place = from.within(SYSTEM_REPOSITORY)?;
         let from = place.as_ref();
@@ -416,7 +416,7 @@ impl Offer {
         Digest::of(&self.manifest)
     }
 
-    /// Rule: a name that the user gave stands for what it says: `VERSION`, or the manifest's digest.
+    /// Rule: a name given by the user must match the system: `VERSION`, or the manifest's digest.
     fn check_name(&self, wanted: Option<&str>, version: Option<u64>) -> Result<(), DeployError> {
         let Some(name) = wanted else { return Ok(()) };
         let digest = name.strip_prefix(SYSTEM_PREFIX).and_then(|name| name.strip_prefix("sha256/"));
@@ -436,11 +436,11 @@ impl Offer {
         Ok(())
     }
 
-    /// Verifies signature, certificate and product; of several signatures one that holds is taken, and of
-    /// several floor signatures one that holds on this device.
+    /// Verifies signature, certificate and product; of several signatures a valid one is used, and of several
+    /// floor signatures one that is valid on this device.
     ///
     /// # Errors
-    /// [`DeployError::NotSigned`], and [`DeployError::Trust`] where no signature and certificate hold.
+    /// [`DeployError::NotSigned`], and [`DeployError::Trust`] if no signature and certificate are valid.
     pub fn verify(&self, judge: &Judge<'_>) -> Result<Accepted, DeployError> {
         let contents = |parts: &[Part]| parts.iter().map(|part| part.content.clone()).collect::<Vec<_>>();
         let (signatures, certificates) = (contents(&self.signatures), contents(&self.certificates));
@@ -448,7 +448,7 @@ impl Offer {
         if signatures.is_empty() {
             return Err(missing("signature"));
         }
-        // The version is in the bytes that the signature covers: if these do not parse, no signature helps.
+        // The version is in the signed bytes: if these do not parse, no signature helps.
         let version = SystemManifest::parse(&self.manifest).ok().map(|manifest| manifest.version);
         let floor = self.floor_signature(judge.policy, version);
         let floor_bytes = floor.map(|part| part.content.clone());
@@ -466,7 +466,7 @@ impl Offer {
         Ok(Accepted { artifact: self.artifact.clone(), referrers, verified })
     }
 
-    /// A floor signature that holds, else the first one, so that it can be said what is wrong with it.
+    /// Returns a valid floor signature, else the first one, so that its error can be reported.
     fn floor_signature(&self, policy: Option<&Policy>, version: Option<u64>) -> Option<&Part> {
         let holds = |part: &&Part| match (policy, version) {
             (Some(policy), Some(version)) => floor::check_signature(policy, version, &part.content).is_ok(),

@@ -1,13 +1,13 @@
-//! What an install or an update would do, found out before anything is fetched or written.
+//! Plans an install or an update before anything is fetched or written.
 //!
-//! The checks, in their order (docs/design.md, three checks, newer only): signature, certificate and
-//! product ([`super::offer`]); `version > current`; `version > floor`; the floor signature; free space. Only
-//! the targets' OCI manifests are read from the source, in memory and bounded; of the store, every blob that the system
-//! needs is read, because a blob that has rotted is as good as none.
+//! The checks, in their order (docs/design.md, three checks, newer only): signature, certificate and product
+//! ([`super::offer`]); `version > current`; `version > floor`; the floor signature; free space. Only the
+//! targets' OCI manifests are read from the source, in memory and bounded; of the store, every blob that the
+//! system needs is read, because a corrupt blob counts as missing.
 //!
-//! "The same system" is not told by its name: what is current or pending already is compared with the offer, file
-//! by file and blob by blob, and what differs is replaced (a renewed certificate, the signature of another CA, a
-//! lost blob).
+//! A name does not prove that two systems are the same: a deployment that is already current or pending is
+//! compared with the offer, file by file and blob by blob, and what differs is replaced (a renewed
+//! certificate, the signature of another CA, a lost blob).
 
 use std::collections::BTreeMap;
 
@@ -32,11 +32,11 @@ const BLOCK: u64 = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// It is current already: nothing to do, but for what has to be mended.
+    /// It is already current: nothing to do except repairs.
     UpToDate,
-    /// It is pending already and has tries left: nothing to do, but for what has to be mended.
+    /// It is already pending and has tries left: nothing to do except repairs.
     AlreadyPending,
-    /// It was started as often as it may be and never proved healthy: it is not tried again by itself.
+    /// It has used up its tries and never proved healthy: it is not tried again automatically.
     FailedBefore,
     /// It will be the first deployment.
     Install,
@@ -44,7 +44,7 @@ pub enum Verdict {
     Update,
 }
 
-/// A blob that is to be fetched.
+/// A blob to fetch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fetch {
     /// The target that needs it.
@@ -53,7 +53,7 @@ pub struct Fetch {
     pub blob: Descriptor,
 }
 
-/// What an install or an update would do.
+/// The plan of an install or an update.
 pub struct Plan {
     /// The verified system.
     pub verified: Verified,
@@ -61,28 +61,28 @@ pub struct Plan {
     pub id: DeploymentId,
     /// How it relates to what is installed.
     pub verdict: Verdict,
-    /// The blobs to fetch: the store lacks them, or what it has is damaged.
+    /// The blobs to fetch: the store lacks them, or its copy is damaged.
     pub fetch: Vec<Fetch>,
-    /// Files of a deployment that is installed already, and differ from the offer.
+    /// Files of an already installed deployment that differ from the offer.
     pub renew: Vec<&'static str>,
     /// The system manifest's artifact.
     pub artifact: Descriptor,
     /// The artifacts of its signature, certificate and floor signature.
     pub referrers: Vec<Descriptor>,
-    /// The targets' OCI manifests, with the names that they get.
+    /// The targets' OCI manifests, with their names in the store.
     pub images: Vec<(String, Descriptor)>,
-    /// Every blob of the targets, also those that are in the store.
+    /// Every blob of the targets, including those in the store.
     pub blobs: Vec<Descriptor>,
-    /// What `fetch` takes on the disk, in bytes.
+    /// The disk space needed for `fetch`, in bytes.
     pub needed_bytes: u64,
-    /// The floor, where it was read.
+    /// The floor, if it was read.
     pub floor: Option<u64>,
     /// What the device trusts, and checks floor signatures against.
     pub(super) trust: (Anchor, Option<Policy>),
 }
 
 impl Plan {
-    /// What it needs room for.
+    /// The space that it needs.
     pub(super) fn want(&self) -> space::Want {
         let keep = self.blobs.iter().map(|blob| blob.digest).collect();
         space::Want { bytes: self.needed_bytes, keep, floor: self.floor }
@@ -92,11 +92,11 @@ impl Plan {
 /// How thoroughly to plan.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
-    /// Try a version once more that failed before.
+    /// Try a version again that failed before.
     pub again: bool,
-    /// Read the blobs that are in the store, rather than believe their size.
+    /// Read the blobs in the store, rather than rely on their size.
     pub read_blobs: bool,
-    /// Where to say how far that is.
+    /// Where to report progress.
     pub progress: &'a Progress,
 }
 
@@ -154,8 +154,9 @@ pub fn plan(
     Ok(plan)
 }
 
-/// Rules: `version > current`; same version and same digest: nothing to do; same version, other
-/// digest: refused (docs/design.md, one version, one system). What failed its tries is tried again only where a person insists.
+/// Rules: `version > current`; same version and same digest: nothing to do; same version, other digest:
+/// refused (docs/design.md, one version, one system). A version that used up its tries is tried again only if
+/// the user requests it.
 fn relation(state: &State, id: &DeploymentId, again: bool) -> Result<Verdict, DeployError> {
     for installed in state.named() {
         if installed.version == id.version && installed.digest != id.digest {
@@ -199,8 +200,8 @@ fn check_floor(
     Ok(Some(lowest))
 }
 
-/// Finds the blobs that the store lacks, or has in another form than they should be. The OCI manifests are read
-/// from the source, in memory.
+/// Finds the blobs that the store lacks or has with the wrong content. The OCI manifests are read from the
+/// source, in memory.
 fn plan_blobs(
     plan: &mut Plan,
     system: &System,
@@ -275,7 +276,7 @@ pub fn unchanged(
     Ok(None)
 }
 
-/// The names that a system gets in the store.
+/// Returns the names of a system in the store.
 pub(super) fn names(id: &DeploymentId) -> [String; 2] {
     [system_name(&id.digest), version_name(id.version)]
 }

@@ -1,8 +1,8 @@
 //! Pull: a signed system, or a single image, from a registry or another layout into a store.
 //!
 //! The order is that of an update: system manifest, signature and certificate, the targets' OCI manifests,
-//! room; then the blobs that the store lacks; names last, in one step. Nothing is believed by this:
-//! whoever installs from the store verifies the signature against a CA, which `pull` does not have.
+//! room; then the blobs that the store lacks; names last, in one step. Pulling verifies no signature: an
+//! installation from the store verifies it against a CA, which `pull` does not have.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -22,11 +22,11 @@ use crate::transport::Transport;
 
 /// What was pulled.
 pub struct Pulled {
-    /// The names that it has in the store.
+    /// Its names in the store.
     pub names: Vec<String>,
     /// The digest of the system manifest, or of the image's OCI manifest.
     pub digest: Digest,
-    /// How many blobs were not there.
+    /// How many blobs were fetched because the store lacked them.
     pub fetched: usize,
 }
 

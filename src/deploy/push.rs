@@ -8,10 +8,10 @@
 //!                                last of all the tag VERSION
 //! ```
 //!
-//! A registry takes a manifest only after what it names, and a reader who finds VERSION finds all of
-//! it: a push that was cut off is invisible by version, and the next one sends what is missing. The
-//! tags of signature and certificate are for the registry's garbage collection, which does not know
-//! that the fallback list keeps them; readers do not use them.
+//! A registry accepts a manifest only after everything that it references, and a reader who finds VERSION
+//! finds all of it: an interrupted push is invisible by version, and the next one sends what is missing. The
+//! tags of signature and certificate are for the registry's garbage collection, which does not know that the
+//! fallback list keeps them; readers do not use them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,9 +37,9 @@ pub struct Pushed {
     pub digest: Digest,
     /// How many blobs were sent.
     pub sent: usize,
-    /// How many blobs the registry took from another of its repositories.
+    /// How many blobs the registry mounted from another of its repositories.
     pub mounted: usize,
-    /// How many blobs were there.
+    /// How many blobs were already present.
     pub present: usize,
 }
 

@@ -1,11 +1,11 @@
-//! A state file that cannot be read: the state is made anew from the deployments on the disk.
+//! Rebuilds the state from the deployments on the disk if the state file cannot be read.
 //!
-//! Nothing in the file is trusted, so nothing is lost with it that the deployments cannot say again, but for what was
-//! tried and failed. There are two ways here:
+//! Nothing in the file is trusted, so everything in it can be recovered from the deployments, except what was
+//! tried and failed. There are two entry points:
 //!
-//! - [`by_name`], for commands: what is on the disk, taken at its word. Each of them verifies what it uses.
-//!   It is written by the next command that takes the system's lock ([`super::System::lock`]); the old
-//!   file stays as `state.json.unread`.
+//! - [`by_name`], for commands: the deployments on the disk, unverified. Each of them verifies what it uses.
+//!   It is written by the next command that takes the system's lock ([`super::System::lock`]); the old file
+//!   stays as `state.json.unread`.
 //! - [`for_boot`]: what verifies and is not below the floor, the highest version first. A version above the
 //!   floor was never committed, so it is pending, with its tries counted, as long as there is another one to
 //!   fall back to. Nothing is written over a file of another format: the system that boots may know it.
@@ -22,10 +22,10 @@ use crate::error::{Class, Classified};
 use crate::floor::FloorError;
 use crate::trust::{Anchor, Dates};
 
-/// The state as the disk has it, or one made anew from the deployments.
+/// Returns the state on disk, or one rebuilt from the deployments.
 pub(super) fn by_name(system: &System, damage: Damage) -> Result<State, DeployError> {
     let (mut found, _) = deployment::list(system)?;
-    // A folder that lacks its manifest, or has another one, is what the same fault left of a deployment.
+    // A folder with a missing or different manifest is a deployment damaged by the same fault.
     found.retain(|id| {
         deployment::read(system, id).is_ok_and(|signed| Digest::of(&signed.manifest) == id.digest)
     });
@@ -38,19 +38,19 @@ pub(super) fn by_name(system: &System, damage: Damage) -> Result<State, DeployEr
     Ok(state)
 }
 
-/// Writes a state that was made anew, and keeps the file that could not be read.
+/// Writes a rebuilt state, and keeps the file that could not be read.
 pub(super) fn write(state: &State, path: &Path) -> Result<(), DeployError> {
     let mut kept = path.as_os_str().to_os_string();
     kept.push(".unread");
     let _ = fs::remove_file(&kept);
-    // Best effort: whatever it is, it must not be in the way.
+    // Best effort: it must not block the new file.
     if fs::hard_link(path, &kept).is_err() && path.is_dir() {
         let _ = fs::rename(path, &kept);
     }
     state.save(path)
 }
 
-/// What a boot finds where the state file cannot be read.
+/// What a boot finds if the state file cannot be read.
 pub(super) struct Recovered {
     /// What may be tried.
     pub state: State,
@@ -61,7 +61,7 @@ pub(super) struct Recovered {
 /// The state of all deployments that verify and are not below the floor.
 ///
 /// # Errors
-/// Where the deployments cannot be listed.
+/// If the deployments cannot be listed.
 pub(super) fn for_boot(
     system: &System,
     anchor: &Anchor,
@@ -94,7 +94,7 @@ pub(super) fn for_boot(
     {
         state.set_pending(highest);
         (state.current, state.previous) = (at(1), at(2));
-        // A try that cannot be counted is not given: then the highest one is as good as committed.
+        // A try that cannot be counted is not granted: then the highest one counts as committed.
         if write(&state, &system.state_path()).is_ok() {
             return Ok(Recovered { state, refused });
         }

@@ -1,17 +1,18 @@
-//! `mosfs repair`: what is damaged on a device, mended from what else is there, or from a source.
+//! `mosfs repair`: repairs a damaged device from its other files, or from a source.
 //!
 //! ```text
 //! state.json      cannot be read: written anew; current is what runs, else the highest deployment that verifies
-//! index.json      cannot be read: begun anew; the names of the deployments are set again
-//! deployment      a part is missing or damaged: taken from the store, from the source
-//! store           a system's own artifacts: taken from the deployment's folder; names that are missing: set again
-//! blob            missing or damaged: taken from the source
+//! index.json      cannot be read: recreated; the names of the deployments are set again
+//! deployment      a part is missing or damaged: copied from the store or the source
+//! store           a system's own artifacts: copied from the deployment's folder; names that are missing: set again
+//! blob            missing or damaged: fetched from the source
 //! ```
 //!
-//! Rule: nothing is believed that does not verify: a deployment is mended only with parts that verify together under
-//! the device's anchor, and a blob only with bytes of its digest. What is mended is the deployments that the state
-//! file names; repairing never makes another version current. Each step is a whole one (atomic replace, exchange of a
-//! folder), so that a crash leaves something that a second repair, or the next update, finishes.
+//! Rule: nothing is trusted that does not verify: a deployment is repaired only with parts that verify
+//! together under the device's anchor, and a blob only with bytes of its digest. Repair covers the
+//! deployments that the state file names and never makes another version current. Each step is atomic (atomic
+//! replace, exchange of a folder), so a crash leaves a state that a second repair, or the next update,
+//! completes.
 
 use super::booted;
 use super::check;
@@ -32,33 +33,33 @@ use crate::store::{Store, StoreError, Writer, fsck, image_name, image_repository
 use crate::transport::Transport;
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
 
-/// What a repair did.
+/// The result of a repair.
 #[derive(Debug, Default)]
 pub struct Repaired {
-    /// What was mended, each as a sentence.
+    /// What was repaired, each item as a sentence.
     pub mended: Vec<String>,
-    /// What is still damaged, each as a sentence.
+    /// What is still damaged, each item as a sentence.
     pub problems: Vec<String>,
 }
 
-/// What a repair works with.
+/// The inputs of a repair.
 pub struct Means<'a> {
-    /// Whom the device trusts.
+    /// The device's trust anchor.
     pub anchor: &'a Anchor,
-    /// What floor signatures are checked against, where the device has a floor.
+    /// What floor signatures are checked against, if the device has a floor.
     pub policy: Option<&'a Policy>,
-    /// The floor, where it is known.
+    /// The floor, if known.
     pub floor: Option<u64>,
-    /// Where parts and blobs may be fetched that are not on the device.
+    /// The source of parts and blobs that are not on the device.
     pub source: Option<&'a dyn Transport>,
-    /// Where to say how far it is.
+    /// Where to report progress.
     pub progress: &'a Progress,
 }
 
-/// Mends what can be mended. The caller holds the system's lock.
+/// Repairs what can be repaired. The caller holds the system's lock.
 ///
 /// # Errors
-/// Where nothing can be written, or nothing is installed. What cannot be mended is in the result.
+/// If nothing can be written, or nothing is installed. What cannot be repaired is in the result.
 pub fn repair(system: &System, _lock: &SystemLock, means: &Means<'_>) -> Result<Repaired, DeployError> {
     let mut done = Repaired::default();
     let state = state(system, means, &mut done)?;
@@ -84,7 +85,7 @@ pub fn repair(system: &System, _lock: &SystemLock, means: &Means<'_>) -> Result<
     Ok(done)
 }
 
-/// The state, written anew where it cannot be read.
+/// Returns the state, written anew if it cannot be read.
 fn state(system: &System, means: &Means<'_>, done: &mut Repaired) -> Result<State, DeployError> {
     let why = match system.state() {
         Ok(state) if state.current.is_some() => return Ok(state),
@@ -103,8 +104,8 @@ fn state(system: &System, means: &Means<'_>, done: &mut Repaired) -> Result<Stat
     Ok(state)
 }
 
-/// What is current on a device that does not say: what runs, else the highest version that verifies and is not below
-/// the floor.
+/// Determines the current deployment without a state file: what runs, else the highest version that verifies
+/// and is not below the floor.
 fn best(system: &System, means: &Means<'_>) -> Result<Option<DeploymentId>, DeployError> {
     let booted = booted::deployment().ok().flatten();
     let (mut ids, _) = deployment::list(system)?;
@@ -114,7 +115,7 @@ fn best(system: &System, means: &Means<'_>) -> Result<Option<DeploymentId>, Depl
     Ok(ids.into_iter().rev().find(|id| deployment::verify(system, id, means.anchor, Dates::LogOnly).is_ok()))
 }
 
-/// Mends a deployment's folder.
+/// Repairs a deployment's folder.
 fn folder(
     system: &System,
     store: &Store,
@@ -148,7 +149,7 @@ fn folder(
     Ok(accepted.verified)
 }
 
-/// Parts of a deployment that verify together, from its folder, the store and the source.
+/// Finds parts of a deployment that verify together, from its folder, the store and the source.
 fn gather(
     system: &System,
     store: &Store,
@@ -184,7 +185,7 @@ fn gather(
     offer.verify(&Judge { anchor: means.anchor, dates: Dates::LogOnly, policy: means.policy })
 }
 
-/// The artifact of a system manifest, as every mosfs makes it: it follows from the bytes.
+/// Returns the artifact of a system manifest, which is determined by the bytes.
 fn system_artifact(manifest: &[u8]) -> Descriptor {
     use crate::image::oci::Manifest;
     let layer = Descriptor::of(SYSTEM_MEDIA_TYPE, manifest);
@@ -192,7 +193,7 @@ fn system_artifact(manifest: &[u8]) -> Descriptor {
     Descriptor { artifact_type: Some(SYSTEM_MEDIA_TYPE.into()), ..Descriptor::of(MANIFEST, &bytes) }
 }
 
-/// Mends what a deployment has in the store: its own artifacts, its images, their names.
+/// Repairs a deployment's objects in the store: its own artifacts, its images, their names.
 fn images(
     writer: &Writer<'_>,
     id: &DeploymentId,
@@ -221,7 +222,7 @@ fn images(
             }
         }
     }
-    // A name is set when all that it reaches is there.
+    // A name is set once everything that it reaches exists.
     if whole {
         entries.extend(names(id).map(|name| (Some(name), artifact.clone())));
         let known: Vec<Digest> = [SIGNATURE_TYPE, CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE]
@@ -247,7 +248,7 @@ fn images(
     Ok(())
 }
 
-/// Mends the blobs of an image.
+/// Repairs the blobs of an image.
 fn image_blobs(
     writer: &Writer<'_>,
     target: &str,

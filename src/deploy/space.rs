@@ -1,7 +1,7 @@
-//! Room on the disk: asked for before the first blob is fetched, and made where it is lacking.
+//! Disk space: checked before the first blob is fetched, and freed if there is too little.
 //!
-//! Rule: an update frees what nothing needs before it says that room is lacking, and what it leaves behind goes by
-//! itself: nobody has to run `mosfs gc` on a device.
+//! Rule: an update frees unneeded space before it reports a lack of it, and what it leaves behind is removed
+//! automatically: no one has to run `mosfs gc` on a device.
 
 use std::path::Path;
 
@@ -12,20 +12,20 @@ use crate::digest::Digest;
 use crate::error::IoError;
 use crate::sys::file;
 
-/// What the folder, the index and the state file need beside the blobs, in bytes.
+/// Space for the folder, the index and the state file in addition to the blobs, in bytes.
 const RESERVE: u64 = 1 << 20;
 
-/// What a plan needs room for.
+/// The space that a plan needs.
 pub(super) struct Want {
-    /// What is to be fetched, in bytes.
+    /// The size of the blobs to fetch, in bytes.
     pub(super) bytes: u64,
-    /// What has to stay, because the plan has found it in the store already.
+    /// Blobs that must stay, because the plan relies on their presence in the store.
     pub(super) keep: Vec<Digest>,
-    /// The floor, where it is known.
+    /// The floor, if known.
     pub(super) floor: Option<u64>,
 }
 
-/// Requires that a plan has room, with what [`make`] would free counted in.
+/// Requires enough space for a plan, including what [`make`] would free.
 ///
 /// # Errors
 /// [`DeployError::NoSpace`].
@@ -37,11 +37,10 @@ pub(super) fn check(system: &System, want: &Want) -> Result<(), DeployError> {
     require(system, want, available.saturating_add(reclaimable(system, want).unwrap_or(0)))
 }
 
-/// Makes room for a plan: removes what nothing needs, where there is too little. The caller holds
-/// the lock.
+/// Frees space for a plan: if there is too little, removes what is not needed. The caller holds the lock.
 ///
 /// # Errors
-/// [`DeployError::NoSpace`] where that is not enough.
+/// [`DeployError::NoSpace`] if that is not enough.
 pub(super) fn make(system: &System, lock: &SystemLock, want: &Want) -> Result<(), DeployError> {
     if needed(want) <= available(system)? {
         return Ok(());
@@ -52,10 +51,10 @@ pub(super) fn make(system: &System, lock: &SystemLock, want: &Want) -> Result<()
     require(system, want, available(system)?)
 }
 
-/// Removes what nothing needs, as `mosfs gc` does; what it could not look through or remove is returned.
+/// Removes what is not needed, as `mosfs gc` does; returns what it could not examine or remove.
 ///
 /// # Errors
-/// See [`gc::plan`]. Where somebody writes to the store nothing is done, and that is no error.
+/// See [`gc::plan`]. If another process is writing to the store, nothing is done, which is not an error.
 pub fn tidy(system: &System, lock: &SystemLock, needs: &Needs) -> Result<Vec<String>, DeployError> {
     let store = system.store()?;
     let collector = store.collector()?;
@@ -63,7 +62,7 @@ pub fn tidy(system: &System, lock: &SystemLock, needs: &Needs) -> Result<Vec<Str
     gc::apply(system, lock, &collector, plan)
 }
 
-/// What has to stay for a plan beside what runs: what it has found in the store already.
+/// Returns what must stay for a plan in addition to what runs: the blobs that it found in the store.
 fn needs(want: &Want) -> Result<Needs, DeployError> {
     Ok(Needs { floor: want.floor, keep: want.keep.clone(), ..Needs::of_this_boot()? })
 }
@@ -86,10 +85,10 @@ fn require(system: &System, want: &Want, available: u64) -> Result<(), DeployErr
     Ok(())
 }
 
-/// What the file system of the system folder has for us, in bytes.
+/// Returns the free space of the file system of the system folder, in bytes.
 fn available(system: &System) -> Result<u64, DeployError> {
     let mut folder = system.root();
-    // The system folder may not be there yet: ask the nearest one that is.
+    // The system folder may not exist yet: use the nearest existing ancestor.
     while !folder.exists() {
         folder = match folder.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,

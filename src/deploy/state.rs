@@ -1,4 +1,4 @@
-//! The state file: which deployment is current, which one is pending, which one was before.
+//! The state file: which deployment is current, which is pending, which was previous.
 //!
 //! ```text
 //! SYSTEM/state.json
@@ -10,14 +10,14 @@
 //!  "last_update":{"version":201,"error":"…"}}             or null
 //! ```
 //!
-//! Invariants: it is the one source of truth on what may run; it changes only by atomic replace,
-//! under the exclusive lock of the system folder ([`super::System::lock`]). Fields that this program does not
-//! know are kept where they are, at every level, so that a later mosfs finds them again. It is not signed and not
-//! trusted: everything that it names is verified afresh before it is used, so whoever can write
-//! it can at most choose among systems that the product's owner signed and the floor allows.
+//! Invariants: it is the one source of truth on what may run; it changes only by atomic replace, under the
+//! exclusive lock of the system folder ([`super::System::lock`]). Fields that this program does not know are
+//! kept where they are, at every level, so that a later mosfs finds them again. It is not signed and not
+//! trusted: everything that it names is verified again before it is used, so an attacker who can write it can
+//! only choose among systems that the product's owner signed and the floor allows.
 //!
-//! That is also why a file that cannot be read stops nothing: damaged, empty, or of another format, it is
-//! made anew from the deployments on the disk ([`super::recover`]).
+//! For the same reason an unreadable file stops nothing: if it is damaged, empty, or of another format, it is
+//! rebuilt from the deployments on the disk ([`super::recover`]).
 
 use std::path::Path;
 
@@ -32,11 +32,11 @@ use crate::sys::file::{self, Links};
 
 /// The format number that this program writes and reads.
 pub const FORMAT: u32 = 1;
-/// How often a pending deployment may be tried before it is passed over.
+/// How often a pending deployment may be tried before it is skipped.
 pub const TRIES: u32 = 3;
-/// No state file of ours is longer, in bytes.
+/// Maximum size of a state file, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
-/// How much of an error's text is kept, in characters.
+/// Maximum length of a stored error text, in characters.
 const MAX_WHY: usize = 2000;
 
 /// A deployment that was installed by an update and has not yet proved healthy.
@@ -44,7 +44,7 @@ const MAX_WHY: usize = 2000;
 pub struct Pending {
     /// Which one.
     pub deployment: DeploymentId,
-    /// How many boots it still may try. A try is spent, and synced, before it is used.
+    /// How many tries it has left. A try is spent, and synced, before it is used.
     pub tries_left: u32,
     /// Fields that a later mosfs wrote.
     #[serde(flatten)]
@@ -54,7 +54,7 @@ pub struct Pending {
 /// How the last boot choice ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastBoot {
-    /// The deployment that was handed over to; none if all were refused.
+    /// The deployment that was booted; none if all were refused.
     pub chosen: Option<DeploymentId>,
     /// Those that were refused before it, in order.
     pub refused: Vec<Refusal>,
@@ -66,7 +66,7 @@ pub struct LastBoot {
 /// How the last install or update ended, if it failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastUpdate {
-    /// The version that was to be installed, where it was known.
+    /// The version to be installed, if known.
     pub version: Option<u64>,
     /// The error's text; none after a success.
     pub error: Option<String>,
@@ -75,7 +75,7 @@ pub struct LastUpdate {
     pub later: Map<String, Value>,
 }
 
-/// What `state.json` holds.
+/// The content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     format: u32,
@@ -83,16 +83,16 @@ pub struct State {
     pub current: Option<DeploymentId>,
     /// The deployment to try at the next boot.
     pub pending: Option<Pending>,
-    /// What was current before `current`.
+    /// The deployment that was current before `current`.
     pub previous: Option<DeploymentId>,
     /// How the last boot choice ended.
     pub last_boot: Option<LastBoot>,
     /// How the last install or update ended.
     pub last_update: Option<LastUpdate>,
-    /// Where the file could not be read: why. Not written.
+    /// The reason, if the file could not be read. Not written.
     #[serde(skip)]
     pub damage: Option<Damage>,
-    /// Where the file could not be read: the deployments on the disk, highest version first. Not written.
+    /// The deployments on the disk, highest version first, if the file could not be read. Not written.
     #[serde(skip)]
     pub found: Vec<DeploymentId>,
     /// Fields that a later mosfs wrote.
@@ -129,21 +129,21 @@ pub enum Damage {
     /// Another mosfs wrote it.
     #[error("format {0} was found, this mosfs knows format {FORMAT} only")]
     OtherFormat(u32),
-    /// It is no state at all, or the disk does not give it.
+    /// It is not a state, or it cannot be read from the disk.
     #[error("{0}")]
     Unreadable(String),
-    /// There is none, beside deployments.
+    /// It is missing, although there are deployments.
     #[error("it is missing")]
     Missing,
 }
 
 impl State {
-    /// The beginning of a state that is made anew from these deployments, because the file cannot be used.
+    /// Begins a state that is rebuilt from these deployments, because the file cannot be used.
     pub(super) fn anew(damage: Damage, found: Vec<DeploymentId>) -> Self {
         Self { damage: Some(damage), found, ..Self::default() }
     }
 
-    /// Reads the state; `None` where there is no file.
+    /// Reads the state; `None` if there is no file.
     ///
     /// # Errors
     /// Why the file is not a state that this program can use.
@@ -171,14 +171,14 @@ impl State {
 
     /// Writes the state by atomic replace, synced. The caller holds the system's exclusive lock.
     pub fn save(&self, path: &Path) -> Result<(), DeployError> {
-        // A state is plain data: strings, numbers and options always serialise.
+        // A state is plain data: serializing strings, numbers and options cannot fail.
         let mut bytes = serde_json::to_vec(self).expect("plain data");
         bytes.push(b'\n');
         Ok(atomic::replace(path, &bytes, 0o644, "deploy.state").on("replace", path)?)
     }
 
-    /// Every deployment that the state names: those that `gc` must keep. Where the file could not be read, that is
-    /// every one that was found.
+    /// Returns every deployment that the state names: those that `gc` must keep. If the file could not be
+    /// read, these are all that were found.
     pub fn named(&self) -> Vec<DeploymentId> {
         let pending = self.pending.as_ref().map(|pending| pending.deployment);
         let mut all: Vec<_> = [self.current, pending, self.previous].into_iter().flatten().collect();
@@ -188,12 +188,12 @@ impl State {
         all
     }
 
-    /// Makes `id` the one to try at the next boot.
+    /// Makes `id` the deployment to try at the next boot.
     pub fn set_pending(&mut self, id: DeploymentId) {
         self.pending = Some(Pending { deployment: id, tries_left: TRIES, later: Map::new() });
     }
 
-    /// Makes `id` current; what was current becomes previous. Blessing twice changes nothing.
+    /// Makes `id` current; the former current one becomes previous. Blessing twice changes nothing.
     pub fn bless(&mut self, id: DeploymentId) {
         if self.current != Some(id) {
             self.previous = self.current.replace(id);
@@ -204,7 +204,7 @@ impl State {
     }
 }
 
-/// Shortens an error's text to what the state file keeps.
+/// Shortens an error's text to the length that the state file stores.
 pub fn clip(why: &str) -> String {
     why.chars().take(MAX_WHY).collect()
 }

@@ -1,7 +1,7 @@
 //! The stable view of a device that `mosfs status --json` prints.
 //!
-//! Fields are only ever added. Everything here is read without the lock and without verification:
-//! it tells what the disk says, not what would be allowed to boot.
+//! Fields are only ever added. Everything here is read without the lock and without verification: it reports
+//! what is on the disk, not what would be allowed to boot.
 
 use serde::Serialize;
 
@@ -10,7 +10,7 @@ use super::deployment;
 use super::error::DeployError;
 use super::state::{DeploymentId, LastBoot, LastUpdate, State};
 
-/// A deployment as `mosfs status` shows it.
+/// A deployment in the output of `mosfs status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DeploymentStatus {
     /// Its name, `VERSION-HEX`.
@@ -19,7 +19,7 @@ pub struct DeploymentStatus {
     pub version: u64,
     /// The digest of its system manifest.
     pub digest: crate::digest::Digest,
-    /// How many boots it still may try; only a pending one counts.
+    /// How many tries it has left; only for a pending one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tries_left: Option<u32>,
 }
@@ -37,7 +37,7 @@ pub struct Installed {
     pub current: Option<DeploymentStatus>,
     /// The deployment to try at the next boot.
     pub pending: Option<DeploymentStatus>,
-    /// What was current before.
+    /// The deployment that was current before.
     pub previous: Option<DeploymentStatus>,
     /// Deployments on the disk that no state names: `mosfs gc` removes them.
     pub unused: Vec<DeploymentId>,

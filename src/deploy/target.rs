@@ -1,4 +1,4 @@
-//! Targets of a deployment: from a signed manifest to what is mounted.
+//! Targets of a deployment: from a signed manifest to a mount plan.
 
 use super::error::DeployError;
 use super::state::DeploymentId;
@@ -9,22 +9,22 @@ use crate::mount::{MountPlan, Verification};
 use crate::store::Store;
 use crate::trust::{Anchor, Dates, Verified};
 
-/// The mount of a signed target whose image is in the store.
+/// Returns the mount plan of a signed target whose image is in the store.
 ///
 /// # Errors
-/// [`DeployError::OtherSize`], [`DeployError::Plan`], and what the store says of the OCI manifest, which it checks against
-/// the digest in the signed manifest.
+/// [`DeployError::OtherSize`], [`DeployError::Plan`], and errors of the store, which checks the OCI manifest
+/// against the digest in the signed manifest.
 pub fn plan(store: &Store, name: &str, target: &Target) -> Result<MountPlan, DeployError> {
     let image = image_of(store, name, target)?;
     Ok(MountPlan::new(name, &image, &store.blobs(), Verification::default())?)
 }
 
-/// The image of a target of a deployment: the running one where mosfs booted this machine, else the
-/// current one. The deployment is verified afresh.
+/// Returns the image of a target of the running deployment if mosfs booted this machine, else of the current
+/// one. The deployment is verified again.
 ///
 /// # Errors
-/// [`DeployError::NothingInstalled`], [`DeployError::NoSuchTarget`] with the targets that there
-/// are, and whatever verification says.
+/// [`DeployError::NothingInstalled`], [`DeployError::NoSuchTarget`] with the existing targets, and errors of
+/// verification.
 pub fn image(
     system: &System,
     booted: Option<DeploymentId>,
@@ -38,7 +38,7 @@ pub fn image(
     Ok((store, image))
 }
 
-/// The deployment that runs, verified afresh: the booted one where mosfs booted this machine, else the
+/// Returns the running deployment, verified again: the booted one if mosfs booted this machine, else the
 /// current one.
 pub fn running(
     system: &System,
@@ -56,10 +56,10 @@ pub fn running(
     Ok((id, verified))
 }
 
-/// The target of that name.
+/// Returns the target of that name.
 ///
 /// # Errors
-/// [`DeployError::NoSuchTarget`] with the targets that there are.
+/// [`DeployError::NoSuchTarget`] with the existing targets.
 pub fn find<'a>(id: &DeploymentId, verified: &'a Verified, name: &str) -> Result<&'a Target, DeployError> {
     let targets = &verified.manifest().targets;
     let found = targets.iter().find(|(known, _)| known.as_str() == name).map(|(_, target)| target);
@@ -69,14 +69,14 @@ pub fn find<'a>(id: &DeploymentId, verified: &'a Verified, name: &str) -> Result
     })
 }
 
-/// The image of a target, its OCI manifest checked by digest and size.
+/// Returns the image of a target, with its OCI manifest checked by digest and size.
 pub fn image_of(store: &Store, name: &str, target: &Target) -> Result<OciImage, DeployError> {
     let image = store.image(&target.digest)?;
     check_size(name, target, &image)?;
     Ok(image)
 }
 
-/// Rule: a target is told by digest and size (docs/design.md, targets by digest).
+/// Rule: a target is identified by digest and size (docs/design.md, targets by digest).
 pub(super) fn check_size(name: &str, target: &Target, image: &OciImage) -> Result<(), DeployError> {
     if image.size == target.size {
         return Ok(());

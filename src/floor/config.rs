@@ -1,12 +1,12 @@
-//! What a device was told of its floor: `floor.pub` and `product` in CONFIG.
+//! The device's floor configuration: `floor.pub` and `product` in CONFIG.
 //!
 //! ```text
 //! CONFIG/floor.pub   PEM, the floor key's public half
 //! CONFIG/product     the product's UUID in text, and a newline
 //! ```
 //!
-//! Rule (docs/design.md, first given, then kept): what is given is written where CONFIG has none, and refused where it has
-//! another. A file is written whole or not at all, and never replaced (`sys::atomic`).
+//! Rule (docs/design.md, first given, then kept): a given value is written if CONFIG has none, and refused if
+//! it has another. A file is written whole or not at all, and never replaced (`sys::atomic`).
 
 use std::path::{Path, PathBuf};
 
@@ -22,10 +22,10 @@ use crate::trust::anchor::{PRODUCT_FILE, find_product};
 
 /// Name of the floor key's file in CONFIG.
 pub const FLOOR_KEY_FILE: &str = "floor.pub";
-/// Most bytes of it.
+/// Maximum size of that file, in bytes.
 const MAX_BYTES: u64 = 64 << 10;
 
-/// What a device was told of its floor.
+/// The device's floor configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
     folder: PathBuf,
@@ -36,7 +36,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads CONFIG; files that are not there are no error.
+    /// Reads CONFIG; missing files are not an error.
     pub fn load(folder: &Path) -> Result<Self, FloorError> {
         let path = folder.join(FLOOR_KEY_FILE);
         let floor_pub = file::find_regular(&path, Links::Followed, MAX_BYTES)?
@@ -46,7 +46,7 @@ impl Config {
         Ok(Self { folder: folder.to_path_buf(), floor_pub, product })
     }
 
-    /// The floor that follows from it.
+    /// Returns the floor that follows from it.
     pub fn policy(&self) -> Result<Policy, FloorError> {
         let missing = |file: &str, what| FloorError::NotConfigured { path: self.folder.join(file), what };
         let key = self.floor_pub.ok_or_else(|| missing(FLOOR_KEY_FILE, "floor key"))?;
@@ -54,7 +54,7 @@ impl Config {
         Ok(Policy::new(key, product))
     }
 
-    /// Takes what the command line gives; refuses what differs from what is recorded.
+    /// Accepts the values of the command line; refuses values that differ from the recorded ones.
     pub fn with(mut self, floor_pub: Option<PublicKey>, product: Option<Uuid>) -> Result<Self, FloorError> {
         let conflict = |file: &str, what, given: String, found: String| FloorError::ConfigConflict {
             path: self.folder.join(file),
@@ -80,7 +80,7 @@ impl Config {
         Ok(self)
     }
 
-    /// Writes what is not recorded yet.
+    /// Writes the values that are not recorded yet.
     pub fn record(&self) -> Result<(), FloorError> {
         let recorded = Self::load(&self.folder)?.with(self.floor_pub, self.product)?;
         let mut files = Vec::new();

@@ -1,8 +1,8 @@
 //! The floor's digests: pure computation, no TPM.
 //!
 //! `H` is SHA-256, `Z` is 32 zero bytes, integers are big-endian, `‖` joins. Numbers of commands and
-//! algorithms are those of the TPM 2.0 library specification, part 2; how a policy command extends the
-//! digest is in its part 3, at that command.
+//! algorithms come from the TPM 2.0 library specification, part 2; its part 3 describes, for each policy
+//! command, how it extends the digest.
 //!
 //! ```text
 //! Name of a key    000B ‖ H(TPMT_PUBLIC)
@@ -32,8 +32,8 @@ use uuid::Uuid;
 use super::signature::PublicKey;
 use crate::digest::hex;
 
-/// The handle of the floor's NV index: in the range that is the owner's to assign
-/// (TCG registry of reserved TPM 2.0 handles and localities, table "NV indexes").
+/// The handle of the floor's NV index, in the range that the owner assigns (TCG registry of reserved TPM 2.0
+/// handles and localities, table "NV indexes").
 pub const INDEX: u32 = 0x0150_0050;
 /// `TPMA_NV_POLICYWRITE | OWNERREAD | AUTHREAD | NO_DA` (TPM 2.0 part 2, section "TPMA_NV").
 pub const ATTRIBUTES: u32 = 0x0206_0008;
@@ -41,7 +41,7 @@ pub const ATTRIBUTES: u32 = 0x0206_0008;
 pub const ATTRIBUTES_WRITTEN: u32 = 0x2206_0008;
 /// The size of the index's data, in bytes: one unsigned 64-bit number, big-endian.
 pub const DATA_BYTES: u16 = 8;
-/// The highest version (docs/design.md, versions); 0 means provisioned, and nothing more.
+/// The highest version (docs/design.md, versions); 0 only means provisioned.
 pub const MAX_VERSION: u64 = (1 << 53) - 1;
 
 /// `TPM_ALG_SHA256`.
@@ -54,10 +54,10 @@ const CC_POLICY_CP_HASH: [u8; 4] = [0, 0, 0x01, 0x6e];
 const CC_POLICY_NV_WRITTEN: [u8; 4] = [0, 0, 0x01, 0x8f];
 /// `TPM_EO_UNSIGNED_LT`.
 const UNSIGNED_LT: [u8; 2] = [0x00, 0x05];
-/// The offset in the index's data, of all that is compared and written.
+/// The offset in the index's data of every comparison and write.
 const OFFSET: [u8; 2] = [0, 0];
 
-/// H over joined parts.
+/// H over the concatenated parts.
 fn h(parts: &[&[u8]]) -> [u8; 32] {
     let mut hash = Sha256::new();
     for part in parts {
@@ -66,7 +66,7 @@ fn h(parts: &[&[u8]]) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// The Name of a key or an index: what the TPM knows it by.
+/// The Name of a key or an index, by which the TPM identifies it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Name([u8; 34]);
 
@@ -79,7 +79,7 @@ impl Name {
         Self(name)
     }
 
-    /// The Name of a key, see the module's comment for its public area.
+    /// Returns the Name of a key; the module documentation describes its public area.
     pub fn of_key(key: &PublicKey) -> Self {
         const HEAD: [u8; 20] = [
             0x00, 0x23, 0x00, 0x0b, 0x00, 0x04, 0x00, 0x00, 0x00, 0x00, 0x00, 0x10, 0x00, 0x18, 0x00, 0x0b,
@@ -89,7 +89,7 @@ impl Name {
         Self::of(&[&HEAD, &SIZE, key.x(), &SIZE, key.y()])
     }
 
-    /// The Name of the floor's index with these attributes.
+    /// Returns the Name of the floor's index with these attributes.
     fn of_index(auth_policy: &[u8; 32], attributes: u32) -> Self {
         Self::of(&[
             &INDEX.to_be_bytes(),
@@ -119,7 +119,7 @@ impl fmt::Debug for Name {
     }
 }
 
-/// The floor of one product: all that follows from its floor key and its UUID.
+/// The floor of one product: everything that follows from its floor key and its UUID.
 #[derive(Debug, Clone)]
 pub struct Policy {
     key: PublicKey,
@@ -156,7 +156,7 @@ impl Policy {
         self.product
     }
 
-    /// `ref`: what keeps one product's signatures from another's devices.
+    /// `ref`: prevents the signatures of one product from working on another's devices.
     pub fn reference(&self) -> &[u8; 32] {
         &self.reference
     }
@@ -193,11 +193,11 @@ impl Policy {
         cp(&self.unwritten, 0)
     }
 
-    /// The policy of the first write, by whoever holds the provisioning key.
+    /// The policy of the first write, by the holder of the provisioning key.
     pub fn first_write(&self, provision_key: &PublicKey) -> [u8; 32] {
         let unwritten = h(&[&[0; 32], &CC_POLICY_NV_WRITTEN, &[0]]);
         let key = h(&[&unwritten, &CC_POLICY_SIGNED, Name::of_key(provision_key).as_bytes()]);
-        // The policyRef is empty, but it is hashed in all the same.
+        // The policyRef is empty, but still enters the hash.
         let signed = h(&[&key]);
         h(&[&signed, &CC_POLICY_CP_HASH, &self.first_write_parameters()])
     }

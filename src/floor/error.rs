@@ -1,4 +1,4 @@
-//! What can be wrong with a floor.
+//! Errors of the floor.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,22 +13,22 @@ use crate::trust::anchor::AnchorError;
 
 /// Why a floor cannot be read or raised, or why a version is refused.
 ///
-/// The class is [`Class::Tpm`] (exit code 5) where the floor itself is in question, [`Class::Rollback`]
-/// (4) where the floor is sound and says no, and [`Class::Input`] (2) where the user's words or files are wrong.
+/// The class is [`Class::Tpm`] (exit code 5) if the floor itself is in question, [`Class::Rollback`] (4) if
+/// the floor is sound and refuses, and [`Class::Input`] (2) if the user's arguments or files are wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum FloorError {
     /// The device has no TPM, or it cannot be reached.
     #[error("no TPM answers at {tcti}: {source}")]
     NoTpm {
-        /// Where it was looked for.
+        /// Where mosfs looked for it.
         tcti: Tcti,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// tpm2-tss is missing.
     #[error("cannot load the TPM library: {message}")]
     NoLibrary {
-        /// What the dynamic loader said.
+        /// The message of the dynamic loader.
         message: String,
     },
     /// The floor's index does not exist.
@@ -36,10 +36,10 @@ pub enum FloorError {
     NotProvisioned {
         /// Where the TPM is.
         tcti: Tcti,
-        /// The index that was looked for.
+        /// The missing index.
         index: u32,
     },
-    /// The floor's index exists, but was never written.
+    /// The floor's index exists but was never written.
     #[error(
         "the floor in the TPM at {tcti} is not ready: NV index {index:#010x} was defined, but never written"
     )]
@@ -49,7 +49,7 @@ pub enum FloorError {
         /// The index.
         index: u32,
     },
-    /// An index with other attributes, another policy or another size stands in the floor's place.
+    /// The floor's handle holds an index with other attributes, another policy or another size.
     #[error(
         "NV index {index:#010x} of the TPM at {tcti} is not this product's floor: \
          its Name is {found}, expected {expected}"
@@ -61,34 +61,34 @@ pub enum FloorError {
         index: u32,
         /// The Name that follows from the floor key and the product.
         expected: Name,
-        /// The Name that the TPM gives, in hex digits.
+        /// The Name that the TPM returns, in hex digits.
         found: String,
     },
     /// The version is older than the floor.
     #[error("version {version} is below the floor: this device allows version {floor} and up")]
     Rollback {
-        /// The version that was asked for.
+        /// The requested version.
         version: u64,
         /// The floor.
         floor: u64,
     },
-    /// An update that is no update.
+    /// The offered version is not newer.
     #[error("version {version} is not newer than the current version {current}")]
     NotNewer {
-        /// The version that was asked for.
+        /// The requested version.
         version: u64,
-        /// The version that the device has.
+        /// The current version of the device.
         current: u64,
     },
-    /// The TPM says that the floor is not below the version, and that it is.
+    /// The TPM refused the raise, although the floor reads below the version.
     #[error("the TPM refused to raise the floor to {version}, though it stands at {floor}")]
     RaiseRefused {
-        /// The version that was asked for.
+        /// The requested version.
         version: u64,
         /// The floor that was read after the refusal.
         floor: u64,
     },
-    /// The raise went through, and yet the floor reads lower.
+    /// The raise succeeded, but the floor reads lower.
     #[error("the floor in the TPM at {tcti} reads {floor} after it was raised to {version}")]
     NotRaised {
         /// Where the TPM is.
@@ -106,13 +106,13 @@ pub enum FloorError {
         /// The product.
         product: Uuid,
     },
-    /// A system that came without a floor signature, on a device that needs one.
+    /// A system without a floor signature, on a device that requires one.
     #[error("version {version} has no floor signature, and this device has a floor")]
     NoFloorSignature {
         /// The version.
         version: u64,
     },
-    /// What was proved is not what the floor's policy asks for.
+    /// The session does not satisfy the floor's policy.
     #[error("the TPM at {tcti} does not take the policy for {what}: response {code:#x}")]
     PolicyMismatch {
         /// Where the TPM is.
@@ -131,11 +131,11 @@ pub enum FloorError {
          found {found}"
     )]
     FirstWriteNotAuthorized {
-        /// Where it was looked for.
+        /// Where mosfs looked for it.
         object: String,
         /// The product.
         product: Uuid,
-        /// What was there.
+        /// What was found.
         found: String,
     },
     /// The TPM has no room for the index.
@@ -146,13 +146,13 @@ pub enum FloorError {
         /// The index.
         index: u32,
     },
-    /// There is a floor already.
+    /// A floor already exists.
     #[error("{place} has its floor already")]
     AlreadyProvisioned {
         /// The TPM and the index, or the file.
         place: String,
     },
-    /// Somebody set an authorization value for the owner hierarchy.
+    /// The owner hierarchy has an authorization value.
     #[error(
         "the TPM at {tcti} asks for the owner's authorization to define NV index {index:#010x}: \
          expected an empty one"
@@ -163,7 +163,7 @@ pub enum FloorError {
         /// The index.
         index: u32,
     },
-    /// The TPM did not answer in time.
+    /// The TPM did not respond in time.
     #[error("{0}")]
     TpmBusy(#[source] TpmError),
     /// Any other failure of the TPM.
@@ -174,36 +174,36 @@ pub enum FloorError {
     FileTampered {
         /// The file.
         path: PathBuf,
-        /// What it holds, shortened.
+        /// Its content, shortened.
         found: String,
     },
     /// A version that no system can have.
     #[error("{version} is not a version: expected 1 to 9007199254740991 (2^53-1)")]
     VersionRange {
-        /// The number as it was given.
+        /// The given number.
         version: u64,
     },
-    /// The device does not know its floor key or its product.
+    /// CONFIG lacks the floor key or the product.
     #[error("{}: this device was not told its {what}", path.display())]
     NotConfigured {
-        /// The file that should say it.
+        /// The file that should contain it.
         path: PathBuf,
         /// `floor key` or `product`.
         what: &'static str,
     },
-    /// The device was told something else before.
+    /// CONFIG already holds a different value.
     #[error("{}: this device has another {what}: found {found}, given {given}", path.display())]
     ConfigConflict {
-        /// The file that says so.
+        /// The file that holds it.
         path: PathBuf,
         /// `floor key` or `product`.
         what: &'static str,
-        /// What was given now.
+        /// The given value.
         given: String,
-        /// What was recorded.
+        /// The recorded value.
         found: String,
     },
-    /// CONFIG names no product that can be understood.
+    /// The product in CONFIG is malformed.
     #[error(transparent)]
     Config(#[from] AnchorError),
     /// A key file that cannot be used.
@@ -215,7 +215,7 @@ pub enum FloorError {
 }
 
 impl FloorError {
-    /// Sorts a failure of the TPM that has no meaning of its own where it happened.
+    /// Converts a TPM error that has no specific meaning at the place where it occurred.
     pub(super) fn of_tpm(error: TpmError) -> Self {
         match error {
             TpmError::Absent { tcti, source } => FloorError::NoTpm { tcti, source },

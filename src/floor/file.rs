@@ -18,11 +18,11 @@ use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 
-/// What is said each time that the development floor is used.
+/// The warning printed each time the development floor is used.
 pub const FILE_WARNING: &str = "the floor is kept in a file (--floor file): \
      it protects nothing against whoever can write the disk";
 
-/// No floor file is larger, in bytes.
+/// Maximum size of a floor file, in bytes.
 const MAX_BYTES: u64 = 64;
 
 /// The development floor.
@@ -33,7 +33,7 @@ pub struct FileFloor {
 }
 
 impl FileFloor {
-    /// The floor in this file; with a policy, raising it wants the floor key's signature.
+    /// Returns the floor in this file; with a policy, raising it requires the floor key's signature.
     pub fn new(path: PathBuf, policy: Option<Policy>) -> Self {
         Self { path, policy }
     }
@@ -41,7 +41,7 @@ impl FileFloor {
     /// Creates the file with 0.
     ///
     /// # Errors
-    /// [`FloorError::AlreadyProvisioned`] where it is there.
+    /// [`FloorError::AlreadyProvisioned`] if it exists.
     pub fn provision(&self) -> Result<(), FloorError> {
         let _lock = self.lock()?;
         if self.path.exists() {
@@ -57,7 +57,7 @@ impl FileFloor {
     fn lock(&self) -> Result<Lock, IoError> {
         let path = self.path.with_extension("lock");
         file::create_folders(self.folder())?;
-        // Held for one small write by whoever holds it.
+        // The holder keeps it for only one small write.
         Lock::exclusive(&path).on("lock", &path)
     }
 

@@ -1,12 +1,12 @@
-//! The floor: the lowest version that a device still runs, held by its TPM.
+//! The floor: the lowest version that a device still runs, stored in its TPM.
 //!
-//! A version jumps by any amount, so a TPM counter that steps by one cannot be the version. The floor is an
-//! NV index of 8 bytes that only ever rises, and it is the TPM that sees to it:
+//! Versions increase by any amount, so a TPM counter, which increases by one, cannot hold the version. The
+//! floor is an NV index of 8 bytes that can only increase, which the TPM enforces:
 //!
 //! ```text
 //! write policy of the index   PolicyAuthorize(floor key F, ref of the product)
-//!   what F signs for version V   the index is below V (PolicyNV), and the command is NV_Write of V (PolicyCpHash)
-//!   what F signs once a product  never written yet (PolicyNvWritten), and the provisioning key P signed this
+//!   what F signs for version V    the index is below V (PolicyNV), and the command is NV_Write of V (PolicyCpHash)
+//!   what F signs once per product never written yet (PolicyNvWritten), and the provisioning key P signed this
 //!                                session's nonce (PolicySigned), and the command is NV_Write of 0 (PolicyCpHash)
 //!
 //! publisher, offline    sign_version(F, product, V) ──> 64 bytes, shipped with the system
@@ -16,14 +16,15 @@
 //! commit                bless the deployment, raise the floor, read it back
 //! ```
 //!
-//! The exact bytes are in [`digests`]; what is signed, and how it is stored, in [`signature`].
+//! [`digests`] defines the exact bytes; [`signature`] defines what is signed and how it is stored.
 //!
-//! Invariants: nothing provisions by itself; nothing deletes an index but a provisioning that failed and had defined
-//! it; a floor is believed only after the index's Name was compared; every session and key in the TPM is
-//! flushed on every path. The TPM's answers are hostile input, bounded in size and time.
+//! Invariants: a device never provisions itself; only a failed provisioning deletes an index, and only one
+//! that it defined; a floor is trusted only after the index's Name has been compared; every session and key
+//! in the TPM is flushed on every path. The TPM's responses are hostile input, bounded in size and time.
 //!
-//! Locks: [`Floor::raise`] holds a lock file (`RUN/tpm.lock`) from the comparison to the read-back, because a session
-//! that passed PolicyNV stays good while another one writes; the development floor has a lock file.
+//! Locks: [`Floor::raise`] holds a lock file (`RUN/tpm.lock`) from the comparison to the read-back, because a
+//! session that passed PolicyNV stays valid while another one writes; the development floor has its own lock
+//! file.
 
 pub mod config;
 pub mod digests;
@@ -44,24 +45,25 @@ pub use tpm::{DEFAULT_BUDGET, Provisioning, TpmFloor};
 
 pub use crate::sys::tpm::{NvArea, Tcti, TctiError};
 
-/// A floor: what cannot be undone by whoever can write the disk.
+/// A floor, which an attacker who can write the disk cannot lower.
 ///
-/// A floor in a TPM keeps its connection from the first use until it is dropped; over a socket to a simulator nobody
-/// else can use that TPM meanwhile.
+/// A floor in a TPM keeps its connection from the first use until it is dropped; over a socket to a
+/// simulator, no other client can use that TPM meanwhile.
 pub trait Floor {
-    /// The lowest version that may run; 0 on a device that was provisioned and has committed nothing.
+    /// Returns the lowest version that may run; 0 on a provisioned device that has committed nothing.
     fn read(&mut self) -> Result<u64, FloorError>;
 
     /// Raises the floor to `version`, with the floor key's signature for it, and reads it back.
     ///
-    /// A floor that is at `version` or above stays where it is, and that is success: so it can be done
-    /// twice, at once, and again after it was cut off.
+    /// If the floor is already at `version` or above, it stays, and the call succeeds: so a raise can be
+    /// repeated, run concurrently, and retried after an interruption.
     fn raise(&mut self, version: u64, signature: &[u8]) -> Result<(), FloorError>;
 
-    /// Whether [`raise`](Self::raise) wants a signature. Only the development floor of a device that has no floor key does not.
+    /// Whether [`raise`](Self::raise) requires a signature. Only the development floor of a device without a
+    /// floor key does not.
     fn needs_signature(&self) -> bool;
 
-    /// What to tell the user each time, if anything.
+    /// A warning to print each time, if any.
     fn warning(&self) -> Option<&'static str> {
         None
     }
@@ -70,7 +72,7 @@ pub trait Floor {
     fn place(&self) -> String;
 }
 
-/// Where a floor is kept, as the command line says it.
+/// Where a floor is stored, as given on the command line.
 #[derive(Debug, Clone)]
 pub enum Place {
     /// In a TPM; the budget bounds each use of it.
@@ -79,10 +81,10 @@ pub enum Place {
     File(PathBuf),
 }
 
-/// Opens the floor of a device. A TPM is not talked to before the floor is first used.
+/// Opens the floor of a device. The TPM is not contacted before the floor is first used.
 ///
 /// # Errors
-/// [`FloorError::NotConfigured`] where the TPM floor's key or product are not known.
+/// [`FloorError::NotConfigured`] if CONFIG lacks the TPM floor's key or product.
 pub fn open(place: &Place, config: &Config) -> Result<Box<dyn Floor>, FloorError> {
     match place {
         Place::Tpm(tcti, budget) => Ok(Box::new(TpmFloor::new(config.policy()?, tcti.clone(), *budget))),
@@ -90,10 +92,10 @@ pub fn open(place: &Place, config: &Config) -> Result<Box<dyn Floor>, FloorError
     }
 }
 
-/// Checks a version at boot; gives the floor.
+/// Checks a version at boot; returns the floor.
 ///
 /// # Errors
-/// [`FloorError::Rollback`], and whatever reading the floor gives.
+/// [`FloorError::Rollback`], and errors of reading the floor.
 pub fn check(floor: &mut dyn Floor, version: u64) -> Result<u64, FloorError> {
     let lowest = floor.read()?;
     // Rule (docs/design.md, floor at boot): the index's Name must be the expected constant [`read`
@@ -101,11 +103,11 @@ pub fn check(floor: &mut dyn Floor, version: u64) -> Result<u64, FloorError> {
     if version < lowest { Err(FloorError::Rollback { version, floor: lowest }) } else { Ok(lowest) }
 }
 
-/// Checks a version at update; gives the floor. `current` is `None` at the first install, which may put back the
-/// version that the floor is at.
+/// Checks a version at update; returns the floor. `current` is `None` at the first install, which may
+/// reinstall the version at the floor.
 ///
 /// # Errors
-/// [`FloorError::NotNewer`], [`FloorError::Rollback`], and whatever reading the floor gives.
+/// [`FloorError::NotNewer`], [`FloorError::Rollback`], and errors of reading the floor.
 pub fn check_update(floor: &mut dyn Floor, version: u64, current: Option<u64>) -> Result<u64, FloorError> {
     // Rule (docs/design.md, newer only): `version > current` and `version > floor`.
     if let Some(current) = current

@@ -4,13 +4,13 @@
 //! floor signature     64 bytes: r ‖ s, 32 bytes each, big-endian, over H(bump(V) ‖ ref)
 //! provision message   36 bytes: the session's nonce ‖ 00000000 (expiration); its SHA-256 is signed
 //! provision signature 64 bytes, r ‖ s
-//! authorization       r ‖ s over H(first write ‖ ref), as a PEM block behind a provisioning key:
+//! authorization       r ‖ s over H(first write ‖ ref), as a PEM block after a provisioning key:
 //!                     -----BEGIN MOSFS FIRST WRITE AUTHORIZATION----- base64 -----END ...-----
 //! keys                PEM: SubjectPublicKeyInfo (public), PKCS#8 or SEC1 (private, mode 0600)
 //! ```
 //!
-//! A signature as `openssl dgst -sha256 -sign` makes it (DER, 70 to 72 bytes) is taken as well where a
-//! person may have made it so: for the provision message.
+//! For the provision message, which a person may have signed with `openssl dgst -sha256 -sign`, a DER
+//! signature (70 to 72 bytes) is accepted as well.
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +33,7 @@ use crate::trust::pem::{SecretInPublic, public_only};
 /// A floor signature, a provision signature or an authorization: `r ‖ s`.
 pub type Signature = [u8; 64];
 
-/// No key file is larger than this, in bytes.
+/// Maximum size of a key file, in bytes.
 const MAX_KEY_BYTES: usize = 64 << 10;
 /// The length of a provision message, in bytes: a SHA-256 session's nonce and an expiration.
 pub const PROVISION_MESSAGE_BYTES: usize = 36;
@@ -51,9 +51,9 @@ pub enum KeyError {
     Unusable {
         /// The file.
         path: PathBuf,
-        /// What should be there.
+        /// What was expected.
         expected: &'static str,
-        /// What is wrong with what is there.
+        /// What is wrong with the content.
         found: String,
     },
     /// A private key in a file that is public.
@@ -93,17 +93,17 @@ const PUBLIC: &str = "a P-256 public key in PEM";
 const PRIVATE: &str = "a P-256 private key in PEM";
 
 impl PublicKey {
-    /// Reads a public key from a PEM file that somebody gives.
+    /// Reads a public key from a given PEM file.
     ///
     /// # Errors
-    /// [`KeyError::Secret`] where the file holds a private key as well.
+    /// [`KeyError::Secret`] if the file also holds a private key.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
         let pem = read_named(path, MAX_KEY_BYTES as u64)?;
         public_only(&pem, path)?;
         Self::from_pem(&pem, path)
     }
 
-    /// The public key in a PEM text; `path` is for the error.
+    /// Parses the public key of a PEM text; `path` is for the error.
     pub fn from_pem(pem: &[u8], path: &Path) -> Result<Self, KeyError> {
         let wrong = |found: String| KeyError::Unusable { path: path.to_path_buf(), expected: PUBLIC, found };
         let key = PKey::public_key_from_pem(pem).map_err(|_| wrong("no PEM public key".into()))?;
@@ -112,7 +112,7 @@ impl PublicKey {
     }
 
     fn from_ec<T: HasPublic>(key: &EcKeyRef<T>) -> Result<Self, String> {
-        // Rule: both keys are P-256; another curve would give another Name, or none.
+        // Rule: both keys are P-256; another curve would have another Name, or none.
         if key.group().curve_name() != Some(Nid::X9_62_PRIME256V1) {
             return Err(format!(
                 "a key of the curve {:?}",
@@ -132,7 +132,7 @@ impl PublicKey {
         Ok(Self { x: fixed(&x)?, y: fixed(&y)? })
     }
 
-    /// The key in PEM, as `openssl pkey -pubout` writes it.
+    /// Returns the key in PEM, as `openssl pkey -pubout` writes it.
     pub fn to_pem(&self) -> Result<Vec<u8>, KeyError> {
         Ok(PKey::from_ec_key(self.ec()?)?.public_key_to_pem()?)
     }
@@ -156,7 +156,7 @@ impl PublicKey {
         )
     }
 
-    /// Whether the key made this signature over this digest.
+    /// Returns whether the key made this signature over this digest.
     pub fn verifies(&self, digest: &[u8; 32], signature: &[u8]) -> bool {
         let Ok(signature) = <&Signature>::try_from(signature) else { return false };
         let (r, s) = signature.split_at(32);
@@ -168,29 +168,29 @@ impl PublicKey {
         check().unwrap_or(false)
     }
 
-    /// Checks a floor signature, taking `self` for the floor key.
+    /// Checks a floor signature, with `self` as the floor key.
     ///
     /// # Errors
-    /// [`FloorError::BadFloorSignature`], also for a signature of another length.
+    /// [`FloorError::BadFloorSignature`], including for a signature of another length.
     pub fn check(&self, product: &Uuid, version: u64, signature: &[u8]) -> Result<(), FloorError> {
         check_signature(&Policy::new(*self, *product), version, signature).map(|_| ())
     }
 }
 
-/// A P-256 private key; its secret is in no `Debug` output.
+/// A P-256 private key; `Debug` does not print its secret.
 pub struct PrivateKey {
     key: EcKey<Private>,
     public: PublicKey,
 }
 
 impl PrivateKey {
-    /// Reads a private key from a PEM file that only its owner may read.
+    /// Reads a private key from a PEM file that only its owner can read.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
         // Rule (issue of the floor): private keys are refused when others can read them.
         Self::from_pkey(keys::PrivateKey::load(path)?.pkey(), path)
     }
 
-    /// The private key in a PEM text; `path` is for the error.
+    /// Parses the private key of a PEM text; `path` is for the error.
     pub fn from_pem(pem: &[u8], path: &Path) -> Result<Self, KeyError> {
         let key = PKey::private_key_from_pem_callback(pem, |_| Err(ErrorStack::get()))?;
         Self::from_pkey(&key, path)
@@ -203,7 +203,7 @@ impl PrivateKey {
         Ok(Self { key, public })
     }
 
-    /// A new key.
+    /// Generates a key.
     pub fn generate() -> Result<Self, KeyError> {
         let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?;
         let key = EcKey::generate(&group)?;
@@ -234,23 +234,23 @@ fn raw(signature: &EcdsaSig) -> Result<Signature, ErrorStack> {
     Ok(raw)
 }
 
-/// A number in 32 bytes, big-endian.
+/// Encodes a number in 32 bytes, big-endian.
 fn fixed(number: &openssl::bn::BigNumRef) -> Result<[u8; 32], ErrorStack> {
     let bytes = number.to_vec_padded(32)?;
-    // `to_vec_padded` gives 32 bytes or an error.
+    // `to_vec_padded` returns 32 bytes or an error.
     Ok(bytes.try_into().unwrap_or_default())
 }
 
-/// What the floor key signs for a version, with SHA-256: for a key that is in a token, or on another machine.
+/// Returns what the floor key signs for a version, with SHA-256: for a key in a token, or on another machine.
 pub fn version_message(policy: &Policy, version: u64) -> Result<Vec<u8>, FloorError> {
     check_version(version)?;
     Ok(policy.message(&policy.bump(version)))
 }
 
-/// A floor signature as it is shipped, from one that was made elsewhere: raw, or DER as openssl writes it.
+/// Converts a floor signature made elsewhere, raw or DER as openssl writes it, to the form that is shipped.
 ///
 /// # Errors
-/// [`FloorError::BadFloorSignature`] where it is neither.
+/// [`FloorError::BadFloorSignature`] if it is neither.
 pub fn raw_version(policy_product: Uuid, version: u64, signature: &[u8]) -> Result<Signature, FloorError> {
     match Signature::try_from(signature) {
         Ok(raw) => Ok(raw),
@@ -270,7 +270,7 @@ pub fn sign_version(key: &PrivateKey, product: &Uuid, version: u64) -> Result<Si
 /// Checks a floor signature in software.
 ///
 /// # Errors
-/// [`FloorError::BadFloorSignature`], also for a signature of another length.
+/// [`FloorError::BadFloorSignature`], including for a signature of another length.
 pub fn check_signature(policy: &Policy, version: u64, signature: &[u8]) -> Result<Signature, FloorError> {
     check_version(version)?;
     let wrong = FloorError::BadFloorSignature { version, product: policy.product() };
@@ -285,10 +285,11 @@ pub(super) fn check_version(version: u64) -> Result<(), FloorError> {
     if version == 0 || version > MAX_VERSION { Err(FloorError::VersionRange { version }) } else { Ok(()) }
 }
 
-/// Signs, with the floor key, that the holder of a provisioning key may make the first write.
+/// Authorizes, with the floor key, the holder of a provisioning key to make the first write.
 ///
-/// The policy that is signed has PolicySigned over the TPM's own nonce in it. Rule (docs/design.md, first write): the floor key must never
-/// sign a first-write policy that has no nonce; it could be replayed on a deleted and re-created index.
+/// The signed policy includes PolicySigned over the TPM's own nonce. Rule (docs/design.md, first write): the
+/// floor key must never sign a first-write policy that has no nonce; it could be replayed on a deleted and
+/// re-created index.
 pub fn authorize(
     key: &PrivateKey,
     product: &Uuid,
@@ -298,7 +299,7 @@ pub fn authorize(
     Ok(key.sign(&policy.to_sign(&policy.first_write(provision_key)))?)
 }
 
-/// An authorization as a PEM block, to stand in the file of the provisioning key behind the key itself.
+/// Encodes an authorization as a PEM block, to be appended to the file of the provisioning key.
 pub fn authorization_block(authorization: &Signature) -> String {
     let text = openssl::base64::encode_block(authorization);
     let mut block = format!("-----BEGIN {AUTHORIZATION}-----\n");
@@ -313,7 +314,7 @@ pub fn authorization_block(authorization: &Signature) -> String {
     block
 }
 
-/// Finds, in a text with PEM blocks, an authorization of this provisioning key; `object` is for the error.
+/// Finds an authorization of this provisioning key in a text with PEM blocks; `object` is for the error.
 pub fn find_authorization(
     policy: &Policy,
     provision_key: &PublicKey,
@@ -340,7 +341,7 @@ pub fn find_authorization(
     Err(FloorError::FirstWriteNotAuthorized { object: object.to_string(), product: policy.product(), found })
 }
 
-/// What the provisioning key signs for a session: its nonce and an expiration of 0.
+/// Returns what the provisioning key signs for a session: its nonce and an expiration of 0.
 pub fn provision_message(nonce: &[u8]) -> Vec<u8> {
     [nonce, &[0; 4]].concat()
 }
@@ -348,7 +349,7 @@ pub fn provision_message(nonce: &[u8]) -> Vec<u8> {
 /// Signs a provision message.
 ///
 /// # Errors
-/// [`KeyError::Unusable`] where the message is none: this key signs nothing else.
+/// [`KeyError::Unusable`] if it is not a provision message: this key signs nothing else.
 pub fn sign_provision(key: &PrivateKey, message: &[u8], path: &Path) -> Result<Signature, KeyError> {
     // Rule (docs/design.md, first write): P signs H(nonceTPM ‖ 00000000), and nothing else.
     let (Some(nonce), true) = (message.strip_suffix(&[0; 4]), message.len() == PROVISION_MESSAGE_BYTES)

@@ -11,27 +11,27 @@ use crate::failpoint;
 use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
 use crate::sys::{self, file};
 
-/// Held in the run folder while a floor is raised.
+/// The lock file in the run folder, held while a floor is raised.
 const LOCK_FILE: &str = "tpm.lock";
 
-/// The time that one use of the TPM may take: reading takes milliseconds, a raise some 200 ms on a slow chip.
+/// The time limit for one use of the TPM: reading takes milliseconds, a raise about 200 ms on a slow chip.
 pub const DEFAULT_BUDGET: Duration = Duration::from_secs(30);
 
 // Response codes (TPM 2.0 part 2, section "TPM_RC"; docs/design.md, the table of the floor).
-/// The handle names nothing (first handle).
+/// The handle does not exist (first handle).
 const RC_NO_HANDLE: u32 = 0x18b;
 const RC_NV_UNINITIALIZED: u32 = 0x14a;
 const RC_NV_SPACE: u32 = 0x14b;
 const RC_NV_DEFINED: u32 = 0x14c;
-/// A policy's condition does not hold.
+/// The condition of a policy is not met.
 const RC_POLICY: u32 = 0x126;
 /// A signature does not verify: VerifySignature's second parameter.
 const RC_SIGNATURE_2: u32 = 0x2db;
 /// A signature does not verify: PolicySigned's fifth parameter.
 const RC_SIGNATURE_5: u32 = 0x5db;
-/// The session's policy is not that of the object (first session).
+/// The session's policy differs from the object's (first session).
 const RC_POLICY_FAIL: u32 = 0x99d;
-/// PolicyAuthorize: the policy is not the approved one (first parameter), the ticket is none (fourth).
+/// PolicyAuthorize: the policy is not the approved one (first parameter); the ticket is invalid (fourth).
 const RC_VALUE_1: u32 = 0x1c4;
 const RC_VALUE_4: u32 = 0x4c4;
 /// A wrong auth value (first session).
@@ -39,7 +39,7 @@ const RC_BAD_AUTH: u32 = 0x9a2;
 
 /// The floor in a TPM.
 ///
-/// Connects when it is first used, and keeps the connection; a failure ends it, and the next use connects again.
+/// It connects on first use and keeps the connection; an error closes it, and the next use reconnects.
 pub struct TpmFloor {
     policy: Policy,
     tcti: Tcti,
@@ -48,7 +48,7 @@ pub struct TpmFloor {
 }
 
 impl TpmFloor {
-    /// The floor of a product in the TPM at `tcti`; `budget` bounds each use of it.
+    /// Returns the floor of a product in the TPM at `tcti`; `budget` bounds each use of it.
     pub fn new(policy: Policy, tcti: Tcti, budget: Duration) -> Self {
         Self { policy, tcti, budget, tpm: None }
     }
@@ -58,7 +58,7 @@ impl TpmFloor {
         &self.policy
     }
 
-    /// The public area of whatever is at the floor's index, for a person to look at.
+    /// Returns the public area of whatever is at the floor's index, for display.
     pub fn area(&mut self) -> Result<NvArea, FloorError> {
         self.with(|here| here.find()?.area().map_err(FloorError::of_tpm))
     }
@@ -78,9 +78,9 @@ impl TpmFloor {
         result
     }
 
-    /// Begins to provision: defines the index and draws the nonce that the provisioning key must sign.
+    /// Begins provisioning: defines the index and draws the nonce that the provisioning key must sign.
     ///
-    /// An index that an earlier, interrupted provisioning defined is used.
+    /// An index that an earlier, interrupted provisioning defined is reused.
     ///
     /// # Errors
     /// [`FloorError::AlreadyProvisioned`], [`FloorError::FloorIndexTampered`], [`FloorError::NvFull`],
@@ -121,7 +121,7 @@ impl TpmFloor {
             provision_key: *provision_key,
             authorization: *authorization,
         };
-        // From here on, giving up deletes the index again if it was not there before.
+        // From here on, an error deletes the index again if it did not exist before.
         let session = begun.tpm.policy_session().map_err(FloorError::of_tpm)?;
         begun.nonce = session.nonce().map_err(FloorError::of_tpm)?;
         begun.session = Some(session);
@@ -148,7 +148,7 @@ impl Floor for TpmFloor {
     }
 }
 
-/// A connection, and what to expect behind it.
+/// A connection, and the floor expected at its TPM.
 struct Here<'a> {
     tpm: &'a Tpm,
     policy: &'a Policy,
@@ -209,8 +209,8 @@ impl Here<'_> {
     }
 
     fn raise(&self, version: u64, signature: &Signature) -> Result<(), FloorError> {
-        // A socket to a simulator is exclusive as it is: whoever waited for the lock there would keep
-        // the one who has it from being served.
+        // A socket to a simulator is exclusive anyway: a client that waited there for the lock would prevent
+        // its holder from being served.
         let _lock = match self.tcti {
             Tcti::Device(_) => {
                 let folder = sys::run_dir();
@@ -231,7 +231,7 @@ impl Here<'_> {
             if error.code() != Some(RC_POLICY) {
                 return Err(FloorError::of_tpm(error));
             }
-            // The TPM says that the floor is not below the version: somebody was faster.
+            // The TPM reports that the floor is not below the version: another process was faster.
             let floor = self.read_index(&index)?;
             return if floor >= version { Ok(()) } else { Err(FloorError::RaiseRefused { version, floor }) };
         }
@@ -242,8 +242,8 @@ impl Here<'_> {
         self.write(&index, &session, &operand, || format!("version {version}"))?;
         failpoint::hit("floor.index.written");
         // Rule (docs/design.md, bless first): raise the floor, then read it back. The Name as well: it
-        // is what tells a floor from a look-alike.
-        // ESYS has one handle for an index: the old one goes first.
+        // distinguishes the floor from a look-alike. ESYS has one handle per index: release the old one
+        // first.
         drop(index);
         let floor = self.read()?;
         if floor < version {
@@ -252,7 +252,7 @@ impl Here<'_> {
         Ok(())
     }
 
-    /// PolicyAuthorize of what the session has proved, with the floor key's signature.
+    /// PolicyAuthorize of the session's policy, with the floor key's signature.
     fn authorize(
         &self,
         session: &Session,
@@ -315,15 +315,15 @@ fn point(key: &PublicKey) -> PublicPoint {
     PublicPoint { x: *key.x(), y: *key.y() }
 }
 
-/// A provisioning that waits for the provisioning key's signature, its session held open in the TPM.
+/// A provisioning that waits for the provisioning key's signature; its session stays open in the TPM.
 ///
-/// Dropped before it is finished, it deletes the index that it defined.
+/// If dropped before it is finished, it deletes the index that it defined.
 pub struct Provisioning {
-    // The order matters: what is in the TPM goes before the connection.
+    // The order matters: objects in the TPM are flushed before the connection closes.
     session: Option<Session>,
     index: Option<NvIndex>,
     nonce: Vec<u8>,
-    /// The index was not there before.
+    /// Whether the index did not exist before.
     defined_here: bool,
     policy: Policy,
     tcti: Tcti,
@@ -333,7 +333,7 @@ pub struct Provisioning {
 }
 
 impl Provisioning {
-    /// What the provisioning key must sign: 36 bytes, the session's nonce and an expiration of 0.
+    /// Returns what the provisioning key must sign: 36 bytes, the session's nonce and an expiration of 0.
     pub fn message(&self) -> Vec<u8> {
         provision_message(&self.nonce)
     }
@@ -347,7 +347,7 @@ impl Provisioning {
         self.finish_unchecked(&signature)
     }
 
-    /// The same, leaving it to the TPM to check the signature: for tests of what the TPM refuses.
+    /// Does the same, but leaves checking the signature to the TPM: for tests of what the TPM refuses.
     #[doc(hidden)]
     pub fn finish_unchecked(&mut self, signature: &Signature) -> Result<(), FloorError> {
         self.tpm.restart_clock();
@@ -372,7 +372,7 @@ impl Provisioning {
         let policy = self.policy.first_write(&self.provision_key);
         here.authorize(session, &policy, &self.authorization, not_authorized, || "the first write".into())?;
         here.write(index, session, &[0; 8], || "the first write".into())?;
-        // The index is written: it is the floor now, and stays.
+        // The index is written: it is the floor now and stays.
         self.defined_here = false;
         failpoint::hit("floor.index.provisioned");
         self.index = None;

@@ -1,7 +1,7 @@
-//! Where the blobs of an image are: a store on this machine, or a place elsewhere.
+//! Where the blobs of an image are: in a store on this machine, or elsewhere.
 //!
-//! A layer that is one file is read in parts, and its bytes are verified by who reads them ([`Blobs::blob`]). A
-//! layer of many blobs reads each of them whole, and gets it verified ([`Blobs::read`]).
+//! A layer in a single file is read in parts, and the reader verifies the bytes ([`Blobs::blob`]). A layer of
+//! many blobs reads each of them whole and already verified ([`Blobs::read`]).
 //!
 //! **What was hashed is what is used.** [`Blobs::read`] copies the blob into private memory, and compares length and
 //! digest of that copy.
@@ -17,20 +17,20 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::sys::file::{Links, open_regular_at};
 
-/// A place that has blobs, by their digests.
+/// A place that provides blobs by digest.
 pub trait Blobs: fmt::Debug + Send + Sync {
-    /// A blob that is to be read in parts. Nothing is checked, opened or fetched: whoever reads it verifies what it
+    /// Returns a blob to be read in parts. Nothing is checked, opened or fetched: the reader verifies what it
     /// reads.
     ///
-    /// `stored_bytes` is its size, as the manifest says.
+    /// `stored_bytes` is its size according to the manifest.
     fn blob(&self, digest: &Digest, stored_bytes: u64) -> Blob;
 
-    /// Reads a whole blob into `bytes`, in place of what they hold.
+    /// Reads a whole blob into `bytes`, replacing the content.
     ///
-    /// `stored_bytes` is its size, as the manifest says; the caller bounds it. No more memory is used.
+    /// `stored_bytes` is its size according to the manifest; the caller bounds it. No more memory is used.
     ///
     /// # Errors
-    /// [`BlobError`]; `bytes` are empty then.
+    /// [`BlobError`]; `bytes` is then empty.
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError>;
 }
 
@@ -39,7 +39,7 @@ pub trait Blobs: fmt::Debug + Send + Sync {
 pub enum Blob {
     /// A file of this machine.
     File(PathBuf),
-    /// A blob that is read from elsewhere, part by part.
+    /// A blob elsewhere, read in parts.
     Remote {
         /// The place, for messages.
         place: String,
@@ -49,7 +49,7 @@ pub enum Blob {
 }
 
 impl Blob {
-    /// Its file, if it is one of this machine.
+    /// Returns its file, if it is on this machine.
     pub fn file(&self) -> Option<&Path> {
         match self {
             Self::File(path) => Some(path),
@@ -74,7 +74,7 @@ impl fmt::Debug for Blob {
     }
 }
 
-/// Why a whole blob cannot be had.
+/// Why a whole blob cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum BlobError {
     /// It cannot be read.
@@ -82,25 +82,25 @@ pub enum BlobError {
     Io {
         /// The blob.
         digest: Digest,
-        /// The operating system's, or the transport's, answer.
+        /// The error of the operating system or the transport.
         source: io::Error,
     },
-    /// It is longer or shorter than the manifest says.
+    /// Its size differs from the manifest's.
     #[error("blob {digest} has {found} bytes, expected {expected}")]
     Size {
         /// The blob.
         digest: Digest,
-        /// The size that it should have, in bytes.
+        /// The expected size, in bytes.
         expected: u64,
         /// How many bytes were read; one more than expected where it is longer.
         found: u64,
     },
-    /// Its content is not what its digest names.
+    /// Its content does not match its digest.
     #[error("blob {expected}: its content has digest {found}")]
     Content {
         /// The blob.
         expected: Digest,
-        /// The digest of what was read.
+        /// The digest of the bytes read.
         found: Digest,
     },
 }
@@ -125,7 +125,7 @@ pub fn read_whole(
     bytes: &mut Vec<u8>,
 ) -> Result<(), BlobError> {
     bytes.clear();
-    // One byte more than promised, so that a longer blob is seen.
+    // One byte more than declared, so that a longer blob is detected.
     let read = from.take(stored_bytes.saturating_add(1)).read_to_end(bytes);
     let checked = match read {
         Err(source) => Err(BlobError::Io { digest: *digest, source }),
@@ -138,7 +138,7 @@ pub fn read_whole(
             found => Err(BlobError::Content { expected: *digest, found }),
         },
     };
-    // Nothing unchecked is left where a careless caller could find it.
+    // Leave no unverified bytes where a careless caller could use them.
     checked.inspect_err(|_| bytes.clear())
 }
 
@@ -154,12 +154,12 @@ pub struct BlobFolder {
 }
 
 impl BlobFolder {
-    /// The blobs of the layout in `dir`, whose files may or may not be links.
+    /// Returns the blobs of the layout in `dir`, whose files may or may not be links.
     pub fn of_layout(dir: &Path, links: Links) -> Self {
         Self { path: dir.join("blobs/sha256"), links, folder: Arc::default() }
     }
 
-    /// Where a blob is, or would be.
+    /// Returns the path where a blob is, or would be.
     pub fn path(&self, digest: &Digest) -> PathBuf {
         self.path.join(digest.hex())
     }

@@ -1,8 +1,8 @@
-//! The one way to bytes that nobody has checked yet: a file, a block device, a range of a blob elsewhere.
+//! Access to bytes that are not yet verified: a file, a block device, or a range of a blob elsewhere.
 //!
-//! Everything that reads an image sits on top of this trait: [`super::verity::locate`] finds the verity data
-//! with it, [`super::verified::VerifiedSource`] checks what it returns. Code that reads many blocks is generic
-//! over it, so that the reads of a file stay direct calls.
+//! Everything that reads an image is built on this trait: [`super::verity::locate`] finds the verity data
+//! with it, [`super::verified::VerifiedSource`] verifies what it returns. Code that reads many blocks is
+//! generic over it, so reads of a file remain direct calls.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -11,20 +11,20 @@ use std::sync::Arc;
 
 use super::source::ReadError;
 
-/// Random access to unchecked bytes. Every call may return other bytes than the one before.
+/// Random access to unverified bytes. Every call may return different bytes.
 #[allow(clippy::len_without_is_empty, reason = "nobody asks whether an image is empty")]
 pub trait ReadAt: Send + Sync {
-    /// How many bytes there are.
+    /// Returns the number of bytes.
     ///
     /// # Errors
-    /// The operating system's, or the transport's, answer.
+    /// The error of the operating system or the transport.
     fn len(&self) -> io::Result<u64>;
 
     /// Fills `buffer` with the bytes at `offset`.
     ///
     /// # Errors
-    /// [`io::ErrorKind::UnexpectedEof`] where the range ends behind the last byte; else the operating
-    /// system's, or the transport's, answer. What `buffer` then holds is of no use.
+    /// [`io::ErrorKind::UnexpectedEof`] if the range ends after the last byte; else the error of the
+    /// operating system or the transport. The content of `buffer` is then undefined.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 }
 
@@ -32,7 +32,7 @@ impl ReadAt for File {
     fn len(&self) -> io::Result<u64> {
         let metadata = self.metadata()?;
         if metadata.file_type().is_block_device() {
-            // Its size is where it ends. Reads name their offset, so the position does not matter.
+            // The size is the offset of the end. Reads use explicit offsets, so the position does not matter.
             return (&mut &*self).seek(SeekFrom::End(0));
         }
         Ok(metadata.len())
@@ -63,12 +63,12 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
     }
 }
 
-/// How many bytes there are, as a reader reports it.
+/// Returns the number of bytes, with a reader's error type.
 pub(super) fn len(bytes: &(impl ReadAt + ?Sized)) -> Result<u64, ReadError> {
     bytes.len().map_err(|source| ReadError::Io { offset: 0, len: 0, source })
 }
 
-/// Fills `buffer`, as a reader reports it.
+/// Fills `buffer`, with a reader's error type.
 pub(super) fn read_exact(
     bytes: &(impl ReadAt + ?Sized),
     offset: u64,
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn a_device_reports_its_own_error_rather_than_an_end() {
-        // A character device has no size, and is no block device.
+        // A character device has no size and is not a block device.
         let null = File::open("/dev/null").unwrap();
         assert_eq!(ReadAt::len(&null).unwrap(), 0);
         assert!(read_exact(&null, 0, &mut [0; 1]).is_err());

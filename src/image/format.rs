@@ -1,13 +1,13 @@
-//! The formats of layers: one table, and nothing outside of it knows a media type.
+//! The table of layer formats. No code outside this module knows a media type.
 //!
-//! | what a layer is | how it is verified | who mounts it |
+//! | kind of layer | how it is verified | what mounts it |
 //! | --- | --- | --- |
-//! | [`Content::Tar`] | as a whole, when it is converted | nobody |
+//! | [`Content::Tar`] | as a whole, when it is converted | nothing |
 //! | [`Content::Image`]: one file that holds a file system | block by block, under a root hash | the kernel; FUSE where there is a reader |
 //! | [`Content::Chunked`]: one blob of metadata that names others | each blob by its digest | FUSE where there is a reader |
 //!
-//! A new format is one folder beside this file, which implements [`Layer`], and one row in [`TABLE`]. A media type
-//! is parsed when the manifest is ([`super::oci::OciImage::parse`]), and never again.
+//! A new format takes one folder beside this file, which implements [`Layer`], and one row in [`TABLE`]. A
+//! media type is parsed once, together with the manifest ([`super::oci::OciImage::parse`]).
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use super::puzzlefs::{self, Puzzlefs};
 use super::source::Source;
 use super::squashfs::Squashfs;
 
-/// A format that a layer may have: a row of the table.
+/// The format of a layer: a row of the table.
 #[derive(Clone, Copy)]
 pub struct LayerFormat(&'static Row);
 
@@ -29,12 +29,12 @@ struct Row {
     content: Content,
 }
 
-/// How a media type names a format.
+/// How a media type identifies a format.
 #[derive(Debug, Clone, Copy)]
 enum MediaType {
-    /// This text alone.
+    /// Exactly this text.
     Exact(&'static str),
-    /// This text, or this text and a `+` with more behind it (`+zstd`, `+gzip+verity` …).
+    /// This text, optionally followed by `+` and more (`+zstd`, `+gzip+verity` …).
     Prefix(&'static str),
 }
 
@@ -49,7 +49,7 @@ impl MediaType {
     }
 }
 
-/// What the bytes of a layer are.
+/// What the bytes of a layer contain.
 #[derive(Debug, Clone, Copy)]
 pub enum Content {
     /// A stream, to be converted.
@@ -74,11 +74,12 @@ pub enum Compression {
 /// A file system in one file.
 #[derive(Debug, Clone, Copy)]
 pub struct ImageFormat {
-    /// What the kernel calls the file system.
+    /// The kernel's name of the file system.
     pub kernel: &'static str,
-    /// The size in bytes of the image that begins with these bytes; `None` where they are no such image.
+    /// Returns the size in bytes of the image that begins with these bytes; `None` if they are not such an
+    /// image.
     data_bytes: fn(&[u8]) -> Option<u64>,
-    /// Opens the image for reading in user space; `None` where there is no reader.
+    /// Opens the image for reading in user space; `None` if there is no reader.
     pub open: Option<fn(Arc<dyn Source>) -> Result<Arc<dyn Layer>, LayerError>>,
 }
 
@@ -87,7 +88,7 @@ pub struct ImageFormat {
 pub struct ChunkedFormat {
     /// The media types of the manifest's other entries.
     chunks: &'static [MediaType],
-    /// Opens the layer for reading in user space; `None` where there is no reader.
+    /// Opens the layer for reading in user space; `None` if there is no reader.
     pub open: Option<fn(&ChunkedLayer) -> Result<Arc<dyn Layer>, LayerError>>,
 }
 
@@ -147,12 +148,13 @@ const TABLE: &[Row] = &[
 ];
 
 impl LayerFormat {
-    /// The format that a media type names, or `None` where mosfs does not know it.
+    /// Returns the format that a media type identifies, or `None` if mosfs does not know it.
     pub fn of(media_type: &str) -> Option<Self> {
         TABLE.iter().find(|row| row.media_types.iter().any(|one| one.matches(media_type))).map(Self)
     }
 
-    /// Whether a media type names the chunks of a format, which belong to a layer and are none themselves.
+    /// Returns whether a media type is that of a format's chunks, which belong to a layer but are not layers
+    /// themselves.
     pub fn is_chunk(media_type: &str) -> bool {
         TABLE.iter().any(|row| match row.content {
             Content::Chunked(format) => format.chunks.iter().any(|one| one.matches(media_type)),
@@ -165,12 +167,12 @@ impl LayerFormat {
         self.0.name
     }
 
-    /// What the bytes of a layer of this format are.
+    /// What the bytes of a layer of this format contain.
     pub fn content(self) -> Content {
         self.0.content
     }
 
-    /// How a file system in one file is read, if this is the format of one.
+    /// How to read the file system, if this is a format of a file system in one file.
     pub fn image(self) -> Option<ImageFormat> {
         match self.0.content {
             Content::Image(format) => Some(format),
@@ -178,7 +180,7 @@ impl LayerFormat {
         }
     }
 
-    /// Whether a layer of this format is many blobs.
+    /// Whether a layer of this format consists of many blobs.
     pub fn is_chunked(self) -> bool {
         matches!(self.0.content, Content::Chunked(_))
     }
@@ -199,9 +201,10 @@ impl fmt::Debug for LayerFormat {
     }
 }
 
-/// The size in bytes of the file system image that begins with `head`, by its magic; `None` for an unknown one.
+/// Returns the size in bytes of the file system image that begins with `head`, by its magic; `None` for an
+/// unknown one.
 ///
-/// 4096 bytes are enough. Nothing has verified them.
+/// 4096 bytes are enough. They are not verified.
 pub fn image_bytes(head: &[u8]) -> Option<u64> {
     TABLE.iter().find_map(|row| match row.content {
         Content::Image(format) => (format.data_bytes)(head),

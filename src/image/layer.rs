@@ -1,11 +1,11 @@
-//! What the merged view asks of a layer, whatever its format.
+//! The interface of a layer to the merged view, independent of its format.
 
 use super::source::ReadError;
 
 /// A file of a layer, as that layer numbers it.
 ///
-/// It is stable for the life of the image, needs no state to be used again, fits in 48 bits, and
-/// two hard links of one file have the same id. In squashfs it is the inode reference.
+/// It is stable for the life of the image, can be used again without any state, fits in 48 bits, and is the
+/// same for all hard links of a file. In squashfs it is the inode reference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u64);
 
@@ -39,19 +39,19 @@ pub struct Attr {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Size in bytes: of a file its content, of a link its target, of a folder what the format says.
+    /// Size in bytes: of a file its content, of a link its target, of a folder whatever the format stores.
     pub size_bytes: u64,
     /// Space used, in units of 512 bytes.
     pub blocks_512: u64,
-    /// Seconds since 1970 of the last change of the content; also shown as atime and ctime.
+    /// Time of the last change of the content, in seconds since 1970; also reported as atime and ctime.
     pub mtime: i64,
     /// The nanoseconds of `mtime`.
     pub mtime_nanos: u32,
-    /// Number of hard links, as the layer says it.
+    /// Number of hard links, as the layer stores it.
     pub nlink: u32,
     /// Device number of a device node, in the kernel's encoding for user space (`makedev`).
     pub rdev: u32,
-    /// Whether the file may have extended attributes; `false` saves the question.
+    /// Whether the file may have extended attributes; `false` saves a look-up.
     pub has_xattrs: bool,
 }
 
@@ -64,14 +64,14 @@ pub struct DirEntry {
     pub node: NodeId,
     /// The file's type.
     pub kind: FileType,
-    /// Give it to `read_dir` to go on after this entry. Never 0, and at most 2^56.
+    /// Pass it to `read_dir` to continue after this entry. Never 0, and at most 2^56.
     pub next: u64,
 }
 
 /// What statfs(2) shows of a layer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StatFs {
-    /// Bytes that the layer takes.
+    /// Size of the layer, in bytes.
     pub bytes: u64,
     /// Number of files.
     pub files: u64,
@@ -79,13 +79,13 @@ pub struct StatFs {
     pub block_bytes: u32,
 }
 
-/// Why a layer cannot answer.
+/// Why a layer cannot serve a request.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
-    /// The bytes could not be had, or are not the right ones.
+    /// The bytes cannot be read, or do not verify.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The bytes are verified (or nobody asked to) but make no sense.
+    /// The bytes are verified (or verification is off) but malformed.
     #[error("corrupt {table} at {offset}: {why}")]
     Corrupt {
         /// Which structure: `superblock`, `inode table`, `directory table`, `data block` …
@@ -95,7 +95,7 @@ pub enum LayerError {
         /// What was expected and what was found.
         why: String,
     },
-    /// The node is of another type than the operation takes (a folder for reading content, say).
+    /// The node has another type than the operation requires (such as a folder, to read content from).
     #[error("node {0:#x} is not of the type that the operation needs", node.0)]
     WrongType {
         /// The node.
@@ -105,7 +105,7 @@ pub enum LayerError {
 
 /// A range of a file that is stored as one decodable unit.
 ///
-/// The engine above decodes, caches and joins by this unit.
+/// The engine decodes, caches and shares work in this unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Offset in the file where the extent begins, in bytes.
@@ -123,7 +123,7 @@ pub enum Place {
     Hole,
     /// A stored block, all of which is this extent.
     Block(BlockId),
-    /// A part of a stored block that other files share (a squashfs fragment).
+    /// A part of a stored block shared with other files (a squashfs fragment).
     Shared {
         /// The stored block.
         block: BlockId,
@@ -137,10 +137,10 @@ pub enum Place {
 pub struct BlockId {
     /// Offset in the image, in bytes.
     pub start: u64,
-    /// Size word as the format stores it (squashfs: bit 24 set means not compressed). Bits that the format leaves
-    /// at 0 are the reader's own: make a `BlockId` of nothing but what `extent` answered.
+    /// Size word as the format stores it (squashfs: bit 24 set means not compressed). The reader uses bits
+    /// that the format leaves at 0: only use a `BlockId` that `extent` returned.
     pub size_word: u32,
-    /// How many bytes it decodes to at the most; a data block decodes to exactly its extent's length.
+    /// Most bytes that it decodes to; a data block decodes to exactly its extent's length.
     pub decoded_max: u32,
 }
 
@@ -149,8 +149,8 @@ pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// A file system image that can be a layer of a merged view.
 ///
-/// All methods may be called from many threads. No answer depends on an earlier call. A hostile
-/// image gives an error: no panic, no endless loop, no memory beyond the stated bound.
+/// All methods may be called from many threads. No result depends on an earlier call. A hostile image causes
+/// an error: no panic, no endless loop, no memory beyond the stated bound.
 pub trait Layer: Send + Sync {
     /// The root folder.
     fn root(&self) -> NodeId;
@@ -158,11 +158,11 @@ pub trait Layer: Send + Sync {
     /// What stat(2) shows of a file.
     fn attr(&self, node: NodeId) -> Result<Attr, LayerError>;
 
-    /// The entry of that name in a folder.
+    /// Returns the entry of that name in a folder.
     fn lookup(&self, dir: NodeId, name: &[u8]) -> Result<Option<DirEntry>, LayerError>;
 
-    /// Calls `each` for the entries of a folder in the order of their names (as bytes), from
-    /// `cookie` on (0: from the start, else the `next` of an earlier entry), until it returns false.
+    /// Calls `each` for the entries of a folder in byte order of their names, starting at `cookie` (0: at the
+    /// start, else the `next` of an earlier entry), until it returns false.
     fn read_dir(
         &self,
         dir: NodeId,
@@ -176,7 +176,7 @@ pub trait Layer: Send + Sync {
     /// All extended attributes with their full names (`user.x`), in the order of the image.
     fn xattrs(&self, node: NodeId) -> Result<Xattrs, LayerError>;
 
-    /// The extent that holds the byte at `offset` of a regular file; `offset` is below its size.
+    /// Returns the extent that holds the byte at `offset` of a regular file; `offset` is below its size.
     fn extent(&self, node: NodeId, offset: u64) -> Result<Extent, LayerError>;
 
     /// Reads, verifies and decodes a stored block into `out` (which is cleared first).

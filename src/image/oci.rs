@@ -5,13 +5,14 @@
 //!                                  └────── descriptors ─> layers, first = bottom
 //! ```
 //!
-//! Only bytes that were checked against a digest go in here (docs/design.md, chain of trust). What comes out
-//! keeps the fields that mosfs does not know, so that rewriting another tool's `index.json` loses
-//! nothing, and writes them in one order, so that the same value always gives the same bytes: that
-//! is why documents are not the types of the `oci-spec` crate, whose maps have a random order; names
-//! of machines and annotations are its own.
+//! These types parse only bytes that were checked against a digest (docs/design.md, chain of trust). They
+//! keep fields that mosfs does not know, so rewriting another tool's `index.json` loses nothing, and write
+//! them in a fixed order, so the same value always produces the same bytes. For that reason documents do not
+//! use the types of the `oci-spec` crate, whose maps have a random order; the names of machines and
+//! annotations do come from it.
 //!
-//! Bounds: [`MAX_MANIFEST_BYTES`] a document, [`MAX_LAYERS`] layers, [`MAX_CHUNKS`] chunks, [`MAX_INDEX_ENTRIES`] entries.
+//! Bounds: [`MAX_MANIFEST_BYTES`] per document, [`MAX_LAYERS`] layers, [`MAX_CHUNKS`] chunks,
+//! [`MAX_INDEX_ENTRIES`] entries.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -47,11 +48,11 @@ pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 pub const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 /// The bytes of the empty JSON object.
 pub const EMPTY_BYTES: &[u8] = b"{}";
-/// Docker's name for an image manifest (schema 2), read like an OCI one.
+/// Docker's media type of an image manifest (schema 2), read like an OCI one.
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-/// Docker's name for an image index.
+/// Docker's media type of an image index.
 pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// Media type that mosfs gives to the squashfs layers it makes (stacker's).
+/// Media type of the squashfs layers that mosfs creates (stacker's).
 pub const SQUASHFS_ZSTD: &str = "application/vnd.stacker.image.layer.squashfs+zstd";
 
 /// Annotation of a descriptor in `index.json` that names it.
@@ -61,20 +62,20 @@ pub const ROOT_HASH: &str = "io.stackeroci.stacker.atomfs_verity_root_hash";
 /// Older name of [`ROOT_HASH`].
 pub const ROOT_HASH_OLD: &str = "io.stackeroci.stacker.squashfs_verity_root_hash";
 
-/// What a blob is, how it is found, and how it is checked (image-spec, descriptor.md).
+/// A blob's type, digest and size (image-spec, descriptor.md).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What the blob is.
+    /// The media type of the blob.
     pub media_type: String,
     /// SHA-256 of the blob; other algorithms are an error.
     pub digest: Digest,
     /// Size of the blob, in bytes.
     pub size: u64,
-    /// Which machine it is for.
+    /// The platform that it is for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
-    /// What artifact it is, where the blob is the manifest of one.
+    /// The artifact type, if the blob is an artifact's manifest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
     /// Free words about it.
@@ -99,12 +100,12 @@ impl Descriptor {
         }
     }
 
-    /// The descriptor of bytes held in memory.
+    /// Returns the descriptor of bytes in memory.
     pub fn of(media_type: &str, bytes: &[u8]) -> Self {
         Self::new(media_type, Digest::of(bytes), bytes.len() as u64)
     }
 
-    /// The name that `index.json` gives it.
+    /// Returns its name in `index.json`.
     pub fn ref_name(&self) -> Option<&str> {
         self.annotations.get(REF_NAME).map(String::as_str)
     }
@@ -134,7 +135,7 @@ pub struct Manifest {
     /// [`MANIFEST`]; umoci leaves it out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media_type: Option<String>,
-    /// What artifact this is, if it is one.
+    /// The artifact type, if this is an artifact.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
     /// The image config.
@@ -142,7 +143,7 @@ pub struct Manifest {
     /// The layers, the bottom one first.
     #[serde(default, deserialize_with = "null_is_empty")]
     pub layers: Vec<Descriptor>,
-    /// The manifest that this one says something about.
+    /// The manifest that this one refers to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subject: Option<Descriptor>,
     /// Free words about it.
@@ -179,7 +180,7 @@ pub struct Index {
 pub struct UnreadEntry(Value);
 
 impl UnreadEntry {
-    /// The name that `index.json` gives it.
+    /// Returns its name in `index.json`.
     pub fn ref_name(&self) -> Option<&str> {
         self.0.get("annotations")?.get(REF_NAME)?.as_str()
     }
@@ -238,13 +239,14 @@ impl From<Index> for IndexDocument {
     }
 }
 
-/// Go writes an empty list or map as `null` where it forgot to make one.
+/// Go writes a list or map that was never allocated as `null`.
 fn null_is_empty<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
     Ok(Option::<T>::deserialize(from)?.unwrap_or_default())
 }
 
 impl Manifest {
-    /// An artifact with one layer and no config (image-spec, manifest.md, "Guidelines for Artifact Usage").
+    /// Creates an artifact with one layer and no config (image-spec, manifest.md, "Guidelines for Artifact
+    /// Usage").
     pub fn artifact(artifact_type: &str, layer: Descriptor, subject: Option<Descriptor>) -> Self {
         Self {
             schema_version: 2,
@@ -266,8 +268,8 @@ impl Manifest {
         bounded("image manifest", bytes, MAX_MANIFEST_BYTES)?;
         let manifest: Self = json("image manifest", bytes)?;
         check_kind("image manifest", manifest.media_type.as_deref(), &[MANIFEST, DOCKER_MANIFEST])?;
-        // image-spec, manifest.md: a document must not be readable as a manifest and an index at
-        // once, or two readers see two images under one digest (GHSA-77vh-xpmg-72qh).
+        // image-spec, manifest.md: a document must not be readable as both a manifest and an index, or two
+        // readers see two images under one digest (GHSA-77vh-xpmg-72qh).
         if manifest.extra.contains_key("manifests") {
             return Err(OciError::Ambiguous { document: "image manifest", field: "manifests" });
         }
@@ -283,7 +285,7 @@ impl Manifest {
         to_bytes(self)
     }
 
-    /// What artifact this is: `artifactType`, else the config's media type (image-spec, manifest.md).
+    /// Returns the artifact type: `artifactType`, else the config's media type (image-spec, manifest.md).
     pub fn kind(&self) -> &str {
         self.artifact_type.as_deref().unwrap_or(&self.config.media_type)
     }
@@ -325,8 +327,8 @@ impl Index {
 }
 
 fn to_bytes(value: &impl Serialize) -> Vec<u8> {
-    // These types hold strings, integers, maps with string keys and values that came from JSON:
-    // none of them can fail to be written.
+    // These types hold strings, integers, maps with string keys and values that came from JSON: serializing
+    // them cannot fail.
     serde_json::to_vec(value).unwrap_or_default()
 }
 
@@ -358,7 +360,7 @@ fn check_kind(document: &'static str, found: Option<&str>, allowed: &[&str]) -> 
     }
 }
 
-/// What the manifest says that the bytes of a layer are checked against when they are read.
+/// What the bytes of a layer are verified against when they are read, according to the manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trust {
     /// A root hash: every block, through the hash tree in the layer's own file.
@@ -379,23 +381,24 @@ impl Trust {
     }
 }
 
-/// One layer of an image: parsed here, and carried as it is to whoever mounts, checks or converts it.
+/// One layer of an image: parsed here, and passed on unchanged to the code that mounts, checks or converts
+/// it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerDescriptor {
     /// SHA-256 of the blob.
     pub digest: Digest,
     /// Size of the blob, in bytes, with the verity tree.
     pub size: u64,
-    /// What its bytes are checked against. Whoever reads a blob with a root hash holds the rule (docs/design.md,
-    /// both or neither): root hash and tree are both there, or both absent.
+    /// What its bytes are verified against. The reader of a blob enforces the rule (docs/design.md, both or
+    /// neither): root hash and tree are both present, or both absent.
     pub trust: Trust,
-    /// As the manifest says it, to be written again.
+    /// As in the manifest, to be written back unchanged.
     media_type: String,
     format: Option<LayerFormat>,
 }
 
 impl LayerDescriptor {
-    /// A layer of this media type.
+    /// Creates a layer of this media type.
     pub fn new(media_type: &str, digest: Digest, size: u64, trust: Trust) -> Self {
         let format = LayerFormat::of(media_type);
         Self { digest, size, trust, media_type: media_type.to_string(), format }
@@ -404,7 +407,7 @@ impl LayerDescriptor {
     /// Reads a layer's descriptor.
     ///
     /// # Errors
-    /// [`OciError::RootHash`] where the annotation is not 64 hex digits, or its two names differ.
+    /// [`OciError::RootHash`] if the annotation is not 64 hex digits, or if the two annotations differ.
     pub fn from_descriptor(descriptor: &Descriptor) -> Result<Self, OciError> {
         let bad = |found: &str| OciError::RootHash {
             layer: descriptor.digest,
@@ -422,13 +425,13 @@ impl LayerDescriptor {
         let trust = root_hash.map_or(Trust::None, Trust::RootHash);
         let mut layer = Self::new(&descriptor.media_type, descriptor.digest, descriptor.size, trust);
         if layer.format.is_some_and(LayerFormat::is_chunked) {
-            // There is no one tree over many blobs: their digests are the whole of it.
+            // Many blobs have no common tree: their digests are all there is.
             layer.trust = Trust::Content;
         }
         Ok(layer)
     }
 
-    /// The layer, with its bytes checked against something else.
+    /// Returns the layer with other verification data.
     pub fn with_trust(self, trust: Trust) -> Self {
         Self { trust, ..self }
     }
@@ -442,17 +445,17 @@ impl LayerDescriptor {
             .ok_or_else(|| OciError::UnknownLayer { layer: self.digest, media_type: self.media_type.clone() })
     }
 
-    /// How it is read as a file system in one file, if it is one.
+    /// Returns how to read it as a file system in one file, if it is one.
     pub fn image(&self) -> Option<ImageFormat> {
         self.format.and_then(LayerFormat::image)
     }
 
-    /// Its media type, as the manifest says it. For manifests and messages: what it means is the format.
+    /// Returns its media type as in the manifest, for manifests and messages; code should use the format.
     pub fn media_type(&self) -> &str {
         &self.media_type
     }
 
-    /// The descriptor that goes into a manifest.
+    /// Returns the descriptor for a manifest.
     pub fn to_descriptor(&self) -> Descriptor {
         let mut descriptor = Descriptor::new(&self.media_type, self.digest, self.size);
         if let Some(hash) = self.trust.root_hash() {
@@ -462,7 +465,7 @@ impl LayerDescriptor {
     }
 }
 
-/// An image: its manifest, read from bytes whose digest the caller has checked.
+/// An image: its manifest, parsed from bytes whose digest the caller has checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OciImage {
     /// SHA-256 of the manifest's bytes.
@@ -471,17 +474,17 @@ pub struct OciImage {
     pub size: u64,
     /// The layers, the bottom one first.
     pub layers: Vec<LayerDescriptor>,
-    /// The chunks of a layer that is many blobs; else empty.
+    /// The chunks of a layer that consists of many blobs; else empty.
     pub chunks: Arc<Chunks>,
-    /// The manifest as it was written: its layers and chunks are all the blobs that the image needs.
+    /// The manifest as written: its layers and chunks are all the blobs that the image needs.
     pub manifest: Manifest,
 }
 
 impl OciImage {
-    /// Reads the manifest of an image from its bytes.
+    /// Parses the manifest of an image.
     ///
-    /// `digest` is that of the bytes given; the caller compares it with the one it expects, or has
-    /// the bytes from a place that did, such as `Store::get`.
+    /// The digest of the image is that of `bytes`; the caller compares it with the expected one, or obtained
+    /// the bytes from code that did, such as `Store::get`.
     ///
     /// # Errors
     /// See [`OciError`].
@@ -502,7 +505,8 @@ impl OciImage {
                 _ => {}
             }
         }
-        // Rule: a layer of many blobs is the whole image. Which chunk is whose could not be told otherwise.
+        // Rule: a layer of many blobs is the whole image. Otherwise it would be unknown which layer a chunk
+        // belongs to.
         let chunked = layers.iter().filter(|layer| layer.format.is_some_and(LayerFormat::is_chunked)).count();
         if chunked != 0 && (chunked, layers.len()) != (1, 1) || chunked == 0 && !chunks.is_empty() {
             return Err(OciError::Mixed { chunked, others: layers.len() - chunked, chunks: chunks.len() });
@@ -520,10 +524,10 @@ pub enum OciError {
     Json {
         /// Which kind of document.
         document: &'static str,
-        /// What the parser says, with line and column.
+        /// The parser's message, with line and column.
         source: serde_json::Error,
     },
-    /// It is larger than what is read.
+    /// It is larger than the limit.
     #[error("{document} of {size} bytes is larger than the {max} bytes allowed")]
     TooBig {
         /// Which kind of document.
@@ -533,12 +537,12 @@ pub enum OciError {
         /// The bound, in bytes.
         max: u64,
     },
-    /// It lists more than what is read.
+    /// It lists more than the limit.
     #[error("{document} has {found} {what}, more than the {max} allowed")]
     TooMany {
         /// Which kind of document.
         document: &'static str,
-        /// What there is too much of.
+        /// What it lists too many of.
         what: &'static str,
         /// How many there are.
         found: usize,
@@ -553,7 +557,7 @@ pub enum OciError {
         /// What it says.
         found: u32,
     },
-    /// It says that it is something else.
+    /// It declares another media type.
     #[error("{document} has media type `{found}`, expected `{expected}`")]
     WrongMediaType {
         /// Which kind of document was expected.
@@ -563,7 +567,7 @@ pub enum OciError {
         /// What it says.
         found: String,
     },
-    /// It could be read as a manifest and as an index.
+    /// It could be read both as a manifest and as an index.
     #[error("{document} also has the field `{field}` of another kind of document")]
     Ambiguous {
         /// Which kind of document was expected.
@@ -571,7 +575,7 @@ pub enum OciError {
         /// The field that must not be there.
         field: &'static str,
     },
-    /// The root hash of a layer cannot be read, or is given twice in two ways.
+    /// The root hash of a layer is malformed, or its two annotations differ.
     #[error("layer {layer}: root hash `{found}` is not 64 hex digits, or differs from its older annotation")]
     RootHash {
         /// The layer.
@@ -587,7 +591,7 @@ pub enum OciError {
         /// The sizes, in bytes.
         sizes: [u64; 2],
     },
-    /// A layer of many blobs is not the only one, or there are chunks without one.
+    /// A layer of many blobs is not the only layer, or there are chunks without such a layer.
     #[error(
         "the image has {chunked} layers made of chunks, {others} other layers and {chunks} chunks; expected one layer made of chunks alone, or no chunks"
     )]

@@ -1,4 +1,4 @@
-//! Which machines an image is for: `OS/ARCH[/VARIANT]`, in Go's words.
+//! The platform of an image: `OS/ARCH[/VARIANT]`, in Go's terms.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use oci_spec::image::{Arch, Os};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// A kind of machine, in Go's words (image-spec, image-index.md, `platform`).
+/// A platform, in Go's terms (image-spec, image-index.md, `platform`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Platform {
     /// `amd64`, `arm64` …
@@ -28,9 +28,9 @@ impl Platform {
         Self { architecture, os, variant: None, extra: BTreeMap::new() }
     }
 
-    /// How well an image for `other` runs on this platform: lower is better, `None` is not at all.
+    /// Ranks how well an image for `other` runs on this platform: lower is better, `None` means not at all.
     ///
-    /// A variant that asks for more than the architecture's baseline is chosen only by its own name.
+    /// A variant that requires more than the architecture's baseline is chosen only by its own name.
     pub fn accepts(&self, other: &Platform) -> Option<usize> {
         if (self.os.as_str(), self.architecture.as_str()) != (other.os.as_str(), other.architecture.as_str())
         {

@@ -6,34 +6,34 @@ use crate::digest::Digest;
 
 /// Random access to the bytes of an image.
 ///
-/// A source hands out a slice of memory that is private to this process: what the caller decodes
-/// is what the source checked, even if the file changes underneath.
+/// A source returns a slice of memory that is private to this process: the caller decodes exactly what the
+/// source verified, even if the underlying file changes.
 pub trait Source: Send + Sync {
-    /// How many bytes the image has.
+    /// Returns the size of the image, in bytes.
     fn size_bytes(&self) -> u64;
 
     /// Reads exactly `len` bytes at `offset`.
     ///
-    /// `scratch` is memory that the source may use to answer; its content is lost. It grows to at
-    /// most `len` + 8 KiB. The answer lies in `scratch` or in the source itself.
+    /// `scratch` is memory that the source may use; its content is lost. It grows to at most `len` + 8 KiB.
+    /// The result is in `scratch` or in the source itself.
     ///
     /// # Errors
-    /// [`ReadError::OutOfRange`] before anything is read or allocated where the range is not
-    /// within the image; [`ReadError::Verity`] where a block is not what the root hash promises.
+    /// [`ReadError::OutOfRange`], before anything is read or allocated, if the range is not within the image;
+    /// [`ReadError::Verity`] if a block does not match the root hash.
     fn read<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut Vec<u8>) -> Result<&'a [u8], ReadError>;
 }
 
-/// Why bytes of an image cannot be had.
+/// Why bytes of an image cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The operating system's answer to the read.
+    /// The operating system failed the read.
     #[error("cannot read {len} bytes at {offset}: {source}")]
     Io {
         /// Offset in the image, in bytes.
         offset: u64,
         /// Length of the read, in bytes.
         len: usize,
-        /// The operating system's answer.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The image points beyond its own end.
@@ -46,16 +46,16 @@ pub enum ReadError {
         /// Size of the image, in bytes.
         size: u64,
     },
-    /// A block does not have the hash that the level above promises.
+    /// A block does not have the hash that the level above requires.
     #[error("verity: block {block} ({what}) has hash {found}, expected {expected}")]
     Verity {
         /// `data`, or `hash level N` (0 is the one above the data).
         what: String,
         /// Number of the 4096-byte block, counted from the start of the image file.
         block: u64,
-        /// The hash that the tree (or, for the top, the root hash) names.
+        /// The hash that the tree (or, for the top, the root hash) requires.
         expected: Digest,
-        /// The hash of what was read.
+        /// The hash of the bytes read.
         found: Digest,
     },
     /// A blob is shorter or longer than what refers to it says.

@@ -1,4 +1,4 @@
-//! An image file whose every block is checked when it is read.
+//! An image file of which every block is verified when it is read.
 //!
 //! ```text
 //! root hash (trusted: from a signed manifest)
@@ -7,18 +7,18 @@
 //!             └─ data blocks          checked at each read
 //! ```
 //!
-//! **What was hashed is what is used.** A block is copied into memory of this process with
-//! pread(2), hashed there, and compared; the caller gets that same copy. No byte of the file is
-//! looked at twice, so whoever changes the file underneath, at any moment, gains an error at
-//! best. For the same reason there is no mmap(2) here: a mapped page can change after it was hashed.
-//! The same goes for hash blocks: only checked copies are in the cache.
+//! **What was hashed is what is used.** A block is copied into memory of this process with pread(2), hashed
+//! there, and compared; the caller receives that same copy. No byte of the file is read twice, so an attacker
+//! who changes the file, at any moment, causes at most an error. For the same reason this module does not use
+//! mmap(2): a mapped page can change after it was hashed. The same applies to hash blocks: the cache holds
+//! only verified copies.
 //!
-//! The superblock is not under the root hash, and not believed: see [`locate`].
+//! The root hash does not cover the superblock, so it is not trusted: see [`locate`].
 //!
 //! # Locks
-//! A slot of the cache has a lock of its own, held only to compare a number and to copy a pointer. No
-//! I/O and no hashing happens under it. Two threads that need the same missing block both load it;
-//! both copies were checked.
+//! Each slot of the cache has its own lock, held only to compare a number and to copy a pointer. No I/O and
+//! no hashing happens under it. Two threads that need the same missing block both load it; both copies are
+//! verified.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -39,7 +39,7 @@ use crate::sys::sha256::hash_blocks;
 /// The default bound of the cache of hash blocks, in bytes; it covers 256 MiB of data.
 pub const DEFAULT_CACHE_BYTES: usize = 2 << 20;
 
-/// How many bad blocks a [`Report`] lists; those beyond are counted.
+/// How many bad blocks a [`Report`] lists; further ones are only counted.
 pub const REPORT_MAX: usize = 1000;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -47,37 +47,37 @@ const FANOUT: u64 = HASHES_PER_BLOCK as u64;
 
 /// A file system image with verity data, read under a root hash.
 ///
-/// As a [`Source`] it has the data area's size: the file system's, rounded up to 4096 bytes. The bytes come from
-/// anything that can be read at an offset; of a file, without an indirect call.
+/// As a [`Source`] its size is that of the data area: the file system's, rounded up to 4096 bytes. The bytes
+/// come from anything that can be read at an offset; reads of a file need no indirect call.
 pub struct VerifiedSource<R = File> {
     bytes: R,
     superblock: Superblock,
     geometry: Geometry,
     root_hash: Digest,
-    /// The checked top block. Where there is no tree: a block that holds the root hash as the
-    /// hash of the only data block.
+    /// The verified top block. If there is no tree: a block that holds the root hash as the hash of the only
+    /// data block.
     top: Arc<HashBlock>,
-    /// Checked blocks of the levels below the top. Block b of the file has its place in slot `b % len`.
+    /// Verified blocks of the levels below the top. Block b of the file belongs in slot `b % len`.
     cache: Box<[Slot]>,
 }
 
-/// A place for a checked hash block, with its number in the file.
+/// A slot for a verified hash block, with its number in the file.
 type Slot = Mutex<Option<(u64, Arc<HashBlock>)>>;
 
 /// What [`VerifiedSource::verify_all`] found.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// The first bad blocks, at most [`REPORT_MAX`], ordered by their place in the file: blocks with another hash
-    /// ([`ReadError::Verity`]) and blocks that cannot be read ([`ReadError::Io`]).
+    /// The first bad blocks, at most [`REPORT_MAX`], ordered by position in the file: blocks with a wrong
+    /// hash ([`ReadError::Verity`]) and blocks that cannot be read ([`ReadError::Io`]).
     pub bad: Vec<ReadError>,
     /// How many bad blocks there are, listed or not.
     pub bad_count: u64,
-    /// How many data blocks are under a bad hash block, so that nobody can say what they should be.
+    /// How many data blocks are under a bad hash block, so that their expected hashes are unknown.
     pub unknown_blocks: u64,
 }
 
 impl Report {
-    /// Whether the image is whole.
+    /// Returns whether the image is intact.
     pub fn is_good(&self) -> bool {
         self.bad_count == 0 && self.unknown_blocks == 0
     }
@@ -87,8 +87,8 @@ impl<R: ReadAt> VerifiedSource<R> {
     /// Opens an image file under its root hash.
     ///
     /// # Errors
-    /// Those of [`locate`], also for verity data that is missing;
-    /// [`ReadError::Verity`] within it where the top of the tree is not what the root hash names.
+    /// Those of [`locate`], including missing verity data; [`ReadError::Verity`] inside it if the top of the
+    /// tree does not match the root hash.
     pub fn open(bytes: R, root_hash: Digest) -> Result<Self, VerityError> {
         let found = locate(&bytes)?.required()?;
         Self::open_located(bytes, found, root_hash, DEFAULT_CACHE_BYTES)
@@ -97,7 +97,7 @@ impl<R: ReadAt> VerifiedSource<R> {
     /// Opens an image file whose data area is known to have `data_bytes` bytes, with a cache of
     /// hash blocks of at most `cache_bytes` bytes (and at least one block).
     ///
-    /// A hash block that is evicted lives on while a read still uses it: one more block a thread.
+    /// An evicted hash block stays in memory while a read still uses it: one more block per thread.
     ///
     /// # Errors
     /// As [`VerifiedSource::open`].
@@ -127,7 +127,7 @@ impl<R: ReadAt> VerifiedSource<R> {
             top: Arc::new([[0; 32]; HASHES_PER_BLOCK]),
             cache: (0..slots).map(|_| Slot::default()).collect(),
         };
-        // The block that the root hash names: the top of the tree, or the only data block.
+        // The block that the root hash covers: the top of the tree, or the only data block.
         let top = source.geometry.levels().last().map(|level| level.first_block);
         let mut hashes = [[0; 32]; HASHES_PER_BLOCK];
         source.load(top.unwrap_or(0), hashes.as_flattened_mut())?;
@@ -140,29 +140,29 @@ impl<R: ReadAt> VerifiedSource<R> {
         Ok(source)
     }
 
-    /// The root hash that everything is read under.
+    /// Returns the root hash that every read is verified against.
     pub fn root_hash(&self) -> Digest {
         self.root_hash
     }
 
-    /// The superblock. Its UUID is not verified; its salt is, by the root hash's being right.
+    /// Returns the superblock. Its UUID is not verified; its salt is, because the root hash matches.
     pub fn superblock(&self) -> &Superblock {
         &self.superblock
     }
 
-    /// Where data and tree lie in the file.
+    /// Returns where data and tree lie in the file.
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
     }
 
-    /// Reads blocks of the file, unchecked.
+    /// Reads blocks of the file, unverified.
     fn load(&self, first_block: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
         read_exact(&self.bytes, first_block * BLOCK, buffer)
     }
 
-    /// Compares blocks in memory with their hashes and gives each that differs to `bad`.
+    /// Compares blocks in memory with their hashes and passes each one that differs to `bad`.
     ///
-    /// This is the one place where blocks are checked. `bytes` are as many blocks as `expected`.
+    /// This is the only place where blocks are verified. `bytes` holds as many blocks as `expected`.
     fn compare(
         &self,
         bytes: &[u8],
@@ -192,12 +192,12 @@ impl<R: ReadAt> VerifiedSource<R> {
         Ok(())
     }
 
-    /// The same; the first block that differs is the error.
+    /// The same, but returns the first block that differs as the error.
     fn check(&self, bytes: &[u8], first_block: u64, expected: &[[u8; 32]]) -> Result<(), ReadError> {
         self.compare(bytes, first_block, expected, Err)
     }
 
-    /// What a block of the file is, for an error.
+    /// Describes a block of the file, for an error.
     fn name_of(&self, block: u64) -> String {
         match self.geometry.levels().iter().position(|level| block >= level.first_block) {
             Some(level) => format!("hash level {level}"),
@@ -205,7 +205,7 @@ impl<R: ReadAt> VerifiedSource<R> {
         }
     }
 
-    /// A checked hash block: the `index`-th of a level. `index` is within the level.
+    /// Returns a verified hash block: the `index`-th of a level. `index` is within the level.
     fn hash_block(&self, level: usize, index: u64) -> Result<Arc<HashBlock>, ReadError> {
         let levels = self.geometry.levels();
         if level + 1 >= levels.len() {
@@ -218,7 +218,7 @@ impl<R: ReadAt> VerifiedSource<R> {
         {
             return Ok(Arc::clone(hashes));
         }
-        // Goes up one level at a time and ends at the top; there are at most eight levels.
+        // Climbs one level at a time and ends at the top; there are at most eight levels.
         let parent = self.hash_block(level + 1, index / FANOUT)?;
         let mut hashes = [[0; 32]; HASHES_PER_BLOCK];
         self.load(block, hashes.as_flattened_mut())?;
@@ -228,7 +228,7 @@ impl<R: ReadAt> VerifiedSource<R> {
         Ok(hashes)
     }
 
-    /// Fills `bytes` with data blocks, all of them checked.
+    /// Fills `bytes` with data blocks, all of them verified.
     fn read_blocks(&self, first_block: u64, bytes: &mut [u8]) -> Result<(), ReadError> {
         self.load(first_block, bytes)?;
         let (mut block, mut rest) = (first_block, &*bytes);
@@ -243,18 +243,19 @@ impl<R: ReadAt> VerifiedSource<R> {
         Ok(())
     }
 
-    /// Reads and checks every block of data and tree, on up to `threads` threads, whatever it meets on the way.
+    /// Reads and verifies every block of data and tree, on up to `threads` threads, and does not stop at
+    /// errors.
     ///
-    /// Takes 512 KiB a thread. Superblock and the top of the tree were checked at open.
+    /// Uses 512 KiB per thread. The superblock and the top of the tree were checked at open.
     ///
-    /// What is wrong with blocks is in the report.
+    /// Errors of single blocks are in the report.
     pub fn verify_all(&self, threads: NonZeroUsize, progress: &Progress) -> Report {
         let task = progress.task("verify", &self.root_hash.to_string(), Some(self.size_bytes()));
         let report = Mutex::new(Report::default());
         let bad = |error| report.lock().unwrap_or_else(PoisonError::into_inner).add(error);
         let unknown_blocks = AtomicU64::new(0);
 
-        // The hash blocks above level 0, from the top down. What is below a bad one cannot be checked.
+        // The hash blocks above level 0, from the top down. Blocks below a bad one cannot be verified.
         for (level, Level { first_block, blocks }) in self.geometry.levels().iter().enumerate().skip(1).rev()
         {
             for index in 0..*blocks {
@@ -291,7 +292,7 @@ impl<R: ReadAt> VerifiedSource<R> {
         report
     }
 
-    /// Checks data blocks and gives each bad one to `bad`. `scratch` has their size.
+    /// Verifies data blocks and passes each bad one to `bad`. `scratch` has their size.
     fn verify_piece(&self, first: u64, expected: &[[u8; 32]], scratch: &mut [u8], bad: &impl Fn(ReadError)) {
         let report = |error| {
             bad(error);
@@ -301,7 +302,7 @@ impl<R: ReadAt> VerifiedSource<R> {
             let _ = self.compare(scratch, first, expected, report);
             return;
         }
-        // Some of it cannot be read: find out which blocks.
+        // Part of it cannot be read: find out which blocks.
         for ((block, bytes), expected) in (first..).zip(scratch.chunks_mut(BLOCK_BYTES)).zip(expected) {
             match self.load(block, bytes) {
                 Ok(()) => drop(self.compare(bytes, block, std::slice::from_ref(expected), report)),
@@ -352,7 +353,7 @@ impl<R: ReadAt> Source for VerifiedSource<R> {
         let bytes = ((offset + len as u64).div_ceil(BLOCK) - first) as usize * BLOCK_BYTES;
         grow(scratch, bytes);
         if let Err(error) = self.read_blocks(first, &mut scratch[..bytes]) {
-            // Nothing unchecked is left lying where a careless caller could find it.
+            // Leave no unverified bytes where a careless caller could use them.
             scratch.clear();
             return Err(error);
         }
@@ -360,7 +361,7 @@ impl<R: ReadAt> Source for VerifiedSource<R> {
     }
 }
 
-/// An image file that nobody checks.
+/// An image file that is not verified.
 pub struct PlainSource<R = File> {
     bytes: R,
     size_bytes: u64,
@@ -370,7 +371,7 @@ impl<R: ReadAt> PlainSource<R> {
     /// Reads the file as it is. Only `--unsafe-no-verity` may lead here.
     ///
     /// # Errors
-    /// [`ReadError::Io`] where the file's size cannot be had.
+    /// [`ReadError::Io`] if the size of the file cannot be determined.
     pub fn unsafe_no_verity(bytes: R) -> Result<Self, ReadError> {
         let size_bytes = len(&bytes)?;
         Ok(Self { bytes, size_bytes })

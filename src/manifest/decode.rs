@@ -1,5 +1,5 @@
-//! From tree to types: the one decoder of both manifests. It goes on after a problem, so that
-//! all problems of a file are known at once.
+//! Decodes trees into types: the common decoder of both manifests. It continues after a problem, so all
+//! problems of a file are reported at once.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,23 +19,23 @@ pub enum ProblemKind {
     TooLarge,
     /// Nested deeper than a manifest may be.
     TooDeep,
-    /// Legal in the format, but not in a manifest: aliases, anchors, tags, several documents.
+    /// Legal in the format but not in a manifest: aliases, anchors, tags, several documents.
     Unsupported,
-    /// A key that comes twice in one mapping.
+    /// A duplicate key in a mapping.
     DuplicateKey,
     /// A field that does not exist.
     UnknownField,
-    /// A required field that is not there.
+    /// A missing required field.
     MissingField,
-    /// A list where a text should be, and the like.
+    /// The wrong type, such as a list instead of a string.
     WrongType,
-    /// The right type, but not a value that is allowed.
+    /// The right type, but a value that is not allowed.
     BadValue,
     /// A second target of service type `hostfs`.
     SecondHostfs,
     /// No targets.
     NoTargets,
-    /// A pin (`digest`, `size`) that is not what the URL gives.
+    /// A pin (`digest`, `size`) that does not match the image at the URL.
     PinMismatch,
 }
 
@@ -46,11 +46,11 @@ pub struct Problem {
     pub at: Position,
     /// Path of the field, such as `targets.hostfs.mounts[0].type`; empty for the file as a whole.
     pub field: String,
-    /// What kind it is.
+    /// Its kind.
     pub kind: ProblemKind,
-    /// What was found, in words.
+    /// What was found, as text.
     pub found: String,
-    /// What is allowed there, in words.
+    /// What is allowed there, as text.
     pub allowed: String,
 }
 
@@ -63,16 +63,16 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Which format a tree comes from.
+/// The format that a tree was read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
-    /// A text may stand without quotes.
+    /// A string may be unquoted.
     Yaml,
-    /// A text always has quotes.
+    /// A string is always quoted.
     Json,
 }
 
-/// Where the decoder is, as a list of steps from the root.
+/// The position of the decoder, as a list of steps from the root.
 #[derive(Clone, Copy)]
 pub struct Path<'p> {
     parent: Option<&'p Path<'p>>,
@@ -90,12 +90,12 @@ impl<'p> Path<'p> {
     /// The whole file.
     pub const ROOT: Self = Self { parent: None, step: Step::Root };
 
-    /// A field of the mapping that this is.
+    /// A field of this mapping.
     pub fn field(&'p self, name: &'p str) -> Self {
         Self { parent: Some(self), step: Step::Field(name) }
     }
 
-    /// An item of the list that this is, counted from 0.
+    /// An item of this list, counted from 0.
     pub fn item(&'p self, index: usize) -> Self {
         Self { parent: Some(self), step: Step::Item(index) }
     }
@@ -119,12 +119,12 @@ impl fmt::Display for Path<'_> {
     }
 }
 
-/// At most 80 characters of a text, for messages.
+/// Returns at most 80 characters of a string, for messages.
 pub(super) fn excerpt(text: &str) -> String {
     rules::printable(text, 80)
 }
 
-/// A node in words.
+/// Describes a node.
 fn describe(node: &Node<'_>) -> String {
     match &node.value {
         Value::Text(text) => format!("\"{}\"", excerpt(text)),
@@ -135,33 +135,33 @@ fn describe(node: &Node<'_>) -> String {
     }
 }
 
-/// Whether a text without quotes is null (YAML 1.2, section 10.3.2; JSON has `null` alone).
+/// Returns whether an unquoted string is null (YAML 1.2, section 10.3.2; JSON has only `null`).
 fn is_null(text: &str) -> bool {
     matches!(text, "" | "~" | "null" | "Null" | "NULL")
 }
 
-/// The fields that were found in a mapping; each key once, all known.
+/// The fields found in a mapping; each key once, all known.
 pub struct Fields<'n, 'a> {
     at: Position,
     entries: BTreeMap<&'n str, &'n Entry<'a>>,
 }
 
 impl<'n, 'a> Fields<'n, 'a> {
-    /// The value of a field that may be left out.
+    /// Returns the value of an optional field.
     pub fn get(&self, name: &str) -> Option<&'n Node<'a>> {
         self.entries.get(name).map(|entry| &entry.node)
     }
 }
 
-/// Decodes a tree and collects what is wrong with it.
+/// Decodes a tree and collects its problems.
 pub struct Decoder {
     dialect: Dialect,
-    /// The target that was found to be the root file system.
+    /// The target found to be the root file system.
     hostfs: Option<String>,
     problems: Vec<Problem>,
 }
 
-/// What both manifests say about a target.
+/// The fields of a target that both manifests share.
 pub(super) struct Service {
     pub version: String,
     pub service_type: ServiceType,
@@ -175,18 +175,18 @@ const NETWORK_FIELDS: &[&str] = &["type", "ipv4", "ipv6", "ports"];
 const PORT_FIELDS: &[&str] = &["host", "container", "protocol"];
 
 impl Decoder {
-    /// A decoder that has found nothing wrong yet.
+    /// Creates a decoder without problems.
     pub fn new(dialect: Dialect) -> Self {
         Self { dialect, hostfs: None, problems: Vec::new() }
     }
 
-    /// The problems so far, in the order of the file.
+    /// Returns the problems so far, in the order of the file.
     pub fn into_problems(mut self) -> Vec<Problem> {
         self.problems.sort_by_key(|problem| (problem.at.line, problem.at.column));
         self.problems
     }
 
-    /// Notes a problem. Returns `None`, for the caller to return.
+    /// Records a problem. Returns `None`, for the caller to return.
     pub fn problem<T>(
         &mut self,
         kind: ProblemKind,
@@ -200,7 +200,7 @@ impl Decoder {
         None
     }
 
-    /// A value that a rule may refuse.
+    /// Decodes a value that a rule may refuse.
     pub fn checked<T>(&mut self, node: &Node<'_>, path: &Path<'_>, outcome: Result<T, Refused>) -> Option<T> {
         match outcome {
             Ok(value) => Some(value),
@@ -210,7 +210,7 @@ impl Decoder {
         }
     }
 
-    /// The fields of a mapping. `at` is where its key stands, to report what is missing in it.
+    /// Decodes the fields of a mapping. `at` is the position of its key, to report missing fields.
     pub fn fields<'n, 'a>(
         &mut self,
         node: &'n Node<'a>,
@@ -233,7 +233,7 @@ impl Decoder {
         Some(Fields { at, entries: entries.collect() })
     }
 
-    /// The entries of a mapping by key. Of a key that comes twice the first one counts.
+    /// Returns the entries of a mapping by key. Of duplicate keys the first one counts.
     fn unique<'n, 'a>(&mut self, all: &'n [Entry<'a>], path: &Path<'_>) -> BTreeMap<&'n str, &'n Entry<'a>> {
         let mut entries: BTreeMap<&str, &Entry<'_>> = BTreeMap::new();
         for entry in all {
@@ -255,7 +255,7 @@ impl Decoder {
         entries
     }
 
-    /// The value of a field that has to be there.
+    /// Returns the value of a required field.
     pub fn required<'n, 'a>(
         &mut self,
         fields: &Fields<'n, 'a>,
@@ -276,13 +276,13 @@ impl Decoder {
     pub fn text<'n>(&mut self, node: &'n Node<'_>, path: &Path<'_>) -> Option<&'n str> {
         match &node.value {
             Value::Text(text) => Some(text),
-            // In YAML a text may stand without quotes, and is taken as it is written: `version: 1.10`.
+            // In YAML a string may be unquoted, and is kept as written: `version: 1.10`.
             Value::Plain(text) if self.dialect == Dialect::Yaml && !is_null(text) => Some(text),
             _ => self.problem(ProblemKind::WrongType, node.at, path, describe(node), "a text"),
         }
     }
 
-    /// A text that a rule reads.
+    /// Decodes a string that a rule parses.
     pub fn text_as<T>(
         &mut self,
         node: &Node<'_>,
@@ -293,7 +293,7 @@ impl Decoder {
         self.checked(node, path, rule(text))
     }
 
-    /// A text that a rule accepts, as it is written.
+    /// Decodes a string that a rule accepts, as written.
     fn text_that(
         &mut self,
         node: &Node<'_>,
@@ -303,7 +303,7 @@ impl Decoder {
         self.text_as(node, path, |text| rule(text).map(|()| text.to_string()))
     }
 
-    /// One of several words.
+    /// Decodes one of several words.
     pub fn word<T>(
         &mut self,
         node: &Node<'_>,
@@ -318,7 +318,7 @@ impl Decoder {
         }
     }
 
-    /// An integer from 1 to 2^53-1 in decimal digits, without sign or leading zero.
+    /// Decodes an integer from 1 to 2^53-1 in decimal digits, without sign or leading zero.
     pub fn integer(&mut self, node: &Node<'_>, path: &Path<'_>) -> Option<u64> {
         const ALLOWED: &str = "an integer from 1 to 9007199254740991";
         let Value::Plain(text) = &node.value else {
@@ -334,7 +334,7 @@ impl Decoder {
         }
     }
 
-    /// The items of a list, each decoded by `one`; `None` if any of them is wrong.
+    /// Decodes the items of a list, each with `one`; `None` if any of them is wrong.
     fn list<T>(
         &mut self,
         node: &Node<'_>,
@@ -350,7 +350,7 @@ impl Decoder {
         decoded.into_iter().collect()
     }
 
-    /// A field that may be left out: the outer option is `None` if it is there and wrong.
+    /// Decodes an optional field: the outer option is `None` if it is present and wrong.
     pub fn optional<T>(
         &mut self,
         fields: &Fields<'_, '_>,
@@ -364,7 +364,7 @@ impl Decoder {
         }
     }
 
-    /// The mapping of all targets.
+    /// Decodes the mapping of all targets.
     pub(super) fn targets<T>(
         &mut self,
         node: &Node<'_>,
@@ -386,7 +386,7 @@ impl Decoder {
         let mut targets = BTreeMap::new();
         let mut good = true;
         for entry in all {
-            // In the order of the file, so that of two root file systems the first is the first.
+            // In the order of the file, so that the second of two root file systems is reported.
             let path = path.field(&entry.key);
             let name = match entry.key.parse::<TargetName>() {
                 Ok(name) if targets.contains_key(&name) => {
@@ -396,7 +396,7 @@ impl Decoder {
                 Ok(name) => Some(name),
                 Err(refused) => {
                     let found = format!("the name `{}`", excerpt(&entry.key));
-                    // Its content is decoded as well, for the problems in it.
+                    // Its content is decoded as well, to report its problems.
                     let _ = one(self, entry, &path);
                     self.problem(ProblemKind::BadValue, entry.at, &path, found, refused.allowed)
                 }
@@ -414,7 +414,7 @@ impl Decoder {
         good.then_some(targets)
     }
 
-    /// What both manifests say about a target.
+    /// The fields of a target that both manifests share.
     pub(super) fn service(&mut self, fields: &Fields<'_, '_>, path: &Path<'_>) -> Option<Service> {
         let version = self
             .required(fields, path, "version", "the version of the target")
@@ -519,7 +519,7 @@ impl Decoder {
     }
 }
 
-/// The tree of what both manifests say about a target, less the empty options.
+/// Returns the tree of the fields of a target that both manifests share, without empty options.
 pub(super) fn service_tree<'a>(
     version: &'a str,
     service_type: ServiceType,

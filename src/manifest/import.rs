@@ -9,16 +9,16 @@
 //! targets:                         # required
 //!   NAME:
 //!     url: oci:PATH[:REF]          # required, or docker://HOST[:PORT]/NAME[:TAG|@DIGEST]
-//!     version: 0.0.1               # required; quotes are not needed, the text is taken as written
+//!     version: 0.0.1               # required; quotes are not needed, the text is kept as written
 //!     service_type: hostfs         # required: hostfs | container | fs-only
 //!     network:                     # required: host | none | simple
 //!       type: simple
-//!       ipv4: 10.0.3.99/24         # with simple alone, like ipv6 and ports
+//!       ipv4: 10.0.3.99/24         # only with simple, like ipv6 and ports
 //!       ipv6: fd00::99/64
 //!       ports: [{host: 80, container: 5000, protocol: tcp}]    # protocol: tcp (default) | udp
 //!     nsgroup: ""
 //!     mounts: [{destination: /data, source: /srv/data, type: bind, options: [rbind, ro]}]
-//!     digest: sha256:…             # pins: what the URL has to give
+//!     digest: sha256:…             # pins: the expected image at the URL
 //!     size: 3993
 //! ```
 
@@ -38,20 +38,20 @@ use super::{
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 
-/// What a publisher wrote, checked.
+/// A validated import manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImportManifest {
     /// The file that it was read from, for messages.
     pub file: PathBuf,
     /// The version of the whole system, 1 to 2^53-1.
     pub version: u64,
-    /// Whether the file says its media type.
+    /// Whether the file states its media type.
     pub has_media_type: bool,
-    /// What is made for the first installation.
+    /// What is built for the first installation.
     pub image_type: Option<ImageType>,
     /// The product that the system is for.
     pub product: Uuid,
-    /// How images are stored, if the file says so.
+    /// How images are stored, if the file states it.
     pub storage_type: Option<StorageType>,
     /// The targets by name; at least one.
     pub targets: BTreeMap<TargetName, ImportTarget>,
@@ -62,7 +62,7 @@ pub struct ImportManifest {
 pub struct ImportTarget {
     /// Where its image is.
     pub url: ImageUrl,
-    /// Where in the file that is said.
+    /// The position of the URL in the file.
     pub url_at: Position,
     /// Its version.
     pub version: String,
@@ -74,22 +74,22 @@ pub struct ImportTarget {
     pub nsgroup: Option<String>,
     /// Mounts inside it.
     pub mounts: Option<Vec<Mount>>,
-    /// What the digest of the OCI manifest at the URL has to be.
+    /// The required digest of the OCI manifest at the URL.
     pub digest: Option<Pin<Digest>>,
-    /// What the size of the OCI manifest at the URL has to be, in bytes.
+    /// The required size of the OCI manifest at the URL, in bytes.
     pub size: Option<Pin<u64>>,
 }
 
-/// A value that the publisher pinned, and where.
+/// A value that the publisher pinned, and its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pin<T> {
     /// The value.
     pub value: T,
-    /// Where it stands in the file.
+    /// Its position in the file.
     pub at: Position,
 }
 
-/// What a target's URL turned out to be, once it is in the store.
+/// The image of a target's URL, once it is in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resolved {
     /// Digest of the OCI manifest.
@@ -98,7 +98,7 @@ pub struct Resolved {
     pub size: u64,
 }
 
-/// One problem of an import manifest, with everything that is needed to mend it.
+/// One problem of an import manifest, with everything needed to fix it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}:{}:{}: {problem}", file.display(), problem.at.line, problem.at.column)]
 pub struct ImportError {
@@ -131,7 +131,7 @@ impl fmt::Display for ImportErrors {
 }
 
 impl Classified for ImportErrors {
-    /// A pin is a check of what came from elsewhere; all other problems are the file's own.
+    /// A pin checks data from elsewhere; all other problems are in the file itself.
     fn class(&self) -> Class {
         let pin = self.0.iter().any(|error| error.problem.kind == ProblemKind::PinMismatch);
         if pin { Class::Verification } else { Class::Input }
@@ -143,7 +143,7 @@ const TARGET_FIELDS: &[&str] =
     &["url", "version", "service_type", "network", "nsgroup", "mounts", "digest", "size"];
 
 impl ImportManifest {
-    /// Reads and checks a manifest. `file` is its name, for messages; nothing is opened.
+    /// Parses and checks a manifest. `file` is its name, for messages; nothing is opened.
     ///
     /// # Errors
     /// All problems of the file.
@@ -159,16 +159,16 @@ impl ImportManifest {
         }
     }
 
-    /// How images are stored.
+    /// Returns how images are stored.
     pub fn storage_type(&self) -> StorageType {
         self.storage_type.unwrap_or(StorageType::Atomfs)
     }
 
-    /// Requires that what a target's URL gave is what the publisher pinned. `found` is the OCI
-    /// manifest as it is at the URL, before anything is converted.
+    /// Requires that the image at a target's URL matches the publisher's pins. `found` is the OCI manifest at
+    /// the URL, before any conversion.
     ///
     /// # Errors
-    /// A [`ProblemKind::PinMismatch`] at the place of each pin that does not match.
+    /// A [`ProblemKind::PinMismatch`] at the position of each pin that does not match.
     pub fn check_pins(&self, name: &TargetName, found: &Resolved) -> Result<(), ImportErrors> {
         let Some(target) = self.targets.get(name) else { return Ok(()) };
         let mut problems = Vec::new();
@@ -191,8 +191,8 @@ impl ImportManifest {
         if problems.is_empty() { Ok(()) } else { Err(ImportErrors::new(&self.file, problems)) }
     }
 
-    /// The system manifest that this describes, with the images that are in the store.
-    /// Pins are not looked at: what is stored may have been converted.
+    /// Returns the system manifest that this describes, with the images in the store. Pins are not checked:
+    /// stored images may have been converted.
     ///
     /// # Errors
     /// A target of the manifest that `stored` lacks, as a problem of its URL.
@@ -225,7 +225,7 @@ impl ImportManifest {
         Ok(SystemManifest { version: self.version, product: self.product, targets })
     }
 
-    /// The import manifest itself as reproducible JSON: the same fields, less what was not written.
+    /// Returns the import manifest itself as reproducible JSON: the same fields, without omitted ones.
     pub fn canonical(&self) -> Vec<u8> {
         let product = self.product.to_string();
         let urls: Vec<_> = self.targets.values().map(|target| target.url.to_string()).collect();

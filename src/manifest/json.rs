@@ -1,13 +1,12 @@
 //! Reproducible JSON, and a strict reader for it.
 //!
-//! Written form: keys sorted by byte, no white space, no trailing newline, integers only, UTF-8;
-//! in texts `"` and `\` are escaped and nothing else. This is where RFC 8785 (JCS) and OLPC
-//! canonical JSON agree, as long as keys are ASCII, integers stay within ±(2^53-1), and texts
-//! hold no control characters. All else is refused by the reader, so that no two writers can
-//! disagree about what a manifest's bytes are.
+//! Written form: keys sorted by byte, no white space, no trailing newline, integers only, UTF-8; in strings
+//! only `"` and `\` are escaped. This is the subset on which RFC 8785 (JCS) and OLPC canonical JSON agree, as
+//! long as keys are ASCII, integers stay within ±(2^53-1), and strings contain no control characters. The
+//! reader refuses everything else, so no two writers can disagree about the bytes of a manifest.
 //!
-//! The reader takes any JSON of that subset (white space, any order of keys, any escapes); who
-//! needs the written form compares what [`write`] makes of the tree with the bytes.
+//! The reader accepts any JSON in that subset (white space, any order of keys, any escapes). To require the
+//! written form, compare the output of [`write`] for the tree with the bytes.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -16,11 +15,11 @@ use super::MAX_INTEGER;
 use super::decode::{Problem, ProblemKind, excerpt};
 use super::tree::{Entry, Node, Position, Value};
 
-/// Most bytes of a document: 4 MiB.
+/// Maximum size of a document, in bytes: 4 MiB.
 pub const MAX_BYTES: usize = 4 << 20;
 /// Deepest nesting.
 pub const MAX_DEPTH: usize = 32;
-/// Most values, keys not counted; bounds the memory of a tree to a few tens of MiB.
+/// Maximum number of values, not counting keys; bounds the memory of a tree to a few tens of MiB.
 pub const MAX_NODES: usize = 1 << 18;
 
 /// Writes a tree in reproducible form.
@@ -77,7 +76,7 @@ fn write_text(text: &str, out: &mut Vec<u8>) {
 /// Reads a document.
 ///
 /// # Errors
-/// The first problem; reading does not go on after it.
+/// The first problem; reading stops there.
 pub fn read(bytes: &[u8]) -> Result<Node<'_>, Problem> {
     let problem = |offset, kind, found: String, allowed: String| Problem {
         at: Position::of_byte(bytes, offset),
@@ -145,7 +144,7 @@ impl<'a> Reader<'a> {
         self.stop(ProblemKind::Syntax, found, allowed)
     }
 
-    /// Where the next byte is. Columns count bytes here, which are characters in a manifest.
+    /// Returns the position of the next byte. Columns count bytes here, which are characters in a manifest.
     fn position(&self) -> Position {
         Position { line: self.line, column: self.at - self.line_start + 1, offset: self.at }
     }
@@ -209,7 +208,7 @@ impl<'a> Reader<'a> {
 
     fn map(&mut self) -> Result<Value<'a>, Stop> {
         let mut entries: Vec<Entry<'a>> = Vec::new();
-        // A set only once there is a key out of order: in reproducible JSON there is none.
+        // Build a set only once a key is out of order, which never happens in reproducible JSON.
         let mut seen: Option<BTreeSet<Cow<'a, str>>> = None;
         self.skip_space();
         if self.peek() == Some(b'}') {
@@ -310,7 +309,7 @@ impl<'a> Reader<'a> {
         Ok(text)
     }
 
-    /// A text in quotes; borrowed if it holds no escape.
+    /// Reads a quoted string; borrowed if it contains no escape.
     fn string(&mut self) -> Result<Cow<'a, str>, Stop> {
         self.at += 1;
         let start = self.at;
@@ -353,7 +352,7 @@ impl<'a> Reader<'a> {
         Err(Stop { at: start, ..stop })
     }
 
-    /// The character of an escape, after its `\`.
+    /// Reads the character of an escape, after its `\`.
     fn escape(&mut self) -> Result<char, Stop> {
         let decoded = match self.peek() {
             Some(byte @ (b'"' | b'\\' | b'/')) => byte as char,

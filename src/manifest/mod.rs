@@ -6,9 +6,9 @@
 //! system manifest (JSON) <-json.rs--- tree <--system.rs-- SystemManifest
 //! ```
 //!
-//! Both formats are read into one tree of nodes with positions ([`tree`]), and both are decoded
-//! by one decoder ([`decode`]), so that a rule is written once. Reading takes bytes and does no
-//! I/O. Everything is bounded: bytes, depth and number of nodes.
+//! Both formats are read into one kind of tree of nodes with positions ([`tree`]), and decoded by one decoder
+//! ([`decode`]), so each rule is written once. Reading works on bytes and does no I/O. Everything is bounded:
+//! bytes, depth and number of nodes.
 
 pub mod decode;
 pub mod import;
@@ -33,12 +33,12 @@ pub use url::ImageUrl;
 pub const IMPORT_MEDIA_TYPE: &str = "application/vnd.mos.import.manifest.v1";
 /// Media type of the system manifest, the value of its field `mediatype`.
 pub const SYSTEM_MEDIA_TYPE: &str = "application/vnd.mos.system.manifest.v1";
-/// The largest integer that every JSON reader keeps exactly (RFC 8785, appendix D): 2^53 - 1.
+/// The largest integer that every JSON reader represents exactly (RFC 8785, appendix D): 2^53 - 1.
 pub const MAX_INTEGER: u64 = (1 << 53) - 1;
 
 /// The name of a target: `[a-z0-9]+([._-][a-z0-9]+)*`, at most 63 characters.
 ///
-/// It can therefore be used as a file name and as a part of a store name as it is.
+/// It can therefore be used unchanged as a file name and as part of a store name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TargetName(String);
 
@@ -81,12 +81,12 @@ macro_rules! words {
             /// All words, in the order of the documentation.
             pub const WORDS: &'static [&'static str] = &[$($word,)*];
 
-            /// The word in a manifest.
+            /// Returns the word in a manifest.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$value => $word,)* }
             }
 
-            /// The value of a word, if it is one.
+            /// Returns the value of a word, if it is valid.
             pub fn from_word(word: &str) -> Option<Self> {
                 match word { $($word => Some(Self::$value),)* _ => None }
             }
@@ -103,9 +103,9 @@ macro_rules! words {
 words! {
     /// How a target is used (`service_type`).
     ServiceType {
-        /// The root file system. A system has one at most.
+        /// The root file system. A system has at most one.
         Hostfs = "hostfs",
-        /// A service in a container of its own.
+        /// A service in its own container.
         Container = "container",
         /// A file system that others mount.
         FsOnly = "fs-only",
@@ -123,7 +123,7 @@ words! {
 }
 
 words! {
-    /// What is made of the system for its first installation (`image_type`).
+    /// What is built from the system for its first installation (`image_type`).
     ImageType {
         /// A bootable install medium.
         Iso = "iso",
@@ -133,7 +133,7 @@ words! {
 words! {
     /// The transport protocol of a forwarded port.
     Protocol {
-        /// TCP, also where nothing is written.
+        /// TCP, the default.
         Tcp = "tcp",
         /// UDP.
         Udp = "udp",
@@ -147,13 +147,13 @@ pub enum Network {
     Host,
     /// Loopback only.
     None,
-    /// One interface behind address translation. Fields that were not written are `None`.
+    /// One interface behind address translation. Omitted fields are `None`.
     Simple {
         /// `A.B.C.D` or `A.B.C.D/BITS`, or empty for none.
         ipv4: Option<String>,
         /// An IPv6 address, with or without `/BITS`, or empty for none.
         ipv6: Option<String>,
-        /// Ports of the host that lead to ports of the target.
+        /// Ports of the host that are forwarded to ports of the target.
         ports: Option<Vec<Port>>,
     },
 }
@@ -172,21 +172,20 @@ impl Network {
     }
 }
 
-/// A port of the host that leads to a port of the target.
+/// A port of the host that is forwarded to a port of the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Port {
     /// The port on the host, 1 to 65535.
     pub host: u16,
     /// The port in the target, 1 to 65535.
     pub container: u16,
-    /// The protocol; TCP where it was not written.
+    /// The protocol; TCP if omitted.
     pub protocol: Option<Protocol>,
 }
 
 /// A mount inside a target (OCI runtime-spec, config, section "Mounts").
 ///
-/// `uidMappings` and `gidMappings` are not among the fields: the ids of a target follow from its
-/// `nsgroup`.
+/// There are no fields `uidMappings` and `gidMappings`: the ids of a target follow from its `nsgroup`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
     /// Absolute path inside the target, without `..`.
@@ -195,6 +194,6 @@ pub struct Mount {
     pub source: Option<String>,
     /// The file system (`type`), such as `bind` or `tmpfs`.
     pub kind: Option<String>,
-    /// Options, one each.
+    /// Options, one per element.
     pub options: Option<Vec<String>>,
 }

@@ -1,4 +1,4 @@
-//! What a single value of a manifest may be. Pure checks, shared by both formats.
+//! Rules for single values of a manifest. Pure checks, shared by both formats.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -19,18 +19,18 @@ const fn refused(allowed: &'static str) -> Refused {
     Refused { allowed }
 }
 
-/// Most characters of a name.
+/// Maximum length of a name, in characters.
 pub const MAX_NAME: usize = 63;
-/// Most characters of a path, a mount source or an option (`PATH_MAX` of linux/limits.h).
+/// Maximum length of a path, a mount source or an option (`PATH_MAX` of linux/limits.h).
 pub const MAX_PATH: usize = 4096;
 
-/// Whether a text holds characters that are written differently by RFC 8785 and OLPC canonical
-/// JSON, or that no manifest needs: control characters.
+/// Returns whether a string contains control characters, which RFC 8785 and OLPC canonical JSON encode
+/// differently and no manifest needs.
 pub fn has_control(text: &str) -> bool {
     text.chars().any(char::is_control)
 }
 
-/// At most `max` characters of a text, for messages: what others wrote goes to terminals and logs, so
+/// Returns at most `max` characters of a string, for messages: untrusted text goes to terminals and logs, so
 /// it is escaped ([`one_line`]).
 pub fn printable(text: &str, max: usize) -> String {
     let short: String = text.chars().take(max).collect();
@@ -114,7 +114,7 @@ pub fn ipv6(text: &str) -> Result<(), Refused> {
     Err(refused("an IPv6 address such as fd00::99 or fd00::99/64, or nothing"))
 }
 
-/// Where something is mounted: an absolute path without `..`, so that it stays inside the target.
+/// A mount point: an absolute path without `..`, so that it stays inside the target.
 pub fn destination(text: &str) -> Result<(), Refused> {
     let inside = text.starts_with('/') && !text.split('/').any(|part| part == "..");
     if inside && text.len() <= MAX_PATH && !has_control(text) {
@@ -140,7 +140,7 @@ pub fn mount_type(text: &str) -> Result<(), Refused> {
     Err(refused("1 to 63 characters of A-Z a-z 0-9 . _ -, such as bind or tmpfs"))
 }
 
-/// A digest as OCI writes it.
+/// A digest in OCI form.
 pub fn digest(text: &str) -> Result<Digest, Refused> {
     text.parse().map_err(|_| refused("sha256: and 64 lower-case hex digits"))
 }

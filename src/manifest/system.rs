@@ -6,8 +6,8 @@
 //!  "version":N}
 //! ```
 //!
-//! One line, in reproducible JSON ([`super::json`]). `mounts` and `nsgroup` are optional. Its
-//! bytes are its identity: a reader accepts the canonical form and nothing else.
+//! It is one line of reproducible JSON ([`super::json`]). `mounts` and `nsgroup` are optional. Its bytes are
+//! its identity: a reader accepts only the canonical form.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +19,7 @@ use super::{Mount, Network, SYSTEM_MEDIA_TYPE, ServiceType, TargetName, json, ru
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 
-/// What runs on a device.
+/// The manifest of a system that runs on devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SystemManifest {
     /// The version of the whole system, 1 to 2^53-1.
@@ -58,14 +58,14 @@ pub enum SystemError {
     /// Fields that are missing, unknown or wrong.
     #[error("the system manifest is wrong at {}", list(_0))]
     Fields(Vec<Problem>),
-    /// A correct manifest in other bytes than the one form that it has.
+    /// A correct manifest that is not in canonical form.
     #[error("the system manifest is not in canonical form at byte {}: found {found}, expected {expected}", at.offset)]
     NotCanonical {
         /// The first byte that differs.
         at: Position,
-        /// What follows there.
+        /// What was found there.
         found: String,
-        /// What should follow there.
+        /// What was expected there.
         expected: String,
     },
 }
@@ -85,8 +85,8 @@ const FIELDS: &[&str] = &["mediatype", "product", "targets", "version"];
 const TARGET_FIELDS: &[&str] = &["digest", "mounts", "network", "nsgroup", "service_type", "size", "version"];
 
 impl SystemManifest {
-    /// Reads a manifest from the bytes that are signed. Call it on verified bytes
-    /// ([`crate::trust::Signed::verify`]) unless it is only to look at.
+    /// Parses a manifest from its signed bytes. Call it on verified bytes ([`crate::trust::Signed::verify`])
+    /// unless the manifest is only displayed.
     ///
     /// # Errors
     /// [`SystemError`] for anything but the canonical form of a correct manifest.
@@ -106,8 +106,8 @@ impl SystemManifest {
         Ok(manifest)
     }
 
-    /// Reads a manifest in any JSON form, such as one that was formatted for people. Never for
-    /// what is verified or run.
+    /// Parses a manifest in any JSON form, such as one formatted for people. Never use it for a manifest that
+    /// is verified or run.
     ///
     /// # Errors
     /// [`SystemError::Json`] and [`SystemError::Fields`].
@@ -122,7 +122,7 @@ impl SystemManifest {
         }
     }
 
-    /// The bytes that are signed: the same for the same manifest, always.
+    /// Returns the bytes to sign: always the same for the same manifest.
     pub fn canonical(&self) -> Vec<u8> {
         let product = self.product.to_string();
         let digests: Vec<_> = self.targets.values().map(|target| target.digest.to_string()).collect();
@@ -141,7 +141,7 @@ impl SystemManifest {
         json::write(&root.into())
     }
 
-    /// The digest that names this system: SHA-256 of the canonical bytes.
+    /// Returns the digest that identifies this system: SHA-256 of the canonical bytes.
     pub fn digest(&self) -> Digest {
         Digest::of(&self.canonical())
     }

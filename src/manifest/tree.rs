@@ -1,8 +1,8 @@
-//! The tree that both manifest formats are read into: nodes with positions, nothing decoded.
+//! The tree that both manifest formats are read into: nodes with positions, not yet decoded.
 
 use std::borrow::Cow;
 
-/// A place in a file.
+/// A position in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash)]
 pub struct Position {
     /// Line, counted from 1.
@@ -17,7 +17,7 @@ impl Position {
     /// The first character of a file.
     pub const START: Self = Self { line: 1, column: 1, offset: 0 };
 
-    /// The place of byte `offset` of `bytes`, with `offset` as it is given.
+    /// Returns the position of byte `offset` of `bytes`, with `offset` unchanged.
     pub fn of_byte(bytes: &[u8], offset: usize) -> Self {
         let before = bytes.get(..offset).unwrap_or(bytes);
         let line_start = before.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
@@ -36,16 +36,16 @@ pub struct Node<'a> {
     pub value: Value<'a>,
 }
 
-/// What a node is.
+/// The value of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value<'a> {
-    /// Text that is a text whatever it looks like: quoted in YAML, a string in JSON.
+    /// Text that is always a string: quoted in YAML, a string in JSON.
     Text(Cow<'a, str>),
-    /// Text that was written without quotes: a number, a boolean, null, or in YAML also a text.
+    /// Unquoted text: a number, a boolean, null or, in YAML, also a string.
     Plain(Cow<'a, str>),
     /// A sequence.
     List(Vec<Node<'a>>),
-    /// A mapping, in the order of the file. A reader may leave double keys in it.
+    /// A mapping, in the order of the file. A reader may leave duplicate keys in it.
     Map(Vec<Entry<'a>>),
 }
 
@@ -67,7 +67,7 @@ impl<'a> From<Value<'a>> for Node<'a> {
 }
 
 impl<'a> Value<'a> {
-    /// A text node that borrows.
+    /// A string node that borrows.
     pub fn text(text: &'a str) -> Self {
         Self::Text(Cow::Borrowed(text))
     }
@@ -82,7 +82,7 @@ impl<'a> Value<'a> {
         Self::List(items.into_iter().map(Node::from).collect())
     }
 
-    /// A mapping node of the entries that are there.
+    /// A mapping node of the entries that are present.
     pub fn map(entries: impl IntoIterator<Item = (&'a str, Option<Value<'a>>)>) -> Self {
         let entry = |(key, value): (&'a str, Option<Value<'a>>)| {
             Some(Entry { at: Position::default(), key: Cow::Borrowed(key), node: value?.into() })

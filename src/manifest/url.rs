@@ -1,4 +1,4 @@
-//! Where the import manifest says that an image is.
+//! The location of an image in an import manifest.
 //!
 //! ```text
 //! oci:PATH[:REF]  oci://PATH[:REF]                 PATH ends at the first `:`
@@ -15,7 +15,7 @@ use super::rules::{MAX_PATH, Refused, has_control};
 use crate::digest::{Digest, split_pin};
 use crate::transport::reference::{Host, Malformed, Reference, TagOrDigest};
 
-/// Where an image is.
+/// The location of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ImageUrl {
     /// A folder that is an OCI image layout.
@@ -29,7 +29,7 @@ pub enum ImageUrl {
     Docker {
         /// Host name or address, with `[ ]` around IPv6.
         host: String,
-        /// Port, if it is not the scheme's own.
+        /// Port, if it is not the default.
         port: Option<u16>,
         /// The repository.
         name: String,
@@ -38,7 +38,7 @@ pub enum ImageUrl {
     },
 }
 
-/// What follows the name of a repository.
+/// The part after the name of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DockerReference {
     /// `:TAG`.
@@ -47,7 +47,7 @@ pub enum DockerReference {
     Digest(Digest),
 }
 
-/// What is allowed, as a whole.
+/// The allowed forms.
 const ALLOWED: &str = "oci:PATH[:REF|@DIGEST], oci://PATH:REF or docker://HOST[:PORT]/NAME[:TAG|@DIGEST]";
 /// The same, for what skopeo can make a layout of.
 const UNPACK: &str =
@@ -135,10 +135,10 @@ fn docker(rest: &str) -> Result<ImageUrl, Refused> {
 }
 
 impl fmt::Display for ImageUrl {
-    /// The one form that [`FromStr`] reads back to the same value: `oci:PATH[:REF]` or `docker://…`.
+    /// The form that [`FromStr`] parses back to the same value: `oci:PATH[:REF]` or `docker://…`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            // `oci:` before a path that begins with two slashes would read as `oci://`.
+            // `oci:` before a path that begins with two slashes would parse as `oci://`.
             Self::Oci { path, reference } => {
                 f.write_str(if path.starts_with("//") { "oci://" } else { "oci:" })?;
                 f.write_str(path)?;

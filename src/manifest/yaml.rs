@@ -1,9 +1,9 @@
-//! YAML text to a tree, for import manifests.
+//! Reads YAML into a tree, for import manifests.
 //!
-//! A subset of YAML 1.2: one document of mappings, sequences and scalars. Anchors, aliases and
-//! tags are refused: nothing in a manifest needs them, and aliases let a small file describe a
-//! huge tree. Events are pulled one by one and put on an explicit stack, so that nothing here
-//! recurses. Bounds: [`MAX_BYTES`], [`MAX_DEPTH`], [`MAX_NODES`].
+//! A subset of YAML 1.2: one document of mappings, sequences and scalars. Anchors, aliases and tags are
+//! refused: nothing in a manifest needs them, and aliases let a small file describe a huge tree. Events are
+//! pulled one by one and put on an explicit stack, so nothing here recurses. Bounds: [`MAX_BYTES`],
+//! [`MAX_DEPTH`], [`MAX_NODES`].
 
 use std::borrow::Cow;
 
@@ -12,11 +12,11 @@ use saphyr_parser::{Event, Marker, Parser, ScalarStyle};
 use super::decode::{Problem, ProblemKind, excerpt};
 use super::tree::{Entry, Node, Position, Value};
 
-/// Most bytes of an import manifest: 1 MiB.
+/// Maximum size of an import manifest, in bytes: 1 MiB.
 pub const MAX_BYTES: usize = 1 << 20;
 /// Deepest nesting of an import manifest. A manifest needs seven levels.
 pub const MAX_DEPTH: usize = 16;
-/// Most nodes of an import manifest, keys not counted.
+/// Maximum number of nodes of an import manifest, not counting keys.
 pub const MAX_NODES: usize = 1 << 16;
 
 /// A container that is not closed yet.
@@ -28,8 +28,8 @@ enum Open<'a> {
 /// Reads a file into a tree.
 ///
 /// # Errors
-/// All uses of what is refused, and the first violation of YAML itself, in the order of the file.
-/// With a tree whenever the file could be read to its end.
+/// All uses of refused features, and the first violation of YAML itself, in the order of the file. Includes a
+/// tree if the file could be read to its end.
 pub fn read(bytes: &[u8]) -> (Option<Node<'_>>, Vec<Problem>) {
     if bytes.len() > MAX_BYTES {
         let found = format!("{} bytes", bytes.len());
@@ -79,7 +79,7 @@ fn problem(kind: ProblemKind, at: Position, found: String, allowed: String) -> P
 }
 
 fn position(marker: &Marker) -> Position {
-    // The parser counts columns from 0, people from 1.
+    // The parser counts columns from 0, messages from 1.
     Position { line: marker.line().max(1), column: marker.col() + 1, offset: marker.index() }
 }
 
@@ -93,7 +93,7 @@ struct Composer<'a> {
 }
 
 impl<'a> Composer<'a> {
-    /// Takes the next event. Returns whether to go on.
+    /// Processes the next event. Returns whether to continue.
     fn take(&mut self, event: Event<'a>, at: Position) -> bool {
         match event {
             Event::DocumentStart(_) => {
@@ -153,7 +153,7 @@ impl<'a> Composer<'a> {
         true
     }
 
-    /// Puts a finished node where it belongs.
+    /// Inserts a finished node into its parent.
     fn push(&mut self, value: Value<'a>, at: Position) -> bool {
         self.nodes += 1;
         if self.nodes > MAX_NODES {

@@ -1,4 +1,4 @@
-//! Who uses a mount: processes with a file, a folder, a program or a mapping in it, and mounts below it.
+//! Finds the users of a mount: processes with a file, folder, program or mapping in it, and mounts below it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,11 +10,11 @@ use super::table;
 /// A process that keeps a mount busy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holder {
-    /// Its number.
+    /// Its process ID.
     pub pid: u32,
-    /// Its name, as the kernel cuts it (15 bytes).
+    /// Its name, truncated by the kernel to 15 bytes.
     pub command: String,
-    /// What of it is in the mount: `cwd`, `root`, `exe`, `fd N`, or `mapping`.
+    /// How it uses the mount: `cwd`, `root`, `exe`, `fd N`, or `mapping`.
     pub what: String,
     /// The file or folder in the mount.
     pub path: PathBuf,
@@ -26,10 +26,10 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// All that keeps a mount busy, as far as this user can see it.
+/// Everything that keeps a mount busy, as far as this user can see.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Users {
-    /// Processes, by number, one entry each.
+    /// Processes, by process ID, one entry each.
     pub processes: Vec<Holder>,
     /// Mount points below the mount.
     pub mounts: Vec<PathBuf>,
@@ -45,11 +45,10 @@ impl std::fmt::Display for Users {
     }
 }
 
-/// Who uses something at or below `target`.
+/// Finds everything that uses a path at or below `target`.
 ///
-/// Processes that end meanwhile, or that this user may not look at, are passed over. Other mount
-/// namespaces name their files otherwise, so it is a help and not a proof: whether a mount is in use
-/// is what umount(2) says.
+/// Processes that end meanwhile, or that this user may not inspect, are skipped. Other mount namespaces use
+/// other paths, so the result is only a hint: umount(2) decides whether a mount is in use.
 pub fn of(target: &Path) -> Users {
     let mut processes: Vec<Holder> = fs::read_dir("/proc")
         .into_iter()
@@ -70,9 +69,9 @@ pub fn of(target: &Path) -> Users {
     Users { processes, mounts }
 }
 
-/// What a process has in the mount first: its kind, and the path.
+/// The first use of the mount by a process: its kind, and the path.
 fn held(process: &Path, target: &Path) -> Option<(String, PathBuf)> {
-    // A removed file shows as `PATH (deleted)`, which is below the target all the same.
+    // A removed file appears as `PATH (deleted)`, which is still below the target.
     let inside = |link: &Path| fs::read_link(link).ok().filter(|path| path.starts_with(target));
     for name in ["cwd", "root", "exe"] {
         if let Some(path) = inside(&process.join(name)) {

@@ -1,7 +1,7 @@
 //! Where a daemon writes its log: a file in the run folder, and the system's log.
 //!
 //! ```text
-//! file    MICROSECONDS-SINCE-1970 LEVEL TEXT, one line each; at most [`MOST_BYTES`], then it starts anew
+//! file    MICROSECONDS-SINCE-1970 LEVEL TEXT, one line each; at most [`MOST_BYTES`], then it starts over
 //! syslog  <priority>mosfs[pid]: TEXT to the datagram socket /dev/log (RFC 3164, without a time stamp:
 //!         the system's log adds its own)
 //! ```
@@ -18,7 +18,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use crate::sys::file::create_file;
 use crate::text::one_line;
 
-/// The log file starts anew when it has this many bytes.
+/// The log file starts over at this many bytes.
 const MOST_BYTES: u64 = 256 * 1024;
 
 /// The log of a daemon.
@@ -32,13 +32,13 @@ struct State {
     file: Option<File>,
     written: u64,
     syslog: Option<UnixDatagram>,
-    /// Where a process in the foreground writes.
+    /// Where a foreground process writes.
     terminal: Option<Box<dyn Write + Send>>,
 }
 
-/// Sends this process' log to a file (where one is given), the system's log, and `terminal`.
+/// Sends this process' log to a file (if one is given), the system log, and `terminal`.
 ///
-/// Does nothing where a log has been set up already.
+/// Does nothing if a log has already been set up.
 pub(super) fn install(path: Option<&Path>, syslog: bool, terminal: Option<Box<dyn Write + Send>>) {
     let state = State { file: None, written: 0, syslog: syslog.then(open_syslog).flatten(), terminal };
     let log = DaemonLog { path: path.map(Path::to_path_buf), state: Mutex::new(state) };
@@ -50,14 +50,14 @@ pub(super) fn install(path: Option<&Path>, syslog: bool, terminal: Option<Box<dy
 fn open_syslog() -> Option<UnixDatagram> {
     let socket = UnixDatagram::unbound().ok()?;
     socket.connect("/dev/log").ok()?;
-    // A system's log that hangs must not stop a read.
+    // A hanging system log must not block a read.
     socket.set_nonblocking(true).ok()?;
     Some(socket)
 }
 
 impl Log for DaemonLog {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // An answer that nobody waits for any more (an interrupted request) is no event.
+        // A reply that no caller waits for any more (an interrupted request) is not worth logging.
         metadata.level() <= Level::Info && !metadata.target().starts_with("fuser")
     }
 
@@ -65,7 +65,7 @@ impl Log for DaemonLog {
         if !self.enabled(record.metadata()) {
             return;
         }
-        // One line, whatever an image or a path may hold.
+        // Always a single line, whatever an image or a path contains.
         let text = record.args().to_string();
         let text = one_line(&text);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,7 +1,7 @@
 //! What a new system shares with an earlier one of the same store (`build --base NAME`).
 //!
-//! A store holds each blob once, whoever needs it, so a base changes nothing of what is stored. It is looked up before
-//! anything is fetched, and each target's note says how much of it the base has already: what a device that runs the
+//! A store holds each blob once, so a base does not change what is stored. It is looked up before anything is
+//! fetched, and each target's note states how much of it the base already has: what a device that runs the
 //! base does not have to fetch.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,7 @@ impl Base {
         match &manifest.layers[..] {
             [system] if manifest.kind() == SYSTEM_MEDIA_TYPE => {
                 let bytes = store.get(&system.digest, MAX_MANIFEST_BYTES)?;
-                // It is only counted: whoever runs a system verifies it.
+                // It is only counted: a device verifies a system before running it.
                 let targets = SystemManifest::parse_loose(&bytes).map(|system| system.targets);
                 for target in targets.unwrap_or_default().values() {
                     blobs.extend(

@@ -1,17 +1,17 @@
-//! Build: an import manifest into a signed system in a store. The publisher's side.
+//! Builds a signed system in a store from an import manifest: the publisher's side.
 //!
 //! ```text
 //! find every image, check every pin ─> store every image ─> system manifest ─> sign ─> names
 //! ```
 //!
-//! Everything that can be refused without fetching is refused first: key and certificate, pins,
-//! sources, kinds of layers. The names are set in one step at the end, after all that they reach,
-//! so that a store has a system whole or not at all; a build that was interrupted leaves blobs, which the next one
-//! uses or `mosfs gc` removes.
+//! Everything that can be refused without fetching is refused first: key and certificate, pins, sources,
+//! kinds of layers. The names are set in one step at the end, after everything that they reach, so a store
+//! has a system whole or not at all. An interrupted build leaves blobs, which the next one uses or `mosfs gc`
+//! removes.
 //!
-//! A version stands for one system: if `mos/system/system:VERSION` is another one already, the
-//! build is refused. Building the same system again gives the same digest, and replaces its
-//! signature, certificate and floor signature: that is how a system gets a renewed certificate.
+//! A version stands for one system: if `mos/system/system:VERSION` already is another one, the build is
+//! refused. Building the same system again produces the same digest and replaces its signature, certificate
+//! and floor signature: that is how a system gets a renewed certificate.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -39,15 +39,15 @@ use crate::trust::{
 pub struct Signer<'a> {
     /// The private key.
     pub key: &'a PrivateKey,
-    /// Its certificate in PEM, with those that lead from it to the CA.
+    /// Its certificate in PEM, with the intermediates up to the CA.
     pub certificate: &'a [u8],
-    /// When the certificate has to be valid.
+    /// When the certificate must be valid.
     pub dates: Dates,
-    /// The keys that sign the version for the devices' floor; two while one takes the other's place.
+    /// The keys that sign the version for the devices' floor; two while one replaces the other.
     pub floor_keys: &'a [floor::PrivateKey],
 }
 
-/// A system that was built.
+/// A built system.
 #[derive(Debug)]
 pub struct Built {
     /// SHA-256 of the system manifest.
@@ -59,12 +59,12 @@ pub struct Built {
     pub targets: BTreeMap<TargetName, BuiltTarget>,
 }
 
-/// A target of a system that was built.
+/// A target of a built system.
 #[derive(Debug)]
 pub struct BuiltTarget {
-    /// Whether manifest and layers are the source's own.
+    /// Whether manifest and layers are the source's, unchanged.
     pub untouched: bool,
-    /// What a conversion changed or dropped, for people.
+    /// What a conversion changed or dropped, as text.
     pub notes: Vec<String>,
 }
 
@@ -110,17 +110,17 @@ pub fn build(
     Ok(Built { digest: manifest.digest(), manifest: assembled.manifest, targets: assembled.targets })
 }
 
-/// A system whose images are in the store, and that nobody has signed yet.
+/// A system whose images are in the store, not yet signed.
 pub(super) struct Assembled {
     pub(super) manifest: SystemManifest,
-    /// The images, with the names that they are to get.
+    /// The images, with their future names.
     pub(super) names: Vec<(String, Descriptor)>,
     pub(super) targets: BTreeMap<TargetName, BuiltTarget>,
 }
 
 /// Finds, converts and stores the images of an import manifest.
 ///
-/// `trial` sees the manifest with the sources' digests before anything is fetched.
+/// `trial` receives the manifest with the sources' digests before anything is fetched.
 pub(super) fn assemble(
     import: &ImportManifest,
     writer: &Writer<'_>,
@@ -140,7 +140,7 @@ pub(super) fn assemble(
         resolved.insert(name.clone(), source);
         found.insert(name.clone(), image);
     }
-    // A trial, with the sources' digests: key, certificate, product and dates are refused here.
+    // A trial with the sources' digests: refuses an unsuitable key, certificate, product or date.
     trial(&import.to_system(&resolved)?)?;
 
     let mut targets = BTreeMap::new();
@@ -159,7 +159,7 @@ pub(super) fn assemble(
     Ok(Assembled { manifest: import.to_system(&resolved)?, names, targets })
 }
 
-/// Puts a signed system into the store and names it, in one step. Its images are there.
+/// Stores a signed system and names it, in one step. Its images are already in the store.
 pub(super) fn publish(
     writer: &Writer<'_>,
     manifest: &SystemManifest,
@@ -191,13 +191,13 @@ pub(super) fn publish(
         .chain(referrers.iter().map(|entry| (None, entry)))
         .collect();
     failpoint::hit("build.system.signed");
-    // Another build may have taken the version meanwhile: it is checked again under the index's lock.
+    // Another build may have used the version meanwhile: it is checked again under the index's lock.
     writer.replace_entries(&replaced, &entries, &[&version_name(manifest.version)])?;
     failpoint::hit("build.system.named");
     Ok(())
 }
 
-/// Finds a target's image, and checks what can be checked without its blobs.
+/// Finds a target's image, and checks everything that does not need its blobs.
 fn find(
     import: &ImportManifest,
     name: &TargetName,
@@ -215,7 +215,7 @@ fn find(
     Ok((Found { from, descriptor }, resolved))
 }
 
-/// The place that a URL of an import manifest names.
+/// Returns the place that a URL of an import manifest names.
 fn source_of(url: &ImageUrl) -> Result<SourceRef, TransportError> {
     match url {
         ImageUrl::Oci { path, reference } => Ok(SourceRef::oci(Path::new(path), reference.as_deref())),
@@ -223,7 +223,7 @@ fn source_of(url: &ImageUrl) -> Result<SourceRef, TransportError> {
     }
 }
 
-/// Refuses to give a version to a second system.
+/// Refuses to assign a version to a second system.
 fn refuse_other(store: &Store, version: u64, artifact: &Descriptor) -> Result<(), BuildError> {
     let name = version_name(version);
     match store.resolve(&name) {
@@ -241,14 +241,14 @@ pub enum BuildError {
     /// The import manifest, or a pin in it, is wrong.
     #[error(transparent)]
     Import(#[from] ImportErrors),
-    /// A target's image cannot be had.
+    /// A target's image cannot be fetched.
     #[error("target `{target}`, {url}: {source}")]
     Source {
         /// The target.
         target: TargetName,
         /// Where its image should be.
         url: String,
-        /// Why it is not.
+        /// Why it cannot be fetched.
         source: TransportError,
     },
     /// A target's image cannot be stored.
@@ -259,10 +259,10 @@ pub enum BuildError {
         /// Why.
         source: IngestError,
     },
-    /// Key or certificate are of no use.
+    /// The key or the certificate is unusable.
     #[error(transparent)]
     Sign(#[from] SignError),
-    /// A floor signature that was made elsewhere is of no use.
+    /// A floor signature made elsewhere is invalid.
     #[error("{}: {source}", path.display())]
     FloorSignature {
         /// The file.
@@ -270,7 +270,7 @@ pub enum BuildError {
         /// Why.
         source: FloorError,
     },
-    /// An image of a system manifest is not in the store: the first half of the build was made elsewhere.
+    /// An image of a system manifest is not in the store: the first half of the build used another store.
     #[error("target `{target}`: {digest} is not in the store {}", store.display())]
     NotInStore {
         /// The target.
@@ -280,7 +280,7 @@ pub enum BuildError {
         /// The store.
         store: PathBuf,
     },
-    /// The floor key is of no use.
+    /// The floor key is unusable.
     #[error(transparent)]
     Floor(#[from] FloorError),
     /// A version stands for one system.
@@ -290,12 +290,12 @@ pub enum BuildError {
     VersionTaken {
         /// The version.
         version: u64,
-        /// Digest of the OCI manifest of the system that has it.
+        /// Digest of the OCI manifest of the existing system.
         found: Digest,
-        /// Digest of the OCI manifest of the system that was built.
+        /// Digest of the OCI manifest of the new system.
         expected: Digest,
     },
-    /// The store does not take it.
+    /// The store failed or refused.
     #[error(transparent)]
     Store(#[from] StoreError),
 }

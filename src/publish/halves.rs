@@ -1,4 +1,4 @@
-//! A build in two halves, where the signer's key is in a token or on another machine.
+//! A build in two halves, for a signer's key in a token or on another machine.
 //!
 //! ```text
 //! prepare   import manifest ─> images in the store, with names ─> what is to be signed
@@ -6,9 +6,9 @@
 //! finish    what was signed + signature + certificate + floor signatures ─> checked ─> the system's names
 //! ```
 //!
-//! The second half refuses what no device would accept: a signature that is not of these bytes, a certificate that is
-//! of another product. It takes the import manifest again, which gives the same bytes again, or the very bytes
-//! that the first half wrote, whose images must be in the store.
+//! The second half refuses what no device would accept: a signature that does not cover these bytes, or a
+//! certificate of another product. It accepts the import manifest again, which produces the same bytes, or
+//! the exact bytes that the first half wrote, whose images must be in the store.
 
 use std::path::{Path, PathBuf};
 
@@ -21,10 +21,10 @@ use crate::progress::Progress;
 use crate::store::{Store, Writer, image_name};
 use crate::trust::{Dates, Signed, signer_for};
 
-/// The first half: the images are put into the store and named; the system is not.
+/// The first half: stores and names the images, but not the system.
 ///
 /// # Errors
-/// As a whole build, but for the key. The certificate is checked where it is given.
+/// As for a whole build, except for the key. The certificate is checked if it is given.
 pub fn prepare(
     import: &ImportManifest,
     store: &Store,
@@ -40,30 +40,30 @@ pub fn prepare(
     };
     let writer = store.writer()?;
     let Assembled { manifest, names, targets } = assemble(import, &writer, trial, effort, sources, progress)?;
-    // Named, so that nobody collects them before the second half.
+    // Named, so that they are not collected as garbage before the second half.
     let entries: Vec<_> = names.iter().map(|(name, image)| (Some(name.as_str()), image)).collect();
     writer.set_entries(&entries)?;
     Ok(Built { digest: manifest.digest(), manifest, targets })
 }
 
-/// What was made elsewhere.
+/// The signatures made elsewhere.
 pub struct Made<'a> {
     /// The signature over what [`prepare`] wrote.
     pub signature: &'a [u8],
-    /// The signer's certificate, with those that lead from it to the CA.
+    /// The signer's certificate, with the intermediates up to the CA.
     pub certificate: &'a [u8],
-    /// When the certificate has to be valid.
+    /// When the certificate must be valid.
     pub dates: Dates,
-    /// Floor signatures of the version, with the files that they are from; raw, or DER as openssl writes it.
+    /// Floor signatures of the version, with their files; raw, or DER as openssl writes it.
     pub floor_signatures: &'a [(PathBuf, Vec<u8>)],
-    /// The floor keys that these have to be of; none if that is not to be checked here.
+    /// The floor keys that must have made these; none to skip the check.
     pub floor_keys: &'a [PublicKey],
 }
 
 /// The second half, from the import manifest.
 ///
 /// # Errors
-/// As a whole build; [`crate::trust::SignError::Certificate`] where the signature does not hold.
+/// As for a whole build; [`crate::trust::SignError::Certificate`] if the signature is not valid.
 pub fn finish(
     import: &ImportManifest,
     store: &Store,
@@ -80,7 +80,7 @@ pub fn finish(
     Ok(Built { digest: manifest.digest(), manifest, targets })
 }
 
-/// The second half, from what the first one wrote.
+/// The second half, from the output of the first.
 ///
 /// # Errors
 /// The same; [`BuildError::NotInStore`].
@@ -142,7 +142,7 @@ fn floor_signature(
     Ok(raw.to_vec())
 }
 
-/// What the floor key has to sign for a system.
+/// Returns what the floor key must sign for a system.
 ///
 /// # Errors
 /// [`FloorError::VersionRange`], which no system manifest has.

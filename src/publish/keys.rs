@@ -1,4 +1,4 @@
-//! A set of keys and certificates for development.
+//! Generates a set of keys and certificates for development.
 //!
 //! ```text
 //! ca.pem ca.key               the manifest CA
@@ -32,20 +32,20 @@ use crate::floor::{self, FloorError};
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
 
-/// Most characters of a CN (RFC 5280, appendix A.1, ub-common-name).
+/// Maximum length of a CN, in characters (RFC 5280, appendix A.1, ub-common-name).
 const MAX_COMMON_NAME: usize = 64;
-/// Size of the RSA keys that are made.
+/// Size of generated RSA keys.
 const RSA_BITS: u32 = 3072;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// Certificates are valid from a day ago, so that clocks may differ.
+/// Certificates are valid from a day ago, to allow for clock differences.
 const BACKDATED: Duration = DAY;
 const CA_VALIDITY: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 const SIGNER_VALIDITY: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
-/// Why keys cannot be made.
+/// Why keys cannot be generated.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
-    /// A file that is there already: keys are never overwritten.
+    /// The file already exists: keys are never overwritten.
     #[error("{} exists; keys are never overwritten", path.display())]
     Exists {
         /// The file.
@@ -58,7 +58,7 @@ pub enum GenerateError {
     BadName {
         /// The name.
         found: String,
-        /// How many characters fit beside `manifest ` and the UUID.
+        /// How many characters fit in addition to `manifest ` and the UUID.
         max: usize,
     },
     /// The floor key cannot authorize the provisioning key.
@@ -70,7 +70,7 @@ pub enum GenerateError {
     /// OpenSSL failed.
     #[error("OpenSSL cannot {operation}: {source}")]
     Openssl {
-        /// What it was asked to do.
+        /// The operation.
         operation: &'static str,
         /// What it says.
         source: ErrorStack,
@@ -102,22 +102,22 @@ fn openssl(operation: &'static str) -> impl Fn(ErrorStack) -> GenerateError {
     move |source| GenerateError::Openssl { operation, source }
 }
 
-/// What keys to make.
+/// Options for generating keys.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// The product that the signer signs for.
     pub product: Uuid,
     /// The product's name in the signer's CN.
     pub name: String,
-    /// Makes the signer's key RSA instead of ECDSA P-256.
+    /// Generate an RSA key for the signer instead of ECDSA P-256.
     pub rsa_signer: bool,
 }
 
-/// Makes a manifest CA, a signer, a floor key and a provisioning key for development, and returns
-/// the files that it wrote.
+/// Generates a manifest CA, a signer, a floor key and a provisioning key for development, and returns the
+/// files that it wrote.
 ///
 /// # Errors
-/// [`GenerateError::Exists`] if any of the files is there: then nothing is written.
+/// [`GenerateError::Exists`] if any of the files exists: then nothing is written.
 pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, GenerateError> {
     let common_name = format!("manifest {}:{}", request.name, request.product);
     let length = common_name.chars().count();
@@ -135,7 +135,7 @@ pub fn generate(dir: &Path, request: &Request) -> Result<Vec<PathBuf>, GenerateE
         "provision.key",
         "provision.pub",
     ];
-    // Before the keys are made, which takes a while; `create` does not overwrite either.
+    // Check before generating keys, which takes a while; `create` does not overwrite either.
     for name in NAMES {
         let path = dir.join(name);
         if path.symlink_metadata().is_ok() {
@@ -174,8 +174,8 @@ fn make(request: &Request, common_name: &str) -> Result<Vec<NewFile>, ErrorStack
     ])
 }
 
-/// Appends the floor key's authorization of the provisioning key to both of its files: without it
-/// no device takes that key's word (crate::floor).
+/// Appends the floor key's authorization of the provisioning key to both of its files: without it no device
+/// accepts that key (crate::floor).
 fn authorize(files: &mut [NewFile], product: &Uuid) -> Result<(), GenerateError> {
     let pem = |name: &str| {
         files.iter().find(|file| file.name == name).map(|file| file.bytes.clone()).unwrap_or_default()
@@ -195,7 +195,7 @@ fn new_p256() -> Result<PKey<Private>, ErrorStack> {
     PKey::from_ec_key(EcKey::generate(&group)?)
 }
 
-/// A certificate: of a CA that issues itself, or of a signer that `issuer` issues.
+/// Creates a certificate: of a self-signed CA, or of a signer issued by `issuer`.
 fn certificate(
     common_name: &str,
     key: &PKeyRef<Private>,
@@ -209,7 +209,7 @@ fn certificate(
     // RFC 5280, section 4.1.2.2: positive, at most 20 octets.
     serial.rand(127, MsbOption::ONE, false)?;
     let mut builder = X509Builder::new()?;
-    // Version 3 is written as 2.
+    // Version 3 is encoded as 2.
     builder.set_version(2)?;
     builder.set_serial_number(&*serial.to_asn1_integer()?)?;
     builder.set_subject_name(&name)?;

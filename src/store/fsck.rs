@@ -1,12 +1,12 @@
-//! Checking a store: everything that is there is read, and everything that should be there is looked for.
+//! Checks a store: reads everything that exists, and looks for everything that should exist.
 //!
-//! 1. every blob is hashed, on many threads
-//! 2. every entry of `index.json` is followed: manifests parse, and config, layers and subject are there
+//! 1. every blob is hashed, on several threads
+//! 2. every entry of `index.json` is followed: manifests parse, and config, layers and subject exist
 //! 3. every layer that is an image of a file system is read through its verity tree ("root hash
 //!    and tree both there, or both absent; anything else is refused"); every chunk of a layer of many blobs is decoded
 //!
-//! Blobs that no entry reaches and temporary files are told, but are not wrong: an interrupted
-//! build leaves them. Every bad object is listed, not just the first.
+//! Unreferenced blobs and temporary files are reported but are not errors: an interrupted build leaves them.
+//! Every bad object is listed, not just the first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -34,36 +34,36 @@ use crate::transport::{OciDir, Transport, TransportError};
 /// How deep indexes may nest.
 const MAX_DEPTH: usize = 8;
 
-/// What a check found.
+/// The result of a check.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// What is wrong, each with its object; sorted.
+    /// The problems, each with its object; sorted.
     pub problems: Vec<Problem>,
     /// How many blobs were hashed.
     pub blobs: usize,
-    /// How many bytes they have.
+    /// Their total size, in bytes.
     pub bytes: u64,
     /// How many names were followed.
     pub names: usize,
     /// How many layers were read through their verity tree.
     pub layers: usize,
-    /// Blobs that nothing reaches. Not wrong.
+    /// Unreferenced blobs. Not an error.
     pub unreachable: Vec<Digest>,
-    /// Files that were being written when their writer died, or that are no blobs. Not wrong.
+    /// Files left by writers that died, and files that are not blobs. Not an error.
     pub extra_files: Vec<PathBuf>,
     /// Entries of the index that mosfs cannot read, and what they reach is not checked. Not wrong.
     pub unread: Vec<String>,
 }
 
-/// Something that is wrong.
+/// A problem.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
-    /// A blob is not what its name says.
+    /// The content of a blob does not match its name.
     #[error("blob {expected}: its content has digest {found}")]
     Blob {
         /// The blob.
         expected: Digest,
-        /// What it is.
+        /// The digest of its content.
         found: Digest,
     },
     /// A blob cannot be read.
@@ -74,7 +74,7 @@ pub enum Problem {
         /// Why.
         source: std::io::Error,
     },
-    /// A blob that should be there is not.
+    /// A required blob is missing.
     #[error("{needed_by}: blob {blob} is missing")]
     Missing {
         /// The blob.
@@ -82,19 +82,19 @@ pub enum Problem {
         /// What needs it.
         needed_by: String,
     },
-    /// A blob has another size than its descriptor says.
+    /// The size of a blob differs from its descriptor's.
     #[error("{needed_by}: blob {blob} has {found} bytes, expected {expected}")]
     Size {
         /// The blob.
         blob: Digest,
-        /// What the descriptor says, in bytes.
+        /// The size in the descriptor, in bytes.
         expected: u64,
         /// Its size in bytes.
         found: u64,
         /// What needs it.
         needed_by: String,
     },
-    /// A manifest, index or layer makes no sense.
+    /// A manifest, index or layer is malformed.
     #[error("{object}: {why}")]
     Document {
         /// What.
@@ -102,7 +102,7 @@ pub enum Problem {
         /// Why.
         why: String,
     },
-    /// A layer's verity data is missing, not asked for, or malformed.
+    /// A layer's verity data is missing, unexpected, or malformed.
     #[error("{object}: layer {layer}: {source}")]
     Verity {
         /// What has the layer.
@@ -120,7 +120,7 @@ pub enum Problem {
         /// The layer.
         layer: Digest,
     },
-    /// A block of a layer is not what the root hash promises.
+    /// A block of a layer does not match the root hash.
     #[error("{object}: layer {layer}: {source}")]
     Block {
         /// What has the layer.
@@ -130,7 +130,7 @@ pub enum Problem {
         /// Which block, and its hashes.
         source: ReadError,
     },
-    /// The metadata of a layer of many blobs makes no sense, or one of them does not decode to what it should.
+    /// The metadata of a layer of many blobs is malformed, or one of the blobs does not decode as expected.
     #[error("{object}: layer {layer}: {source}")]
     Content {
         /// What has the layer.
@@ -152,7 +152,7 @@ pub enum Problem {
     },
 }
 
-/// A store or an image that is not whole. The problems were reported one by one.
+/// A store or an image with problems, which were reported one by one.
 #[derive(Debug, thiserror::Error)]
 #[error("{object}: {count} problems; the first is: {first}")]
 pub struct NotWhole {
@@ -171,12 +171,12 @@ impl Classified for NotWhole {
 }
 
 impl Report {
-    /// Whether nothing is wrong.
+    /// Returns whether there are no problems.
     pub fn is_good(&self) -> bool {
         self.problems.is_empty()
     }
 
-    /// An error where something is wrong.
+    /// Returns an error if there are problems.
     pub fn verdict(&self, object: &str) -> Result<(), NotWhole> {
         match self.problems.first() {
             None => Ok(()),
@@ -188,14 +188,14 @@ impl Report {
     }
 }
 
-/// What the entries reach, each thing once.
+/// What the entries reach, each object once.
 #[derive(Default)]
 struct Reached {
     blobs: BTreeSet<Digest>,
     /// By digest; a layer of many blobs also by its manifest, whose list of chunks is checked with it.
     layers: BTreeMap<(Digest, Option<Digest>), ReachedLayer>,
     documents: BTreeSet<Digest>,
-    /// What descriptors say of the blobs' sizes, in bytes.
+    /// The sizes of blobs according to descriptors, in bytes.
     sizes: BTreeMap<Digest, u64>,
 }
 
@@ -209,12 +209,13 @@ struct ReachedLayer {
 
 /// Checks a whole store, or any other layout in a folder, on up to `threads` threads.
 ///
-/// A store's lock is held, shared, where it can be had, so that no garbage collection interferes.
+/// Holds a store's lock, shared, if it is available, so that no garbage collection interferes.
 ///
 /// # Errors
-/// Only where the store cannot be read at all; what is wrong in it is in the report.
+/// Only if the store cannot be read at all; its problems are in the report.
 pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Result<Report, StoreError> {
-    // A layout of another tool, or one that may not be written to, has no lock; then nobody collects it either.
+    // A layout of another tool, or a read-only one, has no lock; but then nothing collects garbage in it
+    // either.
     let _held = if store.private("lock").exists() { store.hold().ok() } else { None };
     let layout = store.transport();
     let mut report = Report::default();
@@ -236,8 +237,8 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
     report.blobs = blobs.len();
     report.bytes = total(&blobs);
 
-    // A first look, to know which sizes blobs should have: one of another size is wrong without being
-    // read, however long it pretends to be.
+    // A first pass determines the expected sizes of blobs: one of another size is wrong and need not be read,
+    // however long it claims to be.
     let mut known = Reached::default();
     for entry in &entries {
         follow(layout, entry, "", &BTreeSet::new(), &mut known, &mut Vec::new());
@@ -268,7 +269,7 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
 /// Checks one image of a layout: its manifest, config and layers.
 ///
 /// # Errors
-/// [`TransportError`] where the name cannot be resolved to begin with.
+/// [`TransportError`] if the name cannot be resolved.
 pub fn check_image(
     layout: &OciDir,
     manifest: &Descriptor,
@@ -282,7 +283,7 @@ pub fn check_image(
     follow(layout, manifest, object, &none, &mut reached, &mut report.problems);
     let mut blobs = Vec::new();
     for digest in &reached.blobs {
-        // What is missing was told already.
+        // Missing blobs have already been reported.
         if let Ok((_, size)) = layout.open_blob(digest) {
             blobs.push((*digest, size));
         }
@@ -292,12 +293,12 @@ pub fn check_image(
     blobs.retain(|blob| is_worth_reading(layout, blob, &reached.sizes));
     let bad = hash_blobs(layout, &blobs, threads, progress);
     report.problems.extend(bad.into_iter().map(|(_, problem)| problem));
-    // A broken layer is read through its tree all the same: that names the blocks.
+    // A broken layer is still read through its tree, to name the bad blocks.
     check_layers(layout, &reached, &none, threads, progress, &mut report);
     Ok(report)
 }
 
-/// Which of these blobs a store lacks: those that are not there, and those whose content is another.
+/// Returns which of these blobs a store lacks: missing ones, and those with the wrong content.
 pub fn lacking(
     store: &Store,
     blobs: &[Descriptor],
@@ -310,16 +311,16 @@ pub fn lacking(
     bad.into_iter().map(|(digest, _)| digest).chain(gone.into_iter().map(|blob| blob.digest)).collect()
 }
 
-/// A hole in a file that nobody needs, from which on the file is not read, in bytes.
+/// A file that nothing references is not read beyond a hole of this size, in bytes.
 const MOST_SPARSE: u64 = 1 << 30;
 
-/// The bytes of blobs, which whoever wrote the disk may have made to look like any number.
+/// The bytes of blobs, of which an attacker who wrote the disk can fake any number.
 fn total(blobs: &[(Digest, u64)]) -> u64 {
     blobs.iter().fold(0, |sum, (_, size)| sum.saturating_add(*size))
 }
 
-/// Whether a blob's content can matter: it has the size that it should have, or nobody needs it and
-/// its bytes are on the disk. (A file of 8 EiB that is one hole takes no space, and years to read.)
+/// Whether a blob's content can matter: it has the expected size, or nothing needs it and its bytes are on
+/// the disk. (A file of 8 EiB that is one hole takes no space, and years to read.)
 fn is_worth_reading(layout: &OciDir, (digest, size): &(Digest, u64), sizes: &BTreeMap<Digest, u64>) -> bool {
     match sizes.get(digest) {
         Some(expected) => expected == size,
@@ -396,7 +397,7 @@ fn follow(
         {
             continue;
         }
-        // Its content is a problem that was told.
+        // Its content has already been reported.
         if broken.contains(&entry.digest) || !(entry.is_index() || entry.is_manifest()) {
             continue;
         }
@@ -439,8 +440,8 @@ fn follow(
     }
 }
 
-/// Notes that a blob is needed; whether it is there. Manifests of other platforms, in an index,
-/// need not be: tools copy one platform and keep the index.
+/// Records that a blob is needed; returns whether it exists. Manifests of other platforms in an index may be
+/// missing: tools copy one platform and keep the index.
 fn reach(
     layout: &OciDir,
     blob: &Descriptor,
@@ -528,7 +529,8 @@ fn check_layers(
     }
 }
 
-/// Opens a layer of many blobs, and decodes each. Blobs that are missing or have another digest were told already.
+/// Opens a layer of many blobs, and decodes each. Blobs that are missing or have another digest have already
+/// been reported.
 fn check_chunked(
     format: ChunkedFormat,
     layer: &ChunkedLayer,

@@ -1,14 +1,14 @@
-//! Garbage collection: what no name reaches goes.
+//! Garbage collection: removes what no name reaches.
 //!
-//! Marked are `index.json`'s entries, with or without a name, and what they reach: manifests of
-//! nested indexes, config, layers, subject; and the digests that the caller gives. An entry without a
-//! name whose subject is gone goes too: it says something about nothing. Then blobs without a mark and
-//! temporary files are removed, names first, so that a crash leaves garbage and never a name without its blobs.
+//! Marked are `index.json`'s entries, with or without a name, and what they reach: manifests of nested
+//! indexes, config, layers, subject; and the digests that the caller gives. An entry without a name whose
+//! subject is gone is removed too, as it refers to nothing. Then blobs without a mark and temporary files are
+//! removed, names first, so that a crash leaves garbage but never a name without its blobs.
 //!
-//! What is marked but missing or damaged does not stop the collection: a disk must not fill up because one
-//! document on it has rotted. It is said, and `mosfs repair` or the next update mends it; until then nothing can
-//! be started from it, so that what it alone reaches is of no use. Only where the disk does not answer, or
-//! the document may still be whole, does every blob stay.
+//! Marked objects that are missing or damaged do not stop the collection: a disk must not fill up because one
+//! document on it is corrupt. They are reported, and `mosfs repair` or the next update repairs them; until
+//! then nothing can be started from them, so objects that only they reach are not needed. All blobs stay only
+//! if the disk fails, or if the document may still be intact.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,41 +26,41 @@ use crate::sys::atomic::sync_folder;
 use crate::sys::flock::Lock;
 use crate::transport::{Transport, TransportError};
 
-/// What a collection removes, or would remove.
+/// The objects that a collection removes, or would remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Removal {
-    /// Names, which the caller gave.
+    /// Names given by the caller.
     pub names: Vec<String>,
-    /// Entries of `index.json` without a name, whose subject goes.
+    /// Entries of `index.json` without a name whose subject is removed.
     pub referrers: Vec<Digest>,
-    /// Blobs that nothing reaches.
+    /// Unreferenced blobs.
     pub blobs: Vec<Digest>,
-    /// Files that were being written when their writer died, and files that are no blobs.
+    /// Files left by writers that died, and files that are not blobs.
     pub files: Vec<PathBuf>,
-    /// What is freed, in bytes.
+    /// The space freed, in bytes.
     pub bytes: u64,
-    /// What is reached and damaged, each as a sentence: it is passed over.
+    /// Referenced but damaged objects, which are skipped; a sentence each.
     pub damaged: Vec<String>,
 }
 
 impl Removal {
-    /// Whether there is nothing to remove.
+    /// Returns whether there is nothing to remove.
     pub fn is_empty(&self) -> bool {
         self.names.is_empty() && self.referrers.is_empty() && self.blobs.is_empty() && self.files.is_empty()
     }
 }
 
-/// Someone who collects garbage: holds the store's lock, exclusive.
+/// A garbage collector; holds the store's lock, exclusive.
 pub struct Collector<'a> {
     store: &'a Store,
     _lock: Lock,
 }
 
 impl Store {
-    /// Begins to collect garbage.
+    /// Begins a garbage collection.
     ///
     /// # Errors
-    /// [`StoreError::Busy`] while anyone writes to the store.
+    /// [`StoreError::Busy`] while another process writes to the store.
     pub fn collector(&self) -> Result<Collector<'_>, StoreError> {
         let path = self.lock_path("lock")?;
         match Lock::try_exclusive(&path).on("lock", &path)? {
@@ -74,9 +74,9 @@ impl Store {
 }
 
 impl Collector<'_> {
-    /// Looks what can go: everything that neither a name (but those in `drop_names`) nor one of
-    /// `roots` reaches. Changes nothing.
-    /// What is reached but damaged is passed over, and told in [`Removal::damaged`].
+    /// Finds what can be removed: everything that neither a name (except those in `drop_names`) nor one of
+    /// `roots` reaches. Changes nothing. Referenced but damaged objects are skipped and reported in
+    /// [`Removal::damaged`].
     ///
     /// # Errors
     /// An index that cannot be read.
@@ -101,20 +101,20 @@ impl Collector<'_> {
             }
         }
         for root in roots {
-            // What kind of document a root is, is not said: it is read as a manifest if it is one.
+            // The kind of document of a root is unknown: it is read as a manifest if it is one.
             if let Ok(bytes) = self.store.get(root, MAX_MANIFEST_BYTES)
                 && let Ok(manifest) = Manifest::parse(&bytes)
             {
                 marking.manifest(&manifest);
             }
         }
-        // A referrer may be about a referrer: until nothing changes.
+        // A referrer may refer to another referrer: repeat until nothing changes.
         let mut left: Vec<(Descriptor, Option<Digest>)> = Vec::new();
         for entry in unnamed {
             let subject = match entry.is_manifest() {
                 true => match self.manifest(&entry, &mut marking) {
                     Some(manifest) => manifest.subject.map(|about| about.digest),
-                    // What it was about is not known any more, and nobody can believe it.
+                    // Its subject is no longer known, so it cannot be used.
                     None if marking.whole => continue,
                     None => None,
                 },
@@ -145,7 +145,7 @@ impl Collector<'_> {
             let digest = path.file_name().and_then(|name| Digest::from_hex(name.to_str()?).ok());
             match digest {
                 Some(digest) if marking.marked.contains(&digest) => continue,
-                // The disk does not answer: what is behind it may need any blob.
+                // The disk failed: the unread document may need any blob.
                 Some(_) if !marking.whole => continue,
                 Some(digest) => removal.blobs.push(digest),
                 None => removal.files.push(path),
@@ -164,11 +164,11 @@ impl Collector<'_> {
         Ok(removal)
     }
 
-    /// Removes what [`Collector::plan`] found under this same lock; what could not be removed is returned, each as a
-    /// sentence.
+    /// Removes what [`Collector::plan`] found under this same lock; returns what could not be removed, a
+    /// sentence each.
     ///
     /// # Errors
-    /// Where the index cannot be written: then nothing is removed.
+    /// If the index cannot be written; then nothing is removed.
     pub fn apply(&self, removal: &Removal) -> Result<Vec<String>, StoreError> {
         let mut problems = Vec::new();
         put::change_index(self.store, |index| {
@@ -198,7 +198,7 @@ impl Collector<'_> {
         Ok(problems)
     }
 
-    /// Marks a descriptor and all that it reaches. Not recursive: what is left is in a list.
+    /// Marks a descriptor and all that it reaches. Not recursive: pending descriptors are in a list.
     fn mark(&self, from: &Descriptor, marking: &mut Marking) {
         let mut todo = vec![from.clone()];
         let mut seen = BTreeSet::new();
@@ -229,13 +229,14 @@ impl Collector<'_> {
         Manifest::parse(&bytes).inspect_err(|error| marking.damage(entry, error)).ok()
     }
 
-    /// A document; `None` where it is not there at all, as of a platform that was not copied, and where it is damaged.
+    /// Returns a document; `None` if it is missing, such as that of a platform that was not copied, or if it
+    /// is damaged.
     fn bytes(&self, entry: &Descriptor, marking: &mut Marking) -> Option<Vec<u8>> {
         match self.store.transport().fetch(entry, MAX_MANIFEST_BYTES) {
             Ok(bytes) => Some(bytes),
             Err(TransportError::BlobMissing { .. }) => None,
             Err(error) => {
-                // What is no file is damaged like any other; all else the disk may answer another time.
+                // Anything but a file counts as damaged; other errors of the disk may be temporary.
                 if let TransportError::Io(io) = &error
                     && io.source.kind() != io::ErrorKind::InvalidData
                 {
@@ -248,12 +249,12 @@ impl Collector<'_> {
     }
 }
 
-/// What is reached so far.
+/// The objects reached so far.
 struct Marking {
     marked: BTreeSet<Digest>,
-    /// What is reached and cannot be read.
+    /// Referenced objects that cannot be read.
     damaged: BTreeSet<String>,
-    /// Whether whatever could not be read is gone for good.
+    /// Whether everything that could not be read is lost permanently.
     whole: bool,
 }
 

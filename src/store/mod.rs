@@ -3,9 +3,9 @@
 //! ```text
 //! DIR/oci-layout               written when the store is made, never changed
 //! DIR/index.json               the names, and the referrers; changed by atomic replace only
-//! DIR/blobs/sha256/HEX         the blobs, mode 0444, never changed once they are there
-//! DIR/.mosfs/lock              who writes and who collects garbage, by flock(2)
-//! DIR/.mosfs/index.lock        who is replacing index.json, by flock(2)
+//! DIR/blobs/sha256/HEX         the blobs, mode 0444, never changed once they exist
+//! DIR/.mosfs/lock              flock(2): held by writers and by garbage collection
+//! DIR/.mosfs/index.lock        flock(2): held while index.json is replaced
 //! DIR/.mosfs/tmp/*             files that are being written
 //! DIR/.mosfs/partial/HEX       the first bytes of blobs that are being received ([`partial`])
 //! ```
@@ -20,24 +20,23 @@
 //! ```
 //!
 //! Invariants, which `mosfs verify` ([`fsck`]) checks:
-//! 1. A file in `blobs/sha256` has the content that its name promises. It is written to `tmp`,
-//!    hashed on the way, synced, renamed, and its folder is synced.
-//! 2. Whatever `index.json` reaches is there: blobs first, the name last.
+//! 1. The content of a file in `blobs/sha256` matches its name. The file is written to `tmp`, hashed on the
+//!    way, synced, renamed, and its folder is synced.
+//! 2. Everything that `index.json` reaches exists: blobs are written first, the name last.
 //!
 //! So a crash at any point leaves a store that verifies, plus files in `tmp` and blobs that no
 //! name reaches, which `mosfs gc` ([`gc`]) removes.
 //!
-//! Locks. Readers take none: `index.json` is replaced whole, blobs do not change, and an open
-//! blob stays readable when it is removed. A [`Writer`] holds `lock` shared from before it puts
-//! its first blob until after it has set the name that keeps it. Garbage collection holds `lock`
-//! exclusive, so it never sees a blob that is about to be named; it does not wait for a writer but
-//! says [`StoreError::Busy`]. `index.lock` is held, exclusive, for one read-change-replace of
-//! `index.json`, always taken after `lock`. Tools that do not know these locks (skopeo, umoci) must
-//! not write to the store while mosfs does.
+//! Locks. Readers take none: `index.json` is replaced atomically, blobs do not change, and an open blob stays
+//! readable after it is removed. A [`Writer`] holds `lock` shared from before it puts its first blob until
+//! after it has set the name that keeps it. Garbage collection holds `lock` exclusive, so it never sees a
+//! blob that is about to be named; it does not wait for a writer but returns [`StoreError::Busy`].
+//! `index.lock` is held, exclusive, for one read-change-replace of `index.json`, always taken after `lock`.
+//! Tools that do not know these locks (skopeo, umoci) must not write to the store while mosfs does.
 //!
-//! Blobs come in by reflink where the file system can, else by copying; never by hard link, even
-//! between two stores: whoever may write to the other name of the file could change a blob after
-//! it was checked. What is hashed is the store's own copy.
+//! Blobs are added by reflink if the file system supports it, else by copying; never by hard link, even
+//! between two stores: anyone who can write to the other name of the file could change a blob after it was
+//! checked. The hash is computed over the store's own copy.
 
 pub mod fsck;
 pub mod gc;
@@ -61,7 +60,7 @@ use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 use crate::transport::{OciDir, Transport, TransportError};
 
-/// Names of system manifests begin so; what follows is a version or `sha256/HEX`.
+/// The prefix of the names of system manifests; a version or `sha256/HEX` follows.
 pub const SYSTEM_PREFIX: &str = "mos/system/system:";
 /// Names of images begin so, up to the target; what follows is `TARGET:sha256/HEX`.
 pub const IMAGES: &str = "mos/images";
@@ -71,17 +70,17 @@ pub fn image_repository(target: &str) -> String {
     format!("{IMAGES}/{target}")
 }
 
-/// The name of a target's image.
+/// Returns the name of a target's image.
 pub fn image_name(target: &str, digest: &Digest) -> String {
     format!("{}:sha256/{}", image_repository(target), digest.hex())
 }
 
-/// The name of a system manifest by the digest of its JSON.
+/// Returns the name of a system manifest by the digest of its JSON.
 pub fn system_name(digest: &Digest) -> String {
     format!("{SYSTEM_PREFIX}sha256/{}", digest.hex())
 }
 
-/// The name of a system manifest by its version.
+/// Returns the name of a system manifest by its version.
 pub fn version_name(version: u64) -> String {
     format!("{SYSTEM_PREFIX}{version}")
 }
@@ -109,15 +108,15 @@ impl Store {
         Ok(Self { layout: OciDir::open_with(dir, links)? })
     }
 
-    /// Opens a store, and makes it first where there is none.
+    /// Opens a store, and creates it first if there is none.
     ///
     /// # Errors
-    /// [`StoreError::NotEmpty`] where the folder holds other things.
+    /// [`StoreError::NotEmpty`] if the folder holds other files.
     pub fn create(dir: &Path) -> Result<Self, StoreError> {
         if !dir.join("oci-layout").exists() {
             match fs::read_dir(dir) {
                 Ok(entries) => {
-                    // What an interrupted creation may have left, or another one has just made, and what mkfs leaves.
+                    // Files that an interrupted or concurrent creation, or mkfs, may have left.
                     let ours = ["blobs", ".mosfs", "index.json", "oci-layout", "lost+found"];
                     for entry in entries {
                         let name = entry.on("list", dir)?.file_name();
@@ -147,7 +146,7 @@ impl Store {
         }
         let lock = dir.join(".mosfs/index.lock");
         let _lock = Lock::exclusive(&lock).on("lock", &lock)?;
-        // index.json before oci-layout: a folder with the latter is a whole layout.
+        // index.json before oci-layout: a folder with the latter is a complete layout.
         for (name, content) in [
             ("index.json", crate::image::oci::Index::empty().to_bytes()),
             ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()),
@@ -169,17 +168,17 @@ impl Store {
         &self.layout
     }
 
-    /// Where a blob lies, or would lie. Whoever opens it verifies what is read.
+    /// Returns the path where a blob is, or would be. The code that opens it must verify what it reads.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.layout.blob_path(digest)
     }
 
-    /// The blobs, for whoever mounts an image of this store.
+    /// Returns the blobs, for mounting an image of this store.
     pub fn blobs(&self) -> Arc<dyn Blobs> {
         self.layout.blobs()
     }
 
-    /// Whether a blob is there with the right size. Its content was checked when it was written;
+    /// Returns whether a blob exists with the right size. Its content was checked when it was written;
     /// [`fsck`] checks it again.
     pub fn has(&self, blob: &Descriptor) -> bool {
         let path = self.blob_path(&blob.digest);
@@ -190,7 +189,7 @@ impl Store {
         found.is_ok_and(|data| data.is_file() && data.len() == blob.size)
     }
 
-    /// A small blob, whole, checked against its digest.
+    /// Reads a small blob whole, checked against its digest.
     ///
     /// # Errors
     /// [`TransportError::BlobMissing`], [`TransportError::TooBig`], [`TransportError::DigestMismatch`].
@@ -198,7 +197,7 @@ impl Store {
         Ok(self.layout.get(digest, max_bytes)?)
     }
 
-    /// The image of a manifest that is in the store, checked against its digest.
+    /// Reads the image of a manifest in the store, checked against its digest.
     pub fn image(&self, manifest: &Digest) -> Result<OciImage, StoreError> {
         let bytes = self.get(manifest, crate::image::oci::MAX_MANIFEST_BYTES)?;
         OciImage::parse(&bytes).map_err(|source| {
@@ -206,7 +205,7 @@ impl Store {
         })
     }
 
-    /// All names, sorted, with what they stand for.
+    /// Returns all names, sorted, with their descriptors.
     pub fn names(&self) -> Result<Vec<(String, Descriptor)>, StoreError> {
         let entries = self.layout.entries()?;
         let mut names: Vec<_> =
@@ -215,11 +214,11 @@ impl Store {
         Ok(names)
     }
 
-    /// What a name stands for.
+    /// Returns the descriptor of a name.
     ///
     /// # Errors
-    /// [`TransportError::NameMissing`] with the names that there are;
-    /// [`TransportError::Ambiguous`] where another tool gave the name twice.
+    /// [`TransportError::NameMissing`] with the existing names; [`TransportError::Ambiguous`] if another tool
+    /// set the name twice.
     pub fn resolve(&self, name: &str) -> Result<Descriptor, StoreError> {
         let mut found = self.layout.lookup(name)?.into_iter();
         let location = self.layout.location();
@@ -237,7 +236,7 @@ impl Store {
         }
     }
 
-    /// The manifests whose `subject` is `subject`, all of them or of one artifact type.
+    /// Returns the manifests whose `subject` is `subject`, all of them or of one artifact type.
     pub fn referrers(
         &self,
         subject: &Digest,
@@ -246,12 +245,12 @@ impl Store {
         Ok(self.layout.referrers(subject, artifact_type)?)
     }
 
-    /// Begins to write: takes the store's lock, shared.
+    /// Begins writing: takes the store's lock, shared.
     pub fn writer(&self) -> Result<Writer<'_>, StoreError> {
         Writer::new(self)
     }
 
-    /// Keeps garbage from being collected as long as what is returned lives; changes nothing.
+    /// Prevents garbage collection as long as the returned value lives; changes nothing.
     fn hold(&self) -> Result<Lock, StoreError> {
         let path = self.private("lock");
         Ok(Lock::shared(&path).on("lock", &path)?)
@@ -261,9 +260,9 @@ impl Store {
         self.dir().join(".mosfs").join(name)
     }
 
-    /// Where one of the lock files is, or is to be made.
+    /// Returns the path of one of the lock files, which may not exist yet.
     fn lock_path(&self, name: &str) -> Result<PathBuf, StoreError> {
-        // A layout that another tool made has no private folder yet.
+        // A layout made by another tool has no private folder yet.
         let tmp = self.private("tmp");
         if !tmp.is_dir() {
             file::create_folders(&tmp)?;
@@ -272,7 +271,7 @@ impl Store {
     }
 }
 
-/// The files in a folder, with their sizes in bytes. Folders are not ours and stay.
+/// Lists the files in a folder, with their sizes in bytes. Subfolders are not mosfs' and stay.
 fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -290,18 +289,18 @@ fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
     Ok(found)
 }
 
-/// Why the store cannot do something.
+/// Why an operation on the store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// A store cannot be made among other things.
+    /// A store cannot be created in a folder with other files.
     #[error("{} is not an OCI image layout and not empty (it has `{found}`)", dir.display())]
     NotEmpty {
         /// The folder.
         dir: PathBuf,
-        /// One of the things in it.
+        /// One of the files in it.
         found: String,
     },
-    /// Somebody is writing, so nothing can be collected; or the other way round.
+    /// Another process is writing, so nothing can be collected; or the reverse.
     #[error("the store {} is in use: {holder}", dir.display())]
     Busy {
         /// The store.
@@ -309,23 +308,23 @@ pub enum StoreError {
         /// Who holds the lock.
         holder: &'static str,
     },
-    /// What a name stands for would change, and must not.
+    /// A name that must not change would stand for something else.
     #[error("`{name}` already stands for {found}, and would stand for {expected}")]
     NameTaken {
         /// The name.
         name: String,
-        /// What it stands for.
+        /// What it stands for now.
         found: Digest,
-        /// What it was to stand for.
+        /// What it would stand for.
         expected: Digest,
     },
-    /// A layout cannot be read, or a blob in it is not what it should be.
+    /// A layout cannot be read, or a blob in it has the wrong content.
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// A document cannot be read.
     #[error(transparent)]
     Oci(#[from] OciError),
-    /// The operating system's answer.
+    /// An error of the operating system.
     #[error(transparent)]
     Io(#[from] IoError),
 }

@@ -4,11 +4,11 @@
 //! DIR/.mosfs/partial/HEX     the first bytes of the blob HEX; never visible as a blob
 //! ```
 //!
-//! Invariants: the file is locked (flock) by the one who appends to it, and it becomes a blob by
-//! [`Writer::commit`] only after all of it has the blob's digest. Nothing in it is believed: what an
-//! earlier process received is hashed again, so it need not be synced, and a file that a power cut
-//! damaged is found by its digest and received again from its start, once. `mosfs gc` removes the
-//! files; it holds the store's lock exclusive, so that nobody is writing to one.
+//! Invariants: the process that appends to the file holds its lock (flock), and it becomes a blob by
+//! [`Writer::commit`] only once all of it has the blob's digest. Its content is not trusted: what an earlier
+//! process received is hashed again, so it need not be synced, and a file that a power cut damaged is
+//! detected by its digest and received again from its start, once. `mosfs gc` removes the files; it holds the
+//! store's lock exclusive, so no process is writing to one.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
@@ -27,8 +27,8 @@ use crate::transport::{Transport, TransportError};
 /// How much is read, hashed and written at a time, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Receives a blob into the store, unless it is there by the time that nobody else receives it;
-/// whether it was received. With `again`, what is there counts for nothing.
+/// Receives a blob into the store, unless it exists once no other process is receiving it; returns whether it
+/// was received. With `again`, an existing blob is ignored.
 pub(super) fn receive(
     writer: &Writer<'_>,
     from: &dyn Transport,
@@ -63,14 +63,14 @@ pub(super) fn receive(
             Err(error) => error,
         };
         match &error {
-            // What is here may be what an earlier process left damaged: once from the start.
+            // The file may have been left damaged by an earlier process: try once from the start.
             StoreError::Transport(
                 TransportError::DigestMismatch { .. } | TransportError::SizeMismatch { .. },
             ) if resumed => {
                 log::info!("{error}; receiving it from its start");
                 part.empty()?;
             }
-            // The next run goes on where this one was cut.
+            // The next run continues where this one stopped.
             StoreError::Transport(why) if why.is_temporary() => return Err(error),
             _ => {
                 part.remove();
@@ -88,7 +88,7 @@ struct Part {
 }
 
 impl Part {
-    /// Opens or makes the file, and waits for whoever is receiving the blob.
+    /// Opens or creates the file, and waits for any process that is receiving the blob.
     fn open(writer: &Writer<'_>, blob: &Descriptor) -> Result<Self, StoreError> {
         let folder = writer.store().private("partial");
         file::create_folders(&folder)?;
@@ -100,7 +100,8 @@ impl Part {
                 locked => locked.on("lock", &path)?,
             }
             let ours = file.metadata().on("stat", &path)?;
-            // Whoever had the lock may have made the file a blob: then this is no longer the part.
+            // The previous holder of the lock may have made the file a blob: then this is no longer the
+            // partial file.
             match fs::symlink_metadata(&path) {
                 Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => {
                     let mut part = Self { file, path, bytes: ours.len() };
@@ -122,7 +123,7 @@ impl Part {
         Ok(())
     }
 
-    /// Hashes what is here, and receives the rest; at the most one byte too many.
+    /// Hashes the existing bytes, and receives the rest; at most one byte too many.
     fn fill(&mut self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<Hasher, StoreError> {
         let mut hasher = Hasher::new();
         let mut buffer = vec![0; CHUNK_BYTES.min(blob.size.saturating_add(1) as usize)];
@@ -163,7 +164,7 @@ impl Part {
         Ok(hasher)
     }
 
-    /// Best effort: `mosfs gc` removes what stays.
+    /// Best effort: `mosfs gc` removes the file if this fails.
     fn remove(&self) {
         let _ = fs::remove_file(&self.path);
     }

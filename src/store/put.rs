@@ -1,4 +1,4 @@
-//! Writing to a store: temporary file, hash, sync, rename, sync of the folder; names last.
+//! Writes to a store: temporary file, hash, sync, rename, sync of the folder; names last.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
@@ -33,8 +33,8 @@ pub struct FetchJob<'a> {
     pub object: String,
 }
 
-/// Someone who writes to a store. What it puts is safe from garbage collection while it lives;
-/// what should stay must have a name, or be reached by one, before it is dropped.
+/// A writer to a store. What it stores is safe from garbage collection while it lives; what should stay must
+/// have a name, or be reached by one, before it is dropped.
 pub struct Writer<'a> {
     store: &'a Store,
     /// Locked, shared, until it is closed.
@@ -44,7 +44,7 @@ pub struct Writer<'a> {
 impl<'a> Writer<'a> {
     pub(super) fn new(store: &'a Store) -> Result<Self, StoreError> {
         let path = store.lock_path("lock")?;
-        // What a writer left that died goes with the next one, as long as no other writer lives.
+        // Removes what dead writers left, unless another writer is alive.
         if let Some(_alone) = Lock::try_exclusive(&path).on("lock", &path)? {
             sweep(&store.private("tmp"));
         }
@@ -52,35 +52,35 @@ impl<'a> Writer<'a> {
         Ok(Self { store, _lock: Lock::shared(&path).on("lock", &path)? })
     }
 
-    /// The store that is written to.
+    /// The store.
     pub fn store(&self) -> &'a Store {
         self.store
     }
 
-    /// A new file to write a blob to. It vanishes unless [`Writer::commit`] takes it.
+    /// Creates a file to write a blob to. It is removed unless passed to [`Writer::commit`].
     pub fn temp(&self) -> Result<TempBlob, StoreError> {
         Ok(TempBlob::new(&self.store.private("tmp"))?)
     }
 
     /// Makes a finished temporary file the blob `digest`.
     ///
-    /// The caller has hashed what it wrote: nobody else can have written to the file.
+    /// The caller has hashed what it wrote; no one else can have written to the file.
     pub fn commit(&self, temp: TempBlob, digest: &Digest) -> Result<(), StoreError> {
         temp.file.set_permissions(Permissions::from_mode(0o444)).on("change the mode of", &temp.path)?;
         failpoint::hit("store.blob.written");
         temp.file.sync_all().on("sync", &temp.path)?;
         let path = self.store.blob_path(digest);
         failpoint::hit("store.blob.synced");
-        // Where the blob is there already, the new file takes its place: the same bytes, or better.
+        // If the blob already exists, the new file replaces it: the same bytes, or a repaired copy.
         atomic::publish(&temp.path, &path, "store.blob").on("rename to", &path)?;
         temp.keep();
         Ok(())
     }
 
-    /// Puts bytes that are held in memory.
+    /// Stores bytes from memory.
     pub fn put_bytes(&self, media_type: &str, bytes: &[u8]) -> Result<Descriptor, StoreError> {
         let descriptor = Descriptor::of(media_type, bytes);
-        // Small enough to look rather than believe the size.
+        // Small enough to compare the content rather than rely on the size.
         if self.store.has(&descriptor) && self.store.get(&descriptor.digest, descriptor.size).is_ok() {
             return Ok(descriptor);
         }
@@ -95,10 +95,10 @@ impl<'a> Writer<'a> {
         Batch { store: self.store, written: Vec::new(), bytes: 0 }
     }
 
-    /// Fetches a blob from a transport, unless it is there; tells whether it was fetched.
+    /// Fetches a blob from a transport, unless it exists; returns whether it was fetched.
     ///
     /// # Errors
-    /// [`TransportError::SizeMismatch`] or [`TransportError::DigestMismatch`]; then nothing is kept.
+    /// [`TransportError::SizeMismatch`] or [`TransportError::DigestMismatch`]; then nothing is stored.
     pub fn fetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<bool, StoreError> {
         if self.store.has(blob) {
             task.advance(blob.size);
@@ -130,7 +130,8 @@ impl<'a> Writer<'a> {
         })
     }
 
-    /// Fetches a blob whatever has its name in the store, and puts it there: the same bytes, or better.
+    /// Fetches a blob even if the store has one of that name, and replaces it: the same bytes, or a repaired
+    /// copy.
     ///
     /// # Errors
     /// As [`Writer::fetch`].
@@ -142,8 +143,8 @@ impl<'a> Writer<'a> {
         self.commit(temp, &blob.digest)
     }
 
-    /// Fetches a blob into a temporary file, checked against digest and size: for a blob that is
-    /// to be changed before it is stored.
+    /// Fetches a blob into a temporary file, checked against digest and size: for a blob that will be changed
+    /// before it is stored.
     ///
     /// # Errors
     /// As [`Writer::fetch`].
@@ -165,7 +166,7 @@ impl<'a> Writer<'a> {
         Ok(temp)
     }
 
-    /// Puts an artifact: its content, the empty config, and its manifest.
+    /// Stores an artifact: its content, the empty config, and its manifest.
     ///
     /// The layer's media type is the artifact type. The manifest has no name yet.
     pub fn put_artifact(
@@ -177,7 +178,7 @@ impl<'a> Writer<'a> {
         use crate::image::oci::{EMPTY, EMPTY_BYTES, MANIFEST};
         let layer = self.put_bytes(artifact_type, content)?;
         self.put_bytes(EMPTY, EMPTY_BYTES)?;
-        // A subject is told by type, digest and size alone (image-spec, manifest.md, `subject`).
+        // A subject is identified by type, digest and size alone (image-spec, manifest.md, `subject`).
         let subject = subject.map(|about| Descriptor::new(&about.media_type, about.digest, about.size));
         let manifest = Manifest::artifact(artifact_type, layer, subject).to_bytes();
         let mut descriptor = self.put_bytes(MANIFEST, &manifest)?;
@@ -185,18 +186,18 @@ impl<'a> Writer<'a> {
         Ok(descriptor)
     }
 
-    /// Changes `index.json` in one step: `entries` with a name replace what has that name,
-    /// entries without a name are added once.
+    /// Changes `index.json` in one step: `entries` with a name replace the entry of that name, entries
+    /// without a name are added once.
     ///
     /// Every blob that they reach must be in the store.
     pub fn set_entries(&self, entries: &[(Option<&str>, &Descriptor)]) -> Result<(), StoreError> {
         self.replace_entries(&[], entries, &[])
     }
 
-    /// The same, and takes away the entries without a name that have one of the digests in `remove`.
+    /// Does the same, and removes the entries without a name that have one of the digests in `remove`.
     ///
     /// # Errors
-    /// [`StoreError::NameTaken`], and nothing changes, where a name of `fixed` stands for something else.
+    /// [`StoreError::NameTaken`], and nothing changes, if a name of `fixed` stands for something else.
     pub fn replace_entries(
         &self,
         remove: &[Digest],
@@ -221,7 +222,7 @@ impl<'a> Writer<'a> {
                 match name {
                     Some(name) => {
                         entry.annotations.insert(REF_NAME.into(), (*name).into());
-                        // In its place, so that what is as it should be changes nothing.
+                        // In the same position, so that an unchanged entry changes nothing.
                         let place = index.iter().position(|old| old.ref_name() == Some(*name));
                         let mut taken = place.is_none();
                         index.retain(|old| {
@@ -243,12 +244,12 @@ impl<'a> Writer<'a> {
         })
     }
 
-    /// Gives a manifest a name; what had the name loses it.
+    /// Names a manifest; the previous holder of the name loses it.
     pub fn set_name(&self, name: &str, manifest: &Descriptor) -> Result<(), StoreError> {
         self.set_entries(&[(Some(name), manifest)])
     }
 
-    /// Takes names away; those that are not there do not matter.
+    /// Removes names; missing ones are ignored.
     pub fn remove_names(&self, names: &[&str]) -> Result<(), StoreError> {
         self.change_index(|index| {
             index.retain(|entry| entry.ref_name().is_none_or(|name| !names.contains(&name)));
@@ -256,10 +257,10 @@ impl<'a> Writer<'a> {
         })
     }
 
-    /// Begins `index.json` anew where it cannot be read; whether it had to. The names that it had are lost.
+    /// Recreates `index.json` if it cannot be read; returns whether it did. The names in it are lost.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If it cannot be written.
     pub fn mend_index(&self) -> Result<bool, StoreError> {
         let path = self.store.lock_path("index.lock")?;
         let _lock = Lock::exclusive(&path).on("lock", &path)?;
@@ -302,7 +303,7 @@ impl Batch<'_> {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn put(&mut self, digest: &Digest, bytes: &[u8]) -> Result<bool, StoreError> {
-        // Small enough to look rather than believe the size.
+        // Small enough to compare the content rather than rely on the size.
         let held = file::read_regular(&self.store.blob_path(digest), Links::Refused, bytes.len() as u64);
         if held.is_ok_and(|held| held == bytes) {
             return Ok(false);
@@ -370,14 +371,13 @@ pub(super) fn change_index(
     Ok(())
 }
 
-/// Replaces a file at the top of the store, so that at any time it is the old or the new one. The
-/// caller holds `index.lock`.
+/// Atomically replaces a file at the top of the store. The caller holds `index.lock`.
 pub(super) fn replace_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), IoError> {
     let (temporary, path) = (dir.join(".mosfs/tmp").join(name), dir.join(name));
     atomic::replace_through(&temporary, &path, bytes, 0o644, "store.index").on("replace", &path)
 }
 
-/// A file that is being written. Unlinked when dropped, unless it was made a blob.
+/// A file that is being written. Unlinked when dropped, unless it became a blob.
 pub struct TempBlob {
     /// The file, empty at first, open for reading and writing.
     pub file: File,
@@ -393,7 +393,7 @@ impl TempBlob {
             let path = folder.join(format!("{}-{number}", std::process::id()));
             match OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path) {
                 Ok(file) => return Ok(Self { file, path, kept: false }),
-                // Left by a process that had our id.
+                // Left by a process with the same id.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(source) => return Err(IoError { operation: "create", path, source }),
             }
@@ -405,7 +405,7 @@ impl TempBlob {
         Self { file, path, kept: false }
     }
 
-    /// Where the file is.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -414,11 +414,11 @@ impl TempBlob {
         self.kept = true;
     }
 
-    /// Fills the file from a blob, at the most one byte beyond `size`; digest and size of what came.
+    /// Fills the file from a blob, up to one byte beyond `size`; returns digest and size of the bytes read.
     fn fill(&mut self, blob: Blob, size: u64, task: &Task) -> Result<(Digest, u64), IoError> {
         let from = match &blob {
             Blob::File(file) if reflink(file, &self.file).is_ok() => {
-                // Hash our own clone: the original may change meanwhile.
+                // Hash the clone: the original may change meanwhile.
                 self.file.rewind().on("rewind", &self.path)?;
                 let mine = self.file.try_clone().on("open", &self.path)?;
                 return copy_hashing(mine, None, size, task, &self.path);
@@ -432,7 +432,7 @@ impl TempBlob {
 impl Drop for TempBlob {
     fn drop(&mut self) {
         if !self.kept {
-            // What stays is removed by garbage collection.
+            // Garbage collection removes the file if this fails.
             let _ = fs::remove_file(&self.path);
         }
     }

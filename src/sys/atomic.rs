@@ -1,5 +1,5 @@
-//! Files that change as a whole: written beside, synced, given their name, folder synced. All that mosfs
-//! keeps on a disk is written by these functions.
+//! Atomic changes of files: write a temporary file, sync, rename, sync the folder. These functions write
+//! everything that mosfs stores on a disk.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -10,8 +10,8 @@ use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::sys::file;
 
-/// Replaces `path` by a file of these bytes and this mode, so that a crash leaves the old file or
-/// the new one, whole. The caller holds the lock that guards `path`.
+/// Replaces `path` with a file of these bytes and this mode, so that a crash leaves either the complete old
+/// file or the complete new one. The caller holds the lock that guards `path`.
 ///
 /// `failpoint` names the commit points: `NAME.written`, `NAME.renamed`.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32, failpoint: &str) -> io::Result<()> {
@@ -21,7 +21,7 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32, failpoint: &str) -> io::Res
     replace_through(&folder_of(path).join(name), path, bytes, mode, failpoint)
 }
 
-/// As [`replace`], with a temporary file of this name, which is on the same file system.
+/// Like [`replace`], with a temporary file of this name, which must be on the same file system.
 pub fn replace_through(
     temporary: &Path,
     path: &Path,
@@ -29,7 +29,7 @@ pub fn replace_through(
     mode: u32,
     failpoint: &str,
 ) -> io::Result<()> {
-    // A temporary file of an earlier crash is ours to overwrite: the caller holds the lock.
+    // A temporary file of an earlier crash may be overwritten: the caller holds the lock.
     match fs::remove_file(temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -39,24 +39,24 @@ pub fn replace_through(
     publish(temporary, path, failpoint)
 }
 
-/// Writes a new file, and syncs it; its name is not synced yet. An error leaves nothing.
+/// Writes a new file and syncs it; its name is not synced yet. An error leaves no file.
 ///
 /// The mode is exact, whatever the umask, on a file system that has modes.
 pub fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
     let written = (|| {
         file.write_all(bytes)?;
-        // The umask can only have taken bits away, so that a failure makes nothing more open.
+        // The umask can only have cleared bits, so a failure does not grant more access.
         let _ = file.set_permissions(Permissions::from_mode(mode));
         file.sync_all()
     })();
-    // Give the space back: a full disk is the likeliest reason to fail.
+    // Free the space: a full disk is the likeliest cause of failure.
     written.inspect_err(|_| {
         let _ = fs::remove_file(path);
     })
 }
 
-/// Gives a synced file its name, in place of what has it, and syncs the name.
+/// Renames a synced file to its name, replacing any file there, and syncs the name.
 ///
 /// `failpoint` names the commit point: `NAME.renamed`.
 pub fn publish(temporary: &Path, path: &Path, failpoint: &str) -> io::Result<()> {
@@ -79,14 +79,14 @@ pub struct NewFile {
     pub mode: u32,
 }
 
-/// Writes new files into a folder, which is made where it is missing. None of them appears with part of its
-/// content, and none replaces a file that is there: each is written into a temporary folder, and linked to
-/// its name, which fails if the name is taken. If one cannot be linked, those before it are removed.
+/// Writes new files into a folder, which is created if missing. No file appears with partial content, and
+/// none replaces an existing file: each is written into a temporary folder and linked to its name, which
+/// fails if the name exists. If one cannot be linked, those before it are removed.
 ///
-/// `after` is called once each file has its name.
+/// `after` is called after each file is linked.
 ///
 /// # Errors
-/// With the path that it was about.
+/// With the path.
 pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Result<(), IoError> {
     file::create_folders(dir)?;
     let scratch = Scratch::new(dir)?;
@@ -110,15 +110,14 @@ pub fn create(dir: &Path, files: &[NewFile], mut after: impl FnMut(&str)) -> Res
     Ok(())
 }
 
-/// A temporary folder that goes with its user, and is locked as long as that lives: what a crash left goes with
-/// the next one.
+/// A temporary folder that is removed on drop and locked until then. The next call removes what a crash left.
 struct Scratch {
     path: PathBuf,
     /// Locked until it is closed.
     _lock: File,
 }
 
-/// What their names begin with.
+/// The prefix of their names.
 const SCRATCH: &str = ".new.";
 
 impl Scratch {
@@ -128,7 +127,7 @@ impl Scratch {
         loop {
             let path = dir.join(format!("{SCRATCH}{}.{attempt}", std::process::id()));
             match DirBuilder::new().mode(0o700).create(&path) {
-                // Process ids come again.
+                // Process ids are reused.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < 1000 => {
                     attempt += 1;
                     continue;
@@ -137,7 +136,7 @@ impl Scratch {
             }
             let lock = match File::open(&path) {
                 Ok(lock) => lock,
-                // Swept away before it was locked.
+                // Another process removed it before it was locked.
                 Err(error) if error.kind() == io::ErrorKind::NotFound && attempt < 1000 => {
                     attempt += 1;
                     continue;
@@ -153,7 +152,7 @@ impl Scratch {
         }
     }
 
-    /// Removes the folders that nobody has locked. Best effort: they are in nobody's way.
+    /// Removes the folders that no process has locked. Best effort: they do no harm.
     fn sweep(dir: &Path) {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
@@ -225,7 +224,7 @@ mod tests {
             1,
             "neither the first nor a temporary folder is left"
         );
-        // What a crash left goes with the next one; the folder of somebody who is at work stays.
+        // The next call removes what a crash left; a folder in use stays.
         let (dead, busy) = (dir.join(".new.4000000000.0"), dir.join(".new.4000000001.0"));
         for folder in [&dead, &busy] {
             fs::create_dir(folder).unwrap();

@@ -1,4 +1,4 @@
-//! What is on a block device, as libblkid says it: udev and mount(8) ask the same library.
+//! Identifies the content of a block device with libblkid, which udev and mount(8) use too.
 //!
 //! It knows the superblocks of file systems, and of what file systems lie in: members of RAIDs, of volume groups,
 //! of encrypted volumes, and many more, wherever on the device they are. A device that carries the label of a
@@ -20,7 +20,7 @@ const NAME: &CStr = c"libblkid.so.1";
 /// `BLKID_SUBLKS_LABEL | BLKID_SUBLKS_UUID | BLKID_SUBLKS_TYPE | BLKID_SUBLKS_USAGE` (blkid.h).
 const SUPERBLOCK_FLAGS: c_int = 1 << 1 | 1 << 3 | 1 << 5 | 1 << 7;
 
-/// The longest value that is taken over, in bytes.
+/// Maximum length of a value that is copied, in bytes.
 const MAX_VALUE: usize = 1 << 10;
 
 /// What a device holds.
@@ -28,7 +28,7 @@ const MAX_VALUE: usize = 1 << 10;
 pub enum Content {
     /// Nothing that libblkid knows.
     Nothing,
-    /// More than one thing at once: whoever mounts it would have to guess.
+    /// More than one kind of content: mounting it would be a guess.
     Ambiguous,
     /// One thing.
     Superblock(Superblock),
@@ -163,10 +163,10 @@ impl OwnedProbe {
     }
 }
 
-/// Looks at what a device, or an image of one, holds.
+/// Identifies the content of a device, or of an image of one.
 ///
 /// # Errors
-/// Where libblkid cannot be loaded, or the device cannot be read.
+/// If libblkid cannot be loaded, or the device cannot be read.
 pub fn probe(device: &File) -> io::Result<Content> {
     let library = library()?;
     // SAFETY: no arguments.
@@ -180,7 +180,7 @@ pub fn probe(device: &File) -> io::Result<Content> {
         (library.set_device)(probe.1, device.as_raw_fd(), 0, 0) == 0
             && (library.enable_superblocks)(probe.1, 1) == 0
             && (library.set_superblocks_flags)(probe.1, SUPERBLOCK_FLAGS) == 0
-            // With it, a RAID at the end of the whole disk is not taken for one of its last partition.
+            // With it, a RAID at the end of the whole disk is not mistaken for one of its last partition.
             && (library.enable_partitions)(probe.1, 1) == 0
     };
     if !ready {

@@ -1,19 +1,19 @@
-//! What a process needs to become a daemon and to be told to end.
+//! Daemonizes a process and receives its termination signals.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 
-/// Which side of a fork(2) this is.
+/// The side of a fork(2).
 pub enum Forked {
-    /// The process that forked, with the id of the new one.
+    /// The parent, with the id of the new process.
     Parent(u32),
     /// The new process.
     Child,
 }
 
-/// fork(2). Only for a process with one thread: it is refused in any other.
+/// fork(2). Only for a process with one thread; refused otherwise.
 pub fn fork() -> io::Result<Forked> {
     if std::fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(io::Error::other("fork in a process with several threads"));
@@ -26,9 +26,9 @@ pub fn fork() -> io::Result<Forked> {
     }
 }
 
-/// Leaves the session, the working folder and the terminal of whoever started this process.
+/// Leaves the session, the working folder and the terminal of the process that started this one.
 ///
-/// `inherited` are descriptors that the process was started with and that nobody in it owns.
+/// `inherited` are descriptors that the process was started with and that no code in it owns.
 pub fn detach(inherited: &[RawFd]) -> io::Result<()> {
     // SAFETY: no arguments; fails only for a leader of a process group, which a forked child is not.
     if unsafe { libc::setsid() } < 0 {
@@ -43,30 +43,30 @@ pub fn detach(inherited: &[RawFd]) -> io::Result<()> {
         }
     }
     for &fd in inherited.iter().filter(|&&fd| fd > 2) {
-        // SAFETY: the caller says that nobody in this process owns it. EBADF does no harm.
+        // SAFETY: the caller guarantees that no code in this process owns it. EBADF does no harm.
         unsafe { libc::close(fd) };
     }
     Ok(())
 }
 
-/// The descriptors above 2 that are open now. At the start of a process: those that it inherited.
+/// Returns the descriptors above 2 that are open now. At the start of a process: those that it inherited.
 pub fn open_descriptors() -> Vec<RawFd> {
     let Ok(list) = std::fs::read_dir("/proc/self/fd") else { return Vec::new() };
     let mut all: Vec<RawFd> = list
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|&fd| fd > 2)
         .collect();
-    // The one that lists the folder is among them and is closed again by now.
+    // The descriptor used to list the folder is among them and is already closed.
     // SAFETY: F_GETFD on any number is harmless.
     all.retain(|&fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
     all
 }
 
-/// Signals that are asked for with [`Signals::wait`] instead of ending the process.
+/// Signals that are received with [`Signals::wait`] instead of ending the process.
 pub struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT and SIGHUP in this thread and all that it starts from now on.
+    /// Blocks SIGTERM, SIGINT and SIGHUP in this thread and in all threads that it starts from now on.
     pub fn block() -> io::Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: sigemptyset initialises the set before it is used.
@@ -78,17 +78,17 @@ impl Signals {
             }
             set.assume_init()
         };
-        // SAFETY: `set` is initialised; the old mask is not asked for.
+        // SAFETY: `set` is initialised; the old mask is not requested.
         match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) } {
             0 => Ok(Self(set)),
             error => Err(io::Error::from_raw_os_error(error)),
         }
     }
 
-    /// Waits for one of them, and says which.
+    /// Waits for one of them, and returns which.
     pub fn wait(&self) -> io::Result<i32> {
         let mut signal = 0;
-        // SAFETY: the set is initialised and `signal` has room for the answer.
+        // SAFETY: the set is initialised and `signal` has room for the result.
         match unsafe { libc::sigwait(&self.0, &mut signal) } {
             0 => Ok(signal),
             error => Err(io::Error::from_raw_os_error(error)),
@@ -96,30 +96,30 @@ impl Signals {
     }
 }
 
-/// How many cores this thread may run on.
+/// Returns the number of cores that this thread may run on.
 pub fn usable_cores() -> usize {
     // SAFETY: cpu_set_t is plain data, for which zeros are a valid value.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `set` has the size that is given; 0 means this thread.
+    // SAFETY: `set` has the given size; 0 means this thread.
     let done = unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) };
-    // SAFETY: counts bits of an initialised set. More cores than the set has room for are an error above.
+    // SAFETY: counts bits of an initialised set. More cores than fit in the set are an error above.
     if done == 0 { unsafe { libc::CPU_COUNT(&set) as usize } } else { 2 }
 }
 
-/// Effective user id and group id.
+/// Returns the effective user id and group id.
 pub fn effective_ids() -> (u32, u32) {
     // SAFETY: no arguments, cannot fail.
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-/// Real user id and group id.
+/// Returns the real user id and group id.
 pub fn real_ids() -> (u32, u32) {
     // SAFETY: no arguments, cannot fail.
     unsafe { (libc::getuid(), libc::getgid()) }
 }
 
-/// Keeps the allocator from setting up an arena of its own for each thread, and large buffers from being
-/// mapped anew each time: a bounded number of threads with buffers of their own needs neither.
+/// Prevents the allocator from creating an arena per thread and from mapping large buffers anew each time: a
+/// bounded number of threads with their own buffers needs neither.
 pub fn lean_allocator() {
     // SAFETY: mallopt only sets parameters of the allocator; before threads are started.
     #[cfg(target_env = "gnu")]

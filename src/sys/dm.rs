@@ -1,5 +1,5 @@
-//! Device-mapper by ioctl: the few commands that a read-only verity device takes
-//! (<linux/dm-ioctl.h>, interface 4.0 and up).
+//! Device-mapper by ioctl: the few commands that a read-only verity device requires (<linux/dm-ioctl.h>,
+//! interface 4.0 and up).
 //!
 //! A request and its reply share one buffer:
 //!
@@ -22,9 +22,9 @@ const TARGET_BYTES: usize = 40;
 const NAME_BYTES: usize = 128;
 const UUID_BYTES: usize = 129;
 const TYPE_BYTES: usize = 16;
-/// Room for a reply at first. A verity table is 300 bytes.
+/// Initial room for a reply. A verity table is 300 bytes.
 const FIRST_REPLY_BYTES: usize = 16 << 10;
-/// A reply that does not fit here is refused.
+/// Largest accepted reply, in bytes.
 const MAX_REPLY_BYTES: usize = 4 << 20;
 
 const DM_READONLY_FLAG: u32 = 1 << 0;
@@ -63,10 +63,10 @@ pub struct Control {
     file: File,
 }
 
-/// What the kernel says of a device.
+/// The state of a device, as reported by the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceStatus {
-    /// What its maker says it is: `MOSFS-VERITY-…`, `LVM-…`, `CRYPT-…`, or nothing.
+    /// Its UUID, which identifies its creator: `MOSFS-VERITY-…`, `LVM-…`, `CRYPT-…`, or empty.
     pub uuid: String,
     /// Device number, as `st_rdev` has it.
     pub dev: u64,
@@ -74,13 +74,13 @@ pub struct DeviceStatus {
     pub open_count: u32,
     /// Whether it has a live table.
     pub live: bool,
-    /// Whether it has a table that is loaded but not live yet.
+    /// Whether it has a loaded table that is not live yet.
     pub loaded: bool,
     /// Whether it is suspended.
     pub suspended: bool,
-    /// Whether it can only be read.
+    /// Whether it is read-only.
     pub read_only: bool,
-    /// Whether it goes when its last holder does.
+    /// Whether it is removed with its last holder.
     pub deferred_remove: bool,
 }
 
@@ -91,13 +91,13 @@ pub struct Target {
     pub start_sector: u64,
     /// How many sectors it serves.
     pub sectors: u64,
-    /// Its type, `verity` say.
+    /// Its type, such as `verity`.
     pub kind: String,
     /// Its parameters, or its status.
     pub parameters: String,
 }
 
-/// A device in the list of all.
+/// A device in the list of all devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
     /// Device number, as `st_rdev` has it.
@@ -107,11 +107,11 @@ pub struct Listed {
 }
 
 impl Control {
-    /// Opens device-mapper. `NotFound` where the kernel has none (the module dm-mod).
+    /// Opens device-mapper. `NotFound` if the kernel lacks it (the module dm-mod).
     pub fn open() -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open("/dev/mapper/control")?;
         let control = Self { file };
-        // The interface is stable since 4.0; another major number would have another layout.
+        // The interface has been stable since 4.0; another major number would have another layout.
         let [major, ..] = control.version()?;
         if major != 4 {
             return Err(io::Error::other(format!("device-mapper interface {major} in place of 4")));
@@ -125,10 +125,10 @@ impl Control {
         Ok([reply.u32_at(0)?, reply.u32_at(4)?, reply.u32_at(8)?])
     }
 
-    /// Version of a target type, after the kernel has loaded its module. Linux 5.6 (interface 4.41).
+    /// Returns the version of a target type; the kernel loads its module first. Linux 5.6 (interface 4.41).
     ///
     /// # Errors
-    /// `EINVAL` where the kernel has no such type; `ENOTTY` where it is older.
+    /// `EINVAL` if the kernel has no such type; `ENOTTY` if it is older.
     pub fn target_version(&self, kind: &str) -> io::Result<[u32; 3]> {
         let reply = self.call(Command::GetTargetVersion, &Request { name: kind, ..Request::default() })?;
         // A struct dm_target_versions: next, then the version.
@@ -136,7 +136,7 @@ impl Control {
         Ok([reply.u32_at(at)?, reply.u32_at(at.saturating_add(4))?, reply.u32_at(at.saturating_add(8))?])
     }
 
-    /// Makes a read-only device without a table. `EBUSY` where the name or the UUID is taken.
+    /// Creates a read-only device without a table. `EBUSY` if the name or the UUID is in use.
     pub fn create(&self, name: &str, uuid: &str) -> io::Result<()> {
         self.call(
             Command::DevCreate,
@@ -145,7 +145,7 @@ impl Control {
         Ok(())
     }
 
-    /// Gives a device a read-only table of one target; [`Control::resume`] makes it live.
+    /// Loads a read-only table of one target into a device; [`Control::resume`] makes it live.
     pub fn load(&self, name: &str, target: &Target) -> io::Result<()> {
         let request = Request { name, flags: DM_READONLY_FLAG, target: Some(target), ..Request::default() };
         self.call(Command::TableLoad, &request)?;
@@ -158,14 +158,14 @@ impl Control {
         Ok(())
     }
 
-    /// Removes a device; a busy one when its last holder goes if `deferred`, else `EBUSY`.
+    /// Removes a device. A busy one is removed with its last holder if `deferred`, else the error is `EBUSY`.
     pub fn remove(&self, name: &str, deferred: bool) -> io::Result<()> {
         let flags = if deferred { DM_DEFERRED_REMOVE } else { 0 };
         self.call(Command::DevRemove, &Request { name, flags, ..Request::default() })?;
         Ok(())
     }
 
-    /// The state of a device. `ENXIO` where there is none of that name.
+    /// Returns the state of a device. `ENXIO` if there is none of that name.
     pub fn status(&self, name: &str) -> io::Result<DeviceStatus> {
         let reply = self.call(Command::DevStatus, &Request { name, ..Request::default() })?;
         let flags = reply.u32_at(28)?;
@@ -181,12 +181,13 @@ impl Control {
         })
     }
 
-    /// The live table of a device: what it was loaded with.
+    /// Returns the live table of a device, as loaded.
     pub fn table(&self, name: &str) -> io::Result<Vec<Target>> {
         self.targets(name, DM_STATUS_TABLE_FLAG)
     }
 
-    /// The status of each target of a device. For verity it is `V` (valid) or `C` (corrupt block seen).
+    /// Returns the status of each target of a device. For verity it is `V` (valid) or `C` (corrupt block
+    /// seen).
     pub fn target_status(&self, name: &str) -> io::Result<Vec<Target>> {
         self.targets(name, 0)
     }
@@ -196,7 +197,7 @@ impl Control {
         parse_targets(&reply)
     }
 
-    /// All devices of the machine.
+    /// Lists all devices of the machine.
     pub fn list(&self) -> io::Result<Vec<Listed>> {
         parse_names(&self.call(Command::ListDevices, &Request::default())?)
     }
@@ -225,7 +226,7 @@ impl Control {
     }
 }
 
-/// What a command is given.
+/// The input of a command.
 #[derive(Default)]
 struct Request<'a> {
     name: &'a str,
@@ -235,7 +236,7 @@ struct Request<'a> {
 }
 
 impl Request<'_> {
-    /// The bytes of the request, with room for a reply, in words for the alignment.
+    /// Returns the bytes of the request, with room for a reply, as words for alignment.
     fn encode(&self, reply_bytes: usize) -> io::Result<Vec<u64>> {
         let mut bytes = vec![0u8; HEADER_BYTES];
         let mut put =
@@ -263,7 +264,7 @@ impl Request<'_> {
     }
 }
 
-/// The bytes of a text that must fit with a NUL into `room` bytes.
+/// Returns the bytes of a string, which must fit with a NUL into `room` bytes.
 fn c_text(text: &str, room: usize) -> io::Result<&[u8]> {
     if text.len() >= room || text.contains('\0') {
         return Err(io::Error::new(
@@ -278,7 +279,7 @@ fn invalid(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("device-mapper answered {why}"))
 }
 
-/// Turns the kernel's `huge_encode_dev` into what makedev(3) gives.
+/// Converts the kernel's `huge_encode_dev` to the encoding of makedev(3).
 fn decode_dev(dev: u64) -> u64 {
     let major = (dev >> 8) & 0xfff;
     let minor = (dev & 0xff) | ((dev >> 12) & 0xfff00);
@@ -310,7 +311,7 @@ impl Reply {
         Ok(u64::from_ne_bytes(self.array(offset)?))
     }
 
-    /// A NUL-terminated text, within `limit` bytes.
+    /// A NUL-terminated string within `limit` bytes.
     fn text_at(&self, offset: usize, limit: usize) -> io::Result<String> {
         let end = offset.saturating_add(limit).min(self.bytes.len());
         let bytes = self.bytes.get(offset..end).ok_or_else(|| invalid("a text beyond its reply"))?;
@@ -333,7 +334,7 @@ fn parse_targets(reply: &Reply) -> io::Result<Vec<Target>> {
             parameters: reply.text_at(at.saturating_add(TARGET_BYTES), usize::MAX)?,
         });
         let next = start.saturating_add(reply.u32_at(at.saturating_add(20))? as usize);
-        // Records only go forward, so that no reply can make this loop run in circles.
+        // Records only go forward, so no reply can make this loop endless.
         if next < at.saturating_add(TARGET_BYTES) {
             break;
         }
@@ -346,7 +347,7 @@ fn parse_targets(reply: &Reply) -> io::Result<Vec<Target>> {
 fn parse_names(reply: &Reply) -> io::Result<Vec<Listed>> {
     let mut at = reply.u32_at(16)? as usize;
     let mut names = Vec::new();
-    // A device number 0 in the first record says that there are none.
+    // A device number 0 in the first record means that there are no devices.
     while reply.u64_at(at)? != 0 {
         names.push(Listed {
             dev: decode_dev(reply.u64_at(at)?),

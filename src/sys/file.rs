@@ -1,13 +1,13 @@
 //! Files and folders: opening what is not trusted, bounded reads, exact modes, sharing of blocks.
 //!
-//! Two kinds of files are read. What lies on SYSTEM, in an OCI layout or in a run folder is **not
-//! trusted**: whoever could write there may have put a named pipe, a device, a folder, a link or a
-//! file of any length in its place. [`open_regular`] and [`read_regular`] are the only way to such a
-//! file. What the administrator names on the command line may well be a pipe (`--key <(…)`):
-//! [`read_named`] only bounds its length.
+//! mosfs reads two kinds of files. Files on SYSTEM, in an OCI layout or in a run folder are **not trusted**:
+//! an attacker who can write there may have replaced them with a named pipe, a device, a folder, a link or a
+//! file of any length. [`open_regular`] and [`read_regular`] are the only way to read such a file. Files that
+//! the administrator names on the command line can be pipes (`--key <(…)`): [`read_named`] only bounds their
+//! length.
 //!
-//! The umask takes bits from what open(2) and mkdir(2) make. Where the mode matters, folders are made
-//! by [`create_folders`] or [`create_folder`] and files by [`create_file`], which put the bits back.
+//! The umask clears mode bits in open(2) and mkdir(2). Where the mode matters, folders are created with
+//! [`create_folders`] or [`create_folder`] and files with [`create_file`], which set the bits again.
 
 use std::fs::{self, DirBuilder, File, FileType, OpenOptions, Permissions};
 use std::io::{self, Read};
@@ -22,15 +22,15 @@ use crate::error::{IoContext, IoError};
 pub enum Links {
     /// A link is an error. For files that mosfs itself writes: it never makes one.
     Refused,
-    /// A link is followed to a regular file. For OCI layouts of other tools, some of which make their
-    /// blobs links; what is read is checked against its digest or root hash all the same.
+    /// A link to a regular file is followed. For OCI layouts of other tools, some of which use links as
+    /// blobs; the content is still checked against its digest or root hash.
     Followed,
 }
 
 /// Opens an untrusted regular file for reading, with its length in bytes. Never blocks.
 ///
 /// # Errors
-/// `InvalidData` with what was expected and found where it is something else; a device is not opened.
+/// `InvalidData` with what was expected and found if it is something else; a device is not opened.
 pub fn open_regular(path: &Path, links: Links) -> Result<(File, u64), IoError> {
     let mut options = OpenOptions::new();
     options.read(true);
@@ -39,7 +39,7 @@ pub fn open_regular(path: &Path, links: Links) -> Result<(File, u64), IoError> {
     Ok((file, length))
 }
 
-/// Opens (or makes, mode 0600) an untrusted regular file for writing, to lock it. Follows no link.
+/// Opens (or creates, mode 0600) an untrusted regular file for writing, to lock it. Follows no link.
 ///
 /// # Errors
 /// As [`open_regular`].
@@ -77,7 +77,7 @@ pub fn read_regular(path: &Path, links: Links, max_bytes: u64) -> Result<Vec<u8>
     if bytes.len() as u64 > max_bytes { Err(too_long()) } else { Ok(bytes) }
 }
 
-/// Does what [`read_regular`] does; returns `None` where there is no such file.
+/// Does what [`read_regular`] does; returns `None` if there is no such file.
 ///
 /// # Errors
 /// As [`read_regular`].
@@ -88,8 +88,8 @@ pub fn find_regular(path: &Path, links: Links, max_bytes: u64) -> Result<Option<
     }
 }
 
-/// Reads a file that the administrator named, or `max_bytes` and one byte of it, so that its reader
-/// can refuse it as too long. May be a pipe.
+/// Reads a file named by the administrator, up to `max_bytes` plus one byte, so that its parser can refuse it
+/// as too long. It may be a pipe.
 ///
 /// # Errors
 /// With the path.
@@ -97,7 +97,7 @@ pub fn read_named(path: &Path, max_bytes: u64) -> Result<Vec<u8>, IoError> {
     read_at_most(File::open(path).on("open", path)?, path, max_bytes)
 }
 
-/// Reads an open file whole, or `max_bytes` and one byte of it. `path` is for the error.
+/// Reads an open file, up to `max_bytes` plus one byte. `path` is for the error.
 ///
 /// # Errors
 /// With the path.
@@ -107,10 +107,10 @@ pub fn read_at_most(file: impl Read, path: &Path, max_bytes: u64) -> Result<Vec<
     Ok(bytes)
 }
 
-/// Rule: what is not trusted is a regular file, or is not used.
+/// Rule: an untrusted file must be a regular file, or it is not used.
 fn open_checked(path: &Path, links: Links, options: &mut OpenOptions) -> Result<File, IoError> {
-    // Looked at first, because opening a device can have effects (a watchdog, a tape) and opening a
-    // socket fails without saying why.
+    // Check the type first, because opening a device can have side effects (a watchdog, a tape) and opening a
+    // socket fails without a clear reason.
     let found = match links {
         Links::Refused => fs::symlink_metadata(path),
         Links::Followed => fs::metadata(path),
@@ -120,7 +120,8 @@ fn open_checked(path: &Path, links: Links, options: &mut OpenOptions) -> Result<
     {
         return Err(not_regular(path, found.file_type()));
     }
-    // Whatever has taken its place since: no wait for the other end of a pipe, no controlling terminal.
+    // If it has been replaced since: do not wait for the other end of a pipe, and acquire no controlling
+    // terminal.
     let follow = if links == Links::Refused { libc::O_NOFOLLOW } else { 0 };
     options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC | follow);
     let file = options.open(path).on("open", path)?;
@@ -142,10 +143,10 @@ fn not_regular(path: &Path, found: FileType) -> IoError {
     IoError::new("open", path, io::Error::new(io::ErrorKind::InvalidData, why))
 }
 
-/// Makes a folder and those above it that are missing, each with mode 0755 whatever the umask.
+/// Creates a folder and its missing parents, each with mode 0755 whatever the umask.
 ///
 /// # Errors
-/// With the folder that could not be made.
+/// With the folder that could not be created.
 pub fn create_folders(path: &Path) -> Result<(), IoError> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -154,13 +155,13 @@ pub fn create_folders(path: &Path) -> Result<(), IoError> {
         create_folders(parent)?;
     }
     match create_folder(path, 0o755) {
-        // Somebody else has just made it.
+        // Another process has just created it.
         Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
         made => made,
     }
 }
 
-/// Makes one folder with this mode whatever the umask.
+/// Creates one folder with this mode whatever the umask.
 ///
 /// # Errors
 /// With the path; `AlreadyExists`.
@@ -168,7 +169,7 @@ pub fn create_folder(path: &Path, mode: u32) -> Result<(), IoError> {
     DirBuilder::new().mode(mode).create(path).on("create", path)?;
     let mut options = OpenOptions::new();
     options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC);
-    // A umask that takes the owner's right to read: by path then.
+    // The umask removes the owner's right to read: change the mode by path.
     match options.open(path) {
         Ok(folder) => add_bits(&folder, mode),
         Err(_) => fs::set_permissions(path, Permissions::from_mode(mode)),
@@ -176,7 +177,7 @@ pub fn create_folder(path: &Path, mode: u32) -> Result<(), IoError> {
     .on("change the mode of", path)
 }
 
-/// Makes or empties a file with this mode whatever the umask. Follows no link.
+/// Creates or truncates a file with this mode whatever the umask. Follows no link.
 ///
 /// # Errors
 /// As [`open_regular`].
@@ -184,21 +185,21 @@ pub fn create_file(path: &Path, mode: u32) -> Result<File, IoError> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(mode);
     let file = open_checked(path, Links::Refused, &mut options)?;
-    // A file system without modes keeps its own.
+    // A file system without modes keeps its own mode.
     let _ = add_bits(&file, mode);
     Ok(file)
 }
 
-/// Puts back what the umask took, and leaves what the folder above added (set-group-ID).
+/// Restores the bits that the umask cleared, and keeps those that the parent folder added (set-group-ID).
 fn add_bits(file: &File, mode: u32) -> io::Result<()> {
     let found = file.metadata()?.mode() & 0o7777;
     if found | mode == found { Ok(()) } else { file.set_permissions(Permissions::from_mode(found | mode)) }
 }
 
-/// Makes `to` share all blocks of `from`, copy on write (`FICLONE`, ioctl_ficlone(2)).
+/// Makes `to` share all blocks of `from`, copy-on-write (`FICLONE`, ioctl_ficlone(2)).
 ///
 /// # Errors
-/// `EOPNOTSUPP`, `EXDEV`, `EINVAL` and others where the file system cannot: then copy.
+/// `EOPNOTSUPP`, `EXDEV`, `EINVAL` and others if the file system does not support it: then copy.
 pub fn reflink(from: &File, to: &File) -> io::Result<()> {
     // SAFETY: FICLONE takes a file descriptor by value, no pointer; both are open for the call.
     match unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } {
@@ -207,7 +208,7 @@ pub fn reflink(from: &File, to: &File) -> io::Result<()> {
     }
 }
 
-/// How many bytes the file system of `path` still has for this user (statvfs(3), `f_bavail`).
+/// Returns the free space of the file system of `path` for this user, in bytes (statvfs(3), `f_bavail`).
 pub fn available_bytes(path: &std::path::Path) -> io::Result<u64> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
@@ -301,7 +302,7 @@ mod tests {
         assert_eq!(read_regular(&path, Links::Refused, 5).unwrap(), b"12345");
         let error = read_regular(&path, Links::Refused, 4).unwrap_err();
         assert_eq!(error.source.kind(), io::ErrorKind::FileTooLarge);
-        // 1 TiB that nobody reads.
+        // 1 TiB that is never read.
         File::create(&path).unwrap().set_len(1 << 40).unwrap();
         let error = read_regular(&path, Links::Refused, 1 << 20).unwrap_err();
         assert_eq!(error.source.kind(), io::ErrorKind::FileTooLarge);

@@ -6,32 +6,33 @@ use std::path::Path;
 
 use super::file;
 
-/// A lock of a file; dropping it, or the death of the process, releases it.
+/// A lock on a file; dropping it, or the end of the process, releases it.
 ///
-/// The file is made where it is missing (mode 0600) and stays: removing it would let two
-/// processes lock two files of one name.
+/// The file is created if missing (mode 0600) and is never removed: otherwise two processes could lock two
+/// files of the same name.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
 impl Lock {
-    /// Waits until nobody else has the lock.
+    /// Waits until no other process holds the lock.
     pub fn exclusive(path: &Path) -> io::Result<Self> {
         wait(open(path)?, File::lock)
     }
 
-    /// Waits until nobody has the lock for themselves.
+    /// Waits until no process holds the lock exclusively.
     pub fn shared(path: &Path) -> io::Result<Self> {
         wait(open(path)?, File::lock_shared)
     }
 
-    /// Waits until nobody else has the lock of a folder: for a file system on which no file can be made.
+    /// Waits until no other process holds the lock of a folder: for a file system on which no file can be
+    /// created.
     pub fn of_folder(path: &Path) -> io::Result<Self> {
         wait(File::open(path)?, File::lock)
     }
 
-    /// Takes the lock if nobody else has it.
+    /// Takes the lock if no other process holds it.
     pub fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
         let file = open(path)?;
         match file.try_lock() {

@@ -1,4 +1,4 @@
-//! Mounting FUSE: /dev/fuse and mount(2) for root, `fusermount3` for everybody else.
+//! Mounts FUSE: /dev/fuse and mount(2) for root, `fusermount3` for other users.
 
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -27,8 +27,8 @@ pub fn mount(source: &OsStr, target: &Path, kind: &str, flags: libc::c_ulong, da
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// umount2(2) of the topmost mount at `target`, which must not be a symbolic link. `lazy` takes it out of
-/// the tree at once and ends it when its last user is gone (MNT_DETACH).
+/// umount2(2) of the topmost mount at `target`, which must not be a symbolic link. `lazy` detaches it at once
+/// and ends it when its last user is gone (MNT_DETACH).
 pub fn unmount(target: &Path, lazy: bool) -> io::Result<()> {
     let target = CString::new(target.as_os_str().as_bytes())?;
     let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
@@ -40,13 +40,13 @@ pub fn unmount(target: &Path, lazy: bool) -> io::Result<()> {
     }
 }
 
-/// Device number (major, minor) of the file system at `path`, without asking the file system itself
-/// (AT_STATX_DONT_SYNC), so that a file system that does not answer yet cannot block the caller.
+/// Returns the device number (major, minor) of the file system at `path` without querying the file system
+/// itself (AT_STATX_DONT_SYNC), so a file system that does not respond yet cannot block the caller.
 pub fn device_of(path: &Path) -> io::Result<(u32, u32)> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT | libc::AT_SYMLINK_NOFOLLOW;
-    // SAFETY: `path` is NUL-terminated, `stat` has room for one statx; no field is asked for.
+    // SAFETY: `path` is NUL-terminated, `stat` has room for one statx; no field is requested.
     let done = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, 0, stat.as_mut_ptr()) };
     if done != 0 {
         return Err(io::Error::last_os_error());
@@ -56,11 +56,11 @@ pub fn device_of(path: &Path) -> io::Result<(u32, u32)> {
     Ok((stat.stx_dev_major, stat.stx_dev_minor))
 }
 
-/// Has `fusermount3` mount at `target`, and takes the connection that it opens
-/// (the protocol of libfuse: a socket in `_FUSE_COMMFD`, answered by one descriptor with SCM_RIGHTS).
+/// Runs `fusermount3` to mount at `target`, and returns the connection that it opens (the protocol of
+/// libfuse: a socket in `_FUSE_COMMFD`, over which it sends one descriptor with SCM_RIGHTS).
 ///
 /// # Errors
-/// `NotFound` where there is no `fusermount3`; `Other` with its own words where it refuses.
+/// `NotFound` if there is no `fusermount3`; `Other` with its message if it refuses.
 pub fn mount_with_helper(target: &Path, options: &str) -> io::Result<OwnedFd> {
     let (ours, theirs) = socket_pair()?;
     // SAFETY: `theirs` is an open descriptor of ours. It must outlive the exec in the child; in this
@@ -87,7 +87,7 @@ pub fn mount_with_helper(target: &Path, options: &str) -> io::Result<OwnedFd> {
     fd
 }
 
-/// Has `fusermount3` unmount `target`.
+/// Runs `fusermount3` to unmount `target`.
 pub fn unmount_with_helper(target: &Path, lazy: bool) -> io::Result<()> {
     let mut command = Command::new("fusermount3");
     command.arg("-u");
@@ -100,7 +100,7 @@ pub fn unmount_with_helper(target: &Path, lazy: bool) -> io::Result<()> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let said = said.trim().trim_start_matches("fusermount3: ");
-    // What the helper prints for EBUSY is strerror's text; callers tell it apart by kind.
+    // The helper prints strerror's text for EBUSY; callers distinguish it by kind.
     if said.contains("Device or resource busy") {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
@@ -116,7 +116,7 @@ fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     if done != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: both are open, and nobody else owns them.
+    // SAFETY: both are open, and nothing else owns them.
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }
 
@@ -157,7 +157,7 @@ fn receive_fd(socket: &OwnedFd) -> io::Result<OwnedFd> {
     {
         return Err(io::Error::other("the helper sent something else than a connection"));
     }
-    // SAFETY: the header says that at least one descriptor follows it, within `control`; the kernel
-    // has opened it for this process and nobody else owns it.
+    // SAFETY: the header says that at least one descriptor follows it, within `control`; the kernel has
+    // opened it for this process and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().read_unaligned()) })
 }

@@ -1,7 +1,7 @@
-//! Work that may never end, done by a process of its own.
+//! Runs work that may never end in a separate process.
 //!
-//! A disk that does not answer holds whoever asks it, and no signal helps. So what asks an unknown disk is a child
-//! that is given up when its time is over: it can be left behind, a thread could not.
+//! A disk that does not respond blocks its caller, and no signal helps. So a child process accesses an
+//! unknown disk and is abandoned when its time is over: a process can be left behind, a thread could not.
 //!
 //! ```text
 //! child -> parent   one packet (SOCK_SEQPACKET): bytes, and at most one descriptor (SCM_RIGHTS)
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::daemon::{self, Forked};
 
-/// The longest answer, in bytes.
+/// Maximum size of a reply, in bytes.
 const MAX_ANSWER: usize = 16 << 10;
 
 /// What a helper sent back.
@@ -50,7 +50,7 @@ impl Helper {
             Forked::Child => {
                 // Nothing of the parent's may run here: no destructors, no unwinding into its callers.
                 let done = catch_unwind(AssertUnwindSafe(|| {
-                    // Left behind for ever, it must hold nothing: neither the terminal nor the TPM.
+                    // If it is left behind forever, it must hold nothing: neither the terminal nor the TPM.
                     daemon::detach(&[])?;
                     close_all_but(theirs.as_raw_fd());
                     let (bytes, descriptor) = work();
@@ -62,10 +62,10 @@ impl Helper {
         }
     }
 
-    /// What it answered, if it does within `patience`; `None` where it is still at work.
+    /// Returns its reply, if it arrives within `patience`; `None` if the process is still working.
     ///
     /// # Errors
-    /// Where it ended without an answer.
+    /// If it ended without a reply.
     pub fn answer(&self, patience: Duration) -> io::Result<Option<Answer>> {
         let end = Instant::now() + patience;
         loop {
@@ -120,7 +120,7 @@ fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     if done != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: both are open, and nobody else owns them.
+    // SAFETY: both are open, and nothing else owns them.
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }
 

@@ -1,8 +1,8 @@
 //! Loop devices: a block device over a file (<linux/loop.h>).
 //!
-//! A device made here has autoclear set: it goes when the last holder closes it, so that nothing
-//! has to detach it and a killed process leaves none behind. LOOP_CONFIGURE (Linux 5.8) sets up
-//! file, block size and flags in one step, so that there is no moment in which it lacks them.
+//! A device created here has autoclear set: it is freed when the last holder closes it, so nothing has to
+//! detach it and a killed process leaves none behind. LOOP_CONFIGURE (Linux 5.8) sets file, block size and
+//! flags in one step, so the device never exists without them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -24,7 +24,7 @@ const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_NAME_SIZE: usize = 64;
 /// Major number of loop devices (`LOOP_MAJOR` in <linux/major.h>).
 const LOOP_MAJOR: u32 = 7;
-/// How often a race for a free device may be lost before it is an error.
+/// How many races for a free device may be lost before it is an error.
 const TRIES: u32 = 200;
 
 /// `struct loop_info64` of <linux/loop.h>.
@@ -54,7 +54,7 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// A loop device. It is freed when this and all other holders are gone.
+/// A loop device. It is freed when this and all other holders have closed it.
 #[derive(Debug)]
 pub struct LoopDevice {
     device: File,
@@ -62,11 +62,10 @@ pub struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// Puts a read-only device with blocks of `block_size_bytes` (512 to a page) over an open file.
+    /// Creates a read-only device with blocks of `block_size_bytes` (512 to a page) over an open file.
     ///
-    /// The kernel keeps `name` (its last 63 bytes) only to show it; it reads through `file`. Reads
-    /// go through the page cache. Other processes may win the race for a free device, which is
-    /// tried again.
+    /// The kernel stores `name` (its last 63 bytes) only for display; it reads through `file`. Reads go
+    /// through the page cache. If another process wins the race for a free device, the call tries again.
     pub fn attach(file: BorrowedFd<'_>, name: &Path, block_size_bytes: u32) -> io::Result<Self> {
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
         let mut last = io::Error::from_raw_os_error(libc::EBUSY);
@@ -126,18 +125,18 @@ impl LoopDevice {
             },
             reserved: [0; 8],
         };
-        // SAFETY: the pointer is to a struct of the layout that LOOP_CONFIGURE reads (checked in
-        // the tests below); it outlives the call, and the kernel does not write to it.
+        // SAFETY: the pointer is to a struct with the layout that LOOP_CONFIGURE reads (checked in the tests
+        // below); it outlives the call, and the kernel does not write to it.
         let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &config as *const LoopConfig) };
         if result == 0 { Ok(Self { device, number }) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Its number N of `/dev/loopN`.
+    /// Returns its number N in `/dev/loopN`.
     pub fn number(&self) -> u32 {
         self.number
     }
 
-    /// Its device number as device-mapper tables write it: `7:N`.
+    /// Returns its device number in the form of device-mapper tables: `7:N`.
     pub fn major_minor(&self) -> String {
         format!("{LOOP_MAJOR}:{}", self.number)
     }

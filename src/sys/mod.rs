@@ -1,7 +1,7 @@
 //! The only module with `unsafe`: thin, safe wrappers of system calls and CPU instructions.
 //!
-//! Each wrapper returns `io::Result`, owns what it opens (`OwnedFd`), and has a SAFETY line on
-//! each `unsafe` block. Nothing here knows of mosfs' formats.
+//! Each wrapper returns `io::Result`, owns what it opens (`OwnedFd`), and has a SAFETY line on each `unsafe`
+//! block. Nothing here depends on the formats of mosfs.
 
 pub mod atomic;
 pub mod blkid;
@@ -18,7 +18,7 @@ pub mod process;
 pub mod sha256;
 pub mod tpm;
 
-/// The folder of what lives as long as this boot (locks, records, mount points): `$MOSFS_RUN`, or
+/// The folder of files that last as long as this boot (locks, records, mount points): `$MOSFS_RUN`, or
 /// `/run/mosfs`.
 pub fn run_dir() -> std::path::PathBuf {
     std::env::var_os("MOSFS_RUN").map_or_else(|| "/run/mosfs".into(), std::path::PathBuf::from)

@@ -1,11 +1,11 @@
 //! The mount API with file descriptors: fsopen(2), fsconfig(2), fsmount(2), move_mount(2),
 //! open_tree(2), mount_setattr(2), and the older mount(2) and umount2(2).
 //!
-//! A mount made here is a file descriptor that is attached nowhere. Dropping it undoes the mount.
-//! Minimum kernel 5.12 (mount_setattr); docs/kernel-features.md has the list with fallbacks.
+//! A mount created here is a detached mount, held by a file descriptor. Dropping it undoes the mount. Minimum
+//! kernel 5.12 (mount_setattr); docs/kernel-features.md lists the fallbacks.
 //!
-//! An error prints the whole call and what the kernel wrote to the context's log, because
-//! `Invalid argument` alone tells nothing.
+//! An error prints the whole call and what the kernel wrote to the context's log, because `Invalid argument`
+//! alone is not informative.
 
 use std::ffi::{CStr, CString};
 use std::fmt;
@@ -17,9 +17,9 @@ use std::path::Path;
 /// A call of the mount API that failed.
 #[derive(Debug)]
 pub struct MountError {
-    /// The call as it was made: name and arguments.
+    /// The call: name and arguments.
     pub call: String,
-    /// What the kernel answered.
+    /// The kernel's error.
     pub source: io::Error,
     /// What the kernel wrote to the log of the file system context, line by line.
     pub log: Vec<String>,
@@ -50,12 +50,12 @@ impl MountError {
         Self { call, source: io::Error::new(io::ErrorKind::InvalidInput, "a NUL byte"), log: Vec::new() }
     }
 
-    /// The error number, 0 where there is none.
+    /// The error number, 0 if there is none.
     pub fn errno(&self) -> i32 {
         self.source.raw_os_error().unwrap_or(0)
     }
 
-    /// Whether the kernel does not know the call or the option, so that an older way may be tried.
+    /// Whether the kernel lacks the call or the option, so that an older method may be tried.
     pub fn is_unsupported(&self) -> bool {
         matches!(self.errno(), libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP)
     }
@@ -65,18 +65,18 @@ fn c_string(text: &[u8], call: &dyn Fn() -> String) -> Result<CString, MountErro
     CString::new(text).map_err(|_| MountError::interior_nul(call()))
 }
 
-/// Takes what a system call returned as a new file descriptor.
+/// Converts the return value of a system call to a new file descriptor.
 fn new_fd(result: libc::c_long, call: &dyn Fn() -> String) -> Result<OwnedFd, MountError> {
     match i32::try_from(result) {
         Ok(fd) if fd >= 0 => {
-            // SAFETY: the kernel has just made this descriptor for us, so nothing else owns it.
+            // SAFETY: the kernel has just created this descriptor, so nothing else owns it.
             Ok(unsafe { OwnedFd::from_raw_fd(fd) })
         }
         _ => Err(MountError::last(call())),
     }
 }
 
-/// A file system that is being configured: what fsopen(2) returns.
+/// A file system that is being configured, as returned by fsopen(2).
 #[derive(Debug)]
 pub struct FsContext {
     fd: OwnedFd,
@@ -102,10 +102,10 @@ impl FsContext {
         self.config(libc::FSCONFIG_SET_STRING, Some(&key_c), Some(&value_c), &call)
     }
 
-    /// Whether this file system checks each option when it is set.
+    /// Returns whether this file system checks each option when it is set.
     ///
-    /// One that still has the old parser (overlayfs before Linux 6.5) takes anything until the file
-    /// system is made, and then complains in the kernel's log.
+    /// One with the old parser (overlayfs before Linux 6.5) accepts anything until the file system is
+    /// created, and then reports errors in the kernel's log.
     pub fn checks_options(&self) -> bool {
         self.set_string("mosfs-asks-for-an-unknown-option", b"1").is_err()
     }
@@ -117,7 +117,7 @@ impl FsContext {
         self.config(libc::FSCONFIG_SET_FLAG, Some(&key_c), None, &call)
     }
 
-    /// Makes the file system and a mount of it that is attached nowhere, with `MOUNT_ATTR_*` bits.
+    /// Creates the file system and a detached mount of it, with `MOUNT_ATTR_*` bits.
     pub fn mount(self, attributes: u64) -> Result<OwnedFd, MountError> {
         self.config(libc::FSCONFIG_CMD_CREATE, None, None, &|| self.call("FSCONFIG_CMD_CREATE", "", "NULL"))?;
         let call = || format!("fsmount(fsopen(\"{}\"), FSMOUNT_CLOEXEC, {attributes:#x})", self.file_system);
@@ -141,8 +141,8 @@ impl FsContext {
         call: &dyn Fn() -> String,
     ) -> Result<(), MountError> {
         let pointer = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
-        // SAFETY: both pointers are null or to NUL-terminated strings that outlive the call, as
-        // each of the three commands used here takes them.
+        // SAFETY: both pointers are null or to NUL-terminated strings that outlive the call, as each of the
+        // three commands used here requires.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_fsconfig,
@@ -160,12 +160,12 @@ impl FsContext {
         format!("fsconfig(fsopen(\"{}\"), {command}, \"{key}\", {value})", self.file_system)
     }
 
-    /// Adds the kernel's own words, which a read of the context returns one at a time.
+    /// Adds the kernel's messages, which reads of the context return one at a time.
     fn with_log(&self, mut error: MountError) -> MountError {
         let mut buffer = [0u8; 512];
         // The kernel keeps at most 8 messages (struct fc_log); the bound is ours.
         for _ in 0..16 {
-            // SAFETY: the buffer is ours, of the length that is given.
+            // SAFETY: the buffer is ours and has the given length.
             let count = unsafe { libc::read(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
             let Ok(count @ 1..) = usize::try_from(count) else { break };
             let text = String::from_utf8_lossy(&buffer[..count]);
@@ -177,9 +177,9 @@ impl FsContext {
     }
 }
 
-/// Attaches a mount that is attached nowhere to a path. Linux 5.2.
+/// Attaches a detached mount to a path. Linux 5.2.
 ///
-/// It takes the descriptor, because a mount that is held by one cannot be unmounted.
+/// It consumes the descriptor, because a mount that is held by one cannot be unmounted.
 pub fn attach(mount: OwnedFd, target: &Path) -> Result<(), MountError> {
     let call = || format!("move_mount({}, \"\", AT_FDCWD, \"{}\")", mount.as_raw_fd(), target.display());
     let path = c_string(target.as_os_str().as_bytes(), &call)?;
@@ -207,7 +207,7 @@ fn move_mount(
     if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
 }
 
-/// A private copy of the one mount at `path` (no mounts below it), attached nowhere. Linux 5.2.
+/// Returns a detached private copy of the mount at `path`, without mounts below it. Linux 5.2.
 pub fn clone_mount(path: &Path) -> Result<OwnedFd, MountError> {
     let call = || format!("open_tree(AT_FDCWD, \"{}\", OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC)", path.display());
     let path_c = c_string(path.as_os_str().as_bytes(), &call)?;
@@ -226,7 +226,7 @@ pub fn clone_mount(path: &Path) -> Result<OwnedFd, MountError> {
 /// mount_setattr(2) on a mount that is held by descriptor. Linux 5.12.
 pub fn set_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> Result<(), MountError> {
     let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
-    // SAFETY: the path is a NUL-terminated string, the struct is ours and of the size that is given.
+    // SAFETY: the path is a NUL-terminated string, the struct is ours and has the given size.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -272,7 +272,7 @@ pub fn mount_legacy(
     if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
 }
 
-/// umount2(2). With `detach` a busy mount leaves the tree now and ends when its last user does.
+/// umount2(2). With `detach` a busy mount is detached now and ends with its last user.
 pub fn unmount(target: &Path, detach: bool) -> Result<(), MountError> {
     let flags = libc::UMOUNT_NOFOLLOW | if detach { libc::MNT_DETACH } else { 0 };
     let call = || format!("umount2(\"{}\", {flags:#x})", target.display());
@@ -282,15 +282,15 @@ pub fn unmount(target: &Path, detach: bool) -> Result<(), MountError> {
     if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
 }
 
-/// Runs `work` in a thread that has a mount namespace and a working folder of its own.
+/// Runs `work` in a thread with its own mount namespace and working folder.
 ///
-/// `work` is given an empty tmpfs that nobody else sees; it is also the thread's working folder,
-/// so that names in it can be given to the kernel as short relative paths. Absolute paths work as
-/// before. Mounts that `work` attaches there end with the thread; mounts that it returns as
-/// descriptors live on. If the process is killed, the kernel frees it all.
+/// `work` receives an empty tmpfs that no other thread sees; it is also the thread's working folder, so names
+/// in it can be passed to the kernel as short relative paths. Absolute paths work as before. Mounts that
+/// `work` attaches there end with the thread; mounts that it returns as descriptors persist. If the process
+/// is killed, the kernel frees everything.
 ///
-/// It is here because overlayfs takes no lower folder on a detached mount before Linux 6.15
-/// (`clone_private_mount` wants a mount of the caller's own namespace).
+/// This is needed because overlayfs accepts no lower folder on a detached mount before Linux 6.15
+/// (`clone_private_mount` requires a mount of the caller's own namespace).
 pub fn in_private_namespace<T: Send, E: Send + From<MountError>>(
     work: impl FnOnce(BorrowedFd<'_>) -> Result<T, E> + Send,
 ) -> Result<T, E> {
@@ -306,7 +306,7 @@ pub fn in_private_namespace<T: Send, E: Send + From<MountError>>(
     })
 }
 
-/// Gives the calling thread its own mount namespace and an empty tmpfs as its working folder.
+/// Moves the calling thread to its own mount namespace, with an empty tmpfs as its working folder.
 fn enter_private_namespace() -> Result<OwnedFd, MountError> {
     // SAFETY: unshare takes no pointers. CLONE_FS makes the working folder and root this
     // thread's own, so that the other threads of the process keep theirs.

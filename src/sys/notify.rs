@@ -1,4 +1,4 @@
-//! Saying that something is ready: systemd's notification socket, and a named pipe.
+//! Readiness notification: systemd's notification socket, and a named pipe.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -9,10 +9,10 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Tells the service manager that this process is ready, where one waits for that (sd_notify(3)):
-/// `READY=1` as a datagram to `$NOTIFY_SOCKET`, whose name may be an abstract one (`@…`).
+/// Notifies the service manager, if it waits for that, that this process is ready (sd_notify(3)): `READY=1`
+/// as a datagram to `$NOTIFY_SOCKET`, which may be an abstract name (`@…`).
 ///
-/// Gives whether somebody was told.
+/// Returns whether a notification was sent.
 pub fn service_is_ready() -> io::Result<bool> {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(false) };
     let address = match name.as_bytes() {
@@ -23,22 +23,22 @@ pub fn service_is_ready() -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whether a path leads to a named pipe.
+/// Returns whether a path leads to a named pipe.
 pub fn is_pipe(path: &Path) -> io::Result<bool> {
     Ok(std::fs::metadata(path)?.file_type().is_fifo())
 }
 
-/// Writes one byte to a named pipe; waits up to `patience` for somebody to read it.
+/// Writes one byte to a named pipe; waits up to `patience` for a reader.
 ///
 /// # Errors
-/// `TimedOut` where nobody does.
+/// `TimedOut` if there is none.
 pub fn write_to_pipe(path: &Path, byte: u8, patience: Duration) -> io::Result<()> {
     let end = Instant::now() + patience;
     loop {
-        // Without O_NONBLOCK the open would wait for a reader for ever.
+        // Without O_NONBLOCK the open would wait for a reader forever.
         match OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
             Ok(mut pipe) => return pipe.write_all(&[byte]),
-            // fifo(7): nobody has it open for reading.
+            // fifo(7): no process has it open for reading.
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
                 if Instant::now() >= end {
                     return Err(io::ErrorKind::TimedOut.into());

@@ -1,17 +1,17 @@
-//! SHA-256 of many salted 4096-byte blocks, as fast as the processor can.
+//! SHA-256 of many salted 4096-byte blocks, as fast as the processor allows.
 //!
 //! ```text
 //! hashed message, 4128 bytes:    salt (32) | block (4096)
 //! SHA-256 compressions:          [salt | block[..32]]  [block[32..96]] … 63 of these …  [block[4064..] | padding]
 //! ```
 //!
-//! The compressions are cut 32 bytes off the block's own alignment, so each loads its 64 bytes
-//! straight from the block: nothing is copied.
+//! The compressions are offset by 32 bytes from the block's own alignment, so each loads its 64 bytes
+//! directly from the block: nothing is copied.
 //!
-//! With the SHA extensions of x86-64, one message leaves most of the unit idle, because each round
-//! waits for the one before. Two independent messages side by side fill it: twice as fast (Zen 4: 3.6
-//! against 1.8 GB/s). Three run out of registers and are slower than two (2.3 GB/s). Everywhere else the
-//! `sha2` crate does it, with what the processor has. Both give the same digests; the tests hold them together.
+//! With the SHA extensions of x86-64, one message leaves most of the unit idle, because each round waits for
+//! the previous one. Two independent interleaved messages fill it: twice as fast (Zen 4: 3.6 against 1.8
+//! GB/s). Three run out of registers and are slower than two (2.3 GB/s). On other processors the `sha2` crate
+//! hashes, with the features available. Both compute the same digests; the tests compare them.
 
 use sha2::{Digest as _, Sha256};
 
@@ -24,7 +24,7 @@ pub const DIGEST: usize = 32;
 /// Writes to `out[i]` the SHA-256 digest of `salt` followed by the i-th block of `data`.
 ///
 /// # Panics
-/// Where `data` is not `out.len()` blocks long: a mistake of the caller.
+/// If `data` is not `out.len()` blocks long: a bug in the caller.
 pub fn hash_blocks(salt: &[u8; DIGEST], data: &[u8], out: &mut [[u8; DIGEST]]) {
     let (blocks, rest) = data.as_chunks::<BLOCK>();
     assert!(rest.is_empty() && blocks.len() == out.len(), "{} bytes for {} digests", data.len(), out.len());
@@ -35,7 +35,7 @@ pub fn hash_blocks(salt: &[u8; DIGEST], data: &[u8], out: &mut [[u8; DIGEST]]) {
     portable(salt, blocks, out);
 }
 
-/// The same, by the `sha2` crate.
+/// Does the same with the `sha2` crate.
 fn portable(salt: &[u8; DIGEST], blocks: &[[u8; BLOCK]], out: &mut [[u8; DIGEST]]) {
     for (block, out) in blocks.iter().zip(out) {
         *out = Sha256::new().chain_update(salt).chain_update(block).finalize().into();
@@ -80,14 +80,14 @@ mod x86 {
     /// Length of the message in bits; it ends the padding (FIPS 180-4, section 5.1.1).
     const MESSAGE_BITS: i32 = ((DIGEST + BLOCK) * 8) as i32;
 
-    /// Whether this processor has what [`hash_blocks`] uses.
+    /// Returns whether this processor has the features that [`hash_blocks`] uses.
     pub fn available() -> bool {
         is_x86_feature_detected!("sha")
             && is_x86_feature_detected!("sse4.1")
             && is_x86_feature_detected!("ssse3")
     }
 
-    /// The same as the function of the parent module. Call it only where [`available`] says yes.
+    /// Does the same as the function of the parent module. Call it only if [`available`] returns true.
     pub fn hash_blocks(salt: &[u8; DIGEST], blocks: &[[u8; BLOCK]], out: &mut [[u8; DIGEST]]) {
         assert!(available());
         let (block_pairs, last_block) = blocks.as_chunks::<2>();
@@ -102,7 +102,7 @@ mod x86 {
         }
     }
 
-    /// The digests of `N` messages, computed side by side.
+    /// Returns the digests of `N` messages, computed in an interleaved way.
     #[target_feature(enable = "sha,sse4.1,ssse3")]
     fn streams<const N: usize>(salt: &[u8; DIGEST], blocks: [&[u8; BLOCK]; N]) -> [[u8; DIGEST]; N] {
         let mut state = [initial_state(); N];
@@ -131,7 +131,7 @@ mod x86 {
         state.map(|state| digest(state))
     }
 
-    /// The state in the order that the instructions want: words A B E F and C D G H, highest lane first.
+    /// The state in the order that the instructions require: words A B E F and C D G H, highest lane first.
     #[target_feature(enable = "sha,sse4.1,ssse3")]
     fn initial_state() -> [__m128i; 2] {
         let [a, b, c, d, e, f, g, h] = INITIAL.map(u32::cast_signed);
@@ -164,7 +164,7 @@ mod x86 {
         swap(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
     }
 
-    /// Turns the bytes of each 32-bit word around.
+    /// Reverses the bytes of each 32-bit word.
     #[inline]
     #[target_feature(enable = "sha,sse4.1,ssse3")]
     fn swap(words: __m128i) -> __m128i {

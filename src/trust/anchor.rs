@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! CONFIG/manifestCA.pem     one certificate or several, any of which may end a chain
-//! CONFIG/crl.pem            what these have revoked (crl.rs); may be missing
+//! CONFIG/crl.pem            the certificates that they have revoked (crl.rs); optional
 //! CONFIG/product            the UUID, one line
 //! ```
 //!
-//! CA and product are written by the first installation, and by nothing after it.
+//! Only the first installation writes CA and product.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -39,15 +39,15 @@ pub struct Anchor {
     product: Uuid,
 }
 
-/// Why there is no anchor to verify with.
+/// Why there is no trust anchor.
 #[derive(Debug, thiserror::Error)]
 pub enum AnchorError {
-    /// CONFIG lacks a file: nothing can be believed.
+    /// CONFIG lacks a file: nothing can be trusted.
     #[error("{} is missing: this device trusts no {what}", path.display())]
     Missing {
         /// The file.
         path: PathBuf,
-        /// What it holds.
+        /// What it should hold.
         what: &'static str,
     },
     /// Not a CA certificate.
@@ -58,7 +58,7 @@ pub enum AnchorError {
         /// What is wrong with it.
         reason: String,
     },
-    /// Not revocation lists, or not those of the CA that they name.
+    /// Not revocation lists, or not signed by the CA that they name.
     #[error("{} holds no revocation lists of use: {reason}", path.display())]
     BadCrl {
         /// The file.
@@ -77,24 +77,24 @@ pub enum AnchorError {
         /// The first characters of its content.
         found: String,
     },
-    /// The device has another CA already.
+    /// The device already has another CA.
     #[error("this device trusts the CA {has} ({}), not the given {given}", path.display())]
     OtherCa {
-        /// The file of the one it has.
+        /// The file with the present one.
         path: PathBuf,
-        /// Subject and digest of the one it has.
+        /// Subject and digest of the present one.
         has: String,
-        /// Subject and digest of the one that was given.
+        /// Subject and digest of the given one.
         given: String,
     },
-    /// The device is of another product already.
+    /// The device already belongs to another product.
     #[error("this device is product {has} ({}), not the given {given}", path.display())]
     OtherProduct {
-        /// The file of the one it has.
+        /// The file with the present one.
         path: PathBuf,
-        /// The one it has.
+        /// The present one.
         has: Uuid,
-        /// The one that was given.
+        /// The given one.
         given: Uuid,
     },
     /// A file that cannot be read or written.
@@ -125,12 +125,12 @@ impl fmt::Debug for Anchor {
 }
 
 impl Anchor {
-    /// An anchor of a CA file and a product, with nothing revoked.
+    /// Returns an anchor from a CA file and a product, without revocation lists.
     pub fn new(ca: CaFile, product: Uuid) -> Self {
         Self { ca: ca.certificates, crls: Crls::default(), product }
     }
 
-    /// The same anchor with the revocation lists of a file.
+    /// Returns the same anchor with the revocation lists of a file.
     ///
     /// # Errors
     /// [`AnchorError::BadCrl`], [`AnchorError::Io`].
@@ -139,16 +139,16 @@ impl Anchor {
         Ok(self)
     }
 
-    /// The same anchor with the revocation lists of CONFIG, if it has any.
+    /// Returns the same anchor with the revocation lists of CONFIG, if there are any.
     fn with_crls_of(mut self, config: &Path) -> Result<Self, AnchorError> {
         self.crls = Crls::find(config, &self.ca)?;
         Ok(self)
     }
 
-    /// The anchor of a device.
+    /// Reads the anchor of a device.
     ///
     /// # Errors
-    /// [`AnchorError::Missing`] if CONFIG does not say what to trust.
+    /// [`AnchorError::Missing`] if CONFIG lacks the CA or the product.
     pub fn load(config: &Path) -> Result<Self, AnchorError> {
         let missing = |file: &str, what| AnchorError::Missing { path: config.join(file), what };
         let ca = CaFile::find(&config.join(CA_FILE))?.ok_or_else(|| missing(CA_FILE, "manifest CA"))?;
@@ -156,12 +156,12 @@ impl Anchor {
         Self::new(ca, product).with_crls_of(config)
     }
 
-    /// Plans the anchor of a first installation: what CONFIG has, and what is given where CONFIG
-    /// has none. Nothing is written before [`AnchorPlan::apply`].
+    /// Plans the anchor of a first installation: the values of CONFIG, and the given values if CONFIG has
+    /// none. Nothing is written before [`AnchorPlan::apply`].
     ///
     /// # Errors
-    /// [`AnchorError::OtherCa`] and [`AnchorError::OtherProduct`] if CONFIG has others than those
-    /// given; [`AnchorError::Missing`] if neither has one.
+    /// [`AnchorError::OtherCa`] and [`AnchorError::OtherProduct`] if CONFIG has other values than those
+    /// given; [`AnchorError::Missing`] if a value is in neither.
     pub fn plan(config: &Path, ca: Option<CaFile>, product: Option<Uuid>) -> Result<AnchorPlan, AnchorError> {
         let mut files = Vec::new();
         let path = config.join(PRODUCT_FILE);
@@ -225,7 +225,7 @@ pub struct AnchorPlan {
 }
 
 impl AnchorPlan {
-    /// What the device will trust, to verify what is to be installed before anything is written.
+    /// Returns what the device will trust, to verify the system before anything is written.
     pub fn anchor(&self) -> &Anchor {
         &self.anchor
     }
@@ -235,11 +235,11 @@ impl AnchorPlan {
         self.files.iter().map(|file| self.config.join(file.name)).collect()
     }
 
-    /// Writes what CONFIG lacks. A crash leaves each file whole or absent, and the same plan again
-    /// completes them.
+    /// Writes the missing files of CONFIG. A crash leaves each file whole or absent, and applying the same
+    /// plan again completes them.
     ///
     /// # Errors
-    /// [`AnchorError::Io`], also if a file has appeared since the plan was made.
+    /// [`AnchorError::Io`], including if a file has appeared since the plan was made.
     pub fn apply(self) -> Result<(), AnchorError> {
         if self.files.is_empty() {
             return Ok(());
@@ -256,12 +256,12 @@ impl AnchorPlan {
 #[derive(Clone)]
 pub struct CaFile {
     certificates: Vec<X509>,
-    /// The same in DER.
+    /// The same certificates in DER.
     der: Vec<Vec<u8>>,
 }
 
 impl CaFile {
-    /// Reads a PEM file that somebody gives: certificates and nothing secret.
+    /// Reads a given PEM file, which must hold certificates and no private key.
     ///
     /// # Errors
     /// [`AnchorError::BadCa`], [`AnchorError::Secret`], [`AnchorError::Io`].
@@ -271,10 +271,10 @@ impl CaFile {
         Self::parse(&bytes, path)
     }
 
-    /// The same, with `None` if there is no such file.
+    /// Does the same; returns `None` if there is no such file.
     fn find(path: &Path) -> Result<Option<Self>, AnchorError> {
         let bytes = file::find_regular(path, Links::Followed, MAX_CERTIFICATE_BYTES as u64)?;
-        // A device that has run with it goes on running: what is done is done.
+        // A device that already runs with such a file keeps running: refusing would undo nothing.
         if let Some(label) = bytes.as_deref().and_then(private_key) {
             log::warn!("{} holds a private key ({label}): whoever has read it can sign", path.display());
         }
@@ -291,7 +291,7 @@ impl CaFile {
         Ok(Self { certificates, der: der.map_err(|error| bad(reason(&error)))? })
     }
 
-    /// The certificates alone, without comments or keys that may stand beside them.
+    /// Returns only the certificates, without comments or keys from the file.
     fn to_pem(&self) -> Result<Vec<u8>, ErrorStack> {
         self.certificates.iter().try_fold(Vec::new(), |mut all, ca| {
             all.extend(ca.to_pem()?);
@@ -299,7 +299,7 @@ impl CaFile {
         })
     }
 
-    /// What tells two files apart: the digests of their certificates, in any order.
+    /// Identifies a file by the digests of its certificates, in any order.
     fn digests(&self) -> Vec<Digest> {
         let mut all: Vec<_> = self.der.iter().map(|der| Digest::of(der)).collect();
         all.sort();
@@ -315,7 +315,7 @@ impl fmt::Display for CaFile {
     }
 }
 
-/// The product that CONFIG names, if it names one.
+/// Returns the product in CONFIG, if there is one.
 pub(crate) fn find_product(config: &Path) -> Result<Option<Uuid>, AnchorError> {
     let path = config.join(PRODUCT_FILE);
     let Some(bytes) = file::find_regular(&path, Links::Followed, 4096)? else { return Ok(None) };

@@ -1,9 +1,9 @@
 //! The signer's certificate: its chain to the manifest CA, its dates, and the product in its CN.
 //!
-//! `cert.pem` holds the signer's certificate first; certificates that lead from it to the CA may
-//! follow in any order. OpenSSL builds and checks the chain (signatures, basic constraints, key
-//! usage, path length, critical extensions, security level 2, which is 112 bits: no RSA below
-//! 2048, no SHA-1). The rules that it does not have are checked here.
+//! `cert.pem` holds the signer's certificate first; certificates that lead from it to the CA may follow in
+//! any order. OpenSSL builds and checks the chain (signatures, basic constraints, key usage, path length,
+//! critical extensions, security level 2, which is 112 bits: no RSA below 2048, no SHA-1). Rules that OpenSSL
+//! does not check are checked here.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -20,18 +20,18 @@ use uuid::Uuid;
 use super::{Anchor, Dates, PrivateKey, TrustError, der};
 use crate::manifest::rules;
 
-/// Most certificates of a file, and most links of a chain.
+/// Maximum number of certificates in a file, and of links in a chain.
 pub const MAX_CERTIFICATES: usize = 8;
 /// OpenSSL's name for 112 bits of security (SSL_CTX_set_security_level(3)).
 const SECURITY_LEVEL: i32 = 2;
 
-/// The signer's certificate and those that came with it. Nothing is checked yet.
+/// The signer's certificate and those supplied with it, not yet verified.
 pub struct Certificate {
     leaf: X509,
     others: Vec<X509>,
 }
 
-/// What the CN of a signer's certificate says: `manifest NAME:UUID`.
+/// The CN of a signer's certificate: `manifest NAME:UUID`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
     /// The product's name, for people.
@@ -40,7 +40,7 @@ pub struct Binding {
     pub product: Uuid,
 }
 
-/// Reads all certificates of a PEM file, one at least.
+/// Reads all certificates of a PEM file, at least one.
 pub(super) fn read_pem(pem: &[u8]) -> Result<Vec<X509>, String> {
     let certificates = X509::stack_from_pem(pem).map_err(|error| reason(&error))?;
     if certificates.is_empty() {
@@ -62,7 +62,7 @@ pub(super) fn reason(error: &ErrorStack) -> String {
     reason.unwrap_or("OpenSSL gives no reason").to_string()
 }
 
-/// A name as RFC 4514 writes it, roughly, with control characters escaped: for messages alone.
+/// Formats a name roughly as in RFC 4514, with control characters escaped; only for messages.
 pub(super) fn name_text(name: &X509NameRef) -> String {
     let entry = |entry: &openssl::x509::X509NameEntryRef| {
         let kind = entry.object().nid().short_name().unwrap_or("?");
@@ -83,22 +83,22 @@ impl Certificate {
         Ok(Self { leaf, others: all })
     }
 
-    /// Its subject, for messages.
+    /// Returns its subject, for messages.
     pub fn subject(&self) -> String {
         name_text(self.leaf.subject_name())
     }
 
-    /// Its public key.
+    /// Returns its public key.
     pub(super) fn key(&self) -> Result<PKey<Public>, TrustError> {
         self.leaf.public_key().map_err(|error| TrustError::UnsupportedKey { found: reason(&error) })
     }
 
-    /// Whether it is the certificate of a private key.
+    /// Returns whether it is the certificate of a private key.
     pub(super) fn has_key(&self, key: &PrivateKey) -> bool {
         self.leaf.public_key().is_ok_and(|public| key.pkey().public_eq(&public))
     }
 
-    /// What its CN says.
+    /// Parses its CN.
     ///
     /// # Errors
     /// [`TrustError::NoProduct`] unless there is exactly one CN, `manifest NAME:UUID`.
@@ -115,7 +115,7 @@ impl Certificate {
     /// Requires that the chain reaches the CA of the device.
     ///
     /// # Errors
-    /// The first link that does not hold.
+    /// The first link that fails.
     pub fn check_chain(&self, anchor: &Anchor, dates: Dates) -> Result<(), TrustError> {
         let openssl = |operation| move |source| TrustError::Openssl { operation, source };
         let outcome = self.build_chain(anchor).map_err(openssl("build a certificate chain"))?;
@@ -125,8 +125,8 @@ impl Certificate {
         if chain.len() < 2 {
             return Err(TrustError::SelfSigned { certificate: self.subject(), ca: anchor.ca_name() });
         }
-        // RFC 5280, section 6.1.4 (k): basicConstraints present, "and that cA is set to TRUE".
-        // OpenSSL also takes keyUsage or Netscape's type for it, where they stand alone.
+        // RFC 5280, section 6.1.4 (k): basicConstraints present, "and that cA is set to TRUE". OpenSSL also
+        // accepts keyUsage or Netscape's type instead, if they are alone.
         let last = chain.len() - 1;
         for issuer in &chain[1..last] {
             if !issuer.to_der().is_ok_and(|der| der::is_marked_ca(&der)) {
@@ -143,7 +143,7 @@ impl Certificate {
         chain.iter().try_for_each(|link| check_dates(link, dates))
     }
 
-    /// Requires that it is a certificate for signing, where it says what it is for.
+    /// Requires that the certificate is for signing, if it restricts its uses.
     pub(super) fn check_usage(&self) -> Result<(), TrustError> {
         // RFC 5280, section 4.2.1.3: digitalSignature "is asserted when the subject public key is used
         // for verifying digital signatures, other than signatures on certificates".
@@ -157,7 +157,7 @@ impl Certificate {
         check_extended_usage(&self.leaf)
     }
 
-    /// The certificates alone, in PEM, as they stand in the file.
+    /// Returns only the certificates, in PEM, in the order of the file.
     ///
     /// # Errors
     /// [`TrustError::Openssl`].
@@ -169,17 +169,17 @@ impl Certificate {
             .map_err(|source| TrustError::Openssl { operation: "write a certificate", source })
     }
 
-    /// Which of two ends later; those that cannot be compared end together.
+    /// Compares which of two expires later; incomparable ones count as equal.
     pub(super) fn compare_end(&self, other: &Self) -> std::cmp::Ordering {
         self.leaf.not_after().compare(other.leaf.not_after()).unwrap_or(std::cmp::Ordering::Equal)
     }
 
-    /// Checks the dates of the signer's certificate alone.
+    /// Checks the dates of only the signer's certificate.
     pub(super) fn check_dates(&self, dates: Dates) -> Result<(), TrustError> {
         check_dates(&self.leaf, dates)
     }
 
-    /// The chain from the signer to the anchor, or where it fails.
+    /// Returns the chain from the signer to the anchor, or where it fails.
     fn build_chain(&self, anchor: &Anchor) -> Result<Result<Vec<X509>, Failure>, ErrorStack> {
         let mut store = X509StoreBuilder::new()?;
         for ca in anchor.ca() {
@@ -248,8 +248,8 @@ struct Failure {
     certificate: Option<X509>,
 }
 
-/// Requires that a certificate is for signing, where its extended key usage says what it is for: of the signer, and
-/// of the intermediates above it, which may issue only for what they are for themselves.
+/// Requires that a certificate is for signing, if it has an extended key usage. This applies to the signer
+/// and to the intermediates above it, which may issue certificates only for their own uses.
 fn check_extended_usage(certificate: &X509Ref) -> Result<(), TrustError> {
     // RFC 5280, section 4.2.1.12: "the certificate MUST only be used for one of the purposes indicated".
     let signing = X509ExtendedKeyUsage::CODE_SIGN | X509ExtendedKeyUsage::ANYEKU;
@@ -292,7 +292,7 @@ fn check_dates(certificate: &X509Ref, dates: Dates) -> Result<(), TrustError> {
 fn compare_dates(certificate: &X509Ref, now: SystemTime) -> Result<(), TrustError> {
     let name = || name_text(certificate.subject_name());
     let bad = |error: ErrorStack| TrustError::BadChain { certificate: name(), reason: reason(&error) };
-    // A clock before 1970 is one that was never set.
+    // A clock before 1970 was never set.
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let now = Asn1Time::from_unix(i64::try_from(seconds).unwrap_or(i64::MAX)).map_err(bad)?;
     if certificate.not_after().compare(&now).map_err(bad)?.is_lt() {

@@ -1,13 +1,13 @@
-//! Certificate revocation lists: how a publisher takes trust back from a key (RFC 5280, section 5).
+//! Certificate revocation lists: how a publisher revokes trust in a key (RFC 5280, section 5).
 //!
 //! ```text
-//! CONFIG/crl.pem   one list or several, each a block `X509 CRL`; comments between them are passed over
+//! CONFIG/crl.pem   one or more lists, each a block `X509 CRL`; comments between them are ignored
 //! ```
 //!
-//! A certificate that a list of its issuer names is refused wherever a certificate is checked, at boot too. A
-//! list counts only where its issuer's key signed it. Revocation is for ever here, whatever the clock says: the list's
-//! dates are logged and never enforced, because a device that cannot get the next list must still boot, and a
-//! device that could be talked into forgetting a list by its clock would not be safe.
+//! A certificate that a list of its issuer names is refused wherever a certificate is checked, including at
+//! boot. A list counts only if its issuer's key signed it. Revocation is permanent, whatever the clock says:
+//! the list's dates are logged and never enforced, because a device that cannot obtain the next list must
+//! still boot, and an attacker must not be able to disable a list by changing the clock.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,9 +22,9 @@ use crate::sys::file::{self, Links};
 
 /// Name of the lists' file in CONFIG.
 pub const CRL_FILE: &str = "crl.pem";
-/// Most bytes of the file: some ten thousand revoked certificates.
+/// Maximum size of the file, in bytes: some ten thousand revoked certificates.
 pub const MAX_CRL_BYTES: usize = 1 << 20;
-/// Most lists of a file.
+/// Maximum number of lists in a file.
 const MAX_LISTS: usize = 32;
 
 const BEGIN: &str = "-----BEGIN X509 CRL-----";
@@ -35,11 +35,11 @@ const END: &str = "-----END X509 CRL-----";
 pub struct Crls(Arc<Vec<X509Crl>>);
 
 impl Crls {
-    /// Reads the lists of a device; none where CONFIG has no file of them.
+    /// Reads the lists of a device; none if CONFIG has no such file.
     ///
     /// # Errors
-    /// [`AnchorError::BadCrl`] where the file is not lists, or where one that carries the name of a CA
-    /// of `cas` was not signed by it: a list that cannot be believed must not silently revoke nothing.
+    /// [`AnchorError::BadCrl`] if the file does not consist of lists, or if a list that names a CA of `cas`
+    /// was not signed by it: an untrusted list must not silently revoke nothing.
     pub(super) fn find(config: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
         let path = config.join(CRL_FILE);
         match file::find_regular(&path, Links::Followed, MAX_CRL_BYTES as u64)? {
@@ -80,8 +80,8 @@ impl Crls {
     /// # Errors
     /// [`TrustError::Revoked`].
     pub(super) fn check(&self, certificate: &X509, issuer: &X509) -> Result<(), TrustError> {
-        // RFC 5280, section 6.3.3: the list is that of the certificate's issuer, and its signature holds
-        // under the issuer's key. Two CAs may have one name while one of them takes the other's place.
+        // RFC 5280, section 6.3.3: the list is that of the certificate's issuer, and its signature verifies
+        // with the issuer's key. Two CAs may have the same name while one replaces the other.
         for list in self.0.iter().filter(|list| is_name(issuer.subject_name(), list.issuer_name())) {
             if let CrlStatus::Revoked(entry) = list.get_by_cert(certificate)
                 && signed_by(list, issuer)
@@ -97,7 +97,7 @@ impl Crls {
     }
 }
 
-/// Reads every list of a PEM text, one at least.
+/// Reads every list of a PEM text, at least one.
 fn parse(bytes: &[u8]) -> Result<Vec<X509Crl>, String> {
     let text = std::str::from_utf8(bytes).map_err(|_| "it is not text in PEM".to_string())?;
     let mut lists = Vec::new();

@@ -1,12 +1,12 @@
-//! One question to a certificate that the OpenSSL crate does not answer: is it marked as a CA?
+//! Checks whether a certificate is marked as a CA, which the OpenSSL crate does not expose.
 //!
 //! Layout (RFC 5280, section 4.1; DER tags in hex):
 //! ```text
 //! 30 Certificate { 30 TBSCertificate { …, a3 { 30 { 30 Extension { 06 id, [01 critical,] 04 value }, … } } }, … }
 //! value of 2.5.29.19: 30 BasicConstraints { [01 cA,] [02 pathLen] }
 //! ```
-//! OpenSSL has parsed the same bytes before, so this needs not to be a full parser; what it does
-//! not understand is "no".
+//! OpenSSL has already parsed the same bytes, so a full parser is not needed; anything unrecognised counts as
+//! "no".
 
 /// An element: its tag, its content, and what follows it.
 fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
@@ -25,12 +25,12 @@ fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     Some((tag, content, rest))
 }
 
-/// The content of the one element that `bytes` begins with, if it has this tag.
+/// Returns the content of the first element of `bytes`, if it has this tag.
 fn expect(tag: u8, bytes: &[u8]) -> Option<&[u8]> {
     element(bytes).filter(|(found, ..)| *found == tag).map(|(_, content, _)| content)
 }
 
-/// Elements one after the other.
+/// Iterates over consecutive elements.
 fn elements(mut bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     std::iter::from_fn(move || {
         let (tag, content, rest) = element(bytes)?;
@@ -39,7 +39,7 @@ fn elements(mut bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     })
 }
 
-/// Whether a certificate has basic constraints with cA = TRUE.
+/// Returns whether a certificate has basic constraints with cA = TRUE.
 pub(super) fn is_marked_ca(certificate: &[u8]) -> bool {
     marked_ca(certificate).unwrap_or(false)
 }
@@ -52,7 +52,7 @@ fn marked_ca(certificate: &[u8]) -> Option<bool> {
     let (_, extension) = elements(expect(0x30, extensions)?)
         .find(|(_, extension)| expect(0x06, extension) == Some(BASIC_CONSTRAINTS))?;
     let (_, value) = elements(extension).find(|(tag, _)| *tag == 0x04)?;
-    // DER writes TRUE as ff; FALSE is the default and left out.
+    // DER encodes TRUE as ff; FALSE is the default and is omitted.
     Some(expect(0x01, expect(0x30, value)?)? == [0xff])
 }
 

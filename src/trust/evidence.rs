@@ -1,19 +1,19 @@
-//! Many signatures and certificates of one manifest, of which one pair has to hold.
+//! Verifies a manifest that comes with many signatures and certificates, of which one pair must be valid.
 //!
-//! A publisher signs a manifest again when a certificate is renewed or a CA replaced, and whoever can write
-//! to a registry can put any number of bad signatures beside the good one. So all are looked at, and the work is
-//! bounded all the same: each certificate's chain is checked once, and only signatures of a certificate that this
-//! device trusts are computed.
+//! A publisher signs a manifest again when a certificate is renewed or a CA replaced, and anyone who can
+//! write to a registry can add any number of bad signatures to the good one. So all are examined, but the
+//! work is still bounded: each certificate's chain is checked once, and only signatures of a certificate that
+//! this device trusts are computed.
 
 use super::{Anchor, Certificate, Dates, Signed, TrustError, Verified, at_most, signature};
 use super::{MAX_CERTIFICATE_BYTES, MAX_SIGNATURE_BYTES};
 
-/// Most signatures, and most certificates, that are looked at.
+/// Maximum number of signatures, and of certificates, that are examined.
 pub const MAX_ALTERNATIVES: usize = 1024;
-/// Most trusted certificates whose signatures are looked for. A stranger cannot make one.
+/// Maximum number of trusted certificates whose signatures are searched. An attacker cannot create one.
 const MAX_SIGNERS: usize = 16;
 
-/// Which signature and which certificate were taken, as positions in what was given.
+/// Which signature and which certificate were used, as positions in the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
     /// The position of the signature.
@@ -22,14 +22,13 @@ pub struct Taken {
     pub certificate: usize,
 }
 
-/// Verifies a manifest with the signature and the certificate among those given that hold.
+/// Verifies a manifest with a valid pair of signature and certificate from those given.
 ///
-/// Where several certificates hold, the one that is valid longest is taken, so that a renewed one wins
-/// over the one that it renews. The certificate in the result is written anew: certificates and
-/// nothing else.
+/// If several certificates are valid, the one that is valid longest is used, so a renewed certificate wins
+/// over the one that it renews. The certificate in the result is written anew and holds only certificates.
 ///
 /// # Errors
-/// The error of the first certificate where none is trusted, else of the first signature.
+/// The error of the first certificate if none is trusted, else of the first signature.
 pub fn verify_any(
     manifest: &[u8],
     signatures: &[Vec<u8>],
@@ -46,11 +45,11 @@ pub fn verify_any(
             Err(error) => first = first.or(Some(error)),
         }
     }
-    // A stable sort: of two that end together, the first one given.
+    // A stable sort: of two that expire together, the first one given comes first.
     signers.sort_by(|(_, one), (_, other)| other.compare_end(one));
     signers.truncate(MAX_SIGNERS);
     if !signers.is_empty() {
-        // What a stranger's certificate says is of no interest where a trusted one is there.
+        // Errors of untrusted certificates do not matter if there is a trusted one.
         first = None;
     }
     for (at, signer) in &signers {
@@ -67,7 +66,7 @@ pub fn verify_any(
                 certificate: signer.to_pem()?,
                 floor_signature,
             };
-            // The one verification loop has the last word.
+            // The verification loop makes the final decision.
             let verified = signed.verify(anchor, dates)?;
             return Ok(Some((verified, Taken { signature: which, certificate: *at })));
         }

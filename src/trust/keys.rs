@@ -1,4 +1,4 @@
-//! Private keys, loaded with care: PEM files that only their owner can use.
+//! Loads private keys from PEM files that only their owner can access.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +13,7 @@ use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::sys::file::read_at_most;
 
-/// Most bytes of a key file.
+/// Maximum size of a key file, in bytes.
 const MAX_KEY_BYTES: usize = 64 << 10;
 
 /// Why a key cannot be used.
@@ -35,7 +35,7 @@ pub enum KeyError {
         /// What OpenSSL says.
         reason: String,
     },
-    /// A key of a kind that no device accepts signatures of.
+    /// A kind of key whose signatures no device accepts.
     #[error("the key {} is {found}; expected RSA of 2048 bits or more, or ECDSA on P-256", path.display())]
     Unsupported {
         /// The file.
@@ -49,7 +49,7 @@ pub enum KeyError {
     /// OpenSSL failed.
     #[error("OpenSSL cannot {operation}: {source}")]
     Openssl {
-        /// What it was asked to do.
+        /// The operation.
         operation: &'static str,
         /// What it says.
         source: ErrorStack,
@@ -72,7 +72,7 @@ pub struct PrivateKey {
 }
 
 impl PrivateKey {
-    /// Loads a PEM file that its owner alone can use.
+    /// Loads a PEM file that only its owner can access.
     ///
     /// # Errors
     /// [`KeyError::OpenToOthers`], [`KeyError::Unreadable`], [`KeyError::Unsupported`].
@@ -85,7 +85,7 @@ impl PrivateKey {
         }
         let pem = read_at_most(file, path, MAX_KEY_BYTES as u64)?;
         let unreadable = |reason: String| KeyError::Unreadable { path: path.to_path_buf(), reason };
-        // Without a callback OpenSSL would ask on the terminal for the passphrase.
+        // Without a callback OpenSSL would prompt for the passphrase on the terminal.
         let mut encrypted = false;
         let key = PKey::private_key_from_pem_callback(&pem, |_| {
             encrypted = true;
@@ -103,12 +103,12 @@ impl PrivateKey {
         Ok(Self { key, algorithm })
     }
 
-    /// Which signatures it makes.
+    /// Returns the algorithm of its signatures.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
 
-    /// OpenSSL's form of the key, for signatures that are not over manifests.
+    /// Returns OpenSSL's form of the key, for signatures other than those of manifests.
     pub fn pkey(&self) -> &PKeyRef<Private> {
         &self.key
     }

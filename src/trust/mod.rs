@@ -5,20 +5,19 @@
 //! CONFIG/product ---------> CN `manifest NAME:UUID` ----> product of the manifest
 //! ```
 //!
-//! [`Signed::verify`] is the one verification loop; install, update, boot, mount and the command
-//! line all go through it. What comes out is a [`Verified`], which nothing else can make, and
-//! which is all that those accept. The order of checks is fixed and nothing is believed before
-//! the check above it has passed:
+//! [`Signed::verify`] is the only verification loop; install, update, boot, mount and the command line all
+//! use it. It returns a [`Verified`], which nothing else can construct and which is all that its callers
+//! accept. The order of checks is fixed, and nothing is trusted before the check above it has passed:
 //!
-//! 1. the certificate chains to the manifest CA of the device ([`certificate`]), and no link of the
-//!    chain is revoked ([`crl`]); dates as [`Dates`] says
+//! 1. the certificate chains to the manifest CA of the device ([`certificate`]), and no link of the chain is
+//!    revoked ([`crl`]); [`Dates`] controls the check of dates
 //! 2. its CN names the product of the device
-//! 3. the signature is one of its key's over the stored bytes ([`signature`])
+//! 3. the signature was made by its key over the stored bytes ([`signature`])
 //! 4. the bytes are the canonical form of a system manifest
 //! 5. that manifest is for the product of the certificate
 //!
-//! OpenSSL is initialised by the first use of it here, never before: commands that verify no
-//! signature do not pay for it. The system's trust store is never read.
+//! OpenSSL is initialised on first use here, never before: commands that verify no signature do not pay for
+//! it. The system's trust store is never read.
 
 pub mod anchor;
 pub mod certificate;
@@ -49,12 +48,12 @@ pub const CERTIFICATE_TYPE: &str = "application/vnd.mos.system.certificate.v1";
 /// Artifact type of a system manifest's floor signature.
 pub const FLOOR_SIGNATURE_TYPE: &str = "application/vnd.mos.system.floor-signature.v1";
 
-/// Most bytes of a certificate file.
+/// Maximum size of a certificate file, in bytes.
 pub const MAX_CERTIFICATE_BYTES: usize = 64 << 10;
-/// Most bytes of a signature; an RSA signature of 16384 bits has 2048.
+/// Maximum size of a signature, in bytes; an RSA signature of 16384 bits has 2048.
 pub const MAX_SIGNATURE_BYTES: usize = 4 << 10;
 
-/// What to do about validity dates.
+/// How to treat validity dates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dates {
     /// Refuse a certificate that is not valid at this time: build, install, update.
@@ -64,13 +63,13 @@ pub enum Dates {
 }
 
 impl Dates {
-    /// Checks against the clock of this machine.
+    /// Enforces dates by the clock of this machine.
     pub fn check_now() -> Self {
         Self::Check(SystemTime::now())
     }
 }
 
-/// A system manifest with its signature, as it was found: nothing is checked yet.
+/// A system manifest with its signature, not yet verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signed {
     /// The stored bytes of the manifest.
@@ -84,8 +83,8 @@ pub struct Signed {
     pub floor_signature: Option<Vec<u8>>,
 }
 
-/// A system manifest that its signature, its certificate and the device's anchor vouch for.
-/// Made by [`Signed::verify`] alone.
+/// A system manifest verified by its signature, its certificate and the device's anchor. Only
+/// [`Signed::verify`] constructs it.
 #[derive(Debug, Clone)]
 pub struct Verified {
     signed: Signed,
@@ -94,15 +93,15 @@ pub struct Verified {
     signer: Binding,
 }
 
-/// Why a manifest is not trusted. Each names the attack that it would be, with both values.
+/// Why a manifest is not trusted. Each variant names the attack it indicates, with both values.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
-    /// A part of a signed manifest that is larger than any real one.
+    /// A part of a signed manifest that exceeds its size limit.
     #[error("the {what} has more than the {max} bytes that it may have")]
     TooLarge {
         /// Which part.
         what: &'static str,
-        /// How many bytes it may have.
+        /// The limit, in bytes.
         max: usize,
     },
     /// Not PEM certificates: cut short, or something else.
@@ -111,7 +110,7 @@ pub enum TrustError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A certificate that vouches for itself.
+    /// A self-signed certificate.
     #[error(
         "the certificate `{certificate}` is self-signed; expected one that the manifest CA `{ca}` issued"
     )]
@@ -149,7 +148,7 @@ pub enum TrustError {
         /// Subject of the issuer.
         certificate: String,
     },
-    /// A key or a digest in the chain that can be forged.
+    /// A key or a digest in the chain that is too weak.
     #[error("the certificate `{certificate}` is too weak: {reason}")]
     WeakCertificate {
         /// Its subject.
@@ -165,20 +164,20 @@ pub enum TrustError {
         /// What OpenSSL says.
         reason: String,
     },
-    /// A certificate that is past its end.
+    /// A certificate that has expired.
     #[error("the certificate `{certificate}` expired at {not_after}")]
     Expired {
         /// Its subject.
         certificate: String,
-        /// Its last moment.
+        /// The end of its validity.
         not_after: String,
     },
-    /// A certificate whose time has not come.
+    /// A certificate that is not yet valid.
     #[error("the certificate `{certificate}` is not valid before {not_before}")]
     NotYetValid {
         /// Its subject.
         certificate: String,
-        /// Its first moment.
+        /// The start of its validity.
         not_before: String,
     },
     /// A certificate for other uses, such as TLS.
@@ -186,19 +185,19 @@ pub enum TrustError {
     WrongUsage {
         /// Its subject.
         certificate: String,
-        /// The extension that says so.
+        /// The extension that restricts its use.
         extension: &'static str,
         /// What the extension lacks.
         lacks: &'static str,
     },
-    /// A certificate that its issuer has taken back.
+    /// A certificate that its issuer has revoked.
     #[error("the certificate `{certificate}` was revoked by `{issuer}` at {since}")]
     Revoked {
         /// Its subject.
         certificate: String,
         /// Who issued and revoked it.
         issuer: String,
-        /// When, as the list says.
+        /// When, according to the list.
         since: String,
     },
     /// A file of certificates with a private key in it: it must not be published.
@@ -223,13 +222,13 @@ pub enum TrustError {
         /// The product of the device.
         device: Uuid,
     },
-    /// A key that signatures are not accepted of.
+    /// A kind of key whose signatures are not accepted.
     #[error("the certificate's key is {found}; expected RSA of 2048 bits or more, or ECDSA on P-256")]
     UnsupportedKey {
         /// What it is.
         found: String,
     },
-    /// A signature that was cut short.
+    /// A truncated signature.
     #[error("the signature is cut short: it has {found} bytes of {expected}")]
     TruncatedSignature {
         /// How many bytes it should have.
@@ -237,7 +236,7 @@ pub enum TrustError {
         /// How many it has.
         found: usize,
     },
-    /// Bytes that are no signature of this kind of key.
+    /// Bytes that are not a signature of this kind of key.
     #[error("the signature is not one of {algorithm}")]
     MalformedSignature {
         /// The kind of the certificate's key.
@@ -246,7 +245,7 @@ pub enum TrustError {
     /// A signature of another file or of another key.
     #[error("the signature does not match the manifest {manifest} and the certificate's key")]
     BadSignature {
-        /// Digest of the bytes that it should be of.
+        /// Digest of the bytes that it should cover.
         manifest: Digest,
     },
     /// Signed bytes that are not a system manifest.
@@ -260,10 +259,10 @@ pub enum TrustError {
         /// The product in the certificate's CN.
         certificate: Uuid,
     },
-    /// OpenSSL failed at something that has nothing to do with the input.
+    /// OpenSSL failed for a reason unrelated to the input.
     #[error("OpenSSL cannot {operation}: {source}")]
     Openssl {
-        /// What it was asked to do.
+        /// The operation.
         operation: &'static str,
         /// What it says.
         source: ErrorStack,
@@ -281,7 +280,7 @@ impl Classified for TrustError {
 }
 
 impl Signed {
-    /// Believes a manifest, or says why not.
+    /// Verifies a manifest.
     ///
     /// # Errors
     /// The first check that fails, in the order of the module's documentation.
@@ -313,10 +312,9 @@ impl Signed {
 
     /// Signs a manifest: the publisher's side.
     ///
-    /// What no device would accept is refused here already: a key that is not the certificate's, a
-    /// certificate of another product, out of date, or not for signing. Whether it chains to the
-    /// CA of the devices is theirs to know. What is kept of the certificate file is its certificates,
-    /// written anew; a private key in it is an error.
+    /// Refuses what no device would accept: a key that is not the certificate's, or a certificate that is of
+    /// another product, out of date, or not for signing. Only devices know whether it chains to their CA.
+    /// Only the certificates of the certificate file are kept, written anew; a private key in it is an error.
     ///
     /// # Errors
     /// [`SignError`].
@@ -335,11 +333,11 @@ impl Signed {
         Ok(Self { manifest: bytes, signature, certificate: signer.to_pem()?, floor_signature: None })
     }
 
-    /// Joins a manifest and a signature that was made elsewhere: the publisher's side, where the key is in
-    /// a token or on another machine. The same is refused as by [`Signed::create`].
+    /// Combines a manifest with a signature made elsewhere: the publisher's side, if the key is in a token or
+    /// on another machine. Refuses the same as [`Signed::create`].
     ///
     /// # Errors
-    /// [`SignError`], with the reason where the signature is not one of the certificate's key over the
+    /// [`SignError`], with the reason if the signature was not made by the certificate's key over the
     /// manifest's canonical bytes.
     pub fn attach(
         manifest: &SystemManifest,
@@ -356,7 +354,7 @@ impl Signed {
     }
 }
 
-/// A certificate that may sign for the product of a manifest, as far as the publisher can know.
+/// Returns a certificate that may sign for the product of a manifest, as far as the publisher can know.
 ///
 /// # Errors
 /// [`SignError::Certificate`].
@@ -395,12 +393,12 @@ impl Verified {
         &self.manifest
     }
 
-    /// Digest of the manifest's bytes, which names the system.
+    /// Digest of the manifest's bytes, which identifies the system.
     pub fn digest(&self) -> Digest {
         self.digest
     }
 
-    /// Who signed: the product in the certificate's CN.
+    /// The signer: the product in the certificate's CN.
     pub fn signer(&self) -> &Binding {
         &self.signer
     }
@@ -415,13 +413,13 @@ impl Verified {
         &self.signed.signature
     }
 
-    /// The certificate that was checked, with what came with it.
+    /// The verified certificate, with those supplied with it.
     pub fn certificate(&self) -> &[u8] {
         &self.signed.certificate
     }
 
-    /// The floor signature that came with the manifest. It is not checked yet: that takes the
-    /// floor's public key.
+    /// The floor signature that came with the manifest. It is not checked yet: that requires the floor's
+    /// public key.
     pub fn floor_signature(&self) -> Option<&[u8]> {
         self.signed.floor_signature.as_deref()
     }
@@ -430,13 +428,13 @@ impl Verified {
 /// Why a manifest cannot be signed.
 #[derive(Debug, thiserror::Error)]
 pub enum SignError {
-    /// The certificate is of no use: devices would refuse it.
+    /// The certificate is unusable: devices would refuse it.
     #[error(transparent)]
     Certificate(#[from] TrustError),
-    /// The key is of no use.
+    /// The key is unusable.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// Key and certificate are not a pair.
+    /// Key and certificate do not match.
     #[error("the private key is not the one of the certificate `{certificate}`")]
     KeyMismatch {
         /// Subject of the certificate.
@@ -445,8 +443,8 @@ pub enum SignError {
 }
 
 impl Classified for SignError {
-    /// Nothing is attacked here: the publisher gave the wrong files. Only dates, products and a
-    /// signature that was made elsewhere are verified, as on a device.
+    /// This is not an attack: the publisher gave the wrong files. Only dates, products and a signature made
+    /// elsewhere are verified, as on a device.
     fn class(&self) -> Class {
         match self {
             SignError::Certificate(

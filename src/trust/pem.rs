@@ -1,17 +1,17 @@
 //! Files in PEM that are, or will be, public.
 //!
-//! A certificate and its private key in one file is a habit of many servers. Such a file must never be
-//! published: what mosfs publishes is parsed and written anew, and a private key in a public file is an error.
+//! Many servers keep a certificate and its private key in one file. Such a file must never be published:
+//! mosfs parses and rewrites what it publishes, and a private key in a public file is an error.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Class, Classified};
 
-/// What a PEM block begins with (RFC 7468, section 2).
+/// The beginning of a PEM block (RFC 7468, section 2).
 const BEGIN: &[u8] = b"-----BEGIN ";
 /// The end of the label of every kind of private key: PKCS#8, encrypted or not, RSA, EC, OpenSSH, TPM.
 const SECRET: &[u8] = b"PRIVATE KEY";
-/// No label is longer, in bytes.
+/// Maximum length of a label, in bytes.
 const MAX_LABEL: usize = 64;
 
 /// A private key in a file that is public, or is about to be.
@@ -30,7 +30,7 @@ impl Classified for SecretInPublic {
     }
 }
 
-/// The label of the first private key among the PEM blocks of a text. A block that is cut short counts too.
+/// Returns the label of the first private key among the PEM blocks of a text. A truncated block counts too.
 pub fn private_key(text: &[u8]) -> Option<String> {
     let mut rest = text;
     while let Some(at) = rest.windows(BEGIN.len()).position(|window| window == BEGIN) {
@@ -45,7 +45,7 @@ pub fn private_key(text: &[u8]) -> Option<String> {
     None
 }
 
-/// Refuses a public file with a private key in it.
+/// Refuses a public file that holds a private key.
 ///
 /// # Errors
 /// [`SecretInPublic`].

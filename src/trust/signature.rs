@@ -11,7 +11,7 @@ use openssl::sign::Verifier;
 use super::{Certificate, TrustError};
 use crate::digest::Digest;
 
-/// Fewest bits of an RSA key (docs/design.md, signatures).
+/// Minimum bits of an RSA key (docs/design.md, signatures).
 pub const MIN_RSA_BITS: u32 = 2048;
 
 /// The kinds of key whose signatures are accepted.
@@ -24,10 +24,10 @@ pub enum Algorithm {
 }
 
 impl Algorithm {
-    /// The algorithm of a key.
+    /// Returns the algorithm of a key.
     ///
     /// # Errors
-    /// What the key is, where it is of no accepted kind.
+    /// A description of the key, if its kind is not accepted.
     pub fn of<T: HasPublic>(key: &PKeyRef<T>) -> Result<Self, String> {
         match key.id() {
             Id::RSA if key.bits() >= MIN_RSA_BITS => Ok(Algorithm::Rsa),
@@ -85,7 +85,7 @@ pub(super) fn check(certificate: &Certificate, bytes: &[u8], signature: &[u8]) -
     let openssl = |operation| move |source| TrustError::Openssl { operation, source };
     let mut verifier =
         Verifier::new(MessageDigest::sha256(), &key).map_err(openssl("prepare a verification"))?;
-    // An error here is OpenSSL's way to say that the integers are out of range, and the like.
+    // OpenSSL returns an error here if, for example, the integers are out of range.
     match verifier.verify_oneshot(signature, bytes) {
         Ok(true) => Ok(Digest::of(bytes)),
         Ok(false) | Err(_) => Err(TrustError::BadSignature { manifest: Digest::of(bytes) }),

@@ -1,8 +1,8 @@
 //! The six compressors of squashfs 4.0.
 //!
-//! Contexts and buffers belong to the thread and are used again. They take, at the most, one
-//! compressed block (1 MiB + 8 KiB) of scratch memory, 160 KiB for zstd, 50 KiB for zlib, and for
-//! the time of one call [`XZ_MEMORY_BYTES`] for xz and lzma.
+//! Contexts and buffers belong to the thread and are reused. They take at most one compressed block (1 MiB +
+//! 8 KiB) of scratch memory, 160 KiB for zstd, 50 KiB for zlib and, during one call, [`XZ_MEMORY_BYTES`] for
+//! xz and lzma.
 
 use std::cell::RefCell;
 
@@ -12,10 +12,10 @@ use zstd::bulk::Decompressor;
 
 use super::lzo;
 
-/// How much memory xz and lzma may take, in bytes.
+/// How much memory xz and lzma may use, in bytes.
 ///
-/// A dictionary larger than a block is of no use, and no writer makes one; this is four times the
-/// largest block.
+/// A dictionary larger than a block has no benefit, and no writer makes one; this is four times the largest
+/// block.
 pub const XZ_MEMORY_BYTES: u64 = 4 << 20;
 
 /// How the blocks of an image are compressed.
@@ -36,7 +36,7 @@ pub enum Compressor {
 }
 
 impl Compressor {
-    /// The compressor with that number in the superblock, or the number if there is none.
+    /// Returns the compressor with that number in the superblock, or the number if there is none.
     pub fn from_id(id: u16) -> Result<Compressor, u16> {
         Ok(match id {
             1 => Compressor::Gzip,
@@ -49,7 +49,7 @@ impl Compressor {
         })
     }
 
-    /// The name that the tools give it.
+    /// Its name in the tools.
     pub fn name(self) -> &'static str {
         match self {
             Compressor::Gzip => "gzip",
@@ -62,7 +62,7 @@ impl Compressor {
     }
 }
 
-/// The contexts of a thread, made when they are first needed.
+/// The contexts of a thread, created when first needed.
 #[derive(Default)]
 pub(super) struct Codecs {
     zstd: Option<Decompressor<'static>>,
@@ -72,9 +72,9 @@ pub(super) struct Codecs {
 /// The memory of a thread.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// What was read from the source.
+    /// Bytes read from the source.
     pub input: Vec<u8>,
-    /// A metadata block that was decoded.
+    /// A decoded metadata block.
     pub metadata: Vec<u8>,
     /// The contexts.
     pub codecs: Codecs,
@@ -95,10 +95,10 @@ pub(super) fn with_scratch<R>(work: impl FnOnce(&mut Scratch) -> R) -> R {
 }
 
 impl Codecs {
-    /// Decodes `input` into `out`, whose content is lost. On success it holds at most `max` bytes; it never
+    /// Decodes `input` into `out`, replacing its content. On success it holds at most `max` bytes; it never
     /// grows beyond `max`.
     ///
-    /// The error says what is wrong with the stream.
+    /// The error describes what is wrong with the stream.
     pub fn decompress(
         &mut self,
         compressor: Compressor,
@@ -118,7 +118,7 @@ impl Codecs {
             Compressor::Lzma => xz(Stream::new_lzma_decoder(XZ_MEMORY_BYTES), input, out, max),
         };
         let done = match done {
-            // The vector may have had room for more already.
+            // The vector may already have had a larger capacity.
             Ok(()) if out.len() > max => Err("the stream holds more than expected".into()),
             other => other,
         };
@@ -149,7 +149,7 @@ impl Codecs {
     }
 }
 
-/// Empties the vector and sees to it that it has room for `max` bytes.
+/// Empties the vector and ensures room for `max` bytes.
 fn empty(out: &mut Vec<u8>, max: usize) {
     out.clear();
     out.reserve_exact(max);
@@ -164,8 +164,8 @@ fn unfinished(out: &[u8], max: usize) -> String {
 }
 
 fn lz4(input: &[u8], out: &mut Vec<u8>, max: usize) -> Result<(), String> {
-    // The decoder takes a slice, which must have been written before. What is there from an earlier
-    // call is good enough: it is not cleared again.
+    // The decoder takes a slice, which must be initialized. The bytes of an earlier call suffice, so it is
+    // not cleared again.
     if out.len() < max {
         out.reserve_exact(max - out.len());
         out.resize(max, 0);

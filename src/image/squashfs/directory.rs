@@ -9,10 +9,10 @@
 //!          the run at that offset begins in that metadata block, with that name
 //! ```
 //!
-//! Names are sorted by byte, without duplicates: that is what a look-up relies on, so it is checked at
-//! each step. A cookie is the offset in the listing after its entry, in bytes. A walk from it starts at
-//! the listing's first run, or at the last run before it that is remembered ([`Places`]): where runs begin
-//! is never taken from a cookie, because cookies come from whoever calls lseek(2).
+//! Names are sorted by byte, without duplicates. A look-up relies on that, so it is checked at each step. A
+//! cookie is the offset in the listing after its entry, in bytes. A walk from it starts at the listing's
+//! first run, or at the last cached run before it ([`Places`]): the start of a run is never derived from a
+//! cookie, because cookies come from callers of lseek(2).
 //!
 //! [`Places`]: super::metadata::Places
 
@@ -23,7 +23,7 @@ use super::superblock::{u16_at, u32_at};
 use super::{NodeId, Squashfs};
 use crate::image::{DirEntry, FileType, LayerError};
 
-/// The name that errors give to the directory table.
+/// The name of the directory table in errors.
 pub(super) const TABLE: &str = "directory table";
 
 /// The longest name, in bytes (NAME_MAX).
@@ -38,10 +38,10 @@ const ENTRY_BYTES: usize = 8;
 /// Most entries of a run.
 const RUN_ENTRIES_MAX: u32 = 256;
 
-/// Listings up to this size are walked from their start each time, in bytes.
+/// Listings up to this size, in bytes, are always walked from their start.
 const SMALL_LISTING_BYTES: u32 = 4096;
 
-/// What is added to the size of a listing in an inode: `.` and `..`, which are not in the listing.
+/// Added to the size of a listing in an inode: `.` and `..`, which are not in the listing.
 const SIZE_EXTRA: u32 = 3;
 
 impl Directory {
@@ -51,7 +51,7 @@ impl Directory {
     }
 }
 
-/// A name, without memory of its own on the heap.
+/// A name, stored without a heap allocation.
 #[derive(Clone, Copy)]
 struct Name {
     bytes: [u8; NAME_BYTES_MAX],
@@ -71,45 +71,45 @@ impl Name {
 pub(super) struct RawEntry {
     pub node: NodeId,
     pub kind: FileType,
-    /// Number of the inode, as the listing has it.
+    /// Number of the inode, as stored in the listing.
     pub number: u32,
     /// Offset in the listing after the entry, in bytes.
     pub end: u32,
 }
 
-/// Walks a listing, and checks it.
+/// Walks a listing and checks it.
 pub(super) struct Walk<'a> {
     cursor: Cursor<'a>,
     /// Offset in the listing, in bytes.
     at: u32,
     /// Size of the listing, in bytes.
     len: u32,
-    /// Entries of this run that are left.
+    /// Remaining entries of this run.
     left: u32,
     /// The block of the inodes of this run, and the inode number that the entries are relative to.
     run_block: u32,
     run_number: u32,
-    /// The name of the last entry, and the one before it.
+    /// The names of the last entry and of the one before it.
     name: Name,
     before: Name,
-    /// Whether a name came before.
+    /// Whether there is a previous name.
     any: bool,
-    /// Where runs begin, if the folder is large: at least `step` bytes from each other.
+    /// Where runs begin, if the folder is large: at least `step` bytes apart.
     places: Vec<Place>,
     step: u32,
     last_place: u32,
-    /// Where this run begins. It is remembered once its first name proved to come after the one before: a
-    /// walk that starts there cannot see that one.
+    /// Where this run begins. It is cached only once its first name has been checked against the previous
+    /// one: a walk that starts there cannot see the previous name.
     place: Option<Place>,
 }
 
 impl<'a> Walk<'a> {
-    /// A walk from a run's start, `at` bytes into the listing.
+    /// Creates a walk from the start of a run, `at` bytes into the listing.
     fn new(cursor: Cursor<'a>, at: u32, len: u32) -> Walk<'a> {
         let step = if len <= SMALL_LISTING_BYTES {
             u32::MAX
         } else {
-            // Rounded up, so that the places of a folder are enough for all of it.
+            // Rounded up, so that the cached positions of a folder cover all of it.
             (u64::from(len) / PLACES + 1).max(2048) as u32
         };
         Walk {
@@ -129,12 +129,12 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The name of the entry that `next` answered last.
+    /// Returns the name of the entry that `next` returned last.
     pub fn name(&self) -> &[u8] {
         self.name.get()
     }
 
-    /// The next entry.
+    /// Returns the next entry.
     pub fn next(&mut self) -> Result<Option<RawEntry>, LayerError> {
         if self.left == 0 {
             if self.at == self.len {
@@ -165,7 +165,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// Goes `bytes` forward in the listing.
+    /// Advances by `bytes` in the listing.
     fn forward(&mut self, bytes: u32) -> Result<(), LayerError> {
         if bytes > self.len - self.at {
             let left = self.len - self.at;
@@ -211,8 +211,8 @@ impl<'a> Walk<'a> {
         })
     }
 
-    /// A name must be one that a folder can have, and come after the one before it: two entries with one
-    /// name, or an order that a look-up does not expect, would show other files to other callers.
+    /// Requires that a name is valid in a folder and sorts after the previous one. Duplicate names, or an
+    /// order that a look-up does not expect, would present different files to different callers.
     fn check_name(&mut self) -> Result<(), LayerError> {
         let name = self.name.get();
         if name.iter().any(|&byte| byte == 0 || byte == b'/') || name == b"." || name == b".." {
@@ -231,7 +231,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// A name for an error.
+/// Formats a name for an error.
 fn show(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }
@@ -249,7 +249,7 @@ impl Squashfs {
         Region { table: TABLE, start: self.superblock.directory_table, end: self.superblock.directory_end }
     }
 
-    /// A walk over a listing that is not empty, from its start.
+    /// Walks a non-empty listing from its start.
     pub(super) fn walk(&self, folder: &Directory) -> Result<Walk<'_>, LayerError> {
         self.walk_at(folder, folder.block, folder.offset.into(), 0)
     }
@@ -266,7 +266,7 @@ impl Squashfs {
         Ok(Walk::new(cursor, at, folder.listing_bytes()))
     }
 
-    /// A walk that starts at the last run known to begin at or before `cookie`.
+    /// Walks from the last run known to begin at or before `cookie`.
     fn walk_from(&self, node: NodeId, folder: &Directory, cookie: u32) -> Result<Walk<'_>, LayerError> {
         if cookie > SMALL_LISTING_BYTES
             && folder.listing_bytes() > SMALL_LISTING_BYTES
@@ -282,7 +282,8 @@ impl Squashfs {
         self.walk(folder)
     }
 
-    /// A walk over a folder that comes to the entries after `cookie`, if there are any; it can begin before them.
+    /// Walks a folder so as to reach the entries after `cookie`, if there are any; the walk can begin before
+    /// them.
     pub(super) fn walk_after(&self, node: NodeId, cookie: u32) -> Result<Option<Walk<'_>>, LayerError> {
         let (_, folder, _) = self.folder(node)?;
         if cookie >= folder.listing_bytes() {
@@ -292,7 +293,7 @@ impl Squashfs {
         }
     }
 
-    /// Keeps the places that a walk found.
+    /// Caches the positions that a walk found.
     pub(super) fn remember(&self, node: NodeId, walk: &Walk<'_>) {
         self.places.remember(node.0, &walk.places);
     }
@@ -303,7 +304,7 @@ impl Squashfs {
         cookie: u64,
         each: &mut dyn FnMut(DirEntry) -> bool,
     ) -> Result<(), LayerError> {
-        // An empty folder may refer to no block at all.
+        // An empty folder may refer to a block that does not exist.
         let cookie = u32::try_from(cookie).unwrap_or(u32::MAX);
         let Some(mut walk) = self.walk_after(node, cookie)? else { return Ok(()) };
         let result = loop {
@@ -346,9 +347,9 @@ impl Squashfs {
         Ok(None)
     }
 
-    /// The last entry of the index whose name is not after `name`: offset in the listing and block.
+    /// Returns the last entry of the index whose name is not after `name`: offset in the listing and block.
     ///
-    /// The cursor is at the index.
+    /// The cursor must be at the index.
     fn index_before(
         &self,
         folder: &Directory,
@@ -374,7 +375,8 @@ impl Squashfs {
         Ok(found)
     }
 
-    /// Checks that each entry of a folder's index names a run of its listing, and the name that it begins with.
+    /// Checks that each entry of a folder's index refers to a run of its listing and holds the run's first
+    /// name.
     pub(super) fn check_index(&self, node: NodeId) -> Result<(), LayerError> {
         let (_, folder, mut cursor) = self.folder(node)?;
         if folder.index == 0 {
@@ -391,7 +393,7 @@ impl Squashfs {
                     return bad(format!("the index of a folder names offset {at}, where no run begins"));
                 }
             }
-            // Where the block before ends, the run begins in the next one.
+            // If the previous block ends here, the run begins in the next one.
             walk.cursor.rest()?;
             let found = walk.cursor.position().at - self.superblock.directory_table;
             walk.next()?;

@@ -1,8 +1,8 @@
-//! Making errors.
+//! Constructs errors.
 
 use crate::image::LayerError;
 
-/// An error that names the table, the offset and what was expected and found.
+/// Returns an error that names the table, the offset, and the expected and found values.
 #[cold]
 pub(super) fn corrupt(table: &'static str, offset: u64, why: impl Into<String>) -> LayerError {
     LayerError::Corrupt { table, offset, why: why.into() }

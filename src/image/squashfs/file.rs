@@ -1,13 +1,13 @@
-//! Where the content of files is.
+//! Locates the content of files.
 //!
 //! ```text
-//! block list  u32 for each block of the file: bits 0..23 size on disk in bytes, bit 24: stored as it is;
+//! block list  u32 for each block of the file: bits 0..23 size on disk in bytes, bit 24: not compressed;
 //!             0: a hole, nothing on disk. The blocks lie one after the other from the file's data start.
 //! end         where the inode names a fragment: the bytes after the last whole block
 //! ```
 //!
-//! To find a block means to add up the sizes of those before it. The list of a small file is added
-//! up each time. In that of a large one, places are remembered as it is walked.
+//! A block's offset is the sum of the sizes of the blocks before it. The list of a small file is summed each
+//! time. For a large file, positions are cached during the walk.
 
 use super::error::corrupt;
 use super::inode::{self, Data, File, NONE};
@@ -17,23 +17,23 @@ use super::{NodeId, Squashfs};
 use crate::image::layer::{BlockId, Extent, Place as Held};
 use crate::image::{LayerError, ReadError};
 
-/// The name that errors give to a block of a file.
+/// The name of a block of a file in errors.
 pub(super) const TABLE: &str = "data block";
 
-/// The name that errors give to a block of ends of files.
+/// The name of a fragment block in errors.
 pub(super) const FRAGMENT_TABLE: &str = "fragment block";
 
-/// Bit of a size word: the block is stored as it is.
+/// Bit of a size word: the block is not compressed.
 pub(super) const STORED: u32 = 1 << 24;
 
 /// Bits of a size word that hold the size on disk.
 pub(super) const SIZE_MASK: u32 = STORED - 1;
 
-/// Bit that this reader (not the format, where it is 0) sets in the size word of a fragment block, whose decoded
-/// length may be less than `decoded_max`.
+/// Bit that this reader sets in the size word of a fragment block, whose decoded length may be less than
+/// `decoded_max`. In the format the bit is 0.
 pub(super) const FRAGMENT: u32 = 1 << 31;
 
-/// Block lists up to this length are walked from their start each time.
+/// Block lists up to this length are always walked from their start.
 const SMALL_BLOCKS: u64 = 1024;
 
 impl File {
@@ -42,7 +42,7 @@ impl File {
         if self.fragment == NONE { self.size.div_ceil(1 << block_log) } else { self.size >> block_log }
     }
 
-    /// Size of what is in a fragment, in bytes.
+    /// Size of the part in a fragment, in bytes.
     pub fn tail_bytes(&self, block_log: u16) -> u32 {
         if self.fragment == NONE { 0 } else { (self.size & ((1 << block_log) - 1)) as u32 }
     }
@@ -55,7 +55,7 @@ pub(super) struct BlockList<'a> {
     index: u64,
     /// Number of blocks in the list.
     count: u64,
-    /// Where in the image the data of the next block begins.
+    /// Offset in the image of the data of the next block.
     data: u64,
 }
 
@@ -65,10 +65,10 @@ impl BlockList<'_> {
             .corrupt(format!("size word of block {} is {word:#x}, expected bits 25 to 31 clear", self.index))
     }
 
-    /// Goes on to block `index`, and collects a place after each `step` blocks.
+    /// Advances to block `index`, and collects a position after each `step` blocks.
     fn go_to(&mut self, index: u64, step: u64, places: &mut Vec<Place>) -> Result<(), LayerError> {
         while self.index < index {
-            // Places are at multiples of `step`, whoever finds them.
+            // Positions are always at multiples of `step`.
             let stop = (self.index / step + 1).saturating_mul(step).min(index);
             self.skip(stop - self.index)?;
             if self.index.is_multiple_of(step) {
@@ -78,14 +78,14 @@ impl BlockList<'_> {
         Ok(())
     }
 
-    /// Goes over `count` blocks.
+    /// Skips `count` blocks.
     fn skip(&mut self, count: u64) -> Result<(), LayerError> {
         let mut left = count;
         while left > 0 {
             let rest = self.cursor.rest()?;
             let here = (rest.len() as u64 / 4).min(left);
             if here == 0 {
-                // The word lies across two blocks of the table.
+                // The word spans two blocks of the table.
                 self.next()?;
                 left -= 1;
                 continue;
@@ -115,7 +115,7 @@ impl BlockList<'_> {
         Ok(())
     }
 
-    /// The size word of the next block, and where its data begins; goes over it.
+    /// Returns the size word of the next block and the offset of its data, and advances past it.
     pub fn next(&mut self) -> Result<(u32, u64), LayerError> {
         let word = u32::from_le_bytes(self.cursor.array()?);
         if word & !(STORED | SIZE_MASK) != 0 {
@@ -127,8 +127,8 @@ impl BlockList<'_> {
         Ok((word, start))
     }
 
-    /// How many blocks from here on are holes, as far as that can be seen without reading more of the table;
-    /// at most `max`.
+    /// Returns how many blocks from here on are holes, as far as known without reading more of the table; at
+    /// most `max`.
     fn holes(&mut self, max: u64) -> Result<u64, LayerError> {
         let max = max.min(self.count - self.index);
         if max == 0 {
@@ -149,14 +149,14 @@ impl Squashfs {
         }
     }
 
-    /// The block list of a file; the cursor is at it.
+    /// Returns the block list of a file; the cursor must be at it.
     pub(super) fn block_list<'a>(
         &self,
         file: &File,
         cursor: Cursor<'a>,
     ) -> Result<BlockList<'a>, LayerError> {
         let count = file.blocks(self.superblock.block_log);
-        // A list that cannot be in what is left of the table is refused before it is walked.
+        // A list that does not fit in the rest of the table is refused before it is walked.
         let left = self.superblock.directory_table.saturating_sub(cursor.position().at);
         let most = (left / 3 + 1).saturating_mul(super::METADATA_BYTES as u64 / 4);
         if count > most {
@@ -168,7 +168,7 @@ impl Squashfs {
         Ok(BlockList { cursor, index: 0, count, data: file.start })
     }
 
-    /// The extent that holds the byte at `offset` of a file.
+    /// Returns the extent that holds the byte at `offset` of a file.
     pub(super) fn find_extent(&self, node: NodeId, offset: u64) -> Result<Extent, LayerError> {
         let (file, cursor) = self.file(node)?;
         if offset >= file.size {
@@ -208,7 +208,7 @@ impl Squashfs {
         Ok(Extent { file_offset, len, place: Held::Block(block) })
     }
 
-    /// The extent of a file that is in a fragment block.
+    /// Returns the extent of a file that is in a fragment block.
     pub(super) fn tail(&self, file: &File) -> Result<Extent, LayerError> {
         let log = self.superblock.block_log;
         let len = file.tail_bytes(log);
@@ -229,7 +229,7 @@ impl Squashfs {
         Ok(Extent { file_offset: file.size >> log << log, len, place })
     }
 
-    /// A fragment block, by its number.
+    /// Returns a fragment block by its number.
     pub(super) fn fragment(&self, number: u32) -> Result<BlockId, LayerError> {
         let entry: [u8; 16] = self.fragments.entry(&self.metadata, number)?;
         let word = u32_at(&entry, 8);
@@ -242,12 +242,12 @@ impl Squashfs {
         Ok(BlockId { size_word: word | FRAGMENT, ..block })
     }
 
-    /// A stored block of a file, once it is sure that it lies where data can be and has a size that it can have.
+    /// Returns a stored block of a file, after checking that its position and size are possible.
     pub(super) fn stored_block(&self, start: u64, word: u32, len: u32) -> Result<BlockId, LayerError> {
         self.stored(TABLE, start, word, len)
     }
 
-    /// A stored block, once it is sure that it lies where data can be and has a size that it can have.
+    /// Returns a stored block, after checking that its position and size are possible.
     fn stored(
         &self,
         table: &'static str,
@@ -298,8 +298,8 @@ impl Squashfs {
     }
 }
 
-/// Checks the size on disk of a block: a block that compresses badly is stored as it is, so none takes more than
-/// a block's size; one that is stored as it is takes what it decodes to.
+/// Checks the size on disk of a block. A block that does not compress is stored uncompressed, so no block is
+/// larger than the block size, and the size of an uncompressed block is its decoded size.
 fn check_size(
     table: &'static str,
     start: u64,

@@ -20,7 +20,7 @@ use super::superblock::{u16_at, u32_at, u64_at};
 use super::{NodeId, Squashfs};
 use crate::image::{FileType, LayerError};
 
-/// The name that errors give to the inode table.
+/// The name of the inode table in errors.
 pub(super) const TABLE: &str = "inode table";
 
 /// The longest target of a symbolic link, in bytes (PATH_MAX; the kernel's reader has the same limit).
@@ -29,17 +29,17 @@ pub const SYMLINK_BYTES_MAX: u32 = 4096;
 /// "None", in a field that holds the number of a fragment or of a set of xattrs.
 pub(super) const NONE: u32 = u32::MAX;
 
-/// Bytes that all inodes begin with.
+/// Size of the header common to all inodes, in bytes.
 const COMMON_BYTES: usize = 16;
 
 /// The longest fixed part, in bytes.
 const FIXED_BYTES_MAX: usize = 56;
 
-/// An inode without what follows its fixed part.
+/// The fixed part of an inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Inode {
     pub kind: FileType,
-    /// Whether it is of one of the types 8 to 14.
+    /// Whether it has one of the types 8 to 14.
     pub extended: bool,
     pub permissions: u16,
     /// Index in the id table.
@@ -56,14 +56,14 @@ pub(super) struct Inode {
     pub data: Data,
 }
 
-/// What inodes of different types have.
+/// The fields specific to each type of inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Data {
     Directory(Directory),
     File(File),
-    /// A link with a target of that many bytes.
+    /// A link whose target has this many bytes.
     Symlink(u32),
-    /// A device with that number.
+    /// A device with this number.
     Device(u32),
     /// A fifo or a socket.
     Nothing,
@@ -78,7 +78,7 @@ pub(super) struct Directory {
     pub offset: u16,
     /// Size of the listing in bytes, plus 3.
     pub size: u32,
-    /// Inode number of the folder above.
+    /// Inode number of the parent folder.
     pub parent: u32,
     /// Number of entries of the index.
     pub index: u16,
@@ -99,7 +99,7 @@ pub(super) struct File {
     pub fragment_offset: u32,
 }
 
-/// The type that a number stands for (1 to 7, in inodes and listings).
+/// Returns the type that a number stands for (1 to 7, in inodes and listings).
 pub(super) fn file_type(number: u16) -> Option<FileType> {
     Some(match number {
         1 => FileType::Directory,
@@ -113,7 +113,7 @@ pub(super) fn file_type(number: u16) -> Option<FileType> {
     })
 }
 
-/// How long the fixed part of an inode of that type is, in bytes.
+/// Returns the length of the fixed part of an inode of that type, in bytes.
 fn fixed_bytes(kind: u16) -> Option<usize> {
     Some(match kind {
         1 | 2 => 32,
@@ -130,7 +130,7 @@ fn fixed_bytes(kind: u16) -> Option<usize> {
 impl Inode {
     /// Reads the fixed part of an inode; `bytes` is as long as [`fixed_bytes`] says.
     ///
-    /// The xattrs of a link are behind its target: they are left out.
+    /// The xattrs of a link are stored after its target and are not read here.
     fn parse(bytes: &[u8]) -> Result<Inode, String> {
         let number = u16_at(bytes, 0);
         let extended = number > 7;
@@ -222,7 +222,7 @@ impl Inode {
 }
 
 impl Squashfs {
-    /// The inode of a node, and a cursor at what follows its fixed part.
+    /// Returns the inode of a node, and a cursor at the bytes after its fixed part.
     pub(super) fn inode(&self, node: NodeId) -> Result<(Inode, Cursor<'_>), LayerError> {
         let at = self.superblock.inode_table.saturating_add(node.0 >> 16);
         let mut cursor = self.metadata.cursor(self.inode_region(), at, (node.0 & 0xffff) as usize)?;
@@ -240,7 +240,8 @@ impl Squashfs {
         Ok((inode, cursor))
     }
 
-    /// The number of the set of xattrs of an inode, or [`NONE`]; the cursor is at what follows the fixed part.
+    /// Returns the number of the set of xattrs of an inode, or [`NONE`]; the cursor must be after the fixed
+    /// part.
     pub(super) fn xattr_number(&self, inode: &Inode, cursor: &mut Cursor<'_>) -> Result<u32, LayerError> {
         match inode.data {
             Data::Symlink(size) if inode.extended => {

@@ -1,20 +1,20 @@
 //! LZO1X decompression, in safe code and with a bound on the output.
 //!
-//! The stream (as the kernel's Documentation/staging/lzo.rst describes it) is a row of instructions.
-//! Each copies a match from what was already written, then 0 to 3 literals whose number stands in
-//! two bits of the instruction. Instructions below 16 mean different things after different
-//! numbers of literals: that number is the `state` (4 stands for "4 or more").
+//! The stream (described in the kernel's Documentation/staging/lzo.rst) is a sequence of instructions. Each
+//! copies a match from the output so far, then 0 to 3 literals; two bits of the instruction hold their
+//! number. The meaning of instructions below 16 depends on the preceding number of literals: that number is
+//! the `state` (4 means "4 or more").
 
 /// Why a stream cannot be decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum LzoError {
     /// The stream ends in the middle of an instruction.
     InputOverrun,
-    /// The stream says more than fits.
+    /// The stream decodes to more than fits.
     OutputOverrun,
-    /// A match begins before the first byte.
+    /// A match refers to before the first byte.
     Lookbehind,
-    /// The end marker is not the right one, or bytes follow it.
+    /// The end marker is wrong, or bytes follow it.
     BadEnd,
 }
 
@@ -52,7 +52,7 @@ impl<'a> Input<'a> {
     }
 
     /// A length that does not fit in its instruction: 255 for each zero byte, then one byte that is not zero.
-    /// It cannot overflow: each zero byte is there.
+    /// It cannot overflow: every zero byte is present in the input.
     fn long_length(&mut self, base: usize) -> Result<usize, LzoError> {
         let mut len = base;
         loop {
@@ -64,7 +64,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Decodes `input` into `out`, after what is there, until it holds at most `max` bytes.
+/// Decodes `input` and appends to `out`, until that holds at most `max` bytes.
 pub(super) fn decompress(input: &[u8], out: &mut Vec<u8>, max: usize) -> Result<(), LzoError> {
     let mut input = Input(input);
     let base = out.len();
@@ -147,8 +147,8 @@ fn copy_match(
         return Err(LzoError::OutputOverrun);
     }
     let start = out.len().checked_sub(distance).filter(|&start| start >= base).ok_or(LzoError::Lookbehind)?;
-    // What a match writes can be part of what it reads: then the distance is a period, and each round
-    // can copy all the whole periods that are there by now.
+    // A match can overlap its own output: then the distance is a period, and each round can copy all whole
+    // periods written so far.
     let mut left = len;
     while left > 0 {
         let now = left.min(out.len() - start);
@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(decode(&[18, b'x', 64, 1, 17, 0, 0], 10), Err(LzoError::Lookbehind));
         assert_eq!(decode(&[18, b'x', 17, 0, 0, 9], 10), Err(LzoError::BadEnd));
         assert_eq!(decode(&[18, b'x', 18, 0, 0], 10), Err(LzoError::BadEnd));
-        // A row of zero bytes promises a long match.
+        // A sequence of zero bytes declares a long match.
         assert_eq!(decode(&[18, b'x', 32, 0, 0, 0, 1, 0, 0, 17, 0, 0], 100), Err(LzoError::OutputOverrun));
     }
 }

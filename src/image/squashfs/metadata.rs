@@ -1,15 +1,15 @@
-//! Metadata blocks: how they are read, kept, and walked.
+//! Reads, caches and walks metadata blocks.
 //!
 //! ```text
-//! header (2 bytes, little-endian): bit 15 set: stored as it is; bits 0..14: size on disk, 1..8192
+//! header (2 bytes, little-endian): bit 15 set: not compressed; bits 0..14: size on disk, 1..8192
 //! that many bytes, which decode to 1..8192 bytes; to 8192 unless the block is the last of its table
 //! next header ...
 //! ```
 //!
-//! A structure may begin in one block and end in the next. The next block begins where the one
-//! before ends, so a walk moves strictly forward and ends at the end of its table. A block that is
-//! not full and is not the last one is an error: no other writer makes it, and it keeps the
-//! relation between a position in the decoded table and the number of its block.
+//! A structure may begin in one block and end in the next. The next block begins where the previous one ends,
+//! so a walk moves strictly forward and ends at the end of its table. A block that is not full and not the
+//! last one is an error: no writer makes one, and refusing it preserves the relation between a position in
+//! the decoded table and the number of its block.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -27,20 +27,20 @@ const HEADER_BYTES: u64 = 2;
 /// The unit in which a verified source reads, in bytes.
 const PAGE_BYTES: u64 = 4096;
 
-/// Bit of a header: the block is stored as it is.
+/// Bit of a header: the block is not compressed.
 const STORED: u16 = 1 << 15;
 
 /// Number of blocks in a set of the cache. Their keys fit in four cache lines.
 const WAYS: usize = 32;
 
-/// A part of the image in which metadata blocks lie one after the other.
+/// A part of the image that consists of consecutive metadata blocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Region {
-    /// The name that errors give to it.
+    /// Its name in errors.
     pub table: &'static str,
     /// Offset in the image of the first block, in bytes.
     pub start: u64,
-    /// Offset in the image where the last block ends, or a bound on it.
+    /// Offset in the image of the end of the last block, or an upper bound.
     pub end: u64,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Region {
 pub(super) struct Block {
     /// The content: 1 to 8192 bytes.
     pub data: Arc<[u8]>,
-    /// Offset in the image where the next block begins, in bytes.
+    /// Offset in the image of the next block, in bytes.
     pub next: u64,
 }
 
@@ -58,26 +58,26 @@ pub(super) struct Block {
 struct Set {
     keys: Vec<u64>,
     blocks: Vec<Block>,
-    /// Bit N: block N was used since the hand last passed.
+    /// Bit N: block N was used since the clock hand last passed.
     used: u32,
     hand: usize,
 }
 
-/// The decoded metadata blocks of an image, found by their offset in the image.
+/// The decoded metadata blocks of an image, by their offset in the image.
 ///
-/// Each set has a lock of its own, held for the time of a look-up only. Two threads that miss the same block at the
-/// same time both decode it, which takes less time than to wake a thread that waits.
+/// Each set has its own lock, held for a look-up only. Two threads that miss the same block at the same time
+/// both decode it, which takes less time than waking a waiting thread.
 pub(super) struct Cache {
     sets: Box<[Mutex<Set>]>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What the locks guard is whole between any two statements that can panic.
+    // The guarded data is consistent whenever a statement can panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Cache {
-    /// A cache that holds at most about `bytes` bytes of blocks (and at least one set of 256 KiB).
+    /// Creates a cache of at most about `bytes` bytes of blocks (and at least one set of 256 KiB).
     pub fn new(bytes: usize) -> Cache {
         let sets = (bytes / (METADATA_BYTES * WAYS)).max(1);
         Cache { sets: (0..sets).map(|_| Mutex::default()).collect() }
@@ -116,7 +116,7 @@ impl Cache {
         set.hand = (set.hand + 1) % WAYS;
     }
 
-    /// How many bytes the blocks in the cache have.
+    /// Returns the size of the blocks in the cache, in bytes.
     pub fn bytes(&self) -> usize {
         self.sets.iter().map(|set| lock(set).blocks.iter().map(|block| block.data.len()).sum::<usize>()).sum()
     }
@@ -130,7 +130,7 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
-    /// The block of `region` whose header is at `at` in the image.
+    /// Returns the block of `region` whose header is at `at` in the image.
     pub fn block(&self, region: &Region, at: u64) -> Result<Block, LayerError> {
         let out_of_table = |end: u64| {
             let Region { start, end: limit, .. } = region;
@@ -154,8 +154,8 @@ impl Metadata {
 
     fn load(&self, region: &Region, at: u64, scratch: &mut Scratch) -> Result<Block, LayerError> {
         let Scratch { input, metadata, codecs } = scratch;
-        // Most blocks are shorter than a block of the verity data below, and are read in one go. No read goes
-        // beyond what is needed: what is broken there does not matter here.
+        // Most blocks are shorter than a verity data block and are read at once. No read goes beyond the
+        // bytes needed, so damage after them does not matter here.
         let room = (METADATA_BYTES as u64 + HEADER_BYTES).min(region.end - at);
         let mut page = PAGE_BYTES - at % PAGE_BYTES;
         if page < HEADER_BYTES {
@@ -191,7 +191,7 @@ impl Metadata {
         Ok(Block { data, next: at + end as u64 })
     }
 
-    /// A cursor at byte `offset` of the decoded block of `region` at `at`.
+    /// Returns a cursor at byte `offset` of the decoded block of `region` at `at`.
     pub fn cursor(&self, region: Region, at: u64, offset: usize) -> Result<Cursor<'_>, LayerError> {
         let block = self.block(&region, at)?;
         if offset >= block.data.len() {
@@ -202,7 +202,7 @@ impl Metadata {
     }
 }
 
-/// A place in the decoded bytes of a table.
+/// A position in the decoded bytes of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Position {
     /// Offset of the block's header in the image, in bytes.
@@ -221,12 +221,12 @@ pub(super) struct Cursor<'a> {
 }
 
 impl Cursor<'_> {
-    /// Where the next byte is.
+    /// Returns the position of the next byte.
     pub fn position(&self) -> Position {
         Position { at: self.at, offset: self.offset }
     }
 
-    /// An error about the structure at this place.
+    /// Returns an error about the structure at this position.
     pub fn corrupt(&self, why: impl Into<String>) -> LayerError {
         corrupt(
             self.region.table,
@@ -235,7 +235,7 @@ impl Cursor<'_> {
         )
     }
 
-    /// Goes to another place in the same table.
+    /// Moves to another position in the same table.
     pub fn jump(&mut self, to: Position) -> Result<(), LayerError> {
         if to.at != self.at {
             self.block = self.metadata.block(&self.region, to.at)?;
@@ -248,7 +248,7 @@ impl Cursor<'_> {
         Ok(())
     }
 
-    /// What is left of the block, or the whole next block where nothing is left; never empty.
+    /// Returns the rest of the block, or the whole next block if nothing is left; never empty.
     #[inline]
     pub fn rest(&mut self) -> Result<&[u8], LayerError> {
         if self.offset >= self.block.data.len() {
@@ -275,7 +275,7 @@ impl Cursor<'_> {
         Ok(())
     }
 
-    /// Goes over `len` bytes of what `rest` answered; `len` is at most the length of that.
+    /// Advances by `len` bytes of what `rest` returned; `len` is at most the length of that.
     #[inline]
     pub fn consume(&mut self, len: usize) {
         self.offset = (self.offset + len).min(self.block.data.len());
@@ -305,7 +305,7 @@ impl Cursor<'_> {
         Ok(())
     }
 
-    /// The next `N` bytes.
+    /// Returns the next `N` bytes.
     #[inline]
     pub fn array<const N: usize>(&mut self) -> Result<[u8; N], LayerError> {
         let mut bytes = [0; N];
@@ -313,7 +313,7 @@ impl Cursor<'_> {
         Ok(bytes)
     }
 
-    /// The next `len` bytes: where they lie, or put together in `buffer`, which has at least `len` bytes.
+    /// Returns the next `len` bytes: in place, or assembled in `buffer`, which has at least `len` bytes.
     #[inline]
     pub fn slice<'b>(&'b mut self, len: usize, buffer: &'b mut [u8]) -> Result<&'b [u8], LayerError> {
         let from = self.offset;
@@ -340,7 +340,7 @@ impl Cursor<'_> {
         Ok(())
     }
 
-    /// Goes over the next `len` bytes.
+    /// Skips the next `len` bytes.
     pub fn skip(&mut self, len: u64) -> Result<(), LayerError> {
         let mut left = len;
         while left > 0 {
@@ -352,28 +352,29 @@ impl Cursor<'_> {
     }
 }
 
-/// A place that is worth to be remembered.
+/// A position worth caching.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
-    /// What is there: the number of a block of the file, or the offset in the listing, in bytes.
+    /// The item at that position: the number of a block of the file, or the offset in the listing, in bytes.
     pub item: u64,
-    /// Where it is.
+    /// The position in the table.
     pub position: Position,
-    /// Of a file: where in the image the data of that block begins.
+    /// For a file: the offset in the image of the data of that block.
     pub data: u64,
 }
 
-/// How many places are remembered of one file or folder, at the most.
+/// Most positions cached for one file or folder.
 pub(super) const PLACES: u64 = 2048;
 
 /// Number of sets of [`Places`], and of files in each.
 const PLACE_SETS: usize = 8;
 const PLACE_WAYS: usize = 4;
 
-/// Places in the block lists of large files and in the listings of large folders, so that what was walked
-/// once is not walked again from its start.
+/// Caches positions in the block lists of large files and in the listings of large folders, so that they are
+/// not walked again from their start.
 ///
-/// At most 8 x 4 nodes with [`PLACES`] places of 32 bytes each: 2 MiB. It changes how fast an answer is, never the answer.
+/// At most 8 x 4 nodes with [`PLACES`] places of 32 bytes each: 2 MiB. It affects only the speed, never the
+/// result.
 #[derive(Default)]
 pub(super) struct Places {
     sets: [Mutex<PlaceSet>; PLACE_SETS],
@@ -390,7 +391,7 @@ impl Places {
         &self.sets[(node.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 61) as usize % PLACE_SETS]
     }
 
-    /// The last place of that node at or before `item`.
+    /// Returns the last position of that node at or before `item`.
     pub fn before(&self, node: u64, item: u64) -> Option<Place> {
         let set = lock(self.set(node));
         let (_, places) = set.nodes.iter().find(|(id, _)| *id == node)?;
@@ -398,7 +399,7 @@ impl Places {
         places.get(count.checked_sub(1)?).copied()
     }
 
-    /// Remembers places of that node, in rising order; those that are not after the ones known are left out.
+    /// Caches positions of that node, in ascending order; those not after the known ones are ignored.
     pub fn remember(&self, node: u64, found: &[Place]) {
         if found.is_empty() {
             return;

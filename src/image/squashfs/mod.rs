@@ -16,23 +16,23 @@
 //! 65536, plus the offset in the decoded block.
 //!
 //! # Invariants
-//! - Opening reads the superblock and the root inode. All else is read and checked when it is needed:
-//!   an answer is right or a [`LayerError`], whatever the bytes are.
-//! - A walk over metadata moves strictly forward in its table and crosses only full blocks. So there
-//!   are no loops, and the work of a call is bounded by the size of the table that it reads.
-//!   Loops of folders are the caller's to notice; [`Squashfs::check_all`] does.
-//! - Nothing that an image says sizes an allocation before it was compared with a bound.
+//! - Opening reads the superblock and the root inode. Everything else is read and checked when it is needed:
+//!   whatever the bytes are, a result is correct or a [`LayerError`].
+//! - A walk over metadata moves strictly forward in its table and crosses only full blocks. So there are no
+//!   loops, and the work of a call is bounded by the size of the table that it reads. The caller must detect
+//!   loops of folders; [`Squashfs::check_all`] does.
+//! - No value from an image determines the size of an allocation before it has been compared with a bound.
 //!
 //! # Memory
-//! For an image: decoded metadata blocks ([`Options::metadata_cache_bytes`], 4 MiB unless set); places in large files
-//! and folders (2 MiB); ids (256 KiB); pointers of tables (64 KiB for each of four); places of inode blocks
-//! (numbers.rs, 4 bytes for some 150 files). For a thread: see compress.rs, at most
-//! 1.3 MiB, and 4 MiB more while it decodes xz or lzma. For an answer: a name of 255 bytes, a link of 4 KiB, the xattrs
-//! of one file (4 MiB of values, 64 KiB of names), one decoded block.
+//! Per image: decoded metadata blocks ([`Options::metadata_cache_bytes`], 4 MiB by default); positions in
+//! large files and folders (2 MiB); ids (256 KiB); pointers of tables (64 KiB for each of four); positions of
+//! inode blocks (numbers.rs, 4 bytes for about 150 files). Per thread: see compress.rs, at most 1.3 MiB, and
+//! 4 MiB more while it decodes xz or lzma. Per result: a name of 255 bytes, a link of 4 KiB, the xattrs of
+//! one file (4 MiB of values, 64 KiB of names), one decoded block.
 //!
 //! # Locks
-//! One for each set of the cache of metadata blocks and of the places, each held for a look-up only, never while
-//! reading or decoding, never two at a time.
+//! One per set of the cache of metadata blocks and of the positions, each held for a look-up only, never
+//! while reading or decoding, never two at a time.
 
 mod check;
 mod compress;
@@ -64,10 +64,10 @@ use metadata::{Cache, Metadata, Places, Region};
 use tables::Table;
 use xattr::XattrTable;
 
-/// How an image is to be read.
+/// Options for reading an image.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// How many bytes of decoded metadata blocks are kept, at the most (at least 256 KiB are).
+    /// Most bytes of decoded metadata blocks to cache (at least 256 KiB).
     pub metadata_cache_bytes: usize,
 }
 
@@ -94,12 +94,13 @@ impl Squashfs {
     /// Opens an image: reads and checks the superblock and the root inode.
     ///
     /// # Errors
-    /// [`LayerError::Read`] where the source cannot give the bytes, [`LayerError::Corrupt`] where they make no sense.
+    /// [`LayerError::Read`] if the source cannot return the bytes, [`LayerError::Corrupt`] if they are
+    /// malformed.
     pub fn open(source: Arc<dyn Source>) -> Result<Squashfs, LayerError> {
         Squashfs::open_with(source, Options::default())
     }
 
-    /// Opens an image, as `open` does, with other bounds.
+    /// Opens an image as `open` does, with other bounds.
     ///
     /// # Errors
     /// As `open`.
@@ -160,12 +161,12 @@ impl Squashfs {
         &self.superblock
     }
 
-    /// How many bytes of decoded metadata blocks are kept now.
+    /// Returns how many bytes of decoded metadata blocks are cached now.
     pub fn metadata_cache_bytes(&self) -> usize {
         self.metadata.cache.bytes()
     }
 
-    /// The compressor options as they are stored, if there are any. No compressor needs them to decode.
+    /// Returns the stored compressor options, if there are any. No compressor needs them to decode.
     ///
     /// # Errors
     /// As `open`.
@@ -197,11 +198,11 @@ impl Layer for Squashfs {
         let has_xattrs =
             self.superblock.xattr_table.is_some() && self.xattr_number(&inode, &mut cursor)? != NONE;
         let (size_bytes, blocks_512, rdev) = match inode.data {
-            // The size is that of the listing and 3 more, as the kernel shows it.
+            // The size of the listing plus 3, as the kernel reports it.
             Data::Directory(folder) => (folder.size.into(), 0, 0),
             Data::File(file) => (file.size, file.size.saturating_sub(file.sparse).div_ceil(512), 0),
             Data::Symlink(size) => (size.into(), 0, 0),
-            // On disk it is encoded as it is for user space: minor bits 0..7 and 20..31, major bits 8..19.
+            // The encoding on disk is that of user space: minor bits 0..7 and 20..31, major bits 8..19.
             Data::Device(number) => (0, 0, number),
             Data::Nothing => (0, 0, 0),
         };

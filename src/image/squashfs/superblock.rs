@@ -11,10 +11,10 @@ pub const SUPERBLOCK_BYTES: usize = 96;
 /// `hsqs`, the magic of a little-endian image.
 const MAGIC: u32 = 0x7371_7368;
 
-/// The name that errors give to the superblock.
+/// The name of the superblock in errors.
 const TABLE: &str = "superblock";
 
-/// "There is no such table", in a field that holds where a table starts.
+/// "There is no such table", in a field that holds the start of a table.
 const NO_TABLE: u64 = u64::MAX;
 
 /// Flag bit: compressor options follow the superblock.
@@ -27,7 +27,7 @@ const FLAG_COMPRESSOR_OPTIONS: u16 = 1 << 10;
 pub struct Superblock {
     /// Number of inodes.
     pub inodes: u32,
-    /// When the image was made, in seconds since 1970.
+    /// Creation time of the image, in seconds since 1970.
     pub made: u32,
     /// Size of a data block, in bytes: a power of two from 4 KiB to 1 MiB.
     pub block_bytes: u32,
@@ -37,13 +37,13 @@ pub struct Superblock {
     pub fragments: u32,
     /// How blocks are compressed.
     pub compressor: Compressor,
-    /// The flags as they are stored.
+    /// The flags as stored.
     pub flags: u16,
     /// Number of entries of the id table.
     pub ids: u16,
     /// The root folder.
     pub root: NodeId,
-    /// Size of the file system, without padding and without what is appended (a verity tree), in bytes.
+    /// Size of the file system in bytes, without padding and appended data (a verity tree).
     pub bytes_used: u64,
     /// Where the pointers of the id table are.
     pub id_table: u64,
@@ -57,7 +57,7 @@ pub struct Superblock {
     pub fragment_table: Option<u64>,
     /// Where the pointers of the export table are, if there is one.
     pub export_table: Option<u64>,
-    /// Where the listings end at the latest.
+    /// Upper bound on the end of the listings.
     pub(super) directory_end: u64,
 }
 
@@ -85,13 +85,13 @@ pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(field(bytes, at))
 }
 
-/// The size of the list of pointers of a table, in bytes: one for each metadata block of entries.
+/// Returns the size of a table's list of pointers, in bytes: one pointer per metadata block of entries.
 pub(super) fn pointer_bytes(entries: u64, entry_bytes: u64) -> u64 {
     entries.saturating_mul(entry_bytes).div_ceil(METADATA_BYTES as u64).saturating_mul(8)
 }
 
 impl Superblock {
-    /// Reads the superblock from the first bytes of a source of `source_bytes` bytes.
+    /// Parses the superblock from the first bytes of a source of `source_bytes` bytes.
     ///
     /// # Errors
     /// [`LayerError::Corrupt`] with table `superblock` and the offset of the field.
@@ -157,8 +157,8 @@ impl Superblock {
         let fragment_table = if fragments == 0 { None } else { Some(u64_at(bytes, 80)) };
         let export_table = optional(88);
 
-        // The order of the tables is fixed: inodes, listings, fragments, export, ids, xattrs. Each begins
-        // where or after the one before it ends, so that no byte belongs to two of them.
+        // The order of the tables is fixed: inodes, listings, fragments, export, ids, xattrs. Each begins at
+        // or after the end of the previous one, so no byte belongs to two of them.
         let mut end = SUPERBLOCK_BYTES as u64;
         let mut last = "superblock";
         let order = [

@@ -14,18 +14,18 @@ use super::superblock::{pointer_bytes, u32_at, u64_at};
 use super::{NodeId, Squashfs};
 use crate::image::LayerError;
 
-/// Lists of pointers up to this length are kept once they were read (64 KiB for each table).
+/// Lists of pointers up to this length are cached once read (64 KiB per table).
 const KEPT_POINTERS: u64 = 8192;
 
-/// A table that is found through pointers.
+/// A table that is accessed through pointers.
 pub(super) struct Table {
-    /// The name that errors give to it.
+    /// Its name in errors.
     pub name: &'static str,
     /// Number of entries.
     pub entries: u64,
-    /// Where the pointers begin, as an offset in the image in bytes.
+    /// Offset in the image of the pointers, in bytes.
     pub pointers_at: u64,
-    /// Where the first block can begin, and where the last one must end.
+    /// Lowest start of the first block, and highest end of the last one.
     pub lowest: u64,
     pub end: u64,
     pub pointers: OnceLock<Box<[u64]>>,
@@ -36,7 +36,7 @@ impl Table {
         Table { name, entries, pointers_at, lowest, end: pointers_at, pointers: OnceLock::new() }
     }
 
-    /// Entry `number`, of `N` bytes.
+    /// Returns entry `number`, of `N` bytes.
     pub fn entry<const N: usize>(&self, metadata: &Metadata, number: u32) -> Result<[u8; N], LayerError> {
         let number = u64::from(number);
         if number >= self.entries {
@@ -62,14 +62,14 @@ impl Table {
         let read = metadata.source.read(self.pointers_at, bytes as usize, &mut scratch)?;
         let all: Box<[u64]> = read.chunks_exact(8).map(|pointer| u64_at(pointer, 0)).collect();
         let pointer = all.get(number as usize).copied().unwrap_or_default();
-        // Another thread may have been faster, with the same answer.
+        // Another thread may have been faster, with the same result.
         let _ = self.pointers.set(all);
         Ok(pointer)
     }
 }
 
 impl Squashfs {
-    /// The user or group id with that index.
+    /// Returns the user or group id with that index.
     pub(super) fn id(&self, index: u16) -> Result<u32, LayerError> {
         if let Some(id) = self.ids.get().and_then(|ids| ids.get(usize::from(index))) {
             return Ok(*id);
@@ -89,17 +89,18 @@ impl Squashfs {
             Ok::<_, LayerError>(u32_at(&entry, 0))
         };
         let id = entry(index)?;
-        // At most 65535 ids, 256 KiB. Where one of them cannot be read, those that can still are.
+        // At most 65535 ids, 256 KiB. If one of them cannot be read, the others still are.
         if let Ok(ids) = (0..count).map(entry).collect() {
             let _ = self.ids.set(ids);
         }
         Ok(id)
     }
 
-    /// The node with that inode number (from 1), by the export table; `None` if the image has no such table.
+    /// Returns the node with that inode number (from 1) from the export table; `None` if the image has no
+    /// such table.
     ///
     /// # Errors
-    /// [`LayerError::Corrupt`] where the number is not in the table, or the table makes no sense.
+    /// [`LayerError::Corrupt`] if the number is not in the table, or the table is malformed.
     pub fn node_by_number(&self, number: u32) -> Result<Option<NodeId>, LayerError> {
         let Some(export) = &self.export else { return Ok(None) };
         let Some(index) = number.checked_sub(1) else {

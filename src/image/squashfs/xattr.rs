@@ -9,11 +9,12 @@
 //! pointers          u64 for each block of sets
 //! ```
 //!
-//! A reference is the offset of a metadata block from where names and values begin, times 65536, plus the offset in
-//! the decoded block.
+//! A reference is the offset of a metadata block from the start of names and values, times 65536, plus the
+//! offset in the decoded block.
 //!
-//! Bounds, which are those of Linux: a name with its prefix has at most 255 bytes, all names of a file
-//! (each with a NUL) at most 64 KiB, a value at most 64 KiB. All values of a file: at most [`VALUES_BYTES_MAX`].
+//! The bounds are those of Linux: a name with its prefix has at most 255 bytes, all names of a file (each
+//! with a NUL) at most 64 KiB, a value at most 64 KiB. All values of a file have at most
+//! [`VALUES_BYTES_MAX`].
 
 use super::error::corrupt;
 use super::inode::NONE;
@@ -24,7 +25,7 @@ use super::{NodeId, Squashfs};
 use crate::image::LayerError;
 use crate::image::layer::Xattrs;
 
-/// The name that errors give to names and values.
+/// The name of names and values in errors.
 const TABLE: &str = "xattr table";
 
 /// Size of the header, in bytes.
@@ -45,7 +46,7 @@ pub const VALUES_BYTES_MAX: usize = 4 << 20;
 /// Bit of an entry's type: the value is elsewhere.
 const ELSEWHERE: u16 = 1 << 8;
 
-/// What the header of the table says.
+/// The header of the table.
 pub(super) struct XattrTable {
     /// Where names and values begin.
     start: u64,
@@ -53,7 +54,7 @@ pub(super) struct XattrTable {
 }
 
 impl Squashfs {
-    /// The table, if the image has one. Its header is read the first time.
+    /// Returns the table, if the image has one. Its header is read on first use.
     fn xattr_table(&self) -> Result<Option<&XattrTable>, LayerError> {
         let Some(at) = self.superblock.xattr_table else { return Ok(None) };
         if let Some(table) = self.xattr_table.get() {
@@ -78,13 +79,13 @@ impl Squashfs {
             );
             return Err(corrupt(TABLE, at, why));
         }
-        // The sets end where the header begins, not where the pointers do.
+        // The sets end at the start of the header, not of the pointers.
         let sets = Table { end: at, ..Table::new(TABLE, sets.into(), pointers_at, start) };
         let table = XattrTable { start, sets };
         Ok(Some(self.xattr_table.get_or_init(|| table)))
     }
 
-    /// The attributes of a file.
+    /// Returns the attributes of a file.
     pub(super) fn read_xattrs(&self, node: NodeId) -> Result<Xattrs, LayerError> {
         let (inode, mut cursor) = self.inode(node)?;
         let number = self.xattr_number(&inode, &mut cursor)?;
@@ -104,7 +105,7 @@ impl Squashfs {
                 0 => Some(b"user."),
                 1 => Some(b"trusted."),
                 2 => Some(b"security."),
-                // The kernel leaves out what it does not know.
+                // The kernel skips unknown prefixes.
                 _ => None,
             };
             let full = prefix.map_or(0, <[u8]>::len) + len;
@@ -114,7 +115,7 @@ impl Squashfs {
                 );
                 return Err(cursor.corrupt(why));
             }
-            // One byte more, for the NUL, as listxattr(2) counts.
+            // One more byte for the NUL, as in listxattr(2).
             names += full + 1;
             if names > LIST_BYTES_MAX {
                 return Err(cursor.corrupt(format!(
@@ -161,7 +162,7 @@ impl Squashfs {
     }
 }
 
-/// Reads a value of `len` bytes; `total` counts those of all values.
+/// Reads a value of `len` bytes; `total` counts the bytes of all values.
 fn value(cursor: &mut Cursor<'_>, len: u32, total: &mut usize) -> Result<Vec<u8>, LayerError> {
     let len = len as usize;
     *total = total.saturating_add(len);

@@ -1,8 +1,8 @@
-//! Which block of an image file is what: arithmetic on the number of data blocks alone.
+//! The layout of an image file: arithmetic on the number of data blocks alone.
 
 use super::{BLOCK_BYTES, HASHES_PER_BLOCK, VerityError};
 
-/// The most data blocks that are taken: 2^50, or 4 EiB. With it no offset in a file overflows.
+/// The most data blocks that are accepted: 2^50, or 4 EiB. Within this bound no offset in a file overflows.
 pub const MAX_DATA_BLOCKS: u64 = 1 << 50;
 
 /// One level of the tree.
@@ -14,7 +14,7 @@ pub struct Level {
     pub blocks: u64,
 }
 
-/// Where everything is in an image file with verity data (see the module [`super`]).
+/// The layout of an image file with verity data (see the module [`super`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Geometry {
     data_blocks: u64,
@@ -22,7 +22,7 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The geometry for a data area of this size in bytes.
+    /// Returns the geometry for a data area of this size in bytes.
     ///
     /// # Errors
     /// [`VerityError::DataSize`] unless it is 1 to [`MAX_DATA_BLOCKS`] whole blocks.
@@ -37,7 +37,7 @@ impl Geometry {
         })
         .skip(1)
         .collect();
-        // Places from the top down, behind the superblock. The sum stays below 2^51 blocks.
+        // Positions from the top down, after the superblock. The sum stays below 2^51 blocks.
         let mut next = data_blocks + 1;
         let mut levels: Vec<Level> = sizes
             .iter()
@@ -62,8 +62,8 @@ impl Geometry {
         self.data_blocks * BLOCK_BYTES as u64
     }
 
-    /// The levels of the tree; the first one is level 0, right above the data, and the last one is
-    /// the top. Empty where there is a single data block.
+    /// The levels of the tree; the first one is level 0, directly above the data, and the last one is the
+    /// top. Empty if there is a single data block.
     pub fn levels(&self) -> &[Level] {
         &self.levels
     }

@@ -1,34 +1,35 @@
-//! Where an image's verity data is, and whether it can be the image's own.
+//! Finds an image's verity data, and checks whether it can belong to the image.
 //!
-//! This is the one place that decides it: mounts of both backends, `mosfs verify` and `mosfs build` ask here.
+//! This is the only place that decides it: mounts of both backends, `mosfs verify` and `mosfs build` use it.
 //!
 //! ```text
-//! first block       the file system's superblock says where the data ends (a hint, see data_bytes)
+//! first block       the file system's superblock states where the data ends (a hint, see data_bytes)
 //! end of the data   nothing, or padding                                  -> Absent
 //!                   the signature of a verity superblock                 -> Present, or an error
 //! ```
 //!
-//! Rule (docs/design.md, verity location): the file ends with the hash tree. No hash covers what lies behind it, so
-//! bytes there are refused, like a tree that is cut off.
+//! Rule (docs/design.md, verity location): the file ends with the hash tree. No hash covers bytes after it,
+//! so they are refused, like a truncated tree.
 
 use super::{BLOCK_BYTES, Geometry, SIGNATURE, Superblock, VerityError, data_bytes};
 use crate::image::bytes::{ReadAt, len, read_exact};
 
-/// Verity data that is whole and fits its image. Nothing has been hashed: only the root hash decides what it is worth.
+/// Verity data that is complete and fits its image. Nothing has been hashed: only the root hash decides
+/// whether it is valid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerityData {
-    /// What the superblock says: of use are its salt and its number of data blocks.
+    /// The superblock: only its salt and its number of data blocks are used.
     pub superblock: Superblock,
     /// Where data and tree lie.
     pub geometry: Geometry,
 }
 
-/// What lies behind the data of an image.
+/// What follows the data of an image.
 #[derive(Debug)]
 pub enum Located {
     /// No verity data.
     Absent {
-        /// Where the image ends, in bytes: verity data can be appended there.
+        /// End of the image, in bytes: verity data can be appended there.
         image_bytes: u64,
         /// The error for a caller that requires verity data.
         why: VerityError,
@@ -38,10 +39,10 @@ pub enum Located {
 }
 
 impl Located {
-    /// The verity data, for a caller that requires it.
+    /// Returns the verity data, for a caller that requires it.
     ///
     /// # Errors
-    /// [`VerityError::Missing`], [`VerityError::FileSize`] or [`VerityError::Superblock`] where there is none.
+    /// [`VerityError::Missing`], [`VerityError::FileSize`] or [`VerityError::Superblock`] if there is none.
     pub fn required(self) -> Result<VerityData, VerityError> {
         match self {
             Self::Present(found) => Ok(found),
@@ -50,13 +51,12 @@ impl Located {
     }
 }
 
-/// Finds the verity data of an image, and checks everything of it that no hash covers.
+/// Finds the verity data of an image, and checks everything in it that no hash covers.
 ///
 /// # Errors
-/// [`VerityError::UnknownImage`] and [`VerityError::DataSize`] where the end of the image is not known;
-/// [`VerityError::FileSize`] where the image is cut off, and where the file does not end with the tree;
-/// [`VerityError::Superblock`] for a field with another value than the one that it may have;
-/// [`VerityError::Read`].
+/// [`VerityError::UnknownImage`] and [`VerityError::DataSize`] if the end of the image is not known;
+/// [`VerityError::FileSize`] if the image is truncated, or if the file does not end with the tree;
+/// [`VerityError::Superblock`] for a field with an invalid value; [`VerityError::Read`].
 pub fn locate(bytes: &impl ReadAt) -> Result<Located, VerityError> {
     let mut head = [0; BLOCK_BYTES];
     let head = &mut head[..(BLOCK_BYTES as u64).min(len(bytes)?) as usize];
@@ -64,7 +64,7 @@ pub fn locate(bytes: &impl ReadAt) -> Result<Located, VerityError> {
     locate_behind(bytes, data_bytes(head)?)
 }
 
-/// As [`locate`], for an image whose data area is known to have `data_bytes` bytes.
+/// Like [`locate`], for an image whose data area is known to have `data_bytes` bytes.
 ///
 /// # Errors
 /// As [`locate`].
@@ -73,7 +73,7 @@ pub fn locate_behind(bytes: &impl ReadAt, data_bytes: u64) -> Result<Located, Ve
     const WHOLE: &str = "data, verity superblock and tree";
     let geometry = Geometry::new(data_bytes)?;
     let (found, expected) = (len(bytes)?, geometry.file_bytes());
-    // The image may end within the last block, but no earlier.
+    // The image may end inside the last block, but not before it.
     if found <= data_bytes - BLOCK {
         return Err(VerityError::FileSize { what: "the file system image", found, expected: data_bytes });
     }
@@ -97,8 +97,9 @@ pub fn locate_behind(bytes: &impl ReadAt, data_bytes: u64) -> Result<Located, Ve
     let mut block = [0; BLOCK_BYTES];
     read_exact(bytes, data_bytes, &mut block)?;
     let superblock = Superblock::parse(&block)?;
-    // Rule: the root hash does not cover this number, so it must be that of the blocks before the superblock. A
-    // smaller number would leave data unchecked, and any other would move the levels of the tree.
+    // Rule: the root hash does not cover this number, so it must equal the number of blocks before the
+    // superblock. A smaller number would leave data unverified, and any other would shift the levels of the
+    // tree.
     if superblock.data_blocks != geometry.data_blocks() {
         return Err(VerityError::Superblock {
             field: "data_blocks",
@@ -172,7 +173,7 @@ mod tests {
                 )
             );
             assert_eq!(error.class(), Class::Verification);
-            // What was cut off comes back as zeros.
+            // The truncated part is restored as zeros.
             file.set_len(16384).unwrap();
             file.write_all_at(&superblock.to_block(), 8192).unwrap();
         }

@@ -1,10 +1,9 @@
-//! dm-verity: the format that says, block by block, what an image must be.
+//! dm-verity: the format that authenticates an image block by block.
 //!
-//! Source: the kernel's `Documentation/admin-guide/device-mapper/verity.rst` and cryptsetup's
-//! `DMVerity` specification. Of all that these allow, exactly one form is read and written here:
-//! superblock version 1, hash type 1, SHA-256, blocks of 4096 bytes for data and hashes, a salt of
-//! 32 bytes. It is the form of stacker and atomfs, and `veritysetup format --hash-offset` makes the
-//! same bytes.
+//! Source: the kernel's `Documentation/admin-guide/device-mapper/verity.rst` and cryptsetup's `DMVerity`
+//! specification. Of the forms that these allow, exactly one is read and written here: superblock version 1,
+//! hash type 1, SHA-256, blocks of 4096 bytes for data and hashes, a salt of 32 bytes. Stacker and atomfs use
+//! the same form, and `veritysetup format --hash-offset` writes the same bytes.
 //!
 //! ```text
 //! an image file, in blocks of 4096 bytes; n = number of data blocks
@@ -22,26 +21,26 @@
 //!                 for then there is no tree
 //! ```
 //!
-//! The root hash comes from a signed manifest and covers all data and the whole tree. **It does not
-//! cover the superblock.** So nothing in the superblock is believed: each field has the one
-//! value that it may have ([`Superblock::parse`]), the number of data blocks must be that of the place where the
-//! superblock was found, and a wrong salt makes every hash wrong, the root's first of all. The UUID means nothing.
+//! The root hash comes from a signed manifest and covers all data and the whole tree. **It does not cover the
+//! superblock.** So nothing in the superblock is trusted: each field must have its only allowed value
+//! ([`Superblock::parse`]), the number of data blocks must match the position of the superblock, and a wrong
+//! salt makes every hash wrong, including the root hash. The UUID has no effect.
 //!
 //! # Reproducible images
-//! The same image must give the same blob, so salt and UUID are not drawn at random but come
-//! from the SHA-256 digest of the data area, padding included ([`Superblock::for_data`]):
+//! The same image must produce the same blob, so salt and UUID are not random but derive from the SHA-256
+//! digest of the data area, padding included ([`Superblock::for_data`]):
 //!
 //! ```text
 //! salt = SHA-256("mosfs-verity-salt-v1" 0x00 digest)
 //! uuid = the first 16 bytes of SHA-256("mosfs-verity-uuid-v1" 0x00 digest), marked as version 8 (RFC 9562)
 //! ```
 //!
-//! So the tree cannot grow while the data is written: its first hash needs the last byte's digest.
-//! That costs little. A squashfs writer goes back to write its superblock at offset 0 when all
-//! else is there, so there is no stream of final bytes to hash. And the blob's own SHA-256, which the store
-//! needs, is one serial pass over the same bytes in any case: [`seal`] makes that pass once, takes
-//! the data's digest from it half-way, and goes on with it over superblock and tree to the blob's
-//! digest. The tree is the only extra pass: over the page cache, on all cores, two streams a core ([`crate::sys::sha256`]).
+//! So the tree cannot be built while the data is written: its first hash needs the digest of all data. That
+//! costs little. A squashfs writer returns to offset 0 to write its superblock when everything else is
+//! written, so there is no stream of final bytes to hash. And the blob's own SHA-256, which the store needs,
+//! is a serial pass over the same bytes in any case: [`seal`] makes that pass once, takes the data's digest
+//! from it on the way, and continues over superblock and tree to the blob's digest. The tree is the only
+//! extra pass: over the page cache, on all cores, two streams per core ([`crate::sys::sha256`]).
 
 mod geometry;
 mod locate;
@@ -63,19 +62,19 @@ pub const BLOCK_BYTES: usize = 4096;
 /// Hashes in a hash block.
 pub const HASHES_PER_BLOCK: usize = 128;
 
-/// What a superblock begins with.
+/// The signature at the start of a superblock.
 pub const SIGNATURE: &[u8; 8] = b"verity\0\0";
 
 /// A block of the tree, as its hashes.
 pub type HashBlock = [[u8; 32]; HASHES_PER_BLOCK];
 
-/// Why an image's verity data cannot be used, found, or made.
+/// Why an image's verity data cannot be used, found, or created.
 #[derive(Debug, thiserror::Error)]
 pub enum VerityError {
-    /// The file system image does not say how long it is.
+    /// The size of the file system image cannot be determined.
     #[error("cannot tell where the image ends: {found}, expected a squashfs or erofs superblock")]
     UnknownImage {
-        /// What is there instead.
+        /// What was found instead.
         found: String,
     },
     /// The data area has no blocks, or more than can be addressed.
@@ -84,14 +83,14 @@ pub enum VerityError {
         /// Its size, in bytes.
         found: u64,
     },
-    /// The image file is too short, or too long, for what it should hold.
+    /// The image file is too short or too long for its content.
     #[error("the image file has {found} bytes, expected {expected} ({what})")]
     FileSize {
-        /// What should fill the file.
+        /// What the file should contain.
         what: &'static str,
         /// Its size, in bytes.
         found: u64,
-        /// The size that it should have, in bytes.
+        /// The expected size, in bytes.
         expected: u64,
     },
     /// The file ends with the data: there is no superblock and no tree.
@@ -102,17 +101,17 @@ pub enum VerityError {
         /// Size of the data area and of the file, in bytes.
         data_bytes: u64,
     },
-    /// A field of the superblock is not what it must be.
+    /// A field of the superblock has an invalid value.
     #[error("verity superblock: {field} is {found}, expected {expected}")]
     Superblock {
-        /// Name of the field, as cryptsetup's `struct verity_sb` has it.
+        /// Name of the field, as in cryptsetup's `struct verity_sb`.
         field: &'static str,
         /// Its value.
         found: String,
         /// The value or values that are allowed.
         expected: String,
     },
-    /// A part of the file cannot be read, or does not have its hash.
+    /// A part of the file cannot be read, or does not match its hash.
     #[error(transparent)]
     Read(#[from] ReadError),
     /// The verity data cannot be written.
@@ -120,7 +119,7 @@ pub enum VerityError {
     Write {
         /// Offset in the image file, in bytes.
         offset: u64,
-        /// The operating system's answer.
+        /// The error of the operating system.
         source: std::io::Error,
     },
 }
@@ -134,12 +133,12 @@ impl Classified for VerityError {
     }
 }
 
-/// The part of a superblock that is not the same in all of them.
+/// The variable part of a superblock.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Superblock {
     /// A name for people and udev; nothing depends on it.
     pub uuid: [u8; 16],
-    /// What every hash begins with.
+    /// The salt, hashed before every block.
     pub salt: [u8; 32],
     /// Number of data blocks.
     pub data_blocks: u64,
@@ -162,7 +161,8 @@ mod field {
 }
 
 impl Superblock {
-    /// The superblock for data with this digest (of the whole data area), as the module says.
+    /// Returns the superblock for data with this digest (of the whole data area); see the module
+    /// documentation.
     pub fn for_data(digest: &Digest, data_blocks: u64) -> Self {
         let derive = |label: &[u8]| {
             let mut hasher = Hasher::new();
@@ -177,10 +177,10 @@ impl Superblock {
         Self { uuid, salt: derive(b"mosfs-verity-salt-v1"), data_blocks }
     }
 
-    /// Reads a superblock from its block.
+    /// Parses a superblock from its block.
     ///
-    /// Every byte that is not UUID, salt or the number of data blocks must be what
-    /// [`Superblock::to_block`] writes.
+    /// Every byte except UUID, salt and the number of data blocks must match what [`Superblock::to_block`]
+    /// writes.
     ///
     /// # Errors
     /// [`VerityError::Superblock`] names the first field that is wrong.
@@ -222,7 +222,7 @@ impl Superblock {
         Ok(parsed)
     }
 
-    /// The error for a block that begins otherwise.
+    /// The error for a block without the signature.
     fn wrong_signature(found: &[u8]) -> VerityError {
         VerityError::Superblock {
             field: "signature",
@@ -231,7 +231,7 @@ impl Superblock {
         }
     }
 
-    /// The superblock's block as it is stored.
+    /// Returns the superblock's block as stored.
     pub fn to_block(&self) -> [u8; BLOCK_BYTES] {
         let mut block = [0; BLOCK_BYTES];
         let mut put = |range: std::ops::Range<usize>, bytes: &[u8]| {
@@ -251,20 +251,22 @@ impl Superblock {
     }
 }
 
-/// The bytes at a field's place. The field has `N` bytes and lies within the block.
+/// Returns the bytes of a field. The field has `N` bytes and lies within the block.
 fn bytes<const N: usize>(block: &[u8; BLOCK_BYTES], range: std::ops::Range<usize>) -> [u8; N] {
     let mut field = [0; N];
     field.copy_from_slice(&block[range]);
     field
 }
 
-/// Size of the data area (bytes of the file system, up to a whole block), by what the file system's own superblock says.
+/// Returns the size of the data area (bytes of the file system, rounded up to a whole block), according to
+/// the file system's own superblock.
 ///
-/// `head` is the beginning of the image file; 4096 bytes are enough. Nothing has verified it yet,
-/// so the answer is only a hint where to look for the verity superblock: the root hash decides.
+/// `head` is the beginning of the image file; 4096 bytes are enough. They are not yet verified, so the result
+/// is only a hint where to look for the verity superblock: the root hash decides.
 ///
 /// # Errors
-/// [`VerityError::UnknownImage`] where it is no image that we know; [`VerityError::DataSize`] where the size makes no sense.
+/// [`VerityError::UnknownImage`] if it is not a known image; [`VerityError::DataSize`] if the size is
+/// invalid.
 pub fn data_bytes(head: &[u8]) -> Result<u64, VerityError> {
     let Some(image) = image_bytes(head) else {
         let found =
@@ -297,7 +299,7 @@ mod tests {
             if let Ok(size) = data_bytes(&head) {
                 prop_assert!(Geometry::new(size).is_ok());
             }
-            // A good superblock with garbage in it: what is accepted is written back unchanged.
+            // A valid superblock with garbage in it: accepted values are written back unchanged.
             let mut block = sample().to_block();
             let len = garbage.len().min(40);
             block[at..at + len].copy_from_slice(&garbage[..len]);
@@ -313,7 +315,7 @@ mod tests {
 
     #[test]
     fn derivation_is_stable() {
-        // Digest stability: other values here mean that the same image no longer gives the same blob.
+        // Digest stability: other values here mean that the same image no longer produces the same blob.
         let superblock = sample();
         assert_eq!(
             crate::digest::hex(&superblock.salt),

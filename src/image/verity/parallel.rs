@@ -1,15 +1,15 @@
-//! One loop over many pieces, on several threads.
+//! Runs a loop over many pieces on several threads.
 
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, PoisonError};
 
-/// Calls `work` for each item, on up to `threads` threads (this one among them), with memory that
-/// the thread keeps from item to item.
+/// Calls `work` for each item, on up to `threads` threads (including this one), with memory that the thread
+/// keeps between items.
 ///
 /// The lock around `items` is held only while the next one is taken.
 ///
 /// # Errors
-/// One of the errors that `work` gave. After an error no thread begins another item.
+/// One of the errors that `work` returned. After an error no thread begins another item.
 pub fn for_each<T: Send, E: Send>(
     threads: NonZeroUsize,
     items: impl Iterator<Item = T> + Send,
@@ -28,7 +28,7 @@ pub fn for_each<T: Send, E: Send>(
         Ok(())
     };
     std::thread::scope(|scope| {
-        // A thread that cannot be started is no error: the others do its part.
+        // A thread that cannot be started is not an error: the others do its part.
         let helpers: Vec<_> = (1..threads.get())
             .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, run).ok())
             .collect();

@@ -1,4 +1,4 @@
-//! Building a hash tree, and appending it to an image.
+//! Builds a hash tree and appends it to an image.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -11,10 +11,10 @@ use crate::image::source::ReadError;
 use crate::progress::{Progress, Task};
 use crate::sys::sha256::hash_blocks;
 
-/// A hash tree, as it is stored behind the superblock.
+/// A hash tree, as stored after the superblock.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tree {
-    /// The hash that everything hangs from.
+    /// The root hash.
     pub root_hash: Digest,
     /// The hash blocks from the top level down: 1/127 of the data's size. Empty for one data block.
     pub bytes: Vec<u8>,
@@ -23,10 +23,10 @@ pub struct Tree {
 impl Tree {
     /// Hashes the data area of `file`, on up to `threads` threads.
     ///
-    /// Takes memory for the tree and 512 KiB a thread. `task` hears of the data bytes that are done.
+    /// Uses memory for the tree and 512 KiB per thread. `task` is updated with the number of data bytes done.
     ///
     /// # Errors
-    /// [`ReadError::Io`] where the data cannot be read in full.
+    /// [`ReadError::Io`] if the data cannot be read in full.
     pub fn build(
         file: &File,
         geometry: &Geometry,
@@ -35,7 +35,7 @@ impl Tree {
         task: &Task,
     ) -> Result<Self, ReadError> {
         let mut bytes = vec![0; geometry.tree_blocks() as usize * BLOCK_BYTES];
-        // Begin of a level in `bytes`: the tree follows the superblock.
+        // Start of a level in `bytes`: the tree follows the superblock.
         let begin = |level: usize| {
             (geometry.levels()[level].first_block - geometry.data_blocks() - 1) as usize * BLOCK_BYTES
         };
@@ -73,7 +73,7 @@ impl Tree {
     }
 }
 
-/// An image that has got its verity data.
+/// An image with its verity data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sealed {
     /// The root hash, for the layer's annotation.
@@ -82,19 +82,19 @@ pub struct Sealed {
     pub digest: Digest,
     /// The size of the whole file, in bytes.
     pub size_bytes: u64,
-    /// What the verity superblock says.
+    /// The verity superblock.
     pub superblock: Superblock,
 }
 
 /// Appends verity data to a file system image of `image_bytes` bytes at the start of `file`.
 ///
-/// What the file holds behind the image (mksquashfs pads it) is cut off. The same image gives the
-/// same file. Nothing is synced: the caller decides when the file counts. On an error the image
-/// itself is whole, but the file may have part of the verity data behind it.
+/// Bytes after the image (padding of mksquashfs) are truncated. The same image produces the same file.
+/// Nothing is synced: the caller decides when the file counts. After an error the image itself is intact, but
+/// part of the verity data may follow it in the file.
 ///
 /// # Errors
-/// [`VerityError::FileSize`] where the file is shorter than the image, [`VerityError::DataSize`]
-/// where the image is empty; [`VerityError::Read`] and [`VerityError::Write`] from the file.
+/// [`VerityError::FileSize`] if the file is shorter than the image, [`VerityError::DataSize`] if the image is
+/// empty; [`VerityError::Read`] and [`VerityError::Write`] from the file.
 pub fn seal(
     file: &File,
     image_bytes: u64,
@@ -107,7 +107,7 @@ pub fn seal(
     if found < image_bytes {
         return Err(VerityError::FileSize { what: "the file system image", found, expected: image_bytes });
     }
-    // Cut first, so that what grows back is zeros.
+    // Truncate first, so that the file grows back with zeros.
     for size in [image_bytes, data_bytes] {
         file.set_len(size).map_err(|source| VerityError::Write { offset: size, source })?;
     }

@@ -1,17 +1,17 @@
 //! The bounded cache of decoded blocks.
 //!
-//! Two shares, each bounded in bytes: data blocks, and shared blocks (fragments), which many small
-//! files need and a stream of data must not push out. A share is split into shards by key; a
-//! shard holds blocks in clock order: when it is full, blocks leave from the front, and one that
-//! was used since it was last looked at gets a second round at the back.
+//! The cache has two shares, each bounded in bytes: data blocks, and shared blocks (fragments). Many small
+//! files need the latter, and a stream of data must not evict them. A share is split into shards by key. A
+//! shard holds blocks in clock order: when it is full, blocks are evicted from the front, and a block used
+//! since the last pass moves to the back for a second round.
 //!
 //! # Joining
-//! A block that is being decoded stands in its shard as `Decoding`. Whoever asks for it meanwhile waits
-//! for that one decode, also for its failure.
+//! A block that is being decoded is in its shard as `Decoding`. Other threads that need it wait for that one
+//! decode and share its result, including a failure.
 //!
 //! # Locks
-//! One mutex a shard, held for a look-up only, never while decoding. A decode in flight has a mutex and
-//! condition of its own, taken without the shard's. The pool of spare buffers has one, a leaf.
+//! One mutex per shard, held for a look-up only, never while decoding. A decode in flight has its own mutex
+//! and condition variable, taken without the shard's. The pool of spare buffers has one, a leaf.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry, HashMap};
@@ -30,7 +30,7 @@ pub enum Share {
     Shared,
 }
 
-/// The decoded bytes of a block. Its memory goes back to the pool when the last user is done.
+/// The decoded bytes of a block. Its memory returns to the pool when the last user drops it.
 pub struct Block {
     bytes: Vec<u8>,
     pool: Arc<Pool>,
@@ -49,7 +49,7 @@ impl Drop for Block {
     }
 }
 
-/// Buffers that are used again: the first touch of a page costs more than decoding into it.
+/// Buffers for reuse: the first touch of a page costs more than decoding into it.
 struct Pool {
     spare: Mutex<Vec<Vec<u8>>>,
     most: usize,
@@ -71,7 +71,7 @@ impl Pool {
 type Key = (usize, BlockId);
 type Outcome = Result<Arc<Block>, EngineError>;
 
-/// A decode that is under way.
+/// A decode in flight.
 #[derive(Default)]
 struct Flight {
     outcome: Mutex<Option<Outcome>>,
@@ -91,7 +91,7 @@ struct Shard {
     bytes: usize,
 }
 
-/// A bounded cache of decoded blocks. See the module's comment.
+/// A bounded cache of decoded blocks. See the module documentation.
 pub struct BlockCache {
     data: Box<[Mutex<Shard>]>,
     shared: Box<[Mutex<Shard>]>,
@@ -101,18 +101,18 @@ pub struct BlockCache {
     pool: Arc<Pool>,
 }
 
-/// A shard is not made smaller than this many blocks.
+/// A shard holds at least this many blocks.
 const BLOCKS_A_SHARD: usize = 16;
-/// More shards than threads that could meet are of no use.
+/// More shards than concurrent threads bring no benefit.
 const MOST_SHARDS: usize = 16;
-/// How many spare buffers wait in the pool: one for each thread that may be decoding.
+/// How many spare buffers the pool keeps: one per thread that may be decoding.
 const SPARE_BUFFERS: usize = 4;
 
 impl BlockCache {
-    /// A cache of at most `bytes` decoded bytes for blocks of up to `block_bytes`.
+    /// Creates a cache of at most `bytes` decoded bytes for blocks of up to `block_bytes`.
     ///
-    /// Two thirds are for shared blocks, as those are what many small files wait for. With less
-    /// memory than two blocks a share, each share keeps two blocks all the same.
+    /// Two thirds are for shared blocks, which many small files need. Each share keeps at least two blocks,
+    /// even if `bytes` allows fewer.
     pub fn new(bytes: usize, block_bytes: usize) -> Self {
         let block_bytes = block_bytes.max(4096);
         let least = block_bytes.saturating_mul(2);
@@ -129,7 +129,7 @@ impl BlockCache {
         Self { data, shared, data_bytes, shared_bytes, pool }
     }
 
-    /// The block, if it is there and decoded.
+    /// Returns the block if it is cached and decoded.
     pub fn get(&self, share: Share, layer: usize, id: BlockId) -> Option<Arc<Block>> {
         match lock(self.shard(share, layer, id).0).slots.get(&(layer, id)) {
             Some(Slot::Ready { block, used }) => {
@@ -140,8 +140,8 @@ impl BlockCache {
         }
     }
 
-    /// The block; `decode` fills it in where it is not there. Only one of several askers decodes, the
-    /// others wait for it.
+    /// Returns the block; `decode` fills it in if it is not cached. Of several concurrent callers only one
+    /// decodes, and the others wait for it.
     pub fn get_or_decode(
         &self,
         share: Share,
@@ -167,7 +167,7 @@ impl BlockCache {
         if let Some(flight) = flight {
             return flight.wait();
         }
-        // Lands the flight also when `decode` panics: no one may wait for ever.
+        // Lands the flight even if `decode` panics, so that no thread waits forever.
         let mut landing = Landing { shard, most, key, outcome: Err(EngineError::Io) };
         let mut bytes = self.pool.take();
         match decode(&mut bytes) {
@@ -180,7 +180,7 @@ impl BlockCache {
         landing.outcome.clone()
     }
 
-    /// How many decoded bytes the cache holds.
+    /// Returns how many decoded bytes the cache holds.
     pub fn held_bytes(&self) -> usize {
         self.data.iter().chain(&self.shared).map(|shard| lock(shard).bytes).sum()
     }
@@ -208,7 +208,7 @@ impl Flight {
     }
 }
 
-/// Puts the outcome of a decode into its shard and wakes whoever waits for it.
+/// Stores the result of a decode in its shard and wakes the threads that wait for it.
 struct Landing<'a> {
     shard: &'a Mutex<Shard>,
     most: usize,
@@ -239,7 +239,7 @@ impl Drop for Landing<'_> {
 }
 
 impl Shard {
-    /// Lets blocks go until at most `most` bytes are held; they are dropped outside the lock.
+    /// Evicts blocks until at most `most` bytes are held; they are dropped outside the lock.
     fn shrink(&mut self, most: usize, leaving: &mut Vec<Arc<Block>>) {
         // Each block gets at most one second round, so twice the length is enough.
         let mut rounds = self.clock.len() * 2;

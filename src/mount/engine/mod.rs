@@ -1,20 +1,20 @@
 //! The engine: reads files of a merged view through a bounded cache of decoded blocks.
 //!
-//! Free of FUSE; the same engine serves any front. A read is answered from extents:
+//! It does not depend on FUSE; the same engine can serve any front end. A read is served from extents:
 //!
 //! ```text
-//! whole stored block asked for   decoded into the thread's buffer and handed out; not cached, as
+//! whole stored block requested   decoded into the thread's buffer and returned; not cached, as
 //!                                the kernel keeps the pages
-//! part of a stored block         decoded once into the cache; whoever asks meanwhile waits for it
-//! shared block (fragment)        the same, in a share of the cache of its own
+//! part of a stored block         decoded once into the cache; concurrent readers wait for it
+//! shared block (fragment)        the same, in its own share of the cache
 //! hole                           zeros
 //! ```
-//! When a block was decoded for a part of it, the [`Surplus`] hears of it: the front may store the
+//! When a block was decoded for only a part of it, the [`Surplus`] is notified: the front end can store the
 //! rest where the next read will find it.
 //!
 //! # Errors
-//! A block that does not verify is an error for the read that needs it, and a line in the log
-//! (see [`trouble`]); everything else goes on.
+//! A block that does not verify fails the read that needs it and is logged (see [`trouble`]); everything else
+//! keeps working.
 
 pub mod cache;
 pub mod trouble;
@@ -27,14 +27,14 @@ use self::trouble::Troubles;
 use crate::image::layer::{Attr, BlockId, Extent, FileType, LayerError, Place};
 use crate::image::overlay::{Merged, OverlayError};
 
-/// Why the engine cannot answer. The cause is in the log already.
+/// Why the engine cannot serve a request. The cause has already been logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineError {
     /// No such inode.
     NotFound,
-    /// The file is of another type than the operation takes.
+    /// The file has another type than the operation requires.
     WrongType,
-    /// The bytes cannot be read, do not verify, or make no sense.
+    /// The bytes cannot be read, do not verify, or are malformed.
     Io,
 }
 
@@ -52,13 +52,13 @@ pub struct Decoded {
     pub size_bytes: u64,
     /// The file's extent that the block holds.
     pub extent: Extent,
-    /// The bytes of the file that were asked for: first, and one past the last.
+    /// The bytes of the file that were requested: first, and one past the last.
     pub asked: (u64, u64),
 }
 
-/// Whoever can use the rest of a block that was decoded for a part. Must not block.
+/// Receives blocks of which only a part was requested, to use the rest. Must not block.
 pub trait Surplus: Send + Sync {
-    /// Takes the news of a freshly decoded block.
+    /// Called for each newly decoded block.
     fn decoded(&self, news: Decoded);
 }
 
@@ -70,7 +70,7 @@ pub struct Engine {
     surplus: Option<Box<dyn Surplus>>,
 }
 
-/// The buffers of a thread: what is decoded and not cached, and what is put together from parts.
+/// The buffers of a thread: decoded bytes that are not cached, and data assembled from parts.
 #[derive(Default)]
 struct Scratch {
     decoded: Vec<u8>,
@@ -81,12 +81,12 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Buffers of a thread that grew beyond this many bytes are given back after use.
+/// Buffers of a thread that grew beyond this many bytes are freed after use.
 const KEEP_SCRATCH_BYTES: usize = 1 << 20;
 
 impl Engine {
-    /// An engine over a merged view. `names` names its layers in the log, bottom first;
-    /// `cache_bytes` bounds the decoded blocks that are kept.
+    /// Creates an engine over a merged view. `names` names its layers in the log, bottom first; `cache_bytes`
+    /// bounds the decoded blocks that are kept.
     pub fn new(view: Merged, names: Vec<String>, cache_bytes: usize) -> Self {
         let block_bytes = view.stat_fs().block_bytes as usize;
         Self {
@@ -97,7 +97,7 @@ impl Engine {
         }
     }
 
-    /// Has `surplus` told of each block that is decoded for a part.
+    /// Notifies `surplus` of each block that is decoded for only a part.
     pub fn set_surplus(&mut self, surplus: Box<dyn Surplus>) {
         self.surplus = Some(surplus);
     }
@@ -107,12 +107,12 @@ impl Engine {
         &self.view
     }
 
-    /// What went wrong so far.
+    /// The errors so far.
     pub fn troubles(&self) -> &Troubles {
         &self.troubles
     }
 
-    /// Logs an error of the merged view, and says what to answer.
+    /// Logs an error of the merged view, and returns the error for the caller.
     pub fn failed(&self, ino: u64, error: &OverlayError) -> EngineError {
         match error {
             OverlayError::NoSuchInode(_) => EngineError::NotFound,
@@ -130,8 +130,8 @@ impl Engine {
         self.view.attr(ino).map_err(|error| self.failed(ino, &error))
     }
 
-    /// Reads up to `len` bytes of a regular file at `offset` and hands them to `reply` in one piece,
-    /// exactly once, unless there is an error. Fewer bytes than asked for mean the end of the file.
+    /// Reads up to `len` bytes of a regular file at `offset` and passes them to `reply` in one piece, exactly
+    /// once, unless there is an error. Fewer bytes than requested mean the end of the file.
     pub fn read(
         &self,
         ino: u64,
@@ -175,7 +175,7 @@ impl Engine {
             let (layer, extent) = self.view.extent(ino, at).map_err(|error| self.failed(ino, &error))?;
             let extent_end = extent.file_offset.saturating_add(u64::from(extent.len));
             let stop = extent_end.min(end);
-            // Where the answer lies in the extent; both fit, as an extent is below 4 GiB.
+            // Where the requested bytes lie in the extent; both fit, as an extent is below 4 GiB.
             let (from, to) = ((at - extent.file_offset) as usize, (stop - extent.file_offset) as usize);
             let only = at == offset && stop == end;
             let (id, start, share) = match extent.place {
@@ -232,7 +232,7 @@ impl Engine {
         })
     }
 
-    /// A decoded block by way of the cache.
+    /// Returns a decoded block from the cache, decoding it if necessary.
     fn cached(
         &self,
         share: Share,
@@ -261,16 +261,16 @@ impl Engine {
         Ok(block)
     }
 
-    /// A shared block by way of the cache, before anybody asks for it. Its errors are not logged.
+    /// Loads a shared block into the cache before it is requested. Its errors are not logged.
     pub fn shared_block(&self, layer: usize, id: BlockId) -> Result<Arc<Block>, EngineError> {
         let image = self.view.layers().get(layer).ok_or(EngineError::Io)?;
         self.cache
             .get_or_decode(Share::Shared, layer, id, |out| image.decode(id, out).map_err(|_| EngineError::Io))
     }
 
-    /// The first offset at or after `offset` that is data (`data`) or a hole (`!data`), as lseek(2)
-    /// with SEEK_DATA and SEEK_HOLE has it: the end of the file counts as a hole, and `None` means
-    /// that there is no such offset (ENXIO).
+    /// Returns the first offset at or after `offset` that is data (`data`) or a hole (`!data`), as lseek(2)
+    /// with SEEK_DATA and SEEK_HOLE does: the end of the file counts as a hole, and `None` means that there
+    /// is no such offset (ENXIO).
     pub fn seek(&self, ino: u64, offset: u64, data: bool) -> Result<Option<u64>, EngineError> {
         let attr = self.attr(ino)?;
         if attr.kind != FileType::Regular {
@@ -288,7 +288,7 @@ impl Engine {
     }
 }
 
-/// Who asked for a part of a block.
+/// The read that requested a part of a block.
 struct Asked {
     ino: u64,
     size: u64,

@@ -1,8 +1,8 @@
 //! Errors of a running mount: counted, and logged once each, at a bounded rate.
 //!
-//! A reader may ask for a bad block a thousand times a second. Each place (layer and block, or layer and
-//! inode for what has no block) is logged once; [`MOST_PLACES`] of them are remembered, and beyond
-//! that, or beyond [`LINES_A_SECOND`], lines are only counted and the count is logged.
+//! A reader may request a bad block a thousand times a second. Each place (layer and block, or layer and
+//! inode if there is no block) is logged once. [`MOST_PLACES`] of them are remembered; beyond that, or beyond
+//! [`LINES_A_SECOND`], lines are only counted and the count is logged.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,17 +16,17 @@ use crate::image::source::ReadError;
 
 /// How many bad places are remembered.
 pub const MOST_PLACES: usize = 4096;
-/// How many lines are logged a second.
+/// How many lines are logged per second.
 pub const LINES_A_SECOND: u32 = 20;
 
-/// How often what went wrong.
+/// Counts of errors by kind.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
-    /// Reads of blocks that are not what the root hash promises.
+    /// Reads of blocks that do not match the root hash.
     pub verity: u64,
-    /// Reads that the operating system failed.
+    /// Reads that failed with an error of the operating system.
     pub io: u64,
-    /// Reads of structures that make no sense.
+    /// Reads of malformed structures.
     pub corrupt: u64,
     /// The last line that was logged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,7 +59,7 @@ struct State {
 }
 
 impl Troubles {
-    /// No errors yet. `names` are the layers' names, bottom first.
+    /// Starts with no errors. `names` are the layers' names, bottom first.
     pub fn new(names: Vec<String>) -> Self {
         let state = State { seen: HashSet::new(), second: Instant::now(), lines: 0, left_out: 0, last: None };
         Self {
@@ -72,7 +72,7 @@ impl Troubles {
         }
     }
 
-    /// What happened so far.
+    /// The errors so far.
     pub fn counts(&self) -> Counts {
         Counts {
             verity: self.verity.load(Ordering::Relaxed),
@@ -82,12 +82,12 @@ impl Troubles {
         }
     }
 
-    /// How many errors there were; cheap.
+    /// Returns the number of errors so far; cheap.
     pub fn total(&self) -> u64 {
         [&self.verity, &self.io, &self.corrupt].iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
-    /// Waits until there are more errors than `told`, and says how many there are.
+    /// Waits until there are more errors than `told`, and returns how many there are.
     pub fn wait_beyond(&self, told: u64) -> u64 {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         while self.total() <= told {
@@ -96,10 +96,10 @@ impl Troubles {
         self.total()
     }
 
-    /// Counts an error that a read of `ino` met in a layer, and logs it if it is new.
+    /// Counts an error of a layer that a read of `ino` encountered, and logs it if it is new.
     pub fn report(&self, layer: usize, ino: u64, error: &LayerError) {
-        // A block of the image and an inode cannot be mistaken for each other: inode numbers are
-        // above 2^48, block numbers below.
+        // A block of the image and an inode cannot be confused: inode numbers are above 2^48, block numbers
+        // below.
         let (count, place) = match error {
             LayerError::Read(ReadError::Verity { block, .. }) => (&self.verity, *block),
             LayerError::Read(ReadError::Length { .. }) => (&self.verity, ino),

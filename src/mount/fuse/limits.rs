@@ -1,7 +1,7 @@
-//! The one place where kernel capabilities and limits are chosen, each with its reason.
+//! Chooses all kernel capabilities and limits, each with its reason.
 //!
 //! Figures: find, tar and cold reads of a Debian root of 606 MB and 24.5k entries on two cores, Linux 6.18,
-//! as ratios to the kernel's own squashfs mount of the same image.
+//! as ratios to a mount of the same image by the kernel's squashfs.
 
 use std::time::Duration;
 
@@ -13,48 +13,47 @@ use crate::sys;
 /// `Duration::MAX` would overflow the kernel's jiffies.
 pub const TTL: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Bytes that one read request asks for at the most. 32 pages: a read-ahead of 512 KiB is then four
-/// requests, which go to all threads at once. With 256 pages one thread gets it all, and the
-/// others sleep (0.58 became 0.92).
+/// Most bytes of one read request: 32 pages. A read-ahead of 512 KiB is then four requests, which all threads
+/// serve in parallel. With 256 pages one thread gets all the work, and the others sleep (0.58 became 0.92).
 pub const READ_BYTES: u32 = 128 * 1024;
 
-/// How many read-ahead requests may be in flight (the kernel's 12 and fuser's 16 are too few for four
-/// readers of 512 KiB each).
+/// How many read-ahead requests may be in flight. The kernel's 12 and fuser's 16 are too few for four readers
+/// of 512 KiB each.
 pub const BACKGROUND: u16 = 64;
 
-/// The kernel's read-ahead, in KiB, set on the mount's bdi. Only root may: the FUSE protocol itself
-/// can only lower the default of 128 KiB, with which every read waits for one request at a time.
+/// The kernel's read-ahead, in KiB, set on the mount's bdi. This requires root: the FUSE protocol itself can
+/// only lower the default of 128 KiB, with which every read waits for one request at a time.
 pub const READ_AHEAD_KIB: u32 = 512;
 
-/// Threads that answer requests: the second one brings most (0.92 became 0.58); more than four only
-/// fight for the kernel's one queue of the connection.
+/// Threads that serve requests. The second one brings the most (0.92 became 0.58); more than four only
+/// contend for the connection's single queue in the kernel.
 pub fn default_threads() -> usize {
-    // Not `available_parallelism`, which reads four files of cgroups first: 0.1 ms of the start.
+    // Not `available_parallelism`: it first reads four cgroup files, which costs 0.1 ms at start.
     sys::daemon::usable_cores().clamp(2, 4)
 }
 
-/// Default of `--cache-mib`: 32 fragments and 16 data blocks of 128 KiB. Two fragments in place of 32
-/// cost 40 % in small files; more data blocks bring nothing, as the kernel keeps the pages.
-/// With it a daemon stays below 16 MiB of anonymous memory.
+/// Default of `--cache-mib`: 32 fragments and 16 data blocks of 128 KiB. Two fragments instead of 32 cost 40
+/// % on small files; more data blocks bring no benefit, as the kernel keeps the pages. With this default a
+/// daemon stays below 16 MiB of anonymous memory.
 pub const DEFAULT_CACHE_MIB: usize = 6;
 
-/// What is asked of the kernel, and why.
+/// The capabilities to request from the kernel, and why.
 const WANTED: [(InitFlags, &str); 7] = [
-    (InitFlags::FUSE_DO_READDIRPLUS, "attributes with each listing: find asks nothing else"),
-    // Deliberately without READDIRPLUS_AUTO: the kernel then goes back to plain readdir when it
-    // sees no look-ups, and find became 10 times slower.
+    (InitFlags::FUSE_DO_READDIRPLUS, "attributes with each listing: find needs no other requests"),
+    // Deliberately without READDIRPLUS_AUTO: with it the kernel returns to plain readdir when it sees no
+    // look-ups, and find became 10 times slower.
     (InitFlags::FUSE_NO_OPEN_SUPPORT, "open without a request, after one ENOSYS"),
     (InitFlags::FUSE_NO_OPENDIR_SUPPORT, "opendir without a request; the kernel then keeps listings"),
-    (InitFlags::FUSE_CACHE_SYMLINKS, "targets of links are asked for once"),
+    (InitFlags::FUSE_CACHE_SYMLINKS, "each link's target is requested once"),
     (InitFlags::FUSE_PARALLEL_DIROPS, "several look-ups in one folder at once"),
     (InitFlags::FUSE_ASYNC_READ, "read-ahead in several requests at once"),
-    (InitFlags::FUSE_EXPLICIT_INVAL_DATA, "pages stay when attributes are asked for again"),
+    (InitFlags::FUSE_EXPLICIT_INVAL_DATA, "pages stay cached when attributes are requested again"),
 ];
 
 /// Chooses capabilities and limits for a new connection.
 pub fn negotiate(config: &mut KernelConfig) {
     for (flag, _) in WANTED {
-        // A kernel that lacks one (Linux 5.2 has them all) is slower and no less right.
+        // A kernel that lacks one (Linux 5.2 has them all) is slower but still correct.
         let _ = config.add_capabilities(flag);
     }
     let _ = config.set_max_write(READ_BYTES);

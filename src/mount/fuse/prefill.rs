@@ -1,21 +1,21 @@
-//! Putting decoded bytes into the kernel's page cache before anybody asks (FUSE_NOTIFY_STORE).
+//! Stores decoded bytes in the kernel's page cache before they are requested (FUSE_NOTIFY_STORE).
 //!
-//! A block that was decoded for a part holds more than was asked for: the rest of the file's extent,
-//! and, where the block is shared, the contents of other small files. Each of those would cost a round trip
-//! between two cores later, which is dearer than the copy. So they are stored now, by a thread of its
-//! own: the kernel may make it wait for a locked page, which a thread that answers requests must
-//! never do, as the page may be waiting for that answer.
+//! A block that was decoded for a part of it holds more than was requested: the rest of the file's extent
+//! and, if the block is shared, the contents of other small files. Each of those would later cost a round
+//! trip between two cores, which is more expensive than the copy. So they are stored now, by a separate
+//! thread: the kernel may make it wait for a locked page, which a thread that serves requests must never do,
+//! as the page may be waiting for its reply.
 //!
-//! Only inodes that the kernel knows can be stored to. Which files share a block is learnt for free
-//! when their attributes are sent: [`Siblings`] keeps that for small files, bounded.
+//! Only inodes that the kernel knows can be stored to. Which files share a block is known at no cost when
+//! their attributes are sent: [`Siblings`] records that for small files, bounded.
 //!
-//! The queue is bounded too, by [`QUEUE`] blocks; news that does not fit is dropped.
+//! The queue is bounded too, by [`QUEUE`] blocks; blocks that do not fit are dropped.
 //!
 //! # Ahead
-//! Who reads small files one after the other (tar, cp, a compiler its headers) waits for one shared block after
-//! the other, while a core sleeps. So, when shared blocks are asked for in the order in which they
-//! lie in the image, the same thread decodes up to [`AHEAD`] of those that come next, as far as
-//! they hold files that the kernel knows and has not read, and stores those files.
+//! A program that reads small files one after the other (tar, cp, a compiler its headers) waits for one
+//! shared block after the other, while a core sleeps. So, when shared blocks are requested in the order in
+//! which they lie in the image, the same thread decodes up to [`AHEAD`] of the next ones, as long as they
+//! hold files that the kernel knows and has not read, and stores those files.
 //!
 //! # Locks
 //! [`Siblings`] has one mutex, a leaf, held for a look-up or an insert.
@@ -33,13 +33,14 @@ use crate::mount::engine::{Decoded, Engine, Surplus};
 
 /// How many decoded blocks may wait to be stored; each holds its memory while it waits.
 const QUEUE: usize = 8;
-/// How many shared blocks are decoded ahead of the one that was asked for.
+/// How many shared blocks are decoded ahead of the requested one.
 const AHEAD: usize = 4;
-/// How many files the table of siblings knows, 16 bytes each (and as many for the room that vectors keep).
+/// How many files the table of siblings knows, 16 bytes each (and as much again for spare capacity of the
+/// vectors).
 const MOST_SIBLINGS: usize = 64 * 1024;
 /// How many shared blocks the table knows, 100 bytes each.
 const MOST_BLOCKS: usize = 16 * 1024;
-/// Files above this size are not looked at for a tail in a shared block, in bytes.
+/// Files above this size, in bytes, are not checked for a tail in a shared block.
 const SMALL_FILE_BYTES: u64 = 128 * 1024;
 const PAGE: u64 = 4096;
 
@@ -47,7 +48,7 @@ const PAGE: u64 = 4096;
 #[derive(Clone, Copy)]
 struct Sibling {
     ino: u64,
-    /// Where in the decoded block it begins, in bytes.
+    /// Where it begins in the decoded block, in bytes.
     offset: u32,
     /// How many bytes it has.
     len: u32,
@@ -56,7 +57,7 @@ struct Sibling {
 /// A shared block: the index of its layer, and where it lies there. In the order of reading.
 type Key = (usize, BlockId);
 
-/// Which small files lie in which shared block, of those that the kernel knows and has not read.
+/// Which small files lie in which shared block, limited to files that the kernel knows and has not read.
 #[derive(Default)]
 pub(super) struct Siblings {
     table: Mutex<Table>,
@@ -65,7 +66,7 @@ pub(super) struct Siblings {
 #[derive(Default)]
 struct Table {
     blocks: BTreeMap<Key, Vec<Sibling>>,
-    /// The blocks in the order in which they came up, to forget the oldest first.
+    /// The blocks in order of insertion, to evict the oldest first.
     order: VecDeque<Key>,
     files: usize,
 }
@@ -75,12 +76,12 @@ impl Siblings {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a file that the kernel has just been told of.
+    /// Records a file whose attributes the kernel has just received.
     pub fn seen(&self, engine: &Engine, ino: u64, attr: &Attr) {
         if attr.kind != FileType::Regular || attr.size_bytes == 0 || attr.size_bytes > SMALL_FILE_BYTES {
             return;
         }
-        // An error is met again, and logged, when the file is read.
+        // An error recurs, and is logged, when the file is read.
         let Ok((layer, extent)) = engine.view().extent(ino, 0) else { return };
         let Place::Shared { block, offset } = extent.place else { return };
         if u64::from(extent.len) != attr.size_bytes {
@@ -90,7 +91,7 @@ impl Siblings {
         self.lock().insert((layer, block), sibling);
     }
 
-    /// Takes the files of a block off the table.
+    /// Removes the files of a block from the table and returns them.
     fn take(&self, key: &Key) -> Vec<Sibling> {
         let mut table = self.lock();
         let taken = table.blocks.remove(key).unwrap_or_default();
@@ -140,7 +141,7 @@ pub(super) fn queue() -> (StoreQueue, Receiver<Decoded>) {
     (StoreQueue(sender), receiver)
 }
 
-/// Stores what comes through the queue, and decodes ahead, until the mount ends.
+/// Stores blocks from the queue, and decodes ahead, until the mount ends.
 pub(super) fn run(receiver: &Receiver<Decoded>, engine: &Engine, siblings: &Siblings, notifier: &Notifier) {
     let mut ahead = Ahead::default();
     loop {
@@ -161,7 +162,7 @@ pub(super) fn run(receiver: &Receiver<Decoded>, engine: &Engine, siblings: &Sibl
             }
             Err(TryRecvError::Empty) => {
                 let Some(key) = ahead.step(siblings) else { continue };
-                // An error is met again, and logged, when one of the files is read.
+                // An error recurs, and is logged, when one of the files is read.
                 if let Ok(block) = engine.shared_block(key.0, key.1) {
                     store_files(notifier, &block, siblings.take(&key), None);
                 }
@@ -171,21 +172,21 @@ pub(super) fn run(receiver: &Receiver<Decoded>, engine: &Engine, siblings: &Sibl
     }
 }
 
-/// Where in a layer the reading of shared blocks has come to.
+/// How far the reading of shared blocks of a layer has advanced.
 #[derive(Default)]
 struct Ahead {
-    /// The block that comes next if the reading is one of blocks in their order.
+    /// The next block, if blocks are read in order.
     next: Option<Key>,
-    /// How many more blocks to decode before anybody asks.
+    /// How many more blocks to decode ahead.
     left: usize,
 }
 
 impl Ahead {
-    /// Somebody had to wait for a block.
+    /// A reader had to wait for a block.
     fn asked(&mut self, key: Key, siblings: &Siblings) {
         match self.next {
             Some(next) if next == key => self.left = AHEAD,
-            // A part of a block that is done with: the tail of a large file, say.
+            // Part of a block that has already been handled, such as the tail of a large file.
             Some((layer, block)) if layer == key.0 && key.1 < block => return,
             _ => self.left = 0,
         }
@@ -204,26 +205,26 @@ impl Ahead {
     }
 }
 
-/// Stores the files of a shared block, but the one that was asked for.
+/// Stores the files of a shared block, except the requested one.
 fn store_files(notifier: &Notifier, block: &Block, files: Vec<Sibling>, asked: Option<u64>) {
     for Sibling { ino, offset, len } in files {
         let (from, len) = (offset as usize, len as usize);
         if asked != Some(ino)
             && let Some(bytes) = from.checked_add(len).and_then(|to| block.bytes().get(from..to))
         {
-            // Fails for an inode that the kernel has forgotten: nothing is lost.
+            // Fails for an inode that the kernel has forgotten, which is harmless.
             let _ = notifier.store(INodeNo(ino), 0, bytes);
         }
     }
 }
 
-/// Stores the parts of the file's extent before and after what was asked for, in whole pages.
+/// Stores the parts of the file's extent before and after the requested bytes, in whole pages.
 fn store_rest(notifier: &Notifier, news: &Decoded, start: usize) {
     let begin = news.extent.file_offset;
     let end = begin.saturating_add(u64::from(news.extent.len)).min(news.size_bytes);
     // The reply covers whole pages (the kernel pads the last one of the file itself).
     let (asked_from, asked_to) = (news.asked.0 / PAGE * PAGE, news.asked.1.next_multiple_of(PAGE));
-    // A page that reaches into the extent before or after is left alone: it would be stored in part.
+    // A page that reaches into the previous or next extent is skipped: it would be stored only in part.
     let first = begin.next_multiple_of(PAGE);
     let last = if end == news.size_bytes { end } else { end / PAGE * PAGE };
     for (from, to) in [(first, asked_from.min(last)), (asked_to.max(first), last)] {
@@ -263,7 +264,7 @@ mod tests {
         ahead.asked(key(1, 10), &siblings);
         let steps: Vec<_> = std::iter::from_fn(|| (ahead.left > 0).then(|| ahead.step(&siblings))).collect();
         assert_eq!(steps, [20, 30, 40, 50].map(|start| Some(key(1, start))));
-        // The tail of a large file in a block that is done with changes nothing.
+        // The tail of a large file in a block already handled changes nothing.
         ahead.asked(key(1, 30), &siblings);
         assert_eq!((ahead.left, ahead.next), (0, Some(key(1, 60))));
         ahead.asked(key(1, 60), &siblings);

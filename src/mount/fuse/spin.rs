@@ -1,16 +1,15 @@
 //! `--spin`: keeps cores from going to sleep while requests come close together.
 //!
-//! A request and its answer cross between two cores. A core that sleeps has to be woken for each of them:
-//! a few µs on bare metal, and 30 to 100 µs in a virtual machine that gives an idle core back to its
-//! host at once, more than the answer itself takes. So, while requests come close together, the kernel
-//! is asked for a wake-up latency of zero (`/dev/cpu_dma_latency`,
-//! Documentation/power/pm_qos_interface.rst): its idle loop then polls. It ends [`QUIET`] after the last
-//! request, so that an idle mount costs nothing.
+//! A request and its reply cross between two cores. A sleeping core must be woken for each of them: a few µs
+//! on bare metal, and 30 to 100 µs in a virtual machine that returns an idle core to its host at once, more
+//! than serving the request takes. So, while requests come close together, mosfs requests a wake-up latency
+//! of zero from the kernel (`/dev/cpu_dma_latency`, Documentation/power/pm_qos_interface.rst): its idle loop
+//! then polls. This ends [`QUIET`] after the last request, so an idle mount costs nothing.
 //!
-//! Measured in such a machine, as wall time without it: find 0.58, ls -lR 0.57, small files in open order
-//! 0.42, reading everything 0.48; and less CPU time, as no core has to be woken through the host.
-//! Threads that spin in place of the idle loop (SCHED_IDLE) were tried for users without privilege, and
-//! made small files slower: they are in the way of those that are woken.
+//! Measured in such a machine, as a ratio to the wall time without it: find 0.58, ls -lR 0.57, small files in
+//! open order 0.42, reading everything 0.48; CPU time decreases too, as no core has to be woken through the
+//! host. Threads that spin instead of the idle loop (SCHED_IDLE) were tried for unprivileged users, and made
+//! small files slower: they delay the threads that are woken.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -24,18 +23,18 @@ use crate::mount::backend::by_name;
 /// When cores are kept awake.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Spin {
-    /// Where a wake-up is dear and the wish is granted: as root, in a virtual machine whose idle cores go
-    /// back to the host.
+    /// Where a wake-up is expensive and the request is permitted: as root, in a virtual machine whose idle
+    /// cores return to the host.
     #[default]
     Auto,
-    /// Wherever the kernel lets this process.
+    /// Wherever the kernel permits it.
     Always,
-    /// Not at all.
+    /// Never.
     Never,
 }
 
 impl Spin {
-    /// The names that `--spin` takes.
+    /// The values that `--spin` accepts.
     pub const NAMES: [(&'static str, Spin); 3] =
         [("auto", Spin::Auto), ("always", Spin::Always), ("never", Spin::Never)];
 
@@ -53,16 +52,16 @@ impl FromStr for Spin {
     }
 }
 
-/// How often it is looked at whether requests still come.
+/// How often the thread checks whether requests still arrive.
 const LOOK: Duration = Duration::from_millis(1);
 /// Without a request for this long, cores may sleep.
 const QUIET: Duration = Duration::from_millis(3);
 /// Fewer requests than this in one [`LOOK`] do not count as close together.
 const DENSE: u64 = 4;
-/// "No wish" to /dev/cpu_dma_latency, in µs (PM_QOS_CPU_LATENCY_DEFAULT_VALUE in linux/pm_qos.h).
+/// "No latency request" for /dev/cpu_dma_latency, in µs (PM_QOS_CPU_LATENCY_DEFAULT_VALUE in linux/pm_qos.h).
 const NO_WISH: i32 = 2_000_000_000;
 
-/// Counts requests, and wakes the thread that keeps cores awake when they begin.
+/// Counts requests, and wakes the thread that keeps cores awake when requests begin to arrive.
 #[derive(Default)]
 pub(super) struct Pulse {
     beats: AtomicU64,
@@ -72,7 +71,7 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
-    /// One more request. Costs an atomic increment while requests come close together.
+    /// Counts one request. Costs an atomic increment while requests come close together.
     pub fn beat(&self) {
         self.beats.fetch_add(1, Ordering::Relaxed);
         if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::AcqRel) {
@@ -92,21 +91,22 @@ impl Pulse {
     }
 }
 
-/// The kernel's file of the wish; it holds while the file is open.
+/// The PM QoS file. The latency request lasts as long as the file stays open.
 const LATENCY: &str = "/dev/cpu_dma_latency";
 /// The kernel's driver for idle cores.
 const IDLE_DRIVER: &str = "/sys/devices/system/cpu/cpuidle/current_driver";
 
-/// The wish to the kernel.
+/// The latency request.
 struct Wish(File);
 
 impl Wish {
-    /// Opens the file of the wish, if `when` says so. An error only where they are to be kept awake always.
+    /// Opens the PM QoS file if `when` requires it. Returns an error only if cores must always be kept awake.
     fn new(when: Spin) -> io::Result<Option<Self>> {
         match when {
             Spin::Never => return Ok(None),
-            // The driver of machines whose cores' sleep is the host's business. On bare metal the wish would keep
-            // every core of a large machine from saving power, for a few µs a request.
+            // The driver of virtual machines whose host controls how cores sleep. On bare metal the latency
+            // request would keep every core of a large machine from saving power, to gain a few µs per
+            // request.
             Spin::Auto if !fs::read(IDLE_DRIVER).is_ok_and(|name| name.starts_with(b"haltpoll")) => {
                 return Ok(None);
             }
@@ -117,7 +117,7 @@ impl Wish {
             Err(_) if when == Spin::Auto => return Ok(None),
             Err(error) => return Err(error),
         };
-        // An open file without a value already wishes for the least latency that there is.
+        // Opening the file without writing a value already requests the lowest latency.
         wish.keep_awake(false)?;
         Ok(Some(wish))
     }
@@ -128,7 +128,7 @@ impl Wish {
     }
 }
 
-/// Keeps cores awake while `pulse` beats; returns only where there is nothing to do.
+/// Keeps cores awake while `pulse` beats; returns only if there is nothing to do.
 pub(super) fn run(pulse: &Pulse, when: Spin) {
     let mut wish = match Wish::new(when) {
         Ok(Some(wish)) => wish,
