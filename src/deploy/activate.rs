@@ -356,7 +356,7 @@ pub fn flags() -> MountFlags {
 fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
     if of_no_use {
         // First its unit: it would mount again what is unmounted here.
-        units::stop(path);
+        units::stop(path, None);
     }
     for _ in 0..MOST_STACKED {
         match table::mounted_at(path)? {
@@ -367,9 +367,8 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
             None => return Ok(None),
         }
         match mount::unmount(path, of_no_use) {
-            Ok(()) => {}
-            // The place is free; the daemon serves a copy of the mount in another namespace until that goes.
-            Err(MountError::Daemon { .. }) => {}
+            // The place is free; a daemon serves copies of the mount until they go.
+            Ok(()) | Err(MountError::Daemon { .. }) => {}
             Err(MountError::Unmount { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
                 return Ok(Some(holders::of(path)));
             }

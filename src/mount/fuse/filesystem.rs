@@ -18,6 +18,7 @@ use fuser::{
 use super::limits::{self, TTL};
 use super::prefill::Siblings;
 use super::spin::Pulse;
+use super::started::Started;
 use crate::image::layer::{Attr, FileType};
 use crate::image::overlay::{Entry, ROOT};
 use crate::mount::engine::{Engine, EngineError};
@@ -35,10 +36,13 @@ pub(super) struct Tree {
     pub siblings: Arc<Siblings>,
     pub pulse: Arc<Pulse>,
     pub has_xattrs: bool,
+    pub started: Arc<Started>,
 }
 
 impl Tree {
+    /// Begins the answer to a request.
     fn beat(&self) {
+        self.started.arrive();
         self.pulse.beat();
     }
 
@@ -291,6 +295,7 @@ impl Filesystem for Tree {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        self.started.arrive();
         let sizes = self.engine.view().stat_fs();
         let unit = sizes.block_bytes.max(4096);
         let blocks = sizes.bytes.div_ceil(u64::from(unit));
