@@ -32,7 +32,6 @@ use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
@@ -43,7 +42,7 @@ pub use spin::Spin;
 use self::filesystem::{Tree, check_root};
 use self::prefill::Siblings;
 use self::spin::Pulse;
-use self::started::Started;
+use self::started::{Started, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::open;
@@ -420,14 +419,6 @@ fn serve(
         Ok(done) => done.map_err(failed("serve requests")),
         Err(panic) => std::panic::resume_unwind(panic),
     }
-}
-
-fn spawn<T: Send + 'static>(
-    name: &'static str,
-    run: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>, MountError> {
-    let builder = std::thread::Builder::new().name(name.into()).stack_size(128 << 10);
-    builder.spawn(run).map_err(|source| MountError::System { operation: "start a thread", source })
 }
 
 /// The record of a mount while it lasts; removed, once and for all, when this is dropped.

@@ -10,9 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::spawn;
 use crate::mount::MountError;
 use crate::sys;
+
+/// Starts a thread of a daemon.
+pub fn spawn<T: Send + 'static>(
+    name: &'static str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, MountError> {
+    let builder = std::thread::Builder::new().name(name.into()).stack_size(128 << 10);
+    builder.spawn(run).map_err(|source| MountError::System { operation: "start a thread", source })
+}
 
 /// How many threads have taken their first request.
 #[derive(Debug)]
