@@ -270,6 +270,8 @@ impl Unit {
                     continue;
                 }
             } else if table::mounted_at(&self.target)?.is_some_and(|found| found.is_ours()) {
+                // The first look at the root, before an overlay is made of it, and by another process than the daemon.
+                let _ = fs::metadata(&self.target);
                 return Ok(());
             } else {
                 why = "nothing is mounted, though the unit was started".into();

@@ -94,17 +94,6 @@ fn statx(dir: RawFd, path: &CStr, flags: libc::c_int) -> io::Result<libc::statx>
     Ok(unsafe { stat.assume_init() })
 }
 
-/// Asks a file system for its sizes, which each FUSE file system is asked for anew.
-pub fn ask(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut sizes = MaybeUninit::<libc::statfs>::zeroed();
-    // SAFETY: `sizes` has room for one statfs.
-    if unsafe { libc::fstatfs(fd.as_raw_fd(), sizes.as_mut_ptr()) } == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Whether the FUSE file system at `path` has a daemon; `None` where it is no FUSE file system.
 ///
 /// A daemon that does not answer blocks the caller.

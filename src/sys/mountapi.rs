@@ -229,6 +229,12 @@ impl MountPoint {
     }
 }
 
+impl AsFd for MountPoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl From<MountPoint> for OwnedFd {
     fn from(point: MountPoint) -> Self {
         point.fd

@@ -18,7 +18,6 @@ use fuser::{
 use super::limits::{self, TTL};
 use super::prefill::Siblings;
 use super::spin::Pulse;
-use super::started::Started;
 use crate::image::layer::{Attr, FileType};
 use crate::image::overlay::{Entry, ROOT};
 use crate::mount::engine::{Engine, EngineError};
@@ -36,13 +35,10 @@ pub(super) struct Tree {
     pub siblings: Arc<Siblings>,
     pub pulse: Arc<Pulse>,
     pub has_xattrs: bool,
-    pub started: Arc<Started>,
 }
 
 impl Tree {
-    /// Begins the answer to a request.
     fn beat(&self) {
-        self.started.arrive();
         self.pulse.beat();
     }
 
@@ -295,7 +291,6 @@ impl Filesystem for Tree {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        self.started.arrive();
         let sizes = self.engine.view().stat_fs();
         let unit = sizes.block_bytes.max(4096);
         let blocks = sizes.bytes.div_ceil(u64::from(unit));

@@ -42,14 +42,14 @@ pub use spin::Spin;
 use self::filesystem::{Tree, check_root};
 use self::prefill::Siblings;
 use self::spin::Pulse;
-use self::started::{Started, spawn};
+use self::started::{all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::open;
 use super::table::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log};
 use crate::failpoint;
-use crate::image::overlay::Merged;
+use crate::image::overlay::{Merged, ROOT};
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
 use crate::sys::mountapi::{self, FsContext, MountPoint};
@@ -83,7 +83,12 @@ impl Connection {
     /// Makes a connection and its mount; nothing in it can be used before it is served.
     ///
     /// `source` is what the kernel lists as the mount's source.
-    fn new(source: &str, point: &MountPoint, flags: &MountFlags) -> Result<Self, MountError> {
+    fn new(
+        source: &str,
+        engine: &Engine,
+        point: &MountPoint,
+        flags: &MountFlags,
+    ) -> Result<Self, MountError> {
         let target = point.path().to_path_buf();
         let failed = |source: io::Error| MountError::Mount { target: target.clone(), source };
         let by_helper = sys::daemon::effective_ids().0 != 0;
@@ -98,7 +103,7 @@ impl Connection {
             }
         } else {
             let fd = sys::fuse::open_device().map_err(MountError::Device)?;
-            let mount = mount_nowhere(source, &fd, flags).map_err(|error| failed(error.into()))?;
+            let mount = mount_nowhere(source, engine, &fd, flags).map_err(|error| failed(error.into()))?;
             (fd, mount)
         };
         let device = sys::fuse::device_of_fd(mount.as_fd()).map_err(failed)?;
@@ -114,7 +119,12 @@ fn unmount_at(target: &Path, by_helper: bool, lazy: bool) -> io::Result<()> {
 const MAX_SOURCE_BYTES: usize = 255;
 
 /// A mount of a connection that is attached nowhere.
-fn mount_nowhere(source: &str, fd: &OwnedFd, flags: &MountFlags) -> Result<OwnedFd, mountapi::MountError> {
+fn mount_nowhere(
+    source: &str,
+    engine: &Engine,
+    fd: &OwnedFd,
+    flags: &MountFlags,
+) -> Result<OwnedFd, mountapi::MountError> {
     let context = FsContext::open("fuse")?;
     // It names the mount for people, and nothing is found by it.
     context.set_string("source", &source.as_bytes()[..source.len().min(MAX_SOURCE_BYTES)])?;
@@ -123,8 +133,11 @@ fn mount_nowhere(source: &str, fd: &OwnedFd, flags: &MountFlags) -> Result<Owned
     // default_permissions: the kernel checks modes and owners as on any file system. POSIX ACLs do not
     // exist here: squashfs has no place for them (it stores user, trusted and security attributes).
     let read_bytes = limits::READ_BYTES.to_string();
+    // In octal. The whole mode: an overlay may be made of the mount before somebody asks for it.
+    let mode = engine.attr(ROOT).map_or(0, |attr| attr.permissions);
+    let mode = format!("{:o}", libc::S_IFDIR | libc::mode_t::from(mode));
     for (key, value) in
-        [("rootmode", "40000"), ("user_id", "0"), ("group_id", "0"), ("max_read", read_bytes.as_str())]
+        [("rootmode", mode.as_str()), ("user_id", "0"), ("group_id", "0"), ("max_read", read_bytes.as_str())]
     {
         context.set_string(key, value.as_bytes())?;
     }
@@ -181,6 +194,16 @@ impl Served {
         self.mount.as_ref().map(AsFd::as_fd)
     }
 
+    /// Has the daemon say the attributes of the root. overlayfs copies them from the kernel's inode, which knows no more
+    /// than the mount's options of a root that nobody has looked at.
+    fn look_at_root(&self, target: &Path) -> Result<(), MountError> {
+        let done = match &self.mount {
+            Some(mount) => sys::fuse::refresh(mount.as_fd()),
+            None => target.metadata().map(|_| ()),
+        };
+        done.map_err(|source| MountError::Mount { target: target.to_path_buf(), source })
+    }
+
     /// The record of its daemon.
     pub fn daemon(&self) -> Option<DaemonRecord> {
         table::find(self.device)?.daemon
@@ -219,7 +242,7 @@ pub fn start(
     options: &FuseOptions,
     foreign: &[RawFd],
 ) -> Result<Served, MountError> {
-    let connection = Connection::new(&plan.source, point, flags)?;
+    let connection = Connection::new(&plan.source, &engine, point, flags)?;
     failpoint::hit("fuse.tree.made");
     let Connection { by_helper, device, .. } = connection;
     let mut served = Served { mount: None, device, undo: by_helper.then(|| connection.target.clone()) };
@@ -228,7 +251,9 @@ pub fn start(
     match sys::daemon::fork().map_err(failed("fork"))? {
         Forked::Child => {
             drop(reader);
-            daemon(plan, connection, engine, options, foreign, writer)
+            // The folder below the mount is the parent's matter; a daemon that holds it keeps its file system busy.
+            let foreign = [foreign, &[point.as_fd().as_raw_fd()]].concat();
+            daemon(plan, connection, engine, options, &foreign, writer)
         }
         Forked::Parent(_) => {
             // The connection is the daemon's alone: if it dies, the mount must not hang on us.
@@ -238,6 +263,7 @@ pub fn start(
             // Its pages are shared with the daemon: to free what is in them would copy them first.
             std::mem::forget(engine);
             wait_until_ready(reader, point.path())?;
+            served.look_at_root(point.path())?;
             Ok(served)
         }
     }
@@ -253,7 +279,7 @@ pub fn serve_here(
     options: &FuseOptions,
     ready: &mut dyn FnMut(),
 ) -> Result<(), MountError> {
-    let connection = Connection::new(&plan.source, point, flags)?;
+    let connection = Connection::new(&plan.source, &engine, point, flags)?;
     let mut served = Some(Served {
         mount: None,
         device: connection.device,
@@ -373,13 +399,11 @@ fn serve(
     let siblings = Arc::new(Siblings::default());
     let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
-    let started = Arc::new(Started::new(threads));
     let tree = Tree {
         has_xattrs: engine.view().has_xattrs(),
         engine: engine.clone(),
         siblings: siblings.clone(),
         pulse: pulse.clone(),
-        started: started.clone(),
     };
 
     let mut config = Config::default();
@@ -402,16 +426,8 @@ fn serve(
     spawn("report", move || report(&reported, &kept))?;
     spawn("spin", move || spin::run(&pulse, when))?;
     spawn("signals", move || obey(&signals, &target, device, by_helper))?;
-    let serving = {
-        let started = started.clone();
-        spawn("serve", move || {
-            let done = session.run();
-            started.give_up();
-            done
-        })?
-    };
-    let root = mount.try_clone().map_err(failed("duplicate a descriptor"))?;
-    if started.ask(root)? {
+    let serving = spawn("serve", move || session.run())?;
+    if all_serve(threads, &serving) {
         // Where it is attached already, a descriptor of it would keep it from being unmounted.
         ready((!by_helper).then_some(mount))?;
     }
