@@ -93,7 +93,8 @@ for name in app data-set; do
 done
 mosfs status | grep -F "$targets" | sed 's/^/vm: /'
 
-step 13 "a daemon that is killed comes back, and is mounted again"
+step 13 "a daemon that is killed comes back, and is mounted again, also after a daemon-reload"
+want systemctl daemon-reload
 for place in $targets/data-set /mnt/early; do
     unit=$(unit_of $place)
     pid=$(property MainPID "$unit")
@@ -146,6 +147,21 @@ step 18 "an image that does not verify says so, not its unit"
 mosfs mount --backend fuse --daemon unit --root-hash "$(printf '%064d' 1)" app /mnt/none >/tmp/said 2>&1
 want test $? = 3
 want grep -q 'root hash' /tmp/said
+
+step 19 "what is used of an old mount neither keeps its name nor ends with it"
+mkdir -p /run/held /run/none
+unit=$(unit_of $targets/app)
+want mount -t overlay held -o "lowerdir=$targets/app:/run/none" /run/held
+want mosfs umount $targets/app
+want mosfs activate --backend fuse
+want content $targets/app app
+want content /run/held app
+want systemctl is-active "${unit%.service}--1.service"
+want kill -KILL "$(property MainPID "$unit")"
+await sh -c "! systemctl --quiet is-active '$unit'"
+want umount /run/held
+want test "$(grep -c " $targets/app " /proc/self/mounts)" = 1
+want content $targets/app app
 "#;
 
 /// The version that is published and booted.

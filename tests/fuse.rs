@@ -553,7 +553,9 @@ fn the_daemon_keeps_nothing_of_who_started_it() {
         })
         .collect();
     let blob = fixture.layout.blob(&fixture.layer.digest).canonicalize().unwrap();
-    let expected: BTreeSet<PathBuf> = [blob].into();
+    // What it holds a lock of, so that others see that it lives.
+    let lock = mount.record().unwrap().daemon.unwrap().lock.unwrap();
+    let expected: BTreeSet<PathBuf> = [blob, lock].into();
     let sockets = |path: &&PathBuf| path.to_string_lossy().starts_with("socket:");
     assert_eq!(open.iter().filter(|path| !sockets(path)).cloned().collect::<BTreeSet<_>>(), expected);
     end(mount);

@@ -136,6 +136,13 @@ fn options_of_mosfs_of_systemd_and_of_mount() {
         fixture.succeeds(&format!("mount -t mosfs -o root_hash={hash} {source} $T/m && cat $T/m/content")),
         "app 1"
     );
+    // Nobody's signature was asked for: neither setuid programs nor devices, unless that is asked for.
+    for (options, flags) in
+        [("ro", "ro,nosuid,nodev,"), ("ro,suid", "ro,nodev,"), ("ro,suid,dev", "ro,relatime ")]
+    {
+        let printed = fixture.succeeds(&format!("mount -t mosfs -o {options} {source} $T/m && {SHOW}"));
+        assert!(printed.starts_with(flags), "{options}: {printed}");
+    }
     let wrong = hash.replace(&hash[..4], "0000");
     fixture.refused(&format!("mount -t mosfs -o root_hash={wrong} {source} $T/m"), 32, &["root hash"]);
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use mosfs::convert::{Under, DEFAULT_LEVEL, Effort, TarLayer, convert_tar};
+use mosfs::convert::{DEFAULT_LEVEL, Effort, TarLayer, Under, convert_tar};
 use mosfs::digest::Digest;
 use mosfs::image::format::Compression;
 use mosfs::image::verity::BLOCK_BYTES;

@@ -50,7 +50,8 @@ pub struct MountArgs {
     /// Stay in the foreground and write the log to stderr.
     #[arg(long, short)]
     foreground: bool,
-    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …; notify_pipe=PATH
+    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …; for an image that nobody
+    /// signed, nosuid and nodev are the default, and suid and dev undo them; notify_pipe=PATH
     /// writes `s` to a named pipe when the mount is ready, `f` when it failed.
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
     options: Vec<String>,
@@ -141,7 +142,9 @@ fn try_mount(
     find: impl FnOnce() -> Result<Found, AnyError>,
     pipe: &notify::Pipe,
 ) -> Result<(), AnyError> {
-    let mut flags = MountFlags::default();
+    // Rule (docs/mounts.md, setuid and devices): what nobody signed gets neither, unless it is asked for.
+    let is_signed = !args.is_of_image() && !args.unsafe_no_verity;
+    let mut flags = if is_signed { MountFlags::default() } else { MountFlags::untrusted() };
     for option in args.options.iter().filter(|option| !notify::is_option(option)) {
         flags.apply(option)?;
     }
@@ -212,15 +215,14 @@ pub(super) fn foreground_arguments(
         arguments.push(name.into());
         arguments.push(path.into());
     }
-    for (is_set, name) in [
-        (flags.nosuid, "nosuid"),
-        (flags.nodev, "nodev"),
-        (flags.noexec, "noexec"),
-        (flags.allow_other, "allow_other"),
-    ] {
-        if is_set {
-            arguments.push(format!("-o{name}").into());
-        }
+    // Written out, as what is not said depends on who signed it.
+    for (is_set, yes, no) in
+        [(flags.nosuid, "nosuid", "suid"), (flags.nodev, "nodev", "dev"), (flags.noexec, "noexec", "exec")]
+    {
+        arguments.push(format!("-o{}", if is_set { yes } else { no }).into());
+    }
+    if flags.allow_other {
+        arguments.push("-oallow_other".into());
     }
     arguments.extend(["--".into(), source.into(), target.into()]);
     arguments

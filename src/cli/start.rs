@@ -80,7 +80,7 @@ fn mount_of_an_image(args: &[OsString]) -> Option<Start> {
 
 /// Where the full program may be: beside this one, and where it is installed.
 fn full_programs() -> Vec<PathBuf> {
-    let own = std::env::current_exe().unwrap_or_default();
+    let own = crate::sys::process::own_program().unwrap_or_default();
     let folder = own.parent().unwrap_or(Path::new("/usr/bin"));
     vec![folder.join(FULL), folder.join("../libexec/mosfs").join(FULL)]
 }

@@ -116,11 +116,11 @@ fn mount_line(mount: &MountRecord) -> String {
         Health::Good => "NOT VERIFIED".to_string(),
         Health::Errors => match &mount.daemon {
             Some(DaemonRecord { log: Some(log), .. }) => format!("some reads failed, see {}", log.display()),
-            Some(daemon) if units::keeps(&mount.target, daemon.pid) => {
-                let unit = units::name(&mount.target);
-                format!("some reads failed, see `journalctl -u '{}'`", unit.display())
-            }
-            _ => "some reads failed".to_string(),
+            Some(daemon) => match units::keeper_of(&mount.target, daemon.pid) {
+                Some(unit) => format!("some reads failed, see `journalctl -u '{}'`", unit.display()),
+                None => "some reads failed".to_string(),
+            },
+            None => "some reads failed".to_string(),
         },
         Health::DaemonDead if super::activate::is_target(&mount.target) => {
             "its daemon is gone, nothing can be read: `mosfs activate` mounts it again".to_string()

@@ -20,10 +20,16 @@ pub struct UmountArgs {
     /// Only if its daemon is dead, and then lazily; anything else is left alone and no failure.
     #[arg(long, conflicts_with = "lazy")]
     dead: bool,
+    /// Unmount nothing: only fail where a mount of mosfs is whose daemon lives.
+    #[arg(long, hide = true, conflicts_with_all = ["lazy", "dead"])]
+    vacant: bool,
 }
 
 /// Runs `mosfs umount`.
 pub fn run(args: &UmountArgs, _: &Global) -> Result<(), AnyError> {
+    if args.vacant {
+        return Ok(mount::check_vacant(&args.target)?);
+    }
     if args.dead {
         mount::unmount_dead(&args.target)?;
         return Ok(());

@@ -354,8 +354,8 @@ pub fn flags() -> MountFlags {
 /// `of_no_use`: the mount serves no requests, so it is detached at once, even if files in it are still open.
 fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
     if of_no_use {
-        // Stop its unit first: it would remount what is unmounted here.
-        units::stop(path);
+        // First its unit: it would mount again what is unmounted here.
+        units::stop(path, None);
     }
     for _ in 0..MOST_STACKED {
         match table::mounted_at(path)? {
@@ -366,9 +366,8 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
             None => return Ok(None),
         }
         match mount::unmount(path, of_no_use) {
-            Ok(()) => {}
-            // The path is free; the daemon serves a copy of the mount in another namespace until that ends.
-            Err(MountError::Daemon { .. }) => {}
+            // The place is free; a daemon serves copies of the mount until they go.
+            Ok(()) | Err(MountError::Daemon { .. }) => {}
             Err(MountError::Unmount { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
                 return Ok(Some(holders::of(path)));
             }

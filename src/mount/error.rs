@@ -135,6 +135,12 @@ pub enum MountError {
         /// The type of what is mounted there.
         found: Option<String>,
     },
+    /// A mount of ours is there, and serves.
+    #[error("a mount of mosfs is at {} already", target.display())]
+    Taken {
+        /// Where.
+        target: PathBuf,
+    },
     /// umount(2) or fusermount3 refused.
     #[error("cannot unmount {}: {source}", target.display())]
     Unmount {

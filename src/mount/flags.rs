@@ -16,6 +16,23 @@ pub struct MountFlags {
 }
 
 impl MountFlags {
+    /// For an image that nobody signed: neither setuid programs nor device nodes.
+    pub fn untrusted() -> Self {
+        Self { nosuid: true, nodev: true, ..Self::default() }
+    }
+
+    /// As `MOUNT_ATTR_*` bits (mount_setattr(2)).
+    pub fn attributes(&self) -> u64 {
+        [
+            (self.nosuid, libc::MOUNT_ATTR_NOSUID),
+            (self.nodev, libc::MOUNT_ATTR_NODEV),
+            (self.noexec, libc::MOUNT_ATTR_NOEXEC),
+        ]
+        .iter()
+        .filter(|(wanted, _)| *wanted)
+        .fold(0, |all, (_, bit)| all | bit)
+    }
+
     /// Takes over a list of options as mount(8) gives it.
     ///
     /// Options for mount(8) and systemd alone (`x-…`, `_netdev`, `nofail` …) are passed over. The

@@ -40,4 +40,4 @@ pub use flags::MountFlags;
 pub use plan::{LayerBytes, MountPlan, PlanError, PlannedLayer, Verification};
 pub use request::{Daemon, Mounted, Prepared, Request, Timing};
 pub use table::{Health, MountRecord, mounts};
-pub use unmount::{unmount, unmount_dead};
+pub use unmount::{check_vacant, unmount, unmount_dead};

@@ -23,6 +23,7 @@ use super::kernel::{self, mount_point};
 use super::log as daemon_log;
 use super::plan::{LayerBytes, MountPlan};
 use super::units::Unit;
+use crate::error::{Class, Classified};
 use crate::sys;
 
 /// A mount that is asked for.
@@ -131,16 +132,17 @@ impl<'a> Request<'a> {
             let terminal = std::mem::replace(terminal, Box::new(std::io::sink()));
             daemon_log::install(None, false, Some(terminal));
         }
-        let (kernel, not_dm_verity) = match self.choose()? {
-            Chosen::Kernel(open) => (Some(open), None),
+        let begin = Instant::now();
+        let (tree, not_dm_verity) = match self.choose()? {
+            Chosen::Kernel(open) => match kernel::assemble(&open, self.plan, self.upper, &self.flags) {
+                Ok(tree) => (Some(tree), None),
+                Err(error) if is_refusal(self.backend, &error) => (None, Some(error.to_string())),
+                Err(error) => return Err(error),
+            },
             Chosen::Fuse { not_dm_verity } => (None, not_dm_verity),
         };
-        let begin = Instant::now();
-        let (made, layers) = match kernel {
-            Some(open) => {
-                let (tree, layers) = kernel::assemble(&open, self.plan, self.upper, &self.flags)?;
-                (Made::Tree(tree), layers)
-            }
+        let (made, layers) = match tree {
+            Some((tree, layers)) => (Made::Tree(tree), layers),
             None => {
                 // What is open now was opened by others: the daemon lives long, and must not keep it. What the engine
                 // opens is its own.
@@ -214,6 +216,13 @@ enum Chosen {
     Fuse { not_dm_verity: Option<String> },
 }
 
+/// Whether `auto` goes on to FUSE after this error of the kernel's backend.
+///
+/// Rule: what does not verify is refused, whoever found it. All else is what this kernel cannot, or will not do.
+fn is_refusal(backend: Backend, error: &MountError) -> bool {
+    backend == Backend::Auto && error.class() == Class::Failure
+}
+
 fn is_root() -> bool {
     sys::daemon::effective_ids().0 == 0
 }
@@ -227,32 +236,55 @@ impl Prepared<'_> {
         let Self { request, made, timing, not_dm_verity } = self;
         let Request { plan, target, flags, upper, fuse: options, daemon, .. } = request;
         let begin = Instant::now();
+        // Held from here on: whatever its path leads to later, this folder is mounted at.
+        let point = mount_point(target)?;
         let (name, more_for_layers) = match (made, daemon, upper) {
             (Made::Tree(tree), _, _) => {
-                kernel::attach(tree, plan, target)?;
+                kernel::attach(tree, plan, &point)?;
                 (backend::DM_VERITY, Duration::ZERO)
-            }
-            (Made::Engine(engine, foreign), _, Some(upper)) => {
-                let lower = |at: &Path| fuse::mount(plan, *engine, at, &flags, &options, &foreign);
-                (backend::FUSE, kernel::attach_over_fuse(plan, upper, target, &flags, lower)?)
-            }
-            (Made::Engine(engine, foreign), Daemon::Forked, None) => {
-                fuse::mount(plan, *engine, target, &flags, &options, &foreign)?;
-                (backend::FUSE, begin.elapsed())
             }
             // The daemon opens the layers itself: what was opened here has shown that it can.
             (Made::Engine(engine, _), Daemon::Unit(unit), None) => {
-                drop(engine);
+                drop((engine, point));
                 unit.start()?;
                 (backend::FUSE, begin.elapsed())
             }
             (Made::Engine(engine, _), Daemon::Foreground { ready, .. }, None) => {
-                fuse::serve_here(plan, *engine, target, &flags, &options, ready)?;
+                fuse::serve_here(plan, *engine, &point, &flags, &options, ready)?;
                 (backend::FUSE, begin.elapsed())
+            }
+            (Made::Engine(engine, foreign), _, upper) => {
+                let served = fuse::start(plan, *engine, &point, &flags, &options, &foreign)?;
+                let with_layers = begin.elapsed();
+                match upper {
+                    Some(upper) => kernel::attach_over_fuse(plan, upper, &point, &flags, served)?,
+                    None => served.attach(&point)?,
+                }
+                (backend::FUSE, with_layers)
             }
         };
         let tree = begin.elapsed().saturating_sub(more_for_layers);
         let timing = Timing { layers: timing.layers + more_for_layers, tree: timing.tree + tree };
         Ok(Mounted { backend: name, timing, not_dm_verity })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::kernel::dm_verity::DmVerityError;
+    use super::*;
+    use crate::digest::Digest;
+
+    #[test]
+    fn auto_goes_on_to_fuse_where_the_kernel_refuses_and_not_where_the_image_is_corrupt() {
+        let digest = Digest::of(b"layer");
+        let source = std::io::Error::from_raw_os_error(libc::EINVAL);
+        let device = "mosfs-0".to_string();
+        let refused: MountError =
+            DmVerityError::Device { digest, operation: "activate", device: device.clone(), source }.into();
+        let corrupt: MountError = DmVerityError::Corrupt { digest, device, root_hash: digest }.into();
+        assert!(is_refusal(Backend::Auto, &refused));
+        assert!(!is_refusal(Backend::DmVerity, &refused));
+        assert!(!is_refusal(Backend::Auto, &corrupt));
     }
 }

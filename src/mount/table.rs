@@ -1,23 +1,31 @@
 //! The register of what is mounted: one file for each mount, in a folder that only its owner writes.
 //!
 //! ```text
-//! root      /run/mosfs/mounts/MAJOR-MINOR.json      and MAJOR-MINOR.log beside it
+//! root      /run/mosfs/mounts/MAJOR-MINOR.json      MAJOR-MINOR.log and MAJOR-MINOR.lock beside it
 //! others    $XDG_RUNTIME_DIR/mosfs/mounts/…, or /tmp/mosfs-UID/mounts/… (mode 0700, owned by the user)
 //! ```
+//! The first of these that can be had is used: the root of a user namespace cannot have `/run/mosfs`. Where none can
+//! be had, a mount is made all the same and has no record.
+//!
 //! A mount is known by its device number, which is its own while it is mounted. A record counts only
-//! while the kernel lists a mount of that device at its target (`/proc/self/mountinfo`); any other
-//! is stale and is removed. A process is known by its id and the time when it started, as ids
-//! come back.
+//! while the kernel lists a mount of that device at its target (`/proc/self/mountinfo`; without /proc, the target is
+//! asked); any other is stale and is removed once its daemon has ended.
+//!
+//! **Whether a daemon lives** is asked of the mount: a FUSE connection without a daemon returns `ENOTCONN`. Where
+//! there is no such mount to ask (the daemon is below an overlay, or serves copies of a mount that was unmounted), it
+//! lives while somebody holds its `.lock` (flock). Process numbers are for people: other PID namespaces count otherwise.
 //!
 //! **Lock.** Device numbers come back too, so a stale record and a new one can have one name. Whoever writes
 //! a record, or removes one as stale, holds `lock` (flock) in the folder, and looks again under it.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -80,6 +88,9 @@ pub struct DaemonRecord {
     pub start_ticks: u64,
     /// Its log file.
     pub log: Option<PathBuf>,
+    /// The file that it holds a lock of as long as it lives; its name is the device number of its connection.
+    #[serde(default)]
+    pub lock: Option<PathBuf>,
     /// What went wrong so far.
     pub errors: Counts,
 }
@@ -134,11 +145,19 @@ impl MountRecord {
     /// How the mount is now.
     pub fn health(&self) -> Health {
         match &self.daemon {
-            Some(daemon) if !daemon.is_alive() => Health::DaemonDead,
+            Some(daemon) if !self.is_served(daemon) => Health::DaemonDead,
             Some(daemon) if daemon.errors.total() > 0 => Health::Errors,
             _ if self.corrupt_device().is_some() => Health::Corrupt,
             _ => Health::Good,
         }
+    }
+
+    /// Whether somebody answers for the mount.
+    fn is_served(&self, daemon: &DaemonRecord) -> bool {
+        let is_own = |(major, minor)| self.device == format!("{major}:{minor}");
+        // Another mount may lie on top of it.
+        let found = sys::fuse::device_of(&self.target).is_ok_and(is_own).then(|| is_served(&self.target));
+        found.flatten().unwrap_or_else(|| daemon.is_alive())
     }
 
     /// Whether both are of one mount, whatever was counted meanwhile.
@@ -162,7 +181,43 @@ impl MountRecord {
 impl DaemonRecord {
     /// Whether that very process still runs.
     pub fn is_alive(&self) -> bool {
-        start_ticks(self.pid) == Some(self.start_ticks)
+        match &self.lock {
+            Some(path) => is_locked(path),
+            None => start_ticks(self.pid) == Some(self.start_ticks),
+        }
+    }
+
+    /// Whether its connection to the kernel still has a mount somewhere: the one that it was made for, or a copy in
+    /// another place or namespace. `None` where the kernel does not say.
+    pub fn is_mounted_somewhere(&self) -> Option<bool> {
+        let device = self.lock.as_ref()?.file_stem()?.to_str()?.replace('-', ":");
+        // Each FUSE file system has a backing device of its own, which goes with its last mount.
+        let folder = Path::new("/sys/class/bdi");
+        folder.is_dir().then(|| folder.join(device).exists())
+    }
+}
+
+/// Whether somebody holds the lock of a file.
+fn is_locked(path: &Path) -> bool {
+    let Ok((file, _)) = file::open_regular(path, Links::Refused) else { return false };
+    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
+}
+
+/// How long the daemon of a mount may take to answer whether it is there.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+
+/// Whether the FUSE mount at `target` has a daemon; `None` where it is none, or cannot be asked. A daemon that does not
+/// answer is there: it may have been stopped, or have much to do.
+pub(super) fn is_served(target: &Path) -> Option<bool> {
+    let (sender, receiver) = mpsc::channel();
+    let question = target.to_path_buf();
+    let ask = move || {
+        let _ = sender.send(sys::fuse::is_served(&question));
+    };
+    std::thread::Builder::new().name("ask".into()).spawn(ask).ok()?;
+    match receiver.recv_timeout(ANSWER_WITHIN) {
+        Ok(answer) => answer.ok().flatten(),
+        Err(_) => Some(true),
     }
 }
 
@@ -180,72 +235,115 @@ pub fn start_ticks(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// The folder of this user's records. It is not made here.
-pub fn folder() -> PathBuf {
+/// Where this user's records may be, the best place first.
+fn places() -> Vec<PathBuf> {
     let (uid, _) = sys::daemon::effective_ids();
+    let mut places = Vec::new();
     if uid == 0 {
-        return sys::run_dir().join("mounts");
+        places.push(sys::run_dir().join("mounts"));
     }
-    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
-        Some(dir) if dir.is_absolute() => dir.join("mosfs/mounts"),
-        _ => format!("/tmp/mosfs-{uid}/mounts").into(),
+    if let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute())
+    {
+        places.push(dir.join("mosfs/mounts"));
     }
+    places.push(format!("/tmp/mosfs-{}/mounts", sys::daemon::outer_uid(uid)).into());
+    places
 }
 
-/// The folder of this user's records, made where it is missing.
+/// The folders of this user's records that there are.
+fn folders() -> impl Iterator<Item = PathBuf> {
+    places().into_iter().filter(|folder| check_own(folder).is_ok())
+}
+
+/// The folder of this user's records, made where it is missing; `None` where none can be had.
 ///
 /// # Errors
-/// Also where it is not a folder, belongs to somebody else, or others may write to it: in /tmp anybody
+/// Where the last choice is not a folder, belongs to somebody else, or others may write to it: in /tmp anybody
 /// can make that name first.
-fn own_folder() -> Result<PathBuf, IoError> {
-    let folder = folder();
-    let (uid, _) = sys::daemon::effective_ids();
-    let mode = if uid == 0 { 0o755 } else { 0o700 };
-    if uid == 0
-        && let Some(above) = folder.ancestors().nth(2)
-    {
+fn own_folder() -> Result<Option<PathBuf>, IoError> {
+    let mut last = None;
+    for folder in places() {
+        match make_own(&folder) {
+            Ok(()) => return Ok(Some(folder)),
+            Err(error) => last = Some(error),
+        }
+    }
+    match last {
+        Some(error) if error.source.raw_os_error().is_none() => Err(error),
+        Some(error) => {
+            log::warn!("there is no place for records of mounts: {error}");
+            Ok(None)
+        }
+        None => Ok(None),
+    }
+}
+
+fn make_own(folder: &Path) -> Result<(), IoError> {
+    let is_of_system = *folder == sys::run_dir().join("mounts");
+    if is_of_system && let Some(above) = folder.ancestors().nth(2) {
         file::create_folders(above)?;
     }
-    for dir in [folder.parent(), Some(folder.as_path())].into_iter().flatten() {
-        match file::create_folder(dir, mode) {
+    for dir in [folder.parent(), Some(folder)].into_iter().flatten() {
+        match file::create_folder(dir, if is_of_system { 0o755 } else { 0o700 }) {
             Err(error) if error.source.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
-        let found = fs::symlink_metadata(dir).on("look at", dir)?;
-        if !found.is_dir() || found.uid() != uid || found.mode() & 0o022 != 0 {
-            let why = format!(
-                "expected a folder of user {uid} that only they can write, found user {}, mode {:o}",
-                found.uid(),
-                found.mode()
-            );
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why)).on("use", dir);
+            _ => check_own(dir)?,
         }
     }
-    Ok(folder)
+    Ok(())
 }
 
-/// Where the log of a mount with this device number goes.
-pub(super) fn log_path((major, minor): (u32, u32)) -> Result<PathBuf, IoError> {
-    Ok(own_folder()?.join(format!("{major}-{minor}.log")))
+/// Rule: records count in a folder that only this user can write.
+fn check_own(dir: &Path) -> Result<(), IoError> {
+    let (uid, _) = sys::daemon::effective_ids();
+    let found = fs::symlink_metadata(dir).on("look at", dir)?;
+    if !found.is_dir() || found.uid() != uid || found.mode() & 0o022 != 0 {
+        let why = format!(
+            "expected a folder of user {uid} that only they can write, found user {}, mode {:o}",
+            found.uid(),
+            found.mode()
+        );
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why)).on("use", dir);
+    }
+    Ok(())
 }
 
-/// Writes or replaces the record of a mount.
+/// Where the files of a mount with this device number go, without their endings; `None` where there is no place.
+pub(super) fn files_of((major, minor): (u32, u32)) -> Result<Option<PathBuf>, IoError> {
+    Ok(own_folder()?.map(|folder| folder.join(format!("{major}-{minor}"))))
+}
+
+/// Writes or replaces the record of a mount, where there is a place for it.
 pub fn write(record: &MountRecord) -> Result<(), IoError> {
-    write_in(&own_folder()?, record)
+    match own_folder()? {
+        Some(folder) => write_in(&folder, record, &lock(&folder)?),
+        None => Ok(()),
+    }
 }
 
-/// Makes the folder of records this process' own one, for [`write_here`] and [`remove_here`].
+/// Makes a folder this process' own one, for what is done `here`.
 ///
 /// A daemon that is started in an initramfs stays in it when the root is switched: `/run` moves away
 /// from under its path, but a working directory goes along.
-pub(super) fn enter() -> Result<(), IoError> {
-    let folder = own_folder()?;
-    std::env::set_current_dir(&folder).on("enter", &folder)
+pub(super) fn enter(folder: &Path) -> Result<(), IoError> {
+    std::env::set_current_dir(folder).on("enter", folder)
+}
+
+/// Writes the first record of a daemon's mount after [`enter`], and takes the lock that shows that this process lives.
+pub(super) fn register_here(record: &MountRecord) -> Result<Lock, IoError> {
+    let here = Path::new(".");
+    let all = lock(here)?;
+    let path = PathBuf::from(format!("{}.lock", record.stem()));
+    // One of an earlier mount of this number; nobody may find that one instead of ours.
+    let _ = fs::remove_file(&path);
+    let alive = Lock::exclusive(&path).on("lock", &path)?;
+    write_in(here, record, &all)?;
+    Ok(alive)
 }
 
 /// Does what [`write`] does after [`enter`].
 pub(super) fn write_here(record: &MountRecord) -> Result<(), IoError> {
-    write_in(Path::new("."), record)
+    let here = Path::new(".");
+    write_in(here, record, &lock(here)?)
 }
 
 /// Does what [`remove`] does after [`enter`].
@@ -253,14 +351,18 @@ pub(super) fn remove_here(record: &MountRecord) {
     remove_in(Path::new("."), record);
 }
 
-fn write_in(folder: &Path, record: &MountRecord) -> Result<(), IoError> {
+fn write_in(folder: &Path, record: &MountRecord, _: &Lock) -> Result<(), IoError> {
     let path = folder.join(format!("{}.json", record.stem()));
     let temp = folder.join(format!(".{}.{}", record.stem(), std::process::id()));
     let text = serde_json::to_vec(record).map_err(io::Error::other).on("write", &path)?;
-    let _lock = lock(folder)?;
     // No fsync: what is mounted is gone after a power cut, and so is /run.
     file::create_file(&temp, 0o644)?.write_all(&text).on("write", &temp)?;
     fs::rename(&temp, &path).on("rename", &temp)
+}
+
+/// The record of the mount with this device number.
+pub(super) fn find((major, minor): (u32, u32)) -> Option<MountRecord> {
+    folders().find_map(|folder| read(&folder.join(format!("{major}-{minor}.json"))))
 }
 
 fn lock(folder: &Path) -> Result<Lock, IoError> {
@@ -270,7 +372,7 @@ fn lock(folder: &Path) -> Result<Lock, IoError> {
 
 /// Removes the record and the log of a mount, unless another mount's record has the name by now.
 pub fn remove(record: &MountRecord) {
-    remove_in(&folder(), record);
+    folders().for_each(|folder| remove_in(&folder, record));
 }
 
 fn remove_in(folder: &Path, record: &MountRecord) {
@@ -278,7 +380,7 @@ fn remove_in(folder: &Path, record: &MountRecord) {
     let Ok(_lock) = lock(folder) else { return };
     let path = |ending: &str| folder.join(format!("{}.{ending}", record.stem()));
     if read(&path("json")).is_some_and(|found| found.is_of_same_mount(record)) {
-        for ending in ["json", "log"] {
+        for ending in ["json", "log", "lock"] {
             let _ = fs::remove_file(path(ending));
         }
     }
@@ -286,22 +388,19 @@ fn remove_in(folder: &Path, record: &MountRecord) {
 
 /// The mounts of this user that are mounted now. Stale records are removed on the way.
 pub fn mounts() -> Result<Vec<MountRecord>, IoError> {
-    let folder = folder();
-    let list = match fs::read_dir(&folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.on("list", &folder)?,
-    };
     let mut all = Vec::new();
-    for entry in list {
-        let path = entry.on("list", &folder)?.path();
-        if path.extension().is_some_and(|ending| ending == "json")
-            && let Some(record) = read(&path)
-        {
-            all.push(record);
+    for folder in folders() {
+        for entry in fs::read_dir(&folder).on("list", &folder)? {
+            let path = entry.on("list", &folder)?.path();
+            if path.extension().is_some_and(|ending| ending == "json")
+                && let Some(record) = read(&path)
+            {
+                all.push(record);
+            }
         }
     }
     // Read after the records, so that a mount that is just being made is not taken for a stale one.
-    let mounted = mounted()?;
+    let mounted = listed(all.iter().map(|record| record.target.as_path()))?;
     for at in 0..all.len() {
         // The root of a booted system was mounted elsewhere, and moved by switch_root.
         let device = &all[at].device;
@@ -392,7 +491,23 @@ pub fn mounted() -> Result<Vec<Mounted>, IoError> {
 
 /// The topmost mount at `target`.
 pub fn mounted_at(target: &Path) -> Result<Option<Mounted>, IoError> {
-    Ok(mounted()?.into_iter().rfind(|one| one.target == target))
+    Ok(listed([target])?.into_iter().rfind(|one| one.target == target))
+}
+
+/// What the kernel lists as mounted. Without /proc (a bare chroot), the topmost mounts at these targets, whose type and
+/// source are then not known.
+fn listed<'a>(targets: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Mounted>, IoError> {
+    match mounted() {
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
+        result => return result,
+    }
+    let look = |target: &Path| {
+        let found = sys::fuse::identity_of(target).ok().filter(|found| found.is_mount_root == Some(true))?;
+        let (major, minor) = found.device;
+        let (kind, source) = (String::new(), String::new());
+        Some(Mounted { device: format!("{major}:{minor}"), target: target.into(), kind, source })
+    };
+    Ok(targets.into_iter().filter_map(look).collect())
 }
 
 /// Reads a line of mountinfo (proc(5)): id, parent, device, root, target, options, …, `-`, type, source, options.
@@ -451,7 +566,8 @@ mod tests {
     fn a_process_is_known_by_its_start() {
         let me = std::process::id();
         let ticks = start_ticks(me).unwrap();
-        let daemon = DaemonRecord { pid: me, start_ticks: ticks, log: None, errors: Counts::default() };
+        let daemon =
+            DaemonRecord { pid: me, start_ticks: ticks, log: None, lock: None, errors: Counts::default() };
         assert!(daemon.is_alive());
         assert!(!DaemonRecord { start_ticks: ticks + 1, ..daemon }.is_alive());
     }

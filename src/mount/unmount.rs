@@ -11,9 +11,14 @@ use crate::sys;
 
 /// How long [`unmount`] waits for a daemon to end.
 const END_WITHIN: Duration = Duration::from_secs(10);
+/// The same where the kernel does not say whether it still has something to serve.
+const UNCLEAR_WITHIN: Duration = Duration::from_secs(1);
 
 /// Unmounts the mount at `target`, and waits until its daemon has ended and nothing is left. `lazy`
 /// takes it out of the tree now and does not wait for those who still use it.
+///
+/// Copies of the mount in other places or namespaces (a bind mount, a container) are not touched. The daemon serves
+/// them until the last one is gone, and nobody waits for that: the name is free.
 ///
 /// # Errors
 /// [`MountError::NotOurs`]; [`MountError::Unmount`] where it is in use.
@@ -52,6 +57,11 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
     let Some(record) = record else { return Ok(()) };
     let begin = Instant::now();
     while !lazy && record.daemon.as_ref().is_some_and(table::DaemonRecord::is_alive) {
+        match record.daemon.as_ref().and_then(table::DaemonRecord::is_mounted_somewhere) {
+            Some(true) => return Ok(()),
+            None if begin.elapsed() > UNCLEAR_WITHIN => return Ok(()),
+            _ => {}
+        }
         if begin.elapsed() > END_WITHIN {
             let why = format!("it still runs {} s after the mount was ended", END_WITHIN.as_secs());
             return Err(MountError::Daemon { target, why });
@@ -64,25 +74,37 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
     Ok(())
 }
 
+/// Fails where a mount of ours is whose daemon lives.
+///
+/// # Errors
+/// [`MountError::Taken`].
+pub fn check_vacant(target: &Path) -> Result<(), MountError> {
+    match table::mounted_at(target)? {
+        Some(found) if found.is_ours() && !is_dead(target, &found)? => {
+            Err(MountError::Taken { target: target.to_path_buf() })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Unmounts a mount whose daemon has died. Returns whether there was one.
 ///
 /// # Errors
 /// [`MountError::Unmount`].
 pub fn unmount_dead(target: &Path) -> Result<bool, MountError> {
     let Some(found) = table::mounted_at(target)? else { return Ok(false) };
-    let record = table::mounts()?.into_iter().find(|one| one.target == target && one.device == found.device);
-    let is_dead = match record {
-        Some(record) => record.health() == Health::DaemonDead,
-        // The daemon took its record away, or never wrote one: ask the mount itself.
-        None => {
-            found.kind == FUSE_KIND
-                && std::fs::metadata(target).is_err_and(|error| {
-                    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
-                })
-        }
-    };
+    let is_dead = is_dead(target, &found)?;
     if is_dead {
         unmount(target, true)?;
     }
     Ok(is_dead)
+}
+
+fn is_dead(target: &Path, found: &table::Mounted) -> Result<bool, MountError> {
+    let record = table::mounts()?.into_iter().find(|one| one.target == target && one.device == found.device);
+    Ok(match record {
+        Some(record) => record.health() == Health::DaemonDead,
+        // The daemon took its record away, or never wrote one.
+        None => found.kind == FUSE_KIND && table::is_served(target) == Some(false),
+    })
 }

@@ -15,7 +15,8 @@ pub enum Forked {
 
 /// fork(2). Only for a process with one thread; refused otherwise.
 pub fn fork() -> io::Result<Forked> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+    // Without /proc (a bare chroot) nobody counts them; the programs here fork before they start threads.
+    if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() != 1) {
         return Err(io::Error::other("fork in a process with several threads"));
     }
     // SAFETY: there is one thread, so no lock can be held by a thread that the child lacks.
@@ -49,14 +50,20 @@ pub fn detach(inherited: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the descriptors above 2 that are open now. At the start of a process: those that it inherited.
+/// Where there is no /proc, inherited descriptors are looked for below this number.
+const MOST_DESCRIPTORS: RawFd = 4096;
+
+/// The descriptors above 2 that are open now. At the start of a process: those that it inherited.
 pub fn open_descriptors() -> Vec<RawFd> {
-    let Ok(list) = std::fs::read_dir("/proc/self/fd") else { return Vec::new() };
-    let mut all: Vec<RawFd> = list
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|&fd| fd > 2)
-        .collect();
-    // The descriptor used to list the folder is among them and is already closed.
+    let mut all: Vec<RawFd> = match std::fs::read_dir("/proc/self/fd") {
+        Ok(list) => list
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|&fd| fd > 2)
+            .collect(),
+        // Without /proc each number is tried.
+        Err(_) => (3..MOST_DESCRIPTORS).collect(),
+    };
+    // The one that lists the folder is among them and is closed again by now.
     // SAFETY: F_GETFD on any number is harmless.
     all.retain(|&fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
     all
@@ -112,7 +119,20 @@ pub fn effective_ids() -> (u32, u32) {
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-/// Returns the real user id and group id.
+/// The number that this user id has outside of this user namespace, as far as /proc says it; else the number itself.
+pub fn outer_uid(uid: u32) -> u32 {
+    // user_namespaces(7): lines of first id inside, first id outside, count.
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let outside = map.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace().map_while(|field| field.parse::<u32>().ok());
+        let (inside, outside, count) = (fields.next()?, fields.next()?, fields.next()?);
+        let offset = uid.checked_sub(inside).filter(|offset| *offset < count)?;
+        outside.checked_add(offset)
+    });
+    outside.unwrap_or(uid)
+}
+
+/// Real user id and group id.
 pub fn real_ids() -> (u32, u32) {
     // SAFETY: no arguments, cannot fail.
     unsafe { (libc::getuid(), libc::getgid()) }

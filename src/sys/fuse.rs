@@ -1,9 +1,10 @@
-//! Mounts FUSE: /dev/fuse and mount(2) for root, `fusermount3` for other users.
+//! FUSE: its device, `fusermount3` for users who may not mount, and questions to mounts. Who may mount does it
+//! through [`super::mountapi`].
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -15,20 +16,8 @@ pub fn open_device() -> io::Result<OwnedFd> {
     Ok(options.read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?.into())
 }
 
-/// mount(2) with a string of options.
-pub fn mount(source: &OsStr, target: &Path, kind: &str, flags: libc::c_ulong, data: &str) -> io::Result<()> {
-    let source = CString::new(source.as_bytes())?;
-    let target = CString::new(target.as_os_str().as_bytes())?;
-    let kind = CString::new(kind)?;
-    let data = CString::new(data)?;
-    // SAFETY: all four are NUL-terminated strings that outlive the call.
-    let done =
-        unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// umount2(2) of the topmost mount at `target`, which must not be a symbolic link. `lazy` detaches it at once
-/// and ends it when its last user is gone (MNT_DETACH).
+/// umount2(2) of the topmost mount at `target`, which must not be a symbolic link. `lazy` takes it out of
+/// the tree at once and ends it when its last user is gone (MNT_DETACH).
 pub fn unmount(target: &Path, lazy: bool) -> io::Result<()> {
     let target = CString::new(target.as_os_str().as_bytes())?;
     let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
@@ -43,17 +32,86 @@ pub fn unmount(target: &Path, lazy: bool) -> io::Result<()> {
 /// Returns the device number (major, minor) of the file system at `path` without querying the file system
 /// itself (AT_STATX_DONT_SYNC), so a file system that does not respond yet cannot block the caller.
 pub fn device_of(path: &Path) -> io::Result<(u32, u32)> {
+    Ok(identity_of(path)?.device)
+}
+
+/// [`device_of`] an open file or mount.
+pub fn device_of_fd(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    Ok(identity(fd)?.device)
+}
+
+/// Which file of which file system something is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Device number (major, minor).
+    pub device: (u32, u32),
+    /// Inode number.
+    pub inode: u64,
+    /// Whether it is the root of a mount; `None` where the kernel does not say (before Linux 5.8).
+    pub is_mount_root: Option<bool>,
+}
+
+/// What is at `path`, as the kernel knows it by itself; a symbolic link is not followed.
+pub fn identity_of(path: &Path) -> io::Result<Identity> {
     let path = CString::new(path.as_os_str().as_bytes())?;
+    Ok(Identity::of(&statx(libc::AT_FDCWD, &path, UNASKED | libc::AT_SYMLINK_NOFOLLOW)?))
+}
+
+/// What is open as `fd`, as the kernel knows it by itself.
+pub fn identity(fd: BorrowedFd<'_>) -> io::Result<Identity> {
+    Ok(Identity::of(&statx(fd.as_raw_fd(), c"", UNASKED | libc::AT_EMPTY_PATH)?))
+}
+
+/// Has the file system say the attributes of `fd` now, so that the kernel knows them from then on.
+pub fn refresh(fd: BorrowedFd<'_>) -> io::Result<()> {
+    statx(fd.as_raw_fd(), c"", libc::AT_STATX_FORCE_SYNC | libc::AT_EMPTY_PATH).map(|_| ())
+}
+
+const UNASKED: libc::c_int = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
+
+impl Identity {
+    fn of(stat: &libc::statx) -> Self {
+        let root = libc::STATX_ATTR_MOUNT_ROOT as u64;
+        let known = stat.stx_attributes_mask & root != 0;
+        Self {
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+            is_mount_root: known.then_some(stat.stx_attributes & root != 0),
+        }
+    }
+}
+
+fn statx(dir: RawFd, path: &CStr, flags: libc::c_int) -> io::Result<libc::statx> {
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
-    let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT | libc::AT_SYMLINK_NOFOLLOW;
-    // SAFETY: `path` is NUL-terminated, `stat` has room for one statx; no field is requested.
-    let done = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, 0, stat.as_mut_ptr()) };
+    let wanted =
+        if flags & libc::AT_STATX_DONT_SYNC == 0 { libc::STATX_BASIC_STATS } else { libc::STATX_INO };
+    // SAFETY: `path` is NUL-terminated, `stat` has room for one statx.
+    let done = unsafe { libc::statx(dir, path.as_ptr(), flags, wanted, stat.as_mut_ptr()) };
     if done != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: all bytes were zeroed above and the kernel filled in what it has; all patterns are valid.
-    let stat = unsafe { stat.assume_init() };
-    Ok((stat.stx_dev_major, stat.stx_dev_minor))
+    Ok(unsafe { stat.assume_init() })
+}
+
+/// Whether the FUSE file system at `path` has a daemon; `None` where it is no FUSE file system.
+///
+/// A daemon that does not answer blocks the caller.
+pub fn is_served(path: &Path) -> io::Result<Option<bool>> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut sizes = MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: `path` is NUL-terminated, `sizes` has room for one statfs.
+    if unsafe { libc::statfs(path.as_ptr(), sizes.as_mut_ptr()) } == 0 {
+        // SAFETY: all bytes were zeroed above and the kernel filled it in; all patterns are valid.
+        let kind = unsafe { sizes.assume_init() }.f_type;
+        return Ok((kind == libc::FUSE_SUPER_MAGIC).then_some(true));
+    }
+    let error = io::Error::last_os_error();
+    // Linux aborts a connection when its last reader closes it, and answers so from then on.
+    match error.raw_os_error() {
+        Some(libc::ENOTCONN | libc::ECONNABORTED) => Ok(Some(false)),
+        _ => Err(error),
+    }
 }
 
 /// Runs `fusermount3` to mount at `target`, and returns the connection that it opens (the protocol of

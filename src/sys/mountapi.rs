@@ -12,7 +12,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A call of the mount API that failed.
 #[derive(Debug)]
@@ -32,6 +32,13 @@ impl fmt::Display for MountError {
             write!(f, "; {line}")?;
         }
         Ok(())
+    }
+}
+
+/// The error number's kind stays, and so does all that is said.
+impl From<MountError> for io::Error {
+    fn from(error: MountError) -> Self {
+        Self::new(error.source.kind(), error)
     }
 }
 
@@ -177,13 +184,71 @@ impl FsContext {
     }
 }
 
-/// Attaches a detached mount to a path. Linux 5.2.
+/// A folder to mount at, held open: what is mounted there goes to this folder, whatever its path leads to meanwhile.
+#[derive(Debug)]
+pub struct MountPoint {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl MountPoint {
+    /// Opens a folder without asking its file system for anything but its name.
+    ///
+    /// # Errors
+    /// What open(2) returns; `ENOTDIR` for what is no folder; `ESTALE` where the path leads elsewhere meanwhile.
+    pub fn open(target: &Path) -> io::Result<Self> {
+        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+        let name = CString::new(target.as_os_str().as_bytes())?;
+        // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
+        let fd = unsafe { libc::open(name.as_ptr(), flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor for us, so nothing else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let path = target.canonicalize()?;
+        if crate::sys::fuse::identity(fd.as_fd())? != crate::sys::fuse::identity_of(&path)? {
+            return Err(io::Error::from_raw_os_error(libc::ESTALE));
+        }
+        Ok(Self { fd, path })
+    }
+
+    /// Its path, absolute and without links, as the kernel lists it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Attaches a mount that is attached nowhere, on top of what is there. Linux 5.2.
+    ///
+    /// It takes the descriptor, because a mount that is held by one cannot be unmounted.
+    pub fn attach(&self, mount: OwnedFd) -> Result<(), MountError> {
+        let (from, to) = (mount.as_raw_fd(), self.fd.as_raw_fd());
+        let call = || format!("move_mount({from}, \"\", {to} ({}), \"\")", self.path.display());
+        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(mount.as_fd(), to, c"", flags, &call)
+    }
+}
+
+impl AsFd for MountPoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<MountPoint> for OwnedFd {
+    fn from(point: MountPoint) -> Self {
+        point.fd
+    }
+}
+
+/// Attaches a mount that is attached nowhere to a path. Linux 5.2.
 ///
 /// It consumes the descriptor, because a mount that is held by one cannot be unmounted.
 pub fn attach(mount: OwnedFd, target: &Path) -> Result<(), MountError> {
-    let call = || format!("move_mount({}, \"\", AT_FDCWD, \"{}\")", mount.as_raw_fd(), target.display());
-    let path = c_string(target.as_os_str().as_bytes(), &call)?;
-    move_mount(mount.as_fd(), libc::AT_FDCWD, &path, libc::MOVE_MOUNT_F_EMPTY_PATH, &call)
+    let call = || format!("open(\"{}\", O_PATH|O_DIRECTORY)", target.display());
+    let point =
+        MountPoint::open(target).map_err(|source| MountError { call: call(), source, log: Vec::new() })?;
+    point.attach(mount)
 }
 
 /// Attaches a mount to `name` in the folder `dir`.

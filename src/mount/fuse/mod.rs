@@ -3,16 +3,19 @@
 //! ```text
 //! limits.rs       what is asked of the kernel, each with its reason
 //! filesystem.rs   requests -> engine -> replies
+//! started.rs      knows when all threads serve
 //! prefill.rs      decoded bytes that nobody asked for yet, put into the page cache
 //! spin.rs         --spin
 //! ```
 //!
 //! # Life of a mount
-//! 1. `mosfs mount` (one thread) opens and checks the layers, reads the root folder, and mounts: as root with
-//!    mount(2), else through `fusermount3`. All that can be wrong with an image or a folder is found
-//!    here, with its own error.
+//! 1. `mosfs mount` (one thread) opens and checks the layers, reads the root folder, and makes a mount: who may,
+//!    with fsmount(2), one that is attached nowhere; others through `fusermount3`, which mounts at the target. All that
+//!    can be wrong with an image or a folder is found here, with its own error.
 //! 2. It forks, while it still has one thread. The daemon leaves the session, answers the kernel's INIT, writes
-//!    the record of the mount, and says `ready` through a pipe. Only then `mosfs mount` returns.
+//!    the record of the mount, starts all its threads, and says `ready` through a pipe. Only then the mount is attached
+//!    to its target, and `mosfs mount` returns. What fails before leaves nothing: a mount that is attached
+//!    nowhere ends with its last descriptor, and one of `fusermount3` is unmounted.
 //! 3. The daemon serves until the mount is gone: a plain `umount` ends the connection, each thread's read
 //!    of /dev/fuse fails with ENODEV, the record and the log are removed, and the process ends.
 //! 4. SIGTERM, SIGINT and SIGHUP unmount. Where the mount is in use, it leaves the tree at once (lazily) and
@@ -23,9 +26,10 @@ mod filesystem;
 mod limits;
 mod prefill;
 mod spin;
+mod started;
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -38,15 +42,17 @@ pub use spin::Spin;
 use self::filesystem::{Tree, check_root};
 use self::prefill::Siblings;
 use self::spin::Pulse;
-use super::backend::{FUSE, FUSE_KIND};
+use self::started::{all_serve, spawn};
+use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::open;
 use super::table::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log, source_name};
 use crate::failpoint;
-use crate::image::overlay::Merged;
+use crate::image::overlay::{Merged, ROOT};
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
+use crate::sys::mountapi::{self, FsContext, MountPoint};
 
 /// How often the error counts in a mount's record are brought up to date, at the most.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -62,80 +68,86 @@ pub struct FuseOptions {
     pub spin: Spin,
 }
 
-/// A connection to the kernel that is mounted and not yet served.
-pub struct Mounted {
+/// A connection to the kernel that has a mount and is not yet served.
+struct Connection {
     fd: OwnedFd,
+    /// The mount.
+    mount: OwnedFd,
+    /// Whether `fusermount3` has attached it to its target already.
+    by_helper: bool,
     target: PathBuf,
     device: (u32, u32),
-    as_root: bool,
 }
 
-impl Mounted {
-    /// Mounts an empty connection at `target`; nothing in it can be used before it is served.
+impl Connection {
+    /// Makes a connection and its mount; nothing in it can be used before it is served.
     ///
-    /// `source` is what the kernel lists as the mount's source, cut where it is too long for that.
-    pub fn new(source: &str, target: &Path, flags: &MountFlags) -> Result<Self, MountError> {
-        let source = &*source_name::cut(source, source_name::MOUNT_BYTES_MAX);
-        // mount(2) follows links, and the record must name what the kernel will list.
-        let wrong = |source| MountError::Target { target: target.to_path_buf(), source };
-        let target = target.canonicalize().map_err(wrong)?;
-        if !target.metadata().map_err(wrong)?.is_dir() {
-            return Err(wrong(io::Error::from_raw_os_error(libc::ENOTDIR)));
-        }
-        let as_root = sys::daemon::effective_ids().0 == 0;
-        let fd = if as_root {
-            mount_as_root(source, &target, flags)?
-        } else {
-            mount_as_user(source, &target, flags)?
-        };
-        let mut mounted = Self { fd, target, device: (0, 0), as_root };
-        match sys::fuse::device_of(&mounted.target) {
-            Ok(device) => mounted.device = device,
-            Err(source) => {
-                let _ = mounted.unmount(true);
-                return Err(MountError::Mount { target: mounted.target, source });
+    /// `source` is what the kernel lists as the mount's source.
+    fn new(
+        source: &str,
+        engine: &Engine,
+        point: &MountPoint,
+        flags: &MountFlags,
+    ) -> Result<Self, MountError> {
+        let target = point.path().to_path_buf();
+        let failed = |source: io::Error| MountError::Mount { target: target.clone(), source };
+        let by_helper = sys::daemon::effective_ids().0 != 0;
+        let (fd, mount) = if by_helper {
+            let fd = mount_by_helper(source, &target, flags)?;
+            match MountPoint::open(&target) {
+                Ok(mounted) => (fd, mounted.into()),
+                Err(source) => {
+                    let _ = sys::fuse::unmount_with_helper(&target, true);
+                    return Err(failed(source));
+                }
             }
-        }
-        Ok(mounted)
-    }
-
-    /// Where it is mounted.
-    pub fn target(&self) -> &Path {
-        &self.target
-    }
-
-    fn unmount(&self, lazy: bool) -> io::Result<()> {
-        unmount_at(&self.target, self.as_root, lazy)
+        } else {
+            let fd = sys::fuse::open_device().map_err(MountError::Device)?;
+            let mount = mount_nowhere(source, engine, &fd, flags).map_err(|error| failed(error.into()))?;
+            (fd, mount)
+        };
+        let device = sys::fuse::device_of_fd(mount.as_fd()).map_err(failed)?;
+        Ok(Self { fd, mount, by_helper, target, device })
     }
 }
 
-fn unmount_at(target: &Path, as_root: bool, lazy: bool) -> io::Result<()> {
-    if as_root { sys::fuse::unmount(target, lazy) } else { sys::fuse::unmount_with_helper(target, lazy) }
+fn unmount_at(target: &Path, by_helper: bool, lazy: bool) -> io::Result<()> {
+    if by_helper { sys::fuse::unmount_with_helper(target, lazy) } else { sys::fuse::unmount(target, lazy) }
 }
 
-fn mount_as_root(source: &str, target: &Path, flags: &MountFlags) -> Result<OwnedFd, MountError> {
-    use std::os::fd::AsRawFd;
-    let fd = sys::fuse::open_device().map_err(MountError::Device)?;
+/// A mount of a connection that is attached nowhere.
+fn mount_nowhere(
+    source: &str,
+    engine: &Engine,
+    fd: &OwnedFd,
+    flags: &MountFlags,
+) -> Result<OwnedFd, mountapi::MountError> {
+    let context = FsContext::open("fuse")?;
+    // It names the mount for people, and nothing is found by it.
+    let name = source_name::cut(source, source_name::FSCONFIG_BYTES_MAX);
+    context.set_string("source", name.as_bytes())?;
+    context.set_string("subtype", b"mosfs")?;
+    context.set_string("fd", fd.as_raw_fd().to_string().as_bytes())?;
     // default_permissions: the kernel checks modes and owners as on any file system. POSIX ACLs do not
     // exist here: squashfs has no place for them (it stores user, trusted and security attributes).
-    let data = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={}",
-        fd.as_raw_fd(),
-        limits::READ_BYTES
-    );
-    let mut bits = libc::MS_RDONLY;
-    for (wanted, bit) in
-        [(flags.nosuid, libc::MS_NOSUID), (flags.nodev, libc::MS_NODEV), (flags.noexec, libc::MS_NOEXEC)]
+    let read_bytes = limits::READ_BYTES.to_string();
+    // In octal. The whole mode: an overlay may be made of the mount before somebody asks for it.
+    let mode = engine.attr(ROOT).map_or(0, |attr| attr.permissions);
+    let mode = format!("{:o}", libc::S_IFDIR | libc::mode_t::from(mode));
+    for (key, value) in
+        [("rootmode", mode.as_str()), ("user_id", "0"), ("group_id", "0"), ("max_read", read_bytes.as_str())]
     {
-        bits |= if wanted { bit } else { 0 };
+        context.set_string(key, value.as_bytes())?;
     }
-    sys::fuse::mount(source.as_ref(), target, FUSE_KIND, bits, &data)
-        .map_err(|source| MountError::Mount { target: target.to_path_buf(), source })?;
-    Ok(fd)
+    for key in ["default_permissions", "allow_other", "ro"] {
+        context.set_flag(key)?;
+    }
+    context.mount(libc::MOUNT_ATTR_RDONLY | flags.attributes())
 }
 
-fn mount_as_user(source: &str, target: &Path, flags: &MountFlags) -> Result<OwnedFd, MountError> {
+fn mount_by_helper(source: &str, target: &Path, flags: &MountFlags) -> Result<OwnedFd, MountError> {
     // fusermount3 always sets nosuid and nodev for users.
+    let source = source_name::cut(source, source_name::MOUNT_BYTES_MAX);
     let name = source.replace('\\', "\\\\").replace(',', "\\,");
     let mut options = format!(
         "ro,nosuid,nodev,default_permissions,subtype=mosfs,fsname={name},max_read={}",
@@ -166,36 +178,92 @@ pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountE
     Ok(engine)
 }
 
-/// Mounts what [`prepare`] made of a plan and returns when the mount is ready, leaving a daemon behind. The daemon
-/// closes the descriptors in `foreign`.
-pub fn mount(
+/// A mount that a daemon serves. Dropping it ends both, unless it was attached.
+#[derive(Debug)]
+pub struct Served {
+    /// `None` where `fusermount3` has attached it.
+    mount: Option<OwnedFd>,
+    device: (u32, u32),
+    undo: Option<PathBuf>,
+}
+
+impl Served {
+    /// The mount, attached nowhere. Only root has one.
+    pub fn mount(&self) -> Option<BorrowedFd<'_>> {
+        self.mount.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Has the daemon say the attributes of the root. overlayfs copies them from the kernel's inode, which knows no more
+    /// than the mount's options of a root that nobody has looked at.
+    fn look_at_root(&self, target: &Path) -> Result<(), MountError> {
+        let done = match &self.mount {
+            Some(mount) => sys::fuse::refresh(mount.as_fd()),
+            None => target.metadata().map(|_| ()),
+        };
+        done.map_err(|source| MountError::Mount { target: target.to_path_buf(), source })
+    }
+
+    /// The record of its daemon.
+    pub fn daemon(&self) -> Option<DaemonRecord> {
+        table::find(self.device)?.daemon
+    }
+
+    /// Attaches it to its target.
+    pub fn attach(mut self, point: &MountPoint) -> Result<(), MountError> {
+        if let Some(mount) = self.mount.take() {
+            let failed = |source: mountapi::MountError| MountError::Mount {
+                target: point.path().to_path_buf(),
+                source: source.into(),
+            };
+            point.attach(mount).map_err(failed)?;
+        }
+        failpoint::hit("fuse.tree.attached");
+        self.undo = None;
+        Ok(())
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        if let Some(target) = &self.undo {
+            let _ = sys::fuse::unmount_with_helper(target, true);
+        }
+    }
+}
+
+/// Starts a daemon that serves what [`prepare`] made of a plan, and returns when it does. The daemon closes the
+/// descriptors in `foreign`.
+pub fn start(
     plan: &MountPlan,
     engine: Engine,
-    target: &Path,
+    point: &MountPoint,
     flags: &MountFlags,
     options: &FuseOptions,
     foreign: &[RawFd],
-) -> Result<(), MountError> {
-    let mounted = Mounted::new(&plan.source, target, flags)?;
-    failpoint::hit("fuse.tree.attached");
-    let undo = (mounted.target.clone(), mounted.as_root);
+) -> Result<Served, MountError> {
+    let connection = Connection::new(&plan.source, &engine, point, flags)?;
+    failpoint::hit("fuse.tree.made");
+    let Connection { by_helper, device, .. } = connection;
+    let mut served = Served { mount: None, device, undo: by_helper.then(|| connection.target.clone()) };
     let failed = |operation| move |source| MountError::System { operation, source };
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;
     match sys::daemon::fork().map_err(failed("fork"))? {
         Forked::Child => {
             drop(reader);
-            daemon(plan, mounted, engine, options, foreign, writer)
+            // The folder below the mount is the parent's matter; a daemon that holds it keeps its file system busy.
+            let foreign = [foreign, &[point.as_fd().as_raw_fd()]].concat();
+            daemon(plan, connection, engine, options, &foreign, writer)
         }
         Forked::Parent(_) => {
             // The connection is the daemon's alone: if it dies, the mount must not hang on us.
-            drop((writer, mounted));
+            let Connection { mount, fd, .. } = connection;
+            drop((writer, fd));
+            served.mount = (!by_helper).then_some(mount);
             // Its pages are shared with the daemon: to free what is in them would copy them first.
             std::mem::forget(engine);
-            let done = wait_until_ready(reader, &undo.0);
-            if done.is_err() {
-                let _ = unmount_at(&undo.0, undo.1, true);
-            }
-            done
+            wait_until_ready(reader, point.path())?;
+            served.look_at_root(point.path())?;
+            Ok(served)
         }
     }
 }
@@ -205,26 +273,35 @@ pub fn mount(
 pub fn serve_here(
     plan: &MountPlan,
     engine: Engine,
-    target: &Path,
+    point: &MountPoint,
     flags: &MountFlags,
     options: &FuseOptions,
     ready: &mut dyn FnMut(),
 ) -> Result<(), MountError> {
-    let mounted = Mounted::new(&plan.source, target, flags)?;
-    let record = record(plan, &mounted, None);
-    let undo = (mounted.target.clone(), mounted.as_root);
-    let mut is_ready = false;
-    let done = table::enter().map_err(MountError::from).and_then(|()| {
-        serve(mounted, engine, options, record, &mut || {
-            is_ready = true;
-            ready();
-            Ok(())
-        })
+    let connection = Connection::new(&plan.source, &engine, point, flags)?;
+    let mut served = Some(Served {
+        mount: None,
+        device: connection.device,
+        undo: connection.by_helper.then(|| connection.target.clone()),
     });
-    if !is_ready {
-        let _ = unmount_at(&undo.0, undo.1, true);
+    let files = table::files_of(connection.device)?;
+    let record = enter(files.as_deref())?.then(|| record(plan, &connection, files.as_deref(), false));
+    serve(connection, engine, options, record, &mut |mount| {
+        if let Some(mut served) = served.take() {
+            served.mount = mount;
+            served.attach(point)?;
+        }
+        ready();
+        Ok(())
+    })
+}
+
+/// Enters the folder of a mount's files, if it has one.
+fn enter(files: Option<&Path>) -> Result<bool, MountError> {
+    match files.and_then(Path::parent) {
+        Some(folder) => table::enter(folder).map(|()| true).map_err(MountError::from),
+        None => Ok(false),
     }
-    done
 }
 
 /// What the daemon says when it is ready; anything else is why it is not.
@@ -249,7 +326,7 @@ fn wait_until_ready(mut reader: PipeReader, target: &Path) -> Result<(), MountEr
 /// The forked process: serves, and ends.
 fn daemon(
     plan: &MountPlan,
-    mounted: Mounted,
+    connection: Connection,
     engine: Engine,
     options: &FuseOptions,
     foreign: &[RawFd],
@@ -259,15 +336,23 @@ fn daemon(
     let done = sys::daemon::detach(foreign)
         .map_err(|source| MountError::System { operation: "detach from the terminal", source })
         .and_then(|()| {
-            let log = table::log_path(mounted.device)?;
+            let files = table::files_of(connection.device)?;
+            let is_recorded = enter(files.as_deref())?;
+            let log = files.as_ref().map(|files| files.with_extension("log"));
             // By its name in that folder, which goes along when the root is switched.
-            table::enter()?;
-            daemon_log::install(log.file_name().map(Path::new), true, None);
-            let record = record(plan, &mounted, Some(log));
-            serve(mounted, engine, options, record, &mut || match pipe.take() {
-                // Dropping the writing end is what lets the reader go on.
-                Some(mut pipe) => pipe.write_all(READY),
-                None => Ok(()),
+            daemon_log::install(log.as_deref().and_then(Path::file_name).map(Path::new), true, None);
+            let record = is_recorded.then(|| record(plan, &connection, files.as_deref(), true));
+            serve(connection, engine, options, record, &mut |mount| {
+                // The process that attaches it has a descriptor of its own; with this one nobody could unmount it.
+                drop(mount);
+                match pipe.take() {
+                    // Dropping the writing end is what lets the reader go on.
+                    Some(mut pipe) => pipe.write_all(READY).map_err(|source| MountError::System {
+                        operation: "say that the mount is ready",
+                        source,
+                    }),
+                    None => Ok(()),
+                }
             })
         });
     let code = match done {
@@ -283,71 +368,67 @@ fn daemon(
     std::process::exit(code)
 }
 
-fn record(plan: &MountPlan, mounted: &Mounted, log: Option<PathBuf>) -> MountRecord {
+fn record(plan: &MountPlan, connection: &Connection, files: Option<&Path>, has_log: bool) -> MountRecord {
     let pid = std::process::id();
     let start_ticks = table::start_ticks(pid).unwrap_or(0);
-    let daemon = DaemonRecord { pid, start_ticks, log, errors: Default::default() };
-    MountRecord::new(plan, &mounted.target, FUSE, mounted.device, Some(daemon))
+    let file = |ending| files.map(|files| files.with_extension(ending));
+    let (log, lock) = (has_log.then(|| file("log")).flatten(), file("lock"));
+    let daemon = DaemonRecord { pid, start_ticks, log, lock, errors: Default::default() };
+    MountRecord::new(plan, &connection.target, FUSE, connection.device, Some(daemon))
 }
 
-/// Serves a mounted connection until it is gone, from the folder of records ([`table::enter`]).
-/// Calls `ready` when the kernel's INIT is answered.
+/// Serves a connection until its mount is gone, from the folder of records ([`table::enter`]) where there is a record.
+///
+/// Calls `ready` when all threads run, with the mount where it is still to be attached. Its last error ends all.
 ///
 /// Blocks SIGTERM, SIGINT and SIGHUP in this process; each of them triggers an unmount.
 fn serve(
-    mounted: Mounted,
+    connection: Connection,
     mut engine: Engine,
     options: &FuseOptions,
-    record: MountRecord,
-    ready: &mut dyn FnMut() -> io::Result<()>,
+    record: Option<MountRecord>,
+    ready: &mut dyn FnMut(Option<OwnedFd>) -> Result<(), MountError>,
 ) -> Result<(), MountError> {
     let failed = |operation| move |source| MountError::System { operation, source };
-    let Mounted { fd, target, device, as_root } = mounted;
+    let Connection { fd, mount, target, device, by_helper } = connection;
     let signals = Signals::block().map_err(failed("block signals"))?;
     let (queue, news) = prefill::queue();
     engine.set_surplus(Box::new(queue));
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
     let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
+    let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
     let tree = Tree { engine: engine.clone(), siblings: siblings.clone(), pulse: pulse.clone() };
 
     let mut config = Config::default();
-    config.n_threads = Some(if options.threads == 0 { limits::default_threads() } else { options.threads });
+    config.n_threads = Some(threads);
     config.clone_fd = true;
     // Who may enter is the kernel's decision (allow_other); fuser need not decide again.
     let session =
         Session::from_fd(tree, fd, SessionACL::All, config).map_err(failed("answer the kernel's INIT"))?;
-    if as_root {
+    if !by_helper {
         limits::raise_read_ahead(device);
     }
-    table::write_here(&record)?;
-    let kept = Kept(Arc::new(Mutex::new(Some(record))));
+    let _alive = record.as_ref().map(table::register_here).transpose()?;
+    let kept = Kept(Arc::new(Mutex::new(record)));
     let _clean = Clean(kept.clone());
-    ready().map_err(failed("say that the mount is ready"))?;
 
-    // None of these threads is waited for: they end with the process. The first one starts the
-    // others, so that the first request waits for one new thread and not for four.
+    // But for the one that serves, none of these threads is waited for: they end with the process.
     let notifier = session.notifier();
-    let reported = engine.clone();
-    spawn("signals", move || {
-        let others = spawn("store", move || prefill::run(&news, &engine, &siblings, &notifier))
-            .and_then(|()| spawn("report", move || report(&reported, &kept)))
-            .and_then(|()| spawn("spin", move || spin::run(&pulse, when)));
-        if let Err(error) = others {
-            log::warn!("{error}");
-        }
-        obey(&signals, &target, device, as_root);
-    })?;
-    session.run().map_err(failed("serve requests"))
-}
-
-fn spawn<T: Send + 'static>(
-    name: &'static str,
-    run: impl FnOnce() -> T + Send + 'static,
-) -> Result<(), MountError> {
-    let builder = std::thread::Builder::new().name(name.into()).stack_size(128 << 10);
-    builder.spawn(run).map_err(|source| MountError::System { operation: "start a thread", source })?;
-    Ok(())
+    let (stored, reported) = (engine.clone(), engine);
+    spawn("store", move || prefill::run(&news, &stored, &siblings, &notifier))?;
+    spawn("report", move || report(&reported, &kept))?;
+    spawn("spin", move || spin::run(&pulse, when))?;
+    spawn("signals", move || obey(&signals, &target, device, by_helper))?;
+    let serving = spawn("serve", move || session.run())?;
+    if all_serve(threads, &serving) {
+        // Where it is attached already, a descriptor of it would keep it from being unmounted.
+        ready((!by_helper).then_some(mount))?;
+    }
+    match serving.join() {
+        Ok(done) => done.map_err(failed("serve requests")),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
 }
 
 /// The record of a mount while it lasts; removed, once and for all, when this is dropped.
@@ -369,7 +450,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Unmounts when a signal asks for it. See the module's comment.
-fn obey(signals: &Signals, target: &Path, device: (u32, u32), as_root: bool) {
+fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
     let mut asked = false;
     while let Ok(signal) = signals.wait() {
         if asked {
@@ -388,9 +469,9 @@ fn obey(signals: &Signals, target: &Path, device: (u32, u32), as_root: bool) {
             }
         }
         asked = true;
-        let done = unmount_at(target, as_root, false).or_else(|_| {
+        let done = unmount_at(target, by_helper, false).or_else(|_| {
             log::info!("{} is in use: unmounting lazily", target.display());
-            unmount_at(target, as_root, true)
+            unmount_at(target, by_helper, true)
         });
         if let Err(error) = done {
             log::error!("cannot unmount {}: {error}", target.display());

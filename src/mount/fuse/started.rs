@@ -1,0 +1,68 @@
+//! Starts the threads of a daemon, and knows when those that serve run.
+//!
+//! A thread that was asked for may not start (RLIMIT_NPROC, a pids cgroup), and fuser starts its threads only when it
+//! serves. They are counted by their names. The mount itself is not asked from here: a process that waits for an answer
+//! of its own cannot be killed while it has to give it.
+
+use std::fs;
+use std::io;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::mount::MountError;
+
+/// What the names of fuser's threads begin with.
+const PREFIX: &str = "fuser-";
+/// Without /proc nobody counts threads: those that cannot start have failed by then.
+const FAILED_WITHIN: Duration = Duration::from_millis(50);
+
+/// Starts a thread of a daemon.
+pub fn spawn<T: Send + 'static>(
+    name: &'static str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, MountError> {
+    let builder = std::thread::Builder::new().name(name.into()).stack_size(128 << 10);
+    builder.spawn(run).map_err(|source| MountError::System { operation: "start a thread", source })
+}
+
+/// Waits until so many threads serve. False where `serving`, which starts them, ends before.
+pub fn all_serve<T>(threads: usize, serving: &JoinHandle<T>) -> bool {
+    let begin = Instant::now();
+    while !serving.is_finished() {
+        let are_there = match count() {
+            Ok(found) => found >= threads,
+            Err(_) => begin.elapsed() > FAILED_WITHIN,
+        };
+        if are_there {
+            return true;
+        }
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    false
+}
+
+/// How many of fuser's threads there are.
+fn count() -> io::Result<usize> {
+    let names =
+        fs::read_dir("/proc/self/task")?.filter_map(|task| fs::read(task.ok()?.path().join("comm")).ok());
+    Ok(names.filter(|name| name.starts_with(PREFIX.as_bytes())).count())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_serve_are_counted_and_one_that_does_not_start_ends_the_wait() {
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        let wait = move || {
+            let _ = receiver.recv();
+        };
+        let builder = std::thread::Builder::new().name(format!("{PREFIX}0"));
+        let one = builder.spawn(wait).unwrap();
+        assert!(all_serve(1, &one));
+        drop(sender);
+        assert!(!all_serve(1000, &one));
+        one.join().unwrap();
+    }
+}
