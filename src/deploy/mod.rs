@@ -189,8 +189,8 @@ pub fn check_complete(system: &System, verified: &Verified) -> Result<(), Deploy
     check_images(system, verified, |_| true)
 }
 
-/// Checks that the images of those targets that `needed` names are in the store: the OCI manifests by digest and
-/// size, the blobs by size (their content is verified as it is read).
+/// Checks that the images of those targets that `needed` names are in the store: the OCI manifests by digest
+/// and size, the blobs by size (their content is verified as it is read).
 ///
 /// # Errors
 /// [`DeployError::MissingBlob`] and [`DeployError::OtherSize`], naming the target.

@@ -181,9 +181,9 @@ fn relation(state: &State, id: &DeploymentId, again: bool) -> Result<Verdict, De
     }
 }
 
-/// Rules (docs/design.md, newer only, floor signature): `version > current` and `version > floor`; a device whose floor is
-/// provisioned refuses a system that has no valid floor signature, which is checked in software.
-/// Returns the floor.
+/// Rules (docs/design.md, newer only, floor signature): `version > current` and `version > floor`; a device
+/// whose floor is provisioned refuses a system that has no valid floor signature, which is checked in
+/// software. Returns the floor.
 fn check_floor(
     id: &DeploymentId,
     current: Option<u64>,

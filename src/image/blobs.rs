@@ -3,8 +3,8 @@
 //! A layer in a single file is read in parts, and the reader verifies the bytes ([`Blobs::blob`]). A layer of
 //! many blobs reads each of them whole and already verified ([`Blobs::read`]).
 //!
-//! **What was hashed is what is used.** [`Blobs::read`] copies the blob into private memory, and compares length and
-//! digest of that copy.
+//! **What was hashed is what is used.** [`Blobs::read`] copies the blob into private memory, and compares
+//! length and digest of that copy.
 
 use std::fmt;
 use std::fs::File;
@@ -144,8 +144,8 @@ pub fn read_whole(
 
 /// The blobs of an OCI layout in a folder: `DIR/blobs/sha256/HEX`.
 ///
-/// The folder is opened by the first [`Blobs::read`], and stays open: a daemon reads blobs long after it has left its
-/// working directory and, at boot, after its root folder has become another one.
+/// The folder is opened by the first [`Blobs::read`], and stays open: a daemon reads blobs long after it has
+/// left its working directory and, at boot, after its root folder has become another one.
 #[derive(Debug, Clone)]
 pub struct BlobFolder {
     path: PathBuf,

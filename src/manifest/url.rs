@@ -6,7 +6,8 @@
 //! docker://HOST[:PORT]/NAME[:TAG | @DIGEST]        not both of tag and digest
 //! ```
 //!
-//! Grammar of host, name and tag: [`crate::transport::reference`]. Grammar of REF: OCI image-spec, annotations, `org.opencontainers.image.ref.name`.
+//! Grammar of host, name and tag: [`crate::transport::reference`]. Grammar of REF: OCI image-spec,
+//! annotations, `org.opencontainers.image.ref.name`.
 
 use std::fmt;
 use std::str::FromStr;

@@ -2,8 +2,8 @@
 //!
 //! 1. every blob is hashed, on several threads
 //! 2. every entry of `index.json` is followed: manifests parse, and config, layers and subject exist
-//! 3. every layer that is an image of a file system is read through its verity tree ("root hash
-//!    and tree both there, or both absent; anything else is refused"); every chunk of a layer of many blobs is decoded
+//! 3. every layer that is an image of a file system is read through its verity tree ("root hash and tree both
+//!    there, or both absent; anything else is refused"); every chunk of a layer of many blobs is decoded
 //!
 //! Unreferenced blobs and temporary files are reported but are not errors: an interrupted build leaves them.
 //! Every bad object is listed, not just the first.

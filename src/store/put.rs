@@ -281,8 +281,8 @@ impl<'a> Writer<'a> {
 
 /// Small blobs that are put into a store together: written, synced at once, then given their names.
 ///
-/// A sync costs about the same for one file and for a thousand, and a disk does few of them a second. What is not
-/// finished when the batch is dropped leaves nothing.
+/// A sync costs about the same for one file and for a thousand, and a disk does few of them a second. What is
+/// not finished when the batch is dropped leaves nothing.
 pub struct Batch<'a> {
     store: &'a Store,
     /// Written, not synced, each with the blob that it becomes.

@@ -1,8 +1,8 @@
 //! What a store's images take, and what they share.
 //!
-//! An image is a name `mos/images/TARGET:sha256/HEX`, or any other name of an image; then the name stands for the
-//! target. An image takes its manifest, its config and its layers or chunks, each blob once, however often its
-//! manifest lists it. Sizes are those of descriptors: nothing is read but manifests.
+//! An image is a name `mos/images/TARGET:sha256/HEX`, or any other name of an image; then the name stands for
+//! the target. An image takes its manifest, its config and its layers or chunks, each blob once, however
+//! often its manifest lists it. Sizes are those of descriptors: nothing is read but manifests.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,8 +1,8 @@
 //! Identifies the content of a block device with libblkid, which udev and mount(8) use too.
 //!
-//! It knows the superblocks of file systems, and of what file systems lie in: members of RAIDs, of volume groups,
-//! of encrypted volumes, and many more, wherever on the device they are. A device that carries the label of a
-//! file system may still be half of a mirror.
+//! It knows the superblocks of file systems, and of what file systems lie in: members of RAIDs, of volume
+//! groups, of encrypted volumes, and many more, wherever on the device they are. A device that carries the
+//! label of a file system may still be half of a mirror.
 //!
 //! Loaded when first needed (as tpm2-tss is), because only `mosfs boot` needs it. Source of the declarations:
 //! libblkid's manual ("Low-level probing") and blkid.h of util-linux 2.38; all are there since 2.18.

@@ -272,8 +272,8 @@ fn parse_binding(name: &str) -> Option<Binding> {
     Some(Binding { name: name.to_string(), product: rules::uuid(product).ok()? })
 }
 
-/// Rule (docs/design.md, dates): `build`, `install` and `update` enforce the dates and name the date in the error;
-/// `boot` only logs them.
+/// Rule (docs/design.md, dates): `build`, `install` and `update` enforce the dates and name the date in the
+/// error; `boot` only logs them.
 fn check_dates(certificate: &X509Ref, dates: Dates) -> Result<(), TrustError> {
     let now = match dates {
         Dates::Check(now) => now,

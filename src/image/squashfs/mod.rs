@@ -11,9 +11,9 @@
 //! bytes_used     padding; verity data may follow
 //! ```
 //!
-//! All numbers are little-endian. Everything from the inode table on is stored in metadata blocks of up to 8 KiB
-//! (metadata.rs). A node's id is its inode reference: the offset of a metadata block from `inode_table`, times
-//! 65536, plus the offset in the decoded block.
+//! All numbers are little-endian. Everything from the inode table on is stored in metadata blocks of up to 8
+//! KiB (metadata.rs). A node's id is its inode reference: the offset of a metadata block from `inode_table`,
+//! times 65536, plus the offset in the decoded block.
 //!
 //! # Invariants
 //! - Opening reads the superblock and the root inode. Everything else is read and checked when it is needed:

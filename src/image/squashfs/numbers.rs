@@ -9,8 +9,8 @@
 //! has numbers below some 6 million. Where the blocks begin is found by one walk over their headers, when
 //! the first number is needed: 4 bytes are kept for each block, of some 150 inodes.
 //!
-//! The numbers of the inodes themselves (1 to their count) would be smaller still, but lead back to an inode only
-//! through an export table, which an image may lack.
+//! The numbers of the inodes themselves (1 to their count) would be smaller still, but lead back to an inode
+//! only through an export table, which an image may lack.
 //!
 //! A table whose headers cannot be walked, or that is larger than [`TABLE_BYTES_MAX`], has its references for
 //! numbers: all that is lost is that they fit 32 bits.
