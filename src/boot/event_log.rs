@@ -56,7 +56,7 @@ impl Due {
     /// Where it is no regular file, or an earlier extension is missing in it.
     pub fn open(path: &Path) -> Result<Self, IoError> {
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).on("create", folder)?;
+            file::create_folders(folder)?;
         }
         let flags = libc::O_NOFOLLOW | libc::O_NOCTTY | libc::O_NONBLOCK;
         let mut options = OpenOptions::new();

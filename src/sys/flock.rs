@@ -29,7 +29,7 @@ impl Lock {
     /// Waits until no other process holds the lock of a folder: for a file system on which no file can be
     /// created.
     pub fn of_folder(path: &Path) -> io::Result<Self> {
-        wait(File::open(path)?, File::lock)
+        wait(file::open_folder(path)?, File::lock)
     }
 
     /// Takes the lock if no other process holds it.
