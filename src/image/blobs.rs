@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use super::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
-use crate::sys::file::{Links, open_regular_at};
+use crate::sys::file::{Links, open_folder, open_regular_at};
 
 /// A place that provides blobs by digest.
 pub trait Blobs: fmt::Debug + Send + Sync {
@@ -168,7 +168,7 @@ impl BlobFolder {
         let folder = match self.folder.get() {
             Some(folder) => folder,
             None => {
-                let opened = File::open(&self.path)?;
+                let opened = open_folder(&self.path)?;
                 self.folder.get_or_init(|| opened)
             }
         };

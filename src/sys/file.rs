@@ -232,6 +232,12 @@ pub fn sync_file_system(file: &File) -> io::Result<()> {
     }
 }
 
+/// Opens a folder, to open files of it with [`open_regular_at`] later.
+pub fn open_folder(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC).open(path)
+}
+
 /// Does what [`open_regular`] does, for a file of an open folder (openat(2)).
 ///
 /// # Errors
