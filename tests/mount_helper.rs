@@ -137,9 +137,11 @@ fn options_of_mosfs_of_systemd_and_of_mount() {
         "app 1"
     );
     // Nobody's signature was asked for: neither setuid programs nor devices, unless that is asked for.
-    for (options, flags) in
-        [("ro", "ro,nosuid,nodev,"), ("ro,suid", "ro,nodev,"), ("ro,suid,dev", "ro,relatime ")]
-    {
+    for (options, flags) in [
+        ("ro", "ro,nosuid,nodev,"),
+        ("ro,allow_suid", "ro,nodev,"),
+        ("ro,allow_suid,allow_dev", "ro,relatime "),
+    ] {
         let printed = fixture.succeeds(&format!("mount -t mosfs -o {options} {source} $T/m && {SHOW}"));
         assert!(printed.starts_with(flags), "{options}: {printed}");
     }

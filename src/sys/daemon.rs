@@ -122,7 +122,8 @@ pub fn effective_ids() -> (u32, u32) {
 /// The number that this user id has outside of this user namespace, as far as /proc says it; else the number itself.
 pub fn outer_uid(uid: u32) -> u32 {
     // user_namespaces(7): lines of first id inside, first id outside, count.
-    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let map = super::file::read_named("/proc/self/uid_map".as_ref(), 1 << 16).unwrap_or_default();
+    let map = String::from_utf8_lossy(&map);
     let outside = map.lines().find_map(|line| {
         let mut fields = line.split_ascii_whitespace().map_while(|field| field.parse::<u32>().ok());
         let (inside, outside, count) = (fields.next()?, fields.next()?, fields.next()?);
