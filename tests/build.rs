@@ -217,8 +217,9 @@ fn what_cannot_be_built_is_refused_before_anything_is_stored() {
     refused(&[], 2, "no image named `v9`; it has `v1`");
     publisher.import(200, "oci:nowhere:v1", "");
     refused(&[], 2, "there is no such folder");
-    publisher.import(200, "docker://example.org/x:1", "");
-    refused(&[], 2, "cannot be read by this version");
+    // Nothing listens at port 1.
+    publisher.import(200, "docker://127.0.0.1:1/x:1", "");
+    refused(&["--net-timeout", "1"], 1, "127.0.0.1:1");
     let wrong = format!("    digest: sha256:{}\n", "0".repeat(64));
     publisher.import(200, "oci:images:v1", &wrong);
     refused(&[], 3, "digest");

@@ -25,6 +25,7 @@ use serde_json::json;
 
 use crate::digest::hex;
 use crate::error::{IoContext, IoError};
+use crate::sys::file;
 use crate::sys::tpm::BankDigest;
 
 /// Where systemd has it.

@@ -37,7 +37,7 @@ pub fn run(args: &RepairArgs, global: &Global) -> Result<(), AnyError> {
     let policy = Config::load(&global.config)?.policy().ok();
     let source = args.source.as_ref().map(|source| source.open(&args.registry.access(global))).transpose()?;
     let progress = progress::of(global)?;
-    let lock = system.lock(device::waiting(global))?;
+    let lock = system.lock_as_it_is(device::waiting(global))?;
     let means = Means {
         anchor: &anchor,
         policy: policy.as_ref(),

@@ -135,8 +135,8 @@ impl System {
         Ok(lock)
     }
 
-    /// The same, and leaves the state file as it is.
-    fn lock_as_it_is(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
+    /// Does what [`System::lock`] does, and leaves the state file as it is.
+    pub fn lock_as_it_is(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
         let path = self.root.join("lock");
         match Lock::try_exclusive(&path) {
             Ok(Some(lock)) => return Ok(SystemLock(lock)),

@@ -21,6 +21,7 @@ use super::error::DeployError;
 use super::id::DeploymentId;
 use super::offer::{Accepted, Judge, Offer};
 use super::plan::names;
+use super::recover;
 use super::state::State;
 use super::{System, SystemLock};
 use crate::digest::Digest;
@@ -87,18 +88,17 @@ pub fn repair(system: &System, _lock: &SystemLock, means: &Means<'_>) -> Result<
 
 /// Returns the state, written anew if it cannot be read.
 fn state(system: &System, means: &Means<'_>, done: &mut Repaired) -> Result<State, DeployError> {
-    let why = match system.state() {
-        Ok(state) if state.current.is_some() => return Ok(state),
+    let why = match State::read(&system.state_path()) {
+        Ok(Some(state)) if state.current.is_some() => return Ok(state),
         Ok(_) => "it names no deployment".to_string(),
-        Err(DeployError::State { why, .. }) => why,
-        Err(error) => return Err(error),
+        Err(damage) => damage.to_string(),
     };
     let mut state = State::default();
     state.current = best(system, means)?;
     if state.current.is_none() {
         return Ok(state);
     }
-    state.save(&system.state_path())?;
+    recover::write(&state, &system.state_path())?;
     failpoint::hit("repair.state.written");
     done.mended.push(format!("{}: written anew ({why})", system.state_path().display()));
     Ok(state)
