@@ -162,7 +162,7 @@ const PAGES: &[Page] = &[
         "mount",
         Group::Host,
         &["system", "config"],
-        &["mosfs mount hostfs mnt", "mosfs mount oci:images:debian mnt --unsafe-no-verity"],
+        &["mosfs mount hostfs mnt", "mosfs mount oci:images:tools mnt"],
     ),
     page("umount", Group::Host, &[], &["mosfs umount mnt"]),
     page(
