@@ -184,7 +184,7 @@ pub enum FloorError {
         version: u64,
     },
     /// CONFIG lacks the floor key or the product.
-    #[error("{}: this device was not told its {what}", path.display())]
+    #[error("{}: this device has no {what}: CONFIG does not name one", path.display())]
     NotConfigured {
         /// The file that should contain it.
         path: PathBuf,

@@ -59,7 +59,7 @@ pub enum AnchorError {
         reason: String,
     },
     /// Not revocation lists, or not signed by the CA that they name.
-    #[error("{} holds no revocation lists of use: {reason}", path.display())]
+    #[error("{} holds no usable certificate revocation list: {reason}", path.display())]
     BadCrl {
         /// The file.
         path: PathBuf,

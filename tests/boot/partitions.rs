@@ -440,7 +440,7 @@ fn with_banks(device: &Device, banks: &str) -> Swtpm {
 #[test]
 fn a_boot_is_measured_into_every_active_bank_and_logged() {
     let device = Device::with(SMALL);
-    fs::write(device.config().join("crl.pem"), "whatever else is in CONFIG\n").unwrap();
+    fs::write(device.config().join("site.conf"), "whatever else is in CONFIG\n").unwrap();
     let manifest = Digest::of(&fs::read(device.deployment(SMALL).join("manifest.json")).unwrap());
     for banks in [&BANKS[..], &["sha256"], &["sha1"], &["sha384", "sha512"]] {
         let boot = Boot::of(&device);

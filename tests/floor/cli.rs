@@ -392,10 +392,10 @@ fn exit_codes_and_advice_tell_the_failures_apart() {
     let (bench, swtpm) = (Bench::new(), Swtpm::start());
     let config = bench.path("config");
     fs::create_dir(&config).unwrap();
-    let errors = bench.fails(Some(&swtpm), &["show"], 5, "this device was not told its floor key");
+    let errors = bench.fails(Some(&swtpm), &["show"], 5, "this device has no floor key");
     assert!(errors.contains("hint: "), "{errors}");
     fs::copy(bench.path("floor.pub"), config.join("floor.pub")).unwrap();
-    bench.fails(Some(&swtpm), &["show"], 5, "this device was not told its product");
+    bench.fails(Some(&swtpm), &["show"], 5, "this device has no product");
     fs::write(config.join("product"), "no uuid\n").unwrap();
     bench.fails(Some(&swtpm), &["show"], 2, "no uuid");
     fs::write(config.join("product"), format!("{PRODUCT_TEXT}\n")).unwrap();
