@@ -16,10 +16,13 @@ const FILES: &[(&str, u32, &str)] = &[
     ("usr/lib/dracut/modules.d/90mosfs/module-setup.sh", 0o755, "#!/bin/bash"),
     ("usr/lib/dracut/modules.d/90mosfs/mosfs-generator.sh", 0o755, "#!/bin/sh"),
     ("usr/lib/dracut/modules.d/90mosfs/mosfs-root.sh", 0o755, "#!/bin/sh"),
+    ("usr/lib/dracut/modules.d/90mosfs/mosfs-stop.sh", 0o755, "#!/bin/sh"),
     ("usr/lib/dracut/modules.d/90mosfs/mount-mosfs.sh", 0o755, "#!/bin/sh"),
     ("usr/lib/dracut/modules.d/90mosfs/parse-mosfs.sh", 0o755, "#!/bin/sh"),
     ("usr/lib/systemd/system/mosfs-activate.service", 0o644, "#"),
     ("usr/lib/systemd/system/mosfs-commit.service", 0o644, "#"),
+    ("usr/lib/systemd/system/mosfs-update.service", 0o644, "#"),
+    ("usr/lib/systemd/system/mosfs-update.timer", 0o644, "#"),
     ("usr/sbin/mount.mosfs", 0o755, "#!/bin/sh"),
     ("usr/share/bash-completion/completions/mosfs", 0o644, "_mosfs()"),
     ("usr/share/fish/vendor_completions.d/mosfs.fish", 0o644, "#"),
@@ -88,8 +91,11 @@ fn files(root: &Path) -> BTreeMap<String, u32> {
 /// The commands that `mosfs --help` lists, those of a command as `COMMAND-SUB`.
 fn commands(words: &[&str]) -> Vec<String> {
     let help = quiet("", Command::new(MOSFS).args(words).arg("--help"));
-    let list =
-        help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    // `mosfs --help` lists commands in groups, the help of a command those below it.
+    let titles = ["Publisher:", "Device:", "Any host:", "Plumbing:", "Commands:"];
+    // Options follow: with a title, or in the first one's case without.
+    let more = |line: &&str| !line.ends_with("ptions:") && !line.trim_start().starts_with('-');
+    let list = help.lines().skip_while(|line| !titles.contains(line)).take_while(more);
     // The text of a long line goes on below, further to the right.
     let names = list.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
     let names: Vec<_> = names.map(|line| line.split_whitespace().next().unwrap()).collect();

@@ -224,7 +224,7 @@ fn folders_and_files_have_their_mode_whatever_the_umask() {
         publisher.publish(200, "host");
         let device = Device::with_file_floor();
         let mosfs = env!("CARGO_BIN_EXE_mosfs");
-        let sh = |words: &str| {
+        let with_umask = |words: &str| {
             let script = format!("umask {umask}; exec {mosfs} {words}");
             let mut shell = Command::new("sh");
             shell.args(["-c", &script]).stdin(Stdio::null());
@@ -233,13 +233,17 @@ fn folders_and_files_have_their_mode_whatever_the_umask() {
             assert!(output.status.success(), "umask {umask}: {words}: {}", text(&output.stderr));
         };
         let (source, ca) = (publisher.source_of(200), publisher.key("ca.pem"));
-        sh(&format!("install '{source}' --floor file --ca {} --product {}", ca.display(), publish::PRODUCT));
+        with_umask(&format!(
+            "install '{source}' --floor file --ca {} --product {}",
+            ca.display(),
+            publish::PRODUCT
+        ));
         let keys = device.dir.join("new/keys");
-        sh(&format!("keys generate {} --product {}", keys.display(), publish::PRODUCT));
-        sh("commit --floor file");
+        with_umask(&format!("keys generate {} --product {}", keys.display(), publish::PRODUCT));
+        with_umask("commit --floor file");
         let at = device.dir.join("at");
         fs::create_dir(&at).unwrap();
-        sh(&format!("mount --backend fuse hostfs {}", at.display()));
+        with_umask(&format!("mount --backend fuse hostfs {}", at.display()));
         let records = device.dir.join("run/below/mounts");
         let record = fs::read_dir(&records)
             .unwrap()
@@ -247,7 +251,7 @@ fn folders_and_files_have_their_mode_whatever_the_umask() {
             .find(|path| path.extension().is_some_and(|ending| ending == "json"))
             .expect("a record");
         let record_mode = mode(&record);
-        sh(&format!("umount {}", at.display()));
+        with_umask(&format!("umount {}", at.display()));
         assert_eq!(record_mode, 0o644, "umask {umask}");
         let deployment =
             fs::read_dir(device.system().join("deployments")).unwrap().next().unwrap().unwrap().path();

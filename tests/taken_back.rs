@@ -61,7 +61,7 @@ fn a_certificate_that_its_issuer_revoked_is_refused_wherever_it_stands_in_the_ch
     pki.signer("bad", "ec:P-256", "ca").sign("bad");
     pki.signer("deep", "ec:P-256", "middle").sign("deep");
     pki.write("deep-chain.pem", [pki.read("deep.pem"), pki.read("middle.pem")].concat());
-    let command = |name: &str, cert: &str, crl: &str| {
+    let verified = |name: &str, cert: &str, crl: &str| {
         let words = ["manifest", "verify", "m.json", "--sig"].map(String::from).to_vec();
         let path = |name: &str| pki.path(name).to_string_lossy().into_owned();
         let more = [path(&format!("{name}.sig")), "--cert".into(), path(cert), "--ca".into(), path("ca.pem")];
@@ -75,20 +75,20 @@ fn a_certificate_that_its_issuer_revoked_is_refused_wherever_it_stands_in_the_ch
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
     pki.revoke("bad", "ca").crl("ca", "one.pem");
-    assert_eq!(command("bad", "bad.pem", "").0, Some(0), "without the list");
-    let (code, said) = command("bad", "bad.pem", "one.pem");
+    assert_eq!(verified("bad", "bad.pem", "").0, Some(0), "without the list");
+    let (code, said) = verified("bad", "bad.pem", "one.pem");
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("was revoked by `CN=Manifest CA` at ") && said.contains("hint: "), "{said}");
-    assert_eq!(command("good", "good.pem", "one.pem").0, Some(0));
-    assert_eq!(command("deep", "deep-chain.pem", "one.pem").0, Some(0));
+    assert_eq!(verified("good", "good.pem", "one.pem").0, Some(0));
+    assert_eq!(verified("deep", "deep-chain.pem", "one.pem").0, Some(0));
     // An intermediate, by the CA; a signer below an intermediate, by the intermediate.
     pki.revoke("middle", "ca").crl("ca", "two.pem");
-    let (code, said) = command("deep", "deep-chain.pem", "two.pem");
+    let (code, said) = verified("deep", "deep-chain.pem", "two.pem");
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("`CN=Middle` was revoked by `CN=Manifest CA`"), "{said}");
     pki.revoke("deep", "middle").crl("middle", "three.pem");
     pki.write("both.pem", [pki.read("one.pem"), pki.read("three.pem")].concat());
-    let (code, said) = command("deep", "deep-chain.pem", "both.pem");
+    let (code, said) = verified("deep", "deep-chain.pem", "both.pem");
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("was revoked by `CN=Middle`"), "{said}");
     // A list of another key with the intermediate's name says nothing about what the intermediate issued.
@@ -98,11 +98,11 @@ fn a_certificate_that_its_issuer_revoked_is_refused_wherever_it_stands_in_the_ch
     }
     forger.root("middle", "/CN=Middle", CA).revoke("deep", "middle").crl("middle", "forged.pem");
     pki.write("forged.pem", forger.read("forged.pem"));
-    assert_eq!(command("deep", "deep-chain.pem", "forged.pem").0, Some(0));
+    assert_eq!(verified("deep", "deep-chain.pem", "forged.pem").0, Some(0));
     // With the CA's name it is an error, not a silence.
     forger.root("ca", "/CN=Manifest CA", CA).revoke("good", "ca").crl("ca", "forged-ca.pem");
     pki.write("forged-ca.pem", forger.read("forged-ca.pem"));
-    let (code, said) = command("good", "good.pem", "forged-ca.pem");
+    let (code, said) = verified("good", "good.pem", "forged-ca.pem");
     assert_eq!(code, Some(2), "{said}");
     assert!(said.contains("is not signed by that CA"), "{said}");
 }

@@ -43,7 +43,9 @@ pub fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
             clap_complete::generate(*shell, &mut help::command(), "mosfs", &mut text);
             output::document(&text)?;
         }
-        What::Man { dir } => clap_mangen::generate_to(help::command(), dir).on("write man pages in", dir)?,
+        What::Man { dir } => {
+            clap_mangen::generate_to(help::without_help_commands(), dir).on("write man pages in", dir)?
+        }
     }
     Ok(())
 }

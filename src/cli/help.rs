@@ -188,7 +188,21 @@ const PAGES: &[Page] = &[
 
 /// The command line with all that its help shows.
 pub fn command() -> Command {
-    let mut command = Cli::command();
+    dressed(Cli::command())
+}
+
+/// The same without the `help` commands: for man pages, of which each command has one.
+pub fn without_help_commands() -> Command {
+    fn bare(command: Command) -> Command {
+        let below: Vec<String> = command.get_subcommands().map(|one| one.get_name().to_string()).collect();
+        below
+            .iter()
+            .fold(command.disable_help_subcommand(true), |command, name| command.mut_subcommand(name, bare))
+    }
+    dressed(bare(Cli::command()))
+}
+
+fn dressed(mut command: Command) -> Command {
     // Options of all commands reach the subcommands here.
     command.build();
     let overview = overview(&command);

@@ -288,7 +288,7 @@ fn indexes_lead_to_one_manifest_of_this_platform_or_end() {
         ]
     };
     let run = |tag: &str| place.run(&args(tag).iter().map(String::as_str).collect::<Vec<_>>());
-    refused(&run("other"), 1, &["is not for this machine", "linux/s390x"]);
+    refused(&run("other"), 2, &["is not for this machine", "linux/s390x"]);
     // Indexes of indexes.
     let mut inner = index(vec![entry("amd64")]);
     for depth in 0..6 {
