@@ -421,6 +421,23 @@ fn guest_a_device_of_our_name_with_another_table_is_refused() {
     nothing_left();
 }
 
+/// The UUID says whose a device is: a volume group or a LUKS mapping may be called `mosfs-…` as well.
+#[test]
+#[ignore = "runs inside the virtual machine"]
+fn guest_devices_of_others_are_not_swept() {
+    let control = Control::open().unwrap();
+    let all = [("mosfs-data", "LVM-abcdef"), ("mosfs-swap", ""), ("mosfs-left", "MOSFS-VERITY-left")];
+    for (name, uuid) in all {
+        control.create(name, uuid).unwrap();
+    }
+    backend();
+    let mut kept: Vec<String> = control.list().unwrap().into_iter().map(|device| device.name).collect();
+    kept.sort();
+    assert_eq!(kept, ["mosfs-data", "mosfs-swap"]);
+    kept.iter().for_each(|name| control.remove(name, false).unwrap());
+    nothing_left();
+}
+
 fn libc_minor(dev: u64) -> u32 {
     libc::minor(dev)
 }
