@@ -158,22 +158,34 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         Some(_) => with_diff_ids(&config, &layers)?,
         None => config,
     };
+    let layers = layers.iter().map(LayerDescriptor::to_descriptor).collect();
+    let manifest = with_layers(&image, writer, &new_config, layers)?;
+    let manifest = writer.put_bytes(MANIFEST, &manifest.to_bytes())?;
+    Ok(Ingested { manifest, untouched: false, notes })
+}
+
+/// The manifest of an image with other layers, and with its config stored. `subject` goes: it spoke of the other
+/// manifest.
+pub(super) fn with_layers(
+    image: &OciImage,
+    writer: &Writer<'_>,
+    config: &[u8],
+    layers: Vec<Descriptor>,
+) -> Result<Manifest, IngestError> {
     let config_type = match image.manifest.config.media_type.as_str() {
         DOCKER_CONFIG => CONFIG,
         other => other,
     };
-    let manifest = Manifest {
+    Ok(Manifest {
         schema_version: 2,
         media_type: Some(MANIFEST.into()),
         artifact_type: image.manifest.artifact_type.clone(),
-        config: writer.put_bytes(config_type, &new_config)?,
-        layers: layers.iter().map(LayerDescriptor::to_descriptor).collect(),
+        config: writer.put_bytes(config_type, config)?,
+        layers,
         subject: None,
         annotations: image.manifest.annotations.clone(),
         extra: Default::default(),
-    };
-    let manifest = writer.put_bytes(MANIFEST, &manifest.to_bytes())?;
-    Ok(Ingested { manifest, untouched: false, notes })
+    })
 }
 
 /// Stores the layers that are images of file systems, several at a time. Tar layers stay as they are.

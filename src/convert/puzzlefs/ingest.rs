@@ -8,9 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::{Limits, PuzzlefsError, pack};
-use crate::convert::image::{
-    DOCKER_CONFIG, Ingest, IngestError, Ingested, diff_ids, in_layer, with_diff_ids,
-};
+use crate::convert::image::{Ingest, IngestError, Ingested, diff_ids, in_layer, with_diff_ids, with_layers};
 use crate::convert::{ConvertError, Effort, TarLayer, Under, examine, lower, write_squashfs};
 use crate::digest::Digest;
 use crate::error::IoContext;
@@ -19,9 +17,7 @@ use crate::image::ReadError;
 use crate::image::check;
 use crate::image::format::{ChunkedLayer, Content};
 use crate::image::layer::Layer;
-use crate::image::oci::{
-    CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciImage,
-};
+use crate::image::oci::{Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage};
 use crate::image::overlay::Merged;
 use crate::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
 use crate::image::squashfs::Squashfs;
@@ -91,20 +87,7 @@ pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<In
         Some(_) => with_diff_ids(&config, &[])?,
         None => config,
     };
-    let config_type = match image.manifest.config.media_type.as_str() {
-        DOCKER_CONFIG => CONFIG,
-        other => other,
-    };
-    let manifest = Manifest {
-        schema_version: 2,
-        media_type: Some(MANIFEST.into()),
-        artifact_type: image.manifest.artifact_type.clone(),
-        config: writer.put_bytes(config_type, &new_config)?,
-        layers: packed.layers,
-        subject: None,
-        annotations: image.manifest.annotations.clone(),
-        extra: Default::default(),
-    };
+    let manifest = with_layers(image, writer, &new_config, packed.layers)?;
     let bytes = manifest.to_bytes();
     if bytes.len() as u64 > MAX_MANIFEST_BYTES {
         let chunks = manifest.layers.len() - 1;
