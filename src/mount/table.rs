@@ -214,9 +214,14 @@ pub(super) fn is_served(target: &Path) -> Option<bool> {
     let ask = move || {
         let _ = sender.send(sys::fuse::is_served(&question));
     };
-    std::thread::Builder::new().name("ask".into()).spawn(ask).ok()?;
+    // Where the daemon never answers, the thread waits in the system call, and is left there.
+    let thread = std::thread::Builder::new().name(sys::daemon::ABANDONED.into()).spawn(ask).ok()?;
     match receiver.recv_timeout(ANSWER_WITHIN) {
-        Ok(answer) => answer.ok().flatten(),
+        Ok(answer) => {
+            // A process that forks must not have it any more.
+            let _ = thread.join();
+            answer.ok().flatten()
+        }
         Err(_) => Some(true),
     }
 }

@@ -13,11 +13,33 @@ pub enum Forked {
     Child,
 }
 
+/// The name of a thread that may wait forever in one system call, and that [`fork`] does not count: it holds no lock.
+pub const ABANDONED: &str = "abandoned";
+
+/// How long [`fork`] waits for threads to leave the process, in steps of 10 ms. The kernel lists a thread for a moment
+/// after it was joined.
+const STEPS: u32 = 200;
+
+/// The number of threads of this process, without [`ABANDONED`] ones; 0 without /proc (a bare chroot), where nobody
+/// counts them.
+fn threads() -> usize {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return 0 };
+    let counts = |task: io::Result<std::fs::DirEntry>| {
+        // A thread that has gone meanwhile has no name any more.
+        task.ok().and_then(|task| std::fs::read(task.path().join("comm")).ok())
+    };
+    tasks.filter_map(counts).filter(|name| name.trim_ascii_end() != ABANDONED.as_bytes()).count()
+}
+
 /// fork(2). Only for a process with one thread; refused otherwise.
 pub fn fork() -> io::Result<Forked> {
-    // Without /proc (a bare chroot) nobody counts them; the programs here fork before they start threads.
-    if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() != 1) {
-        return Err(io::Error::other("fork in a process with several threads"));
+    let mut steps = 0;
+    while threads() > 1 {
+        if steps == STEPS {
+            return Err(io::Error::other("fork in a process with several threads"));
+        }
+        steps += 1;
+        std::thread::sleep(std::time::Duration::from_millis(10));
     }
     // SAFETY: there is one thread, so no lock can be held by a thread that the child lacks.
     match unsafe { libc::fork() } {
