@@ -226,15 +226,15 @@ fn a_part_of_something_else_is_passed_over_whatever_label_it_carries() {
         let disks = two_disks(&member, &good);
         assert_eq!(blkid(&disks[0]), kind);
         let words = format!("mosfs.system=LABEL={label}");
-        boot.on_disk(&words, &["--wait", "2"]).version(SMALL);
+        boot.on_disk(&words, &["--wait", "20"]).version(SMALL);
         untouched.check(kind);
         // Alone it is no partition, by its label and by its name.
         let [alone, good] = disks;
         drop(good);
         let passed_over = format!("{} was passed over: it is a part of something else ({kind})", alone.0);
-        boot.on_disk(&words, &["--wait", "0"]).refused(1, &["no system partition", &passed_over]);
+        boot.on_disk(&words, &["--wait", "3"]).refused(1, &["no system partition", &passed_over]);
         let by_name = format!("mosfs.system={}", alone.0);
-        boot.on_disk(&by_name, &["--wait", "0"]).refused(1, &["no system partition", &passed_over]);
+        boot.on_disk(&by_name, &["--wait", "3"]).refused(1, &["no system partition", &passed_over]);
         untouched.check(kind);
     }
 }
@@ -250,7 +250,7 @@ fn the_next_disk_is_tried_where_one_is_empty_broken_or_foreign() {
 
     ext4(&other, &label, None);
     let disks = two_disks(&other, &good);
-    let booted = boot.on_disk(&words, &["--wait", "2"]);
+    let booted = boot.on_disk(&words, &["--wait", "20"]);
     booted.version(SMALL);
     assert!(booted.said.contains("it holds no system; looking for another one"), "{}", booted.said);
     drop(disks);
@@ -259,7 +259,7 @@ fn the_next_disk_is_tried_where_one_is_empty_broken_or_foreign() {
     ext4(&other, &label, Some(&device.system()));
     File::options().write(true).open(&other).unwrap().write_all_at(&vec![0; 4 << 20], 2048).unwrap();
     let disks = two_disks(&other, &good);
-    boot.on_disk(&words, &["--wait", "2"]).version(SMALL);
+    boot.on_disk(&words, &["--wait", "20"]).version(SMALL);
     drop(disks);
 
     // Another product's disk, and one with older systems.
@@ -284,13 +284,13 @@ fn the_next_disk_is_tried_where_one_is_empty_broken_or_foreign() {
     assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
     ext4(&other, &label, Some(&system));
     let disks = two_disks(&other, &good);
-    let booted = boot.on_disk(&words, &["--wait", "2"]);
+    let booted = boot.on_disk(&words, &["--wait", "20"]);
     booted.version(SMALL);
     assert!(booted.said.contains("no deployment can be booted: 900-"), "{}", booted.said);
     // The foreign one alone: its reason is the boot's.
     let [alone, good] = disks;
     drop(good);
-    boot.on_disk(&words, &["--wait", "0"]).refused(3, &[&alone.0, "no deployment can be booted: 900-"]);
+    boot.on_disk(&words, &["--wait", "3"]).refused(3, &[&alone.0, "no deployment can be booted: 900-"]);
     assert_eq!(fs::read_dir(boot.path("partition")).unwrap().count(), 0, "it is mounted no more");
 }
 
@@ -351,11 +351,11 @@ fn a_disk_that_does_not_answer_stops_nothing() {
         let _ = Command::new("blockdev").args(["--flushbufs", &disks[0].0]).status();
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
         let words = format!("mosfs.system=LABEL={label}");
-        boot.on_disk(&words, &["--wait", "5"]).version(SMALL);
+        boot.on_disk(&words, &["--wait", "20"]).version(SMALL);
         let [silent, good] = disks;
         drop(good);
         let said = format!("{} was passed over: it does not answer", silent.0);
-        boot.on_disk(&words, &["--wait", "0"]).refused(1, &["no system partition", &said]);
+        boot.on_disk(&words, &["--wait", "3"]).refused(1, &["no system partition", &said]);
         drop(stopped);
     }
 }
@@ -371,7 +371,7 @@ fn a_disk_that_cannot_be_written_boots_what_is_current_and_tries_nothing() {
     let untouched = Untouched::of(&image);
     let disk = Loop::of(&image, &["-r"]);
     for words in [format!("mosfs.system=LABEL={label}"), format!("mosfs.system={}", disk.0)] {
-        let booted = boot.on_disk(&words, &["--wait", "0"]);
+        let booted = boot.on_disk(&words, &["--wait", "60"]);
         booted.version(SMALL);
         let said = format!("{} cannot be written: a pending version", disk.0);
         assert!(booted.said.contains(&said), "{}", booted.said);
@@ -380,7 +380,7 @@ fn a_disk_that_cannot_be_written_boots_what_is_current_and_tries_nothing() {
     untouched.check("a read-only disk");
     // The same disk, once it can be written: the pending version has all its tries.
     let disk = Loop::of(&image, &[]);
-    boot.on_disk(&format!("mosfs.system={}", disk.0), &["--wait", "0"]).version(SMALL_NEXT);
+    boot.on_disk(&format!("mosfs.system={}", disk.0), &["--wait", "60"]).version(SMALL_NEXT);
 }
 
 #[test]
@@ -397,8 +397,8 @@ fn file_systems_of_all_kinds_are_found_by_label_and_uuid() {
         command.args(["-q", "-t", kind, "-L", &label, "-U", uuid, "-d"]).arg(device.system()).arg(&image);
         tool("e2fsprogs", &mut command);
         let _disk = Loop::of(&image, &[]);
-        boot.on_disk(&format!("mosfs.system=LABEL={label}"), &["--wait", "0"]).version(SMALL);
-        boot.on_disk(&format!("mosfs.system=UUID={}", uuid.to_uppercase()), &["--wait", "0"]).version(SMALL);
+        boot.on_disk(&format!("mosfs.system=LABEL={label}"), &["--wait", "60"]).version(SMALL);
+        boot.on_disk(&format!("mosfs.system=UUID={}", uuid.to_uppercase()), &["--wait", "60"]).version(SMALL);
     }
 }
 
