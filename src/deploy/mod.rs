@@ -47,7 +47,7 @@ pub use id::DeploymentId;
 pub use state::State;
 
 use crate::digest::Digest;
-use crate::error::IoContext;
+use crate::error::{IoContext, IoError};
 use crate::floor::{Floor, Policy};
 use crate::manifest::Target;
 use crate::store::{Store, StoreError};
@@ -145,7 +145,7 @@ impl System {
             Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
                 return Ok(SystemLock(Lock::of_folder(&self.root).on("lock", &self.root)?));
             }
-            Err(error) => return Err(Err::<(), _>(error).on("lock", &path).unwrap_err().into()),
+            Err(error) => return Err(IoError::new("lock", &path, error).into()),
         }
         waiting();
         Ok(SystemLock(Lock::exclusive(&path).on("lock", &path)?))

@@ -1,4 +1,4 @@
-//! Processes: who we are, signals to oneself, and where one's own program is.
+//! Processes: signals to oneself, and where one's own program is.
 
 use std::ffi::{CStr, OsStr};
 use std::os::unix::ffi::OsStrExt;
@@ -11,12 +11,6 @@ pub fn kill_self() -> ! {
         libc::kill(libc::getpid(), libc::SIGKILL);
     }
     std::process::abort()
-}
-
-/// The user id of this process.
-pub fn user_id() -> u32 {
-    // SAFETY: getuid takes nothing and cannot fail.
-    unsafe { libc::getuid() }
 }
 
 /// The file of this program; without /proc, as it was named when it was started.

@@ -74,6 +74,11 @@ impl<'a> KernelLayer<'a> {
         let root_hash = descriptor.trust.root_hash().ok_or(DmVerityError::NoRootHash { digest })?;
         Ok(Self { path, digest, root_hash, file_system: format.kernel })
     }
+
+    /// An operation on its device that failed.
+    fn failed(&self, device: &str, operation: &'static str, source: io::Error) -> DmVerityError {
+        DmVerityError::Device { digest: self.digest, operation, device: device.into(), source }
+    }
 }
 
 /// Why a stack cannot be mounted through dm-verity.
@@ -300,12 +305,7 @@ impl DmVerity {
             source: Box::new(source),
         })?;
         let name = format!("{NAME_PREFIX}{}", layer.root_hash.hex());
-        let failed = |operation, source| DmVerityError::Device {
-            digest: layer.digest,
-            operation,
-            device: name.clone(),
-            source,
-        };
+        let failed = |operation, source| layer.failed(&name, operation, source);
         let _lock = self.lock()?;
         let mut tries = 0;
         loop {
@@ -364,12 +364,7 @@ impl DmVerity {
         layer: &KernelLayer<'_>,
         data: &VerityData,
     ) -> Result<Device, DmVerityError> {
-        let failed = |operation, source| DmVerityError::Device {
-            digest: layer.digest,
-            operation,
-            device: name.into(),
-            source,
-        };
+        let failed = |operation, source| layer.failed(name, operation, source);
         let loop_device =
             LoopDevice::attach(file.as_fd(), layer.path, BLOCK_BYTES as u32).map_err(|source| {
                 DmVerityError::Device {
@@ -408,12 +403,7 @@ impl DmVerity {
         layer: &KernelLayer<'_>,
         data: &VerityData,
     ) -> Result<Device, DmVerityError> {
-        let failed = |operation, source| DmVerityError::Device {
-            digest: layer.digest,
-            operation,
-            device: name.into(),
-            source,
-        };
+        let failed = |operation, source| layer.failed(name, operation, source);
         let device = open_node(name, dev).map_err(|source| failed("open", source))?;
         // Only now that we hold it can it no longer go and its number be another device's.
         let status = self.control.status(name).map_err(|source| failed("look for", source))?;

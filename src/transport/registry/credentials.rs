@@ -106,8 +106,8 @@ fn files(access: &Access) -> (Vec<PathBuf>, bool) {
         return (vec![path], true);
     }
     let run = home::folder("XDG_RUNTIME_DIR").map(|dir| dir.join("containers/auth.json"));
-    let run =
-        run.unwrap_or_else(|| format!("/run/containers/{}/auth.json", crate::sys::process::user_id()).into());
+    let run = run
+        .unwrap_or_else(|| format!("/run/containers/{}/auth.json", crate::sys::daemon::real_ids().0).into());
     let docker = home::folder("DOCKER_CONFIG").or_else(|| Some(home::own()?.join(".docker")));
     let paths = [
         Some(run),
