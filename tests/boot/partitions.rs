@@ -38,9 +38,16 @@ fn label() -> String {
     format!("m{}-{}", std::process::id(), GIVEN.fetch_add(1, Ordering::Relaxed))
 }
 
+/// An empty disk image. It is never a file that was there before: a file system of that one may still be mounted, if
+/// only by a daemon that is about to leave, and its last write would be found in the new one.
+fn blank(image: &Path) {
+    let _ = fs::remove_file(image);
+    File::create_new(image).expect("an image").set_len(32 << 20).expect("a size");
+}
+
 /// A disk image with this label and what a folder holds.
 fn ext4(image: &Path, label: &str, folder: Option<&Path>) {
-    File::create(image).expect("an image").set_len(32 << 20).expect("a size");
+    blank(image);
     ext4_of(image, "32M", label, folder);
 }
 
@@ -219,7 +226,7 @@ fn a_part_of_something_else_is_passed_over_whatever_label_it_carries() {
         [("linux_raid_member", &raid_090), ("linux_raid_member", &raid_10), ("LVM2_member", &pvcreate)];
     for (kind, change) in kinds {
         // The file system ends before the superblock, as inside of a mirror.
-        File::create(&member).unwrap().set_len(32 << 20).unwrap();
+        blank(&member);
         ext4_of(&member, "28M", &label, Some(&device.system()));
         change(&member);
         let untouched = Untouched::of(&member);
@@ -391,7 +398,7 @@ fn file_systems_of_all_kinds_are_found_by_label_and_uuid() {
     for (kind, program) in kinds {
         let label = label();
         let image = boot.path("image");
-        File::create(&image).unwrap().set_len(32 << 20).unwrap();
+        blank(&image);
         let uuid = "6d1f6e2a-0c5c-4b0a-9d2e-0a1b2c3d4e5f";
         let mut command = Command::new(program);
         command.args(["-q", "-t", kind, "-L", &label, "-U", uuid, "-d"]).arg(device.system()).arg(&image);
