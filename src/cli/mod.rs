@@ -16,6 +16,7 @@ mod global;
 mod help;
 mod install;
 mod keys;
+mod lazy;
 mod log;
 mod manifest;
 mod mount;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::{Global, device, notify, output};
+use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
 use crate::digest::Digest;
@@ -21,21 +21,24 @@ use crate::sys;
 use crate::transport::{SourceRef, Transport};
 use crate::trust::Anchor;
 
-/// Mount a target of the current deployment, or any image of an OCI layout.
+/// Mount a target of the current deployment, or any image of an OCI layout or a registry.
+///
+/// An image of a registry is mounted at once. What is read is fetched, verified and kept; the rest is fetched in the
+/// background. It takes the FUSE backend.
 #[derive(Debug, Args)]
 pub struct MountArgs {
-    /// A target's name, or `oci:DIR[:NAME]`.
+    /// A target's name, `oci:DIR[:NAME]`, or `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`.
     #[arg(value_name = "TARGET|SOURCE")]
-    source: String,
+    pub(super) source: String,
     /// The folder to mount at.
     #[arg(value_name = "DIR")]
     target: PathBuf,
     /// Require this root hash; one for each layer, the bottom one first.
     #[arg(long, value_name = "HEX", value_parser = root_hash)]
-    root_hash: Vec<Digest>,
+    pub(super) root_hash: Vec<Digest>,
     /// Who serves the mount: auto, dm-verity or fuse.
     #[arg(long, default_value = "auto", value_name = "NAME")]
-    backend: Backend,
+    pub(super) backend: Backend,
     /// Let the tree be written to: a deployed target's changes are kept in SYSTEM/scratch/TARGET,
     /// those of another image in memory.
     #[arg(long)]
@@ -68,7 +71,26 @@ pub struct MountArgs {
     spin: Spin,
     /// Mount without verification, also layers that have no root hash.
     #[arg(long)]
-    unsafe_no_verity: bool,
+    pub(super) unsafe_no_verity: bool,
+    #[command(flatten)]
+    pub(super) lazy: LazyArgs,
+    #[command(flatten)]
+    pub(super) registry: RegistryArgs,
+}
+
+/// Options of mounts whose image is fetched while it is used.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Images of a registry")]
+pub struct LazyArgs {
+    /// Keep what is fetched in this store [default: /var/cache/mosfs; for users, ~/.cache/mosfs].
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    /// Fetch only what is read, and not the rest in the background.
+    #[arg(long)]
+    pub(super) no_fill: bool,
+    /// Fetch first what this list names, which `mosfs trace` has recorded [default: the registry's, if it has one].
+    #[arg(long, value_name = "FILE")]
+    pub(super) list: Option<PathBuf>,
 }
 
 /// A root hash as 64 hex digits, with or without `sha256:`.
@@ -82,10 +104,18 @@ impl MountArgs {
         // A source has a scheme; a target's name cannot hold a colon.
         self.source.contains(':')
     }
+
+    /// Whether its blobs are on another machine.
+    pub fn is_of_registry(&self) -> bool {
+        self.source.parse().is_ok_and(|source: SourceRef| source.is_registry())
+    }
 }
 
 /// Runs `mosfs mount`.
 pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+    if args.is_of_registry() {
+        return mount(args, global, || lazy::open(args));
+    }
     if args.is_of_image() {
         return run_image(args, global);
     }
@@ -96,7 +126,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         let (store, image) = target::image(&system, booted, &anchor, &args.source)?;
         let folder = system.scratch_dir(&args.source);
         let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
-        Ok(Found { blobs: store.blobs(), image, scratch })
+        Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
     })
 }
 
@@ -109,16 +139,18 @@ pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         let transport: &dyn Transport = &layout;
         let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
         let image = transport.image(&found)?;
-        Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory })
+        Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
     })
 }
 
 /// What is to be mounted.
-struct Found {
-    blobs: Arc<dyn Blobs>,
-    image: OciImage,
+pub(super) struct Found {
+    pub(super) blobs: Arc<dyn Blobs>,
+    pub(super) image: OciImage,
     /// Where the writes go for `--writable`.
-    scratch: Upper,
+    pub(super) scratch: Upper,
+    /// The image of a registry by its digest, for a daemon that mounts it again.
+    pub(super) pinned: Option<String>,
 }
 
 fn mount(
@@ -148,7 +180,9 @@ fn try_mount(
     for option in args.options.iter().filter(|option| !notify::is_option(option)) {
         flags.apply(option)?;
     }
-    let Found { blobs, image, scratch } = find()?;
+    // Whatever is opened for an image of a registry is its daemon's.
+    let foreign = args.is_of_registry().then(sys::daemon::open_descriptors);
+    let Found { blobs, image, scratch, pinned } = find()?;
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
     let plan = MountPlan::new(&args.source, &image, &blobs, verification)?;
     let upper = upper(args, scratch)?;
@@ -161,7 +195,7 @@ fn try_mount(
     let daemon = if args.foreground {
         Daemon::Foreground { terminal: output::log(), ready: &mut ready }
     } else if upper.is_none() && units::wanted(args.daemon)? {
-        Daemon::Unit(unit(args, global, &flags)?)
+        Daemon::Unit(unit(args, global, &flags, pinned)?)
     } else {
         Daemon::Forked
     };
@@ -171,16 +205,23 @@ fn try_mount(
         spin: args.spin,
     };
     let (target, backend) = (args.target.as_path(), args.backend);
-    Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon }.run()?;
+    Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon, foreign }.run()?;
     Ok(())
 }
 
 /// The unit that keeps the daemon of this mount.
-fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, AnyError> {
+fn unit(
+    args: &MountArgs,
+    global: &Global,
+    flags: &MountFlags,
+    pinned: Option<String>,
+) -> Result<Unit, AnyError> {
     let absolute = |path: &Path| std::path::absolute(path).on("find", path);
     let target = args.target.canonicalize().on("find", &args.target)?;
     let (system, config) = (absolute(&global.system)?, absolute(&global.config)?);
-    let (source, layout) = if args.is_of_image() {
+    let (source, layout) = if let Some(pinned) = pinned {
+        (pinned, absolute(&args.lazy.store.clone().unwrap_or_else(lazy::default_store))?)
+    } else if args.is_of_image() {
         let source: SourceRef = args.source.parse()?;
         let layout = absolute(Path::new(&source.location))?;
         (SourceRef::oci(&layout, source.name.as_deref()).to_string(), layout)
@@ -198,6 +239,13 @@ fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, A
     option("--spin", Some(args.spin.name().to_string()));
     if args.unsafe_no_verity {
         option("--unsafe-no-verity", None);
+    }
+    if args.is_of_registry() {
+        option("--store", Some(layout.display().to_string()));
+        args.registry.arguments().into_iter().for_each(|(name, value)| option(name, value));
+        if args.lazy.no_fill {
+            option("--no-fill", None);
+        }
     }
     Ok(Unit { source, target, needs: vec![layout], arguments })
 }

@@ -39,8 +39,9 @@ mod text;
 mod tls;
 mod url;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use ureq::http::{HeaderName, Method, header};
@@ -54,7 +55,7 @@ use settings::{Endpoint, Settings};
 use url::{Origin, Url};
 
 use super::reference::{Host, Malformed, Reference, TagOrDigest, is_repository, is_tag};
-use super::{Access, Blob, Transport, TransportError};
+use super::{Access, Blob, RangeAsk, Transport, TransportError};
 use crate::digest::Digest;
 use crate::image::oci::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, INDEX, MANIFEST, MAX_MANIFEST_BYTES};
 
@@ -64,6 +65,8 @@ const MAX_PAGE: u64 = 4 << 20;
 const MAX_PAGES: usize = 100;
 /// The most tags of a list.
 const MAX_TAGS: usize = 100_000;
+/// How long a mirror that did not answer is not asked.
+const DEAD_FOR: Duration = Duration::from_secs(300);
 /// How many documents are remembered, so that what was found by name is not sent twice.
 const REMEMBERED: usize = 16;
 /// The media types that are asked for. Registries answer 404 for one that is not named.
@@ -85,8 +88,8 @@ struct Shared {
     client: Client,
     settings: Settings,
     plain: bool,
-    /// Mirrors that did not answer; they are not asked again.
-    dead: Mutex<HashSet<Origin>>,
+    /// Mirrors that did not answer, and when; they are not asked again for [`DEAD_FOR`].
+    dead: Mutex<HashMap<Origin, Instant>>,
     /// The last documents that were fetched.
     documents: Mutex<Vec<(Descriptor, Vec<u8>)>>,
 }
@@ -186,23 +189,29 @@ impl Registry {
                 Ok(answer) => return Ok(answer),
                 Err(error) => {
                     log::info!("mirror {}: {error}; asking the next server", mirror.origin);
-                    if let TransportError::Registry(error) = &error
-                        && matches!(**error, RegistryError::Network { unreachable: true, .. })
-                    {
-                        self.dead().insert(mirror.origin.clone());
-                    }
+                    self.note_dead(mirror, &error);
                 }
             }
         }
         ask(self.home()?)
     }
 
-    fn dead(&self) -> std::sync::MutexGuard<'_, HashSet<Origin>> {
+    fn dead(&self) -> std::sync::MutexGuard<'_, HashMap<Origin, Instant>> {
         self.shared.dead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Remembers a mirror that cannot be reached. The registry itself is asked each time.
+    fn note_dead(&self, endpoint: &Endpoint, error: &TransportError) {
+        if let TransportError::Registry(error) = error
+            && matches!(**error, RegistryError::Network { unreachable: true, .. })
+            && self.endpoints.last() != Some(endpoint)
+        {
+            self.dead().insert(endpoint.origin.clone(), Instant::now());
+        }
+    }
+
     fn is_dead(&self, endpoint: &Endpoint) -> bool {
-        self.dead().contains(&endpoint.origin)
+        self.dead().get(&endpoint.origin).is_some_and(|since| since.elapsed() < DEAD_FOR)
     }
 
     fn get(&self, endpoint: &Endpoint, url: &Url, accept: &[&str]) -> Result<Answer, RegistryError> {
@@ -428,6 +437,16 @@ impl Transport for Registry {
             return Ok(Blob::Stream(Box::new(std::io::Cursor::new(from))));
         }
         Ok(Blob::Stream(Box::new(self.stream(blob, offset)?)))
+    }
+
+    fn read_range(
+        &self,
+        blob: &Descriptor,
+        offset: u64,
+        buffer: &mut [u8],
+        ask: &RangeAsk,
+    ) -> Result<(), TransportError> {
+        self.part(blob, offset, buffer, ask)
     }
 
     fn referrers(
