@@ -15,7 +15,7 @@ use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
 use crate::progress::Progress;
 use crate::publish::base::Base;
-use crate::publish::build::{Built, Signer, Sources, build};
+use crate::publish::build::{Built, Signer, Sources, build, refuse_medium};
 use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
@@ -146,7 +146,13 @@ fn effort(args: &Build) -> Effort {
 }
 
 fn import(args: &Build) -> Result<ImportManifest, AnyError> {
-    Ok(ImportManifest::parse(&args.file, &read_file(&args.file, yaml::MAX_BYTES)?)?)
+    parse_import(args, &read_file(&args.file, yaml::MAX_BYTES)?)
+}
+
+fn parse_import(args: &Build, bytes: &[u8]) -> Result<ImportManifest, AnyError> {
+    let import = ImportManifest::parse(&args.file, bytes)?;
+    refuse_medium(&import)?;
+    Ok(import)
 }
 
 /// With both keys at hand.
@@ -211,7 +217,7 @@ fn second_half(
     if let Ok(manifest) = SystemManifest::parse(&bytes) {
         return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
     }
-    let import = ImportManifest::parse(&args.file, &bytes)?;
+    let import = parse_import(args, &bytes)?;
     Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), sources, progress)?)
 }
 
