@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use mosfs::image::oci::{OciImage, Platform, ROOT_HASH, SQUASHFS_ZSTD};
-use mosfs::store::Store;
-use mosfs::transport::Transport;
+use mosfs::internals::image::oci::{OciImage, Platform, ROOT_HASH, SQUASHFS_ZSTD};
+use mosfs::internals::store::Store;
+use mosfs::internals::transport::Transport;
 use tarball::Tarball;
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, run_any, sh, snapshot};
@@ -110,7 +110,7 @@ fn a_system_is_built_signed_and_named() {
     let hex = digest.strip_prefix("sha256:").unwrap();
     let image = publisher.image("store");
     let listed = run(mosfs(publisher.dir()).args(["manifest", "show", "oci:store"]));
-    assert_eq!(mosfs::digest::Digest::of(listed.as_bytes()).to_string(), digest);
+    assert_eq!(mosfs::internals::digest::Digest::of(listed.as_bytes()).to_string(), digest);
     assert_eq!(
         listed,
         format!(
@@ -195,7 +195,7 @@ fn a_version_stands_for_one_system() {
     let text = publisher.refused("store", &[], 2);
     assert!(text.contains("version 200 is another system"), "{text}");
     let shown = run(mosfs(publisher.dir()).args(["manifest", "show", "oci:store"]));
-    assert_eq!(mosfs::digest::Digest::of(shown.as_bytes()).to_string(), first);
+    assert_eq!(mosfs::internals::digest::Digest::of(shown.as_bytes()).to_string(), first);
     publisher.import(201, "oci:images:v1", "");
     assert_ne!(first, publisher.build("store", &[]));
     assert!(run(mosfs(publisher.dir()).args(["manifest", "show", "oci:store"])).contains("\"version\":201"));
@@ -516,7 +516,8 @@ fn images_of_file_systems() {
         manifest.config =
             writer.put_bytes(&manifest.config.media_type, config.to_string().as_bytes()).unwrap();
         manifest.layers = vec![layer];
-        let manifest = writer.put_bytes(mosfs::image::oci::MANIFEST, &manifest.to_bytes()).unwrap();
+        let manifest =
+            writer.put_bytes(mosfs::internals::image::oci::MANIFEST, &manifest.to_bytes()).unwrap();
         writer.set_name(name, &manifest).unwrap();
     };
     put("bare", &whole[..used as usize], None);
