@@ -11,14 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use mosfs::convert::{
+use mosfs::internals::convert::{
     Below, Codec, ConvertError, Converted, Effort, Meta, Packing, TarLayer, Under, convert_tar,
 };
-use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
-use mosfs::image::FileType;
-use mosfs::image::format::Compression;
-use mosfs::progress::Progress;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::image::FileType;
+use mosfs::internals::image::format::Compression;
+use mosfs::internals::progress::Progress;
 use tarball::{Header, Tarball};
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, sh, snapshot};

@@ -13,14 +13,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use mosfs::convert::{Codec, Converted, Effort, Packing, TarLayer, Under, convert_tar};
-use mosfs::digest::Digest;
-use mosfs::image::format::Compression;
-use mosfs::image::oci::{SQUASHFS_LZ4, SQUASHFS_ZSTD};
-use mosfs::image::source::MemorySource;
-use mosfs::image::squashfs::{Event, Squashfs};
-use mosfs::progress::Progress;
-use mosfs::store::Store;
+use mosfs::internals::convert::{Codec, Converted, Effort, Packing, TarLayer, Under, convert_tar};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::format::Compression;
+use mosfs::internals::image::oci::{SQUASHFS_LZ4, SQUASHFS_ZSTD};
+use mosfs::internals::image::source::MemorySource;
+use mosfs::internals::image::squashfs::{Event, Squashfs};
+use mosfs::internals::progress::Progress;
+use mosfs::internals::store::Store;
 use tarball::Tarball;
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, run_any, sh, snapshot};
@@ -50,13 +50,12 @@ fn tree(dir: &Path) {
         for size in 16384 32768 65536 131072 262144 524288 1048576; do
             for near in $((size - 1)) $size $((size + 1)); do
                 seq 1000000 | head -c $near > text-$near
-                head -c $near /dev/urandom > noise-$near
             done
         done
-        seq 600000 > long; head -c 3000017 /dev/zero > zeros; truncate -s 5M sparse
+        head -c 300001 /dev/urandom > noise; seq 300000 > long; head -c 3000017 /dev/zero > zeros; truncate -s 5M sparse
         printf middle | dd of=sparse bs=1 seek=2500000 conv=notrunc status=none
         : > empty; ln long hard; ln -s long soft; mkfifo pipe; mknod null c 1 3
-        mkdir many; i=0; while [ $i -lt 700 ]; do seq $i $((i * 3)) > many/file-with-a-long-enough-name-$i; i=$((i+1)); done
+        mkdir many; i=0; while [ $i -lt 300 ]; do seq $i $((i * 3)) > many/file-with-a-long-enough-name-$i; i=$((i+1)); done
         setfattr -n user.text -v value long; touch -d @1234567890 long many .
         "#,
     );
@@ -469,10 +468,13 @@ fn layout_of(dir: &Path, name: &str, squashfs: &[u8]) {
     let store = Store::create(&dir.join(name)).unwrap();
     let writer = store.writer().unwrap();
     let layer = writer.put_bytes(SQUASHFS_LZ4, squashfs).unwrap();
-    let config = writer.put_bytes(mosfs::image::oci::EMPTY, mosfs::image::oci::EMPTY_BYTES).unwrap();
+    let config = writer
+        .put_bytes(mosfs::internals::image::oci::EMPTY, mosfs::internals::image::oci::EMPTY_BYTES)
+        .unwrap();
     let manifest = serde_json::json!({
-        "schemaVersion": 2, "mediaType": mosfs::image::oci::MANIFEST, "config": config, "layers": [layer],
+        "schemaVersion": 2, "mediaType": mosfs::internals::image::oci::MANIFEST, "config": config, "layers": [layer],
     });
-    let manifest = writer.put_bytes(mosfs::image::oci::MANIFEST, manifest.to_string().as_bytes()).unwrap();
+    let manifest =
+        writer.put_bytes(mosfs::internals::image::oci::MANIFEST, manifest.to_string().as_bytes()).unwrap();
     writer.set_entries(&[(Some("v1"), &manifest)]).unwrap();
 }

@@ -13,10 +13,12 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::process::Command;
 
-use mosfs::convert::{Codec, ConvertError, Converted, Effort, Packing, TarLayer, Under, convert_tar};
-use mosfs::digest::Digest;
-use mosfs::image::format::Compression;
-use mosfs::progress::Progress;
+use mosfs::internals::convert::{
+    Codec, ConvertError, Converted, Effort, Packing, TarLayer, Under, convert_tar,
+};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::format::Compression;
+use mosfs::internals::progress::Progress;
 use scan::{Tree, scan};
 use tarball::{Header, Tarball, record};
 use tempfile::TempDir;

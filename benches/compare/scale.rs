@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use mosfs::convert::{Effort, Packing, TarLayer, Under, convert_tar};
-use mosfs::digest::Digest;
-use mosfs::image::format::Compression;
-use mosfs::image::verity::BLOCK_BYTES;
-use mosfs::progress::Progress;
+use mosfs::internals::convert::{Effort, Packing, TarLayer, Under, convert_tar};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::format::Compression;
+use mosfs::internals::image::verity::BLOCK_BYTES;
+use mosfs::internals::progress::Progress;
 use serde_json::{Value, json};
 
 use crate::Result;

@@ -26,8 +26,8 @@ use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
-    ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, SYSTEM_MEDIA_TYPE, StorageType,
-    SystemManifest, TargetName,
+    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, SYSTEM_MEDIA_TYPE,
+    StorageType, SystemManifest, TargetName,
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
@@ -109,6 +109,18 @@ pub fn build(
     }
     publish(&writer, manifest, assembled.names, &signed, &floor_signatures)?;
     Ok(Built { digest: manifest.digest(), manifest: assembled.manifest, targets: assembled.targets })
+}
+
+/// Refuses an import manifest that asks for an install medium. One that was asked for and silently not made would be
+/// missed on the day of the installation.
+///
+/// # Errors
+/// [`BuildError::NoMedium`].
+pub fn refuse_medium(import: &ImportManifest) -> Result<(), BuildError> {
+    match import.image_type {
+        Some(ImageType::Iso) => Err(BuildError::NoMedium { file: import.file.clone() }),
+        None => Ok(()),
+    }
 }
 
 /// A system whose images are in the store, not yet signed.
@@ -260,6 +272,15 @@ pub enum BuildError {
     /// The import manifest, or a pin in it, is wrong.
     #[error(transparent)]
     Import(#[from] ImportErrors),
+    /// The import manifest asks for an install medium.
+    #[error(
+        "{}: image_type: `iso` requires an install medium, which mosfs build does not make yet",
+        file.display()
+    )]
+    NoMedium {
+        /// The import manifest.
+        file: PathBuf,
+    },
     /// A target's image cannot be fetched.
     #[error("target `{target}`, {url}: {source}")]
     Source {
@@ -334,7 +355,7 @@ impl Classified for BuildError {
     fn class(&self) -> Class {
         match self {
             Self::Import(error) => error.class(),
-            Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
+            Self::NoMedium { .. } | Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
             Self::FloorSignature { .. } => Class::Verification,
             Self::Source { source, .. } => source.class(),
             Self::Image { source, .. } => source.class(),
