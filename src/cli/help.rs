@@ -162,11 +162,7 @@ const PAGES: &[Page] = &[
         "mount",
         Group::Host,
         &["system", "config"],
-        &[
-            "mosfs mount hostfs mnt",
-            "mosfs mount oci:images:tools mnt",
-            "mosfs mount docker://127.0.0.1:5000/product/mos/images/hostfs:latest mnt",
-        ],
+        &["mosfs mount hostfs mnt", "mosfs mount oci:images:tools mnt"],
     ),
     page("umount", Group::Host, &[], &["mosfs umount mnt"]),
     page(

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::mount::{Found, MountArgs};
+use clap::Args;
+
+use super::RegistryArgs;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
 use crate::image::blobs::Blobs;
@@ -16,6 +18,42 @@ use crate::store::lazy::{LIST_TYPE, LazyImage, LazyOptions, MAX_LIST_BYTES, Read
 use crate::sys;
 use crate::sys::file;
 use crate::transport::{Access, SourceRef, Transport, TransportError};
+
+/// Options of mounts whose image is fetched while it is used.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Images of a registry")]
+pub struct LazyArgs {
+    /// Keep what is fetched in this store [default: /var/cache/mosfs; for users, ~/.cache/mosfs].
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    /// Fetch only what is read, and not the rest in the background.
+    #[arg(long)]
+    pub(super) no_fill: bool,
+    /// Fetch first what this list names, which `mosfs trace` has recorded [default: the registry's, if it has one].
+    #[arg(long, value_name = "FILE")]
+    pub(super) list: Option<PathBuf>,
+}
+
+/// What is to be mounted.
+pub(super) struct Found {
+    pub(super) blobs: Arc<dyn Blobs>,
+    pub(super) image: OciImage,
+    /// Where the writes go for `--writable`.
+    pub(super) scratch: Upper,
+    /// The image of a registry by its digest, for a daemon that mounts it again.
+    pub(super) pinned: Option<String>,
+}
+
+/// An image of a registry that is to be mounted.
+pub(super) struct Wanted<'a> {
+    pub(super) source: &'a str,
+    /// The root hashes that are required, one for each layer, or none.
+    pub(super) root_hashes: &'a [Digest],
+    pub(super) backend: Backend,
+    pub(super) unsafe_no_verity: bool,
+    pub(super) lazy: &'a LazyArgs,
+    pub(super) registry: &'a RegistryArgs,
+}
 
 /// A server that is silent for this part of the time that a reader waits is asked again.
 const SILENCE: u32 = 6;
@@ -38,7 +76,7 @@ pub(super) fn default_store() -> PathBuf {
 }
 
 /// Opens an image of a registry. What its registry said of a digest before is not asked again.
-pub(super) fn open(args: &MountArgs) -> Result<Found, AnyError> {
+pub(super) fn open(args: &Wanted<'_>) -> Result<Found, AnyError> {
     let source: SourceRef = args.source.parse()?;
     let patience = args.registry.quiet_access();
     let from = source.open(&access(&patience))?;
@@ -50,8 +88,8 @@ pub(super) fn open(args: &MountArgs) -> Result<Found, AnyError> {
         let why = "an image is verified while it is fetched; pull it first to mount it without".into();
         return Err(MountError::NoBackend { backend: backend::FUSE, why }.into());
     }
-    let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: false };
-    MountPlan::new(&args.source, &image, &store.blobs(), verification)?;
+    let verification = Verification { root_hashes: args.root_hashes, unsafe_no_verity: false };
+    MountPlan::new(args.source, &image, &store.blobs(), verification)?;
     let lacking = image.manifest.layers.iter().find(|layer| !store.has(layer));
     if let (Backend::DmVerity, Some(layer)) = (args.backend, lacking) {
         let why = format!("layer {} is fetched while it is read, which takes the fuse backend", layer.digest);
@@ -116,7 +154,7 @@ fn find(store: &Store, from: &dyn Transport, source: &SourceRef) -> Result<(Desc
 ///
 /// One of a registry that cannot be read is left out: it is a hint.
 fn list(
-    args: &MountArgs,
+    args: &Wanted<'_>,
     store: &Store,
     from: &dyn Transport,
     image: &OciImage,

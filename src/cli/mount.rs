@@ -2,17 +2,16 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use clap::Args;
 
+use super::lazy::{Found, LazyArgs, Wanted};
 use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
-use crate::image::blobs::Blobs;
-use crate::image::oci::{OciImage, Platform};
+use crate::image::oci::Platform;
 use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
@@ -29,68 +28,53 @@ use crate::trust::Anchor;
 pub struct MountArgs {
     /// A target's name, `oci:DIR[:NAME]`, or `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`.
     #[arg(value_name = "TARGET|SOURCE")]
-    pub(super) source: String,
+    source: String,
     /// The folder to mount at.
     #[arg(value_name = "DIR")]
     target: PathBuf,
-    /// Require this root hash; one for each layer, the bottom one first.
+    /// Require this root hash; once for each layer, bottom layer first.
     #[arg(long, value_name = "HEX", value_parser = root_hash)]
-    pub(super) root_hash: Vec<Digest>,
-    /// Who serves the mount: auto, dm-verity or fuse.
+    root_hash: Vec<Digest>,
+    /// The backend of the mount: auto, dm-verity or fuse.
     #[arg(long, default_value = "auto", value_name = "NAME")]
-    pub(super) backend: Backend,
-    /// Let the tree be written to: a deployed target's changes are kept in SYSTEM/scratch/TARGET,
-    /// those of another image in memory.
+    backend: Backend,
+    /// Make the mount writable: changes to a deployed target are kept in SYSTEM/scratch/TARGET, changes to another
+    /// image in memory.
     #[arg(long)]
     writable: bool,
-    /// Let the tree be written to, and keep what changes in this folder.
+    /// Make the mount writable, and keep the changes in this folder.
     #[arg(long, value_name = "DIR")]
     upper: Option<PathBuf>,
-    /// Who keeps the daemon of a FUSE mount: fork (nobody), unit (a unit of systemd, which mounts
-    /// again when it dies), or auto (a unit where systemd runs this machine).
+    /// How to run the daemon of a FUSE mount: fork (in the background), unit (in a systemd unit, which mounts again if
+    /// the daemon dies), or auto (a unit if systemd is running).
     #[arg(long, default_value = "fork", value_name = "HOW", conflicts_with = "foreground")]
     daemon: Keeper,
     /// Stay in the foreground and write the log to stderr.
     #[arg(long, short)]
     foreground: bool,
-    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …; for an image that nobody
-    /// signed, nosuid and nodev are the default, and suid and dev undo them; notify_pipe=PATH
-    /// writes `s` to a named pipe when the mount is ready, `f` when it failed.
+    /// Mount options as for mount(8): nosuid, nodev, noexec, allow_other and so on. For an unsigned image, nosuid and
+    /// nodev are the default; suid and dev turn them off. notify_pipe=PATH writes `s` to a named pipe when the mount is
+    /// ready, or `f` if it failed.
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
     options: Vec<String>,
-    /// Threads that answer requests of the FUSE backend [default: 2 to 4, as there are cores].
+    /// Number of FUSE worker threads [default: 2 to 4, depending on the number of cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
-    /// Bound of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
+    /// Size limit of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     cache_mib: Option<u32>,
-    /// Keep idle cores awake while requests come close together: faster small files, more power; takes
-    /// root. auto: in virtual machines whose idle cores go back to the host at once; always; never.
+    /// Keep idle cores awake while requests come in quick succession: small files are read faster, more power is used.
+    /// Requires root. auto: only in virtual machines that hand idle cores back to the host at once; always; never.
     #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "always")]
     #[arg(num_args = 0..=1, require_equals = true)]
     spin: Spin,
-    /// Mount without verification, also layers that have no root hash.
+    /// Mount without verification, even layers without a root hash.
     #[arg(long)]
-    pub(super) unsafe_no_verity: bool,
+    unsafe_no_verity: bool,
     #[command(flatten)]
-    pub(super) lazy: LazyArgs,
+    lazy: LazyArgs,
     #[command(flatten)]
-    pub(super) registry: RegistryArgs,
-}
-
-/// Options of mounts whose image is fetched while it is used.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Images of a registry")]
-pub struct LazyArgs {
-    /// Keep what is fetched in this store [default: /var/cache/mosfs; for users, ~/.cache/mosfs].
-    #[arg(long, value_name = "DIR")]
-    pub(super) store: Option<PathBuf>,
-    /// Fetch only what is read, and not the rest in the background.
-    #[arg(long)]
-    pub(super) no_fill: bool,
-    /// Fetch first what this list names, which `mosfs trace` has recorded [default: the registry's, if it has one].
-    #[arg(long, value_name = "FILE")]
-    pub(super) list: Option<PathBuf>,
+    registry: RegistryArgs,
 }
 
 /// A root hash as 64 hex digits, with or without `sha256:`.
@@ -114,7 +98,16 @@ impl MountArgs {
 /// Runs `mosfs mount`.
 pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     if args.is_of_registry() {
-        return mount(args, global, || lazy::open(args));
+        let MountArgs { source, root_hash, backend, unsafe_no_verity, lazy, registry, .. } = args;
+        let wanted = Wanted {
+            source,
+            root_hashes: root_hash,
+            backend: *backend,
+            unsafe_no_verity: *unsafe_no_verity,
+            lazy,
+            registry,
+        };
+        return mount(args, global, || lazy::open(&wanted));
     }
     if args.is_of_image() {
         return run_image(args, global);
@@ -141,16 +134,6 @@ pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         let image = transport.image(&found)?;
         Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
     })
-}
-
-/// What is to be mounted.
-pub(super) struct Found {
-    pub(super) blobs: Arc<dyn Blobs>,
-    pub(super) image: OciImage,
-    /// Where the writes go for `--writable`.
-    pub(super) scratch: Upper,
-    /// The image of a registry by its digest, for a daemon that mounts it again.
-    pub(super) pinned: Option<String>,
 }
 
 fn mount(

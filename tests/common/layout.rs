@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use mosfs::digest::Digest;
-use mosfs::image::verity;
-use mosfs::progress::Progress;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::verity;
+use mosfs::internals::progress::Progress;
 use serde_json::json;
 
 /// An OCI layout that is made by hand, so that it can be wrong.
@@ -125,8 +125,8 @@ impl OurMount {
     }
 
     /// The record in the register of mounts.
-    pub fn record(&self) -> Option<mosfs::mount::MountRecord> {
-        mosfs::mount::mounts().unwrap().into_iter().find(|record| record.target == self.at)
+    pub fn record(&self) -> Option<mosfs::internals::mount::MountRecord> {
+        mosfs::internals::mount::mounts().unwrap().into_iter().find(|record| record.target == self.at)
     }
 
     /// The daemon's process.
@@ -152,7 +152,7 @@ pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
 
 /// Whether a process is there.
 pub fn is_alive(pid: u32) -> bool {
-    mosfs::mount::table::start_ticks(pid).is_some()
+    mosfs::internals::mount::table::start_ticks(pid).is_some()
 }
 
 /// Sends a signal.

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mosfs::digest::Digest;
-use mosfs::image::oci::Descriptor;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::oci::Descriptor;
 use serde_json::Value;
 
 use crate::place::{Place, display, layers_of, load, noise, system_of, text};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::thread;
 
-use mosfs::store::Store;
+use mosfs::internals::store::Store;
 
 use crate::fixture::{FILES, Lazy, wait_until};
 use crate::place::display;
@@ -98,7 +98,7 @@ fn garbage_collection_leaves_what_is_mounted_and_takes_the_rest() {
     assert_eq!(lazy.parts(&lazy.server.take_log()).len(), 0);
     let pid = mount.pid();
     mount.unmount();
-    wait_until("the daemon has ended", || mosfs::mount::table::start_ticks(pid).is_none());
+    wait_until("the daemon has ended", || mosfs::internals::mount::table::start_ticks(pid).is_none());
     lazy.place.ok(&["gc", "--store", &cache]);
     let left = fs::read_dir(lazy.cache().join(".mosfs/lazy")).unwrap().count();
     assert!(left == 0 && !lazy.part(0).exists(), "{left} files are left");
