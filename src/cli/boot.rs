@@ -69,7 +69,7 @@ impl Classified for RefusedError {
 /// Starts this program again with a name that begins with `@`, unless it has one.
 ///
 /// systemd in an initramfs ends all processes before it switches the root, but for those of root
-/// whose argv[0] begins so (systemd, "Storage Daemons for the Root File System"). The daemon of a FUSE
+/// whose `argv[0]` begins so (systemd, "Storage Daemons for the Root File System"). The daemon of a FUSE
 /// root is forked from this process and has its name.
 fn protect_from_switch_root() {
     let mut arguments = std::env::args_os();

@@ -14,6 +14,10 @@ use crate::transport::Access;
 pub struct RegistryArgs {
     /// Use plain HTTP for the registries of this command. Registries on this machine (localhost, 127.0.0.0/8, [::1]) do
     /// not need this option.
+    #[allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "`[::1]` is an address; the text is also the option's help"
+    )]
     #[arg(long)]
     plain_http: bool,
     /// Read credentials only from this file, in the format that `podman login` and `docker login` write.

@@ -34,7 +34,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::num::NonZeroUsize;
 
-pub use tar::{Place, Problem, TarError};
+pub use tar::{Problem, TarError};
 pub use tree::{Meta, Under};
 
 use crate::digest::{Digest, Hasher};

@@ -14,6 +14,7 @@ use crate::image::verity::VerityError;
 
 /// Why something cannot be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MountError {
     /// The image cannot be planned.
     #[error(transparent)]

@@ -345,7 +345,7 @@ pub(super) fn register_here(record: &MountRecord) -> Result<Lock, IoError> {
     Ok(alive)
 }
 
-/// Does what [`write`] does after [`enter`].
+/// Does what [`write()`] does after [`enter`].
 pub(super) fn write_here(record: &MountRecord) -> Result<(), IoError> {
     let here = Path::new(".");
     write_in(here, record, &lock(here)?)

@@ -54,7 +54,9 @@ use crate::error::{Class, Classified};
 
 pub use geometry::{Geometry, Level, MAX_DATA_BLOCKS};
 pub use locate::{Located, VerityData, locate, locate_behind};
-pub use tree::{Sealed, Tree, seal};
+#[cfg(feature = "internals")]
+pub use tree::Tree;
+pub use tree::{Sealed, seal};
 
 /// Bytes of a data block, and of a hash block.
 pub const BLOCK_BYTES: usize = 4096;
@@ -70,6 +72,7 @@ pub type HashBlock = [[u8; 32]; HASHES_PER_BLOCK];
 
 /// Why an image's verity data cannot be used, found, or created.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum VerityError {
     /// The size of the file system image cannot be determined.
     #[error("cannot tell where the image ends: {found}, expected a squashfs or erofs superblock")]
