@@ -79,9 +79,10 @@ pub use progress::{Event as ProgressEvent, Progress, Sink as ProgressSink};
 
 // Manifests.
 pub use manifest::{
-    ImageType, ImageUrl, ImportError, ImportErrors, ImportManifest, ImportTarget, Mount as TargetMount,
-    Network, Pin, Port, Position, Problem as ManifestProblem, ProblemKind, Protocol, Resolved, ServiceType,
-    StorageType, SystemError, SystemManifest, Target, TargetName,
+    ImageType, ImageUrl, ImportError, ImportErrors, ImportManifest, ImportTarget, LayerChoice,
+    LayerCompression, Mount as TargetMount, Network, Pin, Port, Position, Problem as ManifestProblem,
+    ProblemKind, Protocol, Resolved, ServiceType, StorageType, SystemError, SystemManifest, Target,
+    TargetName,
 };
 
 // Signed systems, and what verifies them.
@@ -96,7 +97,7 @@ pub use trust::{
 };
 
 // Publishing them.
-pub use convert::Effort;
+pub use convert::{Codec, Effort, Packing, PackingError};
 pub use publish::build::{BuildError, Built, Signer, Sources as BuildSources, build};
 pub use publish::keys::{GenerateError, Request as KeyRequest, generate as generate_keys};
 

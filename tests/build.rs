@@ -661,3 +661,26 @@ fn progress_goes_to_a_file_descriptor() {
     assert!(events.iter().any(|event| event["step"] == "convert" && event["total_bytes"].is_u64()), "{text}");
     assert!(of("start") > 0 && of("start") == of("done"), "{text}");
 }
+
+#[test]
+fn an_install_medium_that_would_not_be_made_is_an_error() {
+    let publisher = Publisher::new();
+    let file = publisher.dir().join("import.yaml");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, format!("image_type: iso\n{text}")).unwrap();
+    let expected = "mosfs: import.yaml: image_type: `iso` requires an install medium, which mosfs build does not \
+                    make yet\nhint: remove `image_type` from the import manifest to build the system alone\n";
+    assert_eq!(publisher.refused("store", &[], 2), expected);
+    let halves = run_any(mosfs(publisher.dir()).args([
+        "build",
+        "import.yaml",
+        "--store",
+        "store",
+        "--to-sign",
+        "message",
+    ]));
+    assert_eq!((halves.status.code(), String::from_utf8_lossy(&halves.stderr).as_ref()), (Some(2), expected));
+    assert!(!publisher.dir().join("store").exists(), "nothing is written");
+    // The file itself is valid: other commands take it.
+    run(mosfs(publisher.dir()).args(["manifest", "check", "import.yaml"]));
+}

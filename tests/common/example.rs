@@ -45,7 +45,7 @@ impl Example {
             dates: Dates::check_now(),
             floor_keys: &[],
         };
-        let effort = Effort { threads: std::num::NonZeroUsize::MIN, level: 1 };
+        let effort = Effort { threads: std::num::NonZeroUsize::MIN, packing: Packing::default() };
         let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine() };
         build(&import, &store, &signer, effort, &sources, &Progress::silent())?;
 
