@@ -49,6 +49,7 @@
 //!
 //! All of them use `digest`, `error`, `progress`, `failpoint` and `sys`.
 
+#![cfg_attr(feature = "internals", warn(unreachable_pub))]
 #![cfg_attr(not(feature = "registry"), allow(dead_code, reason = "what only the client of registries uses"))]
 
 mod boot;

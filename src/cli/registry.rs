@@ -11,7 +11,7 @@ use crate::transport::Access;
 /// Options of commands that reach registries.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Registry options")]
-pub struct RegistryArgs {
+pub(super) struct RegistryArgs {
     /// Use plain HTTP for the registries of this command. Registries on this machine (localhost, 127.0.0.0/8, [::1]) do
     /// not need this option.
     #[allow(
@@ -35,7 +35,7 @@ pub struct RegistryArgs {
 
 impl RegistryArgs {
     /// How registries are to be reached. Shows the log from now on.
-    pub fn access(&self, global: &Global) -> Access {
+    pub(super) fn access(&self, global: &Global) -> Access {
         super::log::show(global);
         Access {
             plain_http: self.plain_http,

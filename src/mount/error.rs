@@ -199,7 +199,7 @@ impl Classified for MountError {
 }
 
 /// The class of a layer's error: what does not verify is [`Class::Verification`].
-pub fn layer_class(error: &LayerError) -> Class {
+pub(super) fn layer_class(error: &LayerError) -> Class {
     match error {
         LayerError::Read(ReadError::Verity { .. } | ReadError::Length { .. }) => Class::Verification,
         _ => Class::Failure,

@@ -151,16 +151,16 @@ pub struct Superblock {
 mod field {
     use std::ops::Range;
 
-    pub const SIGNATURE: Range<usize> = 0..8;
-    pub const VERSION: Range<usize> = 8..12;
-    pub const HASH_TYPE: Range<usize> = 12..16;
-    pub const UUID: Range<usize> = 16..32;
-    pub const ALGORITHM: Range<usize> = 32..64;
-    pub const DATA_BLOCK_SIZE: Range<usize> = 64..68;
-    pub const HASH_BLOCK_SIZE: Range<usize> = 68..72;
-    pub const DATA_BLOCKS: Range<usize> = 72..80;
-    pub const SALT_SIZE: Range<usize> = 80..82;
-    pub const SALT: Range<usize> = 88..120;
+    pub(super) const SIGNATURE: Range<usize> = 0..8;
+    pub(super) const VERSION: Range<usize> = 8..12;
+    pub(super) const HASH_TYPE: Range<usize> = 12..16;
+    pub(super) const UUID: Range<usize> = 16..32;
+    pub(super) const ALGORITHM: Range<usize> = 32..64;
+    pub(super) const DATA_BLOCK_SIZE: Range<usize> = 64..68;
+    pub(super) const HASH_BLOCK_SIZE: Range<usize> = 68..72;
+    pub(super) const DATA_BLOCKS: Range<usize> = 72..80;
+    pub(super) const SALT_SIZE: Range<usize> = 80..82;
+    pub(super) const SALT: Range<usize> = 88..120;
 }
 
 impl Superblock {
