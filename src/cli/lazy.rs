@@ -22,7 +22,7 @@ use crate::transport::{Access, SourceRef, Transport, TransportError};
 /// Options of mounts whose image is fetched while it is used.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Images of a registry")]
-pub struct LazyArgs {
+pub(super) struct LazyArgs {
     /// Keep what is fetched in this store [default: /var/cache/mosfs; for users, ~/.cache/mosfs].
     #[arg(long, value_name = "DIR")]
     pub(super) store: Option<PathBuf>,

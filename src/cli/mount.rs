@@ -25,7 +25,7 @@ use crate::trust::Anchor;
 /// An image of a registry is mounted at once. What is read is fetched, verified and kept; the rest is fetched in the
 /// background. It takes the FUSE backend.
 #[derive(Debug, Args)]
-pub struct MountArgs {
+pub(super) struct MountArgs {
     /// A target's name, `oci:DIR[:NAME]`, or `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`.
     #[arg(value_name = "TARGET|SOURCE")]
     source: String,
@@ -84,19 +84,19 @@ fn root_hash(text: &str) -> Result<Digest, String> {
 
 impl MountArgs {
     /// Whether it is an image, and not a target of a deployed system, that is to be mounted.
-    pub fn is_of_image(&self) -> bool {
+    pub(super) fn is_of_image(&self) -> bool {
         // A source has a scheme; a target's name cannot hold a colon.
         self.source.contains(':')
     }
 
     /// Whether its blobs are on another machine.
-    pub fn is_of_registry(&self) -> bool {
+    pub(super) fn is_of_registry(&self) -> bool {
         self.source.parse().is_ok_and(|source: SourceRef| source.is_registry())
     }
 }
 
 /// Runs `mosfs mount`.
-pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     if args.is_of_registry() {
         let MountArgs { source, root_hash, backend, unsafe_no_verity, lazy, registry, .. } = args;
         let wanted = Wanted {
@@ -124,7 +124,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// Runs `mosfs mount` of an image, for which nobody's signature is asked.
-pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     mount(args, global, || {
         let source: SourceRef = args.source.parse()?;
         // Not `SourceRef::open`: the start program must not hold the client of registries.

@@ -11,9 +11,13 @@ use crate::transport::Access;
 /// Options of commands that reach registries.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Registry options")]
-pub struct RegistryArgs {
+pub(super) struct RegistryArgs {
     /// Use plain HTTP for the registries of this command. Registries on this machine (localhost, 127.0.0.0/8, [::1]) do
     /// not need this option.
+    #[allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "`[::1]` is an address; the text is also the option's help"
+    )]
     #[arg(long)]
     plain_http: bool,
     /// Read credentials only from this file, in the format that `podman login` and `docker login` write.
@@ -31,13 +35,13 @@ pub struct RegistryArgs {
 
 impl RegistryArgs {
     /// How registries are to be reached. Shows the log from now on.
-    pub fn access(&self, global: &Global) -> Access {
+    pub(super) fn access(&self, global: &Global) -> Access {
         super::log::show(global);
         self.quiet_access()
     }
 
     /// How registries are to be reached, by a command that has a log of its own.
-    pub fn quiet_access(&self) -> Access {
+    pub(super) fn quiet_access(&self) -> Access {
         Access {
             plain_http: self.plain_http,
             auth_file: self.authfile.clone(),
@@ -47,7 +51,7 @@ impl RegistryArgs {
     }
 
     /// The same options for another command, each with its value.
-    pub fn arguments(&self) -> Vec<(&'static str, Option<String>)> {
+    pub(super) fn arguments(&self) -> Vec<(&'static str, Option<String>)> {
         let path = |path: &PathBuf| {
             let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             Some(absolute.display().to_string())

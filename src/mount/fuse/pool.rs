@@ -20,7 +20,7 @@ type Work = Box<dyn FnOnce() + Send>;
 
 /// Threads for requests that wait.
 #[derive(Default)]
-pub struct Pool {
+pub(super) struct Pool {
     state: Mutex<State>,
     news: Condvar,
 }
@@ -34,7 +34,7 @@ struct State {
 
 impl Pool {
     /// Has `work` done by one of the threads.
-    pub fn submit(self: &Arc<Self>, work: Work) {
+    pub(super) fn submit(self: &Arc<Self>, work: Work) {
         let mut state = self.lock();
         state.queue.push_back(work);
         if state.idle >= state.queue.len() || state.threads >= MOST {

@@ -28,12 +28,12 @@ use crate::image::bytes::{ReadAt, may_wait};
 
 /// What a reader's miss fetches at least, in bytes, aligned: about what a link carries in one round trip
 /// (100 Mbit/s, 20 ms: 250 KB). Half of it, and the rest behind it without waiting, is faster than all at once.
-pub const WINDOW_BYTES: u64 = 128 << 10;
+pub(super) const WINDOW_BYTES: u64 = 128 << 10;
 /// What is fetched behind a window without waiting, in bytes; as long as reads go on in order, twice as much each
 /// time.
 const AHEAD_BYTES: u64 = 256 << 10;
 /// The most that one request asks for, in bytes.
-pub const MOST_BYTES: u64 = 1 << 20;
+pub(super) const MOST_BYTES: u64 = 1 << 20;
 /// What is fetched again around a block that does not verify, in bytes, aligned.
 const SUSPECT_BYTES: u64 = 64 << 10;
 /// How often it is fetched again before the reader gets an error.
@@ -48,7 +48,7 @@ const MOST: u64 = MOST_BYTES / BLOCK;
 const SUSPECT: u64 = SUSPECT_BYTES / BLOCK;
 
 /// A blob that is here in parts.
-pub struct LazyBlob {
+pub(super) struct LazyBlob {
     part: Part,
     link: Arc<Link>,
     flights: Mutex<Vec<Arc<Flight>>>,
@@ -89,7 +89,7 @@ enum Found {
 impl LazyBlob {
     /// A blob of `part`, whose missing bytes come through `link`. `ahead` is told of blocks that are likely to be
     /// read next, and must not block.
-    pub fn new(part: Part, link: Arc<Link>, ahead: Box<dyn Fn(Range<u64>) + Send + Sync>) -> Self {
+    pub(super) fn new(part: Part, link: Arc<Link>, ahead: Box<dyn Fn(Range<u64>) + Send + Sync>) -> Self {
         Self {
             part,
             link,
@@ -103,12 +103,12 @@ impl LazyBlob {
     }
 
     /// Its file and map.
-    pub fn part(&self) -> &Part {
+    pub(super) fn part(&self) -> &Part {
         &self.part
     }
 
     /// Whether the disk was full a short time ago.
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         lock(&self.full).is_some_and(|since| since.elapsed() < FULL_FOR)
     }
 
@@ -122,7 +122,11 @@ impl LazyBlob {
     ///
     /// # Errors
     /// Those of the link.
-    pub fn fetch_missing(&self, blocks: Range<u64>, urgency: Urgency) -> Result<Option<u64>, LinkError> {
+    pub(super) fn fetch_missing(
+        &self,
+        blocks: Range<u64>,
+        urgency: Urgency,
+    ) -> Result<Option<u64>, LinkError> {
         let flight = {
             let mut flights = lock(&self.flights);
             let Some(first) = self.first_free(blocks.clone(), &flights) else { return Ok(None) };
@@ -135,7 +139,7 @@ impl LazyBlob {
     }
 
     /// Fetches all runs of these blocks, for nobody who waits. Ends with the first that fails.
-    pub fn fetch_likely(&self, blocks: Range<u64>) {
+    pub(super) fn fetch_likely(&self, blocks: Range<u64>) {
         let mut at = blocks.start;
         while let Ok(Some(end)) = self.fetch_missing(at..blocks.end, Urgency::Background) {
             at = end;
@@ -329,7 +333,7 @@ impl LazyBlob {
     ///
     /// # Errors
     /// Those of the link.
-    pub fn fetch_again(&self, block: u64) -> Result<(), LinkError> {
+    pub(super) fn fetch_again(&self, block: u64) -> Result<(), LinkError> {
         let piece = block / SUSPECT;
         lock(&self.suspects).open.insert(piece);
         let blocks = piece * SUSPECT..((piece + 1) * SUSPECT).min(self.part.blocks());

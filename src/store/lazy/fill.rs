@@ -49,7 +49,7 @@ const STACK: usize = 256 << 10;
 type Job = (usize, Range<u64>);
 
 /// What there is to fetch.
-pub struct Fill {
+pub(super) struct Fill {
     fill: bool,
     queue: Mutex<Queue>,
     news: Condvar,
@@ -67,12 +67,12 @@ struct Queue {
 
 impl Fill {
     /// Nothing to fetch yet; `fill`: all of the image.
-    pub fn new(fill: bool) -> Self {
+    pub(super) fn new(fill: bool) -> Self {
         Self { fill, queue: Mutex::default(), news: Condvar::new(), fillers: AtomicUsize::new(0) }
     }
 
     /// Has blocks of a blob fetched soon. Does not block.
-    pub fn ahead(&self, blob: usize, blocks: Range<u64>) {
+    pub(super) fn ahead(&self, blob: usize, blocks: Range<u64>) {
         let mut queue = lock(&self.queue);
         if queue.ahead.len() >= MOST_AHEAD {
             queue.ahead.pop_front();
@@ -83,12 +83,12 @@ impl Fill {
     }
 
     /// Sets what a list names.
-    pub fn list(&self, jobs: impl Iterator<Item = Job>) {
+    pub(super) fn list(&self, jobs: impl Iterator<Item = Job>) {
         lock(&self.queue).list = jobs.collect();
     }
 
     /// Takes what a list names first, about `bytes` of it.
-    pub fn take_list(&self, bytes: u64) -> Vec<Job> {
+    pub(super) fn take_list(&self, bytes: u64) -> Vec<Job> {
         let mut queue = lock(&self.queue);
         let mut left = bytes;
         let mut taken = Vec::new();
@@ -103,7 +103,7 @@ impl Fill {
     }
 
     /// Whether a blob is whole and does not have its digest.
-    pub fn differs(&self, digest: &Digest) -> bool {
+    pub(super) fn differs(&self, digest: &Digest) -> bool {
         lock(&self.queue).differ.contains(digest)
     }
 }
@@ -119,7 +119,7 @@ enum Next {
 }
 
 /// Starts the threads. They end when everything is in the store, and with the process.
-pub fn start(shared: &Arc<Shared>) -> io::Result<()> {
+pub(super) fn start(shared: &Arc<Shared>) -> io::Result<()> {
     if shared.is_complete() {
         return Ok(());
     }

@@ -23,7 +23,7 @@ const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// Why bytes cannot be had.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum LinkError {
+pub(super) enum LinkError {
     /// The last request failed a moment ago, and nothing has succeeded since.
     #[error("not here, and its source does not answer: {0}")]
     Broken(String),
@@ -37,7 +37,7 @@ pub enum LinkError {
 
 /// How urgent a request is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Urgency {
+pub(super) enum Urgency {
     /// A reader waits for it.
     Reader,
     /// Nobody waits for it yet; it is sent once.
@@ -45,7 +45,7 @@ pub enum Urgency {
 }
 
 /// The place that missing bytes come from.
-pub struct Link {
+pub(super) struct Link {
     from: Box<dyn Transport>,
     patience: Duration,
     state: Mutex<State>,
@@ -66,7 +66,7 @@ struct State {
 }
 
 /// A reader that waits; counted until it is dropped.
-pub struct Waiting<'a>(&'a Link);
+pub(super) struct Waiting<'a>(&'a Link);
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
@@ -77,7 +77,7 @@ impl Drop for Waiting<'_> {
 
 impl Link {
     /// A link that has not asked anything. `patience` is how long a reader waits.
-    pub fn new(from: Box<dyn Transport>, patience: Duration) -> Self {
+    pub(super) fn new(from: Box<dyn Transport>, patience: Duration) -> Self {
         let state =
             State { failing: 0, closed_until: Instant::now(), last_error: None, said: None, last_wait: None };
         Self {
@@ -90,39 +90,39 @@ impl Link {
     }
 
     /// The place.
-    pub fn from(&self) -> &dyn Transport {
+    pub(super) fn from(&self) -> &dyn Transport {
         self.from.as_ref()
     }
 
     /// How long a reader waits.
-    pub fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         self.patience
     }
 
     /// The last error, if nothing has succeeded since.
-    pub fn last_error(&self) -> Option<String> {
+    pub(super) fn last_error(&self) -> Option<String> {
         self.lock().last_error.clone()
     }
 
     /// Whether the place sends whole blobs only.
-    pub fn has_no_ranges(&self) -> bool {
+    pub(super) fn has_no_ranges(&self) -> bool {
         self.no_ranges.load(Ordering::Relaxed)
     }
 
     /// Counts a reader that waits.
-    pub fn wait(&self) -> Waiting<'_> {
+    pub(super) fn wait(&self) -> Waiting<'_> {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         Waiting(self)
     }
 
     /// Whether no reader waits, and none has for `quiet`.
-    pub fn is_idle_for(&self, quiet: Duration) -> bool {
+    pub(super) fn is_idle_for(&self, quiet: Duration) -> bool {
         self.waiting.load(Ordering::Acquire) == 0
             && self.lock().last_wait.is_none_or(|last| last.elapsed() >= quiet)
     }
 
     /// How long nothing should be asked in the background; zero if the link is good.
-    pub fn closed_for(&self) -> Duration {
+    pub(super) fn closed_for(&self) -> Duration {
         let state = self.lock();
         match state.failing {
             0 => Duration::ZERO,
@@ -131,7 +131,7 @@ impl Link {
     }
 
     /// Whether the last request failed.
-    pub fn is_broken(&self) -> bool {
+    pub(super) fn is_broken(&self) -> bool {
         self.lock().failing > 0
     }
 
@@ -139,7 +139,7 @@ impl Link {
     ///
     /// # Errors
     /// [`LinkError`]. A reader waits for at most about [`Link::patience`].
-    pub fn fetch(
+    pub(super) fn fetch(
         &self,
         blob: &Descriptor,
         offset: u64,
@@ -188,7 +188,7 @@ impl Link {
     }
 
     /// Notes that the place answers.
-    pub fn succeeded(&self) {
+    pub(super) fn succeeded(&self) {
         let mut state = self.lock();
         if state.failing > 0 && state.said.is_some() {
             log::info!("{} answers again", self.from.location());
@@ -197,7 +197,7 @@ impl Link {
     }
 
     /// Notes that a request failed, and says so in the log.
-    pub fn failed(&self, error: &TransportError, urgency: Urgency) {
+    pub(super) fn failed(&self, error: &TransportError, urgency: Urgency) {
         let mut state = self.lock();
         let now = Instant::now();
         // One lost request of the background is no reason to refuse readers.

@@ -18,9 +18,9 @@ pub const LIST_TYPE: &str = "application/vnd.mos.read-list.v1";
 /// The largest list that is read, in bytes.
 pub const MAX_LIST_BYTES: u64 = 2 << 20;
 /// The most reads of a list.
-pub const MAX_READS: usize = 65_536;
+const MAX_READS: usize = 65_536;
 /// The most bytes that are fetched for a list.
-pub const MAX_FETCHED: u64 = 256 << 20;
+const MAX_FETCHED: u64 = 256 << 20;
 /// Reads closer than this are one, in bytes: a request costs more than the bytes between.
 const GAP: u64 = 64 << 10;
 

@@ -33,15 +33,15 @@ use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 
 /// The unit of the map, in bytes.
-pub const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 /// How much is read and hashed at a time, in bytes.
 const CHUNK: usize = 1 << 20;
 
 /// The folder of such files, below a store's private folder.
-pub const FOLDER: &str = "lazy";
+pub(in crate::store) const FOLDER: &str = "lazy";
 
 /// The file of a blob, and what of it is here.
-pub struct Part {
+pub(super) struct Part {
     file: File,
     path: PathBuf,
     blob: Descriptor,
@@ -55,7 +55,7 @@ pub struct Part {
 
 /// What became of bytes that were to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
+pub(super) enum Written {
     /// They are in the file.
     Kept,
     /// The file has become a blob meanwhile, and has all bytes.
@@ -64,7 +64,7 @@ pub enum Written {
 
 /// What became of a file whose blocks are all here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Completed {
+pub(super) enum Completed {
     /// It is a blob of the store.
     Blob,
     /// Its content has another digest.
@@ -73,7 +73,7 @@ pub enum Completed {
 
 impl Part {
     /// Opens or makes the file, and takes over what a whole download that was cut off has left.
-    pub fn open(store: &Store, blob: &Descriptor) -> Result<Self, StoreError> {
+    pub(super) fn open(store: &Store, blob: &Descriptor) -> Result<Self, StoreError> {
         let folder = store.private(FOLDER);
         file::create_folders(&folder)?;
         let path = folder.join(blob.digest.hex());
@@ -105,39 +105,39 @@ impl Part {
     }
 
     /// The blob.
-    pub fn blob(&self) -> &Descriptor {
+    pub(super) fn blob(&self) -> &Descriptor {
         &self.blob
     }
 
     /// How many blocks the blob has.
-    pub fn blocks(&self) -> u64 {
+    pub(super) fn blocks(&self) -> u64 {
         self.blob.size.div_ceil(BLOCK)
     }
 
     /// The bytes of blocks.
-    pub fn bytes_of(&self, blocks: &Range<u64>) -> Range<u64> {
+    pub(super) fn bytes_of(&self, blocks: &Range<u64>) -> Range<u64> {
         blocks.start * BLOCK..(blocks.end.saturating_mul(BLOCK)).min(self.blob.size)
     }
 
     /// How many bytes are here.
-    pub fn have_bytes(&self) -> u64 {
+    pub(super) fn have_bytes(&self) -> u64 {
         self.have.load(Ordering::Relaxed).saturating_mul(BLOCK).min(self.blob.size)
     }
 
     /// Whether it is a blob of the store by now.
-    pub fn is_complete(&self) -> bool {
+    pub(super) fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Acquire)
     }
 
     /// Whether a block is here.
-    pub fn has(&self, block: u64) -> bool {
+    pub(super) fn has(&self, block: u64) -> bool {
         self.map
             .get((block / 64) as usize)
             .is_some_and(|word| word.load(Ordering::Acquire) & (1 << (block % 64)) != 0)
     }
 
     /// The first block of a range that is not here.
-    pub fn first_missing(&self, blocks: Range<u64>) -> Option<u64> {
+    pub(super) fn first_missing(&self, blocks: Range<u64>) -> Option<u64> {
         let mut block = blocks.start;
         while block < blocks.end {
             let word = self.map.get((block / 64) as usize)?.load(Ordering::Acquire);
@@ -153,7 +153,7 @@ impl Part {
     }
 
     /// Notes that blocks are here.
-    pub fn mark(&self, blocks: Range<u64>) {
+    pub(super) fn mark(&self, blocks: Range<u64>) {
         for block in blocks {
             let bit = 1 << (block % 64);
             if let Some(word) = self.map.get((block / 64) as usize)
@@ -165,7 +165,7 @@ impl Part {
     }
 
     /// Notes that blocks are not here: what lies there does not verify.
-    pub fn unmark(&self, blocks: Range<u64>) {
+    pub(super) fn unmark(&self, blocks: Range<u64>) {
         for block in blocks {
             let bit = 1 << (block % 64);
             if let Some(word) = self.map.get((block / 64) as usize)
@@ -178,7 +178,7 @@ impl Part {
 
     /// Looks what of a range another process has written since. `leave_out` are blocks whose content is known to
     /// be wrong.
-    pub fn rescan(&self, blocks: Range<u64>, leave_out: &dyn Fn(u64) -> bool) -> io::Result<()> {
+    pub(super) fn rescan(&self, blocks: Range<u64>, leave_out: &dyn Fn(u64) -> bool) -> io::Result<()> {
         let bytes = self.bytes_of(&blocks);
         // Another descriptor: lseek(2) moves the cursor, which threads share.
         let mut at = bytes.start;
@@ -200,7 +200,7 @@ impl Part {
     }
 
     /// Reads bytes that are here.
-    pub fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
     }
 
@@ -208,7 +208,7 @@ impl Part {
     ///
     /// # Errors
     /// Those of the operating system, such as a full disk.
-    pub fn write(&self, bytes: &[u8], offset: u64) -> io::Result<Written> {
+    pub(super) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<Written> {
         if self.is_complete() {
             return Ok(Written::Complete);
         }
@@ -225,12 +225,12 @@ impl Part {
     }
 
     /// Takes the task of completing the blob, unless another process has it. It is held until it is dropped.
-    pub fn try_fill(&self) -> io::Result<Option<Lock>> {
+    pub(super) fn try_fill(&self) -> io::Result<Option<Lock>> {
         Lock::try_exclusive(&self.path.with_extension("fill"))
     }
 
     /// Whether another process has made it a blob.
-    pub fn look_for_blob(&self) -> bool {
+    pub(super) fn look_for_blob(&self) -> bool {
         let is_blob =
             !is_at(&self.file, &self.path) && self.file.metadata().is_ok_and(|data| data.nlink() > 0);
         if is_blob {
@@ -248,7 +248,7 @@ impl Part {
     ///
     /// # Errors
     /// Those of the store.
-    pub fn complete(&self, store: &Store) -> Result<Completed, StoreError> {
+    pub(super) fn complete(&self, store: &Store) -> Result<Completed, StoreError> {
         let lock = self.path.with_extension("lock");
         let _lock = Lock::exclusive(&lock).on("lock", &lock)?;
         if self.look_for_blob() {
@@ -283,12 +283,12 @@ impl Part {
     }
 
     /// A descriptor of the file, to verify it as a whole.
-    pub fn file(&self) -> io::Result<File> {
+    pub(super) fn file(&self) -> io::Result<File> {
         self.file.try_clone()
     }
 
     /// The folder of the file.
-    pub fn folder(&self) -> &Path {
+    pub(super) fn folder(&self) -> &Path {
         self.path.parent().unwrap_or(&self.path)
     }
 }
@@ -321,7 +321,7 @@ fn adopt(store: &Store, blob: &Descriptor, path: &Path) {
 
 /// The files of blobs that nobody reads and that `is_needed` does not name, with the space that each takes, in bytes:
 /// what garbage collection removes.
-pub fn unneeded(
+pub(in crate::store) fn unneeded(
     store: &Store,
     is_needed: &dyn Fn(&Digest) -> bool,
 ) -> Result<Vec<(PathBuf, u64)>, StoreError> {
