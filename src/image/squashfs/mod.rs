@@ -56,11 +56,12 @@ pub use metadata::METADATA_BYTES;
 pub use superblock::{SUPERBLOCK_BYTES, Superblock};
 pub use xattr::VALUES_BYTES_MAX;
 
+use super::cache::Cache;
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 use super::source::Source;
 use error::corrupt;
 use inode::{Data, NONE};
-use metadata::{Cache, Metadata, Places, Region};
+use metadata::{Metadata, Places, Region};
 use tables::Table;
 use xattr::XattrTable;
 
@@ -118,7 +119,7 @@ impl Squashfs {
             metadata: Metadata {
                 source,
                 compressor: superblock.compressor,
-                cache: Cache::new(options.metadata_cache_bytes),
+                cache: Cache::new(options.metadata_cache_bytes, METADATA_BYTES),
             },
             superblock,
             places: Places::default(),
@@ -163,7 +164,7 @@ impl Squashfs {
 
     /// Returns how many bytes of decoded metadata blocks are cached now.
     pub fn metadata_cache_bytes(&self) -> usize {
-        self.metadata.cache.bytes()
+        self.metadata.cache.sum(|block| block.data.len())
     }
 
     /// Returns the stored compressor options, if there are any. No compressor needs them to decode.
