@@ -8,10 +8,10 @@ use std::process::Command;
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use mosfs::digest::Digest;
-use mosfs::image::oci::Descriptor;
-use mosfs::progress::Progress;
-use mosfs::store::Store;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::oci::Descriptor;
+use mosfs::internals::progress::Progress;
+use mosfs::internals::store::Store;
 use tempfile::TempDir;
 
 fn main() {

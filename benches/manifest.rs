@@ -7,11 +7,11 @@ use std::path::Path;
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use mosfs::digest::Digest;
-use mosfs::manifest::{ImportManifest, Mount, Network, ServiceType, SystemManifest, Target};
-use mosfs::publish::keys;
-use mosfs::trust::anchor::CaFile;
-use mosfs::trust::{Anchor, Dates, PrivateKey, Signed};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::manifest::{ImportManifest, Mount, Network, ServiceType, SystemManifest, Target};
+use mosfs::internals::publish::keys;
+use mosfs::internals::trust::anchor::CaFile;
+use mosfs::internals::trust::{Anchor, Dates, PrivateKey, Signed};
 use uuid::Uuid;
 
 fn main() {

@@ -11,11 +11,11 @@ use std::sync::{Arc, OnceLock};
 
 use divan::Bencher;
 use divan::counter::BytesCount;
-use mosfs::digest::Digest;
-use mosfs::image::NodeId;
-use mosfs::image::layer::Layer;
-use mosfs::image::oci::OciImage;
-use mosfs::image::puzzlefs::Puzzlefs;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::NodeId;
+use mosfs::internals::image::layer::Layer;
+use mosfs::internals::image::oci::OciImage;
+use mosfs::internals::image::puzzlefs::Puzzlefs;
 
 /// Chunks of the largest image.
 const CHUNKS: u64 = 26_000;
@@ -92,7 +92,7 @@ fn decode_a_chunk(bencher: Bencher<'_, '_>) {
         }
     }
     text.truncate(65_536);
-    let mut compressor = mosfs::convert::puzzlefs::compress::Compressor::new().expect("zstd");
+    let mut compressor = mosfs::internals::convert::puzzlefs::compress::Compressor::new().expect("zstd");
     let stored = compressor.compress(text.as_bytes()).expect("zstd").expect("it is smaller");
     let blobs = Arc::new(message::Memory::default());
     let chunk = blobs.put(&stored);

@@ -8,9 +8,9 @@ use std::sync::{Arc, OnceLock};
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use mosfs::image::layer::{BlockId, Layer, Place};
-use mosfs::image::squashfs::Squashfs;
-use mosfs::image::{FileType, MemorySource, NodeId};
+use mosfs::internals::image::layer::{BlockId, Layer, Place};
+use mosfs::internals::image::squashfs::Squashfs;
+use mosfs::internals::image::{FileType, MemorySource, NodeId};
 
 fn main() {
     divan::main();

@@ -9,11 +9,11 @@ use std::sync::OnceLock;
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use mosfs::image::source::Source;
-use mosfs::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, VerifiedSource};
-use mosfs::image::verity::{Geometry, Sealed, Tree, seal};
-use mosfs::progress::Progress;
-use mosfs::sys::sha256::{BLOCK, hash_blocks};
+use mosfs::internals::image::source::Source;
+use mosfs::internals::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, VerifiedSource};
+use mosfs::internals::image::verity::{Geometry, Sealed, Tree, seal};
+use mosfs::internals::progress::Progress;
+use mosfs::internals::sys::sha256::{BLOCK, hash_blocks};
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 
@@ -99,7 +99,7 @@ fn veritysetup_format(bencher: Bencher) {
             .arg("format")
             .args([data.path(), tree.path()])
             .arg(format!("--data-blocks={}", IMAGE_BYTES / BLOCK as u64))
-            .arg(format!("--salt={}", mosfs::digest::hex(&sealed.superblock.salt)))
+            .arg(format!("--salt={}", mosfs::internals::digest::hex(&sealed.superblock.salt)))
             .stdout(Stdio::null())
             .status();
         assert!(status.expect("install the Debian package cryptsetup-bin").success());

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    mosfs::cli::main()
+    mosfs::programs::mosfs_full()
 }

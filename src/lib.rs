@@ -15,22 +15,50 @@
 //!
 //! All of them use `digest`, `error`, `progress`, `failpoint` and `sys`.
 
-pub mod boot;
-pub mod cli;
-pub mod convert;
-pub mod deploy;
-pub mod digest;
-pub mod error;
-pub mod failpoint;
-pub mod floor;
-pub mod image;
-pub mod manifest;
-pub mod mount;
-pub mod progress;
-pub mod publish;
-pub mod store;
+// Until the face below is drawn.
+#![cfg_attr(not(feature = "internals"), allow(dead_code, unused_imports))]
+
+mod boot;
+mod cli;
+mod convert;
+mod deploy;
+mod digest;
+mod error;
+mod failpoint;
+mod floor;
+mod image;
+mod manifest;
+mod mount;
+mod progress;
+mod publish;
+mod store;
 #[allow(unsafe_code)]
-pub mod sys;
-pub mod text;
-pub mod transport;
-pub mod trust;
+mod sys;
+mod text;
+mod transport;
+mod trust;
+
+/// The entries of the two programs, `mosfs` and `mosfs-full`.
+#[doc(hidden)]
+pub mod programs {
+    pub use crate::cli::main as mosfs_full;
+    pub use crate::cli::start::main as mosfs;
+}
+
+/// All modules, for the tests, benches and fuzz targets of this package. It promises nothing to others.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals {
+    macro_rules! modules {
+        ($($name:ident)*) => {
+            $(pub mod $name {
+                pub use crate::$name::*;
+            })*
+        };
+    }
+
+    modules! {
+        boot cli convert deploy digest error failpoint floor image manifest mount progress publish store sys text
+        transport trust
+    }
+}

@@ -1,7 +1,7 @@
-//! The `mosfs` command: see [`mosfs::cli::start`].
+//! The `mosfs` command: see `src/cli/start.rs`.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    mosfs::cli::start::main()
+    mosfs::programs::mosfs()
 }

@@ -20,8 +20,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use device::{Device, text};
-use mosfs::mount::table::{self, MountRecord};
-use mosfs::sys::mountapi;
+use mosfs::internals::mount::table::{self, MountRecord};
+use mosfs::internals::sys::mountapi;
 use publish::Publisher;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -326,7 +326,7 @@ fn a_backend_that_is_not_there_is_refused_and_nothing_is_lost() {
     fixture.activate(&["--backend", "fuse", "app"]);
     let before = fixture.mounts();
     // This machine has no device-mapper; with one, tests/vm.rs tries the change of backends.
-    if mosfs::sys::dm::Control::open().is_err() {
+    if mosfs::internals::sys::dm::Control::open().is_err() {
         fixture.device.refused(&["activate", "--backend", "dm-verity", "app"], 1, &["target app: "]);
         assert_eq!(fixture.mounts(), before);
     }

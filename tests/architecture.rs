@@ -498,8 +498,10 @@ fn no_files_use_each_other_in_a_circle() {
 #[test]
 fn the_table_has_no_circle_and_each_module_once() {
     let library = SourceFile::new("src/lib.rs", fs::read_to_string(package().join("src/lib.rs")).unwrap());
+    // The public ones hold names for others, and no code.
     let mut declared: Vec<String> = library
         .words("mod")
+        .filter(|&at| !library.code[..at].ends_with("pub "))
         .flat_map(|at| modules_named(&library.code, at + "mod ".len()))
         .map(|(_, name)| name)
         .collect();

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use mosfs::image::oci::{OciImage, Platform, ROOT_HASH, SQUASHFS_ZSTD};
-use mosfs::store::Store;
-use mosfs::transport::Transport;
+use mosfs::internals::image::oci::{OciImage, Platform, ROOT_HASH, SQUASHFS_ZSTD};
+use mosfs::internals::store::Store;
+use mosfs::internals::transport::Transport;
 use tarball::Tarball;
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, run_any, sh, snapshot};
@@ -110,7 +110,7 @@ fn a_system_is_built_signed_and_named() {
     let hex = digest.strip_prefix("sha256:").unwrap();
     let image = publisher.image("store");
     let listed = run(mosfs(publisher.dir()).args(["manifest", "show", "oci:store"]));
-    assert_eq!(mosfs::digest::Digest::of(listed.as_bytes()).to_string(), digest);
+    assert_eq!(mosfs::internals::digest::Digest::of(listed.as_bytes()).to_string(), digest);
     assert_eq!(
         listed,
         format!(
@@ -195,7 +195,7 @@ fn a_version_stands_for_one_system() {
     let text = publisher.refused("store", &[], 2);
     assert!(text.contains("version 200 is another system"), "{text}");
     let shown = run(mosfs(publisher.dir()).args(["manifest", "show", "oci:store"]));
-    assert_eq!(mosfs::digest::Digest::of(shown.as_bytes()).to_string(), first);
+    assert_eq!(mosfs::internals::digest::Digest::of(shown.as_bytes()).to_string(), first);
     publisher.import(201, "oci:images:v1", "");
     assert_ne!(first, publisher.build("store", &[]));
     assert!(run(mosfs(publisher.dir()).args(["manifest", "show", "oci:store"])).contains("\"version\":201"));
@@ -516,7 +516,8 @@ fn images_of_file_systems() {
         manifest.config =
             writer.put_bytes(&manifest.config.media_type, config.to_string().as_bytes()).unwrap();
         manifest.layers = vec![layer];
-        let manifest = writer.put_bytes(mosfs::image::oci::MANIFEST, &manifest.to_bytes()).unwrap();
+        let manifest =
+            writer.put_bytes(mosfs::internals::image::oci::MANIFEST, &manifest.to_bytes()).unwrap();
         writer.set_name(name, &manifest).unwrap();
     };
     put("bare", &whole[..used as usize], None);
@@ -659,4 +660,27 @@ fn progress_goes_to_a_file_descriptor() {
     let of = |kind: &str| events.iter().filter(|event| event["event"] == kind).count();
     assert!(events.iter().any(|event| event["step"] == "convert" && event["total_bytes"].is_u64()), "{text}");
     assert!(of("start") > 0 && of("start") == of("done"), "{text}");
+}
+
+#[test]
+fn an_install_medium_that_would_not_be_made_is_an_error() {
+    let publisher = Publisher::new();
+    let file = publisher.dir().join("import.yaml");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, format!("image_type: iso\n{text}")).unwrap();
+    let expected = "mosfs: import.yaml: image_type: `iso` requires an install medium, which mosfs build does not \
+                    make yet\nhint: remove `image_type` from the import manifest to build the system alone\n";
+    assert_eq!(publisher.refused("store", &[], 2), expected);
+    let halves = run_any(mosfs(publisher.dir()).args([
+        "build",
+        "import.yaml",
+        "--store",
+        "store",
+        "--to-sign",
+        "message",
+    ]));
+    assert_eq!((halves.status.code(), String::from_utf8_lossy(&halves.stderr).as_ref()), (Some(2), expected));
+    assert!(!publisher.dir().join("store").exists(), "nothing is written");
+    // The file itself is valid: other commands take it.
+    run(mosfs(publisher.dir()).args(["manifest", "check", "import.yaml"]));
 }

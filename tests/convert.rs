@@ -11,12 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use mosfs::convert::{Below, ConvertError, Converted, Effort, Meta, TarLayer, Under, convert_tar};
-use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
-use mosfs::image::FileType;
-use mosfs::image::format::Compression;
-use mosfs::progress::Progress;
+use mosfs::internals::convert::{
+    Below, Codec, ConvertError, Converted, Effort, Meta, Packing, TarLayer, Under, convert_tar,
+};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::image::FileType;
+use mosfs::internals::image::format::Compression;
+use mosfs::internals::progress::Progress;
 use tarball::{Header, Tarball};
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, sh, snapshot};
@@ -47,7 +49,8 @@ fn convert_over(
     below: &mut Below<'_>,
 ) -> Result<Converted, ConvertError> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
-    let effort = Effort { threads: NonZeroUsize::new(threads).unwrap(), level: 3 };
+    let packing = Packing::new(Codec::Zstd, Some(3), 128 << 10).unwrap();
+    let effort = Effort { threads: NonZeroUsize::new(threads).unwrap(), packing };
     convert_tar(bytes, layer, &file, effort, below, &Progress::silent())
 }
 

@@ -16,8 +16,8 @@ use common::commands::{join, mosfs, need_root, output, run};
 use common::debian::noise;
 use common::layers::{self, layer};
 use common::system::{build, digest, image_name, import_manifest, keys, scratch};
-use mosfs::digest::Digest;
-use mosfs::store::Store;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::store::Store;
 
 /// An input, and the digest that it is built to.
 struct Input {

@@ -14,13 +14,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::{bytes, mksquashfs};
-use mosfs::digest::Digest;
-use mosfs::image::layer::{Attr, Layer, Place, Xattrs};
-use mosfs::image::squashfs::Squashfs;
-use mosfs::image::verified::VerifiedSource;
-use mosfs::image::verity::seal;
-use mosfs::image::{FileType, LayerError, MemorySource, ReadError};
-use mosfs::progress::Progress;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::layer::{Attr, Layer, Place, Xattrs};
+use mosfs::internals::image::squashfs::Squashfs;
+use mosfs::internals::image::verified::VerifiedSource;
+use mosfs::internals::image::verity::seal;
+use mosfs::internals::image::{FileType, LayerError, MemorySource, ReadError};
+use mosfs::internals::progress::Progress;
 use tempfile::TempDir;
 
 /// What was read of a file, whole.
@@ -65,7 +65,11 @@ fn read(image: &Squashfs) -> (BTreeMap<Vec<u8>, Seen>, Vec<LayerError>) {
     (tree, errors)
 }
 
-fn content(image: &Squashfs, node: mosfs::image::NodeId, attr: Attr) -> Result<Vec<u8>, LayerError> {
+fn content(
+    image: &Squashfs,
+    node: mosfs::internals::image::NodeId,
+    attr: Attr,
+) -> Result<Vec<u8>, LayerError> {
     let (mut content, mut block) = (Vec::new(), Vec::new());
     while (content.len() as u64) < attr.size_bytes && content.len() < 4 << 20 {
         let extent = image.extent(node, content.len() as u64)?;

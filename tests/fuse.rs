@@ -27,7 +27,7 @@ use layout::{
     LayerBlob, Layout, OurMount, is_alive, kill, mosfs as program, open_rw, open_to_all, run_mosfs,
     wait_until,
 };
-use mosfs::mount::{Health, MountError, mounts};
+use mosfs::internals::mount::{Health, MountError, mounts};
 use program::copy_program;
 use scan::{assert_same, scan};
 use tempfile::TempDir;
@@ -94,7 +94,7 @@ fn refused(args: &[&OsStr], code: i32) -> String {
     assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
     let target = args.last().map(Path::new).unwrap();
     if let Ok(target) = target.canonicalize() {
-        assert_eq!(mosfs::mount::table::mounted_at(&target).unwrap(), None);
+        assert_eq!(mosfs::internals::mount::table::mounted_at(&target).unwrap(), None);
     }
     said
 }
@@ -346,7 +346,7 @@ fn an_image_that_does_not_verify_is_not_mounted() {
 
     // The root hash of something else.
     let mut other = good.descriptor.clone();
-    let wrong: &'static str = mosfs::digest::Digest::of(b"x").hex().leak();
+    let wrong: &'static str = mosfs::internals::digest::Digest::of(b"x").hex().leak();
     other["annotations"]["io.stackeroci.stacker.atomfs_verity_root_hash"] = wrong.into();
     layout.image("x", &[other]);
     let said = refused(&with(&[]), 3);
@@ -359,15 +359,15 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     refused(&with(&["--root-hash", wrong, "--root-hash", wrong]), 2);
     refused(&with(&["--root-hash", "abc"]), 2);
 
-    // erofs, which this backend cannot read, and something that nobody can.
-    for (media_type, words) in [
-        ("application/vnd.stacker.image.layer.erofs+lz4", "the fuse backend cannot read erofs yet"),
-        ("application/vnd.oci.image.layer.v1.tar+gzip", "cannot be mounted"),
+    // An erofs layer that is none, and something that nobody can mount.
+    for (media_type, words, code) in [
+        ("application/vnd.stacker.image.layer.erofs+lz4", "expected 0xe0f5e1e2 (erofs)", 3),
+        ("application/vnd.oci.image.layer.v1.tar+gzip", "cannot be mounted", 2),
     ] {
         let mut other = good.descriptor.clone();
         other["mediaType"] = media_type.into();
         layout.image("x", &[other]);
-        let said = refused(&with(&[]), 2);
+        let said = refused(&with(&[]), code);
         assert!(said.contains(words), "{said}");
     }
 
@@ -394,7 +394,8 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     fs::write(&blob, &bytes).unwrap();
     let index: serde_json::Value =
         serde_json::from_slice(&fs::read(layout.dir.join("index.json")).unwrap()).unwrap();
-    let manifest: mosfs::digest::Digest = index["manifests"][0]["digest"].as_str().unwrap().parse().unwrap();
+    let manifest: mosfs::internals::digest::Digest =
+        index["manifests"][0]["digest"].as_str().unwrap().parse().unwrap();
     let text = fs::read_to_string(layout.blob(&manifest)).unwrap();
     fs::write(layout.blob(&manifest), text.replace("atomfs", "atomfz")).unwrap();
     refused(&with(&[]), 3);
@@ -422,7 +423,7 @@ fn a_target_that_cannot_be_mounted_at_is_named() {
     assert!(said.contains("`rw`"), "{said}");
     let said = refused(&["umount".as_ref(), target.as_os_str()], 2);
     assert!(said.contains("is not a mount of mosfs"), "{said}");
-    let wrong = mosfs::mount::unmount(Path::new("/proc"), false);
+    let wrong = mosfs::internals::mount::unmount(Path::new("/proc"), false);
     assert!(matches!(wrong, Err(MountError::NotOurs { found: Some(_), .. })));
 }
 
@@ -614,7 +615,8 @@ fn an_ordinary_user_mounts_and_unmounts() {
     let cat = |uid: u32| as_user(uid, Path::new("/bin/cat"), &[target.join("d/f").as_os_str()]);
     assert_eq!(cat(UID).stdout, b"hello");
     assert!(!cat(1).status.success(), "only the user may enter");
-    let listed = mosfs::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap().unwrap();
+    let listed =
+        mosfs::internals::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap().unwrap();
     assert_eq!(listed.kind, "fuse.mosfs");
 
     let register = PathBuf::from(format!("/tmp/mosfs-{UID}/mounts"));
@@ -624,7 +626,7 @@ fn an_ordinary_user_mounts_and_unmounts() {
         let list = fs::read_dir(&register).unwrap().map(|entry| entry.unwrap().path());
         list.filter(|path| path.extension() == Some("json".as_ref())).collect::<Vec<_>>()
     };
-    let record: mosfs::mount::MountRecord =
+    let record: mosfs::internals::mount::MountRecord =
         serde_json::from_slice(&fs::read(&records()[0]).unwrap()).unwrap();
     let pid = record.daemon.unwrap().pid;
     assert_eq!(fs::metadata(format!("/proc/{pid}")).unwrap().uid(), UID);
@@ -653,7 +655,7 @@ fn a_register_that_somebody_else_made_is_refused() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(theirs.to_str().unwrap()) && said.contains("expected a folder of user"), "{said}");
-    assert_eq!(mosfs::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap(), None);
+    assert_eq!(mosfs::internals::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap(), None);
     fs::remove_dir_all(&theirs).unwrap();
 }
 

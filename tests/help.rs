@@ -77,6 +77,32 @@ fn examples(command: &str) -> Vec<String> {
     lines
 }
 
+/// What a command does is a request, as in `Show …`; never `Shows …`.
+#[test]
+fn each_command_is_described_in_the_imperative() {
+    let entries = |text: &str| -> Vec<String> {
+        let entry = |line: &str| {
+            let (name, about) = line.strip_prefix("  ")?.split_once("  ")?;
+            let about = about.trim_start();
+            (!name.is_empty() && !name.starts_with([' ', '-']) && !about.is_empty())
+                .then(|| format!("{name}: {about}"))
+        };
+        text.lines().take_while(|line| !line.contains("--")).filter_map(entry).collect()
+    };
+    let mut all = entries(&help(&[]));
+    for name in ["keys", "manifest", "floor", "store"] {
+        all.extend(entries(&help(&[name])));
+    }
+    assert!(all.len() >= listed().len(), "{all:?}");
+    // `mosfs boot` says first where it runs.
+    for entry in all {
+        let text = entry.split_once(": ").unwrap().1;
+        let text = text.strip_prefix("From the initramfs: ").unwrap_or(text);
+        let verb = text.split(' ').next().unwrap().trim_end_matches(',');
+        assert!(!verb.ends_with('s') && verb != "The" && verb != "A", "{entry}");
+    }
+}
+
 /// The commands that the help lists, with those below them.
 fn listed() -> BTreeSet<String> {
     let commands = |text: &str| -> Vec<String> {

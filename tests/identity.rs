@@ -19,7 +19,7 @@ use common::layers::{Layer, layer};
 use common::scan::{Scan, Tree, assert_same, scan, show, try_scan};
 use common::system::{Mounted, PRODUCT, build, digest, image_name, import_manifest, keys, scratch, source};
 use common::{debian, layers};
-use mosfs::store::Store;
+use mosfs::internals::store::Store;
 use program::copy_program;
 use tar::EntryType;
 

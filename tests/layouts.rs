@@ -10,7 +10,7 @@ use common::commands::{command, mosfs, need_root, output, refused, run};
 use common::layers::{image, layer};
 use common::scan::scan;
 use common::system::{Mounted, build, image_name, import_manifest, keys, scratch, source};
-use mosfs::digest::Digest;
+use mosfs::internals::digest::Digest;
 use serde_json::{Value, json};
 
 /// A publisher with keys, and a layout with the image `one`.
@@ -252,8 +252,10 @@ fn a_layer_that_is_there_twice_is_mounted_once() {
     let names: Vec<_> = tree.keys().map(|path| String::from_utf8_lossy(path).into_owned()).collect();
     assert_eq!(names, ["", "a", "b", "d", "d/x", "d/y"]);
     assert_eq!(fs::read_to_string(at.join("a")).unwrap(), "of the repeated");
-    let record =
-        mosfs::mount::mounts().unwrap().into_iter().find(|one| one.target == at.canonicalize().unwrap());
+    let record = mosfs::internals::mount::mounts()
+        .unwrap()
+        .into_iter()
+        .find(|one| one.target == at.canonicalize().unwrap());
     assert_eq!(record.unwrap().layers.len(), 3);
     mounted.unmount();
 }

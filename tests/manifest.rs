@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
-use mosfs::manifest::{
+use mosfs::internals::digest::Digest;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::manifest::{
     ImportErrors, ImportManifest, MAX_INTEGER, Mount, Network, Port, ProblemKind, Protocol, Resolved,
     ServiceType, StorageType, SystemError, SystemManifest, Target, TargetName,
 };

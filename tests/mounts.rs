@@ -14,8 +14,8 @@ use std::process::{Child, Command, Stdio};
 
 use images::{mksquashfs, need_root, run};
 use layout::{Layout, OurMount, is_alive, kill, open_to_all, run_mosfs, wait_until};
-use mosfs::mount::{Health, mounts, table};
-use mosfs::sys::mountapi;
+use mosfs::internals::mount::{Health, mounts, table};
+use mosfs::internals::sys::mountapi;
 use tempfile::TempDir;
 
 /// A layout with an image of the file `f`, a folder, and a setuid program.

@@ -13,10 +13,10 @@ use std::process::Command;
 use std::sync::Arc;
 
 use memory::MemoryLayer;
-use mosfs::digest::Hasher;
-use mosfs::image::layer::{FileType, Layer};
-use mosfs::image::overlay::{MAX_LAYERS, Merged, OverlayError, ROOT};
-use mosfs::mount::engine::Engine;
+use mosfs::internals::digest::Hasher;
+use mosfs::internals::image::layer::{FileType, Layer};
+use mosfs::internals::image::overlay::{MAX_LAYERS, Merged, OverlayError, ROOT};
+use mosfs::internals::mount::engine::Engine;
 use scan::{Node, Tree, assert_same, scan};
 
 fn view(layers: Vec<MemoryLayer>) -> Merged {
@@ -461,7 +461,11 @@ fn scan_view(engine: &Engine) -> Tree {
 /// The copy is made by cp, which keeps hard links: its link counts are what the image unpacks to.
 #[test]
 fn random_stacks_are_what_the_kernel_shows() {
-    assert_eq!(mosfs::sys::daemon::effective_ids().0, 0, "this test mounts: run it as root (tests/as-root)");
+    assert_eq!(
+        mosfs::internals::sys::daemon::effective_ids().0,
+        0,
+        "this test mounts: run it as root (tests/as-root)"
+    );
     for seed in 1..=12u64 {
         let random = &mut Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let folder = tempfile::tempdir().unwrap();
@@ -478,8 +482,8 @@ fn random_stacks_are_what_the_kernel_shows() {
                 .into_iter()
                 .chain(options.split(' ').map(|o| o.as_ref()));
             run("squashfs-tools", "mksquashfs", &args.collect::<Vec<_>>());
-            let source = Arc::new(mosfs::image::MemorySource(fs::read(&image).unwrap()));
-            layers.push(Arc::new(mosfs::image::squashfs::Squashfs::open(source).unwrap()));
+            let source = Arc::new(mosfs::internals::image::MemorySource(fs::read(&image).unwrap()));
+            layers.push(Arc::new(mosfs::internals::image::squashfs::Squashfs::open(source).unwrap()));
             let at = folder.path().join(format!("mount{index}"));
             fs::create_dir(&at).unwrap();
             let args = ["-t", "squashfs", "-o", "loop,ro"].map(AsRef::<std::ffi::OsStr>::as_ref);

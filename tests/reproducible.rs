@@ -15,7 +15,7 @@ use common::commands::{command, join, mosfs, need_root, run};
 use common::debian::{self, noise};
 use common::layers::{self, Layer, layer};
 use common::system::{build, digest, image_name, import_manifest, keys, scratch};
-use mosfs::digest::Digest;
+use mosfs::internals::digest::Digest;
 use program::copy_program;
 
 /// Layers with enough content that threads have something to overtake each other with.

@@ -13,9 +13,9 @@ use common::{
     Mounted, View, args, as_copied, assert_same, feed, list, make_tree, mksquashfs, open, read, run, see,
     unsquashfs,
 };
-use mosfs::image::layer::{Layer, Place};
-use mosfs::image::squashfs::{Compressor, Event, Options, Squashfs};
-use mosfs::image::{LayerError, MemorySource};
+use mosfs::internals::image::layer::{Layer, Place};
+use mosfs::internals::image::squashfs::{Compressor, Event, Options, Squashfs};
+use mosfs::internals::image::{LayerError, MemorySource};
 use tempfile::TempDir;
 
 /// Where two trees are, made once for all tests: `full`, and `lean`, whose large folder is not as large.

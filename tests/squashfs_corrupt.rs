@@ -8,9 +8,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use build::{Built, NONE, Parts, Places, common, entry, file, folder, run, sample};
-use mosfs::image::layer::{Layer, NodeId, Place};
-use mosfs::image::squashfs::{Event, Squashfs};
-use mosfs::image::{LayerError, MemorySource, ReadError};
+use mosfs::internals::image::layer::{Layer, NodeId, Place};
+use mosfs::internals::image::squashfs::{Event, Squashfs};
+use mosfs::internals::image::{LayerError, MemorySource, ReadError};
 
 fn open_bytes(bytes: Vec<u8>) -> Result<Squashfs, LayerError> {
     Squashfs::open(Arc::new(MemorySource(bytes)))

@@ -10,12 +10,12 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
-use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
-use mosfs::image::oci::{Descriptor, INDEX, Index, MANIFEST, Manifest, Platform};
-use mosfs::progress::{Progress, Task};
-use mosfs::store::{Store, StoreError, fsck};
-use mosfs::transport::{Access, OciDir, SourceRef, Transport, TransportError};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::image::oci::{Descriptor, INDEX, Index, MANIFEST, Manifest, Platform};
+use mosfs::internals::progress::{Progress, Task};
+use mosfs::internals::store::{Store, StoreError, fsck};
+use mosfs::internals::transport::{Access, OciDir, SourceRef, Transport, TransportError};
 use tempfile::TempDir;
 use tools::{run, sh};
 

@@ -5,10 +5,10 @@
 #[allow(dead_code, reason = "other tests use the rest")]
 mod pki;
 
-use mosfs::error::{Class, Classified};
-use mosfs::manifest::SystemManifest;
-use mosfs::trust::anchor::CaFile;
-use mosfs::trust::{Anchor, Dates, PrivateKey, SignError, Signed, TrustError, Verified};
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::manifest::SystemManifest;
+use mosfs::internals::trust::anchor::CaFile;
+use mosfs::internals::trust::{Anchor, Dates, PrivateKey, SignError, Signed, TrustError, Verified};
 use pki::{CA, PRODUCT, Pki, mosfs};
 
 /// Verifies the manifest of the device with a signature and a certificate, by file name.

@@ -20,18 +20,18 @@ use common::debian::{self, noise};
 use common::layers::{self, layer};
 use common::scan::{self, Scan};
 use common::system::{Mounted, build, image_name, import_manifest, keys, scratch, source};
-use mosfs::digest::{Digest, Hasher};
-use mosfs::error::{Class, Classified};
-use mosfs::image::blobs::Blob;
-use mosfs::image::layer::{Attr, FileType, Xattrs};
-use mosfs::image::oci::{LayerDescriptor, SQUASHFS_ZSTD, Trust};
-use mosfs::image::overlay::ROOT;
-use mosfs::image::verity;
-use mosfs::mount::engine::{Engine, EngineError};
-use mosfs::mount::fuse::{FuseOptions, prepare};
-use mosfs::mount::{LayerBytes, MountPlan, PlannedLayer, Verification};
-use mosfs::progress::Progress;
-use mosfs::store::Store;
+use mosfs::internals::digest::{Digest, Hasher};
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::image::blobs::Blob;
+use mosfs::internals::image::layer::{Attr, FileType, Xattrs};
+use mosfs::internals::image::oci::{LayerDescriptor, SQUASHFS_ZSTD, Trust};
+use mosfs::internals::image::overlay::ROOT;
+use mosfs::internals::image::verity;
+use mosfs::internals::mount::engine::{Engine, EngineError};
+use mosfs::internals::mount::fuse::{FuseOptions, prepare};
+use mosfs::internals::mount::{LayerBytes, MountPlan, PlannedLayer, Verification};
+use mosfs::internals::progress::Progress;
+use mosfs::internals::store::Store;
 
 /// Random flips in a campaign.
 fn campaign(short: usize, long: usize) -> usize {
@@ -432,8 +432,10 @@ fn nothing_wrong_in_mount(before: &Scan, after: &Scan, what: &str) -> usize {
 
 /// The log of the mount at a folder.
 fn log_of(dir: &Path) -> String {
-    let record =
-        mosfs::mount::mounts().expect("read the register").into_iter().find(|record| record.target == dir);
+    let record = mosfs::internals::mount::mounts()
+        .expect("read the register")
+        .into_iter()
+        .find(|record| record.target == dir);
     let daemon = record.and_then(|record| record.daemon).expect("a mount with a daemon");
     fs::read_to_string(daemon.log.expect("a log")).unwrap_or_default()
 }

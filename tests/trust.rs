@@ -10,11 +10,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
-use mosfs::manifest::{SystemError, SystemManifest};
-use mosfs::trust::anchor::CaFile;
-use mosfs::trust::{
+use mosfs::internals::digest::Digest;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::manifest::{SystemError, SystemManifest};
+use mosfs::internals::trust::anchor::CaFile;
+use mosfs::internals::trust::{
     Anchor, AnchorError, Dates, KeyError, PrivateKey, SignError, Signed, TrustError, Verified,
 };
 use pki::{CA, OTHER_PRODUCT, PRODUCT, Pki, SIGNER, manifest_of, mode, mosfs, signer_of};

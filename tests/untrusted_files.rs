@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use device::{Device, text};
-use mosfs::digest::Digest;
-use mosfs::store::Store;
-use mosfs::sys::mountapi;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::store::Store;
+use mosfs::internals::sys::mountapi;
 use publish::Publisher;
 use tempfile::TempDir;
 
@@ -274,7 +274,7 @@ fn a_layout_of_others_may_have_links_to_files_and_nothing_else() {
     let copied = Command::new("cp").arg("-a").arg(fixture.publisher.store().dir()).arg(&layout).status();
     assert!(copied.unwrap().success());
     let blob = |digest: &Digest| layout.join("blobs/sha256").join(digest.hex());
-    let name = mosfs::store::image_name("app", &fixture.image);
+    let name = mosfs::internals::store::image_name("app", &fixture.image);
     let source = format!("oci:{}:{name}", layout.display());
     let mount = format!("mount --backend fuse {source} {{at}}");
     let verify = format!("verify {source}");

@@ -10,14 +10,14 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use mosfs::digest::{Digest, hex};
-use mosfs::error::{Class, Classified};
-use mosfs::image::source::{ReadError, Source};
-use mosfs::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, REPORT_MAX, VerifiedSource};
-use mosfs::image::verity::{
+use mosfs::internals::digest::{Digest, hex};
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::image::source::{ReadError, Source};
+use mosfs::internals::image::verified::{DEFAULT_CACHE_BYTES, PlainSource, REPORT_MAX, VerifiedSource};
+use mosfs::internals::image::verity::{
     BLOCK_BYTES, Geometry, Located, Sealed, Superblock, Tree, VerityError, data_bytes, locate, seal,
 };
-use mosfs::progress::Progress;
+use mosfs::internals::progress::Progress;
 use tempfile::TempDir;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -475,8 +475,9 @@ fn a_report_lists_every_bad_block() {
     let image = image(20000 * 4096);
     let geometry = Geometry::new(image.data.len() as u64).unwrap();
     let verify = || image.open().verify_all(threads(2), &Progress::silent());
-    let places =
-        |report: &mosfs::image::verified::Report| report.bad.iter().map(block_of).collect::<Vec<_>>();
+    let places = |report: &mosfs::internals::image::verified::Report| {
+        report.bad.iter().map(block_of).collect::<Vec<_>>()
+    };
 
     // Data blocks in several pieces, two in one.
     let bad = [3, 127, 128, 9999, 19999];

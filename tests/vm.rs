@@ -18,16 +18,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
-use mosfs::image::blobs::Blob;
-use mosfs::image::oci::{LayerDescriptor, Trust};
-use mosfs::mount::kernel::dm_verity::{DmVerity, DmVerityError, assemble};
-use mosfs::mount::kernel::overlay::Upper;
-use mosfs::mount::{LayerBytes, PlannedLayer};
-use mosfs::sys::dm::{Control, Target};
-use mosfs::sys::loopdev::LoopDevice;
-use mosfs::sys::mountapi;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::image::blobs::Blob;
+use mosfs::internals::image::oci::{LayerDescriptor, Trust};
+use mosfs::internals::mount::kernel::dm_verity::{DmVerity, DmVerityError, assemble};
+use mosfs::internals::mount::kernel::overlay::Upper;
+use mosfs::internals::mount::{LayerBytes, PlannedLayer};
+use mosfs::internals::sys::dm::{Control, Target};
+use mosfs::internals::sys::loopdev::LoopDevice;
+use mosfs::internals::sys::mountapi;
 
 #[path = "common/machine.rs"]
 mod machine;

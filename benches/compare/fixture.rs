@@ -18,7 +18,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use mosfs::digest::Digest;
+use mosfs::internals::digest::Digest;
 use serde_json::{Value, json};
 
 use crate::Result;

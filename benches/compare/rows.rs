@@ -5,8 +5,8 @@ use std::path::Path;
 use std::thread;
 use std::time::Instant;
 
-use mosfs::image::verity::{Geometry, Tree};
-use mosfs::progress::Progress;
+use mosfs::internals::image::verity::{Geometry, Tree};
+use mosfs::internals::progress::Progress;
 
 use crate::Result;
 use crate::fixture::{Entry, Fixture, shell};

@@ -14,19 +14,19 @@ use crate::mount::Backend;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::trust::Anchor;
 
-/// Mount the targets of the running deployment at /run/mosfs/targets/NAME; only what changed is remounted.
+/// Mount the targets of the running deployment, and remount only what changed.
 ///
-/// What is in use is named, left as it is, and exit code 1. The deployment is verified afresh, and its version
-/// compared with the floor where this device has one.
+/// Targets are mounted at /run/mosfs/targets/NAME. A mount in use is left alone; the command names its users and exits
+/// with code 1. The deployment is verified again, and its version is compared with the floor if this device has one.
 #[derive(Debug, Args)]
 pub struct ActivateArgs {
-    /// The targets [default: all but the root; what the deployment no longer has is unmounted].
+    /// The targets [default: all but the root; targets that the deployment no longer has are unmounted].
     #[arg(value_name = "TARGET")]
     targets: Vec<String>,
-    /// Who serves the mounts: auto, dm-verity or fuse.
+    /// The backend of the mounts: auto, dm-verity or fuse.
     #[arg(long, default_value = "auto", value_name = "NAME")]
     backend: Backend,
-    /// Who keeps the daemons of FUSE mounts: auto, unit (a unit of systemd each) or fork.
+    /// How to run the daemons of FUSE mounts: auto, unit (one systemd unit each) or fork.
     #[arg(long, default_value = "auto", value_name = "HOW")]
     daemon: Keeper,
     /// Only print what would be done.

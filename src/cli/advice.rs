@@ -5,6 +5,7 @@ use crate::deploy::activate::NotActive;
 use crate::error::{AnyError, Class, Classified};
 use crate::floor::{self, FloorError};
 use crate::manifest::{ImportErrors, SystemError};
+use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
 use crate::store::StoreError;
 use crate::store::fsck::NotWhole;
@@ -38,13 +39,23 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_sign))
             .or_else(|| this.downcast_ref().and_then(for_system))
             .or_else(|| this.downcast_ref().and_then(for_transport))
-            .or_else(|| this.downcast_ref().and_then(for_import));
+            .or_else(|| this.downcast_ref().and_then(for_import))
+            .or_else(|| this.downcast_ref().and_then(for_build));
         if found.is_some() {
             return found;
         }
         cause = this.source();
     }
     None
+}
+
+fn for_build(error: &BuildError) -> Option<&'static str> {
+    match error {
+        BuildError::NoMedium { .. } => {
+            Some("remove `image_type` from the import manifest to build the system alone")
+        }
+        _ => None,
+    }
 }
 
 fn for_store(error: &StoreError) -> Option<&'static str> {

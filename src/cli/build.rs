@@ -4,18 +4,19 @@ use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::{Global, RegistryArgs, output, progress};
-use crate::convert::{DEFAULT_LEVEL, Effort};
+use crate::convert::packing::DEFAULT_BLOCK_BYTES;
+use crate::convert::{Codec, Effort, Packing};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
 use crate::image::oci::Platform;
-use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
+use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as reproducible, rules, yaml};
 use crate::progress::Progress;
 use crate::publish::base::Base;
-use crate::publish::build::{Built, Signer, Sources, build};
+use crate::publish::build::{Built, Signer, Sources, build, refuse_medium};
 use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
@@ -25,69 +26,98 @@ use crate::trust::{self, Dates, PrivateKey};
 /// Most bytes of a floor signature file: DER has 72 at the most.
 const MAX_FLOOR_SIGNATURE: usize = 1 << 10;
 
-/// Fetches and converts the images of an import manifest, and signs the system that they make.
+/// Fetch and convert the images of an import manifest, and sign the resulting system.
 ///
-/// Prints the digest of the system manifest. The same input gives the same digest.
+/// Prints the digest of the system manifest. The same input produces the same digest.
 ///
-/// Where the keys are elsewhere, in two halves: --to-sign writes what is to be signed (as `openssl dgst
-/// -sha256 -sign` does); then --signature, --cert and --floor-signature take back what was made of it, with FILE the
-/// import manifest again, or what --to-sign wrote.
+/// If the keys are on another machine, build in two steps. First, --to-sign writes the file to sign; sign it there with
+/// `openssl dgst -sha256 -sign`. Then run build again with --signature, --cert and --floor-signature. In this step,
+/// FILE is either the import manifest or the file that --to-sign wrote.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("signing").required(true).args(["key", "to_sign", "signature"]))]
 pub struct Build {
-    /// The import manifest; for the second half, also what --to-sign wrote.
+    /// The import manifest; in the second step, also the file that --to-sign wrote.
     file: PathBuf,
-    /// The store; it is made where there is none.
+    /// The store; created if it does not exist.
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
     /// The signer's private key (PEM).
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
-    /// The signer's certificate, with those that lead from it to the CA. Certificates alone: a private key in the
-    /// file is refused.
+    /// The signer's certificate and the intermediate certificates up to the CA. A file that also holds a private key is
+    /// refused.
     #[arg(long, value_name = "FILE", required_unless_present = "to_sign")]
     cert: Option<PathBuf>,
-    /// Build for other machines than this one: of images for several platforms take that of OS/ARCH[/VARIANT],
-    /// as linux/arm64.
+    /// Build for another platform: from multi-platform images, take the image for OS/ARCH[/VARIANT], for example
+    /// linux/arm64.
     #[arg(long, value_name = "OS/ARCH")]
     platform: Option<Platform>,
-    /// The floor key: signs the version, so that devices can raise their floor to it. Twice while one floor
-    /// key takes another's place.
+    /// The floor key. It signs the version, so that devices can raise their floor to it. Give it twice while you
+    /// replace one floor key with another.
     #[arg(long, value_name = "FILE", requires = "key")]
     floor_key: Vec<PathBuf>,
-    /// First half: put the images into the store, and write what the signer has to sign.
-    #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
+    /// First step: put the images into the store, and write the file that the signer must sign.
+    #[arg(long, value_name = "FILE", help_heading = "Keys on another machine")]
     to_sign: Option<PathBuf>,
-    /// First half: write what the floor key has to sign for this version, as `openssl dgst -sha256 -sign` does.
+    /// First step: write the file that the floor key must sign for this version, with `openssl dgst -sha256 -sign`.
     #[arg(
         long,
         value_name = "FILE",
         requires = "to_sign",
         requires = "floor_pub",
-        help_heading = "Keys elsewhere"
+        help_heading = "Keys on another machine"
     )]
     floor_to_sign: Option<PathBuf>,
-    /// Second half: the signature of what --to-sign wrote.
-    #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
+    /// Second step: the signature over the file that --to-sign wrote.
+    #[arg(long, value_name = "FILE", help_heading = "Keys on another machine")]
     signature: Option<PathBuf>,
-    /// Second half: the floor key's signature of the version, from `mosfs floor sign` or of what --floor-to-sign wrote.
-    /// Twice while one floor key takes another's place.
-    #[arg(long, value_name = "FILE", requires = "signature", help_heading = "Keys elsewhere")]
+    /// Second step: the floor key's signature, from `mosfs floor sign` or over the file that --floor-to-sign wrote.
+    /// Give it twice while you replace one floor key with another.
+    #[arg(long, value_name = "FILE", requires = "signature", help_heading = "Keys on another machine")]
     floor_signature: Vec<PathBuf>,
-    /// The floor key's public half, to check --floor-signature with.
-    #[arg(long, value_name = "FILE", help_heading = "Keys elsewhere")]
+    /// The public floor key, to check --floor-signature.
+    #[arg(long, value_name = "FILE", help_heading = "Keys on another machine")]
     floor_pub: Vec<PathBuf>,
-    /// An earlier version, or another name of the store: prints how much of each target it has already.
+    /// An earlier version or another name in the store: report how much of each target it already holds.
     #[arg(long, value_name = "NAME")]
     base: Option<String>,
-    /// How many threads work at a time; without it, one for each processor.
+    /// Number of worker threads [default: one for each processor].
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
-    /// How hard to compress, as zstd counts: another level gives another digest.
-    #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
-    level: i32,
+    /// Compress new squashfs layers with zstd (smaller, the default) or lz4 (faster to read). A target's `layer` in the
+    /// import manifest overrides this and --block-size. Each choice produces another digest.
+    #[arg(long, value_name = "NAME", value_enum, hide_possible_values = true, help_heading = "Layers")]
+    compression: Option<Compression>,
+    /// Size of the blocks of new squashfs layers: 16K, 32K, 64K, 128K (default), 256K, 512K or 1M. Small blocks are
+    /// faster to read at random, large ones take less space.
+    #[arg(long, value_name = "SIZE", value_parser = rules::block_size, help_heading = "Layers")]
+    block_size: Option<u32>,
+    /// Compression level: 1 to 22 for zstd (default 15), 1 to 12 for lz4 (default 12). A target whose `layer` names the
+    /// other compression uses its default level.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22), help_heading = "Layers")]
+    level: Option<i32>,
     #[command(flatten)]
     registry: RegistryArgs,
+}
+
+/// What compresses new layers.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Compression {
+    Zstd,
+    Lz4,
+}
+
+/// Options that the import manifest contradicts.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "--compression and --block-size apply to squashfs layers; the import manifest has storage_type: puzzlefs"
+)]
+struct NoSquashfs;
+
+impl Classified for NoSquashfs {
+    fn class(&self) -> Class {
+        Class::Input
+    }
 }
 
 /// A key that is named by a URI.
@@ -114,6 +144,7 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         args.cert.as_deref().map(|path| read_file(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
     let floor_pub: Vec<_> =
         args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
+    let effort = effort(args)?;
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
     let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
@@ -123,11 +154,21 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         None => None,
     };
     let mut built = match (&args.key, &args.to_sign, &args.signature) {
-        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &sources, &progress)?,
-        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &sources, &progress)?,
+        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), effort, &sources, &progress)?,
+        (_, Some(to), _) => {
+            first_half(args, to, certificate.as_deref(), &floor_pub, effort, &sources, &progress)?
+        }
         (.., signature) => {
             let signature = signature.as_deref().unwrap_or(Path::new(""));
-            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &sources, &progress)?
+            second_half(
+                args,
+                signature,
+                &certificate.unwrap_or_default(),
+                &floor_pub,
+                effort,
+                &sources,
+                &progress,
+            )?
         }
     };
     if let Some(base) = base {
@@ -141,12 +182,28 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     print(&built, global)
 }
 
-fn effort(args: &Build) -> Effort {
-    Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level }
+fn effort(args: &Build) -> Result<Effort, AnyError> {
+    let codec = match args.compression {
+        None | Some(Compression::Zstd) => Codec::Zstd,
+        Some(Compression::Lz4) => Codec::Lz4,
+    };
+    let packing = Packing::new(codec, args.level, args.block_size.unwrap_or(DEFAULT_BLOCK_BYTES))?;
+    Ok(Effort { threads: args.jobs.unwrap_or_else(threads), packing })
 }
 
 fn import(args: &Build) -> Result<ImportManifest, AnyError> {
-    Ok(ImportManifest::parse(&args.file, &read_file(&args.file, yaml::MAX_BYTES)?)?)
+    parse_import(args, &read_file(&args.file, yaml::MAX_BYTES)?)
+}
+
+fn parse_import(args: &Build, bytes: &[u8]) -> Result<ImportManifest, AnyError> {
+    let import = ImportManifest::parse(&args.file, bytes)?;
+    refuse_medium(&import)?;
+    if import.storage_type() == StorageType::Puzzlefs
+        && (args.compression.is_some() || args.block_size.is_some())
+    {
+        return Err(NoSquashfs.into());
+    }
+    Ok(import)
 }
 
 /// With both keys at hand.
@@ -154,6 +211,7 @@ fn whole(
     args: &Build,
     key: &Path,
     certificate: &[u8],
+    effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
@@ -163,7 +221,7 @@ fn whole(
         args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
-    Ok(build(&import, &store, &signer, effort(args), sources, progress)?)
+    Ok(build(&import, &store, &signer, effort, sources, progress)?)
 }
 
 fn first_half(
@@ -171,13 +229,13 @@ fn first_half(
     to: &Path,
     certificate: Option<&[u8]>,
     floor_pub: &[floor::PublicKey],
+    effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
     let store = Store::create(&args.store)?;
-    let built =
-        halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), sources, progress)?;
+    let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort, sources, progress)?;
     atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
     if let (Some(to), Some(key)) = (&args.floor_to_sign, floor_pub.first()) {
         let message = halves::floor_message(&built.manifest, key)?;
@@ -191,6 +249,7 @@ fn second_half(
     signature: &Path,
     certificate: &[u8],
     floor_keys: &[floor::PublicKey],
+    effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
@@ -211,8 +270,8 @@ fn second_half(
     if let Ok(manifest) = SystemManifest::parse(&bytes) {
         return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
     }
-    let import = ImportManifest::parse(&args.file, &bytes)?;
-    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), sources, progress)?)
+    let import = parse_import(args, &bytes)?;
+    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort, sources, progress)?)
 }
 
 fn print(built: &Built, global: &Global) -> Result<(), AnyError> {

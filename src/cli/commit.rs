@@ -9,13 +9,13 @@ use crate::deploy::commit::{self, Ran};
 use crate::error::AnyError;
 use crate::trust::Anchor;
 
-/// Say that this boot is healthy: bless its deployment, then raise the floor to its version.
+/// Mark this boot as healthy: make its deployment current, then raise the floor to its version.
 ///
-/// Refused where it is not known which deployment this boot runs. Afterwards what nothing needs any more is removed:
-/// also the deployment that was current before, once it is below the floor.
+/// Refused if it is not known which deployment this boot runs. Afterwards, everything that is no longer needed is
+/// removed, including the previous deployment once it is below the floor.
 #[derive(Debug, Args)]
 pub struct CommitArgs {
-    /// This machine is one that mosfs never starts: bless the pending deployment, or the current one.
+    /// For a machine that mosfs does not boot: commit the pending deployment, or the current one.
     #[arg(long)]
     unbooted: bool,
     #[command(flatten)]

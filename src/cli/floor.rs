@@ -27,10 +27,10 @@ pub struct FloorArgs {
     /// How to reach the TPM: device:/dev/tpmrm0, swtpm:host=127.0.0.1,port=2321 or swtpm:path=SOCKET.
     #[arg(long, env = "MOSFS_TPM", default_value = "device:/dev/tpmrm0", value_name = "TCTI")]
     pub tpm: Tcti,
-    /// Where the floor is kept: `file` is for development, and protects nothing.
+    /// Where the floor is kept. `file` is for development and protects nothing.
     #[arg(long, value_enum, default_value_t = Kind::Tpm, value_name = "KIND")]
     pub floor: Kind,
-    /// How long the TPM may take, in seconds.
+    /// How long to wait for the TPM, in seconds.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
     pub tpm_timeout: u64,
 }
@@ -38,9 +38,9 @@ pub struct FloorArgs {
 /// Where the floor is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
-    /// In the TPM.
+    /// In the TPM
     Tpm,
-    /// In a file of the state folder.
+    /// In a file in the system folder
     File,
 }
 
@@ -77,7 +77,7 @@ fn warn(floor: &dyn Floor) {
     }
 }
 
-/// The lowest version that a device still runs.
+/// Manage the floor, the lowest version that a device will run.
 #[derive(Debug, Args)]
 pub struct FloorCommand {
     #[command(subcommand)]
@@ -93,34 +93,34 @@ enum Command {
     SignProvision(SignProvision),
 }
 
-/// Give this device's TPM a floor, once, in the factory.
+/// Create the floor in this device's TPM, once, in the factory.
 ///
-/// With the provisioning key at hand: --provision-key. With the key elsewhere: --provision-pub, --nonce-out and
-/// --signature-in; the command writes the nonce, keeps the TPM's session open, and waits for the signature.
+/// If the provisioning key is on this machine, use --provision-key. Otherwise use --provision-pub, --nonce-out and
+/// --signature-in: the command writes the nonce, keeps the TPM session open, and waits for the signature.
 #[derive(Debug, Args)]
 struct Provision {
     /// The provisioning key (PEM, private).
     #[arg(long, value_name = "FILE", conflicts_with_all = ["provision_pub", "nonce_out", "signature_in"])]
     provision_key: Option<PathBuf>,
-    /// The provisioning key's public half, when the key is elsewhere.
+    /// The public provisioning key, if the private key is on another machine.
     #[arg(long, value_name = "FILE", requires = "nonce_out", requires = "signature_in")]
     provision_pub: Option<PathBuf>,
-    /// Write what the provisioning key must sign to this file (36 bytes); `-` is stdout.
+    /// Write the 36 bytes that the provisioning key must sign to this file; `-` is stdout.
     #[arg(long, value_name = "FILE", requires = "provision_pub")]
     nonce_out: Option<PathBuf>,
-    /// Take the signature from this file, as soon as it is there; `-` is stdin.
+    /// Wait for this file and read the signature from it; `-` is stdin.
     #[arg(long, value_name = "FILE", requires = "provision_pub")]
     signature_in: Option<PathBuf>,
     /// How long to wait for the signature, in seconds.
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     wait: u64,
-    /// The floor key's authorization of the provisioning key, where the key's file does not hold it.
+    /// The floor key's authorization of the provisioning key, if the key's file does not include it.
     #[arg(long, value_name = "FILE")]
     authorization: Option<PathBuf>,
-    /// The floor key's public half; recorded in CONFIG.
+    /// The public floor key; saved in CONFIG.
     #[arg(long, value_name = "FILE")]
     floor_pub: Option<PathBuf>,
-    /// The product; recorded in CONFIG.
+    /// The product; saved in CONFIG.
     #[arg(long, value_name = "UUID")]
     product: Option<Uuid>,
     #[command(flatten)]
@@ -134,7 +134,7 @@ struct Show {
     floor: FloorArgs,
 }
 
-/// Sign a version for every device of a product (64 bytes, to stdout or a file).
+/// Sign a version for all devices of a product (64 bytes, to stdout or a file).
 #[derive(Debug, Args)]
 struct Sign {
     /// The version.
@@ -146,15 +146,15 @@ struct Sign {
     /// The product.
     #[arg(long, value_name = "UUID")]
     product: Uuid,
-    /// Where to write it; stdout if not given.
+    /// The output file [default: stdout].
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
 
-/// Authorize a provisioning key, with the floor key: a PEM block to append to its file.
+/// Authorize a provisioning key with the floor key: print a PEM block to append to its file.
 #[derive(Debug, Args)]
 struct Authorize {
-    /// The provisioning key's public half.
+    /// The public provisioning key.
     #[arg(long, value_name = "FILE")]
     provision_pub: PathBuf,
     /// The floor key (PEM, private).
@@ -163,21 +163,21 @@ struct Authorize {
     /// The product.
     #[arg(long, value_name = "UUID")]
     product: Uuid,
-    /// Where to write it; stdout if not given.
+    /// The output file [default: stdout].
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
 
-/// Sign what `floor provision --nonce-out` wrote, where the provisioning key lives (64 bytes).
+/// Sign the output of `floor provision --nonce-out` with the provisioning key (64 bytes).
 #[derive(Debug, Args)]
 struct SignProvision {
-    /// What is to be signed; `-` is stdin.
+    /// The file to sign; `-` is stdin.
     #[arg(long, value_name = "FILE")]
     nonce: PathBuf,
     /// The provisioning key (PEM, private).
     #[arg(long, value_name = "FILE")]
     key: PathBuf,
-    /// Where to write it; stdout if not given.
+    /// The output file [default: stdout].
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }

@@ -11,16 +11,17 @@ use crate::deploy::gc::{self, GcPlan, Needs};
 use crate::error::AnyError;
 use crate::store::Store;
 
-/// Removes deployments that are neither current, pending nor previous, and what only they need.
+/// Remove old deployments, and the blobs that only they use.
 ///
-/// A previous deployment that can never be booted again goes too. `install`, `update` and `commit` do the same
-/// by themselves. What is damaged is worked around and listed; the exit code is 3 then.
+/// Removes each deployment that is neither current, pending nor previous.
+/// A previous deployment that can never be booted again is removed too. `install`, `update` and `commit` collect
+/// automatically. Damaged files are skipped and listed; the exit code is then 3.
 #[derive(Debug, Args)]
 pub struct Gc {
-    /// Only print what would be removed.
+    /// Print what would be removed, and change nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Collect in this store instead of the deployed system: what no name reaches goes.
+    /// Collect in this store instead of the deployed system: remove every blob that no name refers to.
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
     #[command(flatten)]

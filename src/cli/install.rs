@@ -19,20 +19,19 @@ use crate::trust::{Anchor, Dates};
 
 /// Install the first deployment of this device.
 ///
-/// What is installed already is compared with the source, file by file and blob by blob; what differs is
-/// replaced.
+/// If the system is already installed, each file and blob is compared with the source, and replaced if it differs.
 #[derive(Debug, Args)]
 pub struct InstallArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
-    /// a name or version, the highest version there that verifies.
+    /// The signed system, `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a name or version, the
+    /// highest version there that verifies.
     source: SourceRef,
-    /// The manifest CA that this device is to trust; kept in CONFIG.
+    /// The manifest CA that this device will trust; saved in CONFIG.
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// The product that this device is; kept in CONFIG.
+    /// The product of this device; saved in CONFIG.
     #[arg(long, value_name = "UUID")]
     product: Option<Uuid>,
-    /// Print what would be done, and do nothing.
+    /// Print what would be done, and change nothing.
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -43,20 +42,20 @@ pub struct InstallArgs {
 
 /// Install the next deployment; it is tried at the next boot.
 ///
-/// What is installed already is compared with the source, file by file and blob by blob; what differs is
-/// replaced. A version that failed before is not tried again by itself (--again).
+/// If the version is already installed, each file and blob is compared with the source, and replaced if it differs. A
+/// version that failed before is tried again only with --again.
 #[derive(Debug, Args)]
 pub struct UpdateArgs {
-    /// Where the signed system is: `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without
-    /// a name or version, the highest version there that verifies.
+    /// The signed system, `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a name or version, the
+    /// highest version there that verifies.
     source: SourceRef,
-    /// Say whether there is an update that this device would take, and do nothing.
+    /// Report whether an update is available that this device would install, and change nothing.
     #[arg(long)]
     check: bool,
-    /// Try a version once more that was started as often as it may be and never proved healthy.
+    /// Try a version again that used up its boot attempts without a commit.
     #[arg(long)]
     again: bool,
-    /// Print what would be done, and do nothing.
+    /// Print what would be done, and change nothing.
     #[arg(long, conflicts_with = "check")]
     dry_run: bool,
     #[command(flatten)]

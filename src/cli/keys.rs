@@ -9,7 +9,7 @@ use super::{Global, output};
 use crate::error::AnyError;
 use crate::publish::keys;
 
-/// Makes keys for development.
+/// Make keys for development.
 #[derive(Debug, Args)]
 pub struct Keys {
     #[command(subcommand)]
@@ -18,7 +18,7 @@ pub struct Keys {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a manifest CA, a signer, a floor key and a provisioning key. Overwrites nothing.
+    /// Make a manifest CA, a signer, a floor key and a provisioning key; never overwrite a file.
     Generate(Generate),
 }
 

@@ -21,7 +21,7 @@ use crate::trust::anchor::CaFile;
 use crate::trust::pem::public_only;
 use crate::trust::{self, Anchor, Certificate, Dates, PrivateKey, Signed};
 
-/// Checks, prints, signs and verifies manifests.
+/// Check, print, sign and verify manifests.
 #[derive(Debug, Args)]
 pub struct Manifest {
     #[command(subcommand)]
@@ -30,7 +30,7 @@ pub struct Manifest {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Check an import manifest, or a system manifest; say all that is wrong with it.
+    /// Check an import manifest or a system manifest, and report all errors in it.
     Check {
         /// The manifest: YAML, or JSON for a system manifest.
         file: PathBuf,
@@ -40,9 +40,9 @@ enum Command {
         /// The manifest: an import manifest in YAML, or any JSON of that subset.
         file: PathBuf,
     },
-    /// Print the system manifest of a source, as it is stored. It is not verified.
+    /// Print the system manifest of a source as it is stored, without verifying it.
     Show {
-        /// Where it is: `oci:DIR[:VERSION]`, `oci:DIR:sha256:HEX`, or `docker://HOST[:PORT]/PREFIX[:VERSION]`;
+        /// The source: `oci:DIR[:VERSION]`, `oci:DIR:sha256:HEX`, or `docker://HOST[:PORT]/PREFIX[:VERSION]`;
         /// without a name or version, the highest version there.
         source: String,
         #[command(flatten)]
@@ -63,16 +63,16 @@ enum Command {
     Verify {
         /// The system manifest.
         file: PathBuf,
-        /// The signature over it.
+        /// Its signature.
         #[arg(long)]
         sig: PathBuf,
-        /// The signer's certificate, with those that lead from it to the CA.
+        /// The signer's certificate and the intermediate certificates up to the CA.
         #[arg(long)]
         cert: PathBuf,
         /// The manifest CA.
         #[arg(long)]
         ca: PathBuf,
-        /// What the CA has revoked.
+        /// The CA's certificate revocation list.
         #[arg(long, value_name = "FILE")]
         crl: Option<PathBuf>,
         /// The product of the device; without it, the product that the certificate names.

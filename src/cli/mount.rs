@@ -30,43 +30,43 @@ pub struct MountArgs {
     /// The folder to mount at.
     #[arg(value_name = "DIR")]
     target: PathBuf,
-    /// Require this root hash; one for each layer, the bottom one first.
+    /// Require this root hash; once for each layer, bottom layer first.
     #[arg(long, value_name = "HEX", value_parser = root_hash)]
     root_hash: Vec<Digest>,
-    /// Who serves the mount: auto, dm-verity or fuse.
+    /// The backend of the mount: auto, dm-verity or fuse.
     #[arg(long, default_value = "auto", value_name = "NAME")]
     backend: Backend,
-    /// Let the tree be written to: a deployed target's changes are kept in SYSTEM/scratch/TARGET,
-    /// those of another image in memory.
+    /// Make the mount writable: changes to a deployed target are kept in SYSTEM/scratch/TARGET, changes to another
+    /// image in memory.
     #[arg(long)]
     writable: bool,
-    /// Let the tree be written to, and keep what changes in this folder.
+    /// Make the mount writable, and keep the changes in this folder.
     #[arg(long, value_name = "DIR")]
     upper: Option<PathBuf>,
-    /// Who keeps the daemon of a FUSE mount: fork (nobody), unit (a unit of systemd, which mounts
-    /// again when it dies), or auto (a unit where systemd runs this machine).
+    /// How to run the daemon of a FUSE mount: fork (in the background), unit (in a systemd unit, which mounts again if
+    /// the daemon dies), or auto (a unit if systemd is running).
     #[arg(long, default_value = "fork", value_name = "HOW", conflicts_with = "foreground")]
     daemon: Keeper,
     /// Stay in the foreground and write the log to stderr.
     #[arg(long, short)]
     foreground: bool,
-    /// Mount options as mount(8) takes them: nosuid, nodev, noexec, allow_other …; for an image that nobody
-    /// signed, nosuid and nodev are the default, and suid and dev undo them; notify_pipe=PATH
-    /// writes `s` to a named pipe when the mount is ready, `f` when it failed.
+    /// Mount options as for mount(8): nosuid, nodev, noexec, allow_other and so on. For an unsigned image, nosuid and
+    /// nodev are the default; suid and dev turn them off. notify_pipe=PATH writes `s` to a named pipe when the mount is
+    /// ready, or `f` if it failed.
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
     options: Vec<String>,
-    /// Threads that answer requests of the FUSE backend [default: 2 to 4, as there are cores].
+    /// Number of FUSE worker threads [default: 2 to 4, depending on the number of cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
-    /// Bound of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
+    /// Size limit of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     cache_mib: Option<u32>,
-    /// Keep idle cores awake while requests come close together: faster small files, more power; takes
-    /// root. auto: in virtual machines whose idle cores go back to the host at once; always; never.
+    /// Keep idle cores awake while requests come in quick succession: small files are read faster, more power is used.
+    /// Requires root. auto: only in virtual machines that hand idle cores back to the host at once; always; never.
     #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "always")]
     #[arg(num_args = 0..=1, require_equals = true)]
     spin: Spin,
-    /// Mount without verification, also layers that have no root hash.
+    /// Mount without verification, even layers without a root hash.
     #[arg(long)]
     unsafe_no_verity: bool,
 }

@@ -15,13 +15,13 @@ use crate::transport::{SourceRef, TransportError};
 
 /// Push a signed system, with its images, to a registry.
 ///
-/// Sends what the registry lacks. The version is visible there when all of it is.
+/// Uploads only what the registry lacks. The version becomes visible after everything else is there.
 #[derive(Debug, Args)]
 pub struct PushArgs {
-    /// The store that has the system.
+    /// The store that holds the system.
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
-    /// Where to: `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a version, the highest in the store.
+    /// The destination, `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a version, the highest in the store.
     #[arg(value_name = "DESTINATION")]
     to: SourceRef,
     #[command(flatten)]
@@ -30,19 +30,19 @@ pub struct PushArgs {
 
 /// Pull a signed system, with its images, into a store.
 ///
-/// Fetches what the store lacks, and goes on where an earlier pull was cut off.
+/// Downloads only what the store lacks, and resumes an interrupted pull.
 #[derive(Debug, Args)]
 pub struct PullArgs {
-    /// Where from: `docker://HOST[:PORT]/PREFIX[:VERSION]` or `oci:DIR[:NAME]`; without a version or
-    /// name, the highest version there.
+    /// The source, `docker://HOST[:PORT]/PREFIX[:VERSION]` or `oci:DIR[:NAME]`; without a version or name, the highest
+    /// version there.
     source: SourceRef,
-    /// The store; it is made where there is none.
+    /// The store; created if it does not exist.
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
-    /// Pull the single image `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`, which nobody has signed.
+    /// Pull the single, unsigned image `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`.
     #[arg(long)]
     image: bool,
-    /// The image's name in the store [default: NAME:TAG].
+    /// Name of the image in the store [default: NAME:TAG].
     #[arg(long, value_name = "NAME", requires = "image")]
     name: Option<String>,
     #[command(flatten)]

@@ -10,20 +10,21 @@ use crate::transport::Access;
 
 /// Options of commands that reach registries.
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Registries")]
+#[command(next_help_heading = "Registry options")]
 pub struct RegistryArgs {
-    /// Speak plain HTTP to the registries named here. Registries of this machine (localhost, 127.0.0.0/8, [::1])
-    /// need no such word.
+    /// Use plain HTTP for the registries of this command. Registries on this machine (localhost, 127.0.0.0/8, [::1]) do
+    /// not need this option.
     #[arg(long)]
     plain_http: bool,
-    /// Take credentials from this file alone, as `podman login` and `docker login` write it.
+    /// Read credentials only from this file, in the format that `podman login` and `docker login` write.
     #[arg(long, value_name = "FILE")]
     authfile: Option<PathBuf>,
-    /// Trust the CAs (*.crt) in this folder beside the system's, and log in with its client
-    /// certificate (*.cert, *.key); instead of certs.d.
+    /// Use this folder instead of certs.d: trust its CAs (*.crt) in addition to the system's, and log in with its
+    /// client certificate (*.cert, *.key).
     #[arg(long, value_name = "DIR")]
     cert_dir: Option<PathBuf>,
-    /// How long to wait for a silent server; a transfer below 1 KiB/s over this time is broken too.
+    /// How long to wait for a server that does not answer, in seconds. A transfer slower than 1 KiB/s over this time
+    /// fails too.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=3600))]
     net_timeout: u16,
 }

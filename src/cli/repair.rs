@@ -11,15 +11,15 @@ use crate::floor::Config;
 use crate::transport::SourceRef;
 use crate::trust::Anchor;
 
-/// Mends what is damaged: the state file, deployments, names, and with a source also blobs.
+/// Repair the state file, deployments and names; with a source, also missing or damaged blobs.
 ///
-/// Works offline as far as one part can be had from another: what vouches for a deployment is in its folder and in the
-/// store. Without a source, blobs of images that are missing or damaged are listed, and the exit code is 3.
-/// Nothing is taken that does not verify, and no other version becomes current.
+/// Without a source, the command restores what it can from this device: the manifest and signatures of a deployment are
+/// both in its folder and in the store. Blobs of images that are missing or damaged are listed, and the exit code is 3.
+/// Nothing is accepted that does not verify, and the current version stays the same.
 #[derive(Debug, Args)]
 pub struct RepairArgs {
-    /// Where to fetch what cannot be had from this device: `oci:DIR` or `docker://HOST[:PORT]/PREFIX`, any
-    /// source that has its systems.
+    /// Where to fetch what this device no longer has: `oci:DIR` or `docker://HOST[:PORT]/PREFIX`, any source that has
+    /// the same systems.
     source: Option<SourceRef>,
     #[command(flatten)]
     floor: FloorArgs,

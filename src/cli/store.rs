@@ -8,7 +8,7 @@ use super::{Global, device, output};
 use crate::error::AnyError;
 use crate::store::Store;
 
-/// Shows what a store holds.
+/// Examine a store.
 #[derive(Debug, Args)]
 pub struct StoreCommand {
     #[command(subcommand)]
@@ -20,7 +20,7 @@ enum Action {
     Stats(StatsArgs),
 }
 
-/// Shows how many bytes each target takes, and how many its versions and other targets share.
+/// Show how many bytes each target uses, and how many it shares with its other versions and other targets.
 ///
 /// Each blob counts once: a layer of squashfs or erofs, or a chunk of PuzzleFS.
 #[derive(Debug, Args)]

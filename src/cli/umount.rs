@@ -11,13 +11,13 @@ use crate::mount;
 /// Unmount, and wait until nothing is left of the mount.
 #[derive(Debug, Args)]
 pub struct UmountArgs {
-    /// The folder that it is mounted at.
+    /// The mount point.
     #[arg(value_name = "DIR")]
     target: PathBuf,
-    /// Take it out of the tree now, and end it when its last user is gone.
+    /// Detach the mount now, and end it when it is no longer in use.
     #[arg(long, short)]
     lazy: bool,
-    /// Only if its daemon is dead, and then lazily; anything else is left alone and no failure.
+    /// Unmount, lazily, only if the daemon has died; otherwise do nothing and succeed.
     #[arg(long, conflicts_with = "lazy")]
     dead: bool,
     /// Unmount nothing: only fail where a mount of mosfs is whose daemon lives.

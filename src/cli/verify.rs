@@ -17,13 +17,14 @@ use crate::store::fsck::{self, NotWhole, Report};
 use crate::transport::{SourceRef, Transport};
 use crate::trust::Anchor;
 
-/// Reads and checks everything: every blob against its digest, every layer against its verity
-/// tree, every name against what it stands for. Lists all that is wrong.
+/// Read and check everything, and list all problems.
 ///
-/// Without an argument, the deployed system: its state file, its deployments from the certificate down, and its store.
+/// Checks each blob against its digest, each layer against its verity tree, and each name against the system it refers
+/// to. Without an argument, checks the deployed system: its state file, its deployments from the certificate down, and
+/// its store.
 #[derive(Debug, Args)]
 pub struct Verify {
-    /// A layout (`oci:DIR`), an image of one (`oci:DIR:NAME`), or a target of the current deployment.
+    /// A layout (`oci:DIR`), one image of a layout (`oci:DIR:NAME`), or a target of the current deployment.
     #[arg(value_name = "SOURCE|TARGET")]
     what: Option<String>,
 }

@@ -16,8 +16,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::convert::Effort;
+use super::kernels::{self, KernelsError};
 use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
+use crate::convert::{Codec, Effort, PackingError};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
@@ -25,8 +26,8 @@ use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
-    ImageUrl, ImportErrors, ImportManifest, ImportTarget, SYSTEM_MEDIA_TYPE, StorageType, SystemManifest,
-    TargetName,
+    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, SYSTEM_MEDIA_TYPE,
+    StorageType, SystemManifest, TargetName,
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
@@ -110,6 +111,18 @@ pub fn build(
     Ok(Built { digest: manifest.digest(), manifest: assembled.manifest, targets: assembled.targets })
 }
 
+/// Refuses an import manifest that asks for an install medium. One that was asked for and silently not made would be
+/// missed on the day of the installation.
+///
+/// # Errors
+/// [`BuildError::NoMedium`].
+pub fn refuse_medium(import: &ImportManifest) -> Result<(), BuildError> {
+    match import.image_type {
+        Some(ImageType::Iso) => Err(BuildError::NoMedium { file: import.file.clone() }),
+        None => Ok(()),
+    }
+}
+
 /// A system whose images are in the store, not yet signed.
 pub(super) struct Assembled {
     pub(super) manifest: SystemManifest,
@@ -146,6 +159,8 @@ pub(super) fn assemble(
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
+        let effort = effort_for(import.targets.get(name), effort)
+            .map_err(|source| BuildError::Packing { target: name.clone(), source })?;
         let job =
             Ingest { from: &*image.from, writer, platform: sources.platform, effort, storage, progress };
         let done = ingest(&job, &image.descriptor)
@@ -156,7 +171,23 @@ pub(super) fn assemble(
         targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });
     }
 
-    Ok(Assembled { manifest: import.to_system(&resolved)?, names, targets })
+    let manifest = import.to_system(&resolved)?;
+    for (name, note) in kernels::notes(writer.store(), &manifest)? {
+        if let Some(target) = targets.get_mut(&name) {
+            target.notes.push(note);
+        }
+    }
+    Ok(Assembled { manifest, names, targets })
+}
+
+/// How the layers of a target are made: as its import manifest says, and otherwise as `effort` does.
+fn effort_for(target: Option<&ImportTarget>, effort: Effort) -> Result<Effort, PackingError> {
+    let Some(choice) = target.and_then(|target| target.layer) else { return Ok(effort) };
+    let codec = choice.compression.map(|compression| match compression {
+        LayerCompression::Zstd => Codec::Zstd,
+        LayerCompression::Lz4 => Codec::Lz4,
+    });
+    Ok(Effort { packing: effort.packing.with(codec, choice.block_bytes)?, ..effort })
 }
 
 /// Stores a signed system and names it, in one step. Its images are already in the store.
@@ -241,6 +272,15 @@ pub enum BuildError {
     /// The import manifest, or a pin in it, is wrong.
     #[error(transparent)]
     Import(#[from] ImportErrors),
+    /// The import manifest asks for an install medium.
+    #[error(
+        "{}: image_type: `iso` requires an install medium, which mosfs build does not make yet",
+        file.display()
+    )]
+    NoMedium {
+        /// The import manifest.
+        file: PathBuf,
+    },
     /// A target's image cannot be fetched.
     #[error("target `{target}`, {url}: {source}")]
     Source {
@@ -259,6 +299,17 @@ pub enum BuildError {
         /// Why.
         source: IngestError,
     },
+    /// A target's layers cannot be packed in this way.
+    #[error("target `{target}`: {source}")]
+    Packing {
+        /// The target.
+        target: TargetName,
+        /// Why.
+        source: PackingError,
+    },
+    /// The kernels of the system cannot be looked at.
+    #[error(transparent)]
+    Kernels(#[from] KernelsError),
     /// The key or the certificate is unusable.
     #[error(transparent)]
     Sign(#[from] SignError),
@@ -304,10 +355,12 @@ impl Classified for BuildError {
     fn class(&self) -> Class {
         match self {
             Self::Import(error) => error.class(),
-            Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
+            Self::NoMedium { .. } | Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
             Self::FloorSignature { .. } => Class::Verification,
             Self::Source { source, .. } => source.class(),
             Self::Image { source, .. } => source.class(),
+            Self::Packing { source, .. } => source.class(),
+            Self::Kernels(error) => error.class(),
             Self::Sign(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::Store(error) => error.class(),

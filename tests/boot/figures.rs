@@ -118,7 +118,7 @@ fn undo(before: &[String]) {
     for point in mounted().iter().rev().filter(|point| !before.contains(point)) {
         // The kernel frees devices from a work queue, and a daemon ends after its mount.
         let end = Instant::now() + Duration::from_secs(30);
-        while let Err(error) = mosfs::sys::mountapi::unmount(Path::new(point), false) {
+        while let Err(error) = mosfs::internals::sys::mountapi::unmount(Path::new(point), false) {
             assert!(Instant::now() < end, "{point}: {error}");
             std::thread::sleep(Duration::from_millis(10));
         }

@@ -16,7 +16,7 @@ impl Drop for Mounts {
             .filter_map(|line| line.split(' ').nth(4))
             .filter(|point| Path::new(point).starts_with(&self.0));
         for point in points.collect::<Vec<_>>().into_iter().rev() {
-            let _ = mosfs::sys::mountapi::unmount(Path::new(point), true);
+            let _ = mosfs::internals::sys::mountapi::unmount(Path::new(point), true);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use mosfs::digest::Digest;
+use mosfs::internals::digest::Digest;
 use tempfile::TempDir;
 
 use super::device::{Device, MOSFS, SMALL, SMALL_NEXT, flip, measured};

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use mosfs::digest::Digest;
+use mosfs::internals::digest::Digest;
 use tempfile::TempDir;
 
 use super::KERNEL;

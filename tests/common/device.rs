@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use mosfs::digest::{self, Digest};
+use mosfs::internals::digest::{self, Digest};
 use tempfile::TempDir;
 
 use super::machine::{Machine, debian_image, noise, script, source_file, squashfs, tool};
@@ -387,7 +387,7 @@ impl Device {
             "coreutils",
             Command::new("cp").args(["-a", "--reflink=auto"]).arg(fleet().dir.join("store")).arg(to),
         );
-        format!("oci:/run/mosfs/system/vm-source:{}", mosfs::store::version_name(version))
+        format!("oci:/run/mosfs/system/vm-source:{}", mosfs::internals::store::version_name(version))
     }
 
     /// A machine of this device, whose partition is made from the folder and goes with the machine.

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use mosfs::image::layer::{
+use mosfs::internals::image::layer::{
     Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, Place, StatFs,
 };
-use mosfs::image::source::ReadError;
+use mosfs::internals::image::source::ReadError;
 
 /// The size of a stored block: small, so that short files have several.
 pub const BLOCK: u32 = 64;
@@ -196,8 +196,8 @@ impl Layer for MemoryLayer {
             return Err(LayerError::Read(ReadError::Verity {
                 what: "data".into(),
                 block: block.start & 0xffff,
-                expected: mosfs::digest::Digest::of(b"good"),
-                found: mosfs::digest::Digest::of(b"bad"),
+                expected: mosfs::internals::digest::Digest::of(b"good"),
+                found: mosfs::internals::digest::Digest::of(b"bad"),
             }));
         }
         let file = self.node(NodeId(block.start >> 20))?;

@@ -6,17 +6,17 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mosfs::digest::Digest;
-use mosfs::floor;
-use mosfs::image::oci::{self, Descriptor, LayerDescriptor, Manifest, Trust};
-use mosfs::image::verity;
-use mosfs::manifest::import::ImportManifest;
-use mosfs::manifest::system::{SystemManifest, Target};
-use mosfs::progress::Progress;
-use mosfs::publish::keys::{self, Request};
-use mosfs::store::{Store, image_name, system_name, version_name};
-use mosfs::trust::keys::PrivateKey;
-use mosfs::trust::{CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::floor;
+use mosfs::internals::image::oci::{self, Descriptor, LayerDescriptor, Manifest, Trust};
+use mosfs::internals::image::verity;
+use mosfs::internals::manifest::import::ImportManifest;
+use mosfs::internals::manifest::system::{SystemManifest, Target};
+use mosfs::internals::progress::Progress;
+use mosfs::internals::publish::keys::{self, Request};
+use mosfs::internals::store::{Store, image_name, system_name, version_name};
+use mosfs::internals::trust::keys::PrivateKey;
+use mosfs::internals::trust::{CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed};
 use uuid::Uuid;
 
 /// The product that the tests publish for.
@@ -129,8 +129,9 @@ impl Publisher {
         let key = PrivateKey::load(&self.key("signer.key")).expect("the signer's key");
         let certificate = fs::read(self.key("signer.pem")).expect("the certificate");
         let signed = Signed::create(&manifest, &key, &certificate, Dates::check_now()).expect("signing");
-        let system =
-            writer.put_artifact(mosfs::manifest::SYSTEM_MEDIA_TYPE, &signed.manifest, None).expect("put");
+        let system = writer
+            .put_artifact(mosfs::internals::manifest::SYSTEM_MEDIA_TYPE, &signed.manifest, None)
+            .expect("put");
         let mut referrers = vec![
             writer.put_artifact(SIGNATURE_TYPE, &signed.signature, Some(&system)).expect("put"),
             writer.put_artifact(CERTIFICATE_TYPE, &signed.certificate, Some(&system)).expect("put"),
@@ -190,7 +191,7 @@ impl Publisher {
 
     /// A squashfs layer with a verity tree.
     /// Puts a layer with one file, `content`, into the store.
-    pub fn layer(&self, writer: &mosfs::store::Writer<'_>, content: &str) -> Descriptor {
+    pub fn layer(&self, writer: &mosfs::internals::store::Writer<'_>, content: &str) -> Descriptor {
         let work = tempfile::tempdir_in(&self.dir).expect("a folder");
         let (tree, image) = (work.path().join("tree"), work.path().join("image"));
         fs::create_dir(&tree).expect("a folder");
@@ -210,7 +211,7 @@ impl Publisher {
 }
 
 /// Puts a squashfs image into a store, with a verity tree.
-fn seal(writer: &mosfs::store::Writer<'_>, image: &Path) -> Descriptor {
+fn seal(writer: &mosfs::internals::store::Writer<'_>, image: &Path) -> Descriptor {
     let mut temp = writer.temp().expect("a file");
     let mut made = fs::File::open(image).expect("the image");
     let mut head = [0; 96];

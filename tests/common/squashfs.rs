@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use mosfs::image::layer::{Extent, Layer, NodeId, Place};
-use mosfs::image::squashfs::Squashfs;
-use mosfs::image::{FileType, MemorySource};
+use mosfs::internals::image::layer::{Extent, Layer, NodeId, Place};
+use mosfs::internals::image::squashfs::Squashfs;
+use mosfs::internals::image::{FileType, MemorySource};
 use sha2::{Digest, Sha256};
 
 /// Runs a tool; a tool that is missing or fails ends the test, naming Debian's package.
@@ -268,7 +268,7 @@ pub fn letter(kind: FileType) -> char {
 }
 
 /// The entries of a folder, read in one go, and compared with reading them in small parts and one by one by name.
-pub fn list(image: &dyn Layer, node: NodeId) -> Vec<mosfs::image::DirEntry> {
+pub fn list(image: &dyn Layer, node: NodeId) -> Vec<mosfs::internals::image::DirEntry> {
     let mut all = Vec::new();
     image
         .read_dir(node, 0, &mut |entry| {

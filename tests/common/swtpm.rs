@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mosfs::sys::tpm::Tcti;
+use mosfs::internals::sys::tpm::Tcti;
 use tempfile::TempDir;
 
 /// A running swtpm.

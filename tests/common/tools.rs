@@ -58,7 +58,7 @@ fn line(path: &Path, names: &mut BTreeMap<(u64, u64), PathBuf>, relative: &Path)
     let kind = data.file_type();
     let mut text = format!("{:o} {}:{} {}", data.mode(), data.uid(), data.gid(), data.mtime());
     if kind.is_file() {
-        let content = mosfs::digest::Digest::of(&std::fs::read(path).unwrap());
+        let content = mosfs::internals::digest::Digest::of(&std::fs::read(path).unwrap());
         // Links of one file are told by the first of their names.
         let first = names.entry((data.dev(), data.ino())).or_insert_with(|| relative.to_path_buf());
         text += &format!(" nlink {} size {} {content} as {}", data.nlink(), data.len(), first.display());

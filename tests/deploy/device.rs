@@ -4,13 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use mosfs::deploy::booted::BootRecord;
-use mosfs::deploy::choice::{Booted, Role, choose};
-use mosfs::deploy::{DeployError, DeploymentId, State, System, check_images};
-use mosfs::floor::{self, Config, Floor, Place, Tcti};
-use mosfs::manifest::ServiceType;
-use mosfs::manifest::system::Target;
-use mosfs::trust::Anchor;
+use mosfs::internals::deploy::booted::BootRecord;
+use mosfs::internals::deploy::choice::{Booted, Role, choose};
+use mosfs::internals::deploy::{DeployError, DeploymentId, State, System, check_images};
+use mosfs::internals::floor::{self, Config, Floor, Place, Tcti};
+use mosfs::internals::manifest::ServiceType;
+use mosfs::internals::manifest::system::Target;
+use mosfs::internals::trust::Anchor;
 use tempfile::TempDir;
 
 use crate::publish::{PRODUCT, Publisher};

@@ -1,8 +1,8 @@
 //! The floor in a TPM, through the whole device: no way back.
 
-use mosfs::deploy::DeployError;
-use mosfs::deploy::choice::Role;
-use mosfs::error::Classified;
+use mosfs::internals::deploy::DeployError;
+use mosfs::internals::deploy::choice::Role;
+use mosfs::internals::error::Classified;
 
 use crate::device::Device;
 use crate::publish::Publisher;

@@ -136,7 +136,7 @@ fn gc_keeps_current_pending_and_previous_and_a_crash_of_it_can_be_run_again() {
     device.ok(&["update", &publisher.source_of(202)]);
     assert_eq!(device.versions(), [200, 201, 202]);
     let state = device.state();
-    let version = |id: Option<mosfs::deploy::DeploymentId>| id.map(|id| id.version);
+    let version = |id: Option<mosfs::internals::deploy::DeploymentId>| id.map(|id| id.version);
     assert_eq!((version(state.previous), version(state.current)), (Some(200), Some(201)));
     // An update that was cut off before the state named its deployment.
     let cut = device.command(&["update", &publisher.source_of(203)]);
@@ -173,7 +173,7 @@ fn a_disk_with_any_amount_of_room_is_updated_or_left_as_it_was() {
         let _disk = SmallDisk::mount(&device, 8);
         device.install(&publisher, 200);
         let ballast = device.system().join("ballast");
-        let room = mosfs::sys::file::available_bytes(&device.system()).unwrap();
+        let room = mosfs::internals::sys::file::available_bytes(&device.system()).unwrap();
         let fill = room.saturating_sub(free_kib * 1024);
         std::fs::write(&ballast, vec![1; usize::try_from(fill).unwrap()]).unwrap();
         let output = device.run(&["update", &publisher.source_of(201)]);

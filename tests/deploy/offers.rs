@@ -1,9 +1,9 @@
 //! Which system of a source is taken: names are hints, signatures count, and the work is bounded.
 
-use mosfs::image::oci::{Descriptor, REF_NAME};
-use mosfs::manifest::SYSTEM_MEDIA_TYPE;
-use mosfs::store::version_name;
-use mosfs::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
+use mosfs::internals::image::oci::{Descriptor, REF_NAME};
+use mosfs::internals::manifest::SYSTEM_MEDIA_TYPE;
+use mosfs::internals::store::version_name;
+use mosfs::internals::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
 
 use crate::device::{Device, text};
 use crate::publish::Publisher;
@@ -42,7 +42,7 @@ fn no_name_hides_the_highest_version_that_verifies() {
         store.names().unwrap().into_iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap();
     name(&publisher, &version_name(9_999_996), &image);
     let nothing = Descriptor::of(SYSTEM_MEDIA_TYPE, b"nothing");
-    let nothing = Descriptor::new(mosfs::image::oci::MANIFEST, nothing.digest, nothing.size);
+    let nothing = Descriptor::new(mosfs::internals::image::oci::MANIFEST, nothing.digest, nothing.size);
     name(&publisher, &version_name(9_999_995), &nothing);
     let other = writer.put_artifact(SYSTEM_MEDIA_TYPE, b"{}", None).unwrap();
     name(&publisher, &version_name(u64::MAX), &other);
@@ -127,7 +127,7 @@ fn bad_signatures_and_certificates_do_not_crowd_out_the_good_ones() {
     assert_eq!(pending(&device), Some(201));
     device.ok(&["verify"]);
     // What was not taken stays where it was.
-    let store = mosfs::store::Store::open(&device.system().join("store")).unwrap();
+    let store = mosfs::internals::store::Store::open(&device.system().join("store")).unwrap();
     assert_eq!(store.referrers(&artifact(&store, 201).digest, None).unwrap().len(), 3);
     // One whose bytes are gone hides no other.
     let entry = publisher.store().referrers(&artifact(&publisher.store(), 201).digest, Some(SIGNATURE_TYPE));

@@ -6,8 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
-use mosfs::deploy::choice::Role;
-use mosfs::deploy::state::Damage;
+use mosfs::internals::deploy::choice::Role;
+use mosfs::internals::deploy::state::Damage;
 
 use crate::device::{Device, text};
 use crate::publish::Publisher;
@@ -176,7 +176,7 @@ fn the_highest_that_verifies_and_is_not_below_the_floor_is_taken() {
     fs::remove_dir_all(folder(200)).unwrap();
     fs::write(&path, "").unwrap();
     let error = device.boot_if(|_| true).unwrap_err();
-    assert_eq!(mosfs::error::Classified::class(&error).exit_code(), 4, "{error}");
+    assert_eq!(mosfs::internals::error::Classified::class(&error).exit_code(), 4, "{error}");
 }
 
 #[test]
@@ -192,7 +192,9 @@ fn nothing_but_the_root_must_be_complete() {
     );
     let device = Device::with_file_floor();
     device.install(&publisher, 200);
-    let blob = |digest: &mosfs::digest::Digest| device.system().join("store/blobs/sha256").join(digest.hex());
+    let blob = |digest: &mosfs::internals::digest::Digest| {
+        device.system().join("store/blobs/sha256").join(digest.hex())
+    };
     fs::remove_file(blob(&app.digest)).unwrap();
     assert_eq!(device.boot(), (200, Role::Current));
     fs::remove_file(blob(&host.digest)).unwrap();

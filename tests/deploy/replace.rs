@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::Path;
 
-use mosfs::deploy::choice::Role;
-use mosfs::error::Classified;
+use mosfs::internals::deploy::choice::Role;
+use mosfs::internals::error::Classified;
 
 use crate::device::{Device, text};
 use crate::pki::Pki;

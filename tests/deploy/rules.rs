@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use mosfs::deploy::choice::Role;
-use mosfs::deploy::{DeployError, System};
-use mosfs::error::Classified;
+use mosfs::internals::deploy::choice::Role;
+use mosfs::internals::deploy::{DeployError, System};
+use mosfs::internals::error::Classified;
 
 use crate::device::{Device, text};
 use crate::publish::{PRODUCT, Publisher};
@@ -235,7 +235,7 @@ fn everything_in_the_system_folder_is_verified_afresh_at_boot() {
     victim.install(&publisher, 150);
     let (id, old) = (device.state().current.unwrap(), victim.state().current.unwrap());
     for name in ["manifest.json", "manifest.sig", "cert.pem", "floor.sig"] {
-        let folder = |device: &Device, id: &mosfs::deploy::DeploymentId| {
+        let folder = |device: &Device, id: &mosfs::internals::deploy::DeploymentId| {
             device.system().join("deployments").join(id.to_string()).join(name)
         };
         fs::copy(folder(&victim, &old), folder(&device, &id)).unwrap();
@@ -247,7 +247,7 @@ fn everything_in_the_system_folder_is_verified_afresh_at_boot() {
     let device = Device::with_file_floor();
     device.install(&publisher, 200);
     let system = System::at(device.system());
-    let store = mosfs::store::Store::open(&system.store_dir()).unwrap();
+    let store = mosfs::internals::store::Store::open(&system.store_dir()).unwrap();
     let (_, image) =
         store.names().unwrap().into_iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap();
     let path = store.blob_path(&image.digest);

@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use mosfs::deploy::choice::Role;
-use mosfs::image::oci::Descriptor;
-use mosfs::store::Store;
+use mosfs::internals::deploy::choice::Role;
+use mosfs::internals::image::oci::Descriptor;
+use mosfs::internals::store::Store;
 
 use crate::device::{Device, text};
 use crate::publish::{PRODUCT, Publisher};
@@ -175,8 +175,10 @@ fn a_renewed_certificate_is_taken_and_a_crash_on_the_way_leaves_the_old_one_or_t
         assert_eq!(device.boot(), (200, Role::Current), "{at}");
         device.ok(&["update", &publisher.source_of(200)]);
         device.ok(&["verify"]);
-        let has = mosfs::trust::Certificate::from_pem(&fs::read(folder(&device).join("cert.pem")).unwrap());
-        let new = mosfs::trust::Certificate::from_pem(&fs::read(&certificate).unwrap());
+        let has = mosfs::internals::trust::Certificate::from_pem(
+            &fs::read(folder(&device).join("cert.pem")).unwrap(),
+        );
+        let new = mosfs::internals::trust::Certificate::from_pem(&fs::read(&certificate).unwrap());
         assert_eq!(has.unwrap().to_pem().unwrap(), new.unwrap().to_pem().unwrap(), "{at}");
         // What vouched for it before is gone from the store.
         let about = artifact(&store(&device), 200).digest;
@@ -308,7 +310,7 @@ fn repair_fetches_from_a_source_and_a_crash_of_it_can_be_run_again() {
     publish(&other, 200);
     fs::remove_file(folder(&device).join("manifest.sig")).unwrap();
     let about = artifact(&store(&device), 200).digest;
-    let kind = mosfs::trust::SIGNATURE_TYPE;
+    let kind = mosfs::internals::trust::SIGNATURE_TYPE;
     let gone: Vec<_> =
         store(&device).referrers(&about, Some(kind)).unwrap().iter().map(|one| one.digest).collect();
     store(&device).writer().unwrap().replace_entries(&gone, &[], &[]).unwrap();
@@ -319,6 +321,6 @@ fn repair_fetches_from_a_source_and_a_crash_of_it_can_be_run_again() {
     device.ok(&["install", &publisher.source(), "--ca", ca.to_str().unwrap(), "--product", PRODUCT]);
 }
 
-fn folder_at(device: &Device, id: &mosfs::deploy::DeploymentId) -> PathBuf {
+fn folder_at(device: &Device, id: &mosfs::internals::deploy::DeploymentId) -> PathBuf {
     device.system().join("deployments").join(id.to_string())
 }

@@ -3,13 +3,15 @@
 use std::fs;
 use std::path::Path;
 
-use mosfs::digest::Digest;
-use mosfs::floor;
-use mosfs::image::oci::Descriptor;
-use mosfs::manifest::SystemManifest;
-use mosfs::store::{Store, version_name};
-use mosfs::transport::Transport;
-use mosfs::trust::{CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, Signed};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::floor;
+use mosfs::internals::image::oci::Descriptor;
+use mosfs::internals::manifest::SystemManifest;
+use mosfs::internals::store::{Store, version_name};
+use mosfs::internals::transport::Transport;
+use mosfs::internals::trust::{
+    CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, Signed,
+};
 
 use crate::publish::Publisher;
 

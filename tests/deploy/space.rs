@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use mosfs::deploy::choice::Role;
-use mosfs::digest::Digest;
+use mosfs::internals::deploy::choice::Role;
+use mosfs::internals::digest::Digest;
 
 use crate::device::{Device, text};
 use crate::limits::{SmallDisk, noise};
@@ -95,7 +95,7 @@ fn gc_goes_on_past_what_is_damaged_and_says_so() {
     let (_dir, publisher) = published(&[200, 201, 202]);
     // Each: what is harmed, and the exit code.
     type Harm = fn(&Device);
-    let folder = |device: &Device, id: mosfs::deploy::DeploymentId| {
+    let folder = |device: &Device, id: mosfs::internals::deploy::DeploymentId| {
         device.system().join("deployments").join(id.to_string())
     };
     let harms: [(&str, Harm, i32); 5] = [
@@ -138,7 +138,7 @@ fn gc_goes_on_past_what_is_damaged_and_says_so() {
         (
             "an OCI manifest has rotted",
             |device| {
-                let store = mosfs::store::Store::open(&device.system().join("store")).unwrap();
+                let store = mosfs::internals::store::Store::open(&device.system().join("store")).unwrap();
                 let names = store.names().unwrap();
                 let (_, image) = names.iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap();
                 let path = store.blob_path(&image.digest);
@@ -227,7 +227,7 @@ fn on_a_machine_that_mosfs_never_starts_commit_needs_to_be_told_so() {
     device.refused(&["commit", "--unbooted"], 1, &["has no tries left", "--again"]);
     fs::write(&path, &state).unwrap();
     // Nor one that could not be started.
-    let store = mosfs::store::Store::open(&device.system().join("store")).unwrap();
+    let store = mosfs::internals::store::Store::open(&device.system().join("store")).unwrap();
     let id = device.state().pending.unwrap().deployment;
     let manifest = crate::signers::manifest(&store, id.version);
     let image = store.blob_path(&manifest.targets.values().next().unwrap().digest);

@@ -1,8 +1,8 @@
 //! What somebody with root, or with the disk and everything that was ever recorded, cannot do.
 
-use mosfs::error::{Class, Classified};
-use mosfs::floor::{Floor as _, INDEX, Name, PublicKey};
-use mosfs::sys::tpm::{NvArea, PublicPoint, Tpm};
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::floor::{Floor as _, INDEX, Name, PublicKey};
+use mosfs::internals::sys::tpm::{NvArea, PublicPoint, Tpm};
 use tempfile::tempdir;
 
 use crate::*;
@@ -13,7 +13,8 @@ fn point(key: &PublicKey) -> PublicPoint {
 
 /// Does what a raise does, without any of our own checks; the TPM's response code where it refuses.
 fn raw_raise(swtpm: &Swtpm, compare_with: u64, write: u64, signed_version: u64) -> Result<(), u32> {
-    let code = |error: mosfs::sys::tpm::TpmError| error.code().unwrap_or_else(|| panic!("{error}"));
+    let code =
+        |error: mosfs::internals::sys::tpm::TpmError| error.code().unwrap_or_else(|| panic!("{error}"));
     let policy = policy();
     let tpm = Tpm::open(&swtpm.tcti(), BUDGET).unwrap();
     let index = tpm.nv_index(INDEX).map_err(code)?;

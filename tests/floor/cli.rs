@@ -7,9 +7,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Instant;
 
-use mosfs::digest::hex;
-use mosfs::floor::signature::authorization_block;
-use mosfs::floor::{INDEX, check_signature};
+use mosfs::internals::digest::hex;
+use mosfs::internals::floor::signature::authorization_block;
+use mosfs::internals::floor::{INDEX, check_signature};
 use tempfile::TempDir;
 
 use crate::common::swtpm::{run_tool, write_private};

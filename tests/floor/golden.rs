@@ -4,12 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use mosfs::digest::hex;
-use mosfs::error::{Class, Classified};
-use mosfs::floor::{
+use mosfs::internals::digest::hex;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::floor::{
     FloorError, FloorKey, KeyError, MAX_VERSION, Name, Policy, PrivateKey, check_signature, sign_version,
 };
-use mosfs::trust::keys;
+use mosfs::internals::trust::keys;
 use tempfile::tempdir;
 
 use crate::common::swtpm::{Swtpm, run_tool, write_private};

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use mosfs::error::{Class, Classified};
-use mosfs::sys::tpm::TpmError;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::sys::tpm::TpmError;
 
 use crate::proxy::{Do, Proxy, command_code, response};
 use crate::*;

@@ -15,8 +15,10 @@ mod rules;
 use std::path::Path;
 use std::time::Duration;
 
-use mosfs::floor::signature::{authorize, sign_provision};
-use mosfs::floor::{Floor, FloorError, Policy, PrivateKey, Signature, Tcti, TpmFloor, sign_version};
+use mosfs::internals::floor::signature::{authorize, sign_provision};
+use mosfs::internals::floor::{
+    Floor, FloorError, Policy, PrivateKey, Signature, Tcti, TpmFloor, sign_version,
+};
 use uuid::Uuid;
 
 use common::swtpm::Swtpm;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use mosfs::sys::tpm::Tcti;
+use mosfs::internals::sys::tpm::Tcti;
 
 /// What to do with a command.
 pub enum Do {

@@ -2,8 +2,8 @@
 
 use std::thread;
 
-use mosfs::error::{Class, Classified};
-use mosfs::floor::{FILE_WARNING, FileFloor, check, check_update};
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::floor::{FILE_WARNING, FileFloor, check, check_update};
 use tempfile::tempdir;
 
 use crate::*;

@@ -4,9 +4,9 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use mosfs::digest::{Hasher, hex};
-use mosfs::image::layer::Place;
-use mosfs::image::{Attr, FileType, Layer, LayerError, NodeId};
+use mosfs::internals::digest::{Hasher, hex};
+use mosfs::internals::image::layer::Place;
+use mosfs::internals::image::{Attr, FileType, Layer, LayerError, NodeId};
 
 fn shown(bytes: &[u8]) -> String {
     let mut text = String::new();

@@ -5,11 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mosfs::image::blobs::BlobFolder;
-use mosfs::image::format::ChunkedLayer;
-use mosfs::image::oci::{Index, MAX_INDEX_BYTES, OciImage};
-use mosfs::image::puzzlefs::Puzzlefs;
-use mosfs::sys::file::Links;
+use mosfs::internals::image::blobs::BlobFolder;
+use mosfs::internals::image::format::ChunkedLayer;
+use mosfs::internals::image::oci::{Index, MAX_INDEX_BYTES, OciImage};
+use mosfs::internals::image::puzzlefs::Puzzlefs;
+use mosfs::internals::sys::file::Links;
 
 /// The images: layout, name in it, and the expected tree.
 pub const IMAGES: [(&str, &str, &str); 7] = [

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex};
 
-use mosfs::digest::Digest;
-use mosfs::image::LayerError;
-use mosfs::image::blobs::{Blob, BlobError, Blobs, read_whole};
-use mosfs::image::format::ChunkedLayer;
-use mosfs::image::puzzlefs::Puzzlefs;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::LayerError;
+use mosfs::internals::image::blobs::{Blob, BlobError, Blobs, read_whole};
+use mosfs::internals::image::format::ChunkedLayer;
+use mosfs::internals::image::puzzlefs::Puzzlefs;
 
 /// What a pointer leads to.
 #[derive(Clone)]

@@ -7,13 +7,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use mosfs::digest::Digest;
-use mosfs::image::layer::Layer;
-use mosfs::image::puzzlefs::{Puzzlefs, ROOTFS};
-use mosfs::image::{FileType, NodeId};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::layer::Layer;
+use mosfs::internals::image::puzzlefs::{Puzzlefs, ROOTFS};
+use mosfs::internals::image::{FileType, NodeId};
 
 use crate::dump::content;
-use mosfs::image::oci::MAX_MANIFEST_BYTES;
+use mosfs::internals::image::oci::MAX_MANIFEST_BYTES;
 
 use crate::images::{IMAGES, expected, image, layer, open, unpack};
 use crate::layout::{OurMount, open_rw, run_mosfs};
@@ -65,7 +65,7 @@ fn line(path: &[u8], node: &Node) -> String {
         'b' | 'c' => format!("{}:{}", libc::major(node.rdev), libc::minor(node.rdev)),
         _ => "-".into(),
     };
-    let hex = |bytes: &[u8]| mosfs::digest::hex(bytes);
+    let hex = |bytes: &[u8]| mosfs::internals::digest::hex(bytes);
     let xattrs: Vec<_> = node.xattrs.iter().map(|(k, v)| format!("{}={}", escaped(k), hex(v))).collect();
     let xattrs = if xattrs.is_empty() { "-".into() } else { xattrs.join(",") };
     let content = match (&node.content, &node.target) {

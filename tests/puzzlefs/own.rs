@@ -5,16 +5,18 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
-use mosfs::convert::puzzlefs::{Limits, Packed, PuzzlefsError, compress::Compressor, fsverity, pack};
-use mosfs::digest::Digest;
-use mosfs::error::{Class, Classified};
-use mosfs::image::format::ChunkedLayer;
-use mosfs::image::layer::Layer;
-use mosfs::image::oci::Descriptor;
-use mosfs::image::overlay::Merged;
-use mosfs::image::puzzlefs::{FILEDATA, Puzzlefs, ROOTFS, VERITY_ANNOTATION};
-use mosfs::progress::Progress;
-use mosfs::store::Store;
+use mosfs::internals::convert::puzzlefs::{
+    Limits, Packed, PuzzlefsError, compress::Compressor, fsverity, pack,
+};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::image::format::ChunkedLayer;
+use mosfs::internals::image::layer::Layer;
+use mosfs::internals::image::oci::Descriptor;
+use mosfs::internals::image::overlay::Merged;
+use mosfs::internals::image::puzzlefs::{FILEDATA, Puzzlefs, ROOTFS, VERITY_ANNOTATION};
+use mosfs::internals::progress::Progress;
+use mosfs::internals::store::Store;
 
 use crate::dump::dump;
 use crate::images::{image, open, unpack};

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use mosfs::digest::Digest;
-use mosfs::image::layer::{BlockId, Layer, Place};
-use mosfs::image::puzzlefs::{MAX_CHUNK_BYTES, MAX_METADATA_BYTES, Puzzlefs};
-use mosfs::image::{LayerError, NodeId, ReadError};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::layer::{BlockId, Layer, Place};
+use mosfs::internals::image::puzzlefs::{MAX_CHUNK_BYTES, MAX_METADATA_BYTES, Puzzlefs};
+use mosfs::internals::image::{LayerError, NodeId, ReadError};
 
 use crate::message::{
     Inode, Memory, Part, Ptr, dir, encode, file, frame, inode, layer, link, one, open, rootfs, with_xattr,

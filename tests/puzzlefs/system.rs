@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mosfs::image::oci::{CONFIG, OciImage};
-use mosfs::image::puzzlefs::ROOTFS;
-use mosfs::store::Store;
+use mosfs::internals::image::oci::{CONFIG, OciImage};
+use mosfs::internals::image::puzzlefs::ROOTFS;
+use mosfs::internals::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -197,7 +197,7 @@ impl Drop for Mounts {
         let points = table.lines().filter_map(|line| line.split(' ').nth(4));
         let points: Vec<_> = points.filter(|point| Path::new(point).starts_with(&self.0)).collect();
         for point in points.into_iter().rev() {
-            let _ = mosfs::sys::mountapi::unmount(Path::new(point), true);
+            let _ = mosfs::internals::sys::mountapi::unmount(Path::new(point), true);
         }
     }
 }

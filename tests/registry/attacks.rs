@@ -5,9 +5,9 @@ use std::fs;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mosfs::digest::Digest;
-use mosfs::image::oci::{CONFIG, Descriptor, INDEX, MANIFEST, Manifest, SQUASHFS_ZSTD};
-use mosfs::store::{Store, version_name};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::oci::{CONFIG, Descriptor, INDEX, MANIFEST, Manifest, SQUASHFS_ZSTD};
+use mosfs::internals::store::{Store, version_name};
 
 use crate::faults::served;
 use crate::place::{Place, display, load, refused, text};

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use mosfs::digest::Digest;
-use mosfs::image::oci::{Descriptor, MANIFEST};
-use mosfs::store::{Store, version_name};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::oci::{Descriptor, MANIFEST};
+use mosfs::internals::store::{Store, version_name};
 
 use crate::place::{Place, display, layers_of, load, refused};
 use crate::server::{Fault, Options, Seen, Server};

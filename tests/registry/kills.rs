@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use mosfs::digest::Digest;
-use mosfs::image::oci::Descriptor;
-use mosfs::store::Store;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::oci::Descriptor;
+use mosfs::internals::store::Store;
 
 use crate::debian::{Config, Debian};
 use crate::place::{Place, display, layers_of, load, text};

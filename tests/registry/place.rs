@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use mosfs::image::oci::{
+use mosfs::internals::image::oci::{
     Descriptor, INDEX, Index, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY,
 };
-use mosfs::manifest::SystemManifest;
-use mosfs::store::{Store, version_name};
-use mosfs::transport::Transport;
+use mosfs::internals::manifest::SystemManifest;
+use mosfs::internals::store::{Store, version_name};
+use mosfs::internals::transport::Transport;
 use tempfile::TempDir;
 
 use crate::publish::{PRODUCT, Publisher};
@@ -165,7 +165,7 @@ pub fn layers_of(store: &Store, version: u64) -> Vec<Descriptor> {
 /// Puts a version of a store into a test's registry, as `push` does, without asking it.
 pub fn load(store: &Store, version: u64, prefix: &str, server: &Server) {
     let (manifest, images) = system_of(store, version);
-    let put = |repository: &str, manifest: &mosfs::image::oci::Manifest| {
+    let put = |repository: &str, manifest: &mosfs::internals::image::oci::Manifest| {
         for blob in manifest.layers.iter().chain([&manifest.config]) {
             server.put_blob(repository, &store.get(&blob.digest, u64::MAX).expect("a blob"));
         }

@@ -3,8 +3,8 @@
 use std::fs;
 use std::process::Command;
 
-use mosfs::image::oci::SYSTEM_REPOSITORY;
-use mosfs::store::{Store, version_name};
+use mosfs::internals::image::oci::SYSTEM_REPOSITORY;
+use mosfs::internals::store::{Store, version_name};
 
 use crate::debian::{Config, Debian};
 use crate::place::{Place, display, layers_of, system_of, text};

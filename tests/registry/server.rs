@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-use mosfs::digest::Digest;
+use mosfs::internals::digest::Digest;
 use openssl::ssl::{SslAcceptor, SslStream};
 use serde_json::{Value, json};
 

@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use mosfs::digest::Digest;
-use mosfs::image::source::Source;
-use mosfs::image::verified::VerifiedSource;
-use mosfs::mount::kernel::through_device::through_device;
-use mosfs::mount::table;
-use mosfs::sys::dm::{Control, Target};
-use mosfs::sys::loopdev::LoopDevice;
-use mosfs::sys::mountapi;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::source::Source;
+use mosfs::internals::image::verified::VerifiedSource;
+use mosfs::internals::mount::kernel::through_device::through_device;
+use mosfs::internals::mount::table;
+use mosfs::internals::sys::dm::{Control, Target};
+use mosfs::internals::sys::loopdev::LoopDevice;
+use mosfs::internals::sys::mountapi;
 
 use super::publish::{PRODUCT, Publisher};
 use super::{GuestLayer, mount_at, nothing_left, text};
@@ -64,7 +64,7 @@ impl GuestDevice {
         let begin = ["mosfs".as_ref(), "--system".as_ref(), system.as_os_str(), "--config".as_ref()];
         let words = begin.into_iter().chain([config.as_os_str()]);
         let words = words.chain(arguments.iter().map(OsStr::new)).map(Into::into);
-        let code = format!("{:?}", mosfs::cli::run_with(words));
+        let code = format!("{:?}", mosfs::internals::cli::run_with(words));
         // ExitCode can be printed, and nothing else.
         code.chars().filter(char::is_ascii_digit).collect::<String>().parse().unwrap()
     }
@@ -166,7 +166,7 @@ fn guest_activate_mends_what_a_crash_left() {
         let words = ["mosfs", "activate", "--floor", "file", "--backend", "dm-verity", "--system"];
         let words =
             words.map(Into::into).into_iter().chain([system.into(), "--config".into(), config.into()]);
-        mosfs::cli::run_with(words);
+        mosfs::internals::cli::run_with(words);
         unreachable!("the failpoint was not passed");
     }
     let points = [

@@ -407,7 +407,7 @@ impl Erofs {
         }
         let base = index.at + HEADER_BYTES;
         // Rows of 4 bytes up to where packs of 32 bytes can begin, then those, then rows of 4 bytes again.
-        let first = (32 - base % 32) / 4 & 7;
+        let first = (32 - base % 32) % 32 / 4;
         let small = match index.advice & COMPACT_2B != 0 && first < rows {
             true => (rows - first) / 16 * 16,
             false => 0,

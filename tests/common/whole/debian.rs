@@ -19,7 +19,7 @@ use rustix::fs::{CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, makedev}
 
 use super::commands::{command, join, need_root, run};
 use super::scan::{differences, scan};
-use mosfs::digest::Digest;
+use mosfs::internals::digest::Digest;
 
 /// The image and what it should look like.
 pub struct Image {

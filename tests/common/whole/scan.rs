@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use mosfs::digest::{Digest, Hasher};
+use mosfs::internals::digest::{Digest, Hasher};
 
 /// All paths below a folder, relative to it; the folder itself is the empty path.
 pub type Tree = BTreeMap<Vec<u8>, Node>;

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mosfs::digest::Digest;
-use mosfs::store::Store;
+use mosfs::internals::digest::Digest;
+use mosfs::internals::store::Store;
 use tempfile::TempDir;
 
 use super::commands::{command, mosfs, run};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use mosfs::manifest::{ImportManifest, SystemManifest, json};
+use mosfs::internals::manifest::{ImportManifest, SystemManifest, json};
 
 /// Any bytes are an import manifest, or errors that all have a place; what is accepted can be written in
 /// reproducible form.

@@ -5,12 +5,12 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::sync::Arc;
 
-use mosfs::digest::Digest;
-use mosfs::image::blobs::{Blob, BlobError, Blobs, read_whole};
-use mosfs::image::format::ChunkedLayer;
-use mosfs::image::layer::{Layer, NodeId, Place};
-use mosfs::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
-use mosfs::image::{FileType, LayerError};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::blobs::{Blob, BlobError, Blobs, read_whole};
+use mosfs::internals::image::format::ChunkedLayer;
+use mosfs::internals::image::layer::{Layer, NodeId, Place};
+use mosfs::internals::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
+use mosfs::internals::image::{FileType, LayerError};
 
 /// The digests that a fuzzer's metadata may name: the manifest lists these, each with 64 KiB.
 const LISTED: [Digest; 3] =

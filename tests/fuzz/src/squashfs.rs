@@ -3,9 +3,9 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use mosfs::image::layer::{BlockId, Layer, NodeId, Place};
-use mosfs::image::squashfs::{Options, Squashfs};
-use mosfs::image::{FileType, MemorySource};
+use mosfs::internals::image::layer::{BlockId, Layer, NodeId, Place};
+use mosfs::internals::image::squashfs::{Options, Squashfs};
+use mosfs::internals::image::{FileType, MemorySource};
 
 use super::build::{self, Parts};
 
@@ -58,7 +58,7 @@ pub fn directory(data: &[u8]) {
     parts.inodes.extend(index);
     let Some(image) = open(parts.build().bytes) else { return };
     let root = image.root();
-    let mut names: Vec<mosfs::image::DirEntry> = Vec::new();
+    let mut names: Vec<mosfs::internals::image::DirEntry> = Vec::new();
     let whole = image.read_dir(root, 0, &mut |entry| {
         assert!(
             !entry.name.is_empty() && entry.name.len() <= 255 && entry.name != b"." && entry.name != b".."

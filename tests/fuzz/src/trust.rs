@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use mosfs::trust::anchor::CaFile;
-use mosfs::trust::{Anchor, Certificate, Dates};
+use mosfs::internals::trust::anchor::CaFile;
+use mosfs::internals::trust::{Anchor, Certificate, Dates};
 
 /// Any bytes as the DER of a certificate, alone and with a CA's behind it: only what the CA issued is accepted,
 /// and that needs its signature, which a fuzzer does not find. The seeds are such certificates, so that all of the

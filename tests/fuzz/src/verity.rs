@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::io::Write;
 
-use mosfs::digest::Digest;
-use mosfs::image::verified::VerifiedSource;
-use mosfs::image::verity::{BLOCK_BYTES, Geometry, Superblock, data_bytes};
-use mosfs::image::{ReadError, Source};
+use mosfs::internals::digest::Digest;
+use mosfs::internals::image::verified::VerifiedSource;
+use mosfs::internals::image::verity::{BLOCK_BYTES, Geometry, Superblock, data_bytes};
+use mosfs::internals::image::{ReadError, Source};
 
 /// A superblock of any bytes: what is accepted is written back as it was read.
 pub fn superblock(data: &[u8]) {
