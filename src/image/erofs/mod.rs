@@ -42,16 +42,12 @@ mod zmap;
 
 use std::sync::Arc;
 
-pub use codec::DECODED_BYTES_MAX;
-pub use inode::SYMLINK_BYTES_MAX;
-pub use superblock::Superblock;
-pub use xattr::VALUES_BYTES_MAX;
-
 use super::cache::Cache;
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 use super::source::Source;
 use inode::{Inode, SLOT_BYTES};
 use metadata::{PAGE_BYTES, Space};
+use superblock::Superblock;
 
 /// Options for reading an image.
 #[derive(Debug, Clone, Copy)]
@@ -141,12 +137,8 @@ impl Erofs {
         Ok(inode)
     }
 
-    /// The superblock.
-    pub fn superblock(&self) -> &Superblock {
-        &self.superblock
-    }
-
     /// Returns how many bytes of metadata are cached now.
+    #[cfg(feature = "internals")]
     pub fn metadata_cache_bytes(&self) -> usize {
         self.pages.sum(|page| page.len())
     }
