@@ -162,7 +162,9 @@ fn newer_options(version: &str) -> Vec<String> {
         "-Ededupe,fragments -x1 --xattr-prefix=user.",
         "-Ededupe,ztailpacking",
     ];
-    for compressor in ["-zlz4hc", "-zlzma,level=3", "-zdeflate", "-zlibdeflate,level=9", "-zzstd", several] {
+    let compressors = ["-zlz4hc", "-zlzma,level=3", "-zdeflate", "-zlibdeflate,level=9", "-zzstd", several];
+    // 1.9.3 crashes with several.
+    for compressor in compressors.into_iter().take(if version < "1.9" { 6 } else { 5 }) {
         for size in ["", "-C65536"] {
             let tails = tails.iter().filter(|tail| compressor != several || !tail.contains("dedupe"));
             options.extend(tails.map(|tail| format!("{compressor} {size} {tail}")));

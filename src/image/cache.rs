@@ -36,7 +36,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl<V: Clone> Cache<V> {
     /// Creates a cache of at most about `bytes` bytes of pieces of up to `piece_bytes` each (and at least
     /// one set).
-    pub fn new(bytes: usize, piece_bytes: usize) -> Self {
+    pub(super) fn new(bytes: usize, piece_bytes: usize) -> Self {
         let sets = (bytes / (piece_bytes * WAYS)).max(1);
         Cache { sets: (0..sets).map(|_| Mutex::default()).collect() }
     }
@@ -48,7 +48,7 @@ impl<V: Clone> Cache<V> {
     }
 
     /// Returns the piece with that number, if it is cached.
-    pub fn get(&self, key: u64) -> Option<V> {
+    pub(super) fn get(&self, key: u64) -> Option<V> {
         let mut set = lock(self.set(key));
         let way = set.keys.iter().position(|&held| held == key)?;
         set.used |= 1 << way;
@@ -56,7 +56,7 @@ impl<V: Clone> Cache<V> {
     }
 
     /// Adds a piece. One with that number that is cached already stays.
-    pub fn put(&self, key: u64, value: V) {
+    pub(super) fn put(&self, key: u64, value: V) {
         let mut set = lock(self.set(key));
         let set = &mut *set;
         if set.keys.contains(&key) {
@@ -77,7 +77,7 @@ impl<V: Clone> Cache<V> {
     }
 
     /// Returns the sum of a size over the pieces in the cache.
-    pub fn sum(&self, size: impl Fn(&V) -> usize) -> usize {
+    pub(super) fn sum(&self, size: impl Fn(&V) -> usize) -> usize {
         self.sets.iter().map(|set| lock(set).values.iter().map(&size).sum::<usize>()).sum()
     }
 }

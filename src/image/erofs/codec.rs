@@ -32,7 +32,7 @@ use crate::image::LayerError;
 use crate::image::layer::BlockId;
 
 /// The most that a cluster decodes to, in bytes (Z_EROFS_PCLUSTER_MAX_DSIZE in the kernel's erofs_fs.h).
-pub const DECODED_BYTES_MAX: u32 = 12 << 20;
+pub(super) const DECODED_BYTES_MAX: u32 = 12 << 20;
 
 /// The name of clusters in errors.
 const TABLE: &str = "data block";
@@ -68,7 +68,7 @@ pub(super) enum Code {
 
 impl Code {
     /// The code with that number in the format.
-    pub fn of_algorithm(number: u8, zero_padded: bool) -> Option<Self> {
+    pub(super) fn of_algorithm(number: u8, zero_padded: bool) -> Option<Self> {
         Some(match number {
             0 if zero_padded => Code::Lz4,
             0 => Code::Lz4AtStart,
@@ -115,17 +115,17 @@ pub(super) struct Stored {
 
 impl Stored {
     /// Bytes that are stored as they are; at most [`STORED_BYTES_MAX`].
-    pub fn raw(at: u64, bytes: u32) -> Self {
+    pub(super) fn raw(at: u64, bytes: u32) -> Self {
         Stored { at, bytes, code: Code::Raw, prefix: false, metadata: None }
     }
 
     /// The same, beside an inode.
-    pub fn in_metadata(self, space: Space) -> Self {
+    pub(super) fn in_metadata(self, space: Space) -> Self {
         Stored { metadata: Some(space), ..self }
     }
 
     /// The block of it that decodes to `len` bytes.
-    pub fn block(self, len: u32) -> BlockId {
+    pub(super) fn block(self, len: u32) -> BlockId {
         let mut size_word = self.bytes | self.code.number() << SIZE_BITS;
         if self.prefix {
             size_word |= PREFIX;

@@ -37,7 +37,7 @@ pub(super) const TABLE: &str = "inode";
 pub(super) const SLOT_BYTES: u64 = 32;
 
 /// The longest target of a symbolic link, in bytes (PATH_MAX).
-pub const SYMLINK_BYTES_MAX: u64 = 4096;
+pub(super) const SYMLINK_BYTES_MAX: u64 = 4096;
 
 /// Size of a compact inode, in bytes.
 const COMPACT_BYTES: usize = 32;
@@ -93,17 +93,17 @@ pub(super) struct Inode {
 
 impl Inode {
     /// Where the bytes after inode and xattrs are.
-    pub fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.at + self.bytes + self.xattr_bytes
     }
 
     /// Whether its content is compressed.
-    pub fn is_compressed(&self) -> bool {
+    pub(super) fn is_compressed(&self) -> bool {
         matches!(self.layout, Layout::CompressedFull | Layout::CompressedCompact)
     }
 
     /// Returns an error about this inode.
-    pub fn corrupt(&self, why: impl Into<String>) -> LayerError {
+    pub(super) fn corrupt(&self, why: impl Into<String>) -> LayerError {
         corrupt(TABLE, self.at, why)
     }
 }

@@ -40,12 +40,12 @@ pub(super) struct Piece {
 
 impl Piece {
     /// A piece that is all of `bytes`.
-    pub fn whole(bytes: Arc<[u8]>) -> Self {
+    pub(super) fn whole(bytes: Arc<[u8]>) -> Self {
         Piece { from: 0, to: bytes.len(), page: bytes }
     }
 
     /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         self.page.get(self.from..self.to).unwrap_or_default()
     }
 }

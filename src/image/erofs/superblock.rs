@@ -80,7 +80,7 @@ const ALGORITHMS: u32 = 4;
 
 /// The fields of the superblock, checked against each other and against the size of the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Superblock {
+pub(super) struct Superblock {
     /// Binary logarithm of the block size: 9 to 16.
     pub block_log: u32,
     /// Size of the image, in bytes: all its blocks.
@@ -117,7 +117,7 @@ pub struct Superblock {
 
 impl Superblock {
     /// Size of a block, in bytes.
-    pub fn block_bytes(&self) -> u32 {
+    pub(super) fn block_bytes(&self) -> u32 {
         1 << self.block_log
     }
 
@@ -141,7 +141,7 @@ impl Superblock {
     /// # Errors
     /// [`LayerError::Corrupt`] with table `superblock` and the offset of the field in the image;
     /// [`LayerError::Read`] if the source cannot return the bytes.
-    pub fn read(source: &dyn Source) -> Result<Self, LayerError> {
+    pub(super) fn read(source: &dyn Source) -> Result<Self, LayerError> {
         let size = source.size_bytes();
         let bad = |at: u64, why: String| Err(corrupt(TABLE, START + at, why));
         if size < START + BYTES as u64 {

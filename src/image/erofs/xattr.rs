@@ -35,7 +35,7 @@ const NAME_BYTES_MAX: usize = 255;
 const LIST_BYTES_MAX: usize = 64 << 10;
 
 /// The most that all values of one file may take, in bytes.
-pub const VALUES_BYTES_MAX: usize = 4 << 20;
+pub(super) const VALUES_BYTES_MAX: usize = 4 << 20;
 
 /// Bit of a prefix: a long one.
 const LONG: u8 = 0x80;
