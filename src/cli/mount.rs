@@ -112,28 +112,33 @@ pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     if args.is_of_image() {
         return run_image(args, global);
     }
-    mount(args, global, || {
-        let anchor = Anchor::load(&global.config)?;
-        let system = device::system(global);
-        let booted = booted::deployment()?;
-        let (store, image) = target::image(&system, booted, &anchor, &args.source)?;
-        let folder = system.scratch_dir(&args.source);
-        let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
-        Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
-    })
+    mount(args, global, || image_of_target(&args.source, global))
+}
+
+/// The image of a target of the deployment that runs.
+pub(super) fn image_of_target(target: &str, global: &Global) -> Result<Found, AnyError> {
+    let anchor = Anchor::load(&global.config)?;
+    let system = device::system(global);
+    let booted = booted::deployment()?;
+    let (store, image) = target::image(&system, booted, &anchor, target)?;
+    let folder = system.scratch_dir(target);
+    let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
+    Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
 }
 
 /// Runs `mosfs mount` of an image, for which nobody's signature is asked.
 pub(super) fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
-    mount(args, global, || {
-        let source: SourceRef = args.source.parse()?;
-        // Not `SourceRef::open`: the start program must not hold the client of registries.
-        let layout = source.layout()?;
-        let transport: &dyn Transport = &layout;
-        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-        let image = transport.image(&found)?;
-        Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
-    })
+    mount(args, global, || image_of_layout(&args.source.parse()?))
+}
+
+/// An image of a layout.
+pub(super) fn image_of_layout(source: &SourceRef) -> Result<Found, AnyError> {
+    // Not `SourceRef::open`: the start program must not hold the client of registries.
+    let layout = source.layout()?;
+    let transport: &dyn Transport = &layout;
+    let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
+    let image = transport.image(&found)?;
+    Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
 }
 
 fn mount(

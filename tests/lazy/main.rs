@@ -19,3 +19,4 @@ mod server;
 mod faults;
 mod fixture;
 mod reads;
+mod trace;

@@ -177,7 +177,7 @@ fn bare_attr(ino: u64, file_type: FileType) -> FileAttr {
 
 impl Filesystem for Tree {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        limits::negotiate(config, self.engine.view().may_have_acls());
+        limits::negotiate(config, self.view.engine.view().may_have_acls());
         Ok(())
     }
 

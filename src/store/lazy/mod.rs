@@ -6,6 +6,7 @@
 //! blob.rs   reads of one such blob
 //! list.rs   what a program reads first, recorded before
 //! fill.rs   what is fetched while nobody waits for it
+//! record.rs what is read of an image, noted for a list
 //! ```
 //!
 //! A [`LazyImage`] is a place of blobs ([`Blobs`]) like a store: a mount reads from it and verifies what it gets, each
@@ -19,6 +20,7 @@ mod fill;
 mod link;
 mod list;
 mod part;
+mod record;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -28,6 +30,7 @@ use std::time::{Duration, Instant};
 
 pub use list::{LIST_TYPE, ListError, ListedRead, MAX_LIST_BYTES, ReadList};
 pub(super) use part::{FOLDER, unneeded};
+pub use record::Recorder;
 
 use self::blob::LazyBlob;
 use self::fill::Fill;

@@ -354,16 +354,36 @@ impl Registry {
         let Some(link) = answer.headers(&header::LINK).find(|link| link.contains("next")) else {
             return Ok(None);
         };
-        let Some(target) = link.trim().strip_prefix('<').and_then(|rest| rest.split_once('>')) else {
+        let Some(target) = link_target(link) else {
             return Ok(None);
         };
-        let next = self.client().next(endpoint, &answer.url, answer.request(), target.0)?;
+        let next = self.client().next(endpoint, &answer.url, answer.request(), target)?;
         if next.origin != endpoint.origin {
             let (request, to) = (answer.request().to_string(), next.to_string());
             let why = "the next page of a list must be of the same server";
             return Err(RegistryError::Redirect { request, to, why }.into());
         }
         Ok(Some(next))
+    }
+}
+
+/// Where a `Link` leads.
+fn link_target(link: &str) -> Option<&str> {
+    link.trim().strip_prefix('<')?.split_once('>').map(|(target, _)| target)
+}
+
+/// Reads any text as the headers and the token of an answer, for fuzzing: it must come to an end, and no more.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub fn read_headers(text: &str) {
+    let Ok(from) = Url::parse("https://registry.example.org/v2/a/tags/list?n=1000") else { return };
+    let _ = auth::challenges(text.lines());
+    let _ = auth::token(text.as_bytes());
+    for line in text.lines() {
+        if let Ok(url) = from.join(link_target(line).unwrap_or(line)) {
+            // What is written for requests is read as the same.
+            assert_eq!(Url::parse(&url.full()).map(|again| again.full()), Ok(url.full()), "{line:?}");
+        }
     }
 }
 
