@@ -7,6 +7,7 @@
 #[allow(dead_code)]
 mod common;
 #[path = "fuzz/src/erofs.rs"]
+#[allow(dead_code)]
 mod fuzz;
 #[path = "common/layout.rs"]
 mod layout;
