@@ -11,12 +11,13 @@
 //! last one is an error: no writer makes one, and refusing it preserves the relation between a position in
 //! the decoded table and the number of its block.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::compress::{Compressor, Scratch, with_scratch};
 use super::error::corrupt;
 use super::superblock::field;
 use crate::image::{LayerError, Source};
+use crate::sys::locks;
 
 /// Size of a full metadata block when it is decoded, in bytes.
 pub const METADATA_BYTES: usize = 8192;
@@ -71,11 +72,6 @@ pub(super) struct Cache {
     sets: Box<[Mutex<Set>]>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The guarded data is consistent whenever a statement can panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Cache {
     /// Creates a cache of at most about `bytes` bytes of blocks (and at least one set of 256 KiB).
     pub(super) fn new(bytes: usize) -> Cache {
@@ -90,14 +86,14 @@ impl Cache {
     }
 
     fn get(&self, at: u64) -> Option<Block> {
-        let mut set = lock(self.set(at));
+        let mut set = locks::lock(self.set(at));
         let way = set.keys.iter().position(|&key| key == at)?;
         set.used |= 1 << way;
         set.blocks.get(way).cloned()
     }
 
     fn put(&self, at: u64, block: Block) {
-        let mut set = lock(self.set(at));
+        let mut set = locks::lock(self.set(at));
         let set = &mut *set;
         if set.keys.contains(&at) {
             return;
@@ -118,7 +114,10 @@ impl Cache {
 
     /// Returns the size of the blocks in the cache, in bytes.
     pub(super) fn bytes(&self) -> usize {
-        self.sets.iter().map(|set| lock(set).blocks.iter().map(|block| block.data.len()).sum::<usize>()).sum()
+        self.sets
+            .iter()
+            .map(|set| locks::lock(set).blocks.iter().map(|block| block.data.len()).sum::<usize>())
+            .sum()
     }
 }
 
@@ -393,7 +392,7 @@ impl Places {
 
     /// Returns the last position of that node at or before `item`.
     pub(super) fn before(&self, node: u64, item: u64) -> Option<Place> {
-        let set = lock(self.set(node));
+        let set = locks::lock(self.set(node));
         let (_, places) = set.nodes.iter().find(|(id, _)| *id == node)?;
         let count = places.partition_point(|place| place.item <= item);
         places.get(count.checked_sub(1)?).copied()
@@ -404,7 +403,7 @@ impl Places {
         if found.is_empty() {
             return;
         }
-        let mut set = lock(self.set(node));
+        let mut set = locks::lock(self.set(node));
         let set = &mut *set;
         let way = match set.nodes.iter().position(|(id, _)| *id == node) {
             Some(way) => way,
@@ -473,7 +472,7 @@ mod tests {
             places.remember(node, &many);
         }
         let (nodes, kept) = places.sets.iter().fold((0, 0), |(nodes, kept), set| {
-            let set = lock(set);
+            let set = locks::lock(set);
             (nodes + set.nodes.len(), kept + set.nodes.iter().map(|(_, places)| places.len()).sum::<usize>())
         });
         assert!(nodes <= PLACE_SETS * PLACE_WAYS && kept <= nodes * PLACES as usize);
