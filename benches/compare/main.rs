@@ -123,6 +123,7 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         ("squashfs", fixture.squashfs().display().to_string()),
         ("erofs", fixture.erofs().display().to_string()),
         ("tar", format!("{}:three", fixture.tar_layout().display())),
+        ("erofs_layer", format!("oci:{}:erofs", fixture.erofs_layers().display())),
         ("one", image("one")),
         ("three", image("three")),
         ("twenty", image("twenty")),
@@ -158,8 +159,10 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         // Cold means a fresh mount of an image that is in memory.
         work::warm(&fixture.squashfs())?;
         work::warm(&fixture.erofs())?;
-        for blob in fs::read_dir(fixture.layers().join("blobs/sha256"))? {
-            work::warm(&blob?.path())?;
+        for layout in [fixture.layers(), fixture.erofs_layers()] {
+            for blob in fs::read_dir(layout.join("blobs/sha256"))? {
+                work::warm(&blob?.path())?;
+            }
         }
         let ticks = machine::Ticks::now();
         let samples = if row.who == Who::Programs {
