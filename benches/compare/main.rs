@@ -101,7 +101,7 @@ fn run(args: &Args) -> Result<()> {
     fs::create_dir_all(&args.output)?;
     if args.report_only {
         let text = fs::read(args.output.join("report.json"))?;
-        return report::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
+        return page::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
     }
     let fixture = Fixture::make(&args.dir)?;
     if args.prepare {
@@ -109,7 +109,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let figures = measure(args, &fixture)?;
     report::print(&figures);
-    report::write(&args.output, &figures)?;
+    page::write(&args.output, &figures)?;
     println!("\n{}", args.output.join("report.html").display());
     Ok(())
 }
