@@ -107,6 +107,12 @@ impl LazyBlob {
         &self.part
     }
 
+    /// Forgets that the disk was full. The process that serves the image finds out by itself, and says so in its log,
+    /// which the process that mounted it does not write.
+    pub(super) fn forget_full(&self) {
+        *lock(&self.full) = None;
+    }
+
     /// Whether the disk was full a short time ago.
     pub(super) fn is_full(&self) -> bool {
         lock(&self.full).is_some_and(|since| since.elapsed() < FULL_FOR)

@@ -123,6 +123,8 @@ pub(super) fn start(shared: &Arc<Shared>) -> io::Result<()> {
     if shared.is_complete() {
         return Ok(());
     }
+    shared.link.say_again();
+    shared.blobs.iter().for_each(|lazy| lazy.blob.forget_full());
     let spawn = |name: &str, work: fn(&Shared)| {
         let shared = Arc::clone(shared);
         let builder = thread::Builder::new().name(name.into()).stack_size(STACK);

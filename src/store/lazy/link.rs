@@ -121,6 +121,11 @@ impl Link {
             && self.lock().last_wait.is_none_or(|last| last.elapsed() >= quiet)
     }
 
+    /// Forgets what was said in the log of another process.
+    pub(super) fn say_again(&self) {
+        self.lock().said = None;
+    }
+
     /// How long nothing should be asked in the background; zero if the link is good.
     pub(super) fn closed_for(&self) -> Duration {
         let state = self.lock();
