@@ -28,7 +28,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-pub use list::{LIST_TYPE, ListError, ListedRead, MAX_LIST_BYTES, ReadList};
+pub use list::{LIST_TYPE, MAX_LIST_BYTES, ReadList};
 pub(super) use part::{FOLDER, unneeded};
 pub use record::Recorder;
 
@@ -206,14 +206,10 @@ impl LazyImage {
         }
         jobs
     }
-
-    /// Whether all blobs are in the store.
-    pub fn is_complete(&self) -> bool {
-        self.shared.is_complete()
-    }
 }
 
 impl Shared {
+    /// Whether all blobs are in the store.
     fn is_complete(&self) -> bool {
         self.blobs.iter().all(|lazy| lazy.blob.part().is_complete())
             && self.chunks.values().all(|chunk| self.store.has(chunk))
