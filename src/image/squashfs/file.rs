@@ -24,7 +24,7 @@ pub(super) const TABLE: &str = "data block";
 pub(super) const FRAGMENT_TABLE: &str = "fragment block";
 
 /// Bit of a size word: the block is not compressed.
-pub(super) const STORED: u32 = 1 << 24;
+pub const STORED: u32 = 1 << 24;
 
 /// Bits of a size word that hold the size on disk.
 pub(super) const SIZE_MASK: u32 = STORED - 1;

@@ -30,7 +30,7 @@ const HEADER_BYTES: u64 = 2;
 const PAGE_BYTES: u64 = 4096;
 
 /// Bit of a header: the block is not compressed.
-const STORED: u16 = 1 << 15;
+pub const STORED: u16 = 1 << 15;
 
 /// A part of the image that consists of consecutive metadata blocks.
 #[derive(Debug, Clone, Copy)]

@@ -51,8 +51,9 @@ use std::sync::{Arc, OnceLock};
 
 pub use check::Event;
 pub use compress::Compressor;
-pub use metadata::METADATA_BYTES;
-pub use superblock::{SUPERBLOCK_BYTES, Superblock};
+pub use file::STORED as BLOCK_STORED;
+pub use metadata::{METADATA_BYTES, STORED as METADATA_STORED};
+pub use superblock::{FLAG_COMPRESSOR_OPTIONS, SUPERBLOCK_BYTES, Superblock};
 
 use super::cache::Cache;
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};

@@ -18,7 +18,7 @@ const TABLE: &str = "superblock";
 const NO_TABLE: u64 = u64::MAX;
 
 /// Flag bit: compressor options follow the superblock.
-const FLAG_COMPRESSOR_OPTIONS: u16 = 1 << 10;
+pub const FLAG_COMPRESSOR_OPTIONS: u16 = 1 << 10;
 
 /// The fields of the superblock, checked against each other and against the size of the source.
 ///
