@@ -4,6 +4,7 @@
 //! part.rs   the file of a blob that is here in parts; its holes are the map    DIR/.mosfs/lazy/HEX
 //! link.rs   the place that missing bytes come from, and how long it is waited for
 //! blob.rs   reads of one such blob
+//! flight.rs bytes that are being fetched, and who waits for them
 //! list.rs   what a program reads first, recorded before
 //! fill.rs   what is fetched while nobody waits for it
 //! record.rs what is read of an image, noted for a list
@@ -17,6 +18,7 @@
 
 mod blob;
 mod fill;
+mod flight;
 mod link;
 mod list;
 mod part;
@@ -25,7 +27,7 @@ mod record;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 pub use list::{LIST_TYPE, MAX_LIST_BYTES, ReadList};
@@ -34,7 +36,8 @@ pub use record::Recorder;
 
 use self::blob::LazyBlob;
 use self::fill::Fill;
-use self::link::{Link, Urgency};
+use self::flight::{Fetched, Flight};
+use self::link::{Link, LinkError, Urgency};
 use self::part::{BLOCK, Part};
 use super::{Store, StoreError};
 use crate::digest::Digest;
@@ -45,6 +48,7 @@ use crate::image::format::LayerFormat;
 use crate::image::oci::{Descriptor, OciImage};
 use crate::image::verity::Geometry;
 use crate::sys::flock::Lock;
+use crate::sys::locks::lock;
 use crate::transport::Transport;
 
 /// The first bytes of a layer that are fetched before it is opened: its superblock.
@@ -86,7 +90,7 @@ struct Shared {
     blobs: Vec<Lazy>,
     /// The chunks that were not in the store, with their descriptors.
     chunks: BTreeMap<Digest, Descriptor>,
-    chunk_flights: Mutex<HashMap<Digest, Arc<ChunkFlight>>>,
+    chunk_flights: Mutex<HashMap<Digest, Arc<Flight>>>,
     fill: Arc<Fill>,
     complete: Option<Box<dyn Fn() + Send + Sync>>,
 }
@@ -97,13 +101,6 @@ struct Lazy {
     root_hash: Option<Digest>,
     /// Held by the process that completes the blob.
     fill_lock: Mutex<Option<Lock>>,
-}
-
-/// A chunk that is being fetched.
-#[derive(Default)]
-struct ChunkFlight {
-    outcome: Mutex<Option<Result<Arc<Vec<u8>>, String>>>,
-    landed: Condvar,
 }
 
 impl LazyImage {
@@ -216,45 +213,31 @@ impl Shared {
     }
 
     /// Reads a chunk that is not in the store: one request, whoever needs it.
-    fn chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Result<Arc<Vec<u8>>, String> {
+    fn chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Fetched {
         let (flight, is_ours) = {
             let mut flights = lock(&self.chunk_flights);
             match flights.get(&chunk.digest) {
                 Some(flight) => (Arc::clone(flight), false),
                 None => {
-                    let flight = Arc::<ChunkFlight>::default();
+                    let flight = Arc::<Flight>::default();
                     flights.insert(chunk.digest, Arc::clone(&flight));
                     (flight, true)
                 }
             }
         };
         if !is_ours {
-            let deadline = Instant::now() + self.link.patience() * 2;
-            let mut outcome = lock(&flight.outcome);
-            loop {
-                if let Some(known) = &*outcome {
-                    return known.clone();
-                }
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(format!("chunk {} did not come in time", chunk.digest));
-                }
-                outcome = flight.landed.wait_timeout(outcome, left).unwrap_or_else(PoisonError::into_inner).0;
-            }
+            let late = || LinkError::Failed(format!("chunk {} did not come in time", chunk.digest));
+            return flight.wait(Instant::now() + self.link.patience() * 2).unwrap_or_else(|| Err(late()));
         }
-        let fetched = self.fetch_chunk(chunk, urgency);
-        *lock(&flight.outcome) = Some(fetched.clone());
-        lock(&self.chunk_flights).remove(&chunk.digest);
-        flight.landed.notify_all();
-        fetched
+        let forget = || drop(lock(&self.chunk_flights).remove(&chunk.digest));
+        flight.fly(|| self.fetch_chunk(chunk, urgency), forget)
     }
 
-    fn fetch_chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Result<Arc<Vec<u8>>, String> {
-        let mut bytes = vec![0; usize::try_from(chunk.size).map_err(|error| error.to_string())?];
+    fn fetch_chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Fetched {
+        let mut bytes = vec![0; chunk.size as usize];
         let mut found = None;
         for tries in 0..CHUNK_TRIES {
-            let fetched = self.link.fetch(chunk, 0, &mut bytes, urgency, tries > 0);
-            fetched.map_err(|error| error.to_string())?;
+            self.link.fetch(chunk, 0, &mut bytes, urgency, tries > 0)?;
             let digest = Digest::of(&bytes);
             // Rule (docs/design.md, chunks by digest): what was hashed is what is used.
             if digest == chunk.digest {
@@ -267,7 +250,8 @@ impl Shared {
         }
         let found = found.map_or(String::new(), |found| found.to_string());
         let place = self.link.from().location();
-        Err(format!("{place} sends other bytes: chunk {} has digest {found}", chunk.digest))
+        let why = format!("{place} sends other bytes: chunk {} has digest {found}", chunk.digest);
+        Err(LinkError::Failed(why))
     }
 }
 
@@ -298,7 +282,7 @@ impl Blobs for LazyImage {
         }
         let _waiting = self.shared.link.wait();
         let fetched =
-            self.shared.chunk(chunk, Urgency::Reader).map_err(|why| failed(io::Error::other(why)))?;
+            self.shared.chunk(chunk, Urgency::Reader).map_err(|error| failed(io::Error::other(error)))?;
         read_whole(fetched.as_slice(), digest, stored_bytes, bytes)
     }
 
@@ -357,8 +341,4 @@ impl fmt::Debug for LazyImage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "LazyImage({})", self.shared.link.from().location())
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -239,14 +239,10 @@ impl Part {
     pub(super) fn look_for_blob(&self) -> bool {
         let is_blob = is_at(&self.file, &self.blob_path);
         if is_blob {
-            self.completed_by_another();
+            self.mark(0..self.blocks());
+            self.complete.store(true, Ordering::Release);
         }
         is_blob
-    }
-
-    fn completed_by_another(&self) {
-        self.mark(0..self.blocks());
-        self.complete.store(true, Ordering::Release);
     }
 
     /// Makes it a blob of the store, if it has the right digest.
