@@ -14,6 +14,9 @@
 //! block against the hash tree, each chunk by its digest. Nothing that the place sends is believed. A blob that is
 //! whole, and has its digest, becomes a blob of the store; a partial one is never visible by name.
 //!
+//! Rule: sizes are a server's word until the content has its digest, so memory is taken for none before it was compared
+//! with a bound: [`MAX_LAYER_BYTES`], and those of the format for metadata and chunks.
+//!
 //! Several processes may read one blob: they share the file. One of them completes it.
 
 mod blob;
@@ -46,11 +49,14 @@ use crate::image::blobs::{Blob, BlobError, BlobFolder, BlobProgress, Blobs, read
 use crate::image::bytes::may_wait;
 use crate::image::format::LayerFormat;
 use crate::image::oci::{Descriptor, OciImage};
+use crate::image::puzzlefs::{MAX_CHUNK_BYTES, MAX_METADATA_BYTES};
 use crate::image::verity::Geometry;
 use crate::sys::flock::Lock;
 use crate::sys::locks::lock;
-use crate::transport::Transport;
+use crate::transport::{Transport, TransportError};
 
+/// The largest layer that is fetched while it is read, in bytes: its map takes 32 MiB of memory.
+const MAX_LAYER_BYTES: u64 = 1 << 40;
 /// The first bytes of a layer that are fetched before it is opened: its superblock.
 const HEAD: u64 = 128 << 10;
 /// What is fetched of its end beside the hash tree: a file system's tables are there.
@@ -109,7 +115,7 @@ impl LazyImage {
     /// Nothing is fetched yet, and no thread is started ([`LazyImage::warm`], [`Blobs::start`]).
     ///
     /// # Errors
-    /// Those of the store's files.
+    /// [`TransportError::TooBig`]; those of the store's files.
     pub fn open(
         store: &Store,
         from: Box<dyn Transport>,
@@ -128,18 +134,24 @@ impl LazyImage {
             if is_known || store.has(&descriptor) || layer.format().is_ok_and(LayerFormat::is_chunked) {
                 continue;
             }
+            check_size(&descriptor, MAX_LAYER_BYTES)?;
             let (number, queue) = (blobs.len(), Arc::clone(&fill));
             let ahead = Box::new(move |blocks| queue.ahead(number, blocks));
             let blob = Arc::new(LazyBlob::new(Part::open(store, &descriptor)?, Arc::clone(&link), ahead));
             blobs.push(Lazy { blob, root_hash: layer.trust.root_hash(), fill_lock: Mutex::default() });
         }
         let chunked = image.layers.iter().filter(|layer| layer.format().is_ok_and(LayerFormat::is_chunked));
-        let chunks = chunked
-            .map(|layer| (layer.digest, layer.size))
-            .chain(image.chunks.iter().map(|(digest, size)| (*digest, *size)))
-            .map(|(digest, size)| (digest, Descriptor::new("application/octet-stream", digest, size)))
-            .filter(|(_, descriptor)| !store.has(descriptor))
-            .collect();
+        let listed = chunked
+            .map(|layer| (layer.digest, layer.size, MAX_METADATA_BYTES))
+            .chain(image.chunks.iter().map(|(digest, size)| (*digest, *size, MAX_CHUNK_BYTES.into())));
+        let mut chunks = BTreeMap::new();
+        for (digest, size, max) in listed {
+            let descriptor = Descriptor::new("application/octet-stream", digest, size);
+            if !store.has(&descriptor) {
+                check_size(&descriptor, max)?;
+                chunks.insert(digest, descriptor);
+            }
+        }
         if let Some(list) = &options.list {
             fill.list(list.reads().filter_map(|read| {
                 let at = blobs.iter().position(|lazy| lazy.blob.part().blob().digest == read.blob)?;
@@ -335,6 +347,12 @@ impl Blobs for LazyImage {
         }
         all
     }
+}
+
+/// Refuses a size for which more memory would be taken than is allowed.
+fn check_size(blob: &Descriptor, max: u64) -> Result<(), TransportError> {
+    let Descriptor { digest, size, .. } = *blob;
+    if size > max { Err(TransportError::TooBig { digest, size, max }) } else { Ok(()) }
 }
 
 impl fmt::Debug for LazyImage {
