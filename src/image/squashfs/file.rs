@@ -12,8 +12,8 @@
 use super::error::corrupt;
 use super::inode::{self, Data, File, NONE};
 use super::metadata::{Cursor, PLACES, Place};
-use super::superblock::{u32_at, u64_at};
 use super::{NodeId, Squashfs};
+use crate::image::fields::{u32_at, u64_at};
 use crate::image::layer::{BlockId, Extent, Place as Held};
 use crate::image::{LayerError, ReadError};
 

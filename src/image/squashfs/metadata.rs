@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 
 use super::compress::{Compressor, Scratch, with_scratch};
 use super::error::corrupt;
-use super::superblock::field;
 use crate::image::cache::Cache;
+use crate::image::fields::field;
 use crate::image::{LayerError, Source};
 use crate::sys::locks;
 

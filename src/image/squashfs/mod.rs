@@ -56,6 +56,7 @@ pub use metadata::{METADATA_BYTES, STORED as METADATA_STORED};
 pub use superblock::{FLAG_COMPRESSOR_OPTIONS, SUPERBLOCK_BYTES, Superblock};
 
 use super::cache::Cache;
+use super::fields::field;
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 use super::source::Source;
 use error::corrupt;
@@ -184,7 +185,7 @@ impl Squashfs {
             ));
         }
         let bytes = source.read(0, SUPERBLOCK_BYTES, &mut scratch)?;
-        Superblock::parse(&superblock::field(bytes, 0), size)
+        Superblock::parse(&field(bytes, 0), size)
     }
 
     /// The superblock.
