@@ -35,6 +35,7 @@ use std::time::{Duration, Instant};
 
 pub use list::{LIST_TYPE, MAX_LIST_BYTES, ReadList};
 pub(super) use part::{FOLDER, unneeded};
+#[cfg(feature = "registry")]
 pub use record::Recorder;
 
 use self::blob::LazyBlob;
