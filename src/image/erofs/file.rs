@@ -15,16 +15,16 @@ use std::sync::Arc;
 
 use super::Erofs;
 use super::codec::{self, Stored};
-use super::fields::{u16_at, u32_at};
 use super::inode::{Inode, Layout};
 use super::metadata::{PAGE_BYTES, Piece, Space};
 use super::zmap::Data;
+use crate::image::fields::{u16_at, u32_at};
 use crate::image::layer::{Extent, Place};
 use crate::image::{LayerError, ReadError};
 
 /// Size of an extent of content that is stored as it is, in bytes: a read of 4 KiB verifies four blocks, and a
 /// read of 128 KiB takes eight steps.
-const PIECE_BYTES: u64 = 16 << 10;
+pub(super) const PIECE_BYTES: u64 = 16 << 10;
 
 /// Bits of a format of chunks: log2 of the blocks in a chunk.
 const CHUNK_LOG: u16 = 0x1f;
