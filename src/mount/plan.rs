@@ -125,6 +125,14 @@ fn without_repeats(layers: Vec<PlannedLayer>) -> Vec<PlannedLayer> {
 }
 
 impl PlannedLayer {
+    /// Whether all of its bytes are on this machine, so that no read of them waits for a network.
+    pub fn is_local(&self) -> bool {
+        match &self.bytes {
+            LayerBytes::One(blob) => blob.file().is_some(),
+            LayerBytes::Chunks(layer) => layer.blobs.blob(&layer.digest, layer.size).file().is_some(),
+        }
+    }
+
     /// The file that holds it, if it is one file of this machine.
     pub fn file(&self) -> Option<&Path> {
         match &self.bytes {

@@ -16,6 +16,13 @@ pub fn open_device() -> io::Result<OwnedFd> {
     Ok(options.read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?.into())
 }
 
+/// Whether a read of a connection would return at once, with a request or an error; poll(2) without waiting.
+pub fn is_readable(connection: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: connection.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: `poll` is one pollfd, which outlives the call.
+    unsafe { libc::poll(&mut poll, 1, 0) > 0 }
+}
+
 /// umount2(2) of the topmost mount at `target`, which must not be a symbolic link. `lazy` takes it out of
 /// the tree at once and ends it when its last user is gone (MNT_DETACH).
 pub fn unmount(target: &Path, lazy: bool) -> io::Result<()> {

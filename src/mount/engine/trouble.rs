@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -48,6 +48,7 @@ pub struct Troubles {
     corrupt: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
+    hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 struct State {
@@ -69,6 +70,17 @@ impl Troubles {
             corrupt: AtomicU64::new(0),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            hook: OnceLock::new(),
+        }
+    }
+
+    /// Calls `hook` with each error, and at once if there have been errors. A second hook is ignored.
+    pub fn on_error(&self, hook: impl Fn() + Send + Sync + 'static) {
+        if self.hook.set(Box::new(hook)).is_ok()
+            && self.total() > 0
+            && let Some(hook) = self.hook.get()
+        {
+            hook();
         }
     }
 
@@ -110,6 +122,9 @@ impl Troubles {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         count.fetch_add(1, Ordering::Relaxed);
         self.changed.notify_all();
+        if let Some(hook) = self.hook.get() {
+            hook();
+        }
         if state.seen.contains(&(layer, place)) {
             return;
         }

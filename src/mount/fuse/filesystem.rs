@@ -15,6 +15,7 @@ use fuser::{
     ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
+use super::lead::{self, Lead, Turn};
 use super::limits::{self, TTL};
 use super::prefill::Siblings;
 use super::spin::Pulse;
@@ -34,11 +35,14 @@ pub(super) struct Tree {
     pub engine: Arc<Engine>,
     pub siblings: Arc<Siblings>,
     pub pulse: Arc<Pulse>,
+    pub lead: Arc<Lead>,
 }
 
 impl Tree {
-    fn beat(&self) {
+    /// Begins an operation. What is returned ends it, after the reply.
+    fn begin(&self) -> Option<Turn> {
         self.pulse.beat();
+        self.lead.turn()
     }
 
     /// Calls `add` with offset, name, inode number and attributes of each entry of a folder from
@@ -143,7 +147,7 @@ impl Filesystem for Tree {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.beat();
+        let _turn = self.begin();
         match self.engine.view().lookup(parent.0, name.as_bytes()) {
             Ok(Some((ino, attr))) => {
                 self.siblings.seen(&self.engine, ino, &attr);
@@ -156,7 +160,7 @@ impl Filesystem for Tree {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.beat();
+        let _turn = self.begin();
         match self.engine.attr(ino.0) {
             Ok(attr) => reply.attr(&TTL, &file_attr(ino.0, &attr)),
             Err(error) => reply.error(errno(error)),
@@ -164,7 +168,7 @@ impl Filesystem for Tree {
     }
 
     fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
-        self.beat();
+        let _turn = self.begin();
         match self.engine.view().read_link(ino.0) {
             Ok(target) => reply.data(&target),
             Err(error) => reply.error(errno(self.engine.failed(ino.0, &error))),
@@ -199,7 +203,8 @@ impl Filesystem for Tree {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.beat();
+        let _turn = self.begin();
+        lead::reading(size);
         let mut reply = Some(reply);
         let done = self.engine.read(ino.0, offset, size, &mut |bytes| {
             if let Some(reply) = reply.take() {
@@ -212,7 +217,7 @@ impl Filesystem for Tree {
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.beat();
+        let _turn = self.begin();
         let done = self.list(ino.0, offset, &mut |next, name, child, file_type| {
             reply.add(INodeNo(child), next, kind(file_type), OsStr::from_bytes(name))
         });
@@ -230,7 +235,7 @@ impl Filesystem for Tree {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.beat();
+        let _turn = self.begin();
         let done = self.list(ino.0, offset, &mut |next, name, child, file_type| {
             let (ttl, attr) = if next <= AFTER_DOTS {
                 (TTL, bare_attr(child, file_type))
@@ -254,7 +259,7 @@ impl Filesystem for Tree {
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.beat();
+        let _turn = self.begin();
         // ENOSYS would keep the kernel from asking again, but it answers EOPNOTSUPP then: programs take that for a
         // file system without attributes, and say so. An image without any has none on this file: ENODATA.
         match self.engine.view().xattrs(ino.0) {
@@ -267,7 +272,7 @@ impl Filesystem for Tree {
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        self.beat();
+        let _turn = self.begin();
         match self.engine.view().xattrs(ino.0) {
             Ok(all) => {
                 let mut list = Vec::new();
@@ -292,7 +297,7 @@ impl Filesystem for Tree {
     }
 
     fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        self.beat();
+        let _turn = self.begin();
         // Values of SEEK_DATA and SEEK_HOLE in linux/fs.h; the kernel answers the others itself.
         let data = match whence {
             3 => true,

@@ -6,6 +6,7 @@
 //! started.rs      knows when all threads serve
 //! prefill.rs      decoded bytes that nobody asked for yet, put into the page cache
 //! spin.rs         --spin
+//! lead.rs         which thread reads requests, and when it polls, where cores may not be kept awake
 //! ```
 //!
 //! # Life of a mount
@@ -23,6 +24,7 @@
 //!    it at once, and they get ENOTCONN.
 
 mod filesystem;
+mod lead;
 mod limits;
 mod prefill;
 mod spin;
@@ -40,12 +42,14 @@ pub use limits::DEFAULT_CACHE_MIB;
 pub use spin::Spin;
 
 use self::filesystem::{Tree, check_root};
+use self::lead::Lead;
 use self::prefill::Siblings;
 use self::spin::Pulse;
-use self::started::{all_serve, spawn};
+use self::started::{OnDemand, all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::open;
+use super::plan::PlannedLayer;
 use super::table::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log, source_name};
 use crate::failpoint;
@@ -286,7 +290,7 @@ pub fn serve_here(
     });
     let files = table::files_of(connection.device)?;
     let record = enter(files.as_deref())?.then(|| record(plan, &connection, files.as_deref(), false));
-    serve(connection, engine, options, record, &mut |mount| {
+    serve(plan, connection, engine, options, record, &mut |mount| {
         if let Some(mut served) = served.take() {
             served.mount = mount;
             served.attach(point)?;
@@ -342,7 +346,7 @@ fn daemon(
             // By its name in that folder, which goes along when the root is switched.
             daemon_log::install(log.as_deref().and_then(Path::file_name).map(Path::new), true, None);
             let record = is_recorded.then(|| record(plan, &connection, files.as_deref(), true));
-            serve(connection, engine, options, record, &mut |mount| {
+            serve(plan, connection, engine, options, record, &mut |mount| {
                 // The process that attaches it has a descriptor of its own; with this one nobody could unmount it.
                 drop(mount);
                 match pipe.take() {
@@ -383,6 +387,7 @@ fn record(plan: &MountPlan, connection: &Connection, files: Option<&Path>, has_l
 ///
 /// Blocks SIGTERM, SIGINT and SIGHUP in this process; each of them triggers an unmount.
 fn serve(
+    plan: &MountPlan,
     connection: Connection,
     mut engine: Engine,
     options: &FuseOptions,
@@ -392,13 +397,21 @@ fn serve(
     let failed = |operation| move |source| MountError::System { operation, source };
     let Connection { fd, mount, target, device, by_helper } = connection;
     let signals = Signals::block().map_err(failed("block signals"))?;
-    let (queue, news) = prefill::queue();
+    let (queue, store, news) = prefill::queue();
     engine.set_surplus(Box::new(queue));
+    engine.set_before_decoding(lead::decoding);
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
     let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
-    let tree = Tree { engine: engine.clone(), siblings: siblings.clone(), pulse: pulse.clone() };
+    let turns = Arc::new(Lead::default());
+    let is_local = plan.layers.iter().all(PlannedLayer::is_local);
+    let tree = Tree {
+        engine: engine.clone(),
+        siblings: siblings.clone(),
+        pulse: pulse.clone(),
+        lead: turns.clone(),
+    };
 
     let mut config = Config::default();
     config.n_threads = Some(threads);
@@ -413,12 +426,26 @@ fn serve(
     let kept = Kept(Arc::new(Mutex::new(record)));
     let _clean = Clean(kept.clone());
 
-    // But for the one that serves, none of these threads is waited for: they end with the process.
+    // But for the one that serves, none of these threads is waited for: they end with the process. Those on demand
+    // are not there while nobody uses the mount.
     let notifier = session.notifier();
-    let (stored, reported) = (engine.clone(), engine);
-    spawn("store", move || prefill::run(&news, &stored, &siblings, &notifier))?;
-    spawn("report", move || report(&reported, &kept))?;
-    spawn("spin", move || spin::run(&pulse, when))?;
+    let (stored, troubled, copy) = (Arc::clone(&engine), Arc::downgrade(&engine), session.as_fd());
+    let copy = copy.try_clone_to_owned().map_err(failed("copy the connection"))?;
+    let _ = store.set(OnDemand::new("store", move || prefill::run(&news, &stored, &siblings, &notifier)));
+    let reporter = OnDemand::new("report", move || {
+        if let Some(engine) = troubled.upgrade() {
+            report(&engine, &kept);
+        }
+    });
+    engine.troubles().on_error(move || reporter.start());
+    let beats = Arc::clone(&pulse);
+    pulse.on_first(OnDemand::new("spin", move || {
+        spin::run(&beats, when);
+        // A thread that waits for a network would keep the lead from the others.
+        if is_local {
+            turns.begin(copy);
+        }
+    }));
     spawn("signals", move || obey(&signals, &target, device, by_helper))?;
     let serving = spawn("serve", move || session.run())?;
     if all_serve(threads, &serving) {

@@ -1,0 +1,349 @@
+//! One thread at a time reads requests, and polls before it sleeps, where cores may not be kept awake.
+//!
+//! A thread that sleeps in read(2) must be woken for each request, and while it sleeps its core does too ([`super::spin`]
+//! says what that costs). Several threads that sleep there are woken in turn, which moves every request to a core that
+//! sleeps. So one thread has the lead: it alone reads, and after each reply it polls the connection for up to
+//! [`WINDOW`] before it lets itself sleep. The others, the followers, wait in user space. fuser's loop stays as it is: all
+//! of this happens at the end of an operation, after its reply and before fuser reads again.
+//!
+//! ```text
+//!          read(2) ─> operation ─┬─ short ─────────────> reply ─> poll ─> read(2) …        keeps the lead
+//!                                └─ long: hand it on ──> reply ─> wait for the lead ─> poll ─> read(2) …
+//! ```
+//!
+//! An operation is long if it decodes for other readers too: a read of [`LONG_READ_BYTES`], which is read-ahead, or any
+//! decoding while requests of several readers come at once. Then the lead goes to a follower first, so that decoding
+//! stays parallel.
+//!
+//! The leader polls only while requests come close together, which it learns from the gaps between them: a request a
+//! millisecond does not keep a core busy. It polls nothing with one core, where it would keep the reader from running.
+//!
+//! A thread that ends (the mount is gone) or panics while it has the lead hands it on, so that every thread finds out.
+//!
+//! A mount that waits for a network does without it: the leader would keep all others waiting.
+//!
+//! # Locks
+//! One mutex, a leaf, for who has the lead. Polling happens outside of it.
+
+use std::cell::RefCell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::sys;
+
+/// How long the leader polls before it sleeps. 20 to 200 µs are alike where the client works on the next core; a client
+/// that opens files or prints names needs the longer ones.
+const WINDOW: Duration = Duration::from_micros(150);
+/// Requests less than this apart are close together: a window, and the time to wake both sides.
+const CLOSE: Duration = Duration::from_micros(400);
+/// So many requests close together, and the leader polls; a quarter is lost for each window without one.
+const MOST_CREDIT: u8 = 16;
+/// Below this many, it does not poll.
+const POLLS_FROM: u8 = 4;
+/// So many requests that were there already when the last was answered make a crowd; one is lost for each that was not.
+const MOST_CROWD: u8 = 8;
+/// A crowd from here on.
+const CROWD_FROM: u8 = 3;
+/// Reads from this size on are long, in bytes.
+const LONG_READ_BYTES: u32 = 64 << 10;
+
+/// Who reads requests. Shared by all threads that serve a mount.
+#[derive(Default)]
+pub(super) struct Lead {
+    /// Whether threads take turns; until then each of them reads by itself.
+    on: AtomicBool,
+    /// A descriptor of the connection, to poll.
+    connection: OnceLock<OwnedFd>,
+    turns: Mutex<Turns>,
+    granted: Condvar,
+}
+
+#[derive(Default)]
+struct Turns {
+    /// Whether a thread has the lead.
+    is_held: bool,
+    /// Followers that wait for it.
+    waiting: usize,
+    /// Whether the lead was handed to a follower that has not woken yet.
+    is_granted: bool,
+}
+
+/// What a serving thread knows of itself.
+struct Server {
+    lead: Arc<Lead>,
+    leads: bool,
+    /// How close together requests come.
+    credit: u8,
+    /// How often several of them wait.
+    crowd: u8,
+    /// When the last operation ended.
+    last: Option<Instant>,
+}
+
+thread_local! {
+    static SERVER: RefCell<Option<Server>> = const { RefCell::new(None) };
+}
+
+/// An operation that is being served. When it is dropped, after the reply, the thread takes its next turn.
+pub(super) struct Turn(());
+
+impl Lead {
+    /// Has threads take turns from now on. `connection` is a descriptor of the connection that they serve.
+    ///
+    /// Nothing changes where this process may use one core only.
+    pub fn begin(&self, connection: OwnedFd) {
+        if sys::daemon::usable_cores() > 1 && self.connection.set(connection).is_ok() {
+            self.on.store(true, Ordering::Release);
+        }
+    }
+
+    /// An operation begins in this thread.
+    pub fn turn(self: &Arc<Self>) -> Option<Turn> {
+        if !self.on.load(Ordering::Acquire) {
+            return None;
+        }
+        SERVER.with_borrow_mut(|server| {
+            let server = server.get_or_insert_with(|| Server {
+                lead: Arc::clone(self),
+                leads: false,
+                credit: 0,
+                crowd: 0,
+                last: None,
+            });
+            server.arrived(Instant::now());
+        });
+        Some(Turn(()))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Turns> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the lead, waiting for it if another thread has it.
+    fn take(&self) {
+        let mut turns = self.lock();
+        if !turns.is_held {
+            turns.is_held = true;
+            return;
+        }
+        turns.waiting += 1;
+        while !turns.is_granted {
+            turns = self.granted.wait(turns).unwrap_or_else(PoisonError::into_inner);
+        }
+        turns.is_granted = false;
+        turns.waiting -= 1;
+    }
+
+    /// Hands the lead to a follower, or leaves it for the next thread that is done.
+    fn hand_on(&self) {
+        let mut turns = self.lock();
+        // One that was handed it and has not woken yet is no candidate: the lead is not ours then.
+        if turns.waiting > 0 {
+            turns.is_granted = true;
+            drop(turns);
+            self.granted.notify_one();
+        } else {
+            turns.is_held = false;
+        }
+    }
+
+    fn has_request(&self) -> bool {
+        self.connection.get().is_none_or(|fd| sys::fuse::is_readable(fd.as_fd()))
+    }
+}
+
+/// Work that takes long begins in this thread, on behalf of the request that it serves: decoding a block.
+pub(super) fn decoding() {
+    SERVER.with_borrow_mut(|server| {
+        if let Some(server) = server
+            && server.crowd >= CROWD_FROM
+        {
+            server.hand_on();
+        }
+    });
+}
+
+/// A read of `bytes` begins in this thread.
+pub(super) fn reading(bytes: u32) {
+    if bytes >= LONG_READ_BYTES {
+        SERVER.with_borrow_mut(|server| {
+            if let Some(server) = server {
+                server.hand_on();
+            }
+        });
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // The lead is taken with nothing borrowed: a thread that panics has no turn to take.
+        let lead = SERVER.with_borrow(|server| {
+            server.as_ref().filter(|server| !server.leads).map(|server| Arc::clone(&server.lead))
+        });
+        if std::thread::panicking() {
+            return;
+        }
+        if let Some(lead) = lead {
+            lead.take();
+        }
+        SERVER.with_borrow_mut(|server| {
+            if let Some(server) = server {
+                server.leads = true;
+                server.poll();
+                server.last = Some(Instant::now());
+            }
+        });
+    }
+}
+
+impl Server {
+    fn hand_on(&mut self) {
+        if std::mem::take(&mut self.leads) {
+            self.lead.hand_on();
+        }
+    }
+
+    /// Learns from the gap before a request for which it slept.
+    fn arrived(&mut self, now: Instant) {
+        let gap = self.last.take().map(|last| now.duration_since(last));
+        if gap.is_some_and(|gap| gap < CLOSE) {
+            self.credit = (self.credit + 1).min(MOST_CREDIT);
+        } else {
+            self.credit -= self.credit.div_ceil(4);
+        }
+    }
+
+    /// Waits for the next request for a while, if requests come close together.
+    fn poll(&mut self) {
+        if self.lead.has_request() {
+            self.crowd = (self.crowd + 1).min(MOST_CROWD);
+            return;
+        }
+        self.crowd = self.crowd.saturating_sub(1);
+        if self.credit < POLLS_FROM {
+            return;
+        }
+        let begin = Instant::now();
+        while begin.elapsed() < WINDOW {
+            if self.lead.has_request() {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.hand_on();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// A connection with nothing to read, and its writing end.
+    fn lead() -> (Arc<Lead>, std::io::PipeWriter) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let lead = Arc::new(Lead::default());
+        lead.connection.set(reader.into()).unwrap();
+        lead.on.store(true, Ordering::Release);
+        (lead, writer)
+    }
+
+    fn server(lead: &Arc<Lead>) -> Server {
+        Server { lead: Arc::clone(lead), leads: false, credit: 0, crowd: 0, last: None }
+    }
+
+    #[test]
+    fn one_thread_leads_at_a_time_and_every_one_gets_its_turn() {
+        let (lead, _writer) = lead();
+        let (leaders, rounds) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for round in 0..500 {
+                        let turn = lead.turn();
+                        if round % 3 == 0 {
+                            reading(LONG_READ_BYTES);
+                        }
+                        drop(turn);
+                        assert_eq!(leaders.fetch_add(1, Ordering::SeqCst), 0, "two leaders");
+                        rounds.fetch_add(1, Ordering::SeqCst);
+                        leaders.fetch_sub(1, Ordering::SeqCst);
+                        // What follows is a read(2) that the next thread may do: this one ends its lead.
+                        SERVER.with_borrow_mut(|server| server.as_mut().unwrap().hand_on());
+                    }
+                });
+            }
+        });
+        assert_eq!(rounds.load(Ordering::SeqCst), 2000);
+        let turns = lead.lock();
+        assert_eq!((turns.is_held, turns.waiting, turns.is_granted), (false, 0, false));
+    }
+
+    #[test]
+    fn a_thread_that_ends_with_the_lead_hands_it_on() {
+        let (lead, _writer) = lead();
+        let (sender, receiver) = channel();
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| {
+                drop(lead.turn());
+                sender.send(()).unwrap();
+                // A follower waits before this thread ends.
+                while lead.lock().waiting == 0 {
+                    std::thread::yield_now();
+                }
+            });
+            receiver.recv().unwrap();
+            let second = scope.spawn(|| drop(lead.turn()));
+            first.join().unwrap();
+            second.join().unwrap();
+        });
+        assert!(!lead.lock().is_held);
+    }
+
+    #[test]
+    fn polls_only_while_requests_come_close_together() {
+        let (lead, mut writer) = lead();
+        let mut server = server(&lead);
+        let begin = Instant::now();
+        let mut at = begin;
+        for _ in 0..POLLS_FROM {
+            assert!(server.credit < POLLS_FROM);
+            server.last = Some(at);
+            at += CLOSE / 2;
+            server.arrived(at);
+        }
+        assert!(server.credit >= POLLS_FROM);
+        // A request a millisecond: after a few it sleeps.
+        for _ in 0..8 {
+            server.last = Some(at);
+            at += Duration::from_millis(1);
+            server.arrived(at);
+        }
+        assert!(server.credit < POLLS_FROM, "{}", server.credit);
+
+        // Requests that are there already make a crowd, and decoding then hands the lead on.
+        writer.write_all(b"x").unwrap();
+        for _ in 0..CROWD_FROM {
+            server.poll();
+        }
+        assert!(server.crowd >= CROWD_FROM);
+    }
+
+    #[test]
+    fn without_a_connection_nothing_changes() {
+        let lead = Arc::new(Lead::default());
+        assert!(lead.turn().is_none());
+        decoding();
+        reading(u32::MAX);
+        assert!(!lead.lock().is_held);
+    }
+}
