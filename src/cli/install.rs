@@ -21,7 +21,7 @@ use crate::trust::{Anchor, Dates};
 ///
 /// If the system is already installed, each file and blob is compared with the source, and replaced if it differs.
 #[derive(Debug, Args)]
-pub struct InstallArgs {
+pub(super) struct InstallArgs {
     /// The signed system, `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a name or version, the
     /// highest version there that verifies.
     source: SourceRef,
@@ -45,7 +45,7 @@ pub struct InstallArgs {
 /// If the version is already installed, each file and blob is compared with the source, and replaced if it differs. A
 /// version that failed before is tried again only with --again.
 #[derive(Debug, Args)]
-pub struct UpdateArgs {
+pub(super) struct UpdateArgs {
     /// The signed system, `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a name or version, the
     /// highest version there that verifies.
     source: SourceRef,
@@ -65,7 +65,7 @@ pub struct UpdateArgs {
 }
 
 /// Runs `mosfs install`.
-pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let ca = args.ca.as_deref().map(CaFile::load).transpose()?;
     let trust = Anchor::plan(&global.config, ca, args.product)?;
@@ -95,7 +95,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// Runs `mosfs update`.
-pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let from = args.source.open(&args.registry.access(global))?;
     if args.check {

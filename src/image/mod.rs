@@ -12,7 +12,7 @@
 //! overlay/      the merged view of layers
 //! ```
 //!
-//! A format is one folder here and one row in [`format`]. Parsers take bytes from a [`Source`] and never do I/O of
+//! A format is one folder here and one row in [`mod@format`]. Parsers take bytes from a [`Source`] and never do I/O of
 //! their own, so that the same reader serves a verified file, a device, memory and a fuzzer.
 
 pub mod blobs;
@@ -30,6 +30,5 @@ pub mod squashfs;
 pub mod verified;
 pub mod verity;
 
-pub use blobs::Blobs;
-pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
+pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId};
 pub use source::{MemorySource, ReadError, Source};

@@ -76,13 +76,13 @@ pub(super) struct Pulse {
 
 impl Pulse {
     /// Starts `thread` with request number [`FIRST`].
-    pub fn on_first(&self, thread: OnDemand) {
+    pub(super) fn on_first(&self, thread: OnDemand) {
         // Nobody sets it twice.
         let _ = self.thread.set(thread);
     }
 
     /// Counts one request. Costs an atomic increment while requests come close together.
-    pub fn beat(&self) {
+    pub(super) fn beat(&self) {
         if self.beats.fetch_add(1, Ordering::Relaxed) == FIRST - 1
             && let Some(thread) = self.thread.get()
         {

@@ -19,7 +19,7 @@ const PREFIX: &str = "fuser-";
 const FAILED_WITHIN: Duration = Duration::from_millis(50);
 
 /// Starts a thread of a daemon.
-pub fn spawn<T: Send + 'static>(
+pub(super) fn spawn<T: Send + 'static>(
     name: &'static str,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, MountError> {
@@ -28,7 +28,7 @@ pub fn spawn<T: Send + 'static>(
 }
 
 /// A thread of a daemon that is started when it is first needed: a mount that nobody uses has none of them.
-pub struct OnDemand {
+pub(super) struct OnDemand {
     name: &'static str,
     is_waiting: AtomicBool,
     run: Mutex<Option<Box<dyn FnOnce() + Send>>>,
@@ -36,12 +36,12 @@ pub struct OnDemand {
 
 impl OnDemand {
     /// A thread that is not started yet.
-    pub fn new(name: &'static str, run: impl FnOnce() + Send + 'static) -> Self {
+    pub(super) fn new(name: &'static str, run: impl FnOnce() + Send + 'static) -> Self {
         Self { name, is_waiting: AtomicBool::new(true), run: Mutex::new(Some(Box::new(run))) }
     }
 
     /// Starts it, unless it was. One that cannot start is logged: the mount works without it.
-    pub fn start(&self) {
+    pub(super) fn start(&self) {
         if !self.is_waiting.swap(false, Ordering::AcqRel) {
             return;
         }
@@ -53,7 +53,7 @@ impl OnDemand {
 }
 
 /// Waits until so many threads serve. False where `serving`, which starts them, ends before.
-pub fn all_serve<T>(threads: usize, serving: &JoinHandle<T>) -> bool {
+pub(super) fn all_serve<T>(threads: usize, serving: &JoinHandle<T>) -> bool {
     let begin = Instant::now();
     while !serving.is_finished() {
         let are_there = match count() {
