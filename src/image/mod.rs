@@ -8,7 +8,8 @@
 //! verity/       the hash tree: locate, build; verified.rs reads through it
 //! source.rs     Source: bytes that are checked, or that nobody asked to check
 //! layer.rs      Layer: the files of a layer, whatever its format
-//! squashfs/     a reader; each format has a folder of its own
+//! squashfs/     a reader; each format has a folder of its own: erofs/, puzzlefs/
+//! cache.rs      pieces of metadata that readers keep
 //! overlay/      the merged view of layers
 //! ```
 //!
@@ -17,8 +18,10 @@
 
 pub mod blobs;
 pub mod bytes;
+mod cache;
 pub mod check;
 pub mod chunked;
+pub mod erofs;
 pub mod format;
 pub mod layer;
 pub mod oci;
