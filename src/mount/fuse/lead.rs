@@ -31,14 +31,13 @@
 //! taken before it.
 
 use std::cell::RefCell;
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::sys;
+use crate::sys::daemon::Load;
 
 /// How long the leader polls before it sleeps. 20 to 200 µs are alike where the client works on the next core; a client
 /// that opens files or prints names needs the longer ones.
@@ -69,7 +68,7 @@ pub(super) struct Lead {
     /// A descriptor of the connection, to poll.
     connection: OnceLock<OwnedFd>,
     /// Says how many threads are runnable; not there without /proc.
-    load: OnceLock<File>,
+    load: OnceLock<Load>,
     /// When to look at it next.
     next_look: Mutex<Option<Instant>>,
     turns: Mutex<Turns>,
@@ -113,9 +112,9 @@ impl Lead {
     /// Nothing changes where this process may use one core only.
     pub(super) fn begin(&self, connection: OwnedFd) {
         if sys::daemon::usable_cores() > 1 && self.connection.set(connection).is_ok() {
-            if let Ok(file) = File::open(LOAD) {
+            if let Ok(load) = Load::open() {
                 // Set here alone.
-                let _ = self.load.set(file);
+                let _ = self.load.set(load);
             }
             self.on.store(true, Ordering::Release);
         }
@@ -177,7 +176,7 @@ impl Lead {
             return was_open;
         }
         let is_open =
-            self.load.get().and_then(runnable).is_some_and(|count| count > sys::daemon::usable_cores());
+            self.load.get().and_then(Load::runnable).is_some_and(|count| count > sys::daemon::usable_cores());
         *next = Some(now + if is_open { LOOK_AGAIN } else { LOOK });
         if is_open != was_open {
             self.set_open(is_open);
@@ -207,17 +206,6 @@ impl Lead {
     fn has_request(&self) -> bool {
         self.connection.get().is_none_or(|fd| sys::fuse::is_readable(fd.as_fd()))
     }
-}
-
-/// Where the kernel says how many threads are runnable (proc(5), the fourth word).
-const LOAD: &str = "/proc/loadavg";
-
-/// The number of threads that are runnable on this machine, with the one that asks.
-fn runnable(load: &File) -> Option<usize> {
-    let mut text = [0; 64];
-    let len = load.read_at(&mut text, 0).ok()?;
-    let words = std::str::from_utf8(text.get(..len)?).ok()?;
-    words.split(' ').nth(3)?.split('/').next()?.parse().ok()
 }
 
 /// Work that takes long begins in this thread, on behalf of the request that it serves: decoding a block.
@@ -384,7 +372,7 @@ mod tests {
         });
         lead.set_open(false);
         assert!(lead.take());
-        assert!(runnable(&File::open(LOAD).unwrap()).unwrap() > 0, "this thread is");
+        assert!(Load::open().unwrap().runnable().unwrap() > 0, "this thread is");
     }
 
     #[test]
