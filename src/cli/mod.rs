@@ -16,6 +16,7 @@ mod global;
 mod help;
 mod install;
 mod keys;
+mod lazy;
 mod log;
 mod manifest;
 mod mount;
@@ -29,6 +30,8 @@ mod repair;
 pub mod start;
 mod status;
 mod store;
+#[cfg(feature = "registry")]
+mod trace;
 mod umount;
 mod verify;
 
@@ -72,6 +75,8 @@ enum Command {
     Activate(activate::ActivateArgs),
     Boot(boot::BootArgs),
     Mount(mount::MountArgs),
+    #[cfg(feature = "registry")]
+    Trace(trace::TraceArgs),
     Umount(umount::UmountArgs),
     Verify(verify::Verify),
     Repair(repair::RepairArgs),
@@ -115,6 +120,8 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Activate(args) => activate::run(args, &cli.global),
         Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Trace(args) => trace::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
         Command::Verify(args) => verify::run(args, &cli.global),
         Command::Repair(args) => repair::run(args, &cli.global),

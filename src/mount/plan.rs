@@ -42,6 +42,8 @@ pub struct MountPlan {
     pub digest: Option<Digest>,
     /// The layers, the bottom one first, none twice.
     pub layers: Vec<PlannedLayer>,
+    /// Where their blobs are.
+    pub blobs: Arc<dyn Blobs>,
 }
 
 /// A layer of a plan.
@@ -106,7 +108,7 @@ impl MountPlan {
         };
         let layers = image.layers.iter().enumerate().map(plan).collect::<Result<_, PlanError>>()?;
         let layers = without_repeats(layers);
-        Ok(Self { source: source.to_string(), digest: Some(image.digest), layers })
+        Ok(Self { source: source.to_string(), digest: Some(image.digest), layers, blobs: Arc::clone(blobs) })
     }
 
     /// Whether all bytes of every layer will be verified.
@@ -148,14 +150,6 @@ fn without_repeats(layers: Vec<PlannedLayer>) -> Vec<PlannedLayer> {
 }
 
 impl PlannedLayer {
-    /// Whether all of its bytes are on this machine, so that no read of them waits for a network.
-    pub fn is_local(&self) -> bool {
-        match &self.bytes {
-            LayerBytes::One(blob) => blob.file().is_some(),
-            LayerBytes::Chunks(layer) => layer.blobs.blob(&layer.digest, layer.size).file().is_some(),
-        }
-    }
-
     /// The file that holds it, if it is one file of this machine.
     pub fn file(&self) -> Option<&Path> {
         match &self.bytes {

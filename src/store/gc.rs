@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Store, StoreError, files, put};
+use super::{Store, StoreError, files, lazy, put};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
@@ -158,6 +158,11 @@ impl Collector<'_> {
                 removal.bytes += size;
             }
         }
+        // A blob that is here in parts stays while it is read, and while something needs the blob.
+        for (path, size) in lazy::unneeded(self.store, &|digest| marking.marked.contains(digest))? {
+            removal.files.push(path);
+            removal.bytes += size;
+        }
         removal.blobs.sort();
         removal.files.sort();
         removal.damaged = marking.damaged.into_iter().collect();
@@ -188,9 +193,8 @@ impl Collector<'_> {
                 _ => failpoint::hit("store.gc.blob"),
             }
         }
-        for folder in
-            [self.store.dir().join("blobs/sha256"), self.store.private("tmp"), self.store.private("partial")]
-        {
+        let private = ["tmp", "partial", lazy::FOLDER].map(|name| self.store.private(name));
+        for folder in [self.store.dir().join("blobs/sha256")].into_iter().chain(private) {
             if folder.exists() {
                 sync_folder(&folder).on("sync", &folder)?;
             }

@@ -40,10 +40,12 @@ pub mod names;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use self::cursor::{CursorCache, Merge};
 use super::layer::{Attr, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs};
+
+use crate::sys::locks;
 
 /// The inode number of the root folder (FUSE_ROOT_ID in `linux/fuse.h`).
 pub const ROOT: u64 = 1;
@@ -208,7 +210,7 @@ impl Merged {
                 if attr.kind == FileType::Directory {
                     return Ok(attr);
                 }
-                Ok(Attr { nlink: self.visible_links(part, attr.nlink), ..attr })
+                Ok(Attr { nlink: self.visible_links(part, attr.nlink)?, ..attr })
             }
             Place::Several(dir) => {
                 let Some(&top) = dir.parts.first() else { return Err(OverlayError::NoSuchInode(ino)) };
@@ -323,7 +325,7 @@ impl Merged {
 
     /// How many merged folders are remembered.
     pub fn merged_folders(&self) -> usize {
-        self.dirs.read().unwrap_or_else(PoisonError::into_inner).len()
+        locks::read(&self.dirs).len()
     }
 
     /// The layer and node of a file; of a merged folder its topmost part.
@@ -339,6 +341,12 @@ impl Merged {
         };
         let node = self.layers[layer].node(ino - bases[layer]);
         node.map(|node| Part { layer, node }).map_err(|source| OverlayError::Layer { layer, source })
+    }
+
+    /// Finds now how the files are numbered, rather than when the first number is needed. A caller whose threads may
+    /// not all wait for another machine calls this in one that may: what cannot be read is numbered otherwise.
+    pub fn number_files(&self) {
+        self.bases();
     }
 
     fn bases(&self) -> &[u64] {
@@ -372,7 +380,7 @@ impl Merged {
         }
         // The bottom layer is never the topmost part of several.
         if part.layer > 0
-            && let Some(dir) = self.dirs.read().unwrap_or_else(PoisonError::into_inner).get(&ino)
+            && let Some(dir) = locks::read(&self.dirs).get(&ino)
         {
             return Ok(Place::Several(dir.clone()));
         }
@@ -431,11 +439,11 @@ impl Merged {
         let (Some(&top), Some(kind)) = (chain.parts.first(), chain.kind) else { return Ok(None) };
         let ino = self.number(top)?;
         if chain.parts.len() > 1 {
-            let known = self.dirs.read().unwrap_or_else(PoisonError::into_inner).contains_key(&ino);
+            let known = locks::read(&self.dirs).contains_key(&ino);
             if !known {
                 let dir =
                     MergedDir { parts: chain.parts.into_boxed_slice(), parent, nlink: AtomicU32::new(0) };
-                let mut dirs = self.dirs.write().unwrap_or_else(PoisonError::into_inner);
+                let mut dirs = locks::write(&self.dirs);
                 dirs.entry(ino).or_insert_with(|| Arc::new(dir));
             }
         }
@@ -478,7 +486,7 @@ impl Merged {
     ) -> Result<(), OverlayError> {
         let saved = match cookie {
             0 => None,
-            _ => self.cursors.lock().unwrap_or_else(PoisonError::into_inner).get(ino, cookie),
+            _ => locks::lock(&self.cursors).get(ino, cookie),
         };
         let mut ordinal = if saved.is_some() { cookie } else { 0 };
         let mut merge = Merge::new(self, &dir.parts, saved.as_deref())?;
@@ -510,7 +518,7 @@ impl Merged {
         }
         if ordinal > 0 {
             let cookies = merge.cookies();
-            self.cursors.lock().unwrap_or_else(PoisonError::into_inner).put(ino, ordinal, cookies);
+            locks::lock(&self.cursors).put(ino, ordinal, cookies);
         }
         Ok(())
     }
@@ -534,12 +542,19 @@ impl Merged {
     }
 
     /// The link count of a file: what the layer says, less the links that layers above hide.
-    fn visible_links(&self, part: Part, nlink: u32) -> u32 {
+    fn visible_links(&self, part: Part, nlink: u32) -> Result<u32, OverlayError> {
         if nlink <= 1 || part.layer + 1 == self.layers.len() {
-            return nlink;
+            return Ok(nlink);
         }
-        let hidden = self.hidden_links.get_or_init(|| links::hidden_links(self, &self.root.parts));
-        nlink.saturating_sub(hidden.get(&part).copied().unwrap_or(0)).max(1)
+        let less = |hidden: &HashMap<Part, u32>| {
+            nlink.saturating_sub(hidden.get(&part).copied().unwrap_or(0)).max(1)
+        };
+        if let Some(hidden) = self.hidden_links.get() {
+            return Ok(less(hidden));
+        }
+        // Not under a lock: the walk may wait for another machine. Two threads that walk find the same.
+        let hidden = links::hidden_links(self, &self.root.parts)?;
+        Ok(less(self.hidden_links.get_or_init(|| hidden)))
     }
 }
 

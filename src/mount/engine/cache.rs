@@ -16,10 +16,12 @@
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 
 use super::EngineError;
+use crate::image::bytes::may_wait;
 use crate::image::layer::BlockId;
+use crate::sys::locks;
 
 /// Which part of the cache a block belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,11 +59,11 @@ struct Pool {
 
 impl Pool {
     fn take(&self) -> Vec<u8> {
-        lock(&self.spare).pop().unwrap_or_default()
+        locks::lock(&self.spare).pop().unwrap_or_default()
     }
 
     fn give(&self, buffer: Vec<u8>) {
-        let mut spare = lock(&self.spare);
+        let mut spare = locks::lock(&self.spare);
         if buffer.capacity() > 0 && spare.len() < self.most {
             spare.push(buffer);
         }
@@ -74,6 +76,8 @@ type Outcome = Result<Arc<Block>, EngineError>;
 /// A decode in flight.
 #[derive(Default)]
 struct Flight {
+    /// Whether the thread that decodes may wait for another machine.
+    may_wait: bool,
     outcome: Mutex<Option<Outcome>>,
     landed: Condvar,
 }
@@ -131,7 +135,7 @@ impl BlockCache {
 
     /// Returns the block if it is cached and decoded.
     pub fn get(&self, share: Share, layer: usize, id: BlockId) -> Option<Arc<Block>> {
-        match lock(self.shard(share, layer, id).0).slots.get(&(layer, id)) {
+        match locks::lock(self.shard(share, layer, id).0).slots.get(&(layer, id)) {
             Some(Slot::Ready { block, used }) => {
                 used.store(true, Ordering::Relaxed);
                 Some(block.clone())
@@ -141,7 +145,8 @@ impl BlockCache {
     }
 
     /// Returns the block; `decode` fills it in if it is not cached. Of several concurrent callers only one
-    /// decodes, and the others wait for it.
+    /// decodes, and the others wait for it; a thread that may not wait for another machine
+    /// ([`without_waiting`](crate::image::bytes::without_waiting)) does not wait for one that may.
     pub fn get_or_decode(
         &self,
         share: Share,
@@ -151,21 +156,31 @@ impl BlockCache {
     ) -> Outcome {
         let (shard, most) = self.shard(share, layer, id);
         let key = (layer, id);
-        let flight = match lock(shard).slots.entry(key) {
-            Entry::Occupied(slot) => match slot.get() {
-                Slot::Ready { block, used } => {
-                    used.store(true, Ordering::Relaxed);
-                    return Ok(block.clone());
+        loop {
+            let flight = match locks::lock(shard).slots.entry(key) {
+                Entry::Occupied(slot) => match slot.get() {
+                    Slot::Ready { block, used } => {
+                        used.store(true, Ordering::Relaxed);
+                        return Ok(block.clone());
+                    }
+                    Slot::Decoding(flight) => flight.clone(),
+                },
+                Entry::Vacant(slot) => {
+                    slot.insert(Slot::Decoding(Arc::new(Flight {
+                        may_wait: may_wait(),
+                        ..Flight::default()
+                    })));
+                    break;
                 }
-                Slot::Decoding(flight) => Some(flight.clone()),
-            },
-            Entry::Vacant(slot) => {
-                slot.insert(Slot::Decoding(Arc::default()));
-                None
+            };
+            if flight.may_wait && !may_wait() {
+                return Err(EngineError::NotHere);
             }
-        };
-        if let Some(flight) = flight {
-            return flight.wait();
+            match flight.wait() {
+                // The one that decoded may not wait, and this one may.
+                Err(EngineError::NotHere) if may_wait() => {}
+                outcome => return outcome,
+            }
         }
         // Lands the flight even if `decode` panics, so that no thread waits forever.
         let mut landing = Landing { shard, most, key, outcome: Err(EngineError::Io) };
@@ -183,7 +198,7 @@ impl BlockCache {
     /// Returns how many decoded bytes the cache holds.
     #[cfg(test)]
     fn held_bytes(&self) -> usize {
-        self.data.iter().chain(&self.shared).map(|shard| lock(shard).bytes).sum()
+        self.data.iter().chain(&self.shared).map(|shard| locks::lock(shard).bytes).sum()
     }
 
     fn shard(&self, share: Share, layer: usize, id: BlockId) -> (&Mutex<Shard>, usize) {
@@ -199,11 +214,11 @@ impl BlockCache {
 
 impl Flight {
     fn wait(&self) -> Outcome {
-        let mut outcome = lock(&self.outcome);
+        let mut outcome = locks::lock(&self.outcome);
         loop {
             match &*outcome {
                 Some(known) => return known.clone(),
-                None => outcome = self.landed.wait(outcome).unwrap_or_else(PoisonError::into_inner),
+                None => outcome = locks::wait(&self.landed, outcome),
             }
         }
     }
@@ -220,7 +235,7 @@ struct Landing<'a> {
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
         let mut leaving = Vec::new();
-        let mut shard = lock(self.shard);
+        let mut shard = locks::lock(self.shard);
         let was = match &self.outcome {
             Ok(block) => {
                 let slot = Slot::Ready { block: block.clone(), used: AtomicBool::new(false) };
@@ -233,7 +248,7 @@ impl Drop for Landing<'_> {
         shard.shrink(self.most, &mut leaving);
         drop(shard);
         if let Some(Slot::Decoding(flight)) = was {
-            *lock(&flight.outcome) = Some(self.outcome.clone());
+            *locks::lock(&flight.outcome) = Some(self.outcome.clone());
             flight.landed.notify_all();
         }
     }
@@ -261,10 +276,6 @@ impl Shard {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,6 +283,41 @@ mod tests {
 
     fn id(start: u64) -> BlockId {
         BlockId { start, size_word: 1, decoded_max: 4096 }
+    }
+
+    #[test]
+    fn a_thread_that_may_not_wait_does_not_wait_for_one_that_may() {
+        use crate::image::bytes::without_waiting;
+        let cache = BlockCache::new(1 << 20, 4096);
+        let (begun, done) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let block = cache.get_or_decode(Share::Data, 0, id(1), |out| {
+                    begun.wait();
+                    done.wait();
+                    fill(1)(out)
+                });
+                assert!(block.is_ok());
+            });
+            begun.wait();
+            let outcome = without_waiting(|| cache.get_or_decode(Share::Data, 0, id(1), fill(2)));
+            assert_eq!(outcome.err(), Some(EngineError::NotHere));
+            done.wait();
+        });
+        // The other way round: who may wait decodes by itself what another could not.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let outcome = without_waiting(|| {
+                    cache.get_or_decode(Share::Data, 0, id(2), |_| {
+                        begun.wait();
+                        Err(EngineError::NotHere)
+                    })
+                });
+                assert_eq!(outcome.err(), Some(EngineError::NotHere));
+            });
+            begun.wait();
+            assert_eq!(cache.get_or_decode(Share::Data, 0, id(2), fill(3)).unwrap().bytes(), [3; 4096]);
+        });
     }
 
     fn fill(value: u8) -> impl FnOnce(&mut Vec<u8>) -> Result<(), EngineError> {
@@ -335,7 +381,7 @@ mod tests {
         for start in 0..1000 {
             cache.get_or_decode(Share::Data, 0, id(start), fill(0)).unwrap();
         }
-        assert!(lock(&cache.pool.spare).len() <= SPARE_BUFFERS);
-        assert!(!lock(&cache.pool.spare).is_empty());
+        assert!(locks::lock(&cache.pool.spare).len() <= SPARE_BUFFERS);
+        assert!(!locks::lock(&cache.pool.spare).is_empty());
     }
 }

@@ -20,11 +20,12 @@
 //!
 //! Where other programs need the cores, nothing of this pays: no core sleeps, and what the leader polls is taken from
 //! the share that it needs to answer (measured beside 14 busy processes on two cores: 1.8 to 3 times the wall time). So,
-//! while more threads are runnable than there are cores, every thread reads by itself.
+//! while more threads are runnable than there are cores, without those of the mount that decode, every thread reads by
+//! itself.
 //!
 //! A thread that ends (the mount is gone) or panics while it has the lead hands it on, so that every thread finds out.
 //!
-//! A mount that waits for a network does without it: the leader would keep all others waiting.
+//! Requests that wait for another machine wait in threads of their own ([`super::pool`]), never in the leader.
 //!
 //! # Locks
 //! One mutex, a leaf, for who has the lead; polling happens outside of it. Another, for when to look at the load, is
@@ -32,12 +33,13 @@
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::sys;
 use crate::sys::daemon::Load;
+use crate::sys::locks;
 
 /// How long the leader polls before it sleeps. 20 to 200 µs are alike where the client works on the next core; a client
 /// that opens files or prints names needs the longer ones.
@@ -67,6 +69,8 @@ pub(super) struct Lead {
     on: AtomicBool,
     /// A descriptor of the connection, to poll.
     connection: OnceLock<OwnedFd>,
+    /// Threads of this mount that answer or store something now.
+    working: AtomicUsize,
     /// Says how many threads are runnable; not there without /proc.
     load: OnceLock<Load>,
     /// When to look at it next.
@@ -103,6 +107,15 @@ thread_local! {
     static SERVER: RefCell<Option<Server>> = const { RefCell::new(None) };
 }
 
+/// Work of a thread that serves no requests itself; it lasts until this is dropped.
+pub(super) struct Work<'a>(&'a AtomicUsize);
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// An operation that is being served. When it is dropped, after the reply, the thread takes its next turn.
 pub(super) struct Turn(());
 
@@ -135,11 +148,18 @@ impl Lead {
             });
             server.arrived(Instant::now());
         });
+        self.working.fetch_add(1, Ordering::Relaxed);
         Some(Turn(()))
     }
 
+    /// Work begins that no request waits for.
+    pub(super) fn work(&self) -> Work<'_> {
+        self.working.fetch_add(1, Ordering::Relaxed);
+        Work(&self.working)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Turns> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+        locks::lock(&self.turns)
     }
 
     /// Takes the lead, waiting for it if another thread has it. False where every thread reads by itself.
@@ -154,7 +174,7 @@ impl Lead {
         }
         turns.waiting += 1;
         while !turns.is_granted && !turns.is_open {
-            turns = self.granted.wait(turns).unwrap_or_else(PoisonError::into_inner);
+            turns = locks::wait(&self.granted, turns);
         }
         turns.waiting -= 1;
         std::mem::take(&mut turns.is_granted)
@@ -175,8 +195,10 @@ impl Lead {
         if next.is_some_and(|next| now < next) {
             return was_open;
         }
-        let is_open =
-            self.load.get().and_then(Load::runnable).is_some_and(|count| count > sys::daemon::usable_cores());
+        // The thread that asks is one of those that are runnable, and is not among those that work.
+        let ours = self.working.load(Ordering::Relaxed);
+        let most = sys::daemon::usable_cores().saturating_add(ours);
+        let is_open = self.load.get().and_then(Load::runnable).is_some_and(|count| count > most);
         *next = Some(now + if is_open { LOOK_AGAIN } else { LOOK });
         if is_open != was_open {
             self.set_open(is_open);
@@ -186,7 +208,7 @@ impl Lead {
 
     /// The cores are needed: looks again later.
     fn give_way(&self) {
-        *self.next_look.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + LOOK_AGAIN);
+        *locks::lock(&self.next_look) = Some(Instant::now() + LOOK_AGAIN);
         self.set_open(true);
     }
 
@@ -234,7 +256,9 @@ impl Drop for Turn {
     fn drop(&mut self) {
         // The lead is taken with nothing borrowed: a thread that panics has no turn to take.
         let lead = SERVER.with_borrow(|server| {
-            server.as_ref().filter(|server| !server.leads).map(|server| Arc::clone(&server.lead))
+            let server = server.as_ref()?;
+            server.lead.working.fetch_sub(1, Ordering::Relaxed);
+            (!server.leads).then(|| Arc::clone(&server.lead))
         });
         if std::thread::panicking() {
             return;
@@ -306,7 +330,6 @@ impl Drop for Server {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc::channel;
 
     use super::*;

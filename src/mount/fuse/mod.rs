@@ -3,6 +3,7 @@
 //! ```text
 //! limits.rs       what is asked of the kernel, each with its reason
 //! filesystem.rs   requests -> engine -> replies
+//! pool.rs         threads for requests that wait for another machine
 //! started.rs      knows when all threads serve
 //! prefill.rs      decoded bytes that nobody asked for yet, put into the page cache
 //! spin.rs         --spin
@@ -26,6 +27,7 @@
 mod filesystem;
 mod lead;
 mod limits;
+mod pool;
 mod prefill;
 mod spin;
 mod started;
@@ -33,7 +35,7 @@ mod started;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
@@ -41,7 +43,7 @@ use fuser::{Config, Session, SessionACL};
 pub use limits::DEFAULT_CACHE_MIB;
 pub use spin::Spin;
 
-use self::filesystem::{Tree, check_root};
+use self::filesystem::{Tree, View, check_root};
 use self::lead::Lead;
 use self::prefill::Siblings;
 use self::spin::Pulse;
@@ -49,13 +51,14 @@ use self::started::{OnDemand, all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::open;
-use super::plan::PlannedLayer;
 use super::table::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log, source_name};
 use crate::failpoint;
+use crate::image::blobs::Blobs;
 use crate::image::overlay::{Merged, ROOT};
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
+use crate::sys::locks;
 use crate::sys::mountapi::{self, FsContext, MountPoint};
 
 /// How often the error counts in a mount's record are brought up to date, at the most.
@@ -116,7 +119,11 @@ impl Connection {
 }
 
 fn unmount_at(target: &Path, by_helper: bool, lazy: bool) -> io::Result<()> {
-    if by_helper { sys::fuse::unmount_with_helper(target, lazy) } else { sys::fuse::unmount(target, lazy) }
+    if by_helper {
+        sys::fuse::unmount_with_helper(target, lazy)
+    } else {
+        mountapi::unmount(target, lazy).map_err(|error| error.source)
+    }
 }
 
 /// A mount of a connection that is attached nowhere.
@@ -125,7 +132,7 @@ fn mount_nowhere(
     engine: &Engine,
     fd: &OwnedFd,
     flags: &MountFlags,
-) -> Result<OwnedFd, mountapi::MountError> {
+) -> Result<OwnedFd, mountapi::CallError> {
     let context = FsContext::open("fuse")?;
     // It names the mount for people, and nothing is found by it.
     let name = source_name::cut(source, source_name::FSCONFIG_BYTES_MAX);
@@ -172,6 +179,9 @@ fn mount_by_helper(source: &str, target: &Path, flags: &MountFlags) -> Result<Ow
 /// Opens the layers of a plan, checks the root folder, and makes an engine of them.
 pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountError> {
     let view = Merged::new(open(plan)?)?;
+    if plan.blobs.is_remote() {
+        view.number_files();
+    }
     let names = plan.layers.iter().map(|layer| layer.descriptor.digest.to_string()).collect();
     let cache_bytes = options.cache_mib.unwrap_or(DEFAULT_CACHE_MIB).saturating_mul(1 << 20);
     let engine = Engine::new(view, names, cache_bytes);
@@ -215,7 +225,7 @@ impl Served {
     /// Attaches it to its target.
     pub fn attach(mut self, point: &MountPoint) -> Result<(), MountError> {
         if let Some(mount) = self.mount.take() {
-            let failed = |source: mountapi::MountError| MountError::Mount {
+            let failed = |source: mountapi::CallError| MountError::Mount {
                 target: point.path().to_path_buf(),
                 source: source.into(),
             };
@@ -405,13 +415,9 @@ fn serve(
     let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
     let turns = Arc::new(Lead::default());
-    let is_local = plan.layers.iter().all(PlannedLayer::is_local);
-    let tree = Tree {
-        engine: engine.clone(),
-        siblings: siblings.clone(),
-        pulse: pulse.clone(),
-        lead: turns.clone(),
-    };
+    let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
+    let pool = plan.blobs.is_remote().then(Arc::default);
+    let tree = Tree { view, pulse: pulse.clone(), lead: turns.clone(), pool };
 
     let mut config = Config::default();
     config.n_threads = Some(threads);
@@ -431,7 +437,14 @@ fn serve(
     let notifier = session.notifier();
     let (stored, troubled, copy) = (Arc::clone(&engine), Arc::downgrade(&engine), session.as_fd());
     let copy = copy.try_clone_to_owned().map_err(failed("copy the connection"))?;
-    let _ = store.set(OnDemand::new("store", move || prefill::run(&news, &stored, &siblings, &notifier)));
+    let works = Arc::clone(&turns);
+    let _ = store.set(OnDemand::new("store", move || {
+        prefill::run(&news, &stored, &siblings, &notifier, &works);
+    }));
+    let (fetched, blobs) = (kept.clone(), Arc::clone(&plan.blobs));
+    if blobs.is_remote() {
+        spawn("progress", move || report_progress(blobs.as_ref(), &fetched))?;
+    }
     let reporter = OnDemand::new("report", move || {
         if let Some(engine) = troubled.upgrade() {
             report(&engine, &kept);
@@ -441,12 +454,10 @@ fn serve(
     let beats = Arc::clone(&pulse);
     pulse.on_first(OnDemand::new("spin", move || {
         spin::run(&beats, when);
-        // A thread that waits for a network would keep the lead from the others.
-        if is_local {
-            turns.begin(copy);
-        }
+        turns.begin(copy);
     }));
     spawn("signals", move || obey(&signals, &target, device, by_helper))?;
+    plan.blobs.start().map_err(failed("start a thread"))?;
     let serving = spawn("serve", move || session.run())?;
     if all_serve(threads, &serving) {
         // Where it is attached already, a descriptor of it would keep it from being unmounted.
@@ -464,17 +475,13 @@ struct Kept(Arc<Mutex<Option<MountRecord>>>);
 
 impl Drop for Clean {
     fn drop(&mut self) {
-        if let Some(record) = lock(&self.0.0).take() {
+        if let Some(record) = locks::lock(&self.0.0).take() {
             table::remove_here(&record);
         }
     }
 }
 
 struct Clean(Kept);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Unmounts when a signal asks for it. See the module's comment.
 fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
@@ -507,6 +514,26 @@ fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
     }
 }
 
+/// Keeps the record up to date on how much is here of what comes from another machine.
+fn report_progress(blobs: &dyn Blobs, kept: &Kept) {
+    loop {
+        let progress = blobs.progress();
+        let is_whole = progress.iter().all(|one| one.state == "complete");
+        if let Some(record) = locks::lock(&kept.0).as_mut()
+            && record.lazy != progress
+        {
+            record.lazy = progress;
+            if let Err(error) = table::write_here(record) {
+                log::warn!("{error}");
+            }
+        }
+        if is_whole {
+            return;
+        }
+        std::thread::sleep(REPORT_EVERY);
+    }
+}
+
 /// Keeps the error counts of the mount's record up to date.
 fn report(engine: &Engine, kept: &Kept) {
     let mut told = 0;
@@ -514,7 +541,7 @@ fn report(engine: &Engine, kept: &Kept) {
         engine.troubles().wait_beyond(told);
         let counts = engine.troubles().counts();
         told = counts.total();
-        if let Some(record) = lock(&kept.0).as_mut() {
+        if let Some(record) = locks::lock(&kept.0).as_mut() {
             if let Some(daemon) = &mut record.daemon {
                 daemon.errors = counts;
             }

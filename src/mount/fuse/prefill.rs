@@ -23,14 +23,16 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use fuser::{INodeNo, Notifier};
 
+use super::lead::Lead;
 use super::started::OnDemand;
 use crate::image::layer::{Attr, BlockId, FileType, Place};
 use crate::mount::engine::cache::Block;
 use crate::mount::engine::{Decoded, Engine, Surplus};
+use crate::sys::locks;
 
 /// How many decoded blocks may wait to be stored; each holds its memory while it waits.
 const QUEUE: usize = 8;
@@ -74,7 +76,7 @@ struct Table {
 
 impl Siblings {
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        locks::lock(&self.table)
     }
 
     /// Records a file whose attributes the kernel has just received.
@@ -150,13 +152,22 @@ pub(super) fn queue() -> (StoreQueue, Arc<OnceLock<OnDemand>>, Receiver<Decoded>
 }
 
 /// Stores blocks from the queue, and decodes ahead, until the mount ends.
-pub(super) fn run(receiver: &Receiver<Decoded>, engine: &Engine, siblings: &Siblings, notifier: &Notifier) {
+///
+/// `lead` hears when it works.
+pub(super) fn run(
+    receiver: &Receiver<Decoded>,
+    engine: &Engine,
+    siblings: &Siblings,
+    notifier: &Notifier,
+    lead: &Lead,
+) {
     let mut ahead = Ahead::default();
     loop {
         let next = match ahead.left {
             0 => receiver.recv().map_err(|_| TryRecvError::Disconnected),
             _ => receiver.try_recv(),
         };
+        let _work = lead.work();
         match next {
             Ok(news) => {
                 if let Place::Shared { offset, .. } = news.extent.place {

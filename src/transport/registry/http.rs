@@ -1,6 +1,6 @@
 //! One HTTP request and its answer, with every size and time bounded.
 //!
-//! Bounds: 64 KiB of headers; a connection in 10 s; no silence longer than [`Access::patience`], no
+//! Bounds: 64 KiB of headers; a connection in 10 s or less; no silence longer than [`Access::patience`], no
 //! answer's head later than that, and no body slower than 1 KiB/s over that time ([`Rate`]), which
 //! a limit for each read alone would let pass. Redirects are not followed here, statuses are not
 //! errors, and nothing is decompressed: `identity` is asked for, and all else is refused.
@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use ureq::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
@@ -25,6 +25,7 @@ use super::text;
 use super::tls::{TlsConnector, TlsFailure};
 use super::url::{Origin, Url};
 use crate::progress::Task;
+use crate::sys::locks;
 use crate::transport::access::Access;
 
 /// The most bytes of headers that are read.
@@ -154,7 +155,7 @@ impl Http {
 
     /// The agent of a server. Certificates and proxy differ from one to the next.
     fn agent(&self, origin: &Origin) -> Result<Agent, RegistryError> {
-        let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut agents = locks::lock(&self.agents);
         if let Some(agent) = agents.get(origin) {
             return Ok(agent.clone());
         }
@@ -180,8 +181,8 @@ impl Http {
             .output_buffer_size(128 << 10)
             .max_idle_connections(IDLE * 2)
             .max_idle_connections_per_host(IDLE)
-            .timeout_resolve(Some(CONNECT))
-            .timeout_connect(Some(CONNECT))
+            .timeout_resolve(Some(CONNECT.min(silence)))
+            .timeout_connect(Some(CONNECT.min(silence)))
             .timeout_per_read(Some(silence))
             .timeout_per_write(Some(silence))
             .build();

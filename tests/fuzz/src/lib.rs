@@ -3,8 +3,10 @@
 //! `tests/fuzz_corpus.rs` includes this file and runs each function over its corpus, on any toolchain.
 
 pub mod build;
+pub mod erofs;
 pub mod manifest;
 pub mod puzzlefs;
+pub mod registry;
 pub mod squashfs;
 pub mod trust;
 pub mod verity;
@@ -21,10 +23,15 @@ pub const TARGETS: &[Target] = &[
     ("squashfs_xattrs", squashfs::xattrs),
     ("squashfs_data", squashfs::data),
     ("squashfs_image", squashfs::image),
+    ("erofs_image", erofs::image),
+    ("erofs_cluster", erofs::cluster),
     ("manifest_import", manifest::import),
     ("manifest_system", manifest::system),
     ("puzzlefs_metadata", puzzlefs::metadata),
     ("puzzlefs_chunk", puzzlefs::chunk),
+    ("registry_headers", registry::headers),
+    ("registry_documents", registry::documents),
+    ("registry_source", registry::source),
     ("trust_certificate", trust::certificate),
     ("verity_superblock", verity::superblock),
     ("verity_tree", verity::tree),
