@@ -80,7 +80,9 @@ pub(super) fn open(args: &Wanted<'_>) -> Result<Found, AnyError> {
     let source: SourceRef = args.source.parse()?;
     let patience = args.registry.quiet_access();
     let from = source.open(&access(&patience))?;
-    let store = Store::create(&args.lazy.store.clone().unwrap_or_else(default_store))?;
+    // Absolute: the daemon leaves this working folder.
+    let folder = args.lazy.store.clone().unwrap_or_else(default_store);
+    let store = Store::create(&std::path::absolute(&folder).on("find", &folder)?)?;
     let (found, image) = find(&store, from.as_ref(), &source)?;
     // What cannot be verified is refused before any of it is fetched. Rule (docs/design.md, unverified mounts): a
     // server's word is never enough, so `--unsafe-no-verity` does not reach here.

@@ -136,3 +136,19 @@ fn an_ordinary_user_mounts_an_image_of_a_registry() {
     wait_until("the image is whole, in the user's cache", || blob(0).exists() && blob(1).exists());
     as_user(&format!("fusermount3 -u {}", display(&at)));
 }
+
+#[test]
+fn the_store_may_be_named_from_the_working_folder() {
+    let lazy = Lazy::new();
+    let (at, source) = (lazy.place.path("m"), lazy.source());
+    fs::create_dir_all(&at).unwrap();
+    let args = ["mount", "--store", "cache", "--net-timeout", "2", &source, "m"];
+    let output = lazy.place.command(&args).current_dir(lazy.place.dir.path()).output().unwrap();
+    assert!(output.status.success(), "{}", crate::place::text(&output.stderr));
+    for number in 0..FILES {
+        let bytes = fs::read(at.join(format!("d{}/f{number}", number % 4))).unwrap();
+        assert!(bytes == crate::fixture::content(number).as_bytes(), "file {number}");
+    }
+    wait_until("both layers are blobs", || lazy.is_whole(0) && lazy.is_whole(1));
+    assert!(std::process::Command::new("umount").arg(&at).status().unwrap().success());
+}

@@ -38,6 +38,7 @@ use self::link::{Link, Urgency};
 use self::part::{BLOCK, Part};
 use super::{Store, StoreError};
 use crate::digest::Digest;
+use crate::error::IoContext;
 use crate::image::blobs::{Blob, BlobError, BlobFolder, BlobProgress, Blobs, read_whole};
 use crate::image::bytes::may_wait;
 use crate::image::format::LayerFormat;
@@ -118,6 +119,9 @@ impl LazyImage {
         image: &OciImage,
         options: LazyOptions,
     ) -> Result<Self, StoreError> {
+        // A daemon leaves its working folder.
+        let dir = std::path::absolute(store.dir()).on("find", store.dir())?;
+        let store = &Store::open_with(&dir, store.layout.links())?;
         let link = Arc::new(Link::new(from, options.patience));
         let fill = Arc::new(Fill::new(options.fill));
         let mut blobs: Vec<Lazy> = Vec::new();

@@ -14,8 +14,8 @@
 //! **Garbage collection** holds the store's lock. It leaves a file that is locked, and one whose blob is needed.
 //!
 //! **Becoming a blob.** The file is hashed and renamed under the exclusive lock, so nobody writes to it in
-//! between, and nobody writes to it afterwards: a writer looks, under the shared lock, whether the file still
-//! has its name. Those who have it open read on from the blob.
+//! between, and nobody writes to it afterwards: a writer looks, under the shared lock, whether the blob's name
+//! leads to this file. Those who have it open read on from the blob.
 
 use std::fs::{self, File};
 use std::io;
@@ -44,6 +44,8 @@ pub(in crate::store) const FOLDER: &str = "lazy";
 pub(super) struct Part {
     file: File,
     path: PathBuf,
+    /// Where the file is once it is a blob.
+    blob_path: PathBuf,
     blob: Descriptor,
     /// One bit a block.
     map: Box<[AtomicU64]>,
@@ -95,6 +97,7 @@ impl Part {
         let part = Self {
             file,
             path,
+            blob_path: store.blob_path(&blob.digest),
             blob: blob.clone(),
             map,
             have: AtomicU64::new(0),
@@ -213,9 +216,12 @@ impl Part {
             return Ok(Written::Complete);
         }
         let _lock = Lock::shared(&self.path.with_extension("lock"))?;
-        if !is_at(&self.file, &self.path) && self.file.metadata()?.nlink() > 0 {
-            self.completed_by_another();
+        if self.look_for_blob() {
             return Ok(Written::Complete);
+        }
+        // A file without a name is nobody else's; one that has another name may be anything by now.
+        if !is_at(&self.file, &self.path) && self.file.metadata()?.nlink() > 0 {
+            return Err(io::Error::other(format!("{} was moved away", self.path.display())));
         }
         self.file.write_all_at(bytes, offset)?;
         failpoint::hit("store.lazy.written");
@@ -231,8 +237,7 @@ impl Part {
 
     /// Whether another process has made it a blob.
     pub(super) fn look_for_blob(&self) -> bool {
-        let is_blob =
-            !is_at(&self.file, &self.path) && self.file.metadata().is_ok_and(|data| data.nlink() > 0);
+        let is_blob = is_at(&self.file, &self.blob_path);
         if is_blob {
             self.completed_by_another();
         }
