@@ -11,6 +11,8 @@ mod common;
 mod fuzz;
 #[path = "common/layout.rs"]
 mod layout;
+#[path = "common/mounted.rs"]
+mod mounted;
 #[path = "common/whole/scan.rs"]
 #[allow(dead_code)]
 mod scan;
@@ -21,10 +23,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
-use common::{Mounted, View, args, assert_same, bytes, make_tree, read, run, see};
+use common::{View, args, assert_same, bytes, make_tree, read, run, see};
 use layout::{Layout, OurMount, open_to_all, run_mosfs};
 use mosfs::internals::image::erofs::Erofs;
 use mosfs::internals::image::{Layer, LayerError, MemorySource};
+use mounted::Mounted;
 
 /// Where the trees of this file are: static values are not dropped, so what an earlier run left goes first.
 fn place(name: &str) -> PathBuf {

@@ -98,7 +98,7 @@ pub(super) fn open(args: &Wanted<'_>) -> Result<Found, AnyError> {
         return Err(MountError::NoBackend { backend: backend::DM_VERITY, why }.into());
     }
     let list = list(args, &store, from.as_ref(), &image)?;
-    let name = name_of(&source, &found.digest);
+    let name = source.image_name();
     let complete = {
         let (store, found) = (store.clone(), found.clone());
         move || {
@@ -182,14 +182,4 @@ pub(super) fn find_list(from: &dyn Transport, image: &Digest) -> Option<ReadList
     let layer = artifact.layers.first()?;
     let bytes = from.fetch(layer, MAX_LIST_BYTES).ok()?;
     ReadList::parse(&bytes).inspect_err(|error| log::info!("{}: {error}", found.digest)).ok()
-}
-
-/// The image's name in the store, as `mosfs pull --image` gives it.
-fn name_of(source: &SourceRef, digest: &Digest) -> String {
-    let (_, repository) = source.location.split_once('/').unwrap_or(("", &source.location));
-    match source.name.as_deref() {
-        Some(tag) if !tag.contains("sha256:") => format!("{repository}:{tag}"),
-        Some(_) => format!("{repository}:sha256/{}", digest.hex()),
-        None => format!("{repository}:latest"),
-    }
 }

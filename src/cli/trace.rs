@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use clap::Args;
 
@@ -17,7 +17,7 @@ use crate::mount::{self as mounts, Backend, Daemon, MountFlags, MountPlan, Reque
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::store::lazy::{LIST_TYPE, ReadList, Recorder};
-use crate::sys::{self, file};
+use crate::sys::{self, file, locks};
 use crate::transport::registry::Registry;
 use crate::transport::{SourceRef, Transport, TransportError};
 
@@ -113,6 +113,7 @@ fn run_in_mount(args: &TraceArgs, plan: &MountPlan) -> Result<(), AnyError> {
     let at = std::env::temp_dir().join(format!("mosfs-trace-{}", std::process::id()));
     file::create_folder(&at, 0o700)?;
     let at = at.canonicalize().on("find", &at)?;
+    let program = args.command.first().cloned().unwrap_or_default();
     let ended: Arc<Mutex<Option<std::io::Result<ExitStatus>>>> = Arc::default();
     let mut ready = || {
         let mut command = match args.chroot {
@@ -122,9 +123,8 @@ fn run_in_mount(args: &TraceArgs, plan: &MountPlan) -> Result<(), AnyError> {
                 command
             }
             false => {
-                let (program, rest) = args.command.split_first().unwrap_or((&args.command[0], &[]));
-                let mut command = Command::new(program);
-                command.args(rest).current_dir(&at);
+                let mut command = Command::new(&program);
+                command.args(args.command.iter().skip(1)).current_dir(&at);
                 command
             }
         };
@@ -133,7 +133,7 @@ fn run_in_mount(args: &TraceArgs, plan: &MountPlan) -> Result<(), AnyError> {
         let (ended, at) = (Arc::clone(&ended), at.clone());
         std::thread::spawn(move || {
             let status = command.status();
-            *ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+            *locks::lock(&ended) = Some(status);
             if mounts::unmount(&at, false).is_err()
                 && let Err(error) = mounts::unmount(&at, true)
             {
@@ -151,11 +151,10 @@ fn run_in_mount(args: &TraceArgs, plan: &MountPlan) -> Result<(), AnyError> {
     let done = request.run();
     let _ = fs::remove_dir(&at);
     done?;
-    let program = || args.command.first().cloned().unwrap_or_default();
-    match ended.lock().unwrap_or_else(PoisonError::into_inner).take() {
+    match locks::lock(&ended).take() {
         Some(Ok(status)) if status.success() => Ok(()),
-        Some(Ok(status)) => Err(TraceError::Failed { program: program(), status }.into()),
-        Some(Err(source)) => Err(TraceError::Run { program: program(), source }.into()),
+        Some(Ok(status)) => Err(TraceError::Failed { program, status }.into()),
+        Some(Err(source)) => Err(TraceError::Run { program, source }.into()),
         // Somebody else has unmounted it, and what was read until then is the list.
         None => Ok(()),
     }

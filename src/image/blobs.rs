@@ -35,7 +35,7 @@ pub trait Blobs: fmt::Debug + Send + Sync {
     /// [`BlobError`]; `bytes` is then empty.
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError>;
 
-    /// Whether a read may wait for another machine ([`super::bytes::without_waiting`]).
+    /// Whether a read may wait for another machine.
     fn is_remote(&self) -> bool {
         false
     }

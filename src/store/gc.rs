@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Store, StoreError, files, lazy, put};
+use super::{Store, StoreError, files, lazy, partial, put};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
@@ -152,7 +152,7 @@ impl Collector<'_> {
             }
             removal.bytes += size;
         }
-        for folder in ["tmp", "partial"] {
+        for folder in ["tmp", partial::FOLDER] {
             for (path, size) in files(&self.store.private(folder))? {
                 removal.files.push(path);
                 removal.bytes += size;
@@ -193,7 +193,7 @@ impl Collector<'_> {
                 _ => failpoint::hit("store.gc.blob"),
             }
         }
-        let private = ["tmp", "partial", lazy::FOLDER].map(|name| self.store.private(name));
+        let private = ["tmp", partial::FOLDER, lazy::FOLDER].map(|name| self.store.private(name));
         for folder in [self.store.dir().join("blobs/sha256")].into_iter().chain(private) {
             if folder.exists() {
                 sync_folder(&folder).on("sync", &folder)?;

@@ -360,6 +360,17 @@ impl SourceRef {
         }
     }
 
+    /// The name that an image of this source gets in a store: `REPOSITORY:TAG`, without the registry's host; of a layout,
+    /// the name there.
+    pub(crate) fn image_name(&self) -> String {
+        let name = self.name.as_deref().unwrap_or("latest");
+        if !self.is_registry() {
+            return name.to_string();
+        }
+        let (_, repository) = self.location.split_once('/').unwrap_or(("", &self.location));
+        format!("{repository}:{name}")
+    }
+
     /// Whether it is a registry.
     pub fn is_registry(&self) -> bool {
         self.scheme == DOCKER

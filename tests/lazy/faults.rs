@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mosfs::internals::digest::Digest;
+use serde_json::Value;
+
 use crate::fixture::{FILES, Lazy, is_mounted, wait_until};
 use crate::place::text;
 use crate::server::{Fault, Options, Seen, Server};
@@ -427,4 +430,47 @@ fn an_image_that_nothing_verifies_is_refused_before_any_of_it_comes() {
     let output = lazy.command(&source, "m", &[]).output().unwrap();
     crate::place::refused(&output, 3, &["has no root hash: it cannot be verified"]);
     assert_eq!(lazy.parts(&lazy.server.take_log()).len(), 0);
+}
+
+/// Mounts what a manifest of the registry's describes. No size of it is anybody's promise.
+#[test]
+fn sizes_that_a_registry_makes_up_are_refused_before_memory_is_taken_for_them() {
+    let lazy = Lazy::new();
+    let repository = "p/mos/images/hostfs";
+    let good = lazy.server.manifest(repository, &lazy.image.to_string()).expect("the manifest");
+    let mut large: Value = serde_json::from_slice(&good).unwrap();
+    let digest = lazy.layers[1].digest;
+    let layers = large["layers"].as_array_mut().unwrap();
+    let layer = layers.iter_mut().find(|one| one["digest"] == digest.to_string()).expect("the layer");
+    // Every number that a manifest may have.
+    layer["size"] = ((1_u64 << 53) - 1).into();
+    let chunked = |metadata: u64, chunk: u64| {
+        let mut manifest: Value = serde_json::from_slice(&good).unwrap();
+        let listed = |kind: &str, size: u64| {
+            let digest = Digest::of(kind.as_bytes());
+            serde_json::json!({
+                "mediaType": format!("application/vnd.puzzlefs.image.{kind}.v1"), "digest": digest, "size": size,
+            })
+        };
+        manifest["layers"] = vec![listed("rootfs", metadata), listed("filedata", chunk)].into();
+        manifest
+    };
+    let rootfs = Digest::of(b"rootfs");
+    let filedata = Digest::of(b"filedata");
+    let huge = (1_u64 << 53) - 1;
+    let cases = [
+        (large, format!("{digest} has {huge} bytes, more than the 1099511627776 allowed")),
+        (chunked(huge, 9), format!("{rootfs} has {huge} bytes, more than the 268435456 allowed")),
+        (chunked(9, huge), format!("{filedata} has {huge} bytes, more than the 1048576 allowed")),
+    ];
+    for (manifest, expected) in cases {
+        let bytes = serde_json::to_vec(&manifest).unwrap();
+        lazy.server.put_manifest(repository, "large", "application/vnd.oci.image.manifest.v1+json", &bytes);
+        let source = lazy.server.source(&format!("{repository}:large"));
+        let output = lazy.command(&source, "m", &["--net-timeout", "2"]).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(&expected), "expected {expected:?}: {said}");
+        assert!(!is_mounted(&lazy.place.path("m")));
+    }
 }

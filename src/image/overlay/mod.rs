@@ -220,6 +220,21 @@ impl Merged {
         }
     }
 
+    /// The file at a path (`usr/lib`; the root is empty), without following links.
+    pub(crate) fn find(&self, path: &[u8]) -> Result<Option<(u64, Attr)>, OverlayError> {
+        let (mut ino, mut attr) = (ROOT, self.attr(ROOT)?);
+        for name in path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()) {
+            if attr.kind != FileType::Directory {
+                return Ok(None);
+            }
+            match self.lookup(ino, name)? {
+                Some(found) => (ino, attr) = found,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some((ino, attr)))
+    }
+
     /// The file of that name in a folder.
     pub fn lookup(&self, dir: u64, name: &[u8]) -> Result<Option<(u64, Attr)>, OverlayError> {
         let ino = match self.place(dir)? {

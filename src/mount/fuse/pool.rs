@@ -6,8 +6,10 @@
 //! waits for a bounded time (the `patience` of its source), so the queue moves on.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
+
+use crate::sys::locks;
 
 /// The most threads. More requests wait in the queue; the kernel sends no more than there are readers.
 const MOST: usize = 32;
@@ -35,7 +37,7 @@ struct State {
 impl Pool {
     /// Has `work` done by one of the threads.
     pub(super) fn submit(self: &Arc<Self>, work: Work) {
-        let mut state = self.lock();
+        let mut state = locks::lock(&self.state);
         state.queue.push_back(work);
         if state.idle >= state.queue.len() || state.threads >= MOST {
             self.news.notify_one();
@@ -58,28 +60,23 @@ impl Pool {
     }
 
     fn run(&self) {
-        let mut state = self.lock();
+        let mut state = locks::lock(&self.state);
         loop {
             if let Some(work) = state.queue.pop_front() {
                 drop(state);
                 work();
-                state = self.lock();
+                state = locks::lock(&self.state);
                 continue;
             }
             state.idle += 1;
-            let (woken, waited) =
-                self.news.wait_timeout(state, LINGER).unwrap_or_else(PoisonError::into_inner);
+            let (woken, is_over) = locks::wait_for(&self.news, state, LINGER);
             state = woken;
             state.idle -= 1;
-            if waited.timed_out() && state.queue.is_empty() {
+            if is_over && state.queue.is_empty() {
                 state.threads -= 1;
                 return;
             }
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -104,7 +101,7 @@ mod tests {
                 sender.send(number).unwrap();
             }));
         }
-        assert_eq!(pool.lock().threads, MOST);
+        assert_eq!(locks::lock(&pool.state).threads, MOST);
         *gate.0.lock().unwrap() = true;
         gate.1.notify_all();
         drop(sender);

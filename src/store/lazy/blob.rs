@@ -19,12 +19,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::flight::{Fetched, Flight};
 use super::link::{Link, LinkError, Urgency};
 use super::part::{BLOCK, Part, Written};
 use crate::image::bytes::{ReadAt, may_wait};
+use crate::sys::locks::lock;
 
 /// What a reader's miss fetches at least, in bytes, aligned: about what a link carries in one round trip
 /// (100 Mbit/s, 20 ms: 250 KB). Half of it, and the rest behind it without waiting, is faster than all at once.
@@ -51,7 +53,7 @@ const SUSPECT: u64 = SUSPECT_BYTES / BLOCK;
 pub(super) struct LazyBlob {
     part: Part,
     link: Arc<Link>,
-    flights: Mutex<Vec<Arc<Flight>>>,
+    flights: Mutex<Vec<Arc<Window>>>,
     suspects: Mutex<Suspects>,
     /// Where the last window ended, and how much was fetched behind it, in blocks.
     order: Mutex<(u64, u64)>,
@@ -71,11 +73,10 @@ struct Suspects {
 }
 
 /// Blocks that are being fetched.
-struct Flight {
+struct Window {
     blocks: Range<u64>,
     urgency: Urgency,
-    outcome: Mutex<Option<Result<Arc<Vec<u8>>, LinkError>>>,
-    landed: Condvar,
+    flight: Flight,
 }
 
 /// Where bytes are.
@@ -133,15 +134,13 @@ impl LazyBlob {
         blocks: Range<u64>,
         urgency: Urgency,
     ) -> Result<Option<u64>, LinkError> {
-        let flight = {
+        let window = {
             let mut flights = lock(&self.flights);
             let Some(first) = self.first_free(blocks.clone(), &flights) else { return Ok(None) };
             let end = self.run_end(first, blocks.end.min(first + MOST), &flights);
-            let flight = Arc::new(Flight::new(first..end, urgency));
-            flights.push(flight.clone());
-            flight
+            Window::enter(&mut flights, first..end, urgency)
         };
-        self.fly(&flight).map(|_| Some(flight.blocks.end))
+        self.fly(&window).map(|_| Some(window.blocks.end))
     }
 
     /// Fetches all runs of these blocks, for nobody who waits. Ends with the first that fails.
@@ -156,7 +155,7 @@ impl LazyBlob {
     }
 
     /// The first block of a range that is missing and that nobody fetches.
-    fn first_free(&self, blocks: Range<u64>, flights: &[Arc<Flight>]) -> Option<u64> {
+    fn first_free(&self, blocks: Range<u64>, flights: &[Arc<Window>]) -> Option<u64> {
         let mut from = blocks.start;
         loop {
             let block = self.part.first_missing(from..blocks.end)?;
@@ -168,18 +167,21 @@ impl LazyBlob {
     }
 
     /// Where a run of missing blocks that begins at `first` ends, at the latest at `end`.
-    fn run_end(&self, first: u64, end: u64, flights: &[Arc<Flight>]) -> u64 {
-        let taken =
-            |block: u64| self.part.has(block) || flights.iter().any(|one| one.blocks.contains(&block));
-        (first + 1..end).find(|block| taken(*block)).unwrap_or(end.max(first + 1))
+    fn run_end(&self, first: u64, end: u64, flights: &[Arc<Window>]) -> u64 {
+        (first + 1..end).find(|block| self.is_taken(*block, flights)).unwrap_or(end.max(first + 1))
+    }
+
+    /// Whether a block is here or on its way.
+    fn is_taken(&self, block: u64, flights: &[Arc<Window>]) -> bool {
+        self.part.has(block) || flights.iter().any(|window| window.blocks.contains(&block))
     }
 
     /// Makes a block available to a reader, and as many as possible of those up to `wanted_end` with it.
     fn obtain(&self, block: u64, wanted_end: u64, deadline: Instant) -> io::Result<Found> {
         loop {
             enum Turn {
-                Wait(Arc<Flight>),
-                Fetch(Arc<Flight>),
+                Wait(Arc<Window>),
+                Fetch(Arc<Window>),
             }
             let turn = {
                 let mut flights = lock(&self.flights);
@@ -199,28 +201,23 @@ impl LazyBlob {
                         if self.part.has(block) {
                             return Ok(Found::Here);
                         }
-                        let taken = |block: u64| {
-                            self.part.has(block) || flights.iter().any(|one| one.blocks.contains(&block))
-                        };
-                        let begin =
-                            (begin..block).rev().take_while(|block| !taken(*block)).last().unwrap_or(block);
+                        let is_free = |block: &u64| !self.is_taken(*block, &flights);
+                        let begin = (begin..block).rev().take_while(is_free).last().unwrap_or(block);
                         let end = self.run_end(block, end, &flights);
-                        let flight = Arc::new(Flight::new(begin..end, Urgency::Reader));
-                        flights.push(flight.clone());
-                        Turn::Fetch(flight)
+                        Turn::Fetch(Window::enter(&mut flights, begin..end, Urgency::Reader))
                     }
                 }
             };
             match turn {
-                Turn::Fetch(flight) => {
-                    let bytes = self.fly(&flight).map_err(io::Error::other)?;
-                    self.look_ahead(&flight.blocks);
-                    return Ok(Found::Bytes(flight.blocks.start * BLOCK, bytes));
+                Turn::Fetch(window) => {
+                    let bytes = self.fly(&window).map_err(io::Error::other)?;
+                    self.look_ahead(&window.blocks);
+                    return Ok(Found::Bytes(window.blocks.start * BLOCK, bytes));
                 }
-                Turn::Wait(flight) => match flight.wait(deadline) {
-                    Some(Ok(bytes)) => return Ok(Found::Bytes(flight.blocks.start * BLOCK, bytes)),
+                Turn::Wait(window) => match window.flight.wait(deadline) {
+                    Some(Ok(bytes)) => return Ok(Found::Bytes(window.blocks.start * BLOCK, bytes)),
                     // The background gives up at once; a reader does not.
-                    Some(Err(_)) if flight.urgency == Urgency::Background => {}
+                    Some(Err(_)) if window.urgency == Urgency::Background => {}
                     Some(Err(error)) => return Err(io::Error::other(error)),
                     None => {
                         let why = format!("it did not come within {} s", self.link.patience().as_secs());
@@ -248,24 +245,13 @@ impl LazyBlob {
         }
     }
 
-    /// Fetches the blocks of a flight, writes them, and wakes all who wait for them.
-    fn fly(&self, flight: &Arc<Flight>) -> Result<Arc<Vec<u8>>, LinkError> {
-        struct Landing<'a>(&'a LazyBlob, &'a Arc<Flight>, Result<Arc<Vec<u8>>, LinkError>);
-        impl Drop for Landing<'_> {
-            fn drop(&mut self) {
-                lock(&self.0.flights).retain(|one| !Arc::ptr_eq(one, self.1));
-                *lock(&self.1.outcome) = Some(self.2.clone());
-                self.1.landed.notify_all();
-            }
-        }
-        // Lands also where a thread panics, so that nobody waits for ever.
-        let mut landing =
-            Landing(self, flight, Err(LinkError::Failed("the thread that fetched it ended".into())));
-        landing.2 = self.fetch(&flight.blocks, flight.urgency);
-        landing.2.clone()
+    /// Fetches the blocks of a window, writes them, and wakes all who wait for them.
+    fn fly(&self, window: &Arc<Window>) -> Fetched {
+        let fetch = || self.fetch(&window.blocks, window.urgency);
+        window.flight.fly(fetch, || lock(&self.flights).retain(|one| !Arc::ptr_eq(one, window)))
     }
 
-    fn fetch(&self, blocks: &Range<u64>, urgency: Urgency) -> Result<Arc<Vec<u8>>, LinkError> {
+    fn fetch(&self, blocks: &Range<u64>, urgency: Urgency) -> Fetched {
         let range = self.part.bytes_of(blocks);
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let pieces = blocks.start / SUSPECT..blocks.end.div_ceil(SUSPECT);
@@ -431,27 +417,11 @@ impl ReadAt for LazyBlob {
     }
 }
 
-impl Flight {
-    fn new(blocks: Range<u64>, urgency: Urgency) -> Self {
-        Self { blocks, urgency, outcome: Mutex::default(), landed: Condvar::new() }
+impl Window {
+    /// Adds blocks to those that are being fetched.
+    fn enter(flights: &mut Vec<Arc<Window>>, blocks: Range<u64>, urgency: Urgency) -> Arc<Self> {
+        let window = Arc::new(Self { blocks, urgency, flight: Flight::default() });
+        flights.push(Arc::clone(&window));
+        window
     }
-
-    /// Waits for the outcome; `None` where it does not come in time.
-    fn wait(&self, deadline: Instant) -> Option<Result<Arc<Vec<u8>>, LinkError>> {
-        let mut outcome = lock(&self.outcome);
-        loop {
-            if let Some(known) = &*outcome {
-                return Some(known.clone());
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return None;
-            }
-            outcome = self.landed.wait_timeout(outcome, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

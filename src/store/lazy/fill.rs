@@ -13,19 +13,20 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use super::link::Urgency;
 use super::part::{BLOCK, Completed};
-use super::{Lazy, Shared, lock};
+use super::{Lazy, Shared};
 use crate::digest::Digest;
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::Geometry;
 use crate::progress::Progress;
 use crate::sys::file;
+use crate::sys::locks::{self, lock};
 
 /// How long no reader must have waited before a part of the rest is fetched.
 const QUIET: Duration = Duration::from_millis(50);
@@ -181,7 +182,7 @@ fn next(shared: &Shared) -> Next {
         // Two look again soon whether readers have become quiet; the others wait for news.
         let pause =
             if fill.fill && fill.fillers.load(Ordering::Acquire) < FILLERS { QUIET } else { 60 * PAUSE };
-        queue = fill.news.wait_timeout(queue, pause).unwrap_or_else(PoisonError::into_inner).0;
+        queue = locks::wait_for(&fill.news, queue, pause).0;
     }
 }
 

@@ -7,11 +7,12 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::image::oci::Descriptor;
+use crate::sys::locks;
 use crate::transport::{RangeAsk, Transport, TransportError};
 
 /// The first pause before the same request is sent again. Each is four times the one before.
@@ -221,6 +222,6 @@ impl Link {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locks::lock(&self.state)
     }
 }

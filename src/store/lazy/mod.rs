@@ -4,6 +4,7 @@
 //! part.rs   the file of a blob that is here in parts; its holes are the map    DIR/.mosfs/lazy/HEX
 //! link.rs   the place that missing bytes come from, and how long it is waited for
 //! blob.rs   reads of one such blob
+//! flight.rs bytes that are being fetched, and who waits for them
 //! list.rs   what a program reads first, recorded before
 //! fill.rs   what is fetched while nobody waits for it
 //! record.rs what is read of an image, noted for a list
@@ -13,10 +14,14 @@
 //! block against the hash tree, each chunk by its digest. Nothing that the place sends is believed. A blob that is
 //! whole, and has its digest, becomes a blob of the store; a partial one is never visible by name.
 //!
+//! Rule: sizes are a server's word until the content has its digest, so memory is taken for none before it was compared
+//! with a bound: [`MAX_LAYER_BYTES`], and those of the format for metadata and chunks.
+//!
 //! Several processes may read one blob: they share the file. One of them completes it.
 
 mod blob;
 mod fill;
+mod flight;
 mod link;
 mod list;
 mod part;
@@ -25,16 +30,18 @@ mod record;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-pub use list::{LIST_TYPE, ListError, ListedRead, MAX_LIST_BYTES, ReadList};
+pub use list::{LIST_TYPE, MAX_LIST_BYTES, ReadList};
 pub(super) use part::{FOLDER, unneeded};
+#[cfg(feature = "registry")]
 pub use record::Recorder;
 
 use self::blob::LazyBlob;
 use self::fill::Fill;
-use self::link::{Link, Urgency};
+use self::flight::{Fetched, Flight};
+use self::link::{Link, LinkError, Urgency};
 use self::part::{BLOCK, Part};
 use super::{Store, StoreError};
 use crate::digest::Digest;
@@ -43,10 +50,14 @@ use crate::image::blobs::{Blob, BlobError, BlobFolder, BlobProgress, Blobs, read
 use crate::image::bytes::may_wait;
 use crate::image::format::LayerFormat;
 use crate::image::oci::{Descriptor, OciImage};
+use crate::image::puzzlefs::{MAX_CHUNK_BYTES, MAX_METADATA_BYTES};
 use crate::image::verity::Geometry;
 use crate::sys::flock::Lock;
-use crate::transport::Transport;
+use crate::sys::locks::lock;
+use crate::transport::{Transport, TransportError};
 
+/// The largest layer that is fetched while it is read, in bytes: its map takes 32 MiB of memory.
+const MAX_LAYER_BYTES: u64 = 1 << 40;
 /// The first bytes of a layer that are fetched before it is opened: its superblock.
 const HEAD: u64 = 128 << 10;
 /// What is fetched of its end beside the hash tree: a file system's tables are there.
@@ -86,7 +97,7 @@ struct Shared {
     blobs: Vec<Lazy>,
     /// The chunks that were not in the store, with their descriptors.
     chunks: BTreeMap<Digest, Descriptor>,
-    chunk_flights: Mutex<HashMap<Digest, Arc<ChunkFlight>>>,
+    chunk_flights: Mutex<HashMap<Digest, Arc<Flight>>>,
     fill: Arc<Fill>,
     complete: Option<Box<dyn Fn() + Send + Sync>>,
 }
@@ -99,20 +110,13 @@ struct Lazy {
     fill_lock: Mutex<Option<Lock>>,
 }
 
-/// A chunk that is being fetched.
-#[derive(Default)]
-struct ChunkFlight {
-    outcome: Mutex<Option<Result<Arc<Vec<u8>>, String>>>,
-    landed: Condvar,
-}
-
 impl LazyImage {
     /// Opens an image of `from` whose manifest is known. What is in `store` is used, the rest is fetched into it.
     ///
     /// Nothing is fetched yet, and no thread is started ([`LazyImage::warm`], [`Blobs::start`]).
     ///
     /// # Errors
-    /// Those of the store's files.
+    /// [`TransportError::TooBig`]; those of the store's files.
     pub fn open(
         store: &Store,
         from: Box<dyn Transport>,
@@ -131,18 +135,24 @@ impl LazyImage {
             if is_known || store.has(&descriptor) || layer.format().is_ok_and(LayerFormat::is_chunked) {
                 continue;
             }
+            check_size(&descriptor, MAX_LAYER_BYTES)?;
             let (number, queue) = (blobs.len(), Arc::clone(&fill));
             let ahead = Box::new(move |blocks| queue.ahead(number, blocks));
             let blob = Arc::new(LazyBlob::new(Part::open(store, &descriptor)?, Arc::clone(&link), ahead));
             blobs.push(Lazy { blob, root_hash: layer.trust.root_hash(), fill_lock: Mutex::default() });
         }
         let chunked = image.layers.iter().filter(|layer| layer.format().is_ok_and(LayerFormat::is_chunked));
-        let chunks = chunked
-            .map(|layer| (layer.digest, layer.size))
-            .chain(image.chunks.iter().map(|(digest, size)| (*digest, *size)))
-            .map(|(digest, size)| (digest, Descriptor::new("application/octet-stream", digest, size)))
-            .filter(|(_, descriptor)| !store.has(descriptor))
-            .collect();
+        let listed = chunked
+            .map(|layer| (layer.digest, layer.size, MAX_METADATA_BYTES))
+            .chain(image.chunks.iter().map(|(digest, size)| (*digest, *size, MAX_CHUNK_BYTES.into())));
+        let mut chunks = BTreeMap::new();
+        for (digest, size, max) in listed {
+            let descriptor = Descriptor::new("application/octet-stream", digest, size);
+            if !store.has(&descriptor) {
+                check_size(&descriptor, max)?;
+                chunks.insert(digest, descriptor);
+            }
+        }
         if let Some(list) = &options.list {
             fill.list(list.reads().filter_map(|read| {
                 let at = blobs.iter().position(|lazy| lazy.blob.part().blob().digest == read.blob)?;
@@ -206,59 +216,41 @@ impl LazyImage {
         }
         jobs
     }
-
-    /// Whether all blobs are in the store.
-    pub fn is_complete(&self) -> bool {
-        self.shared.is_complete()
-    }
 }
 
 impl Shared {
+    /// Whether all blobs are in the store.
     fn is_complete(&self) -> bool {
         self.blobs.iter().all(|lazy| lazy.blob.part().is_complete())
             && self.chunks.values().all(|chunk| self.store.has(chunk))
     }
 
     /// Reads a chunk that is not in the store: one request, whoever needs it.
-    fn chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Result<Arc<Vec<u8>>, String> {
+    fn chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Fetched {
         let (flight, is_ours) = {
             let mut flights = lock(&self.chunk_flights);
             match flights.get(&chunk.digest) {
                 Some(flight) => (Arc::clone(flight), false),
                 None => {
-                    let flight = Arc::<ChunkFlight>::default();
+                    let flight = Arc::<Flight>::default();
                     flights.insert(chunk.digest, Arc::clone(&flight));
                     (flight, true)
                 }
             }
         };
         if !is_ours {
-            let deadline = Instant::now() + self.link.patience() * 2;
-            let mut outcome = lock(&flight.outcome);
-            loop {
-                if let Some(known) = &*outcome {
-                    return known.clone();
-                }
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(format!("chunk {} did not come in time", chunk.digest));
-                }
-                outcome = flight.landed.wait_timeout(outcome, left).unwrap_or_else(PoisonError::into_inner).0;
-            }
+            let late = || LinkError::Failed(format!("chunk {} did not come in time", chunk.digest));
+            return flight.wait(Instant::now() + self.link.patience() * 2).unwrap_or_else(|| Err(late()));
         }
-        let fetched = self.fetch_chunk(chunk, urgency);
-        *lock(&flight.outcome) = Some(fetched.clone());
-        lock(&self.chunk_flights).remove(&chunk.digest);
-        flight.landed.notify_all();
-        fetched
+        let forget = || drop(lock(&self.chunk_flights).remove(&chunk.digest));
+        flight.fly(|| self.fetch_chunk(chunk, urgency), forget)
     }
 
-    fn fetch_chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Result<Arc<Vec<u8>>, String> {
-        let mut bytes = vec![0; usize::try_from(chunk.size).map_err(|error| error.to_string())?];
+    fn fetch_chunk(&self, chunk: &Descriptor, urgency: Urgency) -> Fetched {
+        let mut bytes = vec![0; chunk.size as usize];
         let mut found = None;
         for tries in 0..CHUNK_TRIES {
-            let fetched = self.link.fetch(chunk, 0, &mut bytes, urgency, tries > 0);
-            fetched.map_err(|error| error.to_string())?;
+            self.link.fetch(chunk, 0, &mut bytes, urgency, tries > 0)?;
             let digest = Digest::of(&bytes);
             // Rule (docs/design.md, chunks by digest): what was hashed is what is used.
             if digest == chunk.digest {
@@ -271,7 +263,8 @@ impl Shared {
         }
         let found = found.map_or(String::new(), |found| found.to_string());
         let place = self.link.from().location();
-        Err(format!("{place} sends other bytes: chunk {} has digest {found}", chunk.digest))
+        let why = format!("{place} sends other bytes: chunk {} has digest {found}", chunk.digest);
+        Err(LinkError::Failed(why))
     }
 }
 
@@ -302,7 +295,7 @@ impl Blobs for LazyImage {
         }
         let _waiting = self.shared.link.wait();
         let fetched =
-            self.shared.chunk(chunk, Urgency::Reader).map_err(|why| failed(io::Error::other(why)))?;
+            self.shared.chunk(chunk, Urgency::Reader).map_err(|error| failed(io::Error::other(error)))?;
         read_whole(fetched.as_slice(), digest, stored_bytes, bytes)
     }
 
@@ -357,12 +350,14 @@ impl Blobs for LazyImage {
     }
 }
 
+/// Refuses a size for which more memory would be taken than is allowed.
+fn check_size(blob: &Descriptor, max: u64) -> Result<(), TransportError> {
+    let Descriptor { digest, size, .. } = *blob;
+    if size > max { Err(TransportError::TooBig { digest, size, max }) } else { Ok(()) }
+}
+
 impl fmt::Debug for LazyImage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "LazyImage({})", self.shared.link.from().location())
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -28,7 +28,7 @@ use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::Descriptor;
-use crate::store::{Store, StoreError, TempBlob};
+use crate::store::{Store, StoreError, TempBlob, partial};
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 
@@ -239,14 +239,10 @@ impl Part {
     pub(super) fn look_for_blob(&self) -> bool {
         let is_blob = is_at(&self.file, &self.blob_path);
         if is_blob {
-            self.completed_by_another();
+            self.mark(0..self.blocks());
+            self.complete.store(true, Ordering::Release);
         }
         is_blob
-    }
-
-    fn completed_by_another(&self) {
-        self.mark(0..self.blocks());
-        self.complete.store(true, Ordering::Release);
     }
 
     /// Makes it a blob of the store, if it has the right digest.
@@ -307,10 +303,10 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Takes over the first bytes of a blob that a download has left ([`super::super::partial`]), if nobody goes on
+/// Takes over the first bytes of a blob that a download has left ([`partial`]), if nobody goes on
 /// with it.
 fn adopt(store: &Store, blob: &Descriptor, path: &Path) {
-    let left = store.private("partial").join(blob.digest.hex());
+    let left = store.private(partial::FOLDER).join(blob.digest.hex());
     if path.exists() || !left.exists() {
         return;
     }

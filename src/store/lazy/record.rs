@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::list::{ListedRead, ReadList};
 use super::part::BLOCK;
@@ -12,6 +12,7 @@ use crate::digest::Digest;
 use crate::image::blobs::{Blob, BlobError, BlobProgress, Blobs};
 use crate::image::bytes::ReadAt;
 use crate::sys::file::{Links, open_regular};
+use crate::sys::locks;
 
 /// The most blocks that are recorded: 1 GiB of an image.
 const MOST_BLOCKS: usize = 1 << 18;
@@ -40,7 +41,7 @@ impl Recorder {
 
     /// The list of what was read.
     pub fn list(&self) -> ReadList {
-        let noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = locks::lock(&self.noted);
         ReadList::of(noted.reads.iter().copied())
     }
 }
@@ -80,7 +81,7 @@ impl Blobs for Recorder {
 
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
         self.inner.read(digest, stored_bytes, bytes)?;
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner).note(*digest, 0, stored_bytes);
+        locks::lock(&self.noted).note(*digest, 0, stored_bytes);
         Ok(())
     }
 
@@ -125,8 +126,7 @@ impl ReadAt for Recorded {
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.bytes().read_exact_at(buffer, offset)?;
-        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
-        noted.note(self.blob, offset, buffer.len() as u64);
+        locks::lock(&self.noted).note(self.blob, offset, buffer.len() as u64);
         Ok(())
     }
 
