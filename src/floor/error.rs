@@ -133,7 +133,7 @@ impl Classified for FloorError {
     }
 }
 
-/// What is wrong with the floor in a TPM. A TPM has at most one floor, at NV index [`INDEX`].
+/// What is wrong with the floor in a TPM. A TPM has at most one floor, at NV index 0x01500050.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TpmFloorProblem {
