@@ -95,7 +95,7 @@ fn fetch_and_switch(
         state.set_pending(id);
     }
     state.last_update = Some(LastUpdate::new(Some(id.version), None));
-    state.save(&system.state_path())
+    Ok(state.save(&system.state_path())?)
 }
 
 /// Fetches blobs of targets, several at a time; `again` whatever has their names in the store.
