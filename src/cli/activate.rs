@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{FloorArgs, Global, device, mount, output};
-use crate::deploy::activate::{self, Action, ActivationPlan, Outcome, Taken, Ways};
+use crate::deploy::activate::{self, Action, ActivationPlan, CompletedStep, MountOptions, Outcome};
 use crate::deploy::booted;
 use crate::error::{AnyError, IoContext};
 use crate::mount::Backend;
@@ -60,7 +60,7 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
         })
     };
     let deployment = plan.deployment;
-    let taken = activate::apply(plan, &run, &Ways { backend: args.backend, unit: &unit })?;
+    let taken = activate::apply(plan, &run, &MountOptions { backend: args.backend, unit: &unit })?;
     let verdict = activate::verdict(&taken);
     if global.json {
         let targets: Vec<_> = taken.iter().map(taken_json).collect();
@@ -111,7 +111,7 @@ fn plan_text(plan: &ActivationPlan) -> Vec<String> {
     if lines.is_empty() { vec!["nothing to do: the deployment has the root alone".into()] } else { lines }
 }
 
-fn taken_json(taken: &Taken) -> Value {
+fn taken_json(taken: &CompletedStep) -> Value {
     let mut value = json!({ "target": taken.target, "path": taken.path, "action": taken.action });
     let (outcome, key, what) = match &taken.outcome {
         Outcome::Done(backend) => ("done", "backend", json!(backend)),
@@ -123,8 +123,8 @@ fn taken_json(taken: &Taken) -> Value {
     value
 }
 
-fn done_text(taken: &Taken) -> String {
-    let Taken { target, path, action, outcome } = taken;
+fn done_text(taken: &CompletedStep) -> String {
+    let CompletedStep { target, path, action, outcome } = taken;
     let backend = match outcome {
         Outcome::Done(Some(backend)) => format!(" ({backend})"),
         _ => String::new(),

@@ -7,8 +7,8 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
-use crate::deploy::offer::{self, Accepted, Found, Judge};
-use crate::deploy::plan::{self, Options, Plan, Verdict};
+use crate::deploy::offer::{self, Accepted, FoundSystem, Judge};
+use crate::deploy::plan::{self, Plan, PlanOptions, Verdict};
 use crate::deploy::state::TRIES;
 use crate::deploy::{DeployError, State, System, apply};
 use crate::error::AnyError;
@@ -84,7 +84,7 @@ pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyErro
     }
     let progress = progress::of(global)?;
     device::with_gate(&args.floor, global, true, |gate| {
-        let options = Options { again: false, read_blobs: true, progress: &progress };
+        let options = PlanOptions { again: false, read_blobs: true, progress: &progress };
         let anchor = trust.anchor();
         let plan = plan::plan(&system, &state, from.as_ref(), offer, anchor, gate, &options)?;
         let Some(lock) = &lock else { return print_plan(&plan, global) };
@@ -173,7 +173,7 @@ fn find(
 ) -> Result<Accepted, AnyError> {
     let policy = floor::find_policy(&global.config)?;
     let judge = Judge { anchor, dates: Dates::check_now(), policy: policy.as_ref() };
-    let Found { taken, passed_over } = offer::find(from, source.name.as_deref(), &judge)?;
+    let FoundSystem { taken, passed_over } = offer::find(from, source.name.as_deref(), &judge)?;
     const SHOWN: usize = 10;
     for one in passed_over.iter().take(SHOWN) {
         output::note(format_args!("{} is passed over: {}", one.object, one.why));
@@ -200,7 +200,7 @@ fn make_plan(
     let progress = progress::of(global)?;
     device::with_gate(&args.floor, global, false, |gate| {
         // Whether there is an update can be said without reading every blob.
-        let options = Options { again: args.again, read_blobs: !args.check, progress: &progress };
+        let options = PlanOptions { again: args.again, read_blobs: !args.check, progress: &progress };
         then(&plan::plan(system, &state, from, offer, &anchor, gate, &options)?)
     })
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::lazy::{Found, LazyArgs, Wanted};
+use super::lazy::{FoundImage, LazyArgs, RequestedImage};
 use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
@@ -99,7 +99,7 @@ impl MountArgs {
 pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     if args.is_of_registry() {
         let MountArgs { source, root_hash, backend, unsafe_no_verity, lazy, registry, .. } = args;
-        let wanted = Wanted {
+        let wanted = RequestedImage {
             source,
             root_hashes: root_hash,
             backend: *backend,
@@ -116,14 +116,14 @@ pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// The image of a target of the deployment that runs.
-pub(super) fn image_of_target(target: &str, global: &Global) -> Result<Found, AnyError> {
+pub(super) fn image_of_target(target: &str, global: &Global) -> Result<FoundImage, AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let system = device::system(global);
     let booted = booted::deployment()?;
     let (store, image) = target::image(&system, booted, &anchor, target)?;
     let folder = system.scratch_dir(target);
     let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
-    Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
+    Ok(FoundImage { blobs: store.blobs(), image, scratch, pinned: None })
 }
 
 /// Runs `mosfs mount` of an image, for which nobody's signature is asked.
@@ -132,19 +132,19 @@ pub(super) fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyErro
 }
 
 /// An image of a layout.
-pub(super) fn image_of_layout(source: &SourceRef) -> Result<Found, AnyError> {
+pub(super) fn image_of_layout(source: &SourceRef) -> Result<FoundImage, AnyError> {
     // Not `SourceRef::open`: the start program must not hold the client of registries.
     let layout = source.layout()?;
     let transport: &dyn Transport = &layout;
     let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
     let image = transport.image(&found)?;
-    Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
+    Ok(FoundImage { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
 }
 
 fn mount(
     args: &MountArgs,
     global: &Global,
-    find: impl FnOnce() -> Result<Found, AnyError>,
+    find: impl FnOnce() -> Result<FoundImage, AnyError>,
 ) -> Result<(), AnyError> {
     let pipe = notify::Pipe::of(&args.options)?;
     let done = try_mount(args, global, find, &pipe);
@@ -159,7 +159,7 @@ fn mount(
 fn try_mount(
     args: &MountArgs,
     global: &Global,
-    find: impl FnOnce() -> Result<Found, AnyError>,
+    find: impl FnOnce() -> Result<FoundImage, AnyError>,
     pipe: &notify::Pipe,
 ) -> Result<(), AnyError> {
     // Rule (docs/mounts.md, setuid and devices): what nobody signed gets neither, unless it is asked for.
@@ -170,7 +170,7 @@ fn try_mount(
     }
     // Whatever is opened for an image of a registry is its daemon's.
     let foreign = args.is_of_registry().then(sys::daemon::open_descriptors);
-    let Found { blobs, image, scratch, pinned } = find()?;
+    let FoundImage { blobs, image, scratch, pinned } = find()?;
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
     let plan = MountPlan::new(&args.source, &image, &blobs, verification)?;
     let upper = upper(args, scratch)?;

@@ -34,7 +34,7 @@ pub struct Committed {
 
 /// What is known about the running boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ran {
+pub enum RunningBoot {
     /// The record of this boot names the deployment that runs.
     This(DeploymentId),
     /// There is no record.
@@ -55,7 +55,7 @@ pub fn commit(
     system: &System,
     anchor: &Anchor,
     floor: &mut dyn Floor,
-    ran: Ran,
+    ran: RunningBoot,
     waiting: impl FnOnce(),
 ) -> Result<Committed, DeployError> {
     if !system.root().is_dir() {
@@ -64,8 +64,8 @@ pub fn commit(
     let _lock = system.lock(waiting)?;
     let mut state = system.state()?;
     let (id, known) = match ran {
-        Ran::This(id) => (id, true),
-        Ran::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
+        RunningBoot::This(id) => (id, true),
+        RunningBoot::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
     };
     // Bless what is verified now, not what was verified at boot.
     let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;

@@ -83,15 +83,15 @@ pub struct Plan {
 
 impl Plan {
     /// The space that it needs.
-    pub(super) fn want(&self) -> space::Want {
+    pub(super) fn want(&self) -> space::SpaceNeeded {
         let keep = self.blobs.iter().map(|blob| blob.digest).collect();
-        space::Want { bytes: self.needed_bytes, keep, floor: self.floor }
+        space::SpaceNeeded { bytes: self.needed_bytes, keep, floor: self.floor }
     }
 }
 
 /// How thoroughly to plan.
 #[derive(Clone, Copy)]
-pub struct Options<'a> {
+pub struct PlanOptions<'a> {
     /// Try a version again that failed before.
     pub again: bool,
     /// Read the blobs in the store, rather than rely on their size.
@@ -113,7 +113,7 @@ pub fn plan(
     offer: Accepted,
     anchor: &Anchor,
     gate: &mut FloorGate<'_>,
-    options: &Options<'_>,
+    options: &PlanOptions<'_>,
 ) -> Result<Plan, DeployError> {
     let Accepted { artifact, referrers, verified } = offer;
     let id = DeploymentId { version: verified.manifest().version, digest: verified.digest() };
@@ -206,7 +206,7 @@ fn plan_blobs(
     plan: &mut Plan,
     system: &System,
     from: &dyn Transport,
-    options: &Options<'_>,
+    options: &PlanOptions<'_>,
 ) -> Result<(), DeployError> {
     let mut needed: BTreeMap<_, Fetch> = BTreeMap::new();
     let mut order = Vec::new();

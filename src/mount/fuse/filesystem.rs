@@ -22,7 +22,7 @@ use super::lead::{self, Lead};
 use super::limits::{self, TTL};
 use super::pool::Pool;
 use super::prefill::Siblings;
-use super::spin::Pulse;
+use super::spin::RequestCounter;
 use crate::image::bytes::{may_wait, without_waiting};
 use crate::image::layer::{Attr, FileType};
 use crate::image::overlay::{Entry, OverlayError, ROOT};
@@ -38,7 +38,7 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 /// A merged view as a FUSE file system.
 pub(super) struct Tree {
     pub view: Arc<View>,
-    pub pulse: Arc<Pulse>,
+    pub pulse: Arc<RequestCounter>,
     pub lead: Arc<Lead>,
     /// Threads for requests that wait for another machine; none where all bytes are on this one.
     pub pool: Option<Arc<Pool>>,

@@ -46,7 +46,7 @@ pub use spin::Spin;
 use self::filesystem::{Tree, View, check_root};
 use self::lead::Lead;
 use self::prefill::Siblings;
-use self::spin::Pulse;
+use self::spin::RequestCounter;
 use self::started::{OnDemand, all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
@@ -412,7 +412,7 @@ fn serve(
     engine.set_before_decoding(lead::decoding);
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
-    let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
+    let (pulse, when) = (Arc::new(RequestCounter::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
     let turns = Arc::new(Lead::default());
     let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
@@ -429,8 +429,8 @@ fn serve(
         limits::raise_read_ahead(device);
     }
     let _alive = record.as_ref().map(table::register_here).transpose()?;
-    let kept = Kept(Arc::new(Mutex::new(record)));
-    let _clean = Clean(kept.clone());
+    let kept = SharedRecord(Arc::new(Mutex::new(record)));
+    let _clean = RemoveOnDrop(kept.clone());
 
     // But for the one that serves, none of these threads is waited for: they end with the process. Those on demand
     // are not there while nobody uses the mount.
@@ -471,9 +471,9 @@ fn serve(
 
 /// The record of a mount while it lasts; removed, once and for all, when this is dropped.
 #[derive(Clone)]
-struct Kept(Arc<Mutex<Option<MountRecord>>>);
+struct SharedRecord(Arc<Mutex<Option<MountRecord>>>);
 
-impl Drop for Clean {
+impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
         if let Some(record) = locks::lock(&self.0.0).take() {
             table::remove_here(&record);
@@ -481,7 +481,7 @@ impl Drop for Clean {
     }
 }
 
-struct Clean(Kept);
+struct RemoveOnDrop(SharedRecord);
 
 /// Unmounts when a signal asks for it. See the module's comment.
 fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
@@ -515,7 +515,7 @@ fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
 }
 
 /// Keeps the record up to date on how much is here of what comes from another machine.
-fn report_progress(blobs: &dyn Blobs, kept: &Kept) {
+fn report_progress(blobs: &dyn Blobs, kept: &SharedRecord) {
     loop {
         let progress = blobs.progress();
         let is_whole = progress.iter().all(|one| one.state == "complete");
@@ -535,7 +535,7 @@ fn report_progress(blobs: &dyn Blobs, kept: &Kept) {
 }
 
 /// Keeps the error counts of the mount's record up to date.
-fn report(engine: &Engine, kept: &Kept) {
+fn report(engine: &Engine, kept: &SharedRecord) {
     let mut told = 0;
     loop {
         engine.troubles().wait_beyond(told);
