@@ -14,11 +14,11 @@ use crate::error::{AnyError, IoContext};
 #[derive(Debug, Args)]
 pub(super) struct Generate {
     #[command(subcommand)]
-    what: Kind,
+    what: Output,
 }
 
 #[derive(Debug, Subcommand)]
-enum Kind {
+enum Output {
     /// Print the completions of a shell.
     Completions {
         /// The shell.
@@ -37,13 +37,13 @@ enum Kind {
 /// Whatever writing the output gives.
 pub(super) fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
     match &args.what {
-        Kind::Completions { shell } => {
+        Output::Completions { shell } => {
             // Into memory first: clap_complete panics where its writer fails, and a pipe may.
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut help::command(), "mosfs", &mut text);
             output::document(&text)?;
         }
-        Kind::Man { dir } => {
+        Output::Man { dir } => {
             clap_mangen::generate_to(help::without_help_commands(), dir).on("write man pages in", dir)?
         }
     }

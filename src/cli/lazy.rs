@@ -35,7 +35,7 @@ pub(super) struct LazyArgs {
 }
 
 /// What is to be mounted.
-pub(super) struct FoundImage {
+pub(super) struct OpenedImage {
     pub(super) blobs: Arc<dyn Blobs>,
     pub(super) image: OciImage,
     /// Where the writes go for `--writable`.
@@ -76,7 +76,7 @@ pub(super) fn default_store() -> PathBuf {
 }
 
 /// Opens an image of a registry. What its registry said of a digest before is not asked again.
-pub(super) fn open(args: &RequestedImage<'_>) -> Result<FoundImage, AnyError> {
+pub(super) fn open(args: &RequestedImage<'_>) -> Result<OpenedImage, AnyError> {
     let source: SourceRef = args.source.parse()?;
     let patience = args.registry.quiet_access();
     let from = source.open(&access(&patience))?;
@@ -119,7 +119,7 @@ pub(super) fn open(args: &RequestedImage<'_>) -> Result<FoundImage, AnyError> {
     lazy.warm();
     let digest = found.digest;
     let blobs: Arc<dyn Blobs> = Arc::new(lazy);
-    Ok(FoundImage { blobs, image, scratch: Upper::Memory, pinned: Some(pinned(&source, &digest)) })
+    Ok(OpenedImage { blobs, image, scratch: Upper::Memory, pinned: Some(pinned(&source, &digest)) })
 }
 
 /// The same image by its digest: what a tag stands for may change.
