@@ -17,10 +17,13 @@ mod help;
 mod install;
 mod keys;
 mod lazy;
+mod lazy_target;
+mod lazy_update;
 mod log;
 mod manifest;
 mod mount;
 mod notify;
+mod offered;
 pub mod output;
 mod progress;
 #[cfg(feature = "registry")]

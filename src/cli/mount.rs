@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::lazy::{Found, LazyArgs, Wanted};
+use super::lazy_target::LazyTargets;
 use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
@@ -71,6 +72,13 @@ pub(super) struct MountArgs {
     /// Mount without verification, even layers without a root hash.
     #[arg(long)]
     unsafe_no_verity: bool,
+    /// Fetch what is missing of a target while it is read, from the registry that its system was installed from. An
+    /// image of a registry is always mounted in this way.
+    #[arg(long = "lazy")]
+    lazy_target: bool,
+    /// The registry for `--lazy`, docker://HOST[:PORT]/PREFIX, if the target's system came from elsewhere.
+    #[arg(long, value_name = "SOURCE", requires = "lazy_target")]
+    from: Option<SourceRef>,
     #[command(flatten)]
     lazy: LazyArgs,
     #[command(flatten)]
@@ -112,6 +120,9 @@ pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     if args.is_of_image() {
         return run_image(args, global);
     }
+    if args.lazy_target {
+        return mount(args, global, || lazy_image_of_target(args, global));
+    }
     mount(args, global, || image_of_target(&args.source, global))
 }
 
@@ -124,6 +135,23 @@ pub(super) fn image_of_target(target: &str, global: &Global) -> Result<Found, An
     let folder = system.scratch_dir(target);
     let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
     Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
+}
+
+/// The same, for a target whose blobs are not all in the store.
+fn lazy_image_of_target(args: &MountArgs, global: &Global) -> Result<Found, AnyError> {
+    let anchor = Anchor::load(&global.config)?;
+    let system = device::system(global);
+    let (id, verified) = target::running(&system, booted::deployment()?, &anchor)?;
+    let name = args.source.as_str();
+    let signed = target::find(&id, &verified, name)?;
+    let store = system.store()?;
+    let root = std::path::absolute(system.root()).on("find", system.root())?;
+    let targets = LazyTargets::new(&root, args.from.as_ref(), &args.registry);
+    let image = targets.image(&store, &id, name, signed)?;
+    let blobs = targets.blobs(&id, name, &image, args.backend, !args.lazy.no_fill)?;
+    let folder = system.scratch_dir(name);
+    let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
+    Ok(Found { blobs: blobs.unwrap_or_else(|| store.blobs()), image, scratch, pinned: None })
 }
 
 /// Runs `mosfs mount` of an image, for which nobody's signature is asked.
@@ -169,7 +197,7 @@ fn try_mount(
         flags.apply(option)?;
     }
     // Whatever is opened for an image of a registry is its daemon's.
-    let foreign = args.is_of_registry().then(sys::daemon::open_descriptors);
+    let foreign = (args.is_of_registry() || args.lazy_target).then(sys::daemon::open_descriptors);
     let Found { blobs, image, scratch, pinned } = find()?;
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
     let plan = MountPlan::new(&args.source, &image, &blobs, verification)?;
@@ -227,6 +255,11 @@ fn unit(
     option("--spin", Some(args.spin.name().to_string()));
     if args.unsafe_no_verity {
         option("--unsafe-no-verity", None);
+    }
+    if args.lazy_target {
+        let lazy = LazyTargets::new(&global.system, args.from.as_ref(), &args.registry);
+        arguments.splice(1..1, lazy.arguments());
+        return Ok(Unit { source, target, needs: vec![layout], arguments });
     }
     if args.is_of_registry() {
         option("--store", Some(layout.display().to_string()));
