@@ -68,7 +68,8 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
     );
     let targets = LazyTargets::new(&system, args.from.as_ref(), &args.registry);
     let unit = |target: &str, place: &Path| {
-        let mut arguments = mount::foreground_arguments(target, place, &system, &config, &activate::flags());
+        let mut arguments =
+            mount::foreground_arguments(target.as_ref(), place, &system, &config, &activate::flags());
         if args.lazy {
             // Before the source and the folder, which stand behind `--`.
             arguments.splice(1..1, targets.arguments());

@@ -137,6 +137,8 @@ fn one_target_is_mounted_anywhere_in_the_same_way() {
         1,
         &["is fetched while it is read, which takes the fuse backend"],
     );
+    let layout = lost.place.publisher.source();
+    lost.device.refused(&["mount", "--lazy", &layout, place], 2, &["expected a target", "for --lazy"]);
     lost.device.ok(&["mount", "--lazy", "--no-fill", "--net-timeout", "2", "app", place]);
     assert_eq!(lost.read(&at), Ok(lost.content.clone()));
 }

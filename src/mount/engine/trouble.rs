@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -49,6 +49,7 @@ pub struct Troubles {
     corrupt: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
+    hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 struct State {
@@ -70,6 +71,17 @@ impl Troubles {
             corrupt: AtomicU64::new(0),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            hook: OnceLock::new(),
+        }
+    }
+
+    /// Calls `hook` with each error, and at once if there have been errors. A second hook is ignored.
+    pub fn on_error(&self, hook: impl Fn() + Send + Sync + 'static) {
+        if self.hook.set(Box::new(hook)).is_ok()
+            && self.total() > 0
+            && let Some(hook) = self.hook.get()
+        {
+            hook();
         }
     }
 
@@ -111,6 +123,9 @@ impl Troubles {
         let mut state = locks::lock(&self.state);
         count.fetch_add(1, Ordering::Relaxed);
         self.changed.notify_all();
+        if let Some(hook) = self.hook.get() {
+            hook();
+        }
         if state.seen.contains(&(layer, place)) {
             return;
         }
@@ -127,7 +142,7 @@ impl Troubles {
         state.lines += 1;
         state.seen.insert((layer, place));
         let name = self.names.get(layer).map_or("?", String::as_str);
-        let line = format!("layer {name}: inode {ino:#x}: {error}");
+        let line = format!("{name}: inode {ino:#x}: {error}");
         log::error!("{line}");
         state.last = Some(line);
     }
@@ -139,7 +154,7 @@ mod tests {
 
     #[test]
     fn each_place_is_logged_once_and_all_are_counted() {
-        let troubles = Troubles::new(vec!["sha256:aa".into()]);
+        let troubles = Troubles::new(vec!["layer sha256:aa".into()]);
         let bad = |block| {
             let (expected, found) = (crate::digest::Digest::of(b"a"), crate::digest::Digest::of(b"b"));
             LayerError::Read(ReadError::Verity { what: "data".into(), block, expected, found })
@@ -150,7 +165,7 @@ mod tests {
         let counts = troubles.counts();
         assert_eq!((counts.verity, counts.total(), troubles.total()), (10, 10, 10));
         let last = counts.last.unwrap();
-        for part in ["sha256:aa", "block 7", "expected", "hash"] {
+        for part in ["layer sha256:aa: inode", "block 7", "expected", "hash"] {
             assert!(last.contains(part), "{last}");
         }
         for block in 0..100_000 {

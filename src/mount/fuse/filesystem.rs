@@ -13,11 +13,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    AccessFlags, Errno, FileAttr, FileHandle, FileType as FuseType, Filesystem, Generation, INodeNo,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    AccessFlags, Errno, FileAttr, FileHandle, FileType as FuseType, Filesystem, FopenFlags, Generation,
+    INodeNo, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
+use super::idle::Opens;
+use super::lead::{self, Lead};
 use super::limits::{self, TTL};
 use super::pool::Pool;
 use super::prefill::Siblings;
@@ -38,6 +40,9 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 pub(super) struct Tree {
     pub view: Arc<View>,
     pub pulse: Arc<Pulse>,
+    /// Counts open files, where a timeout needs them.
+    pub opens: Option<Arc<Opens>>,
+    pub lead: Arc<Lead>,
     /// Threads for requests that wait for another machine; none where all bytes are on this one.
     pub pool: Option<Arc<Pool>>,
 }
@@ -47,6 +52,8 @@ impl Tree {
     /// called again where it may wait.
     fn answer<R: Send + 'static>(&self, reply: R, answer: impl Fn(&View, R) -> Option<R> + Send + 'static) {
         self.pulse.beat();
+        // It ends after the reply, or once the pool has the request.
+        let _turn = self.lead.turn();
         let Some(pool) = &self.pool else {
             // Nothing is missing, so nothing comes back.
             answer(&self.view, reply);
@@ -56,6 +63,28 @@ impl Tree {
             let view = Arc::clone(&self.view);
             pool.submit(Box::new(move || drop(answer(&view, reply))));
         }
+    }
+
+    fn opened(&self, reply: ReplyOpen, flags: FopenFlags) {
+        match &self.opens {
+            // With NO_OPEN_SUPPORT and NO_OPENDIR_SUPPORT: the kernel opens files by itself from now on.
+            None => reply.error(Errno::ENOSYS),
+            Some(opens) => {
+                self.pulse.beat();
+                let _turn = self.lead.turn();
+                opens.opened();
+                reply.opened(FileHandle(0), flags);
+            }
+        }
+    }
+
+    fn released(&self, reply: ReplyEmpty) {
+        if let Some(opens) = &self.opens {
+            self.pulse.beat();
+            let _turn = self.lead.turn();
+            opens.released();
+        }
+        reply.ok();
     }
 }
 
@@ -218,12 +247,28 @@ impl Filesystem for Tree {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // With NO_OPEN_SUPPORT: the kernel opens files by itself from now on.
-        reply.error(Errno::ENOSYS);
+        self.opened(reply, FopenFlags::FOPEN_KEEP_CACHE);
     }
 
     fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.error(Errno::ENOSYS);
+        self.opened(reply, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR);
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.released(reply);
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, _: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.released(reply);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -246,6 +291,7 @@ impl Filesystem for Tree {
         reply: ReplyData,
     ) {
         self.answer(reply, move |view, reply| {
+            lead::reading(size);
             let mut reply = Some(reply);
             let done = view.engine.read(ino.0, offset, size, &mut |bytes| {
                 if let Some(reply) = reply.take() {
