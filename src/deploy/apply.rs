@@ -44,7 +44,7 @@ pub fn apply(
 }
 
 /// Whether the network failed: then what came so far is kept, and the next run goes on there.
-fn may_go_on(error: &DeployError) -> bool {
+pub(super) fn may_go_on(error: &DeployError) -> bool {
     match error {
         DeployError::Transport(error) | DeployError::Store(StoreError::Transport(error)) => {
             error.is_temporary()
@@ -53,7 +53,7 @@ fn may_go_on(error: &DeployError) -> bool {
     }
 }
 
-fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
+pub(super) fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
     if !system.store_dir().join("oci-layout").exists() {
         return Ok(Vec::new());
     }
@@ -94,6 +94,7 @@ fn fetch_and_switch(
     } else {
         state.set_pending(id);
     }
+    state.set_source(id, plan.source.as_deref());
     state.last_update = Some(LastUpdate::new(Some(id.version), None));
     state.save(&system.state_path())
 }

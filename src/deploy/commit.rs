@@ -47,7 +47,8 @@ pub enum Ran {
 /// Blesses the running deployment and raises the floor to its version.
 ///
 /// # Errors
-/// [`DeployError::BootUnknown`] if it is not known what runs; [`DeployError::NoTriesLeft`] if the pending
+/// [`DeployError::BootUnknown`] if it is not known what runs; [`DeployError::StillFetching`] if the pending
+/// deployment would be used and is not all here; [`DeployError::NoTriesLeft`] if the pending
 /// deployment would be used but has failed; [`DeployError::Floor`] with `Rollback` if the version is below
 /// the floor (in these cases nothing is changed). An error of the floor after the blessing leaves the
 /// deployment blessed, and the next commit raises the floor.
@@ -109,6 +110,7 @@ fn guess(system: &System, state: &State, take_pending: bool) -> Result<Deploymen
         return unknown("mosfs did not start this machine");
     }
     match (&state.pending, state.current) {
+        (Some(pending), _) if pending.fetching => Err(DeployError::StillFetching { id: pending.deployment }),
         (Some(pending), _) if pending.tries_left == 0 => {
             Err(DeployError::NoTriesLeft { id: pending.deployment })
         }

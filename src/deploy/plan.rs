@@ -77,6 +77,8 @@ pub struct Plan {
     pub needed_bytes: u64,
     /// The floor, if it was read.
     pub floor: Option<u64>,
+    /// The registry that it comes from, as `docker://HOST/PREFIX`: to be noted in the state file.
+    pub source: Option<String>,
     /// What the device trusts, and checks floor signatures against.
     pub(super) trust: (Anchor, Option<Policy>),
 }
@@ -96,6 +98,8 @@ pub struct Options<'a> {
     pub again: bool,
     /// Read the blobs in the store, rather than rely on their size.
     pub read_blobs: bool,
+    /// The registry that the system comes from, as `docker://HOST/PREFIX`, if it comes from one.
+    pub source: Option<&'a str>,
     /// Where to report progress.
     pub progress: &'a Progress,
 }
@@ -134,6 +138,7 @@ pub fn plan(
         blobs: Vec::new(),
         needed_bytes: 0,
         floor: None,
+        source: options.source.map(str::to_string),
         trust: (anchor.clone(), policy),
     };
     match verdict {
@@ -175,6 +180,8 @@ fn relation(state: &State, id: &DeploymentId, again: bool) -> Result<Verdict, De
         return Err(FloorError::NotNewer { version: id.version, current: current.version }.into());
     }
     match &state.pending {
+        // What began is finished: the whole way, as it has no folder yet.
+        Some(pending) if pending.deployment == *id && pending.fetching => Ok(Verdict::Update),
         Some(pending) if pending.deployment == *id && pending.tries_left > 0 => Ok(Verdict::AlreadyPending),
         Some(pending) if pending.deployment == *id && !again => Ok(Verdict::FailedBefore),
         _ => Ok(Verdict::Update),
