@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::rows::{Goal, KERNEL, ROWS, Row, SQUASHFUSE, Unit};
+use crate::rows::{self, Goal, KERNEL, Row, SQUASHFUSE, Unit, Who};
 use crate::stats::Sample;
 
 /// All that was measured.
@@ -12,6 +12,8 @@ pub struct Figures {
     pub machine: Value,
     /// The tree in a line.
     pub tree: String,
+    /// For whom the figures of a peer hold: its name, and who mounts it and reads it.
+    pub holds_for: Vec<(String, String)>,
     /// Peers that did not work here, and why.
     pub left_out: Vec<(String, String)>,
     /// The rows that were measured.
@@ -73,7 +75,7 @@ impl Verdict {
 impl RowFigures {
     /// The row's definition.
     pub fn row(&self) -> &'static Row {
-        ROWS.iter().find(|row| row.id == self.id).expect("rows come from the table")
+        rows::all().find(|row| row.id == self.id).expect("rows come from the table")
     }
 
     /// The median of a peer.
@@ -81,15 +83,15 @@ impl RowFigures {
         self.samples.iter().find(|(n, _)| n == name)?.1.median()
     }
 
-    /// What our figure is, in terms of the peer `against`.
-    pub fn ratio(&self, against: &str) -> Option<f64> {
-        Some(self.median(self.row().ours)? / self.median(against)?)
+    /// What the figure of `name` is, in terms of the peer `against`.
+    pub fn ratio(&self, name: &str, against: &str) -> Option<f64> {
+        Some(self.median(name)? / self.median(against)?)
     }
 
     /// The same for each round: the runs of a round are made one after the other.
-    fn ratios(&self, against: &str) -> Option<Sample> {
+    fn ratios(&self, name: &str, against: &str) -> Option<Sample> {
         let runs = |name: &str| self.samples.iter().find(|(n, _)| n == name).map(|(_, sample)| &sample.runs);
-        let (ours, theirs) = (runs(self.row().ours)?, runs(against)?);
+        let (ours, theirs) = (runs(name)?, runs(against)?);
         Some(Sample { runs: ours.iter().zip(theirs).map(|(a, b)| a / b).collect() })
     }
 
@@ -100,10 +102,11 @@ impl RowFigures {
         row.goals
             .iter()
             .filter_map(|&goal| {
+                let of = goal.of.unwrap_or(row.ours);
                 let (value, spread) = match goal.against {
-                    Some(peer) => (self.ratio(peer)?, self.ratios(peer)?),
+                    Some(peer) => (self.ratio(of, peer)?, self.ratios(of, peer)?),
                     None => {
-                        let (_, sample) = self.samples.iter().find(|(name, _)| name == row.ours)?;
+                        let (_, sample) = self.samples.iter().find(|(name, _)| name == of)?;
                         (sample.median()?, sample.clone())
                     }
                 };
@@ -115,6 +118,14 @@ impl RowFigures {
 }
 
 impl Figures {
+    /// For whom the figures of a peer hold in a row; nothing for a program.
+    pub fn who(&self, row: &Row, name: &str) -> &str {
+        if row.who == Who::Programs {
+            return "";
+        }
+        self.holds_for.iter().find(|(n, _)| n == name).map_or("", |(_, who)| who)
+    }
+
     /// All of it, as report.json holds it.
     pub fn to_json(&self) -> Value {
         let rows: Vec<Value> = self
@@ -139,7 +150,7 @@ impl Figures {
                 let goals: Vec<Value> = figures
                     .judged()
                     .iter()
-                    .map(|j| json!({"against": j.goal.against, "limit": j.goal.limit, "value": j.value, "verdict": j.verdict.mark()}))
+                    .map(|j| json!({"of": j.goal.of.unwrap_or(row.ours), "against": j.goal.against, "limit": j.goal.limit, "value": j.value, "verdict": j.verdict.mark()}))
                     .collect();
                 json!({
                     "id": figures.id,
@@ -153,7 +164,11 @@ impl Figures {
             })
             .collect();
         let left_out: Vec<Value> = self.left_out.iter().map(|(n, w)| json!({"name": n, "why": w})).collect();
-        json!({"version": 1, "machine": self.machine, "tree": self.tree, "left_out": left_out, "rows": rows})
+        let holds: Vec<Value> = self.holds_for.iter().map(|(n, w)| json!({"name": n, "who": w})).collect();
+        json!({
+            "version": 1, "machine": self.machine, "tree": self.tree, "holds_for": holds, "left_out": left_out,
+            "rows": rows,
+        })
     }
 
     /// Reads what [`Figures::to_json`] wrote. Rows that exist no longer are dropped.
@@ -162,7 +177,7 @@ impl Figures {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
         let rows = list(&value["rows"])
             .iter()
-            .filter(|row| ROWS.iter().any(|known| row["id"] == known.id))
+            .filter(|row| rows::all().any(|known| row["id"] == known.id))
             .map(|row| RowFigures {
                 id: text(&row["id"]),
                 samples: list(&row["peers"])
@@ -181,6 +196,10 @@ impl Figures {
         Ok(Self {
             machine: value["machine"].clone(),
             tree: text(&value["tree"]),
+            holds_for: list(&value["holds_for"])
+                .iter()
+                .map(|h| (text(&h["name"]), text(&h["who"])))
+                .collect(),
             left_out: list(&value["left_out"]).iter().map(|l| (text(&l["name"]), text(&l["why"]))).collect(),
             rows,
         })
@@ -219,8 +238,8 @@ pub fn digits(value: f64) -> String {
 /// Prints the table.
 pub fn print(figures: &Figures) {
     println!(
-        "\n{:<28}{:<20}{:>10}  {:<19}{:>9}{:>12}",
-        "", "", "median", "min .. max", "× kernel", "× squashfuse"
+        "\n{:<30}{:<22}{:<22}{:>10}  {:<19}{:>9}{:>12}",
+        "", "", "for", "median", "min .. max", "× kernel", "× squashfuse"
     );
     for row in &figures.rows {
         let unit = row.row().unit;
@@ -228,9 +247,10 @@ pub fn print(figures: &Figures) {
             let (Some(median), Some((min, max))) = (sample.median(), sample.range()) else { continue };
             let times = |peer: &str| row.median(peer).map_or(String::new(), |base| digits(median / base));
             println!(
-                "{:<28}{:<20}{:>10}  {:<19}{:>9}{:>12}",
+                "{:<30}{:<22}{:<22}{:>10}  {:<19}{:>9}{:>12}",
                 if n == 0 { row.row().title } else { "" },
                 name,
+                figures.who(row.row(), name),
                 value(median, unit),
                 format!("{} .. {}", value(min, unit), value(max, unit)),
                 times(KERNEL),
@@ -238,7 +258,7 @@ pub fn print(figures: &Figures) {
             );
         }
         for judged in row.judged() {
-            println!("{:<28}{}", "", goal_text(&judged, unit));
+            println!("{:<30}{}", "", goal_text(&judged, unit));
         }
     }
     for (name, why) in &figures.left_out {
@@ -249,7 +269,8 @@ pub fn print(figures: &Figures) {
 /// A goal in words.
 pub fn goal_text(judged: &Judged, unit: Unit) -> String {
     let sign = if unit == Unit::PerSecond { "≥" } else { "≤" };
-    let mark = judged.verdict.mark();
+    let mark =
+        judged.verdict.mark().to_string() + &judged.goal.of.map_or(String::new(), |of| format!(" {of}:"));
     match judged.goal.against {
         Some(peer) => {
             format!("{mark} {} of {peer} (goal {sign} {})", digits(judged.value), digits(judged.goal.limit))
