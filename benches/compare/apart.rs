@@ -16,7 +16,7 @@ use crate::Result;
 use crate::fixture::Entry;
 use crate::peers::Peer;
 use crate::rows::{self, Files};
-use crate::work;
+use crate::{table, work};
 
 /// What such a process does.
 #[derive(Debug, Serialize, Deserialize)]
@@ -127,7 +127,7 @@ fn perform(task: &Task) -> Result<Option<f64>> {
     match &task.row {
         None => check(&task.peer, &task.mnt, &entries).map(|()| None),
         Some(id) => {
-            let row = rows::all().find(|row| row.id == *id).ok_or("no such row")?;
+            let row = table::all().find(|row| row.id == *id).ok_or("no such row")?;
             rows::measure(row, &task.peer, &task.mnt, &Files::of(&entries))
         }
     }

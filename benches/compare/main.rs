@@ -6,12 +6,15 @@
 mod apart;
 mod fixture;
 mod machine;
+mod mounts;
 mod page;
 mod peers;
 mod report;
 mod rows;
 mod scale;
 mod stats;
+mod system;
+mod table;
 mod work;
 
 use std::collections::BTreeMap;
@@ -94,7 +97,7 @@ fn run(args: &Args) -> Result<()> {
         return apart::answer();
     }
     if args.list {
-        for row in rows::all() {
+        for row in table::all() {
             println!("{:<10} {}", row.id, row.title);
         }
         return Ok(());
@@ -103,7 +106,7 @@ fn run(args: &Args) -> Result<()> {
         fs::create_dir_all(&args.output)?;
         return scale::run(&args.dir, &args.output, &args.mosfs, &args.rows);
     }
-    if let Some(unknown) = args.rows.iter().find(|id| !rows::all().any(|row| row.id == **id)) {
+    if let Some(unknown) = args.rows.iter().find(|id| !table::all().any(|row| row.id == **id)) {
         return Err(format!("no row '{unknown}'; --list shows them").into());
     }
     fs::create_dir_all(&args.output)?;
@@ -139,7 +142,7 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         ("mosfs", args.mosfs.display().to_string()),
     ]);
     let chosen: Vec<&Row> =
-        rows::all().filter(|row| args.rows.is_empty() || args.rows.iter().any(|id| id == row.id)).collect();
+        table::all().filter(|row| args.rows.is_empty() || args.rows.iter().any(|id| id == row.id)).collect();
     let user = Apart::as_user(&args.dir.canonicalize()?, &fixture.for_others())?;
     let one_core = Apart::on_one_core(&args.dir.canonicalize()?, &mnt, &fixture.entries)?;
     let wanted = |name: &str, only: &Option<Vec<String>>| {
@@ -173,9 +176,9 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         }
         let ticks = machine::Ticks::now();
         let samples = if row.who == Who::Programs {
-            let programs: Vec<_> = rows::programs(row).iter().map(|name| (name.to_string(), runs)).collect();
+            let programs: Vec<_> = table::programs(row).iter().map(|name| (name.to_string(), runs)).collect();
             interleave(&programs, runs.min(3), |n| {
-                rows::run_program(row, &programs[n].0, fixture, &args.mosfs)
+                table::run_program(row, &programs[n].0, fixture, &args.mosfs)
             })?
         } else {
             let named =

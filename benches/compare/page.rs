@@ -111,7 +111,12 @@ fn mark(out: &mut String, kind: &str, x: f64, y: f64) {
 
 /// All rows that have the kernel in them, as time in terms of the kernel's, on a logarithmic axis.
 fn overview(page: &mut String, figures: &Figures) {
-    let rows: Vec<&RowFigures> = figures.rows.iter().filter(|row| row.median(KERNEL).is_some()).collect();
+    let rows: Vec<&RowFigures> = figures
+        .rows
+        .iter()
+        .filter(|row| matches!(row.row().unit, Unit::Seconds | Unit::CpuSeconds | Unit::PerSecond))
+        .filter(|row| row.median(KERNEL).is_some())
+        .collect();
     if rows.is_empty() {
         return;
     }
@@ -305,7 +310,7 @@ fn table(page: &mut String, figures: &Figures) {
         let unit = row.row().unit;
         for (n, (name, sample)) in row.samples.iter().enumerate() {
             let (Some(median), Some((min, max))) = (sample.median(), sample.range()) else { continue };
-            let times = |peer: &str| row.median(peer).map_or(String::new(), |base| digits(median / base));
+            let times = |peer: &str| row.times(median, peer);
             let _ = writeln!(
                 page,
                 "<tr><td>{}</td><td class=\"{}\">{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",

@@ -215,7 +215,17 @@ pub fn cpu_seconds(pid: u32) -> Option<f64> {
 
 /// Anonymous memory of a process, in bytes.
 pub fn anonymous_bytes(pid: u32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    field_bytes(&format!("/proc/{pid}/status"), "RssAnon:")
+}
+
+/// The same, where pages that processes share since a fork are divided among them.
+pub fn anonymous_part_bytes(pid: u32) -> Option<u64> {
+    field_bytes(&format!("/proc/{pid}/smaps_rollup"), "Pss_Anon:")
+}
+
+/// A field of a file of /proc that is in KiB.
+fn field_bytes(path: &str, field: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }

@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::rows::{self, Goal, KERNEL, Row, SQUASHFUSE, Unit, Who};
+use crate::rows::{Goal, KERNEL, Row, SQUASHFUSE, Unit, Who};
 use crate::stats::Sample;
+use crate::table;
 
 /// All that was measured.
 pub struct Figures {
@@ -75,12 +76,17 @@ impl Verdict {
 impl RowFigures {
     /// The row's definition.
     pub fn row(&self) -> &'static Row {
-        rows::all().find(|row| row.id == self.id).expect("rows come from the table")
+        table::all().find(|row| row.id == self.id).expect("rows come from the table")
     }
 
     /// The median of a peer.
     pub fn median(&self, name: &str) -> Option<f64> {
         self.samples.iter().find(|(n, _)| n == name)?.1.median()
+    }
+
+    /// A median in terms of a peer's, in digits; nothing where that has none, or took nothing.
+    pub fn times(&self, median: f64, peer: &str) -> String {
+        self.median(peer).filter(|&base| base > 0.0).map_or(String::new(), |base| digits(median / base))
     }
 
     /// What the figure of `name` is, in terms of the peer `against`.
@@ -98,7 +104,7 @@ impl RowFigures {
     /// The goals that can be judged with what was measured.
     pub fn judged(&self) -> Vec<Judged> {
         let row = self.row();
-        let more_is_better = row.unit == Unit::PerSecond;
+        let more_is_better = row.unit.more_is_better();
         row.goals
             .iter()
             .filter_map(|&goal| {
@@ -177,7 +183,7 @@ impl Figures {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
         let rows = list(&value["rows"])
             .iter()
-            .filter(|row| rows::all().any(|known| row["id"] == known.id))
+            .filter(|row| table::all().any(|known| row["id"] == known.id))
             .map(|row| RowFigures {
                 id: text(&row["id"]),
                 samples: list(&row["peers"])
@@ -212,6 +218,8 @@ fn unit_name(unit: Unit) -> &'static str {
         Unit::CpuSeconds => "CPU seconds",
         Unit::PerSecond => "reads per second",
         Unit::Megabytes => "megabytes",
+        Unit::Count => "count",
+        Unit::Percent => "percent",
     }
 }
 
@@ -223,6 +231,8 @@ pub fn value(value: f64, unit: Unit) -> String {
         Unit::PerSecond if value >= 1e3 => format!("{}k/s", digits(value / 1e3)),
         Unit::PerSecond => format!("{}/s", digits(value)),
         Unit::Megabytes => format!("{} MB", digits(value)),
+        Unit::Count => digits(value),
+        Unit::Percent => format!("{}\u{202f}%", digits(value)),
     }
 }
 
@@ -238,16 +248,16 @@ pub fn digits(value: f64) -> String {
 /// Prints the table.
 pub fn print(figures: &Figures) {
     println!(
-        "\n{:<30}{:<22}{:<22}{:>10}  {:<19}{:>9}{:>12}",
+        "\n{:<32}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
         "", "", "for", "median", "min .. max", "× kernel", "× squashfuse"
     );
     for row in &figures.rows {
         let unit = row.row().unit;
         for (n, (name, sample)) in row.samples.iter().enumerate() {
             let (Some(median), Some((min, max))) = (sample.median(), sample.range()) else { continue };
-            let times = |peer: &str| row.median(peer).map_or(String::new(), |base| digits(median / base));
+            let times = |peer: &str| row.times(median, peer);
             println!(
-                "{:<30}{:<22}{:<22}{:>10}  {:<19}{:>9}{:>12}",
+                "{:<32}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
                 if n == 0 { row.row().title } else { "" },
                 name,
                 figures.who(row.row(), name),
@@ -258,7 +268,7 @@ pub fn print(figures: &Figures) {
             );
         }
         for judged in row.judged() {
-            println!("{:<30}{}", "", goal_text(&judged, unit));
+            println!("{:<32}{}", "", goal_text(&judged, unit));
         }
     }
     for (name, why) in &figures.left_out {
@@ -268,7 +278,7 @@ pub fn print(figures: &Figures) {
 
 /// A goal in words.
 pub fn goal_text(judged: &Judged, unit: Unit) -> String {
-    let sign = if unit == Unit::PerSecond { "≥" } else { "≤" };
+    let sign = if unit.more_is_better() { "≥" } else { "≤" };
     let mark =
         judged.verdict.mark().to_string() + &judged.goal.of.map_or(String::new(), |of| format!(" {of}:"));
     match judged.goal.against {

@@ -22,8 +22,19 @@ pub enum Unit {
     CpuSeconds,
     /// Reads a second; more is better.
     PerSecond,
-    /// Memory in megabytes (10^6); less is better.
+    /// Megabytes (10^6) of memory or of files; less is better.
     Megabytes,
+    /// How many; less is better.
+    Count,
+    /// A part of a hundred; more is better.
+    Percent,
+}
+
+impl Unit {
+    /// Whether more is better.
+    pub fn more_is_better(self) -> bool {
+        matches!(self, Self::PerSecond | Self::Percent)
+    }
 }
 
 /// How the goal of a row is put.
@@ -133,7 +144,7 @@ pub const fn row(id: &'static str, title: &'static str, goals: &'static [Goal], 
 }
 
 /// The rows of this module, in the order of the report.
-const ROWS: &[Row] = &[
+pub const ROWS: &[Row] = &[
     Row {
         times: 4,
         ..row(
@@ -312,11 +323,6 @@ const ROWS: &[Row] = &[
     },
 ];
 
-/// All rows, with those that the other modules bring.
-pub fn all() -> impl Iterator<Item = &'static Row> {
-    ROWS.iter()
-}
-
 /// The programs of the rows that compare no file systems.
 pub fn programs(row: &Row) -> &'static [&'static str] {
     match row.id {
@@ -345,6 +351,13 @@ impl<'a> Files<'a> {
         let bytes = all.iter().map(|e| e.size).sum();
         let denied = entries.iter().filter(|e| !e.readable).count();
         Self { all, large, small, bytes, denied }
+    }
+}
+
+impl<'a> Files<'a> {
+    /// The small files of the row about them.
+    pub fn small(&self) -> &[&'a Entry] {
+        &self.small
     }
 }
 
