@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
+use super::kernel::KernelArgs;
 use super::{Global, RegistryArgs, output, progress};
 use crate::convert::{DEFAULT_LEVEL, Effort};
 use crate::error::{AnyError, Class, Classified, IoContext};
@@ -87,6 +88,8 @@ pub struct Build {
     #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
     #[command(flatten)]
+    kernel: KernelArgs,
+    #[command(flatten)]
     registry: RegistryArgs,
 }
 
@@ -117,13 +120,15 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
     let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
-    let sources = Sources { access: &access, platform: &platform };
+    let sources = Sources { access: &access, platform: &platform, boot: None };
     let base = match &args.base {
         Some(name) => Some(Base::of(&Store::open(&args.store)?, name)?),
         None => None,
     };
     let mut built = match (&args.key, &args.to_sign, &args.signature) {
-        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), &sources, &progress)?,
+        (Some(key), ..) => {
+            whole(args, key, &certificate.unwrap_or_default(), &floor_pub, &sources, &progress)?
+        }
         (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &sources, &progress)?,
         (.., signature) => {
             let signature = signature.as_deref().unwrap_or(Path::new(""));
@@ -160,6 +165,7 @@ fn whole(
     args: &Build,
     key: &Path,
     certificate: &[u8],
+    floor_pub: &[floor::PublicKey],
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
@@ -167,6 +173,8 @@ fn whole(
     let key = PrivateKey::load(key)?;
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
+    let boot = args.kernel.spec(import.product, &floor_keys, floor_pub)?;
+    let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
     Ok(build(&import, &store, &signer, effort(args), sources, progress)?)
@@ -181,6 +189,8 @@ fn first_half(
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
+    let boot = args.kernel.spec(import.product, &[], floor_pub)?;
+    let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let built =
         halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), sources, progress)?;

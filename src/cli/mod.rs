@@ -14,7 +14,9 @@ mod gc;
 mod generate;
 mod global;
 mod help;
+mod init;
 mod install;
+mod kernel;
 mod keys;
 mod log;
 mod manifest;
@@ -81,6 +83,9 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    if crate::boot::init::is_init() {
+        init::main();
+    }
     // Before there are threads: it changes the environment.
     crate::sys::tpm::silence_library();
     run_with(std::env::args_os())

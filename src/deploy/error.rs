@@ -186,6 +186,22 @@ pub enum DeployError {
         /// The targets that exist.
         known: Vec<String>,
     },
+    /// A system whose kernel is not the running one.
+    #[error("its kernel is not running: the system requires {required}, {}", runs(running))]
+    OtherKernel {
+        /// The id of the kernel that the system names.
+        required: Digest,
+        /// The id of the running one, if it has one.
+        running: Option<Digest>,
+    },
+    /// The image of the target `boot` names a kernel by something else than a digest.
+    #[error("the image {image} of the target boot names the kernel `{found}`, expected a digest")]
+    BadKernelId {
+        /// The image's OCI manifest.
+        image: Digest,
+        /// What it names.
+        found: String,
+    },
     /// The root is mounted by `mosfs boot`, not by `mosfs activate`.
     #[error("target {target} of deployment {id} is the root (service type hostfs): it is mounted at boot")]
     IsHostfs {
@@ -219,6 +235,10 @@ fn list(refused: &[Refusal]) -> String {
         .join("; ")
 }
 
+fn runs(running: &Option<Digest>) -> String {
+    running.map_or_else(|| "the running kernel has no id".into(), |id| format!("{id} is running"))
+}
+
 impl Classified for DeployError {
     fn class(&self) -> Class {
         match self {
@@ -234,6 +254,7 @@ impl Classified for DeployError {
                 Class::Verification
             }
             Self::Damaged { .. } | Self::NotMended { .. } => Class::Verification,
+            Self::OtherKernel { .. } | Self::BadKernelId { .. } => Class::Verification,
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::SameVersionOtherDigest { .. } => Class::Rollback,
             Self::NoSuchTarget { .. }

@@ -26,6 +26,7 @@ pub mod deployment;
 pub mod error;
 pub mod gc;
 pub mod id;
+pub mod kernel;
 pub mod offer;
 pub mod plan;
 pub mod pull;

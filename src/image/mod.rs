@@ -10,15 +10,19 @@
 //! layer.rs      Layer: the files of a layer, whatever its format
 //! squashfs/     a reader; each format has a folder of its own
 //! overlay/      the merged view of layers
+//! files.rs      files of the merged view by their paths
+//! boot.rs       what the image of the target `boot` has in it
 //! ```
 //!
 //! A format is one folder here and one row in [`format`]. Parsers take bytes from a [`Source`] and never do I/O of
 //! their own, so that the same reader serves a verified file, a device, memory and a fuzzer.
 
 pub mod blobs;
+pub mod boot;
 pub mod bytes;
 pub mod check;
 pub mod chunked;
+pub mod files;
 pub mod format;
 pub mod layer;
 pub mod oci;

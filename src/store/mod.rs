@@ -43,6 +43,7 @@ pub mod gc;
 mod partial;
 mod put;
 pub mod stats;
+pub mod view;
 
 use std::fs;
 use std::io;
