@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use mosfs::internals::convert::{Below, ConvertError, Converted, Effort, Meta, TarLayer, Under, convert_tar};
+use mosfs::internals::convert::{
+    Below, Codec, ConvertError, Converted, Effort, Meta, Packing, TarLayer, Under, convert_tar,
+};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::error::{Class, Classified};
 use mosfs::internals::image::FileType;
@@ -47,7 +49,8 @@ fn convert_over(
     below: &mut Below<'_>,
 ) -> Result<Converted, ConvertError> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
-    let effort = Effort { threads: NonZeroUsize::new(threads).unwrap(), level: 3 };
+    let packing = Packing::new(Codec::Zstd, Some(3), 128 << 10).unwrap();
+    let effort = Effort { threads: NonZeroUsize::new(threads).unwrap(), packing };
     convert_tar(bytes, layer, &file, effort, below, &Progress::silent())
 }
 

@@ -13,7 +13,9 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::process::Command;
 
-use mosfs::internals::convert::{ConvertError, Converted, Effort, TarLayer, Under, convert_tar};
+use mosfs::internals::convert::{
+    Codec, ConvertError, Converted, Effort, Packing, TarLayer, Under, convert_tar,
+};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::format::Compression;
 use mosfs::internals::progress::Progress;
@@ -333,7 +335,10 @@ fn convert(bytes: &[u8], to: &Path) -> Result<Converted, ConvertError> {
         diff_id: None,
     };
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
-    let effort = Effort { threads: NonZeroUsize::MIN, level: 1 };
+    let effort = Effort {
+        threads: NonZeroUsize::MIN,
+        packing: Packing::new(Codec::Zstd, Some(1), 128 << 10).unwrap(),
+    };
     convert_tar(bytes, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent())
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use mosfs::internals::convert::{DEFAULT_LEVEL, Effort, TarLayer, Under, convert_tar};
+use mosfs::internals::convert::{Effort, Packing, TarLayer, Under, convert_tar};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::format::Compression;
 use mosfs::internals::image::verity::BLOCK_BYTES;
@@ -279,7 +279,7 @@ fn convert(tar: &Path, image: &Path) -> Result<()> {
         compression: Compression::None,
         diff_id: None,
     };
-    let effort = Effort { threads: std::thread::available_parallelism()?, level: DEFAULT_LEVEL };
+    let effort = Effort { threads: std::thread::available_parallelism()?, packing: Packing::default() };
     let file = fs::File::options().read(true).write(true).create_new(true).open(image)?;
     let made = convert_tar(&*bytes, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent())?;
     // Without its hash tree: the layout's images are all sealed in one way.

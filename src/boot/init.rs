@@ -90,11 +90,10 @@ pub fn is_init() -> bool {
 
 /// Starts the system. It does not return where it succeeds. `say` gets a sentence for what does not stop a boot.
 pub fn run(say: &dyn Fn(&str)) -> InitError {
-    let failed = match start(say) {
+    match start(say) {
         Ok(never) => match never {},
         Err(error) => error,
-    };
-    failed
+    }
 }
 
 /// What follows a boot that failed. It does not return.
@@ -185,8 +184,8 @@ fn switch_root() -> Result<Never, InitError> {
 
 /// The programs that may be the init of the root, in order: what the kernel command line names, then the usual ones.
 fn inits(command_line: &str) -> Vec<String> {
-    let named = command_line.split_whitespace().filter_map(|word| word.strip_prefix("init="));
-    let named = named.last().filter(|path| path.starts_with('/'));
+    let mut named = command_line.split_whitespace().rev().filter_map(|word| word.strip_prefix("init="));
+    let named = named.find(|path| path.starts_with('/'));
     named.into_iter().chain(INITS).map(str::to_string).collect()
 }
 

@@ -1,10 +1,13 @@
 //! What a user can do about an error. All hints are here, and only [`super::output`] asks for them.
 
+use super::kernel::KernelArgsError;
 use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;
+use crate::deploy::esp::EspError;
 use crate::error::{AnyError, Class, Classified};
 use crate::floor::{self, FloorError};
 use crate::manifest::{ImportErrors, SystemError};
+use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
 use crate::store::StoreError;
@@ -40,7 +43,9 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_system))
             .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_import))
-            .or_else(|| this.downcast_ref().and_then(for_build));
+            .or_else(|| this.downcast_ref().and_then(for_build))
+            .or_else(|| this.downcast_ref().and_then(for_esp))
+            .or_else(|| this.downcast_ref().and_then(for_kernel_args));
         if found.is_some() {
             return found;
         }
@@ -49,8 +54,31 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
     None
 }
 
+fn for_esp(error: &EspError) -> Option<&'static str> {
+    match error {
+        EspError::NoSpace { .. } => {
+            Some("remove files that are no longer needed from EFI/Linux, or use a larger EFI system partition")
+        }
+        EspError::None { .. } => Some("mount the EFI system partition, and name it with `--esp DIR`"),
+        _ => None,
+    }
+}
+
+fn for_kernel_args(error: &KernelArgsError) -> Option<&'static str> {
+    matches!(error, KernelArgsError::NoFloorKey).then_some("add `--floor-key` or `--floor-pub`")
+}
+
 fn for_build(error: &BuildError) -> Option<&'static str> {
     match error {
+        BuildError::Boot(BootTargetError::Kernel(KernelError::Several { .. } | KernelError::NotThere { .. })) => {
+            Some("`--kernel RELEASE` selects one")
+        }
+        BuildError::Boot(BootTargetError::Initramfs(InitramfsError::NoProgram { .. })) => {
+            Some("install mosfs in the hostfs image, as a package or with `make install`")
+        }
+        BuildError::Boot(BootTargetError::Missing { .. }) => {
+            Some("install systemd's stub and boot loader in the hostfs image (Debian: systemd-boot-efi)")
+        }
         BuildError::NoMedium { .. } => {
             Some("remove `image_type` from the import manifest to build the system alone")
         }
@@ -128,6 +156,7 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::Trust(error) => return for_trust(error),
         DeployError::Transport(error) => return for_transport(error),
         DeployError::Store(error) => return for_store(error),
+        DeployError::Esp(error) => return for_esp(error),
         DeployError::VersionElsewhere { .. } => "build the other system with a higher version",
         DeployError::Floor(error) => return for_floor(error),
         DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",

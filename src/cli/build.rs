@@ -4,16 +4,17 @@ use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::kernel::KernelArgs;
 use super::{Global, RegistryArgs, output, progress};
-use crate::convert::{DEFAULT_LEVEL, Effort};
+use crate::convert::packing::DEFAULT_BLOCK_BYTES;
+use crate::convert::{Codec, Effort, Packing};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
 use crate::image::oci::Platform;
-use crate::manifest::{ImportManifest, SystemManifest, json as reproducible, yaml};
+use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as reproducible, rules, yaml};
 use crate::progress::Progress;
 use crate::publish::base::Base;
 use crate::publish::build::{Built, Signer, Sources, build, refuse_medium};
@@ -84,13 +85,42 @@ pub struct Build {
     /// Number of worker threads [default: one for each processor].
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
-    /// How hard to compress, as zstd counts: another level gives another digest.
-    #[arg(long, value_name = "1-22", default_value_t = DEFAULT_LEVEL, value_parser = clap::value_parser!(i32).range(1..=22))]
-    level: i32,
+    /// Compress new squashfs layers with zstd (smaller, the default) or lz4 (faster to read). A target's `layer` in the
+    /// import manifest overrides this and --block-size. Each choice produces another digest.
+    #[arg(long, value_name = "NAME", value_enum, hide_possible_values = true, help_heading = "Layers")]
+    compression: Option<Compression>,
+    /// Size of the blocks of new squashfs layers: 16K, 32K, 64K, 128K (default), 256K, 512K or 1M. Small blocks are
+    /// faster to read at random, large ones take less space.
+    #[arg(long, value_name = "SIZE", value_parser = rules::block_size, help_heading = "Layers")]
+    block_size: Option<u32>,
+    /// Compression level: 1 to 22 for zstd (default 15), 1 to 12 for lz4 (default 12). A target whose `layer` names the
+    /// other compression uses its default level.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22), help_heading = "Layers")]
+    level: Option<i32>,
     #[command(flatten)]
     kernel: KernelArgs,
     #[command(flatten)]
     registry: RegistryArgs,
+}
+
+/// What compresses new layers.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Compression {
+    Zstd,
+    Lz4,
+}
+
+/// Options that the import manifest contradicts.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "--compression and --block-size apply to squashfs layers; the import manifest has storage_type: puzzlefs"
+)]
+struct NoSquashfs;
+
+impl Classified for NoSquashfs {
+    fn class(&self) -> Class {
+        Class::Input
+    }
 }
 
 /// A key that is named by a URI.
@@ -117,6 +147,7 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         args.cert.as_deref().map(|path| read_file(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
     let floor_pub: Vec<_> =
         args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
+    let effort = effort(args)?;
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
     let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
@@ -127,12 +158,22 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     };
     let mut built = match (&args.key, &args.to_sign, &args.signature) {
         (Some(key), ..) => {
-            whole(args, key, &certificate.unwrap_or_default(), &floor_pub, &sources, &progress)?
+            whole(args, key, &certificate.unwrap_or_default(), &floor_pub, effort, &sources, &progress)?
         }
-        (_, Some(to), _) => first_half(args, to, certificate.as_deref(), &floor_pub, &sources, &progress)?,
+        (_, Some(to), _) => {
+            first_half(args, to, certificate.as_deref(), &floor_pub, effort, &sources, &progress)?
+        }
         (.., signature) => {
             let signature = signature.as_deref().unwrap_or(Path::new(""));
-            second_half(args, signature, &certificate.unwrap_or_default(), &floor_pub, &sources, &progress)?
+            second_half(
+                args,
+                signature,
+                &certificate.unwrap_or_default(),
+                &floor_pub,
+                effort,
+                &sources,
+                &progress,
+            )?
         }
     };
     if let Some(base) = base {
@@ -146,8 +187,13 @@ pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     print(&built, global)
 }
 
-fn effort(args: &Build) -> Effort {
-    Effort { threads: args.jobs.unwrap_or_else(threads), level: args.level }
+fn effort(args: &Build) -> Result<Effort, AnyError> {
+    let codec = match args.compression {
+        None | Some(Compression::Zstd) => Codec::Zstd,
+        Some(Compression::Lz4) => Codec::Lz4,
+    };
+    let packing = Packing::new(codec, args.level, args.block_size.unwrap_or(DEFAULT_BLOCK_BYTES))?;
+    Ok(Effort { threads: args.jobs.unwrap_or_else(threads), packing })
 }
 
 fn import(args: &Build) -> Result<ImportManifest, AnyError> {
@@ -157,6 +203,11 @@ fn import(args: &Build) -> Result<ImportManifest, AnyError> {
 fn parse_import(args: &Build, bytes: &[u8]) -> Result<ImportManifest, AnyError> {
     let import = ImportManifest::parse(&args.file, bytes)?;
     refuse_medium(&import)?;
+    if import.storage_type() == StorageType::Puzzlefs
+        && (args.compression.is_some() || args.block_size.is_some())
+    {
+        return Err(NoSquashfs.into());
+    }
     Ok(import)
 }
 
@@ -166,6 +217,7 @@ fn whole(
     key: &Path,
     certificate: &[u8],
     floor_pub: &[floor::PublicKey],
+    effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
@@ -177,7 +229,7 @@ fn whole(
     let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
-    Ok(build(&import, &store, &signer, effort(args), sources, progress)?)
+    Ok(build(&import, &store, &signer, effort, sources, progress)?)
 }
 
 fn first_half(
@@ -185,6 +237,7 @@ fn first_half(
     to: &Path,
     certificate: Option<&[u8]>,
     floor_pub: &[floor::PublicKey],
+    effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
@@ -192,8 +245,7 @@ fn first_half(
     let boot = args.kernel.spec(import.product, &[], floor_pub)?;
     let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
-    let built =
-        halves::prepare(&import, &store, certificate, Dates::check_now(), effort(args), sources, progress)?;
+    let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort, sources, progress)?;
     atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
     if let (Some(to), Some(key)) = (&args.floor_to_sign, floor_pub.first()) {
         let message = halves::floor_message(&built.manifest, key)?;
@@ -207,6 +259,7 @@ fn second_half(
     signature: &Path,
     certificate: &[u8],
     floor_keys: &[floor::PublicKey],
+    effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
@@ -228,7 +281,7 @@ fn second_half(
         return Ok(halves::finish_prepared(manifest, &Store::open(&args.store)?, &made)?);
     }
     let import = parse_import(args, &bytes)?;
-    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort(args), sources, progress)?)
+    Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort, sources, progress)?)
 }
 
 fn print(built: &Built, global: &Global) -> Result<(), AnyError> {

@@ -3,6 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
+use super::esp::EspArgs;
 use super::{FloorArgs, Global, device, output};
 use crate::deploy::booted;
 use crate::deploy::commit::{self, Ran};
@@ -20,6 +21,8 @@ pub struct CommitArgs {
     unbooted: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    esp: EspArgs,
 }
 
 /// Runs `mosfs commit`.
@@ -36,6 +39,8 @@ pub fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
     // A TPM behind a socket takes one connection at a time.
     drop(floor);
     device::tidy(&system, Some(done.floor_after), global);
+    // A kernel whose tries the boot loader still counts would be left behind one day.
+    device::sync_esp(&system, &args.esp, Some(done.floor_after), global)?;
     output::answer(
         global,
         || {

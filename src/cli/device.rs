@@ -1,8 +1,10 @@
 //! What the commands of a device share: its system, its anchor, its floor.
 
+use super::esp::EspArgs;
 use super::{FloorArgs, Global, output};
 use crate::deploy::gc::Needs;
 use crate::deploy::{FloorGate, System, space};
+use crate::deploy::{booted, esp};
 use crate::error::AnyError;
 use crate::floor::{Config, Floor};
 
@@ -58,4 +60,20 @@ pub fn tidy(system: &System, floor: Option<u64>, global: &Global) {
         Ok(problems) => problems.iter().for_each(output::note),
         Err(error) => output::note(format_args!("what nothing needs is not removed: {error}")),
     }
+}
+
+/// Brings the kernels on the EFI system partition up to date, where this machine has some there.
+pub fn sync_esp(
+    system: &System,
+    args: &EspArgs,
+    floor: Option<u64>,
+    global: &Global,
+) -> Result<(), AnyError> {
+    let place = args.find(global)?;
+    let Some(esp) = &place.esp else { return Ok(()) };
+    let _lock = system.lock(waiting(global))?;
+    let changed = esp::sync(system, esp, booted::deployment()?, floor)?;
+    changed.written.iter().for_each(|name| log::info!("EFI/Linux/{name} is in place"));
+    changed.others.iter().for_each(output::note);
+    Ok(())
 }

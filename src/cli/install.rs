@@ -6,6 +6,7 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
+use super::esp::EspArgs;
 use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::offer::{self, Accepted, Found, Judge};
 use crate::deploy::plan::{self, Options, Plan, Verdict};
@@ -37,6 +38,8 @@ pub struct InstallArgs {
     #[command(flatten)]
     floor: FloorArgs,
     #[command(flatten)]
+    esp: EspArgs,
+    #[command(flatten)]
     registry: RegistryArgs,
 }
 
@@ -61,6 +64,8 @@ pub struct UpdateArgs {
     #[command(flatten)]
     floor: FloorArgs,
     #[command(flatten)]
+    esp: EspArgs,
+    #[command(flatten)]
     registry: RegistryArgs,
 }
 
@@ -83,8 +88,10 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
         return Err(DeployError::AlreadyInstalled { path: system.root().to_path_buf(), current }.into());
     }
     let progress = progress::of(global)?;
+    let place = args.esp.find(global)?;
     device::with_gate(&args.floor, global, true, |gate| {
-        let options = Options { again: false, read_blobs: true, progress: &progress };
+        let (esp, kernel) = (place.esp.as_ref(), place.kernel);
+        let options = Options { again: false, read_blobs: true, esp, kernel, progress: &progress };
         let anchor = trust.anchor();
         let plan = plan::plan(&system, &state, from.as_ref(), offer, anchor, gate, &options)?;
         let Some(lock) = &lock else { return print_plan(&plan, global) };
@@ -198,9 +205,12 @@ fn make_plan(
     let anchor = Anchor::load(&global.config)?;
     let offer = find(&args.source, from, &anchor, global)?;
     let progress = progress::of(global)?;
+    let place = args.esp.find(global)?;
     device::with_gate(&args.floor, global, false, |gate| {
+        let (esp, kernel) = (place.esp.as_ref(), place.kernel);
         // Whether there is an update can be said without reading every blob.
-        let options = Options { again: args.again, read_blobs: !args.check, progress: &progress };
+        let (again, read_blobs) = (args.again, !args.check);
+        let options = Options { again, read_blobs, esp, kernel, progress: &progress };
         then(&plan::plan(system, &state, from, offer, &anchor, gate, &options)?)
     })
 }

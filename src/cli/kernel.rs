@@ -52,7 +52,7 @@ pub struct KernelArgs {
 
 /// Why the options do not describe a kernel that could boot.
 #[derive(Debug, thiserror::Error)]
-enum KernelArgsError {
+pub(super) enum KernelArgsError {
     /// Without a floor key a boot is refused.
     #[error("the kernel needs the floor key to check the floor; found none")]
     NoFloorKey,

@@ -9,6 +9,7 @@ mod boot;
 mod build;
 mod commit;
 mod device;
+mod esp;
 mod floor;
 mod gc;
 mod generate;

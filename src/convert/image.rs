@@ -13,7 +13,7 @@
 //!
 //! The bytes of both depend on the source image alone.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -23,17 +23,18 @@ use serde_json::Value;
 
 use super::lower::Lower;
 use super::puzzlefs::PuzzlefsError;
-use super::{ConvertError, Effort, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs};
+use super::{ConvertError, Effort, Packing, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::image::LayerError;
-use crate::image::format::Content;
+use crate::image::format::{Content, LayerFormat};
 use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError, OciImage,
-    Platform, SQUASHFS_ZSTD, Trust,
+    Platform, Trust,
 };
 use crate::image::overlay::MAX_KERNEL_LAYERS;
+use crate::image::squashfs::Superblock;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{self, Sealed};
 use crate::progress::Progress;
@@ -118,8 +119,9 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     }
     let diff_ids = diff_ids(&image, &config)?;
 
-    let mut layers = images(job, &image)?;
+    let (mut layers, kept) = images(job, &image)?;
     let mut notes: Vec<String> = other_platform(&config, job.platform).into_iter().collect();
+    notes.extend(kept);
     for (at, layer) in image.layers.iter().enumerate() {
         let Content::Tar(compression) = layer.format()?.content() else { continue };
         let tar = TarLayer {
@@ -144,7 +146,7 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
-            *place = sealed_layer(SQUASHFS_ZSTD, &converted.sealed);
+            *place = sealed_layer(job.effort.packing.codec().media_type(), &converted.sealed);
         }
     }
 
@@ -188,8 +190,9 @@ pub(super) fn with_layers(
     })
 }
 
-/// Stores the layers that are images of file systems, several at a time. Tar layers stay as they are.
-fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, IngestError> {
+/// Stores the layers that are images of file systems, several at a time. Tar layers stay as they are. Returns all
+/// layers, and notes.
+fn images(job: &Ingest<'_>, image: &OciImage) -> Result<(Vec<LayerDescriptor>, Vec<String>), IngestError> {
     let next = AtomicUsize::new(0);
     // Threads for the layers, and what is left of them for the blocks of each.
     let outer = job.effort.threads.get().min(image.layers.len().max(1));
@@ -215,23 +218,44 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<Vec<LayerDescriptor>, In
         results
     });
     let mut layers = image.layers.clone();
+    let mut notes = BTreeMap::new();
     for result in results {
-        for (at, stored) in result? {
+        for (at, (stored, superblock)) in result? {
             if let Some(layer) = layers.get_mut(at) {
+                notes.extend(kept(layer, superblock, job.effort.packing).map(|note| (at, note)));
                 *layer = stored;
             }
         }
     }
-    Ok(layers)
+    Ok((layers, notes.into_values().collect()))
 }
 
-/// Stores one image of a file system, with a tree.
+/// What to say of an image that is packed otherwise than the publisher chose. `superblock` is that of a squashfs image.
+fn kept(layer: &LayerDescriptor, superblock: Option<Superblock>, chosen: Packing) -> Option<String> {
+    let default = Packing::default();
+    if (chosen.codec(), chosen.block_bytes()) == (default.codec(), default.block_bytes()) {
+        return None;
+    }
+    let found = match superblock {
+        Some(found) => {
+            let same = (found.compressor.name(), found.block_bytes as usize);
+            if same == (chosen.codec().name(), chosen.block_bytes()) {
+                return None;
+            }
+            format!("squashfs with {} and blocks of {} KiB", found.compressor.name(), found.block_bytes >> 10)
+        }
+        None => layer.format().map_or("an image", LayerFormat::name).to_string(),
+    };
+    Some(format!("layer {}: is {found} already, and is not packed again", layer.digest))
+}
+
+/// Stores one image of a file system, with a tree. Returns the layer, and its superblock if it is squashfs.
 fn image_layer(
     job: &Ingest<'_>,
     image: &OciImage,
     at: usize,
     threads: NonZeroUsize,
-) -> Result<LayerDescriptor, IngestError> {
+) -> Result<(LayerDescriptor, Option<Superblock>), IngestError> {
     let wrong = |source| in_layer(image, at, source);
     let layer = &image.layers[at];
     let blob = Descriptor::new(layer.media_type(), layer.digest, layer.size);
@@ -240,28 +264,28 @@ fn image_layer(
     if root_hash.is_some() && store.has(&blob) {
         let (file, _) = store.transport().open_blob(&layer.digest)?;
         // It is there already, whole or not: what was checked once is checked again before it is signed for.
-        examine(&file, root_hash, threads, job.progress)
+        let superblock = examine(&file, root_hash, threads, job.progress)
             .and_then(|_| inspect_image(&file, layer, root_hash))
             .map_err(wrong)?;
-        return Ok(layer.clone());
+        return Ok((layer.clone(), superblock));
     }
     let task = job.progress.task("fetch", &layer.digest.to_string(), Some(layer.size));
     let temp = job.writer.receive(job.from, &blob, &task)?;
     drop(task);
     match examine(&temp.file, root_hash, threads, job.progress).map_err(wrong)? {
         Ready::Untouched => {
-            inspect_image(&temp.file, layer, root_hash).map_err(wrong)?;
+            let superblock = inspect_image(&temp.file, layer, root_hash).map_err(wrong)?;
             job.writer.commit(temp, &layer.digest)?;
             failpoint::hit("build.layer.stored");
-            Ok(layer.clone())
+            Ok((layer.clone(), superblock))
         }
         Ready::NeedsTree(image_bytes) => {
             let sealed = verity::seal(&temp.file, image_bytes, threads, job.progress)
                 .map_err(|source| wrong(ConvertError::Seal(source)))?;
-            inspect_image(&temp.file, layer, Some(sealed.root_hash)).map_err(wrong)?;
+            let superblock = inspect_image(&temp.file, layer, Some(sealed.root_hash)).map_err(wrong)?;
             job.writer.commit(temp, &sealed.digest)?;
             failpoint::hit("build.layer.stored");
-            Ok(sealed_layer(layer.media_type(), &sealed))
+            Ok((sealed_layer(layer.media_type(), &sealed), superblock))
         }
     }
 }
@@ -307,17 +331,17 @@ pub(super) fn with_diff_ids(config: &[u8], layers: &[LayerDescriptor]) -> Result
     serde_json::to_vec(&config).map_err(IngestError::Config)
 }
 
-/// Reads an image of a file system through, where there is a reader for its format.
+/// Reads an image of a file system through, where there is a reader for its format. Returns the superblock of squashfs.
 fn inspect_image(
     file: &File,
     layer: &LayerDescriptor,
     root_hash: Option<Digest>,
-) -> Result<(), ConvertError> {
+) -> Result<Option<Superblock>, ConvertError> {
     let is_squashfs = layer.image().is_some_and(|format| format.kernel == "squashfs");
-    let (Some(root_hash), true) = (root_hash, is_squashfs) else { return Ok(()) };
+    let (Some(root_hash), true) = (root_hash, is_squashfs) else { return Ok(None) };
     let source = VerifiedSource::open(file.try_clone()?, root_hash)
         .map_err(|source| ConvertError::Verity { source })?;
-    inspect::squashfs(Arc::new(source))
+    inspect::squashfs(Arc::new(source)).map(Some)
 }
 
 /// Says which layer of an image an error is about.

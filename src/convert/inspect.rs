@@ -9,19 +9,28 @@ use std::ops::ControlFlow;
 use super::ConvertError;
 use crate::image::overlay::names;
 use crate::image::source::Source;
-use crate::image::squashfs::{Compressor, Event, Squashfs};
+use crate::image::squashfs::{Compressor, Event, Squashfs, Superblock};
 use crate::image::{Layer, LayerError};
 use std::sync::Arc;
 
-/// Opens an image and reads all of it: tables, folders, inodes, attributes, and each block of content.
+/// Opens an image and reads all of it: tables, folders, inodes, attributes, and each block of content. Returns its
+/// superblock.
 ///
 /// # Errors
 /// [`ConvertError::Unreadable`] with the first fault and the number of the others;
 /// [`ConvertError::NotForKernel`] and [`ConvertError::Steers`] for what one backend would serve otherwise than the
 /// other.
-pub(super) fn squashfs(source: Arc<dyn Source>) -> Result<(), ConvertError> {
+pub(super) fn squashfs(source: Arc<dyn Source>) -> Result<Superblock, ConvertError> {
     let unreadable = |source| ConvertError::Unreadable { path: "/".into(), source, others: 0 };
     let image = Squashfs::open(source).map_err(unreadable)?;
+    // lz4_comp_opts() of fs/squashfs/lz4_wrapper.c refuses an image without options, or with another version.
+    if image.superblock().compressor == Compressor::Lz4 {
+        let options = image.compressor_options().map_err(unreadable)?;
+        if options.as_deref().and_then(|options| options.first_chunk()) != Some(&1u32.to_le_bytes()) {
+            let why = "it is compressed with lz4 and has no options of lz4's format 1".into();
+            return Err(ConvertError::NotForKernel { why });
+        }
+    }
     // fs/squashfs/decompressor.c has no such decoder.
     if image.superblock().compressor == Compressor::Lzma {
         let why = "it is compressed with lzma, which the kernel's squashfs cannot decode".into();
@@ -52,6 +61,6 @@ pub(super) fn squashfs(source: Arc<dyn Source>) -> Result<(), ConvertError> {
     }
     match steers {
         Some((path, name)) => Err(ConvertError::Steers { path, name }),
-        None => Ok(()),
+        None => Ok(*image.superblock()),
     }
 }

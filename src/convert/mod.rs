@@ -7,7 +7,7 @@
 //!
 //! One pass over the stream: squashfs keeps its tables behind the content, so the tree can stay in
 //! memory, where later entries still change it, until the stream has ended. The writer is our own
-//! (zstd by libzstd): `sqfstar` (squashfs-tools 4.5.1 of Debian 12, 4.6.1 of Debian 13) writes
+//! (see [`packing`] for its codecs): `sqfstar` (squashfs-tools 4.5.1 of Debian 12, 4.6.1 of Debian 13) writes
 //! entries as they come, and so cannot make a folder opaque by an entry behind it, keeps the first of two
 //! entries of a name, drops a hard link to a later name and exits with 0, loses owner, mode and time of
 //! the root folder, puts the current time in its place, takes owners by the names of the build
@@ -24,6 +24,7 @@ pub mod image;
 mod inspect;
 mod lower;
 mod pack;
+pub mod packing;
 pub mod puzzlefs;
 mod sniff;
 mod squashfs;
@@ -34,6 +35,8 @@ use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::num::NonZeroUsize;
 
+pub use lower::{read_file, view};
+pub use packing::{Codec, Packing, PackingError};
 pub use tar::{Place, Problem, TarError};
 pub use tree::{Meta, Under};
 
@@ -46,20 +49,16 @@ use crate::image::verified::VerifiedSource;
 use crate::image::verity::{self, Located, Sealed, VerityError, locate};
 use crate::progress::{Progress, Task};
 
-/// zstd's level for content and tables: mksquashfs' default. Of a Debian root, level 9 takes a seventh of
-/// the time for 6 % more space, level 3 a twenty-fifth for 14 %.
-pub const DEFAULT_LEVEL: i32 = 15;
-
 /// The most memory for what is not content, roughly, in bytes.
 const MAX_METADATA_BYTES: u64 = 512 << 20;
 
-/// How hard to work. Only the level changes what comes out.
+/// How a layer is made. Only the packing changes what comes out.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     /// How many threads work at a time.
     pub threads: NonZeroUsize,
-    /// zstd's level, 1 to 22.
-    pub level: i32,
+    /// Codec, level and block size of a new image.
+    pub packing: Packing,
 }
 
 /// What is known of a tar layer before it is read.
@@ -117,7 +116,8 @@ fn write_squashfs(
 ) -> Result<(u64, Vec<String>), ConvertError> {
     let task = progress.task("convert", &layer.digest.to_string(), Some(layer.size));
     let mut blob = Hashing { from, hasher: Hasher::new(), limit: layer.size, task: Some(&task) };
-    let mut packer = pack::Packer::new(to.try_clone()?, squashfs::SUPERBLOCK_BYTES, effort)?;
+    let content = squashfs::write_options(to, effort.packing).map_err(ConvertError::Write)?;
+    let mut packer = pack::Packer::new(to.try_clone()?, content, effort)?;
     let mut tree = tree::Tree::default();
 
     let mut head = Vec::new();
@@ -132,7 +132,7 @@ fn write_squashfs(
 
     tree.finish(below)?;
     let packed = packer.finish()?;
-    let image_bytes = squashfs::write_tables(&tree, &packed, to, effort.level)?;
+    let image_bytes = squashfs::write_tables(&tree, &packed, to, effort.packing)?;
     let mut notes = tree.notes;
     if tree.notes_total > notes.len() {
         notes.push(format!("and {} more of the kind", tree.notes_total - notes.len()));

@@ -8,7 +8,7 @@
 //! What lies where depends on the order of the content alone, never on the threads: the same
 //! input gives the same bytes for any N. Memory: a few blocks a thread, as both queues are bounded.
 //!
-//! A file below [`BLOCK_BYTES`] shares a fragment block with its neighbours; the tail of a larger
+//! A file smaller than a block shares a fragment block with its neighbours; the tail of a larger
 //! one is a short block of its own (mksquashfs' default). A small file with the content of an earlier one
 //! takes its place in the fragment. A block of zeros is not stored.
 
@@ -21,12 +21,11 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use super::packing::{Compressor, Packing};
 use super::tar::Content;
 use super::{ConvertError, Effort, MAX_METADATA_BYTES};
 use crate::digest::Digest;
 
-/// Size of a data block: 128 KiB (docs/design.md, layer bytes).
-pub const BLOCK_BYTES: usize = 128 << 10;
 /// In a block's size word: stored without compression (linux/squashfs_fs.h).
 pub const UNCOMPRESSED: u32 = 1 << 24;
 
@@ -36,7 +35,7 @@ pub struct FileData {
     /// Its size with holes, in bytes.
     pub size: u64,
     /// Its blocks: 0 is a hole, else 1 + the number of a stored block. All but the last are
-    /// [`BLOCK_BYTES`] long, and the numbers of one file follow each other.
+    /// as long as the image's blocks, and the numbers of one file follow each other.
     pub blocks: Vec<u32>,
     /// For a small file: the number of its fragment, and where in it the content begins.
     pub fragment: Option<(u32, u32)>,
@@ -80,6 +79,8 @@ pub struct Packer {
     order: Option<SyncSender<Pending>>,
     workers: Vec<JoinHandle<()>>,
     writer: Option<JoinHandle<io::Result<Packed>>>,
+    /// Size of a block, in bytes.
+    block_bytes: usize,
     next_block: u32,
     next_fragment: u32,
     fragment: Vec<u8>,
@@ -91,7 +92,8 @@ pub struct Packer {
 impl Packer {
     /// A packer that writes to `file` from offset `start` on.
     pub fn new(file: File, start: u64, effort: Effort) -> io::Result<Self> {
-        let Effort { threads, level } = effort;
+        let Effort { threads, packing } = effort;
+        let block_bytes = packing.block_bytes();
         let (jobs, queue) = sync_channel::<Job>(threads.get());
         let (order, results) = sync_channel::<Pending>(threads.get() * 4);
         let queue = Arc::new(Mutex::new(queue));
@@ -100,16 +102,17 @@ impl Packer {
             order: Some(order),
             workers: Vec::new(),
             writer: None,
+            block_bytes,
             next_block: 0,
             next_fragment: 0,
-            fragment: Vec::with_capacity(BLOCK_BYTES),
+            fragment: Vec::with_capacity(block_bytes),
             list_bytes: 0,
             small: HashMap::new(),
         };
         for number in 0..threads.get() {
             let queue = Arc::clone(&queue);
             let worker = std::thread::Builder::new().name(format!("compress-{number}"));
-            packer.workers.push(worker.spawn(move || compress_all(&queue, level))?);
+            packer.workers.push(worker.spawn(move || compress_all(&queue, packing))?);
         }
         let writer = std::thread::Builder::new().name("write".into());
         packer.writer = Some(writer.spawn(move || write_all(&results, &file, start))?);
@@ -118,12 +121,13 @@ impl Packer {
 
     /// Begins a file of `size` bytes.
     pub fn file(&mut self, size: u64) -> Result<FileWriter<'_>, ConvertError> {
-        self.list_bytes = self.list_bytes.saturating_add(size.div_ceil(BLOCK_BYTES as u64).saturating_mul(4));
+        let block_bytes = self.block_bytes as u64;
+        self.list_bytes = self.list_bytes.saturating_add(size.div_ceil(block_bytes).saturating_mul(4));
         if self.list_bytes > MAX_METADATA_BYTES {
             return Err(ConvertError::TooMuch { path: String::new(), entries: 0, bytes: self.list_bytes });
         }
-        let small = size < BLOCK_BYTES as u64;
-        if small && self.fragment.len() as u64 + size > BLOCK_BYTES as u64 {
+        let small = size < block_bytes;
+        if small && self.fragment.len() as u64 + size > block_bytes {
             self.flush_fragment()?;
         }
         let mut data = FileData { size, ..FileData::default() };
@@ -135,7 +139,7 @@ impl Packer {
 
     fn flush_fragment(&mut self) -> Result<(), ConvertError> {
         if !self.fragment.is_empty() {
-            let full = std::mem::replace(&mut self.fragment, Vec::with_capacity(BLOCK_BYTES));
+            let full = std::mem::replace(&mut self.fragment, Vec::with_capacity(self.block_bytes));
             self.submit(full, true)?;
             self.next_fragment += 1;
         }
@@ -203,26 +207,28 @@ impl FileWriter<'_> {
             self.packer.fragment.extend_from_slice(bytes);
             return Ok(());
         }
+        let block_bytes = self.packer.block_bytes;
         while !bytes.is_empty() {
             if self.block.capacity() == 0 {
-                self.block.reserve_exact(BLOCK_BYTES);
+                self.block.reserve_exact(block_bytes);
             }
-            let (now, later) = bytes.split_at(bytes.len().min(BLOCK_BYTES - self.block.len()));
+            let (now, later) = bytes.split_at(bytes.len().min(block_bytes - self.block.len()));
             self.block.extend_from_slice(now);
             bytes = later;
-            self.flush_if(BLOCK_BYTES)?;
+            self.flush_if(block_bytes)?;
         }
         Ok(())
     }
 
     fn hole(&mut self, mut count: u64) -> Result<(), ConvertError> {
         const ZEROS: [u8; 4096] = [0; 4096];
+        let block_bytes = self.packer.block_bytes as u64;
         while count > 0 {
-            if !self.small && self.block.is_empty() && count >= BLOCK_BYTES as u64 {
+            if !self.small && self.block.is_empty() && count >= block_bytes {
                 // Bounded by `list_bytes`.
-                let holes = count / BLOCK_BYTES as u64;
+                let holes = count / block_bytes;
                 self.data.blocks.resize(self.data.blocks.len() + holes as usize, 0);
-                count %= BLOCK_BYTES as u64;
+                count %= block_bytes;
                 continue;
             }
             let now = count.min(ZEROS.len() as u64);
@@ -274,8 +280,8 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// A worker: compresses blocks until the queue is closed.
-fn compress_all(queue: &Mutex<Receiver<Job>>, level: i32) {
-    let mut compressor = zstd::bulk::Compressor::new(level);
+fn compress_all(queue: &Mutex<Receiver<Job>>, packing: Packing) {
+    let mut compressor = packing.compressor();
     loop {
         let job = match queue.lock() {
             Ok(queue) => queue.recv(),
@@ -292,9 +298,8 @@ fn compress_all(queue: &Mutex<Receiver<Job>>, level: i32) {
 }
 
 /// The block compressed, or as it is where that saves nothing.
-fn compress(compressor: &mut zstd::bulk::Compressor<'_>, data: Vec<u8>) -> io::Result<Vec<u8>> {
-    let packed = compressor.compress(&data)?;
-    Ok(if packed.len() < data.len() { packed } else { data })
+fn compress(compressor: &mut Compressor, data: Vec<u8>) -> io::Result<Vec<u8>> {
+    Ok(compressor.compress(&data)?.unwrap_or(data))
 }
 
 fn write_all(results: &Receiver<Pending>, file: &File, start: u64) -> io::Result<Packed> {

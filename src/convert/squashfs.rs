@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! superblock      96 bytes, written last
+//! options         of the codec, if it has any: one metadata block, not compressed
 //! data blocks     and fragment blocks, by `pack`
 //! inode table     metadata blocks
 //! directory table metadata blocks
@@ -22,11 +23,12 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::ConvertError;
-use super::pack::{BLOCK_BYTES, Packed, Stored};
+use super::pack::{Packed, Stored};
+use super::packing::{Compressor, Packing};
 use super::tree::{NodeIndex, NodeKind, Tree, Xattrs};
 
-/// Size of the superblock, where content begins, in bytes.
-pub const SUPERBLOCK_BYTES: u64 = 96;
+/// Size of the superblock, in bytes.
+const SUPERBLOCK_BYTES: u64 = 96;
 /// Size of a metadata block before compression, in bytes.
 const METADATA_BYTES: usize = 8192;
 /// "No such block", and "no such table" in the superblock.
@@ -39,23 +41,24 @@ const METADATA_PLAIN: u16 = 1 << 15;
 const DIR_GROUP: usize = 256;
 /// Superblock flag: there are no extended attributes.
 const FLAG_NO_XATTRS: u16 = 1 << 9;
+/// Superblock flag: options of the codec follow the superblock.
+const FLAG_OPTIONS: u16 = 1 << 10;
 
 /// Appends metadata blocks to memory.
 struct Metadata {
     stored: Vec<u8>,
     block: Vec<u8>,
     starts: Vec<u64>,
-    compressor: zstd::bulk::Compressor<'static>,
+    compressor: Compressor,
 }
 
 impl Metadata {
-    fn new(level: i32) -> io::Result<Self> {
-        let compressor = zstd::bulk::Compressor::new(level)?;
+    fn new(packing: Packing) -> io::Result<Self> {
         Ok(Self {
             stored: Vec::new(),
             block: Vec::with_capacity(METADATA_BYTES),
             starts: Vec::new(),
-            compressor,
+            compressor: packing.compressor()?,
         })
     }
 
@@ -87,8 +90,10 @@ impl Metadata {
         }
         self.starts.push(self.stored.len() as u64);
         let packed = self.compressor.compress(&self.block)?;
-        let (bytes, flag) =
-            if packed.len() < self.block.len() { (&packed, 0) } else { (&self.block, METADATA_PLAIN) };
+        let (bytes, flag) = match &packed {
+            Some(packed) => (packed, 0),
+            None => (&self.block, METADATA_PLAIN),
+        };
         // At most 8192, so it fits beside the flag.
         self.stored.extend_from_slice(&(bytes.len() as u16 | flag).to_le_bytes());
         self.stored.extend_from_slice(bytes);
@@ -122,7 +127,7 @@ struct Listing {
 struct TableWriter<'a> {
     tree: &'a Tree,
     packed: &'a Packed,
-    level: i32,
+    packing: Packing,
     inodes: Metadata,
     directories: Metadata,
     nodes: Vec<Written>,
@@ -134,15 +139,32 @@ struct TableWriter<'a> {
     xattr_lists: Vec<&'a Xattrs>,
 }
 
+/// Writes the options of the codec behind the future superblock. Returns where content begins, in bytes.
+pub fn write_options(file: &File, packing: Packing) -> io::Result<u64> {
+    let options = packing.codec().options();
+    if options.is_empty() {
+        return Ok(SUPERBLOCK_BYTES);
+    }
+    let mut block = (options.len() as u16 | METADATA_PLAIN).to_le_bytes().to_vec();
+    block.extend_from_slice(options);
+    file.write_all_at(&block, SUPERBLOCK_BYTES)?;
+    Ok(SUPERBLOCK_BYTES + block.len() as u64)
+}
+
 /// Writes all tables and the superblock of an image whose content is in `file`; the image's size
 /// in bytes, which the superblock says too. The tree is finished.
-pub fn write_tables(tree: &Tree, packed: &Packed, file: &File, level: i32) -> Result<u64, ConvertError> {
+pub fn write_tables(
+    tree: &Tree,
+    packed: &Packed,
+    file: &File,
+    packing: Packing,
+) -> Result<u64, ConvertError> {
     let mut writer = TableWriter {
         tree,
         packed,
-        level,
-        inodes: Metadata::new(level)?,
-        directories: Metadata::new(level)?,
+        packing,
+        inodes: Metadata::new(packing)?,
+        directories: Metadata::new(packing)?,
         nodes: vec![Written::default(); tree.nodes.len()],
         listings: HashMap::new(),
         parents: HashMap::new(),
@@ -309,7 +331,7 @@ impl<'a> TableWriter<'a> {
                 let (fragment, offset) = data.fragment.unwrap_or((NONE_32, 0));
                 let holes = data.blocks.iter().filter(|number| **number == 0).count() as u64;
                 // Only a hint for st_blocks; the last hole may be shorter, and no file is all saved.
-                let sparse = (holes * BLOCK_BYTES as u64).min(data.size.saturating_sub(1));
+                let sparse = (holes * self.packing.block_bytes() as u64).min(data.size.saturating_sub(1));
                 let basic = (u32::try_from(start), u32::try_from(data.size));
                 let kind = match basic {
                     (Ok(start), Ok(size)) if !extended && links == 1 && holes == 0 => {
@@ -418,7 +440,7 @@ impl<'a> TableWriter<'a> {
         let inode_table = append(&self.inodes.stored)?;
         let directory_table = append(&self.directories.stored)?;
 
-        let mut fragments = Metadata::new(self.level)?;
+        let mut fragments = Metadata::new(self.packing)?;
         for Stored { start, word } in &self.packed.fragments {
             fragments.write(&start.to_le_bytes())?;
             fragments.write(&word.to_le_bytes())?;
@@ -429,7 +451,7 @@ impl<'a> TableWriter<'a> {
             false => indexed(&mut fragments, &mut append)?,
         };
 
-        let mut ids = Metadata::new(self.level)?;
+        let mut ids = Metadata::new(self.packing)?;
         for id in &self.ids {
             ids.write(&id.to_le_bytes())?;
         }
@@ -443,12 +465,15 @@ impl<'a> TableWriter<'a> {
         put(&inode_count.to_le_bytes());
         // mkfs_time: no clock (docs/design.md, layer bytes).
         put(&0u32.to_le_bytes());
-        put(&(BLOCK_BYTES as u32).to_le_bytes());
+        let block_bytes = self.packing.block_bytes() as u32;
+        put(&block_bytes.to_le_bytes());
         put(&(self.packed.fragments.len() as u32).to_le_bytes());
-        // zstd
-        put(&6u16.to_le_bytes());
-        put(&(BLOCK_BYTES.ilog2() as u16).to_le_bytes());
-        put(&if xattr_table == NONE_64 { FLAG_NO_XATTRS } else { 0 }.to_le_bytes());
+        let codec = self.packing.codec();
+        put(&codec.id().to_le_bytes());
+        put(&(block_bytes.ilog2() as u16).to_le_bytes());
+        let no_xattrs = if xattr_table == NONE_64 { FLAG_NO_XATTRS } else { 0 };
+        let options = if codec.options().is_empty() { 0 } else { FLAG_OPTIONS };
+        put(&(no_xattrs | options).to_le_bytes());
         put(&(self.ids.len() as u16).to_le_bytes());
         put(&4u16.to_le_bytes());
         put(&0u16.to_le_bytes());
@@ -466,7 +491,7 @@ impl<'a> TableWriter<'a> {
         &self,
         append: &mut dyn FnMut(&[u8]) -> Result<u64, ConvertError>,
     ) -> Result<u64, ConvertError> {
-        let (mut pairs, mut lists) = (Metadata::new(self.level)?, Metadata::new(self.level)?);
+        let (mut pairs, mut lists) = (Metadata::new(self.packing)?, Metadata::new(self.packing)?);
         for list in &self.xattr_lists {
             let reference = pairs.reference();
             let mut size = 0;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::esp::EspError;
 use super::id::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
@@ -186,6 +187,9 @@ pub enum DeployError {
         /// The targets that exist.
         known: Vec<String>,
     },
+    /// The EFI system partition cannot take a kernel.
+    #[error(transparent)]
+    Esp(#[from] EspError),
     /// A system whose kernel is not the running one.
     #[error("its kernel is not running: the system requires {required}, {}", runs(running))]
     OtherKernel {
@@ -249,6 +253,7 @@ impl Classified for DeployError {
             Self::Trust(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::Plan(error) => error.class(),
+            Self::Esp(error) => error.class(),
             Self::NoneLeft { class, .. } => *class,
             Self::OtherManifest { .. } | Self::OtherThanNamed { .. } | Self::OtherSize { .. } => {
                 Class::Verification

@@ -24,6 +24,7 @@ pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
+pub mod esp;
 pub mod gc;
 pub mod id;
 pub mod kernel;

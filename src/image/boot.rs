@@ -4,6 +4,7 @@
 //! OCI manifest   artifactType application/vnd.mos.boot.v1
 //!                annotations  vnd.mos.boot.kernel-id       sha256:HEX, of all that the kernel image is made of
 //!                             vnd.mos.boot.kernel-release  what `uname -r` prints
+//!                             vnd.mos.boot.bytes           the size of the two files together
 //! its one layer  mosfs.efi    a unified kernel image
 //!                loader.efi   systemd-boot
 //! ```
@@ -21,6 +22,8 @@ pub const ARTIFACT_TYPE: &str = "application/vnd.mos.boot.v1";
 pub const KERNEL_ID: &str = "vnd.mos.boot.kernel-id";
 /// The annotation with the kernel's release.
 pub const KERNEL_RELEASE: &str = "vnd.mos.boot.kernel-release";
+/// The annotation with the size of the two files together, in bytes.
+pub const BYTES: &str = "vnd.mos.boot.bytes";
 /// The unified kernel image.
 pub const UKI: &str = "mosfs.efi";
 /// The boot loader.

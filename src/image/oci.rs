@@ -54,6 +54,8 @@ pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.
 pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 /// Media type of the squashfs layers that mosfs creates (stacker's).
 pub const SQUASHFS_ZSTD: &str = "application/vnd.stacker.image.layer.squashfs+zstd";
+/// Media type of those that are compressed with lz4.
+pub const SQUASHFS_LZ4: &str = "application/vnd.stacker.image.layer.squashfs+lz4";
 
 /// Annotation of a descriptor in `index.json` that names it.
 pub const REF_NAME: &str = oci_spec::image::ANNOTATION_REF_NAME;

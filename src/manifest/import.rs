@@ -18,6 +18,7 @@
 //!       ports: [{host: 80, container: 5000, protocol: tcp}]    # protocol: tcp (default) | udp
 //!     nsgroup: ""
 //!     mounts: [{destination: /data, source: /srv/data, type: bind, options: [rbind, ro]}]
+//!     layer: {compression: lz4, block_size: 64K}   # how tar layers are packed: zstd | lz4, 16K to 1M
 //!     digest: sha256:…             # pins: the expected image at the URL
 //!     size: 3993
 //! ```
@@ -32,8 +33,8 @@ use super::decode::{Decoder, Dialect, Path, Problem, ProblemKind, service_tree};
 use super::system::{SystemManifest, Target};
 use super::tree::{Entry, Node, Position, Value};
 use super::{
-    IMPORT_MEDIA_TYPE, ImageType, ImageUrl, Mount, Network, ServiceType, StorageType, TargetName, json,
-    rules, yaml,
+    IMPORT_MEDIA_TYPE, ImageType, ImageUrl, LayerChoice, Mount, Network, ServiceType, StorageType,
+    TargetName, json, layer, rules, yaml,
 };
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
@@ -74,6 +75,8 @@ pub struct ImportTarget {
     pub nsgroup: Option<String>,
     /// Mounts inside it.
     pub mounts: Option<Vec<Mount>>,
+    /// How its layers are made.
+    pub layer: Option<LayerChoice>,
     /// The required digest of the OCI manifest at the URL.
     pub digest: Option<Pin<Digest>>,
     /// The required size of the OCI manifest at the URL, in bytes.
@@ -140,7 +143,7 @@ impl Classified for ImportErrors {
 
 const FIELDS: &[&str] = &["version", "mediatype", "image_type", "product", "storage_type", "targets"];
 const TARGET_FIELDS: &[&str] =
-    &["url", "version", "service_type", "network", "nsgroup", "mounts", "digest", "size"];
+    &["url", "version", "service_type", "network", "nsgroup", "mounts", "layer", "digest", "size"];
 
 impl ImportManifest {
     /// Parses and checks a manifest. `file` is its name, for messages; nothing is opened.
@@ -233,9 +236,10 @@ impl ImportManifest {
             self.targets.values().map(|target| target.digest.map(|pin| pin.value.to_string())).collect();
         let targets = self.targets.iter().zip(urls.iter().zip(&digests));
         let targets = Value::map(targets.map(|((name, target), (url, digest))| {
-            let ImportTarget { version, service_type, network, nsgroup, mounts, size, .. } = target;
+            let ImportTarget { version, service_type, network, nsgroup, mounts, layer, size, .. } = target;
             let own = [
                 ("url", Some(Value::text(url))),
+                ("layer", layer.as_ref().map(LayerChoice::tree)),
                 ("digest", digest.as_deref().map(Value::text)),
                 ("size", size.map(|pin| Value::integer(pin.value))),
             ];
@@ -276,6 +280,20 @@ fn decode(decoder: &mut Decoder, root: &Node<'_>, file: &FilePath) -> Option<Imp
     let targets = decoder
         .required(&fields, path, "targets", "a mapping of target names to targets")
         .and_then(|node| decoder.targets(node, &path.field("targets"), target));
+    if let (Some(Some(StorageType::Puzzlefs)), Some(targets)) = (storage_type, &targets) {
+        let with_layers = targets.iter().filter_map(|(name, target)| Some((name, target.layer?)));
+        for (name, choice) in with_layers {
+            let path = path.field("targets");
+            let path = path.field(name.as_str());
+            decoder.problem::<()>(
+                ProblemKind::BadValue,
+                choice.at,
+                &path.field("layer"),
+                "`layer` with storage_type puzzlefs",
+                "only with storage_type atomfs",
+            );
+        }
+    }
     Some(ImportManifest {
         file: file.to_path_buf(),
         version: version?,
@@ -296,6 +314,7 @@ fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<I
             Some((url, node.at))
         });
     let service = decoder.service(&fields, path);
+    let layer = decoder.optional(&fields, path, "layer", layer::decode);
     let digest = decoder.optional(&fields, path, "digest", |decoder, node, path| {
         let value = decoder.text_as(node, path, rules::digest)?;
         Some(Pin { value, at: node.at })
@@ -313,6 +332,7 @@ fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<I
         network: service.network,
         nsgroup: service.nsgroup,
         mounts: service.mounts,
+        layer: layer?,
         digest: digest?,
         size: size?,
     })

@@ -10,9 +10,40 @@
 //! ([`decode`]), so each rule is written once. Reading works on bytes and does no I/O. Everything is bounded:
 //! bytes, depth and number of nodes.
 
+/// Declares an enumeration whose values are words of a manifest.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$value_doc:meta])* $value:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum $name { $($(#[$value_doc])* $value,)* }
+
+        impl $name {
+            /// All words, in the order of the documentation.
+            pub const WORDS: &'static [&'static str] = &[$($word,)*];
+
+            /// Returns the word in a manifest.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$value => $word,)* }
+            }
+
+            /// Returns the value of a word, if it is valid.
+            pub fn from_word(word: &str) -> Option<Self> {
+                match word { $($word => Some(Self::$value),)* _ => None }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+
 pub mod decode;
 pub mod import;
 pub mod json;
+pub mod layer;
 pub mod rules;
 pub mod system;
 pub mod tree;
@@ -24,6 +55,7 @@ use std::str::FromStr;
 
 pub use decode::{Problem, ProblemKind};
 pub use import::{ImportError, ImportErrors, ImportManifest, ImportTarget, Pin, Resolved};
+pub use layer::{LayerChoice, LayerCompression};
 pub use rules::Refused;
 pub use system::{SystemError, SystemManifest, Target};
 pub use tree::Position;
@@ -68,36 +100,6 @@ impl std::borrow::Borrow<str> for TargetName {
     fn borrow(&self) -> &str {
         &self.0
     }
-}
-
-/// Declares an enumeration whose values are words of a manifest.
-macro_rules! words {
-    ($(#[$doc:meta])* $name:ident { $($(#[$value_doc:meta])* $value:ident = $word:literal,)* }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum $name { $($(#[$value_doc])* $value,)* }
-
-        impl $name {
-            /// All words, in the order of the documentation.
-            pub const WORDS: &'static [&'static str] = &[$($word,)*];
-
-            /// Returns the word in a manifest.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Self::$value => $word,)* }
-            }
-
-            /// Returns the value of a word, if it is valid.
-            pub fn from_word(word: &str) -> Option<Self> {
-                match word { $($word => Some(Self::$value),)* _ => None }
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-    };
 }
 
 words! {

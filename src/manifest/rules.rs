@@ -140,6 +140,23 @@ pub fn mount_type(text: &str) -> Result<(), Refused> {
     Err(refused("1 to 63 characters of A-Z a-z 0-9 . _ -, such as bind or tmpfs"))
 }
 
+/// The block sizes of new squashfs layers, in bytes, each with its word.
+pub const BLOCK_SIZES: [(&str, u32); 7] = [
+    ("16K", 16 << 10),
+    ("32K", 32 << 10),
+    ("64K", 64 << 10),
+    ("128K", 128 << 10),
+    ("256K", 256 << 10),
+    ("512K", 512 << 10),
+    ("1M", 1 << 20),
+];
+
+/// A block size of new squashfs layers. Returns it in bytes.
+pub fn block_size(text: &str) -> Result<u32, Refused> {
+    let known = BLOCK_SIZES.iter().find(|(word, _)| *word == text);
+    known.map(|(_, bytes)| *bytes).ok_or(refused("16K, 32K, 64K, 128K, 256K, 512K, 1M"))
+}
+
 /// A digest in OCI form.
 pub fn digest(text: &str) -> Result<Digest, Refused> {
     text.parse().map_err(|_| refused("sha256: and 64 lower-case hex digits"))

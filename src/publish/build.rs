@@ -17,8 +17,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::boot::{self, BootTargetError};
-use crate::convert::Effort;
+use super::kernels::{self, KernelsError};
 use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
+use crate::convert::{Codec, Effort, PackingError};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
@@ -27,8 +28,8 @@ use crate::image::boot as boot_image;
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
-    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, Network, SYSTEM_MEDIA_TYPE, ServiceType,
-    StorageType, SystemManifest, Target, TargetName,
+    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, Network,
+    SYSTEM_MEDIA_TYPE, ServiceType, StorageType, SystemManifest, Target, TargetName,
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
@@ -175,6 +176,8 @@ pub(super) fn assemble(
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
     for (name, image) in &found {
+        let effort = effort_for(import.targets.get(name), effort)
+            .map_err(|source| BuildError::Packing { target: name.clone(), source })?;
         let job =
             Ingest { from: &*image.from, writer, platform: sources.platform, effort, storage, progress };
         let done = ingest(&job, &image.descriptor)
@@ -194,6 +197,11 @@ pub(super) fn assemble(
         ));
         manifest.targets.insert(name.clone(), target);
         targets.insert(name, built);
+    }
+    for (name, note) in kernels::notes(writer.store(), &manifest)? {
+        if let Some(target) = targets.get_mut(&name) {
+            target.notes.push(note);
+        }
     }
     Ok(Assembled { manifest, names, targets })
 }
@@ -229,6 +237,16 @@ fn boot_target(
     let notes = vec![format!("Linux {}, kernel id {}, {signed}", stored.release, stored.kernel_id)];
     let name = boot_image::TARGET.parse().expect("an allowed name");
     Ok((name, target, BuiltTarget { untouched: false, notes }))
+}
+
+/// How the layers of a target are made: as its import manifest says, and otherwise as `effort` does.
+fn effort_for(target: Option<&ImportTarget>, effort: Effort) -> Result<Effort, PackingError> {
+    let Some(choice) = target.and_then(|target| target.layer) else { return Ok(effort) };
+    let codec = choice.compression.map(|compression| match compression {
+        LayerCompression::Zstd => Codec::Zstd,
+        LayerCompression::Lz4 => Codec::Lz4,
+    });
+    Ok(Effort { packing: effort.packing.with(codec, choice.block_bytes)?, ..effort })
 }
 
 /// Stores a signed system and names it, in one step. Its images are already in the store.
@@ -343,6 +361,17 @@ pub enum BuildError {
         /// Why.
         source: IngestError,
     },
+    /// A target's layers cannot be packed in this way.
+    #[error("target `{target}`: {source}")]
+    Packing {
+        /// The target.
+        target: TargetName,
+        /// Why.
+        source: PackingError,
+    },
+    /// The kernels of the system cannot be looked at.
+    #[error(transparent)]
+    Kernels(#[from] KernelsError),
     /// The key or the certificate is unusable.
     #[error(transparent)]
     Sign(#[from] SignError),
@@ -393,6 +422,8 @@ impl Classified for BuildError {
             Self::Boot(error) => error.class(),
             Self::Source { source, .. } => source.class(),
             Self::Image { source, .. } => source.class(),
+            Self::Packing { source, .. } => source.class(),
+            Self::Kernels(error) => error.class(),
             Self::Sign(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::Store(error) => error.class(),

@@ -5,6 +5,7 @@
 //! base.rs    what a new system shares with an earlier one
 //! build.rs   import manifest -> images in a store, a signed system manifest
 //! halves.rs  the same in two halves, with the keys elsewhere
+//! kernels.rs what the kernels of the new system cannot mount of it
 //! keys.rs    a set of keys and certificates for development
 //! ```
 
@@ -12,4 +13,5 @@ pub mod base;
 pub mod boot;
 pub mod build;
 pub mod halves;
+pub mod kernels;
 pub mod keys;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::{Limits, PuzzlefsError, pack};
 use crate::convert::image::{Ingest, IngestError, Ingested, diff_ids, in_layer, with_diff_ids, with_layers};
-use crate::convert::{ConvertError, Effort, TarLayer, Under, examine, lower, write_squashfs};
+use crate::convert::{ConvertError, Effort, Packing, TarLayer, Under, examine, lower, write_squashfs};
 use crate::digest::Digest;
 use crate::error::IoContext;
 use crate::failpoint;
@@ -23,9 +23,6 @@ use crate::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
 use crate::image::squashfs::Squashfs;
 use crate::image::verified::PlainSource;
 use crate::store::TempBlob;
-
-/// zstd's level for the images of layers that live until the layers are merged.
-const TEMPORARY_LEVEL: i32 = 1;
 
 /// Stores the blobs of a PuzzleFS image, and decodes every chunk once. `rootfs` is its one layer.
 ///
@@ -120,7 +117,7 @@ fn open_layer(
         Content::Tar(compression) => {
             let temp = job.writer.temp()?;
             let tar = TarLayer { digest: layer.digest, size: layer.size, compression, diff_id };
-            let effort = Effort { level: TEMPORARY_LEVEL, ..job.effort };
+            let effort = Effort { packing: Packing::temporary(), ..job.effort };
             let from = job.from.open(&layer.to_descriptor(), 0)?;
             let view = match below {
                 [] => None,

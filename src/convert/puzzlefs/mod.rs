@@ -20,7 +20,7 @@ pub mod compress;
 pub mod fsverity;
 pub mod ingest;
 mod metadata;
-mod plan;
+pub(super) mod plan;
 
 use std::collections::HashSet;
 use std::io;

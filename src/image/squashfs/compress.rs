@@ -19,7 +19,7 @@ use super::lzo;
 pub const XZ_MEMORY_BYTES: u64 = 4 << 20;
 
 /// How the blocks of an image are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Compressor {
     /// zlib streams (id 1).
     Gzip,

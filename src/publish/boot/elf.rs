@@ -50,7 +50,7 @@ pub fn needed(program: &[u8]) -> Result<Needed, ElfError> {
         return Ok(needed);
     };
     let strings = sections.strings(endian, program, link).map_err(malformed)?;
-    for entry in entries.iter().filter(|entry| entry.d_tag(endian) == DT_NEEDED.into()) {
+    for entry in entries.iter().filter(|entry| entry.d_tag(endian) == DT_NEEDED) {
         let name = entry.string(endian, strings).map_err(malformed)?;
         let name = text(name)?;
         if name.is_empty() || name.contains('/') || needed.libraries.len() == MAX_NEEDED {

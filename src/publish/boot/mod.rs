@@ -42,12 +42,10 @@ pub use sign::{EfiSignError, EfiSigner};
 use crate::convert::{ConvertError, Effort, TarLayer, convert_tar};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
-use crate::image::boot::{ARTIFACT_TYPE, KERNEL_ID, KERNEL_RELEASE, LOADER, UKI};
+use crate::image::boot::{ARTIFACT_TYPE, BYTES, KERNEL_ID, KERNEL_RELEASE, LOADER, UKI};
 use crate::image::files::{Files, FilesError};
 use crate::image::format::Compression;
-use crate::image::oci::{
-    Descriptor, EMPTY, EMPTY_BYTES, LayerDescriptor, MANIFEST, Manifest, SQUASHFS_ZSTD, Trust,
-};
+use crate::image::oci::{Descriptor, EMPTY, EMPTY_BYTES, LayerDescriptor, MANIFEST, Manifest, Trust};
 use crate::manifest::rules;
 use crate::progress::Progress;
 use crate::store::view::ViewError;
@@ -297,9 +295,14 @@ pub fn store(
     let sealed = convert_tar(tar.as_slice(), &layer, &temp.file, effort, below, progress)?.sealed;
     writer.commit(temp, &sealed.digest)?;
     let trust = Trust::RootHash(sealed.root_hash);
-    let layer = LayerDescriptor::new(SQUASHFS_ZSTD, sealed.digest, sealed.size_bytes, trust);
-    let annotations =
-        [(KERNEL_ID, kernel_id.to_string()), (KERNEL_RELEASE, release.clone()), (UNSIGNED, unsigned)];
+    let layer =
+        LayerDescriptor::new(effort.packing.codec().media_type(), sealed.digest, sealed.size_bytes, trust);
+    let annotations = [
+        (KERNEL_ID, kernel_id.to_string()),
+        (KERNEL_RELEASE, release.clone()),
+        (UNSIGNED, unsigned),
+        (BYTES, (uki.len() + loader.len()).to_string()),
+    ];
     let manifest = Manifest {
         schema_version: 2,
         media_type: Some(MANIFEST.into()),

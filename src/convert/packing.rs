@@ -1,0 +1,227 @@
+//! How a new squashfs image is packed: its codec, level and block size.
+//!
+//! All three decide the bytes of the image, and so its digest. Data blocks and tables use the same codec.
+//!
+//! | codec | number in the superblock | levels | options behind the superblock |
+//! | --- | --- | --- | --- |
+//! | zstd | 6 | 1 to 22 | none |
+//! | lz4 | 5 | 1 to 12, all of lz4hc | `1 1`: blocks without a frame, compressed by lz4hc |
+//!
+//! The kernel's squashfs mounts no lz4 image without these options (linux/fs/squashfs/lz4_wrapper.c).
+
+use std::io;
+
+use crate::error::{Class, Classified};
+use crate::image::oci::{SQUASHFS_LZ4, SQUASHFS_ZSTD};
+
+/// The block sizes that mosfs writes, in bytes: powers of two from 16 KiB to squashfs' largest. Smaller blocks
+/// compress badly: of 4 KiB blocks each takes a page anyway.
+pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = (16 << 10)..=(1 << 20);
+
+/// Size of a block where none is chosen: 128 KiB, mksquashfs' default (docs/benchmarks.md compares them).
+pub const DEFAULT_BLOCK_BYTES: u32 = 128 << 10;
+
+/// What compresses the blocks of an image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Codec {
+    /// zstd, by libzstd.
+    #[default]
+    Zstd,
+    /// LZ4 blocks without a frame, compressed by liblz4's high-compression mode.
+    Lz4,
+}
+
+/// Codec, level and block size of an image. Constructed by [`Packing::new`], which checks them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packing {
+    codec: Codec,
+    level: i32,
+    block_bytes: u32,
+}
+
+/// A level that its codec does not have, or a block size that squashfs images are not written with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PackingError {
+    /// The level is out of the codec's range.
+    #[error("level {found}: {} has the levels {} to {}", codec.name(), codec.levels().start(), codec.levels().end())]
+    Level {
+        /// The codec.
+        codec: Codec,
+        /// The level.
+        found: i32,
+    },
+    /// The block size is not one of [`BLOCK_SIZES`].
+    #[error("blocks of {found} bytes: expected a power of two from {} to {}", BLOCK_SIZES.start(), BLOCK_SIZES.end())]
+    BlockSize {
+        /// The block size, in bytes.
+        found: u32,
+    },
+}
+
+impl Codec {
+    /// The codec's name, in manifests and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Zstd => "zstd",
+            Self::Lz4 => "lz4",
+        }
+    }
+
+    /// The levels that it has.
+    pub fn levels(self) -> std::ops::RangeInclusive<i32> {
+        match self {
+            Self::Zstd => 1..=22,
+            // LZ4HC_CLEVEL_MAX of lz4hc.h.
+            Self::Lz4 => 1..=12,
+        }
+    }
+
+    /// The level where none is chosen: those of mksquashfs with `-comp zstd` and `-comp lz4 -Xhc`.
+    ///
+    /// With zstd, of a Debian root, level 9 takes a seventh of the time for 6 % more space, level 3 a twenty-fifth
+    /// for 14 %.
+    pub fn default_level(self) -> i32 {
+        match self {
+            Self::Zstd => 15,
+            Self::Lz4 => 12,
+        }
+    }
+
+    /// The media type of layers packed with it.
+    pub fn media_type(self) -> &'static str {
+        match self {
+            Self::Zstd => SQUASHFS_ZSTD,
+            Self::Lz4 => SQUASHFS_LZ4,
+        }
+    }
+
+    /// The codec's number in the superblock (linux/squashfs_fs.h).
+    pub(super) fn id(self) -> u16 {
+        match self {
+            Self::Zstd => 6,
+            Self::Lz4 => 5,
+        }
+    }
+
+    /// The options behind the superblock.
+    pub(super) fn options(self) -> &'static [u8] {
+        match self {
+            Self::Zstd => &[],
+            // LZ4_LEGACY and LZ4_HC of squashfs-tools' lz4_wrapper.h, as 32-bit numbers.
+            Self::Lz4 => &[1, 0, 0, 0, 1, 0, 0, 0],
+        }
+    }
+}
+
+impl Classified for PackingError {
+    fn class(&self) -> Class {
+        Class::Input
+    }
+}
+
+impl Default for Packing {
+    fn default() -> Self {
+        let codec = Codec::default();
+        Self { codec, level: codec.default_level(), block_bytes: DEFAULT_BLOCK_BYTES }
+    }
+}
+
+impl Packing {
+    /// Returns the packing with that codec, level and size of blocks in bytes; without a level, the codec's default.
+    ///
+    /// # Errors
+    /// A level or a block size out of range.
+    pub fn new(codec: Codec, level: Option<i32>, block_bytes: u32) -> Result<Self, PackingError> {
+        let level = level.unwrap_or_else(|| codec.default_level());
+        if !codec.levels().contains(&level) {
+            return Err(PackingError::Level { codec, found: level });
+        }
+        if !block_bytes.is_power_of_two() || !BLOCK_SIZES.contains(&block_bytes) {
+            return Err(PackingError::BlockSize { found: block_bytes });
+        }
+        Ok(Self { codec, level, block_bytes })
+    }
+
+    /// Returns this packing with what a target chooses otherwise. Another codec comes with its default level.
+    ///
+    /// # Errors
+    /// A block size out of range.
+    pub fn with(self, codec: Option<Codec>, block_bytes: Option<u32>) -> Result<Self, PackingError> {
+        let codec = codec.unwrap_or(self.codec);
+        let level = (codec == self.codec).then_some(self.level);
+        Self::new(codec, level, block_bytes.unwrap_or(self.block_bytes))
+    }
+
+    /// The packing of images that live until their layers are merged: fast.
+    pub(super) fn temporary() -> Self {
+        Self { level: 1, ..Self::default() }
+    }
+
+    /// The codec.
+    pub fn codec(&self) -> Codec {
+        self.codec
+    }
+
+    /// Size of a block, in bytes.
+    pub fn block_bytes(&self) -> usize {
+        self.block_bytes as usize
+    }
+
+    /// A compressor for one thread.
+    pub(super) fn compressor(&self) -> io::Result<Compressor> {
+        Ok(match self.codec {
+            Codec::Zstd => Compressor::Zstd(Box::new(zstd::bulk::Compressor::new(self.level)?)),
+            Codec::Lz4 => Compressor::Lz4(self.level),
+        })
+    }
+}
+
+/// Compresses blocks one after the other. What it returns for a block depends on that block alone.
+pub(super) enum Compressor {
+    Zstd(Box<zstd::bulk::Compressor<'static>>),
+    Lz4(i32),
+}
+
+impl Compressor {
+    /// Returns the block compressed, or `None` where that saves nothing and the block is stored as it is.
+    pub fn compress(&mut self, block: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let packed = match self {
+            Self::Zstd(compressor) => compressor.compress(block)?,
+            Self::Lz4(level) => {
+                let mode = lz4::block::CompressionMode::HIGHCOMPRESSION(*level);
+                lz4::block::compress(block, Some(mode), false)?
+            }
+        };
+        Ok((packed.len() < block.len()).then_some(packed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_block_sizes_have_bounds() {
+        for codec in [Codec::Zstd, Codec::Lz4] {
+            for level in [0, codec.levels().end() + 1, -1] {
+                let error = Packing::new(codec, Some(level), DEFAULT_BLOCK_BYTES).unwrap_err();
+                assert_eq!(error, PackingError::Level { codec, found: level });
+            }
+            assert!(Packing::new(codec, None, DEFAULT_BLOCK_BYTES).is_ok());
+        }
+        for found in [0, 4096, 8192, 100_000, 2 << 20, u32::MAX] {
+            let error = Packing::new(Codec::Zstd, None, found).unwrap_err();
+            assert_eq!(error, PackingError::BlockSize { found });
+        }
+        assert_eq!(Packing::new(Codec::Zstd, Some(15), 128 << 10).unwrap(), Packing::default());
+    }
+
+    #[test]
+    fn blocks_that_do_not_shrink_are_stored_as_they_are() {
+        for codec in [Codec::Zstd, Codec::Lz4] {
+            let mut compressor = Packing::new(codec, None, 16 << 10).unwrap().compressor().unwrap();
+            assert_eq!(compressor.compress(b"ab").unwrap(), None, "{}", codec.name());
+            assert!(compressor.compress(&[7; 4096]).unwrap().unwrap().len() < 64, "{}", codec.name());
+        }
+    }
+}
