@@ -83,6 +83,8 @@ lint: ## Check format, lints, documentation and scripts
 	@tests/setup lint
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
+	$(CARGO) clippy --locked --lib --bins -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 	shellcheck -x -S warning $$(git ls-files | xargs grep -lE '^#!(/usr)?/bin/(env )?(ba)?sh')
 
 install: ## Install under DESTDIR and PREFIX=/usr, laid out as Debian does

@@ -9,6 +9,14 @@ use sha2::Digest as _;
 /// The SHA-256 digest of a blob, a manifest or a block.
 ///
 /// Text form: `sha256:HEX` (OCI image-spec, descriptor, section "Digests"), strict: lower case only.
+///
+/// ```
+/// use mosfs::Digest;
+///
+/// let digest = Digest::of(b"abc");
+/// assert_eq!(digest.to_string().parse(), Ok(digest));
+/// assert_eq!(digest.hex(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);

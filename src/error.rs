@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// The kinds of failure that a caller can distinguish by the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Class {
     /// Anything without a specific code, such as an I/O error. Exit code 1.
     Failure,
@@ -36,12 +37,34 @@ impl Class {
 }
 
 /// An error that has a class.
+///
+/// ```
+/// use mosfs::{Class, Classified, SystemManifest};
+///
+/// let error = SystemManifest::parse(b"{}").unwrap_err();
+/// assert_eq!(error.class(), Class::Input);
+/// assert_eq!(error.class().exit_code(), 2);
+/// ```
 pub trait Classified: std::error::Error + Send + Sync + 'static {
     /// Which exit code this error leads to.
     fn class(&self) -> Class;
 }
 
 /// Any error of the library, for callers that only report errors.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mosfs::{AnyError, Class, Store, TransportError};
+///
+/// fn names(store: &Path) -> Result<usize, AnyError> {
+///     Ok(Store::open(store)?.names()?.len())
+/// }
+///
+/// let error = names(Path::new("/nowhere")).unwrap_err();
+/// assert_eq!(error.class(), Class::Input);
+/// assert!(error.to_string().contains("/nowhere"), "{error}");
+/// ```
 #[derive(Debug)]
 pub struct AnyError(Box<dyn Classified>);
 
@@ -80,6 +103,9 @@ impl std::fmt::Display for AnyError {
         f.write_str(&self.chain())
     }
 }
+
+/// The text holds the causes already, so there is no `source`; [`AnyError::inner`] has them.
+impl std::error::Error for AnyError {}
 
 impl<E: Classified> From<E> for AnyError {
     fn from(error: E) -> Self {

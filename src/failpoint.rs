@@ -22,7 +22,7 @@ mod active {
     static WANTED: OnceLock<Option<(String, u64)>> = OnceLock::new();
     static PASSED: AtomicU64 = AtomicU64::new(0);
 
-    pub fn hit(name: &str) {
+    pub(super) fn hit(name: &str) {
         let wanted = WANTED.get_or_init(|| {
             let text = std::env::var("MOSFS_FAILPOINT").ok()?;
             Some(match text.rsplit_once(':') {

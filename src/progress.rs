@@ -42,6 +42,29 @@ pub trait Sink: Send + Sync {
 }
 
 /// A handle that is passed to long operations. The default one is silent.
+///
+/// ```
+/// use std::sync::{Arc, Mutex};
+///
+/// use mosfs::{Progress, ProgressEvent, ProgressSink};
+///
+/// /// Notes the steps that were begun.
+/// #[derive(Default)]
+/// struct Steps(Mutex<Vec<String>>);
+///
+/// impl ProgressSink for Steps {
+///     fn event(&self, event: ProgressEvent<'_>) {
+///         if let ProgressEvent::Start { step, object, .. } = event {
+///             self.0.lock().unwrap().push(format!("{step} {object}"));
+///         }
+///     }
+/// }
+///
+/// let steps = Arc::new(Steps::default());
+/// let progress = Progress::new(steps.clone());
+/// progress.task("fetch", "web", Some(100)).advance(100);
+/// assert_eq!(*steps.0.lock().unwrap(), ["fetch web"]);
+/// ```
 #[derive(Clone, Default)]
 pub struct Progress {
     sink: Option<Arc<dyn Sink>>,

@@ -21,7 +21,7 @@
 //! it runs; whoever calls [`boot`] extends it with [`measure::REFUSED`] where that fails ([`refuse`]).
 //! PCRs 0 to 7 are the firmware's, 8 to 14 those of boot loader, kernel and IMA; 16 and 23 can be reset at run
 //! time. So a key that is sealed to PCR 15 opens only for one signed system in one form, and an attestation
-//! shows which one ran ([`measure`]).
+//! shows which one ran ([`mod@measure`]).
 //!
 //! **Waiting.** TPM and system partition are waited for together, [`Setup::patience`] in all. Each device that may be
 //! the partition is tried once ([`candidates`]).
@@ -45,7 +45,7 @@ use measure::{Identity, MeasureError};
 use settings::{Settings, SettingsError};
 
 use crate::deploy::booted::BootRecord;
-use crate::deploy::choice::{self, Role};
+use crate::deploy::choice;
 use crate::deploy::kernel::{self, RunningKernelError};
 use crate::deploy::state::Refusal;
 use crate::deploy::{DeployError, DeploymentId, System, check_images, target};
@@ -85,8 +85,6 @@ const REFUSE_WITHIN: Duration = Duration::from_secs(10);
 pub struct Report {
     /// The deployment that runs.
     pub deployment: DeploymentId,
-    /// In which capacity.
-    pub role: Role,
     /// The deployments that were refused before it, and why.
     pub refused: Vec<Refusal>,
     /// The target that is the root.
@@ -259,7 +257,6 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
     failpoint::hit("boot.root.ready");
     Ok(Report {
         deployment: chosen.booted.deployment,
-        role: chosen.booted.role,
         refused: chosen.booted.refused,
         target: chosen.booted.started.target,
         backend: chosen.booted.started.backend,

@@ -19,7 +19,7 @@ use crate::trust::Anchor;
 /// Targets are mounted at /run/mosfs/targets/NAME. A mount in use is left alone; the command names its users and exits
 /// with code 1. The deployment is verified again, and its version is compared with the floor if this device has one.
 #[derive(Debug, Args)]
-pub struct ActivateArgs {
+pub(super) struct ActivateArgs {
     /// The targets [default: all but the root; targets that the deployment no longer has are unmounted].
     #[arg(value_name = "TARGET")]
     targets: Vec<String>,
@@ -37,7 +37,7 @@ pub struct ActivateArgs {
 }
 
 /// Runs `mosfs activate`.
-pub fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> {
     let run = booted::run_dir();
     let run = std::path::absolute(&run).on("find", &run)?;
     let in_unit = units::wanted(args.daemon)?;

@@ -56,9 +56,9 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
 
 fn for_esp(error: &EspError) -> Option<&'static str> {
     match error {
-        EspError::NoSpace { .. } => {
-            Some("remove files that are no longer needed from EFI/Linux, or use a larger EFI system partition")
-        }
+        EspError::NoSpace { .. } => Some(
+            "remove files that are no longer needed from EFI/Linux, or use a larger EFI system partition",
+        ),
         EspError::None { .. } => Some("mount the EFI system partition, and name it with `--esp DIR`"),
         _ => None,
     }
@@ -70,9 +70,9 @@ fn for_kernel_args(error: &KernelArgsError) -> Option<&'static str> {
 
 fn for_build(error: &BuildError) -> Option<&'static str> {
     match error {
-        BuildError::Boot(BootTargetError::Kernel(KernelError::Several { .. } | KernelError::NotThere { .. })) => {
-            Some("`--kernel RELEASE` selects one")
-        }
+        BuildError::Boot(BootTargetError::Kernel(
+            KernelError::Several { .. } | KernelError::NotThere { .. },
+        )) => Some("`--kernel RELEASE` selects one"),
         BuildError::Boot(BootTargetError::Initramfs(InitramfsError::NoProgram { .. })) => {
             Some("install mosfs in the hostfs image, as a package or with `make install`")
         }

@@ -18,7 +18,7 @@ use crate::sys::file::read_named;
 
 /// From the initramfs: choose a deployment, verify it, check the floor, mount its root.
 #[derive(Debug, Args)]
-pub struct BootArgs {
+pub(super) struct BootArgs {
     /// Where to mount the root.
     #[arg(long, value_name = "DIR", required_unless_present = "check")]
     sysroot: Option<PathBuf>,
@@ -69,7 +69,7 @@ impl Classified for RefusedError {
 /// Starts this program again with a name that begins with `@`, unless it has one.
 ///
 /// systemd in an initramfs ends all processes before it switches the root, but for those of root
-/// whose argv[0] begins so (systemd, "Storage Daemons for the Root File System"). The daemon of a FUSE
+/// whose `argv[0]` begins so (systemd, "Storage Daemons for the Root File System"). The daemon of a FUSE
 /// root is forked from this process and has its name.
 fn protect_from_switch_root() {
     let mut arguments = std::env::args_os();
@@ -91,7 +91,7 @@ fn protect_from_the_oom_killer() {
 }
 
 /// Runs `mosfs boot`.
-pub fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     if args.check {
         boot::check::check(&global.config, !args.floor.in_file())?;
         return output::line("a boot with this configuration finds what it needs in an initramfs");

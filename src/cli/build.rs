@@ -36,7 +36,7 @@ const MAX_FLOOR_SIGNATURE: usize = 1 << 10;
 /// FILE is either the import manifest or the file that --to-sign wrote.
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("signing").required(true).args(["key", "to_sign", "signature"]))]
-pub struct Build {
+pub(super) struct Build {
     /// The import manifest; in the second step, also the file that --to-sign wrote.
     file: PathBuf,
     /// The store; created if it does not exist.
@@ -137,7 +137,7 @@ impl Classified for KeyInToken {
 }
 
 /// Runs `mosfs build`.
-pub fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     if let Some(key) =
         args.key.iter().chain(&args.floor_key).find(|key| key.as_os_str().as_bytes().starts_with(b"pkcs11:"))
     {
@@ -307,7 +307,7 @@ fn print(built: &Built, global: &Global) -> Result<(), AnyError> {
 }
 
 /// One thread for each processor that this process may use.
-pub fn threads() -> NonZeroUsize {
+pub(super) fn threads() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 

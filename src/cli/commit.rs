@@ -15,7 +15,7 @@ use crate::trust::Anchor;
 /// Refused if it is not known which deployment this boot runs. Afterwards, everything that is no longer needed is
 /// removed, including the previous deployment once it is below the floor.
 #[derive(Debug, Args)]
-pub struct CommitArgs {
+pub(super) struct CommitArgs {
     /// For a machine that mosfs does not boot: commit the pending deployment, or the current one.
     #[arg(long)]
     unbooted: bool,
@@ -26,7 +26,7 @@ pub struct CommitArgs {
 }
 
 /// Runs `mosfs commit`.
-pub fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
     let ran = match booted::deployment()? {

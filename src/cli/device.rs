@@ -9,12 +9,12 @@ use crate::error::AnyError;
 use crate::floor::{Config, Floor};
 
 /// The system folder of the command line.
-pub fn system(global: &Global) -> System {
+pub(super) fn system(global: &Global) -> System {
     System::at(&global.system)
 }
 
 /// Says that the command waits for another one, once.
-pub fn waiting(global: &Global) -> impl FnOnce() + use<> {
+pub(super) fn waiting(global: &Global) -> impl FnOnce() + use<> {
     let path = global.system.clone();
     move || output::message(format_args!("waiting for another mosfs that changes {}", path.display()))
 }
@@ -24,7 +24,7 @@ pub fn waiting(global: &Global) -> impl FnOnce() + use<> {
 /// A device whose CONFIG has no floor key has no floor yet. A first install may go on there, as
 /// there is nothing to provision for before it, and says so; everything else is refused by the
 /// floor itself.
-pub fn with_gate<T>(
+pub(super) fn with_gate<T>(
     args: &FloorArgs,
     global: &Global,
     first_install: bool,
@@ -44,14 +44,14 @@ pub fn with_gate<T>(
 }
 
 /// The floor, for what may go without it: `None` where it cannot be read.
-pub fn floor_if_known(args: &FloorArgs, global: &Global) -> Option<u64> {
+pub(super) fn floor_if_known(args: &FloorArgs, global: &Global) -> Option<u64> {
     let read = || -> Result<u64, AnyError> { Ok(args.open_quietly(global)?.read()?) };
     read().inspect_err(|error| log::info!("the floor is not known: {error}")).ok()
 }
 
 /// Removes what nothing needs, after a command that has done its work: what stands in the way of that is said, and is
 /// no failure of the command.
-pub fn tidy(system: &System, floor: Option<u64>, global: &Global) {
+pub(super) fn tidy(system: &System, floor: Option<u64>, global: &Global) {
     let tidied = || {
         let lock = system.lock(waiting(global))?;
         space::tidy(system, &lock, &Needs { floor, ..Needs::of_this_boot()? })

@@ -23,7 +23,7 @@ use crate::trust::pem::public_only;
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "TPM options")]
-pub struct FloorArgs {
+pub(super) struct FloorArgs {
     /// How to reach the TPM: device:/dev/tpmrm0, swtpm:host=127.0.0.1,port=2321 or swtpm:path=SOCKET.
     #[arg(long, env = "MOSFS_TPM", default_value = "device:/dev/tpmrm0", value_name = "TCTI")]
     pub tpm: Tcti,
@@ -37,7 +37,7 @@ pub struct FloorArgs {
 
 /// Where the floor is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Kind {
+pub(super) enum Kind {
     /// In the TPM
     Tpm,
     /// In a file in the system folder
@@ -46,7 +46,7 @@ pub enum Kind {
 
 impl FloorArgs {
     /// The place that the arguments name.
-    pub fn place(&self, global: &Global) -> Place {
+    pub(super) fn place(&self, global: &Global) -> Place {
         match self.floor {
             Kind::Tpm => Place::Tpm(self.tpm.clone(), Duration::from_secs(self.tpm_timeout)),
             Kind::File => Place::File(global.system.join("floor")),
@@ -54,17 +54,17 @@ impl FloorArgs {
     }
 
     /// Whether the floor is the development floor.
-    pub fn in_file(&self) -> bool {
+    pub(super) fn in_file(&self) -> bool {
         self.floor == Kind::File
     }
 
     /// Opens the floor without a warning: for those who only show it.
-    pub fn open_quietly(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
+    pub(super) fn open_quietly(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
         Ok(floor::open(&self.place(global), &Config::load(&global.config)?)?)
     }
 
     /// Opens the floor, and says each time that the development floor protects nothing.
-    pub fn open(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
+    pub(super) fn open(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
         let floor = floor::open(&self.place(global), &Config::load(&global.config)?)?;
         warn(floor.as_ref());
         Ok(floor)
@@ -79,7 +79,7 @@ fn warn(floor: &dyn Floor) {
 
 /// Manage the floor, the lowest version that a device will run.
 #[derive(Debug, Args)]
-pub struct FloorCommand {
+pub(super) struct FloorCommand {
     #[command(subcommand)]
     command: Command,
 }
@@ -203,7 +203,7 @@ impl Classified for UsageError {
 }
 
 /// Runs `mosfs floor`.
-pub fn run(args: &FloorCommand, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &FloorCommand, global: &Global) -> Result<(), AnyError> {
     match &args.command {
         Command::Provision(args) => provision(args, global),
         Command::Show(args) => show(args, global),

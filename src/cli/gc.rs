@@ -18,7 +18,7 @@ use crate::store::Store;
 /// A previous deployment that can never be booted again is removed too. `install`, `update` and `commit` collect
 /// automatically. Damaged files are skipped and listed; the exit code is then 3.
 #[derive(Debug, Args)]
-pub struct Gc {
+pub(super) struct Gc {
     /// Print what would be removed, and change nothing.
     #[arg(long)]
     dry_run: bool,
@@ -32,7 +32,7 @@ pub struct Gc {
 }
 
 /// Runs `mosfs gc`.
-pub fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
     let mut problems = Vec::new();
     let plan = match &args.store {
         Some(dir) => {

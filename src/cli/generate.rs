@@ -12,7 +12,7 @@ use crate::error::{AnyError, IoContext};
 
 /// Write shell completions or man pages.
 #[derive(Debug, Args)]
-pub struct Generate {
+pub(super) struct Generate {
     #[command(subcommand)]
     what: What,
 }
@@ -35,7 +35,7 @@ enum What {
 ///
 /// # Errors
 /// Whatever writing the output gives.
-pub fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
     match &args.what {
         What::Completions { shell } => {
             // Into memory first: clap_complete panics where its writer fails, and a pipe may.

@@ -187,12 +187,12 @@ const PAGES: &[Page] = &[
 ];
 
 /// The command line with all that its help shows.
-pub fn command() -> Command {
+pub(super) fn command() -> Command {
     dressed(Cli::command())
 }
 
 /// The same without the `help` commands: for man pages, of which each command has one.
-pub fn without_help_commands() -> Command {
+pub(super) fn without_help_commands() -> Command {
     fn bare(command: Command) -> Command {
         let below: Vec<String> = command.get_subcommands().map(|one| one.get_name().to_string()).collect();
         below

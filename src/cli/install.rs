@@ -22,7 +22,7 @@ use crate::trust::{Anchor, Dates};
 ///
 /// If the system is already installed, each file and blob is compared with the source, and replaced if it differs.
 #[derive(Debug, Args)]
-pub struct InstallArgs {
+pub(super) struct InstallArgs {
     /// The signed system, `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a name or version, the
     /// highest version there that verifies.
     source: SourceRef,
@@ -48,7 +48,7 @@ pub struct InstallArgs {
 /// If the version is already installed, each file and blob is compared with the source, and replaced if it differs. A
 /// version that failed before is tried again only with --again.
 #[derive(Debug, Args)]
-pub struct UpdateArgs {
+pub(super) struct UpdateArgs {
     /// The signed system, `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a name or version, the
     /// highest version there that verifies.
     source: SourceRef,
@@ -70,7 +70,7 @@ pub struct UpdateArgs {
 }
 
 /// Runs `mosfs install`.
-pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let ca = args.ca.as_deref().map(CaFile::load).transpose()?;
     let trust = Anchor::plan(&global.config, ca, args.product)?;
@@ -102,7 +102,7 @@ pub fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// Runs `mosfs update`.
-pub fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     let from = args.source.open(&args.registry.access(global))?;
     if args.check {

@@ -11,7 +11,7 @@ use crate::publish::keys;
 
 /// Make keys for development.
 #[derive(Debug, Args)]
-pub struct Keys {
+pub(super) struct Keys {
     #[command(subcommand)]
     command: Command,
 }
@@ -38,7 +38,7 @@ struct Generate {
 }
 
 /// Runs `mosfs keys`.
-pub fn run(args: &Keys, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &Keys, global: &Global) -> Result<(), AnyError> {
     let Command::Generate(args) = &args.command;
     let request = keys::Request { product: args.product, name: args.name.clone(), rsa_signer: args.rsa };
     let files = keys::generate(&args.dir, &request)?;

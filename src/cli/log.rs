@@ -22,7 +22,7 @@ impl Log for Stderr {
 }
 
 /// Shows the log of this command from now on.
-pub fn show(global: &Global) {
+pub(super) fn show(global: &Global) {
     if log::set_logger(&Stderr).is_ok() {
         log::set_max_level(if global.verbose > 0 { LevelFilter::Info } else { LevelFilter::Warn });
     }

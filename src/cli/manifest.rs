@@ -23,7 +23,7 @@ use crate::trust::{self, Anchor, Certificate, Dates, PrivateKey, Signed};
 
 /// Check, print, sign and verify manifests.
 #[derive(Debug, Args)]
-pub struct Manifest {
+pub(super) struct Manifest {
     #[command(subcommand)]
     command: Command,
 }
@@ -82,7 +82,7 @@ enum Command {
 }
 
 /// Runs `mosfs manifest`.
-pub fn run(args: &Manifest, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &Manifest, global: &Global) -> Result<(), AnyError> {
     match &args.command {
         Command::Check { file } => check(file, global),
         Command::Canonical { file } => canonical(file),

@@ -23,7 +23,7 @@ use crate::trust::Anchor;
 
 /// Mount a target of the current deployment, or any image of an OCI layout.
 #[derive(Debug, Args)]
-pub struct MountArgs {
+pub(super) struct MountArgs {
     /// A target's name, or `oci:DIR[:NAME]`.
     #[arg(value_name = "TARGET|SOURCE")]
     source: String,
@@ -78,14 +78,14 @@ fn root_hash(text: &str) -> Result<Digest, String> {
 
 impl MountArgs {
     /// Whether it is an image, and not a target of a deployed system, that is to be mounted.
-    pub fn is_of_image(&self) -> bool {
+    pub(super) fn is_of_image(&self) -> bool {
         // A source has a scheme; a target's name cannot hold a colon.
         self.source.contains(':')
     }
 }
 
 /// Runs `mosfs mount`.
-pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     if args.is_of_image() {
         return run_image(args, global);
     }
@@ -101,7 +101,7 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// Runs `mosfs mount` of an image, for which nobody's signature is asked.
-pub fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     mount(args, global, || {
         let source: SourceRef = args.source.parse()?;
         // Not `SourceRef::open`: the start program must not hold the client of registries.

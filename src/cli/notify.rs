@@ -14,9 +14,9 @@ use crate::sys;
 use crate::sys::daemon::Forked;
 
 /// The mount is ready.
-pub const SUCCESS: u8 = b's';
+pub(super) const SUCCESS: u8 = b's';
 /// There will be no mount.
-pub const FAILURE: u8 = b'f';
+pub(super) const FAILURE: u8 = b'f';
 
 /// How long the byte waits for a reader.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const OPTION: &str = "notify_pipe=";
 
 /// Whether a mount option is this one.
-pub fn is_option(option: &str) -> bool {
+pub(super) fn is_option(option: &str) -> bool {
     option.starts_with(OPTION)
 }
 
@@ -43,14 +43,14 @@ impl Classified for NotAPipe {
 
 /// The pipe, if there is one, until a byte was written to it: there is one byte a mount.
 #[derive(Debug)]
-pub struct Pipe(Mutex<Option<PathBuf>>);
+pub(super) struct Pipe(Mutex<Option<PathBuf>>);
 
 impl Pipe {
     /// Finds the option among those of `-o`; the last one counts.
     ///
     /// # Errors
     /// A path that is not there, or is no pipe: nobody could be waiting.
-    pub fn of(options: &[String]) -> Result<Self, AnyError> {
+    pub(super) fn of(options: &[String]) -> Result<Self, AnyError> {
         let path = options.iter().filter_map(|option| option.strip_prefix(OPTION)).next_back();
         let Some(path) = path.map(Path::new) else { return Ok(Self(Mutex::new(None))) };
         // The daemon's working folder is another.
@@ -66,14 +66,14 @@ impl Pipe {
     }
 
     /// Writes the byte, and waits for its reader.
-    pub fn say(&self, byte: u8) {
+    pub(super) fn say(&self, byte: u8) {
         if let Some(path) = self.take() {
             write(&path, byte);
         }
     }
 
     /// Writes the byte from another process where nobody reads the pipe yet.
-    pub fn say_in_background(&self, byte: u8) {
+    pub(super) fn say_in_background(&self, byte: u8) {
         let Some(path) = self.take() else { return };
         if sys::notify::write_to_pipe(&path, byte, Duration::ZERO).is_ok() {
             return;
@@ -90,7 +90,7 @@ impl Pipe {
     }
 
     /// Writes the byte from a thread.
-    pub fn say_from_thread(&self, byte: u8) {
+    pub(super) fn say_from_thread(&self, byte: u8) {
         if let Some(path) = self.take() {
             std::thread::spawn(move || write(&path, byte));
         }

@@ -154,7 +154,7 @@ fn written(outcome: io::Result<()>) -> Result<(), AnyError> {
 /// Prints a document to stdout: byte for byte, but for a terminal, which gets lines that are escaped.
 ///
 /// # Errors
-/// As [`line`].
+/// As [`line()`].
 pub fn document(bytes: &[u8]) -> Result<(), AnyError> {
     if !io::stdout().is_terminal() {
         return put(bytes);
@@ -165,7 +165,7 @@ pub fn document(bytes: &[u8]) -> Result<(), AnyError> {
 /// Prints a signature or another binary answer to stdout; in hex to a terminal.
 ///
 /// # Errors
-/// As [`line`].
+/// As [`line()`].
 pub fn binary(bytes: &[u8]) -> Result<(), AnyError> {
     let text = bytes.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
     if io::stdout().is_terminal() && !text { line(crate::digest::hex(bytes)) } else { document(bytes) }
@@ -174,7 +174,7 @@ pub fn binary(bytes: &[u8]) -> Result<(), AnyError> {
 /// Prints an answer to stdout as one line of JSON.
 ///
 /// # Errors
-/// As [`line`].
+/// As [`line()`].
 pub fn json(answer: &serde_json::Value) -> Result<(), AnyError> {
     put(format!("{}\n", text::json(&answer.to_string())).as_bytes())
 }
@@ -182,7 +182,7 @@ pub fn json(answer: &serde_json::Value) -> Result<(), AnyError> {
 /// Prints an answer: JSON with `--json`, else text.
 ///
 /// # Errors
-/// As [`line`].
+/// As [`line()`].
 pub fn answer<T: Lines>(
     global: &Global,
     json: impl FnOnce() -> serde_json::Value,

@@ -30,7 +30,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const WIDTH: usize = 78;
 
 /// The progress that this command line asked for.
-pub fn of(global: &Global) -> Result<Progress, AnyError> {
+pub(super) fn of(global: &Global) -> Result<Progress, AnyError> {
     let form = match global.progress_fd {
         Some(number) => {
             let path = format!("/proc/self/fd/{number}");

@@ -17,7 +17,7 @@ use crate::transport::{SourceRef, TransportError};
 ///
 /// Uploads only what the registry lacks. The version becomes visible after everything else is there.
 #[derive(Debug, Args)]
-pub struct PushArgs {
+pub(super) struct PushArgs {
     /// The store that holds the system.
     #[arg(long, value_name = "DIR")]
     store: PathBuf,
@@ -32,7 +32,7 @@ pub struct PushArgs {
 ///
 /// Downloads only what the store lacks, and resumes an interrupted pull.
 #[derive(Debug, Args)]
-pub struct PullArgs {
+pub(super) struct PullArgs {
     /// The source, `docker://HOST[:PORT]/PREFIX[:VERSION]` or `oci:DIR[:NAME]`; without a version or name, the highest
     /// version there.
     source: SourceRef,
@@ -50,7 +50,7 @@ pub struct PullArgs {
 }
 
 /// Runs `mosfs push`.
-pub fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
     if !args.to.is_registry() {
         return Err(TransportError::BadSource {
             found: args.to.to_string(),
@@ -79,7 +79,7 @@ pub fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// Runs `mosfs pull`.
-pub fn pull(args: &PullArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn pull(args: &PullArgs, global: &Global) -> Result<(), AnyError> {
     let from = args.source.open(&args.registry.access(global))?;
     let store = Store::create(&args.store)?;
     let progress = progress::of(global)?;

@@ -11,9 +11,13 @@ use crate::transport::Access;
 /// Options of commands that reach registries.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Registry options")]
-pub struct RegistryArgs {
+pub(super) struct RegistryArgs {
     /// Use plain HTTP for the registries of this command. Registries on this machine (localhost, 127.0.0.0/8, [::1]) do
     /// not need this option.
+    #[allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "`[::1]` is an address; the text is also the option's help"
+    )]
     #[arg(long)]
     plain_http: bool,
     /// Read credentials only from this file, in the format that `podman login` and `docker login` write.
@@ -31,7 +35,7 @@ pub struct RegistryArgs {
 
 impl RegistryArgs {
     /// How registries are to be reached. Shows the log from now on.
-    pub fn access(&self, global: &Global) -> Access {
+    pub(super) fn access(&self, global: &Global) -> Access {
         super::log::show(global);
         Access {
             plain_http: self.plain_http,

@@ -17,7 +17,7 @@ use crate::trust::Anchor;
 /// both in its folder and in the store. Blobs of images that are missing or damaged are listed, and the exit code is 3.
 /// Nothing is accepted that does not verify, and the current version stays the same.
 #[derive(Debug, Args)]
-pub struct RepairArgs {
+pub(super) struct RepairArgs {
     /// Where to fetch what this device no longer has: `oci:DIR` or `docker://HOST[:PORT]/PREFIX`, any source that has
     /// the same systems.
     source: Option<SourceRef>,
@@ -28,7 +28,7 @@ pub struct RepairArgs {
 }
 
 /// Runs `mosfs repair`.
-pub fn run(args: &RepairArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &RepairArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
     if !system.root().is_dir() {
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());

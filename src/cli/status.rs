@@ -13,7 +13,7 @@ use crate::mount::units;
 
 /// Show deployments, versions, floor, mounts and their health.
 #[derive(Debug, Args)]
-pub struct StatusArgs {
+pub(super) struct StatusArgs {
     #[command(flatten)]
     floor: FloorArgs,
 }
@@ -21,7 +21,7 @@ pub struct StatusArgs {
 /// Runs `mosfs status`.
 ///
 /// It tells what it can: a floor that cannot be read is a line of the answer, not its end.
-pub fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
     let installed = status::installed(&device::system(global))?;
     let floor = floor(args, global);
     let mounts = mount::table::mounts()?;

@@ -10,7 +10,7 @@ use crate::store::Store;
 
 /// Examine a store.
 #[derive(Debug, Args)]
-pub struct StoreCommand {
+pub(super) struct StoreCommand {
     #[command(subcommand)]
     action: Action,
 }
@@ -31,7 +31,7 @@ struct StatsArgs {
 }
 
 /// Runs `mosfs store`.
-pub fn run(args: &StoreCommand, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &StoreCommand, global: &Global) -> Result<(), AnyError> {
     match &args.action {
         Action::Stats(args) => stats(args, global),
     }

@@ -10,7 +10,7 @@ use crate::mount;
 
 /// Unmount, and wait until nothing is left of the mount.
 #[derive(Debug, Args)]
-pub struct UmountArgs {
+pub(super) struct UmountArgs {
     /// The mount point.
     #[arg(value_name = "DIR")]
     target: PathBuf,
@@ -26,7 +26,7 @@ pub struct UmountArgs {
 }
 
 /// Runs `mosfs umount`.
-pub fn run(args: &UmountArgs, _: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &UmountArgs, _: &Global) -> Result<(), AnyError> {
     if args.vacant {
         return Ok(mount::check_vacant(&args.target)?);
     }

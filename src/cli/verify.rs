@@ -23,14 +23,14 @@ use crate::trust::Anchor;
 /// to. Without an argument, checks the deployed system: its state file, its deployments from the certificate down, and
 /// its store.
 #[derive(Debug, Args)]
-pub struct Verify {
+pub(super) struct Verify {
     /// A layout (`oci:DIR`), one image of a layout (`oci:DIR:NAME`), or a target of the current deployment.
     #[arg(value_name = "SOURCE|TARGET")]
     what: Option<String>,
 }
 
 /// Runs `mosfs verify`.
-pub fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
+pub(super) fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
     let progress = progress::of(global)?;
     let mut deployments = Checked::default();
     let (object, report) = match args.what.as_deref() {

@@ -9,7 +9,7 @@
 //! - Annotations and artifact type stay; `subject` goes, as it spoke of the other manifest.
 //!
 //! A PuzzleFS image is stored as it is too. Where PuzzleFS is asked for, any other image becomes one:
-//! see [`puzzlefs::ingest`](super::puzzlefs::ingest).
+//! see [`super::puzzlefs::ingest`].
 //!
 //! The bytes of both depend on the source image alone.
 

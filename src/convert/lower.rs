@@ -21,7 +21,7 @@ pub(super) struct Lower<'a> {
 }
 
 /// Their merged view, and the digests of the layers in it; `None` where there is nothing below.
-pub type View = Option<(Merged, Vec<Digest>)>;
+pub(super) type View = Option<(Merged, Vec<Digest>)>;
 
 impl<'a> Lower<'a> {
     /// `layers` are in `store`, with their trees; the first is the bottom one.

@@ -37,7 +37,7 @@ use std::num::NonZeroUsize;
 
 pub use lower::{read_file, view};
 pub use packing::{Codec, Packing, PackingError};
-pub use tar::{Place, Problem, TarError};
+pub use tar::{Problem, TarError};
 pub use tree::{Meta, Under};
 
 use crate::digest::{Digest, Hasher};

@@ -27,11 +27,11 @@ use super::{ConvertError, Effort, MAX_METADATA_BYTES};
 use crate::digest::Digest;
 
 /// In a block's size word: stored without compression (linux/squashfs_fs.h).
-pub const UNCOMPRESSED: u32 = 1 << 24;
+pub(super) const UNCOMPRESSED: u32 = 1 << 24;
 
 /// Where the content of a regular file is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct FileData {
+pub(super) struct FileData {
     /// Its size with holes, in bytes.
     pub size: u64,
     /// Its blocks: 0 is a hole, else 1 + the number of a stored block. All but the last are
@@ -43,7 +43,7 @@ pub struct FileData {
 
 /// Where a stored block is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stored {
+pub(super) struct Stored {
     /// Offset in the image, in bytes.
     pub start: u64,
     /// Size in bytes, and [`UNCOMPRESSED`].
@@ -52,7 +52,7 @@ pub struct Stored {
 
 /// All blocks of an image.
 #[derive(Debug, Default)]
-pub struct Packed {
+pub(super) struct Packed {
     /// The data blocks by their number.
     pub blocks: Vec<Stored>,
     /// The fragment blocks by their number.
@@ -74,7 +74,7 @@ struct Pending {
 }
 
 /// Packs the content of files.
-pub struct Packer {
+pub(super) struct Packer {
     jobs: Option<SyncSender<Job>>,
     order: Option<SyncSender<Pending>>,
     workers: Vec<JoinHandle<()>>,
@@ -91,7 +91,7 @@ pub struct Packer {
 
 impl Packer {
     /// A packer that writes to `file` from offset `start` on.
-    pub fn new(file: File, start: u64, effort: Effort) -> io::Result<Self> {
+    pub(super) fn new(file: File, start: u64, effort: Effort) -> io::Result<Self> {
         let Effort { threads, packing } = effort;
         let block_bytes = packing.block_bytes();
         let (jobs, queue) = sync_channel::<Job>(threads.get());
@@ -120,7 +120,7 @@ impl Packer {
     }
 
     /// Begins a file of `size` bytes.
-    pub fn file(&mut self, size: u64) -> Result<FileWriter<'_>, ConvertError> {
+    pub(super) fn file(&mut self, size: u64) -> Result<FileWriter<'_>, ConvertError> {
         let block_bytes = self.block_bytes as u64;
         self.list_bytes = self.list_bytes.saturating_add(size.div_ceil(block_bytes).saturating_mul(4));
         if self.list_bytes > MAX_METADATA_BYTES {
@@ -162,7 +162,7 @@ impl Packer {
     }
 
     /// Writes what is left and waits for all threads.
-    pub fn finish(mut self) -> Result<Packed, ConvertError> {
+    pub(super) fn finish(mut self) -> Result<Packed, ConvertError> {
         self.flush_fragment()?;
         self.join().map_err(ConvertError::Write)
     }
@@ -186,7 +186,7 @@ impl Drop for Packer {
 }
 
 /// Takes the content of one file.
-pub struct FileWriter<'a> {
+pub(super) struct FileWriter<'a> {
     packer: &'a mut Packer,
     data: FileData,
     small: bool,
@@ -195,7 +195,7 @@ pub struct FileWriter<'a> {
 
 impl FileWriter<'_> {
     /// The next stretch of content. All of them together have the file's size.
-    pub fn write(&mut self, content: Content<'_>) -> Result<(), ConvertError> {
+    pub(super) fn write(&mut self, content: Content<'_>) -> Result<(), ConvertError> {
         match content {
             Content::Data(bytes) => self.data(bytes),
             Content::Hole(count) => self.hole(count),
@@ -256,7 +256,7 @@ impl FileWriter<'_> {
     }
 
     /// Ends the file.
-    pub fn finish(mut self) -> Result<FileData, ConvertError> {
+    pub(super) fn finish(mut self) -> Result<FileData, ConvertError> {
         self.flush_if(1)?;
         if let Some(place) = &mut self.data.fragment {
             let content = self.packer.fragment.get(place.1 as usize..).unwrap_or_default();

@@ -184,7 +184,7 @@ pub(super) enum Compressor {
 
 impl Compressor {
     /// Returns the block compressed, or `None` where that saves nothing and the block is stored as it is.
-    pub fn compress(&mut self, block: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    pub(super) fn compress(&mut self, block: &[u8]) -> io::Result<Option<Vec<u8>>> {
         let packed = match self {
             Self::Zstd(compressor) => compressor.compress(block)?,
             Self::Lz4(level) => {

@@ -3,10 +3,10 @@
 use crate::image::format::Compression;
 
 /// How many first bytes are looked at.
-pub const HEAD_BYTES: usize = 512;
+pub(super) const HEAD_BYTES: usize = 512;
 
 /// The name of a compression.
-pub fn name(compression: Compression) -> &'static str {
+pub(super) fn name(compression: Compression) -> &'static str {
     match compression {
         Compression::None => "an uncompressed tar",
         Compression::Gzip => "gzip",
@@ -18,7 +18,7 @@ pub fn name(compression: Compression) -> &'static str {
 ///
 /// `is_tar` says whether the bytes begin a tar stream. Bytes of which nothing is known are no
 /// contradiction of "tar": the reader says what is wrong with them.
-pub fn other_than(expected: Compression, head: &[u8], is_tar: bool) -> Option<&'static str> {
+pub(super) fn other_than(expected: Compression, head: &[u8], is_tar: bool) -> Option<&'static str> {
     // Signatures of the formats: RFC 1952 and 8878 (frames and frames to skip), xz, bzip2, lz4, lzip, squashfs.
     const KNOWN: [(&[u8], &str); 8] = [
         (b"\x1f\x8b", "gzip"),

@@ -140,7 +140,7 @@ struct TableWriter<'a> {
 }
 
 /// Writes the options of the codec behind the future superblock. Returns where content begins, in bytes.
-pub fn write_options(file: &File, packing: Packing) -> io::Result<u64> {
+pub(super) fn write_options(file: &File, packing: Packing) -> io::Result<u64> {
     let options = packing.codec().options();
     if options.is_empty() {
         return Ok(SUPERBLOCK_BYTES);
@@ -153,7 +153,7 @@ pub fn write_options(file: &File, packing: Packing) -> io::Result<u64> {
 
 /// Writes all tables and the superblock of an image whose content is in `file`; the image's size
 /// in bytes, which the superblock says too. The tree is finished.
-pub fn write_tables(
+pub(super) fn write_tables(
     tree: &Tree,
     packed: &Packed,
     file: &File,

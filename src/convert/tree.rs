@@ -33,7 +33,7 @@ use crate::image::FileType;
 use crate::image::overlay::names;
 
 /// The most names that a layer may have.
-pub const MAX_ENTRIES: usize = 4_000_000;
+pub(super) const MAX_ENTRIES: usize = 4_000_000;
 /// How many symbolic links a path may lead through: as the kernel's MAXSYMLINKS.
 const MAX_LINKS: usize = 40;
 /// How many notes are kept; those beyond are counted.
@@ -42,14 +42,14 @@ const MAX_NOTES: usize = 20;
 const NODE_BYTES: u64 = 200;
 
 /// A list of extended attributes: full names and values, sorted.
-pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+pub(super) type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// Number of a node in [`Tree::nodes`].
-pub type NodeIndex = usize;
+pub(super) type NodeIndex = usize;
 
 /// What a file is.
 #[derive(Debug)]
-pub enum NodeKind {
+pub(super) enum NodeKind {
     /// A folder.
     Dir {
         /// Its entries, sorted by bytes.
@@ -92,7 +92,7 @@ pub struct Meta {
 
 /// A file.
 #[derive(Debug)]
-pub struct Node {
+pub(super) struct Node {
     /// What it is.
     pub kind: NodeKind,
     /// Its attributes.
@@ -100,7 +100,7 @@ pub struct Node {
 }
 
 /// A layer's tree. The root is node 0.
-pub struct Tree {
+pub(super) struct Tree {
     /// All nodes, also those that were replaced.
     pub nodes: Vec<Node>,
     /// What was changed or dropped, for people; at most a few.
@@ -169,7 +169,7 @@ impl Default for Tree {
 
 impl Tree {
     /// Takes an entry in. `data` is where the content of a regular file is.
-    pub fn add(&mut self, mut entry: Entry, data: Option<FileData>) -> Result<(), ConvertError> {
+    pub(super) fn add(&mut self, mut entry: Entry, data: Option<FileData>) -> Result<(), ConvertError> {
         let path = std::mem::take(&mut entry.path);
         for note in std::mem::take(&mut entry.notes) {
             self.note(|| format!("{}: {note}", show(&path)));
@@ -456,7 +456,7 @@ impl Tree {
     }
 
     /// Takes notes of the stream as a whole.
-    pub fn take_notes(&mut self, notes: Vec<String>) {
+    pub(super) fn take_notes(&mut self, notes: Vec<String>) {
         for note in notes {
             self.note(|| note);
         }
@@ -464,7 +464,7 @@ impl Tree {
 
     /// Ends the tree: resolves links, asks `below` for what is at the folders that the stream does
     /// not speak of, takes away what hides nothing, and marks opaque folders.
-    pub fn finish(
+    pub(super) fn finish(
         &mut self,
         below: &mut dyn FnMut(&[u8]) -> Result<Under, ConvertError>,
     ) -> Result<(), ConvertError> {

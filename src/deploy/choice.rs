@@ -39,6 +39,7 @@ pub struct Booted<T> {
     /// The deployment.
     pub deployment: DeploymentId,
     /// Its role.
+    #[cfg_attr(not(feature = "internals"), expect(dead_code, reason = "what tests ask a choice for"))]
     pub role: Role,
     /// Those that were refused before it, in order.
     pub refused: Vec<Refusal>,

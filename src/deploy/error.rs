@@ -15,6 +15,7 @@ use crate::trust::TrustError;
 
 /// Why an install, an update, a boot choice or a commit was refused or failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DeployError {
     /// An error of the operating system.
     #[error(transparent)]

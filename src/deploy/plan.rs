@@ -216,15 +216,11 @@ fn check_floor(
 
 /// Rule (docs/design.md, kernel of the system): the EFI system partition is asked for room before anything is fetched,
 /// and an update whose kernel could never be started is refused.
-fn check_kernel(
-    plan: &Plan,
-    system: &System,
-    state: &State,
-    options: &Options<'_>,
-) -> Result<(), EspError> {
+fn check_kernel(plan: &Plan, system: &System, state: &State, options: &Options<'_>) -> Result<(), EspError> {
     let version = plan.id.version;
     let id = plan.boot.as_ref().and_then(|image| boot::kernel_id(image).ok().flatten());
-    let same = || id == options.kernel || state.current.is_some_and(|current| esp::names(system, &current, id));
+    let same =
+        || id == options.kernel || state.current.is_some_and(|current| esp::names(system, &current, id));
     match (&plan.boot, options.esp) {
         (Some(image), Some(esp)) if matches!(plan.verdict, Verdict::Install | Verdict::Update) => {
             esp.check_room(version, image)

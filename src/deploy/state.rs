@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::error::DeployError;
-pub use super::id::{BadDeploymentId, DeploymentId, Refusal};
+pub use super::id::{DeploymentId, Refusal};
 use crate::error::IoContext;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};

@@ -9,7 +9,7 @@ use crate::mount::{MountPlan, Verification};
 use crate::store::Store;
 use crate::trust::{Anchor, Dates, Verified};
 
-/// Returns the mount plan of a signed target whose image is in the store.
+/// Returns the mount plan of a signed target whose image is in the store. The page of the crate has an example.
 ///
 /// # Errors
 /// [`DeployError::OtherSize`], [`DeployError::Plan`], and errors of the store, which checks the OCI manifest

@@ -16,6 +16,7 @@ use crate::trust::anchor::AnchorError;
 /// The class is [`Class::Tpm`] (exit code 5) if the floor itself is in question, [`Class::Rollback`] (4) if
 /// the floor is sound and refuses, and [`Class::Input`] (2) if the user's arguments or files are wrong.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum FloorError {
     /// The device has no TPM, or it cannot be reached.
     #[error("no TPM answers at {tcti}: {source}")]

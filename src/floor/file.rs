@@ -19,7 +19,7 @@ use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 
 /// The warning printed each time the development floor is used.
-pub const FILE_WARNING: &str = "the floor is kept in a file (--floor file): \
+const FILE_WARNING: &str = "the floor is kept in a file (--floor file): \
      it protects nothing against whoever can write the disk";
 
 /// Maximum size of a floor file, in bytes.

@@ -37,13 +37,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use config::Config;
-pub use digests::{INDEX, MAX_VERSION, Name, Policy};
+pub use digests::Policy;
 pub use error::FloorError;
-pub use file::{FILE_WARNING, FileFloor};
-pub use signature::{FloorKey, KeyError, PrivateKey, PublicKey, Signature, check_signature, sign_version};
-pub use tpm::{DEFAULT_BUDGET, Provisioning, TpmFloor};
+pub use file::FileFloor;
+pub use signature::{KeyError, PrivateKey, PublicKey, Signature, check_signature, sign_version};
+pub use tpm::TpmFloor;
 
-pub use crate::sys::tpm::{NvArea, Tcti, TctiError};
+pub use crate::sys::tpm::Tcti;
 
 /// A floor, which an attacker who can write the disk cannot lower.
 ///

@@ -42,6 +42,7 @@ const AUTHORIZATION: &str = "MOSFS FIRST WRITE AUTHORIZATION";
 
 /// A key file that cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum KeyError {
     /// The file holds no private key, or others can read it.
     #[error(transparent)]
@@ -85,9 +86,6 @@ pub struct PublicKey {
     x: [u8; 32],
     y: [u8; 32],
 }
-
-/// The public half of the floor key.
-pub type FloorKey = PublicKey;
 
 const PUBLIC: &str = "a P-256 public key in PEM";
 const PRIVATE: &str = "a P-256 private key in PEM";

@@ -14,9 +14,6 @@ use crate::sys::{self, file};
 /// The lock file in the run folder, held while a floor is raised.
 const LOCK_FILE: &str = "tpm.lock";
 
-/// The time limit for one use of the TPM: reading takes milliseconds, a raise about 200 ms on a slow chip.
-pub const DEFAULT_BUDGET: Duration = Duration::from_secs(30);
-
 // Response codes (TPM 2.0 part 2, section "TPM_RC"; docs/design.md, the table of the floor).
 /// The handle does not exist (first handle).
 const RC_NO_HANDLE: u32 = 0x18b;
@@ -51,11 +48,6 @@ impl TpmFloor {
     /// Returns the floor of a product in the TPM at `tcti`; `budget` bounds each use of it.
     pub fn new(policy: Policy, tcti: Tcti, budget: Duration) -> Self {
         Self { policy, tcti, budget, tpm: None }
-    }
-
-    /// The floor's digests.
-    pub fn policy(&self) -> &Policy {
-        &self.policy
     }
 
     /// Returns the public area of whatever is at the floor's index, for display.

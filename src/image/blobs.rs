@@ -76,6 +76,7 @@ impl fmt::Debug for Blob {
 
 /// Why a whole blob cannot be read.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BlobError {
     /// It cannot be read.
     #[error("blob {digest}: {source}")]

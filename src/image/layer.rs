@@ -81,6 +81,7 @@ pub struct StatFs {
 
 /// Why a layer cannot serve a request.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LayerError {
     /// The bytes cannot be read, or do not verify.
     #[error(transparent)]

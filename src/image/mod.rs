@@ -14,7 +14,7 @@
 //! boot.rs       what the image of the target `boot` has in it
 //! ```
 //!
-//! A format is one folder here and one row in [`format`]. Parsers take bytes from a [`Source`] and never do I/O of
+//! A format is one folder here and one row in [`mod@format`]. Parsers take bytes from a [`Source`] and never do I/O of
 //! their own, so that the same reader serves a verified file, a device, memory and a fuzzer.
 
 pub mod blobs;
@@ -34,6 +34,5 @@ pub mod squashfs;
 pub mod verified;
 pub mod verity;
 
-pub use blobs::Blobs;
-pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
+pub use layer::{Attr, DirEntry, FileType, Layer, LayerError, NodeId};
 pub use source::{MemorySource, ReadError, Source};

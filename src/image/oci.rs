@@ -134,7 +134,7 @@ impl Descriptor {
 pub struct Manifest {
     /// Always 2.
     pub schema_version: u32,
-    /// [`MANIFEST`]; umoci leaves it out.
+    /// `application/vnd.oci.image.manifest.v1+json`; umoci leaves it out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media_type: Option<String>,
     /// The artifact type, if this is an artifact.
@@ -520,6 +520,7 @@ impl OciImage {
 
 /// Why an OCI document is refused.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OciError {
     /// It is not JSON, or a field is missing or of the wrong type.
     #[error("{document}: {source}")]

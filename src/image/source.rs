@@ -25,6 +25,7 @@ pub trait Source: Send + Sync {
 
 /// Why bytes of an image cannot be read.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReadError {
     /// The operating system failed the read.
     #[error("cannot read {len} bytes at {offset}: {source}")]

@@ -87,8 +87,8 @@ impl<R: ReadAt> VerifiedSource<R> {
     /// Opens an image file under its root hash.
     ///
     /// # Errors
-    /// Those of [`locate`], including missing verity data; [`ReadError::Verity`] inside it if the top of the
-    /// tree does not match the root hash.
+    /// [`VerityError::Missing`] if there is no verity data, and others if it is malformed; [`ReadError::Verity`] inside
+    /// it if the top of the tree does not match the root hash.
     pub fn open(bytes: R, root_hash: Digest) -> Result<Self, VerityError> {
         let found = locate(&bytes)?.required()?;
         Self::open_located(bytes, found, root_hash, DEFAULT_CACHE_BYTES)

@@ -10,6 +10,7 @@ use super::{MAX_INTEGER, Mount, Network, Port, Protocol, ServiceType, TargetName
 
 /// The kinds of problem of a manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum ProblemKind {
     /// Not YAML, or not JSON.
     Syntax,

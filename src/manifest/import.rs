@@ -40,6 +40,33 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified};
 
 /// A validated import manifest.
+///
+/// ```
+/// use mosfs::{Digest, ImportManifest, Resolved};
+///
+/// let yaml = b"\
+/// version: 7
+/// product: de6c82c5-2e01-4c92-949b-a6545d30fc06
+/// targets:
+///   web:
+///     url: oci:/srv/images:web
+///     version: 1.2.0
+///     service_type: container
+///     network: {type: host}
+/// ";
+/// let import = ImportManifest::parse("import.yaml".as_ref(), yaml)?;
+/// assert_eq!(import.targets["web"].url.to_string(), "oci:/srv/images:web");
+///
+/// // Once the images are in a store, it becomes a system manifest.
+/// let image = Resolved { digest: Digest::of(b"the OCI manifest"), size: 16 };
+/// let system = import.to_system(&[("web".parse()?, image)].into())?;
+/// assert_eq!(system.version, 7);
+///
+/// // All problems are reported at once, each with its place.
+/// let wrong = ImportManifest::parse("import.yaml".as_ref(), b"version: 0").unwrap_err();
+/// assert!(wrong.to_string().contains("import.yaml:1:10: "), "{wrong}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImportManifest {
     /// The file that it was read from, for messages.

@@ -6,7 +6,7 @@
 //! reader refuses everything else, so no two writers can disagree about the bytes of a manifest.
 //!
 //! The reader accepts any JSON in that subset (white space, any order of keys, any escapes). To require the
-//! written form, compare the output of [`write`] for the tree with the bytes.
+//! written form, compare the output of [`write()`] for the tree with the bytes.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;

@@ -20,6 +20,27 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified};
 
 /// The manifest of a system that runs on devices.
+///
+/// ```
+/// use mosfs::SystemManifest;
+///
+/// let json = br#"{
+///     "mediatype": "application/vnd.mos.system.manifest.v1",
+///     "product": "de6c82c5-2e01-4c92-949b-a6545d30fc06",
+///     "targets": {"web": {
+///         "digest": "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+///         "network": {"type": "host"}, "service_type": "container", "size": 3, "version": "1.2.0"
+///     }},
+///     "version": 7
+/// }"#;
+/// let manifest = SystemManifest::parse_loose(json)?;
+/// assert_eq!(manifest.targets["web"].version, "1.2.0");
+///
+/// // What is signed and run has one form only.
+/// assert!(SystemManifest::parse(json).is_err());
+/// assert_eq!(SystemManifest::parse(&manifest.canonical())?, manifest);
+/// # Ok::<(), mosfs::SystemError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SystemManifest {
     /// The version of the whole system, 1 to 2^53-1.
@@ -51,6 +72,7 @@ pub struct Target {
 
 /// Why bytes are not a system manifest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SystemError {
     /// Not JSON, or JSON outside of the reproducible subset.
     #[error("the system manifest is not reproducible JSON at byte {}: {_0}", _0.at.offset)]

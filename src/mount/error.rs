@@ -14,6 +14,7 @@ use crate::image::verity::VerityError;
 
 /// Why something cannot be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MountError {
     /// The image cannot be planned.
     #[error(transparent)]
@@ -198,7 +199,7 @@ impl Classified for MountError {
 }
 
 /// The class of a layer's error: what does not verify is [`Class::Verification`].
-pub fn layer_class(error: &LayerError) -> Class {
+pub(super) fn layer_class(error: &LayerError) -> Class {
     match error {
         LayerError::Read(ReadError::Verity { .. } | ReadError::Length { .. }) => Class::Verification,
         _ => Class::Failure,

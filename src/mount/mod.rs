@@ -35,8 +35,9 @@ pub mod units;
 mod unmount;
 
 pub use backend::Backend;
-pub use error::{MountError, layer_class};
+pub use error::MountError;
 pub use flags::MountFlags;
+pub use open::open as open_layers;
 pub use plan::{LayerBytes, MountPlan, PlanError, PlannedLayer, Verification};
 pub use request::{Daemon, Mounted, Prepared, Request, Timing};
 pub use table::{Health, MountRecord, mounts};

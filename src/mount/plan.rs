@@ -11,6 +11,29 @@ use crate::image::format::{ChunkedLayer, LayerFormat};
 use crate::image::oci::{LayerDescriptor, OciImage, Trust};
 
 /// What is to be mounted, all of it from a manifest whose digest was checked.
+///
+/// A target of a signed system is planned by [`plan_target`](crate::plan_target). Any other image:
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// use mosfs::{MountPlan, PlanError, Store, Verification};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let example = Example::publish()?;
+/// # let store = &example.store;
+/// # let (name, _) = store.names()?.into_iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap();
+/// let image = store.image(&store.resolve(&name)?.digest)?;
+/// let plan = MountPlan::new("web", &image, &store.blobs(), Verification::default())?;
+/// assert!(plan.is_verified());
+///
+/// // A layer as it came, a tar stream, has nothing to verify it with.
+/// # let other = Store::open(&example.folder.path().join("images"))?;
+/// let image = other.image(&other.resolve("web")?.digest)?;
+/// let error = MountPlan::new("web", &image, &other.blobs(), Verification::default()).unwrap_err();
+/// assert!(matches!(error, PlanError::NoRootHash { .. }));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct MountPlan {
     /// What the user asked for: a target's name or an OCI source.
@@ -136,6 +159,7 @@ impl PlannedLayer {
 
 /// Why a mount of an image cannot be planned.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PlanError {
     /// The image has nothing to mount.
     #[error("image {image} has no layers")]

@@ -27,6 +27,20 @@ use crate::error::{Class, Classified};
 use crate::sys;
 
 /// A mount that is asked for.
+///
+/// ```no_run
+/// use std::path::Path;
+///
+/// use mosfs::{MountError, MountFlags, MountPlan, MountRequest, unmount};
+///
+/// fn mount(plan: &MountPlan) -> Result<(), MountError> {
+///     let target = Path::new("/mnt");
+///     let flags = MountFlags { nodev: true, ..MountFlags::default() };
+///     let mounted = MountRequest { flags, ..MountRequest::new(plan, target) }.run()?;
+///     println!("mounted through {}", mounted.backend);
+///     unmount(target, false)
+/// }
+/// ```
 pub struct Request<'a> {
     /// What to mount.
     pub plan: &'a MountPlan,

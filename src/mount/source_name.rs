@@ -5,15 +5,15 @@
 use std::borrow::Cow;
 
 /// The longest source that mount(2) takes is PATH_MAX with its NUL, in bytes; some is left for escapes.
-pub const MOUNT_BYTES_MAX: usize = 4000;
+pub(super) const MOUNT_BYTES_MAX: usize = 4000;
 /// The longest value of an option of fsconfig(2), in bytes: 256 with its NUL (fs/fsopen.c).
-pub const FSCONFIG_BYTES_MAX: usize = 255;
+pub(super) const FSCONFIG_BYTES_MAX: usize = 255;
 
 /// Stands for what was cut out.
 const CUT: &str = "…";
 
 /// The source in at most `max` bytes: its beginning and its end, which have the scheme and the name.
-pub fn cut(source: &str, max: usize) -> Cow<'_, str> {
+pub(super) fn cut(source: &str, max: usize) -> Cow<'_, str> {
     if source.len() <= max {
         return Cow::Borrowed(source);
     }

@@ -345,7 +345,7 @@ pub(super) fn register_here(record: &MountRecord) -> Result<Lock, IoError> {
     Ok(alive)
 }
 
-/// Does what [`write`] does after [`enter`].
+/// Does what [`write()`] does after [`enter`].
 pub(super) fn write_here(record: &MountRecord) -> Result<(), IoError> {
     let here = Path::new(".");
     write_in(here, record, &lock(here)?)
@@ -450,7 +450,7 @@ mod path_text {
     use super::{OsString, OsStringExt, unescape};
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
         let mut text = String::new();
         for chunk in path.as_os_str().as_bytes().utf8_chunks() {
             text.push_str(&chunk.valid().replace('\\', "\\134"));
@@ -461,7 +461,7 @@ mod path_text {
         to.serialize_str(&text)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
         let text = String::deserialize(from)?;
         Ok(OsString::from_vec(unescape(text.as_bytes())).into())
     }

@@ -90,6 +90,40 @@ struct Found {
 
 /// Builds a system. Of images for several platforms that of `sources` is taken.
 ///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// use mosfs::{
+///     Access, BuildSources, Dates, Effort, ImportManifest, Packing, Platform, Progress, Signer, SigningKey, Store,
+///     build,
+/// };
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let example = Example::publish()?;
+/// # let (store, keys) = (&example.store, &example.keys);
+/// # let yaml = format!(
+/// #     "version: 8\nproduct: {}\ntargets:\n  web:\n    url: oci:{}:web\n    version: 1.2.0\n    \
+/// #      service_type: container\n    network: {{type: host}}\n",
+/// #     example.product,
+/// #     example.folder.path().join("images").display()
+/// # );
+/// let import = ImportManifest::parse("import.yaml".as_ref(), yaml.as_bytes())?;
+/// let signer = Signer {
+///     key: &SigningKey::load(&keys.join("signer.key"))?,
+///     certificate: &std::fs::read(keys.join("signer.pem"))?,
+///     dates: Dates::check_now(),
+///     floor_keys: &[],
+/// };
+/// let effort = Effort { threads: std::thread::available_parallelism()?, packing: Packing::default() };
+/// let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine() };
+/// let built = build(&import, store, &signer, effort, &sources, &Progress::silent())?;
+///
+/// let image = store.image(&built.manifest.targets["web"].digest)?;
+/// assert_eq!(image.layers[0].format()?.name(), "squashfs");
+/// # Ok(())
+/// # }
+/// ```
+///
+///
 /// # Errors
 /// See [`BuildError`]. The store has no new name then.
 pub fn build(
@@ -327,6 +361,7 @@ fn refuse_other(store: &Store, version: u64, artifact: &Descriptor) -> Result<()
 
 /// Why a system cannot be built.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BuildError {
     /// The import manifest, or a pin in it, is wrong.
     #[error(transparent)]

@@ -44,6 +44,7 @@ const SIGNER_VALIDITY: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
 /// Why keys cannot be generated.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum GenerateError {
     /// The file already exists: keys are never overwritten.
     #[error("{} exists; keys are never overwritten", path.display())]

@@ -57,6 +57,7 @@ pub struct Report {
 
 /// A problem.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Problem {
     /// The content of a blob does not match its name.
     #[error("blob {expected}: its content has digest {found}")]

@@ -50,7 +50,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use put::{Batch, FetchJob, TempBlob, Writer};
+pub use put::{FetchJob, TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
@@ -87,6 +87,26 @@ pub fn version_name(version: u64) -> String {
 }
 
 /// A store. Cheap to clone; holds nothing open.
+///
+/// ```
+/// use mosfs::{Progress, Store, Transport, check_store};
+///
+/// let folder = tempfile::tempdir()?;
+/// let store = Store::create(folder.path())?;
+///
+/// // A blob first, then the name that keeps it.
+/// let writer = store.writer()?;
+/// let artifact = writer.put_artifact("application/vnd.example.greeting", b"hello", None)?;
+/// writer.set_name("greeting", &artifact)?;
+/// drop(writer);
+///
+/// assert_eq!(store.resolve("greeting")?.digest, artifact.digest);
+/// let content = &(store.transport() as &dyn Transport).manifest(&artifact)?.layers[0];
+/// assert_eq!(store.get(&content.digest, 1024)?, b"hello");
+/// let report = check_store(&store, std::num::NonZeroUsize::MIN, &Progress::silent())?;
+/// assert!(report.problems.is_empty());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Store {
     layout: OciDir,
@@ -180,7 +200,7 @@ impl Store {
     }
 
     /// Returns whether a blob exists with the right size. Its content was checked when it was written;
-    /// [`fsck`] checks it again.
+    /// [`check_store`](crate::check_store) checks it again.
     pub fn has(&self, blob: &Descriptor) -> bool {
         let path = self.blob_path(&blob.digest);
         let found = match self.layout.links() {
@@ -292,6 +312,7 @@ fn files(dir: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
 
 /// Why an operation on the store failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StoreError {
     /// A store cannot be created in a folder with other files.
     #[error("{} is not an OCI image layout and not empty (it has `{found}`)", dir.display())]

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 /// `LOOP_CONFIGURE` in <linux/loop.h>.
@@ -57,6 +57,7 @@ struct LoopConfig {
 /// A loop device. It is freed when this and all other holders have closed it.
 #[derive(Debug)]
 pub struct LoopDevice {
+    #[cfg_attr(not(test), expect(dead_code, reason = "the device is freed when it is closed"))]
     device: File,
     number: u32,
 }
@@ -131,24 +132,9 @@ impl LoopDevice {
         if result == 0 { Ok(Self { device, number }) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Returns its number N in `/dev/loopN`.
-    pub fn number(&self) -> u32 {
-        self.number
-    }
-
     /// Returns its device number in the form of device-mapper tables: `7:N`.
     pub fn major_minor(&self) -> String {
         format!("{LOOP_MAJOR}:{}", self.number)
-    }
-
-    /// The path of its node.
-    pub fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/dev/loop{}", self.number))
-    }
-
-    /// The open device.
-    pub fn file(&self) -> &File {
-        &self.device
     }
 }
 
@@ -158,6 +144,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::mem::offset_of;
     use std::os::fd::AsFd;
+    use std::path::PathBuf;
 
     #[test]
     fn the_structs_are_those_of_linux_loop_h() {
@@ -180,9 +167,9 @@ mod tests {
         let device = LoopDevice::attach(file.as_fd(), &path, 4096)
             .expect("this test needs root and the loop module (modprobe loop)");
         let mut read = Vec::new();
-        device.file().read_to_end(&mut read).unwrap();
+        (&device.device).read_to_end(&mut read).unwrap();
         assert_eq!(read, content);
-        let sys = PathBuf::from(format!("/sys/block/loop{}", device.number()));
+        let sys = PathBuf::from(format!("/sys/block/loop{}", device.number));
         let show =
             |name: &str| std::fs::read_to_string(sys.join(name)).unwrap_or_default().trim().to_string();
         assert_eq!(show("queue/logical_block_size"), "4096");
@@ -210,7 +197,7 @@ mod tests {
                     for _ in 0..5 {
                         let device = LoopDevice::attach(file.as_fd(), &path, 4096).unwrap();
                         let mut read = Vec::new();
-                        device.file().read_to_end(&mut read).unwrap();
+                        (&device.device).read_to_end(&mut read).unwrap();
                         assert_eq!(read, vec![i; 4096]);
                     }
                 });

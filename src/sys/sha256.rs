@@ -81,14 +81,14 @@ mod x86 {
     const MESSAGE_BITS: i32 = ((DIGEST + BLOCK) * 8) as i32;
 
     /// Returns whether this processor has the features that [`hash_blocks`] uses.
-    pub fn available() -> bool {
+    pub(super) fn available() -> bool {
         is_x86_feature_detected!("sha")
             && is_x86_feature_detected!("sse4.1")
             && is_x86_feature_detected!("ssse3")
     }
 
     /// Does the same as the function of the parent module. Call it only if [`available`] returns true.
-    pub fn hash_blocks(salt: &[u8; DIGEST], blocks: &[[u8; BLOCK]], out: &mut [[u8; DIGEST]]) {
+    pub(super) fn hash_blocks(salt: &[u8; DIGEST], blocks: &[[u8; BLOCK]], out: &mut [[u8; DIGEST]]) {
         assert!(available());
         let (block_pairs, last_block) = blocks.as_chunks::<2>();
         let (out_pairs, last_out) = out.as_chunks_mut::<2>();

@@ -247,6 +247,22 @@ pub fn names_of(entries: &[Descriptor]) -> Vec<String> {
 }
 
 /// A place and a name there, as a user writes them: `oci:DIR[:NAME]`, `oci:DIR@sha256:HEX`, `docker://…`.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// use mosfs::{Access, Platform, SourceRef};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let example = Example::publish()?;
+/// # let text = format!("oci:{}:web", example.folder.path().join("images").display());
+/// // oci:/srv/images:web
+/// let source: SourceRef = text.parse()?;
+/// let place = source.open(&Access::default())?;
+/// let found = place.find_image(source.name.as_deref(), &Platform::this_machine())?;
+/// assert_eq!(place.image(&found)?.layers.len(), 1);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceRef {
     scheme: &'static str,
@@ -358,6 +374,7 @@ impl std::fmt::Display for SourceRef {
 
 /// Why something cannot be had from a place.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TransportError {
     /// The user's words are not a source.
     #[error("`{found}` is not a source: {why}")]

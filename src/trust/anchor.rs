@@ -32,6 +32,23 @@ pub const CA_FILE: &str = "manifestCA.pem";
 pub const PRODUCT_FILE: &str = "product";
 
 /// The manifest CA and the product of a device.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// use mosfs::{Anchor, AnchorError};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let example = Example::publish()?;
+/// # let (config, product) = (&example.config, example.product);
+/// // /etc/mosfs, with manifestCA.pem and product
+/// let anchor = Anchor::load(config)?;
+/// assert_eq!(anchor.product(), product);
+///
+/// let error = Anchor::load("/nowhere".as_ref()).unwrap_err();
+/// assert!(matches!(error, AnchorError::Missing { .. }));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Anchor {
     ca: Vec<X509>,
@@ -41,6 +58,7 @@ pub struct Anchor {
 
 /// Why there is no trust anchor.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum AnchorError {
     /// CONFIG lacks a file: nothing can be trusted.
     #[error("{} is missing: this device trusts no {what}", path.display())]
@@ -157,7 +175,7 @@ impl Anchor {
     }
 
     /// Plans the anchor of a first installation: the values of CONFIG, and the given values if CONFIG has
-    /// none. Nothing is written before [`AnchorPlan::apply`].
+    /// none. Nothing is written before the plan is applied.
     ///
     /// # Errors
     /// [`AnchorError::OtherCa`] and [`AnchorError::OtherProduct`] if CONFIG has other values than those

@@ -18,6 +18,7 @@ const MAX_KEY_BYTES: usize = 64 << 10;
 
 /// Why a key cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum KeyError {
     /// A private key that others can read or write.
     #[error("the private key {} has mode {mode:04o}: others than its owner may use it", path.display())]
@@ -109,7 +110,7 @@ impl PrivateKey {
     }
 
     /// Returns OpenSSL's form of the key, for signatures other than those of manifests.
-    pub fn pkey(&self) -> &PKeyRef<Private> {
+    pub(crate) fn pkey(&self) -> &PKeyRef<Private> {
         &self.key
     }
 

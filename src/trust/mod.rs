@@ -33,7 +33,7 @@ use std::time::SystemTime;
 use openssl::error::ErrorStack;
 use uuid::Uuid;
 
-pub use anchor::{Anchor, AnchorError, AnchorPlan};
+pub use anchor::{Anchor, AnchorError};
 pub use certificate::{Binding, Certificate};
 pub use keys::{KeyError, PrivateKey};
 
@@ -70,6 +70,42 @@ impl Dates {
 }
 
 /// A system manifest with its signature, not yet verified.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// use std::fs;
+///
+/// use mosfs::{Anchor, CaFile, Dates, Signed, SigningKey, SystemManifest, TrustError};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let Example { keys, store, product, .. } = &Example::publish()?;
+/// # let manifest = mosfs::find_system(
+/// #     store.transport(),
+/// #     None,
+/// #     &mosfs::Judge {
+/// #         anchor: &Anchor::new(CaFile::load(&keys.join("ca.pem"))?, *product),
+/// #         dates: Dates::check_now(),
+/// #         policy: None,
+/// #     },
+/// # )?;
+/// # let manifest: &SystemManifest = manifest.taken.verified.manifest();
+/// // The publisher signs a manifest ...
+/// let key = SigningKey::load(&keys.join("signer.key"))?;
+/// let certificate = fs::read(keys.join("signer.pem"))?;
+/// let signed = Signed::create(manifest, &key, &certificate, Dates::check_now())?;
+///
+/// // ... and a device verifies it.
+/// let anchor = Anchor::new(CaFile::load(&keys.join("ca.pem"))?, manifest.product);
+/// let verified = signed.clone().verify(&anchor, Dates::check_now())?;
+/// assert_eq!(verified.manifest(), manifest);
+///
+/// let mut forged = signed;
+/// forged.manifest = SystemManifest { version: 8, ..manifest.clone() }.canonical();
+/// let error = forged.verify(&anchor, Dates::check_now()).unwrap_err();
+/// assert!(matches!(error, TrustError::BadSignature { .. }));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signed {
     /// The stored bytes of the manifest.
@@ -95,6 +131,7 @@ pub struct Verified {
 
 /// Why a manifest is not trusted. Each variant names the attack it indicates, with both values.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrustError {
     /// A part of a signed manifest that exceeds its size limit.
     #[error("the {what} has more than the {max} bytes that it may have")]
@@ -427,6 +464,7 @@ impl Verified {
 
 /// Why a manifest cannot be signed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SignError {
     /// The certificate is unusable: devices would refuse it.
     #[error(transparent)]

@@ -126,7 +126,7 @@ impl Device {
         let place = match self.floor.as_slice() {
             [flag, tcti] if flag == "--tpm" => {
                 let tcti: Tcti = tcti.parse().expect("a TCTI");
-                Place::Tpm(tcti, floor::DEFAULT_BUDGET)
+                Place::Tpm(tcti, std::time::Duration::from_secs(30))
             }
             _ => Place::File(self.system().join("floor")),
         };

@@ -1,7 +1,8 @@
 //! What somebody with root, or with the disk and everything that was ever recorded, cannot do.
 
 use mosfs::internals::error::{Class, Classified};
-use mosfs::internals::floor::{Floor as _, INDEX, Name, PublicKey};
+use mosfs::internals::floor::digests::{INDEX, Name};
+use mosfs::internals::floor::{Floor as _, PublicKey};
 use mosfs::internals::sys::tpm::{NvArea, PublicPoint, Tpm};
 use tempfile::tempdir;
 

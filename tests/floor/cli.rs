@@ -8,8 +8,9 @@ use std::thread;
 use std::time::Instant;
 
 use mosfs::internals::digest::hex;
+use mosfs::internals::floor::check_signature;
+use mosfs::internals::floor::digests::INDEX;
 use mosfs::internals::floor::signature::authorization_block;
-use mosfs::internals::floor::{INDEX, check_signature};
 use tempfile::TempDir;
 
 use crate::common::swtpm::{run_tool, write_private};

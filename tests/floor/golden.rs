@@ -6,8 +6,9 @@ use std::process::Command;
 
 use mosfs::internals::digest::hex;
 use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::floor::digests::{MAX_VERSION, Name};
 use mosfs::internals::floor::{
-    FloorError, FloorKey, KeyError, MAX_VERSION, Name, Policy, PrivateKey, check_signature, sign_version,
+    FloorError, KeyError, Policy, PrivateKey, PublicKey, check_signature, sign_version,
 };
 use mosfs::internals::trust::keys;
 use tempfile::tempdir;
@@ -182,7 +183,7 @@ fn a_floor_signature_is_for_one_key_one_product_and_one_version() {
     };
     let ours = signed(200);
     check_signature(&policy(), 200, &ours).expect("a good signature");
-    FloorKey::check(floor_key().public(), &PRODUCT, 200, &ours).expect("a good signature");
+    PublicKey::check(floor_key().public(), &PRODUCT, 200, &ours).expect("a good signature");
     bad(&policy(), 201, &ours);
     bad(&Policy::new(*floor_key().public(), OTHER_PRODUCT), 200, &ours);
     bad(&Policy::new(*new_key().public(), PRODUCT), 200, &ours);
@@ -262,7 +263,7 @@ fn keys_of_other_kinds_are_refused() {
     }
     for name in ["p384", "rsa"] {
         openssl(&["pkey", "-in", name, "-pubout", "-out", "public"]);
-        let error = FloorKey::read(&path("public")).err().unwrap_or_else(|| panic!("{name} is taken"));
+        let error = PublicKey::read(&path("public")).err().unwrap_or_else(|| panic!("{name} is taken"));
         assert!(matches!(error, KeyError::Unusable { .. }), "{name}: {error}");
     }
 }

@@ -3,7 +3,7 @@
 use std::thread;
 
 use mosfs::internals::error::{Class, Classified};
-use mosfs::internals::floor::{FILE_WARNING, FileFloor, check, check_update};
+use mosfs::internals::floor::{FileFloor, check, check_update};
 use tempfile::tempdir;
 
 use crate::*;
@@ -282,7 +282,9 @@ fn the_development_floor_is_a_file_and_says_that_it_protects_nothing() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("floor");
     let mut floor = FileFloor::new(path.clone(), None);
-    assert_eq!(floor.warning(), Some(FILE_WARNING));
+    let warning =
+        "the floor is kept in a file (--floor file): it protects nothing against whoever can write the disk";
+    assert_eq!(floor.warning(), Some(warning));
     assert_eq!(floor.read().unwrap(), 0);
     assert!(!floor.needs_signature());
     floor.raise(200, &[]).unwrap();

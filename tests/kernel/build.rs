@@ -13,7 +13,10 @@ fn section(program: &Path, name: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("section");
     let only = format!("{name}={}", out.display());
-    run(Command::new("objcopy").args(["-O", "binary", "--dump-section", &only]).arg(program).arg(dir.path().join("x")));
+    run(Command::new("objcopy")
+        .args(["-O", "binary", "--dump-section", &only])
+        .arg(program)
+        .arg(dir.path().join("x")));
     fs::read(out).unwrap()
 }
 
@@ -21,7 +24,10 @@ fn section(program: &Path, name: &str) -> Vec<u8> {
 fn unpack_initrd(bytes: &[u8]) -> (tempfile::TempDir, BTreeMap<String, String>) {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("initrd"), bytes).unwrap();
-    sh(dir.path(), "mkdir files && zstd -q -d -c initrd | (cd files && cpio -i --quiet --no-absolute-filenames)");
+    sh(
+        dir.path(),
+        "mkdir files && zstd -q -d -c initrd | (cd files && cpio -i --quiet --no-absolute-filenames)",
+    );
     let list = sh(&dir.path().join("files"), "find . -mindepth 1 -printf '%P\\t%M %l\\n' | LC_ALL=C sort");
     let list = list.lines().map(|line| line.split_once('\t').unwrap());
     let list = list.map(|(path, mode)| (path.to_string(), mode.trim().to_string())).collect();
@@ -43,7 +49,10 @@ fn a_kernel_image_holds_the_kernel_its_modules_and_what_the_boot_trusts() {
     assert_eq!(section(&uki, ".cmdline"), b"root=mosfs panic=-1 console=ttyS0 quiet");
     assert_eq!(section(&uki, ".uname"), RELEASE.as_bytes());
     assert_eq!(section(&uki, ".linux"), kernel(RELEASE, "one"));
-    assert_eq!(section(&uki, ".osrel"), format!("ID=mosfs\nPRETTY_NAME=\"mosfs, Linux {RELEASE}\"\n").as_bytes());
+    assert_eq!(
+        section(&uki, ".osrel"),
+        format!("ID=mosfs\nPRETTY_NAME=\"mosfs, Linux {RELEASE}\"\n").as_bytes()
+    );
     let (dir, list) = unpack_initrd(&section(&uki, ".initrd"));
     let read = |path: &str| fs::read_to_string(dir.path().join("files").join(path)).unwrap();
     assert_eq!(list["init"], "lrwxrwxrwx usr/bin/mosfs");
@@ -78,7 +87,10 @@ fn the_same_input_is_the_same_digest_and_another_kernel_another_id() {
     assert_eq!(publisher.kernel_id("other-store", 200), id);
     // Another version of the same system keeps its kernel.
     publisher.build(201, "store", &[]);
-    assert_eq!(publisher.manifest("store", 201)["targets"]["boot"], publisher.manifest("store", 200)["targets"]["boot"]);
+    assert_eq!(
+        publisher.manifest("store", 201)["targets"]["boot"],
+        publisher.manifest("store", 200)["targets"]["boot"]
+    );
     publisher.build(202, "store", &["--cmdline", "quiet"]);
     assert_ne!(publisher.kernel_id("store", 202), id);
     publisher.put_kernel("two");
@@ -115,13 +127,23 @@ fn kernel_and_loader_are_signed_once() {
     publisher.unpack("store", 200, "boot");
     for program in ["mosfs.efi", "loader.efi"] {
         sh(publisher.dir(), &format!("sbverify --cert db.pem boot/{program} 2>&1"));
-        refused(Command::new("sbverify").current_dir(publisher.dir()).args(["--cert", "other.pem"]).arg(format!("boot/{program}")), 1);
+        refused(
+            Command::new("sbverify")
+                .current_dir(publisher.dir())
+                .args(["--cert", "other.pem"])
+                .arg(format!("boot/{program}")),
+            1,
+        );
     }
     // A signature has the time in it; the second build takes the first one's.
     assert_eq!(publisher.build(200, "store", &keys), one);
     let unsigned = publisher.path("unsigned");
     publisher.build(200, unsigned.to_str().unwrap(), &[]);
-    assert_eq!(publisher.kernel_id("unsigned", 200), publisher.kernel_id("store", 200), "the id is that of the input");
+    assert_eq!(
+        publisher.kernel_id("unsigned", 200),
+        publisher.kernel_id("store", 200),
+        "the id is that of the input"
+    );
     // Another key signs anew.
     publisher.build(201, "store", &["--sb-key", "other.key", "--sb-cert", "other.pem"]);
     publisher.unpack("store", 201, "boot");
@@ -137,8 +159,14 @@ fn a_command_signs_and_can_do_nothing_else() {
     publisher.unpack("store", 200, "boot");
     sh(publisher.dir(), "sbverify --cert db.pem boot/mosfs.efi 2>&1");
     let text = publisher.refused(1, &["--sb-sign", "echo the token is locked >&2; false"]);
-    assert!(text.contains("`echo the token is locked >&2; false` failed (exit status: 1): the token is locked"), "{text}");
-    for other in ["cp", "f() { sbsign --key db.key --cert db.pem --output \"$2\" /usr/lib/systemd/boot/efi/systemd-bootx64.efi 2>/dev/null; }; f"] {
+    assert!(
+        text.contains("`echo the token is locked >&2; false` failed (exit status: 1): the token is locked"),
+        "{text}"
+    );
+    for other in [
+        "cp",
+        "f() { sbsign --key db.key --cert db.pem --output \"$2\" /usr/lib/systemd/boot/efi/systemd-bootx64.efi 2>/dev/null; }; f",
+    ] {
         let text = publisher.refused(3, &["--sb-sign", other]);
         assert!(text.contains("did not return the program with a signature added"), "{text}");
     }
@@ -159,14 +187,18 @@ fn an_image_without_exactly_one_kernel_and_its_modules_is_refused() {
     let text = publisher.refused(2, &["--kernel", "5.0"]);
     assert!(text.contains(&format!("the image has no kernel 5.0; it has 6.1.0, {RELEASE}")), "{text}");
     let text = publisher.refused(2, &["--kernel", "6.1.0"]);
-    let expected = format!("the image has the kernel 6.1.0, but no /usr/lib/modules/6.1.0; it has modules of {RELEASE}");
+    let expected =
+        format!("the image has the kernel 6.1.0, but no /usr/lib/modules/6.1.0; it has modules of {RELEASE}");
     assert!(text.contains(&expected), "{text}");
 
     fs::remove_file(root.join("boot/vmlinuz-6.1.0")).unwrap();
     publisher.put(&format!("boot/vmlinuz-{RELEASE}"), kernel("6.12.2-test", ""));
     publisher.image();
     let text = publisher.refused(2, &[]);
-    assert!(text.contains(&format!("/boot/vmlinuz-{RELEASE} is the kernel 6.12.2-test, expected {RELEASE}")), "{text}");
+    assert!(
+        text.contains(&format!("/boot/vmlinuz-{RELEASE} is the kernel 6.12.2-test, expected {RELEASE}")),
+        "{text}"
+    );
     publisher.put(&format!("boot/vmlinuz-{RELEASE}"), "#!/bin/sh\n");
     publisher.image();
     let text = publisher.refused(2, &[]);
@@ -228,19 +260,40 @@ fn a_kernel_that_could_never_boot_its_system_is_not_made() {
     let (dir, _) = unpack_initrd(&section(&files.join("mosfs.efi"), ".initrd"));
     assert_eq!(fs::read(dir.path().join("files/etc/mosfs/on-failure")).unwrap(), b"halt\n");
     // A signer whom the kernel would not trust.
-    run(Command::new(MOSFS).current_dir(publisher.dir()).args(["keys", "generate", "others", "--product", super::fixture::PRODUCT]));
+    run(Command::new(MOSFS).current_dir(publisher.dir()).args([
+        "keys",
+        "generate",
+        "others",
+        "--product",
+        super::fixture::PRODUCT,
+    ]));
     publisher.import(201, "");
     let mut command = publisher.command("store", &["--ca", "others/ca.pem"]);
     let text = refused(&mut command, 2);
     assert!(text.contains("--ca"), "{text}");
     let mut command = Command::new(MOSFS);
-    command.current_dir(publisher.dir()).args(["build", "import.yaml", "--store", "store", "--key", "keys/signer.key"]);
-    let command = command.args(["--cert", "keys/signer.pem", "--floor-key", "keys/floor.key", "--ca", "others/ca.pem"]);
+    command.current_dir(publisher.dir()).args([
+        "build",
+        "import.yaml",
+        "--store",
+        "store",
+        "--key",
+        "keys/signer.key",
+    ]);
+    let command =
+        command.args(["--cert", "keys/signer.pem", "--floor-key", "keys/floor.key", "--ca", "others/ca.pem"]);
     let text = refused(command, 3);
     assert!(text.contains("than the manifest CA"), "{text}");
     // Without the floor key a boot is refused.
     let mut command = Command::new(MOSFS);
-    command.current_dir(publisher.dir()).args(["build", "import.yaml", "--store", "store", "--key", "keys/signer.key"]);
+    command.current_dir(publisher.dir()).args([
+        "build",
+        "import.yaml",
+        "--store",
+        "store",
+        "--key",
+        "keys/signer.key",
+    ]);
     let text = refused(command.args(["--cert", "keys/signer.pem", "--ca", "keys/ca.pem"]), 2);
     assert!(text.contains("the kernel needs the floor key to check the floor; found none"), "{text}");
     // A target of that name is the publisher's own.

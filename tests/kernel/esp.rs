@@ -35,7 +35,8 @@ fn systems() -> &'static Systems {
         }
         publisher.build(202, "store", &["--cmdline", "quiet"]);
         let id = |version| publisher.kernel_id("store", version)[..12].to_string();
-        let kernel = |version| fs::read(publisher.unpack("store", version, "boot").join("mosfs.efi")).unwrap();
+        let kernel =
+            |version| fs::read(publisher.unpack("store", version, "boot").join("mosfs.efi")).unwrap();
         let (ids, kernels) = ([id(200), id(202)], [kernel(200), kernel(202)]);
         Systems { publisher, ids, kernels }
     })
@@ -71,9 +72,12 @@ impl Device {
     fn command(&self, words: &[String]) -> Command {
         let mut command = Command::new(MOSFS);
         command.args(words).args(["--floor", "file"]).env_remove("MOSFS_FAILPOINT");
-        for (name, folder) in
-            [("MOSFS_SYSTEM", "system"), ("MOSFS_CONFIG", "config"), ("MOSFS_RUN", "run"), ("MOSFS_ESP", "esp")]
-        {
+        for (name, folder) in [
+            ("MOSFS_SYSTEM", "system"),
+            ("MOSFS_CONFIG", "config"),
+            ("MOSFS_RUN", "run"),
+            ("MOSFS_ESP", "esp"),
+        ] {
             command.env(name, self.dir.path().join(folder));
         }
         command
@@ -120,7 +124,8 @@ impl Device {
     fn expect(&self, names: &[&str]) {
         assert_eq!(self.names(), names);
         for name in names {
-            let which = systems().ids.iter().position(|id| name.contains(id.as_str())).expect("an id of ours");
+            let which =
+                systems().ids.iter().position(|id| name.contains(id.as_str())).expect("an id of ours");
             let content = fs::read(self.esp().join("EFI/Linux").join(name)).unwrap();
             assert!(content == systems().kernels[which], "{name} is whole");
         }
@@ -131,9 +136,20 @@ impl Device {
         let system = System::at(self.system());
         let config = self.dir.path().join("config");
         let anchor = Anchor::load(&config).unwrap();
-        let mut floor = floor::open(&Place::File(self.system().join("floor")), &Config::load(&config).unwrap()).unwrap();
+        let mut floor =
+            floor::open(&Place::File(self.system().join("floor")), &Config::load(&config).unwrap()).unwrap();
         let booted = choose(&system, &anchor, floor.as_mut(), kernel, |_, _| Ok(()));
         booted.map(|booted| (booted.deployment.version, booted.role)).map_err(|error| error.to_string())
+    }
+
+    /// Records that this boot runs a version, as `mosfs boot` does.
+    fn record(&self, version: u64) {
+        let list = fs::read_dir(self.system().join("deployments")).unwrap();
+        let mut names = list.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let deployment = names.find(|name| name.starts_with(&format!("{version}-"))).unwrap();
+        fs::create_dir_all(self.dir.path().join("run")).unwrap();
+        let record = format!("{{\"deployment\":\"{deployment}\",\"backend\":\"fuse\",\"phases_ms\":[]}}");
+        fs::write(self.dir.path().join("run/boot.json"), record).unwrap();
     }
 
     fn state(&self) -> serde_json::Value {
@@ -201,6 +217,7 @@ fn another_kernel_is_on_trial_until_its_version_is_committed() {
     device.expect(&[&old, &name(202, 1, "+2-1")]);
     assert_eq!(device.boot(Some(second)), Ok((202, Role::Pending)));
     assert_eq!(device.state()["pending"]["tries_left"], 2);
+    device.record(202);
     device.commit();
     // The old version is below the floor now, and so its kernel is gone.
     device.expect(&[&name(202, 1, "")]);
@@ -283,7 +300,10 @@ fn without_room_nothing_is_fetched() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     let begin = format!("mosfs: the EFI system partition {} has ", device.esp().display());
     assert!(said.starts_with(&begin), "{said}");
-    assert!(said.contains(" are needed for the kernel of version 202; kernels on it: arch.efi (100000 bytes)\n"), "{said}");
+    assert!(
+        said.contains(" are needed for the kernel of version 202; kernels on it: arch.efi (100000 bytes)\n"),
+        "{said}"
+    );
     assert_eq!((blobs(), device.state()["pending"].clone()), (before, state));
     drop(mount);
 }
@@ -327,6 +347,9 @@ fn a_crash_at_any_point_leaves_the_old_kernel_and_the_next_command_finishes() {
             device.run(words);
         }
         let words = &commands[commands.len() - 1];
+        if words == &["commit".to_string()] {
+            device.record(202);
+        }
         let output = run_any(device.command(words).env("MOSFS_FAILPOINT", point));
         assert_eq!(output.status.code(), None, "{point} is not on the way of {words:?}");
         // Whatever has its final name is whole, and something that boots is there.
@@ -346,7 +369,8 @@ fn a_crash_at_any_point_leaves_the_old_kernel_and_the_next_command_finishes() {
     };
     let [old, new, kept] = [name(200, 0, ""), name(202, 1, "+3"), name(202, 1, "")];
     let after_update = [old.as_str(), new.as_str()];
-    for point in ["esp.kernel.written", "deploy.state.written", "deploy.state.renamed", "esp.kernel.renamed"] {
+    for point in ["esp.kernel.written", "deploy.state.written", "deploy.state.renamed", "esp.kernel.renamed"]
+    {
         points(point, &[update(202)], &after_update);
     }
     let commit = vec!["commit".to_string()];

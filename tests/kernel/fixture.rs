@@ -36,7 +36,13 @@ impl Publisher {
     /// A publisher whose hostfs has one kernel.
     pub fn new() -> Self {
         let this = Self { dir: TempDir::new().unwrap() };
-        run(Command::new(MOSFS).current_dir(this.dir()).args(["keys", "generate", "keys", "--product", PRODUCT]));
+        run(Command::new(MOSFS).current_dir(this.dir()).args([
+            "keys",
+            "generate",
+            "keys",
+            "--product",
+            PRODUCT,
+        ]));
         this.put_root();
         this.image();
         this
@@ -67,7 +73,8 @@ impl Publisher {
     fn put_root(&self) {
         self.put(&format!("boot/vmlinuz-{RELEASE}"), kernel(RELEASE, "one"));
         let modules = format!("usr/lib/modules/{RELEASE}");
-        let names = ["drivers/block/loop", "drivers/md/dm-mod", "drivers/md/dm-verity", "fs/squashfs/squashfs"];
+        let names =
+            ["drivers/block/loop", "drivers/md/dm-mod", "drivers/md/dm-verity", "fs/squashfs/squashfs"];
         let mut list = String::new();
         for name in names {
             self.put(&format!("{modules}/kernel/{name}.ko"), format!("module {name}"));
@@ -77,8 +84,9 @@ impl Publisher {
         self.put(&format!("{modules}/modules.dep"), list);
         self.put(&format!("{modules}/modules.builtin"), "kernel/fs/overlayfs/overlay.ko\n");
         for program in ["linuxx64.efi.stub", "systemd-bootx64.efi"] {
-            let bytes = fs::read(Path::new(EFI).join(program))
-                .unwrap_or_else(|error| panic!("{program}: {error}; install the Debian package systemd-boot-efi"));
+            let bytes = fs::read(Path::new(EFI).join(program)).unwrap_or_else(|error| {
+                panic!("{program}: {error}; install the Debian package systemd-boot-efi")
+            });
             self.put(&format!("usr/lib/systemd/boot/efi/{program}"), bytes);
         }
         // A program with a loader and one library, and the libraries that it would load.
@@ -120,7 +128,14 @@ impl Publisher {
         let mut command = Command::new(MOSFS);
         command.current_dir(self.dir()).env_remove("MOSFS_FAILPOINT");
         command.args(["build", "import.yaml", "--store", store, "--level", "1"]);
-        command.args(["--key", "keys/signer.key", "--cert", "keys/signer.pem", "--floor-key", "keys/floor.key"]);
+        command.args([
+            "--key",
+            "keys/signer.key",
+            "--cert",
+            "keys/signer.pem",
+            "--floor-key",
+            "keys/floor.key",
+        ]);
         command.args(["--ca", "keys/ca.pem"]).args(more);
         command
     }

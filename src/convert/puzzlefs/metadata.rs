@@ -58,7 +58,7 @@ impl Segment {
 }
 
 /// Writes the metadata. `chunks` are those of the stream, in its order.
-pub fn write(plan: &Plan, chunks: &[Chunk]) -> Result<Vec<u8>, PuzzlefsError> {
+pub(super) fn write(plan: &Plan, chunks: &[Chunk]) -> Result<Vec<u8>, PuzzlefsError> {
     let mut segment = Segment(vec![0]);
     let root = segment.structure(0, 1, 2);
     segment.set(root, MANIFEST_VERSION);

@@ -70,8 +70,6 @@ struct Chunk {
 pub struct Packed {
     /// The layers of its manifest: the metadata, then each chunk once, in the order of the stream.
     pub layers: Vec<Descriptor>,
-    /// How many bytes of files there are.
-    pub content_bytes: u64,
 }
 
 /// How large an image may be.
@@ -122,7 +120,7 @@ pub fn pack(
     rootfs.annotations.insert(VERITY_ANNOTATION.into(), fsverity::digest(&metadata).hex());
     let mut layers = vec![rootfs];
     layers.extend(listed);
-    Ok(Packed { layers, content_bytes })
+    Ok(Packed { layers })
 }
 
 /// A chunk on its way.

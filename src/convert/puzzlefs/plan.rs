@@ -13,7 +13,7 @@ use crate::image::layer::{BlockId, Extent, FileType, Layer, Place};
 use crate::image::overlay::{Merged, ROOT};
 
 /// A file of the image. Its number is its place in [`Plan::inodes`], and 1.
-pub struct Planned {
+pub(crate) struct Planned {
     pub what: What,
     pub permissions: u16,
     pub uid: u32,
@@ -23,7 +23,7 @@ pub struct Planned {
 }
 
 /// What a file is.
-pub enum What {
+pub(crate) enum What {
     /// Names and the places of their files in [`Plan::inodes`].
     Dir(Vec<(Box<[u8]>, u32)>),
     /// The size in bytes.
@@ -37,7 +37,7 @@ pub enum What {
 }
 
 /// A whole image.
-pub struct Plan {
+pub(crate) struct Plan {
     pub inodes: Vec<Planned>,
     /// The files that are not empty, in the order of the stream: their numbers in the view, and sizes in bytes.
     pub files: VecDeque<(u64, u64)>,
@@ -48,7 +48,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`PuzzlefsError::Tree`]; [`PuzzlefsError::TooMuch`] beyond `max_files` files.
-    pub fn new(view: &Merged, max_files: usize) -> Result<Self, PuzzlefsError> {
+    pub(crate) fn new(view: &Merged, max_files: usize) -> Result<Self, PuzzlefsError> {
         let mut plan = Self { inodes: Vec::new(), files: VecDeque::new() };
         let mut numbers = HashMap::new();
         plan.add(view, ROOT)?;
@@ -116,7 +116,7 @@ impl Plan {
 const CACHE_BYTES: usize = 16 << 20;
 
 /// The content of all files of a plan, one after the other.
-pub struct Content<'a> {
+pub(crate) struct Content<'a> {
     view: &'a Merged,
     files: VecDeque<(u64, u64)>,
     /// Where in the first file the next byte is.
@@ -130,7 +130,7 @@ pub struct Content<'a> {
 
 impl<'a> Content<'a> {
     /// The content of these files.
-    pub fn new(view: &'a Merged, files: VecDeque<(u64, u64)>) -> Self {
+    pub(crate) fn new(view: &'a Merged, files: VecDeque<(u64, u64)>) -> Self {
         Self { view, files, offset: 0, extent: None, blocks: Blocks::default(), failed: None }
     }
 

@@ -33,7 +33,8 @@ mod sparse;
 
 use std::io::{self, Read};
 
-pub use error::{Place, Problem, TarError};
+use error::Place;
+pub use error::{Problem, TarError};
 
 use self::field::{bad_number, check_sum, cut, decimal, field, number, seconds};
 use self::pax::{Global, Record, Records};
@@ -42,15 +43,15 @@ use self::sparse::Piece;
 /// Bytes of a header, and the unit of content.
 const BLOCK: usize = 512;
 /// The largest extended header or long name, in bytes (that of Go's `archive/tar`).
-pub const MAX_SPECIAL_BYTES: u64 = 1 << 20;
+pub(super) const MAX_SPECIAL_BYTES: u64 = 1 << 20;
 /// The longest path, in bytes: Linux' PATH_MAX.
-pub const MAX_PATH_BYTES: usize = 4096;
+pub(super) const MAX_PATH_BYTES: usize = 4096;
 /// The most pieces of a sparse file.
-pub const MAX_SPARSE_PIECES: usize = 1 << 20;
+pub(super) const MAX_SPARSE_PIECES: usize = 1 << 20;
 
 /// What an entry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum EntryKind {
+pub(super) enum EntryKind {
     /// A regular file.
     File,
     /// A folder.
@@ -69,7 +70,7 @@ pub enum EntryKind {
 
 /// One entry of a tar stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
+pub(super) struct Entry {
     /// The name as it is written: may be empty, may begin with `/` or `./`, may hold `..`.
     pub path: Vec<u8>,
     /// What it is.
@@ -93,13 +94,13 @@ pub struct Entry {
 }
 
 /// Bytes of a name for people.
-pub fn show(name: &[u8]) -> String {
+pub(super) fn show(name: &[u8]) -> String {
     name.escape_ascii().to_string()
 }
 
 /// A stretch of a file's content.
 #[derive(Debug)]
-pub enum Content<'a> {
+pub(super) enum Content<'a> {
     /// Bytes.
     Data(&'a [u8]),
     /// That many zeros, of a hole.
@@ -107,7 +108,7 @@ pub enum Content<'a> {
 }
 
 /// Reads the entries of a tar stream.
-pub struct TarReader<R> {
+pub(super) struct TarReader<R> {
     from: R,
     /// Bytes read so far.
     offset: u64,
@@ -158,7 +159,7 @@ impl Dialect {
 
 impl<R: Read> TarReader<R> {
     /// A reader of a stream from its start.
-    pub fn new(from: R) -> Self {
+    pub(super) fn new(from: R) -> Self {
         Self {
             from,
             offset: 0,
@@ -174,22 +175,22 @@ impl<R: Read> TarReader<R> {
     }
 
     /// How many bytes of the stream were read.
-    pub fn offset(&self) -> u64 {
+    pub(super) fn offset(&self) -> u64 {
         self.offset
     }
 
     /// What was odd about the stream as a whole, for people.
-    pub fn take_notes(&mut self) -> Vec<String> {
+    pub(super) fn take_notes(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notes)
     }
 
     /// Makes an error of what is wrong at the current place.
-    pub fn fail(&self, problem: Problem) -> TarError {
+    pub(super) fn fail(&self, problem: Problem) -> TarError {
         TarError { place: self.place.clone(), problem }
     }
 
     /// The next entry, or `None` at the end. Content that was not read is skipped.
-    pub fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
+    pub(super) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         self.read_entry().map_err(|problem| self.fail(problem))
     }
 
@@ -236,7 +237,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// Gives the content of the current file to `each`, piece by piece, holes included.
-    pub fn content<E: From<TarError>>(
+    pub(super) fn content<E: From<TarError>>(
         &mut self,
         mut each: impl FnMut(Content<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
@@ -498,7 +499,7 @@ impl<R: Read> TarReader<R> {
 }
 
 /// Whether bytes begin with a header of a tar stream, or with the blocks that end it.
-pub fn begins(head: &[u8]) -> bool {
+pub(super) fn begins(head: &[u8]) -> bool {
     let Some(Ok(header)) = head.get(..BLOCK).map(<&[u8; BLOCK]>::try_from) else { return false };
     header.iter().all(|byte| *byte == 0) || check_sum(header).is_ok()
 }

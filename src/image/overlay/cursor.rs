@@ -61,7 +61,11 @@ pub(super) struct Merge<'a> {
 
 impl<'a> Merge<'a> {
     /// Begins where `cookies` (one for each part) say, or at the start.
-    pub fn new(view: &'a Merged, parts: &[Part], cookies: Option<&[u64]>) -> Result<Self, OverlayError> {
+    pub(super) fn new(
+        view: &'a Merged,
+        parts: &[Part],
+        cookies: Option<&[u64]>,
+    ) -> Result<Self, OverlayError> {
         let streams = parts.iter().enumerate().map(|(index, &part)| {
             let from = cookies.and_then(|all| all.get(index)).copied().unwrap_or(0);
             Stream { part, ahead: VecDeque::new(), read_on: from, accepted: from }
@@ -80,7 +84,7 @@ impl<'a> Merge<'a> {
     }
 
     /// The entries that have the next name, topmost first.
-    pub fn next(&mut self) -> Result<Option<&mut Vec<(Part, DirEntry)>>, OverlayError> {
+    pub(super) fn next(&mut self) -> Result<Option<&mut Vec<(Part, DirEntry)>>, OverlayError> {
         self.group.clear();
         self.taken.clear();
         while let Some(Reverse(head)) = self.heads.peek() {
@@ -98,14 +102,14 @@ impl<'a> Merge<'a> {
     }
 
     /// Says that the entries of the last `next` need not come again.
-    pub fn accept(&mut self) {
+    pub(super) fn accept(&mut self) {
         for &(stream, next) in &self.taken {
             self.streams[stream].accepted = next;
         }
     }
 
     /// Where each part stands after what was accepted.
-    pub fn cookies(&self) -> Box<[u64]> {
+    pub(super) fn cookies(&self) -> Box<[u64]> {
         self.streams.iter().map(|stream| stream.accepted).collect()
     }
 
@@ -146,7 +150,7 @@ pub(super) struct CursorCache {
 
 impl CursorCache {
     /// The cookies of the parts of `dir` after `ordinal` entries.
-    pub fn get(&mut self, dir: u64, ordinal: u64) -> Option<Box<[u64]>> {
+    pub(super) fn get(&mut self, dir: u64, ordinal: u64) -> Option<Box<[u64]>> {
         let index = self.saved.iter().rposition(|(d, o, _)| (*d, *o) == (dir, ordinal))?;
         let hit = self.saved.remove(index)?;
         let cookies = hit.2.clone();
@@ -155,7 +159,7 @@ impl CursorCache {
     }
 
     /// Remembers the cookies of the parts of `dir` after `ordinal` entries.
-    pub fn put(&mut self, dir: u64, ordinal: u64, cookies: Box<[u64]>) {
+    pub(super) fn put(&mut self, dir: u64, ordinal: u64, cookies: Box<[u64]>) {
         self.saved.retain(|(d, o, _)| (*d, *o) != (dir, ordinal));
         if self.saved.len() >= SAVED_CURSORS {
             self.saved.pop_front();

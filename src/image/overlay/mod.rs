@@ -62,8 +62,9 @@ const BROKEN: u64 = u64::MAX;
 
 /// Why the merged view cannot answer.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OverlayError {
-    /// There must be 1 to [`MAX_LAYERS`] layers.
+    /// There must be 1 to 1000 layers.
     #[error("a merged view takes 1 to {MAX_LAYERS} layers, found {0}")]
     LayerCount(usize),
     /// The number does not belong to any layer.
@@ -111,7 +112,32 @@ struct MergedDir {
     nlink: AtomicU32,
 }
 
-/// A stack of layers, shown as one tree. See the module's comment.
+/// A stack of layers, shown as one tree, as overlayfs merges them.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// use mosfs::layers::{FileType, Merged, open};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let example = Example::publish()?;
+/// # let store = &example.store;
+/// # let (name, _) = store.names()?.into_iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap();
+/// # let image = store.image(&store.resolve(&name)?.digest)?;
+/// # let plan = mosfs::MountPlan::new("web", &image, &store.blobs(), Default::default())?;
+/// // The layers of a MountPlan.
+/// let tree = Merged::new(open(&plan)?)?;
+/// let (usr, attr) = tree.lookup(1, b"usr")?.ok_or("no such folder")?;
+/// assert_eq!(attr.kind, FileType::Directory);
+///
+/// let mut names = Vec::new();
+/// tree.read_dir(usr, 0, &mut |entry| {
+///     names.push(entry.name);
+///     true
+/// })?;
+/// assert_eq!(names, [b"lib"]);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Merged {
     layers: Vec<Arc<dyn Layer>>,
     root: Arc<MergedDir>,

@@ -17,7 +17,7 @@ use crate::image::blobs::{BlobError, Blobs};
 use crate::image::source::ReadError;
 
 /// Flag of a chunk: its stored bytes are zstd frames.
-pub const COMPRESSED: u32 = 1;
+pub(super) const COMPRESSED: u32 = 1;
 
 /// A chunk that files use.
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +34,7 @@ pub(super) struct Chunk {
 
 impl Chunk {
     /// Its flags, as a block's size word has them.
-    pub fn flags(&self) -> u32 {
+    pub(super) fn flags(&self) -> u32 {
         if self.compressed { COMPRESSED } else { 0 }
     }
 }

@@ -77,7 +77,7 @@ struct Target {
 
 impl<'a> Message<'a> {
     /// Reads the table of segments.
-    pub fn open(bytes: &'a [u8]) -> Result<Self, LayerError> {
+    pub(super) fn open(bytes: &'a [u8]) -> Result<Self, LayerError> {
         let word = |at: usize| -> Result<usize, LayerError> {
             let bytes =
                 bytes.get(at..at + 4).ok_or_else(|| corrupt(at, "the table of segments is cut off"))?;
@@ -106,12 +106,12 @@ impl<'a> Message<'a> {
     }
 
     /// Allows the whole message to be read once more.
-    pub fn refill(&self) {
+    pub(super) fn refill(&self) {
         self.budget.set((self.bytes.len() / WORD) as u64);
     }
 
     /// The root struct.
-    pub fn root(&self) -> Result<Struct<'_>, LayerError> {
+    pub(super) fn root(&self) -> Result<Struct<'_>, LayerError> {
         let Some(first) = self.segments.first().filter(|first| first.end > first.start) else {
             return Err(corrupt(0, "the first segment is empty"));
         };
@@ -254,27 +254,27 @@ fn sizes(tag: u64) -> (usize, usize) {
 
 impl<'m> Struct<'m> {
     /// Offset in the message, in bytes, for errors.
-    pub fn offset(&self) -> usize {
+    pub(super) fn offset(&self) -> usize {
         self.at * WORD
     }
 
     /// The data word of that number.
-    pub fn u64(&self, word: usize) -> u64 {
+    pub(super) fn u64(&self, word: usize) -> u64 {
         if word < self.data_words { self.message.word(self.at + word) } else { 0 }
     }
 
     /// The 32 bits from bit `bit` of the data on; a multiple of 32.
-    pub fn u32(&self, bit: usize) -> u32 {
+    pub(super) fn u32(&self, bit: usize) -> u32 {
         (self.u64(bit / 64) >> (bit % 64)) as u32
     }
 
     /// The 16 bits from bit `bit` of the data on; a multiple of 16.
-    pub fn u16(&self, bit: usize) -> u16 {
+    pub(super) fn u16(&self, bit: usize) -> u16 {
         (self.u64(bit / 64) >> (bit % 64)) as u16
     }
 
     /// One bit of the data.
-    pub fn bit(&self, bit: usize) -> bool {
+    pub(super) fn bit(&self, bit: usize) -> bool {
         self.u64(bit / 64) >> (bit % 64) & 1 != 0
     }
 
@@ -284,7 +284,7 @@ impl<'m> Struct<'m> {
     }
 
     /// The struct that a pointer leads to; `None` for a null pointer.
-    pub fn child(&self, number: usize) -> Result<Option<Struct<'m>>, LayerError> {
+    pub(super) fn child(&self, number: usize) -> Result<Option<Struct<'m>>, LayerError> {
         match self.pointer(number) {
             Some(at) => self.message.pointed_struct(self.segment, at),
             None => Ok(None),
@@ -292,7 +292,7 @@ impl<'m> Struct<'m> {
     }
 
     /// The list of structs that a pointer leads to.
-    pub fn list(&self, number: usize) -> Result<List<'m>, LayerError> {
+    pub(super) fn list(&self, number: usize) -> Result<List<'m>, LayerError> {
         match self.pointer(number) {
             Some(at) => self.message.pointed_list(self.segment, at),
             None => Ok(List { message: self.message, segment: 0, at: 0, data_words: 0, pointers: 0, len: 0 }),
@@ -300,7 +300,7 @@ impl<'m> Struct<'m> {
     }
 
     /// The bytes that a pointer leads to.
-    pub fn bytes(&self, number: usize) -> Result<&'m [u8], LayerError> {
+    pub(super) fn bytes(&self, number: usize) -> Result<&'m [u8], LayerError> {
         match self.pointer(number) {
             Some(at) => self.message.pointed_bytes(self.segment, at),
             None => Ok(&[]),
@@ -310,18 +310,18 @@ impl<'m> Struct<'m> {
 
 impl<'m> List<'m> {
     /// How many elements it has.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 
     /// The element of that number, which is below `len`.
-    pub fn get(&self, number: usize) -> Struct<'m> {
+    pub(super) fn get(&self, number: usize) -> Struct<'m> {
         let List { message, segment, data_words, pointers, .. } = *self;
         Struct { message, segment, at: self.at + number * (data_words + pointers), data_words, pointers }
     }
 
     /// All elements.
-    pub fn iter(&self) -> impl Iterator<Item = Struct<'m>> + use<'m> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = Struct<'m>> + use<'m> {
         let list = *self;
         (0..list.len).map(move |number| list.get(number))
     }

@@ -14,7 +14,7 @@
 //! SHA-256 are checked, and only that copy is decoded, every time that a chunk is decoded ([`Blobs`]).
 //!
 //! # What is kept
-//! The message is read once, checked, and dropped. A [`Table`](table::Table) stays: inodes in the order of their
+//! The message is read once, checked, and dropped. A [`table::Table`] stays: inodes in the order of their
 //! numbers, entries of folders in the order of their names, stretches of files with running sums, and the chunks in
 //! the order of their first use. A node's id is its inode number. A block's id is the number of its chunk.
 //!
@@ -35,8 +35,6 @@ mod message;
 mod table;
 
 use std::sync::Arc;
-
-pub use chunk::COMPRESSED;
 
 use super::blobs::{BlobError, Blobs};
 use super::chunked::ChunkedLayer;
@@ -90,7 +88,7 @@ impl Puzzlefs {
     /// # Errors
     /// [`LayerError::Read`] where the metadata cannot be read or does not have its digest;
     /// [`LayerError::Corrupt`] where it makes no sense, needs a chunk that is not listed, or is larger than
-    /// [`MAX_METADATA_BYTES`].
+    /// 256 MiB.
     pub fn open(layer: &ChunkedLayer) -> Result<Puzzlefs, LayerError> {
         if layer.size > MAX_METADATA_BYTES {
             let why = format!("{} bytes, expected at most {MAX_METADATA_BYTES}", layer.size);

@@ -77,7 +77,7 @@ impl Tag {
     }
 
     /// The type of file. No inode that is kept is a whiteout.
-    pub fn kind(self) -> FileType {
+    pub(super) fn kind(self) -> FileType {
         match self {
             Tag::Fifo => FileType::Fifo,
             Tag::Char | Tag::Whiteout => FileType::CharDevice,
@@ -191,7 +191,7 @@ fn index(length: usize) -> u32 {
 
 impl Table {
     /// Reads and checks the metadata. `listed` are the chunks that the manifest lists.
-    pub fn read(bytes: &[u8], listed: &Chunks) -> Result<Table, LayerError> {
+    pub(super) fn read(bytes: &[u8], listed: &Chunks) -> Result<Table, LayerError> {
         let message = Message::open(bytes)?;
         let root = message.root()?;
         let version = root.u64(0);
@@ -214,7 +214,7 @@ impl Table {
     }
 
     /// The inode of that number, if a name leads to it.
-    pub fn inode(&self, ino: u64) -> Option<&Inode> {
+    pub(super) fn inode(&self, ino: u64) -> Option<&Inode> {
         // Numbers begin at 1 and have few gaps, so it lies at this place or before it.
         let guess = usize::try_from(ino.checked_sub(ROOT)?).unwrap_or(usize::MAX);
         match self.inodes.get(guess) {
@@ -227,27 +227,27 @@ impl Table {
     }
 
     /// Bytes of the arena.
-    pub fn bytes(&self, start: u32, len: usize) -> &[u8] {
+    pub(super) fn bytes(&self, start: u32, len: usize) -> &[u8] {
         self.arena.get(start as usize..).and_then(|rest| rest.get(..len)).unwrap_or_default()
     }
 
     /// The name of an entry.
-    pub fn name(&self, entry: &Entry) -> &[u8] {
+    pub(super) fn name(&self, entry: &Entry) -> &[u8] {
         self.bytes(entry.name, entry.name_len.into())
     }
 
     /// The entries of a folder, in the order of their names.
-    pub fn entries_of(&self, inode: &Inode) -> &[Entry] {
+    pub(super) fn entries_of(&self, inode: &Inode) -> &[Entry] {
         slice(&self.entries, inode.first, inode.count)
     }
 
     /// The stretches of a file.
-    pub fn stretches_of(&self, inode: &Inode) -> &[Stretch] {
+    pub(super) fn stretches_of(&self, inode: &Inode) -> &[Stretch] {
         slice(&self.stretches, inode.first, inode.count)
     }
 
     /// The attributes of a file.
-    pub fn xattrs_of(&self, inode: &Inode) -> &[Xattr] {
+    pub(super) fn xattrs_of(&self, inode: &Inode) -> &[Xattr] {
         slice(&self.xattrs, inode.xattr_first, inode.xattr_count)
     }
 

@@ -37,7 +37,7 @@ pub enum Event<'a> {
 }
 
 /// The callback of a check: it can end it with `Break`.
-pub type Visit<'v> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'v;
+pub(super) type Visit<'v> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'v;
 
 struct Frame {
     node: NodeId,

@@ -16,7 +16,7 @@ use super::lzo;
 ///
 /// A dictionary larger than a block has no benefit, and no writer makes one; this is four times the largest
 /// block.
-pub const XZ_MEMORY_BYTES: u64 = 4 << 20;
+pub(super) const XZ_MEMORY_BYTES: u64 = 4 << 20;
 
 /// How the blocks of an image are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -99,7 +99,7 @@ impl Codecs {
     /// grows beyond `max`.
     ///
     /// The error describes what is wrong with the stream.
-    pub fn decompress(
+    pub(super) fn decompress(
         &mut self,
         compressor: Compressor,
         input: &[u8],

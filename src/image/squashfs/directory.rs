@@ -46,7 +46,7 @@ const SIZE_EXTRA: u32 = 3;
 
 impl Directory {
     /// Size of the listing, in bytes.
-    pub fn listing_bytes(&self) -> u32 {
+    pub(super) fn listing_bytes(&self) -> u32 {
         self.size.saturating_sub(SIZE_EXTRA)
     }
 }
@@ -130,12 +130,12 @@ impl<'a> Walk<'a> {
     }
 
     /// Returns the name of the entry that `next` returned last.
-    pub fn name(&self) -> &[u8] {
+    pub(super) fn name(&self) -> &[u8] {
         self.name.get()
     }
 
     /// Returns the next entry.
-    pub fn next(&mut self) -> Result<Option<RawEntry>, LayerError> {
+    pub(super) fn next(&mut self) -> Result<Option<RawEntry>, LayerError> {
         if self.left == 0 {
             if self.at == self.len {
                 return Ok(None);

@@ -38,12 +38,12 @@ const SMALL_BLOCKS: u64 = 1024;
 
 impl File {
     /// Number of blocks in the list.
-    pub fn blocks(&self, block_log: u16) -> u64 {
+    pub(super) fn blocks(&self, block_log: u16) -> u64 {
         if self.fragment == NONE { self.size.div_ceil(1 << block_log) } else { self.size >> block_log }
     }
 
     /// Size of the part in a fragment, in bytes.
-    pub fn tail_bytes(&self, block_log: u16) -> u32 {
+    pub(super) fn tail_bytes(&self, block_log: u16) -> u32 {
         if self.fragment == NONE { 0 } else { (self.size & ((1 << block_log) - 1)) as u32 }
     }
 }
@@ -116,7 +116,7 @@ impl BlockList<'_> {
     }
 
     /// Returns the size word of the next block and the offset of its data, and advances past it.
-    pub fn next(&mut self) -> Result<(u32, u64), LayerError> {
+    pub(super) fn next(&mut self) -> Result<(u32, u64), LayerError> {
         let word = u32::from_le_bytes(self.cursor.array()?);
         if word & !(STORED | SIZE_MASK) != 0 {
             return Err(self.out_of_range(word));

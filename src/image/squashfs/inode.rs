@@ -24,7 +24,7 @@ use crate::image::{FileType, LayerError};
 pub(super) const TABLE: &str = "inode table";
 
 /// The longest target of a symbolic link, in bytes (PATH_MAX; the kernel's reader has the same limit).
-pub const SYMLINK_BYTES_MAX: u32 = 4096;
+pub(super) const SYMLINK_BYTES_MAX: u32 = 4096;
 
 /// "None", in a field that holds the number of a fragment or of a set of xattrs.
 pub(super) const NONE: u32 = u32::MAX;

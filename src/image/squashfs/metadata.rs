@@ -78,7 +78,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Cache {
     /// Creates a cache of at most about `bytes` bytes of blocks (and at least one set of 256 KiB).
-    pub fn new(bytes: usize) -> Cache {
+    pub(super) fn new(bytes: usize) -> Cache {
         let sets = (bytes / (METADATA_BYTES * WAYS)).max(1);
         Cache { sets: (0..sets).map(|_| Mutex::default()).collect() }
     }
@@ -117,7 +117,7 @@ impl Cache {
     }
 
     /// Returns the size of the blocks in the cache, in bytes.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.sets.iter().map(|set| lock(set).blocks.iter().map(|block| block.data.len()).sum::<usize>()).sum()
     }
 }
@@ -131,7 +131,7 @@ pub(super) struct Metadata {
 
 impl Metadata {
     /// Returns the block of `region` whose header is at `at` in the image.
-    pub fn block(&self, region: &Region, at: u64) -> Result<Block, LayerError> {
+    pub(super) fn block(&self, region: &Region, at: u64) -> Result<Block, LayerError> {
         let out_of_table = |end: u64| {
             let Region { start, end: limit, .. } = region;
             let why = format!("a metadata block at {at} to {end}, expected within {start} to {limit}");
@@ -192,7 +192,7 @@ impl Metadata {
     }
 
     /// Returns a cursor at byte `offset` of the decoded block of `region` at `at`.
-    pub fn cursor(&self, region: Region, at: u64, offset: usize) -> Result<Cursor<'_>, LayerError> {
+    pub(super) fn cursor(&self, region: Region, at: u64, offset: usize) -> Result<Cursor<'_>, LayerError> {
         let block = self.block(&region, at)?;
         if offset >= block.data.len() {
             let why = format!("offset {offset} in a metadata block of {} bytes", block.data.len());
@@ -222,12 +222,12 @@ pub(super) struct Cursor<'a> {
 
 impl Cursor<'_> {
     /// Returns the position of the next byte.
-    pub fn position(&self) -> Position {
+    pub(super) fn position(&self) -> Position {
         Position { at: self.at, offset: self.offset }
     }
 
     /// Returns an error about the structure at this position.
-    pub fn corrupt(&self, why: impl Into<String>) -> LayerError {
+    pub(super) fn corrupt(&self, why: impl Into<String>) -> LayerError {
         corrupt(
             self.region.table,
             self.at,
@@ -236,7 +236,7 @@ impl Cursor<'_> {
     }
 
     /// Moves to another position in the same table.
-    pub fn jump(&mut self, to: Position) -> Result<(), LayerError> {
+    pub(super) fn jump(&mut self, to: Position) -> Result<(), LayerError> {
         if to.at != self.at {
             self.block = self.metadata.block(&self.region, to.at)?;
             self.at = to.at;
@@ -250,7 +250,7 @@ impl Cursor<'_> {
 
     /// Returns the rest of the block, or the whole next block if nothing is left; never empty.
     #[inline]
-    pub fn rest(&mut self) -> Result<&[u8], LayerError> {
+    pub(super) fn rest(&mut self) -> Result<&[u8], LayerError> {
         if self.offset >= self.block.data.len() {
             self.next_block()?;
         }
@@ -277,13 +277,13 @@ impl Cursor<'_> {
 
     /// Advances by `len` bytes of what `rest` returned; `len` is at most the length of that.
     #[inline]
-    pub fn consume(&mut self, len: usize) {
+    pub(super) fn consume(&mut self, len: usize) {
         self.offset = (self.offset + len).min(self.block.data.len());
     }
 
     /// Fills `out` with the next bytes.
     #[inline]
-    pub fn read(&mut self, out: &mut [u8]) -> Result<(), LayerError> {
+    pub(super) fn read(&mut self, out: &mut [u8]) -> Result<(), LayerError> {
         if let Some(bytes) = self.block.data.get(self.offset..self.offset + out.len()) {
             out.copy_from_slice(bytes);
             self.offset += out.len();
@@ -307,7 +307,7 @@ impl Cursor<'_> {
 
     /// Returns the next `N` bytes.
     #[inline]
-    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], LayerError> {
+    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], LayerError> {
         let mut bytes = [0; N];
         self.read(&mut bytes)?;
         Ok(bytes)
@@ -315,7 +315,7 @@ impl Cursor<'_> {
 
     /// Returns the next `len` bytes: in place, or assembled in `buffer`, which has at least `len` bytes.
     #[inline]
-    pub fn slice<'b>(&'b mut self, len: usize, buffer: &'b mut [u8]) -> Result<&'b [u8], LayerError> {
+    pub(super) fn slice<'b>(&'b mut self, len: usize, buffer: &'b mut [u8]) -> Result<&'b [u8], LayerError> {
         let from = self.offset;
         if from + len <= self.block.data.len() {
             self.offset += len;
@@ -327,7 +327,7 @@ impl Cursor<'_> {
     }
 
     /// Appends the next `len` bytes to `out`. The caller has bounded `len`.
-    pub fn append(&mut self, len: usize, out: &mut Vec<u8>) -> Result<(), LayerError> {
+    pub(super) fn append(&mut self, len: usize, out: &mut Vec<u8>) -> Result<(), LayerError> {
         out.reserve_exact(len);
         let mut left = len;
         while left > 0 {
@@ -341,7 +341,7 @@ impl Cursor<'_> {
     }
 
     /// Skips the next `len` bytes.
-    pub fn skip(&mut self, len: u64) -> Result<(), LayerError> {
+    pub(super) fn skip(&mut self, len: u64) -> Result<(), LayerError> {
         let mut left = len;
         while left > 0 {
             let now = (self.rest()?.len() as u64).min(left);
@@ -392,7 +392,7 @@ impl Places {
     }
 
     /// Returns the last position of that node at or before `item`.
-    pub fn before(&self, node: u64, item: u64) -> Option<Place> {
+    pub(super) fn before(&self, node: u64, item: u64) -> Option<Place> {
         let set = lock(self.set(node));
         let (_, places) = set.nodes.iter().find(|(id, _)| *id == node)?;
         let count = places.partition_point(|place| place.item <= item);
@@ -400,7 +400,7 @@ impl Places {
     }
 
     /// Caches positions of that node, in ascending order; those not after the known ones are ignored.
-    pub fn remember(&self, node: u64, found: &[Place]) {
+    pub(super) fn remember(&self, node: u64, found: &[Place]) {
         if found.is_empty() {
             return;
         }

@@ -49,12 +49,10 @@ mod xattr;
 
 use std::sync::{Arc, OnceLock};
 
-pub use check::{Event, Visit};
-pub use compress::{Compressor, XZ_MEMORY_BYTES};
-pub use inode::SYMLINK_BYTES_MAX;
+pub use check::Event;
+pub use compress::Compressor;
 pub use metadata::METADATA_BYTES;
 pub use superblock::{SUPERBLOCK_BYTES, Superblock};
-pub use xattr::VALUES_BYTES_MAX;
 
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 use super::source::Source;
@@ -78,6 +76,37 @@ impl Default for Options {
 }
 
 /// An open image.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// use std::fs::File;
+/// use std::sync::Arc;
+///
+/// use mosfs::layers::{Layer, Place, Squashfs, VerifiedSource};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let example = Example::publish()?;
+/// # let store = &example.store;
+/// # let (name, _) = store.names()?.into_iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap();
+/// # let image = store.image(&store.resolve(&name)?.digest)?;
+/// # let layer = &image.layers[0];
+/// # let (path, root_hash) = (store.blob_path(&layer.digest), layer.trust.root_hash().unwrap());
+/// // Every block is verified against the root hash when it is read.
+/// let source = VerifiedSource::open(File::open(path)?, root_hash)?;
+/// let image = Squashfs::open(Arc::new(source))?;
+///
+/// let mut node = image.root();
+/// for name in ["usr", "lib", "os-release"] {
+///     node = image.lookup(node, name.as_bytes())?.ok_or("no such file")?.node;
+/// }
+/// let extent = image.extent(node, 0)?;
+/// let Place::Shared { block, offset } = extent.place else { panic!("a small file shares its block") };
+/// let mut bytes = Vec::new();
+/// image.decode(block, &mut bytes)?;
+/// assert_eq!(&bytes[offset as usize..][..extent.len as usize], b"NAME=example\n");
+/// # Ok(())
+/// # }
+/// ```
 pub struct Squashfs {
     superblock: Superblock,
     metadata: Metadata,

@@ -32,12 +32,16 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub fn new(name: &'static str, entries: u64, pointers_at: u64, lowest: u64) -> Table {
+    pub(super) fn new(name: &'static str, entries: u64, pointers_at: u64, lowest: u64) -> Table {
         Table { name, entries, pointers_at, lowest, end: pointers_at, pointers: OnceLock::new() }
     }
 
     /// Returns entry `number`, of `N` bytes.
-    pub fn entry<const N: usize>(&self, metadata: &Metadata, number: u32) -> Result<[u8; N], LayerError> {
+    pub(super) fn entry<const N: usize>(
+        &self,
+        metadata: &Metadata,
+        number: u32,
+    ) -> Result<[u8; N], LayerError> {
         let number = u64::from(number);
         if number >= self.entries {
             let why = format!("entry {number} is asked for, expected below {}", self.entries);

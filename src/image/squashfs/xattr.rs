@@ -41,7 +41,7 @@ const LIST_BYTES_MAX: usize = 64 << 10;
 const VALUE_BYTES_MAX: usize = 64 << 10;
 
 /// The most that all values of one file may take, in bytes.
-pub const VALUES_BYTES_MAX: usize = 4 << 20;
+pub(super) const VALUES_BYTES_MAX: usize = 4 << 20;
 
 /// Bit of an entry's type: the value is elsewhere.
 const ELSEWHERE: u16 = 1 << 8;

@@ -54,7 +54,9 @@ use crate::error::{Class, Classified};
 
 pub use geometry::{Geometry, Level, MAX_DATA_BLOCKS};
 pub use locate::{Located, VerityData, locate, locate_behind};
-pub use tree::{Sealed, Tree, seal};
+#[cfg(feature = "internals")]
+pub use tree::Tree;
+pub use tree::{Sealed, seal};
 
 /// Bytes of a data block, and of a hash block.
 pub const BLOCK_BYTES: usize = 4096;
@@ -70,6 +72,7 @@ pub type HashBlock = [[u8; 32]; HASHES_PER_BLOCK];
 
 /// Why an image's verity data cannot be used, found, or created.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum VerityError {
     /// The size of the file system image cannot be determined.
     #[error("cannot tell where the image ends: {found}, expected a squashfs or erofs superblock")]
@@ -148,16 +151,16 @@ pub struct Superblock {
 mod field {
     use std::ops::Range;
 
-    pub const SIGNATURE: Range<usize> = 0..8;
-    pub const VERSION: Range<usize> = 8..12;
-    pub const HASH_TYPE: Range<usize> = 12..16;
-    pub const UUID: Range<usize> = 16..32;
-    pub const ALGORITHM: Range<usize> = 32..64;
-    pub const DATA_BLOCK_SIZE: Range<usize> = 64..68;
-    pub const HASH_BLOCK_SIZE: Range<usize> = 68..72;
-    pub const DATA_BLOCKS: Range<usize> = 72..80;
-    pub const SALT_SIZE: Range<usize> = 80..82;
-    pub const SALT: Range<usize> = 88..120;
+    pub(super) const SIGNATURE: Range<usize> = 0..8;
+    pub(super) const VERSION: Range<usize> = 8..12;
+    pub(super) const HASH_TYPE: Range<usize> = 12..16;
+    pub(super) const UUID: Range<usize> = 16..32;
+    pub(super) const ALGORITHM: Range<usize> = 32..64;
+    pub(super) const DATA_BLOCK_SIZE: Range<usize> = 64..68;
+    pub(super) const HASH_BLOCK_SIZE: Range<usize> = 68..72;
+    pub(super) const DATA_BLOCKS: Range<usize> = 72..80;
+    pub(super) const SALT_SIZE: Range<usize> = 80..82;
+    pub(super) const SALT: Range<usize> = 88..120;
 }
 
 impl Superblock {

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 ///
 /// # Errors
 /// One of the errors that `work` returned. After an error no thread begins another item.
-pub fn for_each<T: Send, E: Send>(
+pub(crate) fn for_each<T: Send, E: Send>(
     threads: NonZeroUsize,
     items: impl Iterator<Item = T> + Send,
     work: impl Fn(T, &mut Vec<u8>) -> Result<(), E> + Sync,

@@ -181,7 +181,8 @@ impl BlockCache {
     }
 
     /// Returns how many decoded bytes the cache holds.
-    pub fn held_bytes(&self) -> usize {
+    #[cfg(test)]
+    fn held_bytes(&self) -> usize {
         self.data.iter().chain(&self.shared).map(|shard| lock(shard).bytes).sum()
     }
 

@@ -11,23 +11,23 @@ use crate::sys;
 
 /// How long the kernel may keep names and attributes: nothing in an image ever changes. A year, as
 /// `Duration::MAX` would overflow the kernel's jiffies.
-pub const TTL: Duration = Duration::from_secs(365 * 24 * 3600);
+pub(super) const TTL: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Most bytes of one read request: 32 pages. A read-ahead of 512 KiB is then four requests, which all threads
 /// serve in parallel. With 256 pages one thread gets all the work, and the others sleep (0.58 became 0.92).
-pub const READ_BYTES: u32 = 128 * 1024;
+pub(super) const READ_BYTES: u32 = 128 * 1024;
 
 /// How many read-ahead requests may be in flight. The kernel's 12 and fuser's 16 are too few for four readers
 /// of 512 KiB each.
-pub const BACKGROUND: u16 = 64;
+pub(super) const BACKGROUND: u16 = 64;
 
 /// The kernel's read-ahead, in KiB, set on the mount's bdi. This requires root: the FUSE protocol itself can
 /// only lower the default of 128 KiB, with which every read waits for one request at a time.
-pub const READ_AHEAD_KIB: u32 = 512;
+pub(super) const READ_AHEAD_KIB: u32 = 512;
 
 /// Threads that serve requests. The second one brings the most (0.92 became 0.58); more than four only
 /// contend for the connection's single queue in the kernel.
-pub fn default_threads() -> usize {
+pub(super) fn default_threads() -> usize {
     // Not `available_parallelism`: it first reads four cgroup files, which costs 0.1 ms at start.
     sys::daemon::usable_cores().clamp(2, 4)
 }
@@ -51,7 +51,7 @@ const WANTED: [(InitFlags, &str); 7] = [
 ];
 
 /// Chooses capabilities and limits for a new connection.
-pub fn negotiate(config: &mut KernelConfig) {
+pub(super) fn negotiate(config: &mut KernelConfig) {
     for (flag, _) in WANTED {
         // A kernel that lacks one (Linux 5.2 has them all) is slower but still correct.
         let _ = config.add_capabilities(flag);
@@ -63,7 +63,7 @@ pub fn negotiate(config: &mut KernelConfig) {
 }
 
 /// Raises the read-ahead of a mount, by its device number. Best effort: without it reads are slower.
-pub fn raise_read_ahead((major, minor): (u32, u32)) {
+pub(super) fn raise_read_ahead((major, minor): (u32, u32)) {
     let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
     if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
         log::debug!("cannot write {path}: {error}");

@@ -62,7 +62,7 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 pub struct FuseOptions {
     /// Threads that answer requests; 0 picks a number for this machine.
     pub threads: usize,
-    /// Bound of the cache of decoded blocks, in MiB; `None` is [`DEFAULT_CACHE_MIB`].
+    /// Bound of the cache of decoded blocks, in MiB; `None` is 6.
     pub cache_mib: Option<usize>,
     /// When to keep cores awake while requests come close together.
     pub spin: Spin,

@@ -77,7 +77,7 @@ impl Siblings {
     }
 
     /// Records a file whose attributes the kernel has just received.
-    pub fn seen(&self, engine: &Engine, ino: u64, attr: &Attr) {
+    pub(super) fn seen(&self, engine: &Engine, ino: u64, attr: &Attr) {
         if attr.kind != FileType::Regular || attr.size_bytes == 0 || attr.size_bytes > SMALL_FILE_BYTES {
             return;
         }

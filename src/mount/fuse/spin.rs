@@ -72,7 +72,7 @@ pub(super) struct Pulse {
 
 impl Pulse {
     /// Counts one request. Costs an atomic increment while requests come close together.
-    pub fn beat(&self) {
+    pub(super) fn beat(&self) {
         self.beats.fetch_add(1, Ordering::Relaxed);
         if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::AcqRel) {
             *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = true;

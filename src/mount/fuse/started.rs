@@ -17,7 +17,7 @@ const PREFIX: &str = "fuser-";
 const FAILED_WITHIN: Duration = Duration::from_millis(50);
 
 /// Starts a thread of a daemon.
-pub fn spawn<T: Send + 'static>(
+pub(super) fn spawn<T: Send + 'static>(
     name: &'static str,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, MountError> {
@@ -26,7 +26,7 @@ pub fn spawn<T: Send + 'static>(
 }
 
 /// Waits until so many threads serve. False where `serving`, which starts them, ends before.
-pub fn all_serve<T>(threads: usize, serving: &JoinHandle<T>) -> bool {
+pub(super) fn all_serve<T>(threads: usize, serving: &JoinHandle<T>) -> bool {
     let begin = Instant::now();
     while !serving.is_finished() {
         let are_there = match count() {

@@ -106,11 +106,6 @@ impl Object {
         self.inner.parsed(operation, Ticket::try_from(ticket))?;
         Ok(VerifiedTicket(ticket))
     }
-
-    /// The Name that the TPM gives to the key.
-    pub fn name(&self) -> Result<Vec<u8>, TpmError> {
-        name_of(&self.inner, "give a key's Name", self.handle)
-    }
 }
 
 impl Session {
@@ -124,18 +119,6 @@ impl Session {
             })
         }?;
         Ok(self.inner.parsed(operation, Nonce::try_from(nonce))?.value().to_vec())
-    }
-
-    /// The digest of what the session has proved.
-    pub fn digest(&self) -> Result<Vec<u8>, TpmError> {
-        let operation = "give a session's digest";
-        // SAFETY: as in `NvIndex::read`.
-        let digest = unsafe {
-            self.inner.fetch(operation, |library, esys, digest| {
-                (library.Esys_PolicyGetDigest)(esys, self.handle, NONE, NONE, NONE, digest)
-            })
-        }?;
-        Ok(self.inner.parsed(operation, Digest::try_from(digest))?.value().to_vec())
     }
 
     /// TPM2_PolicyNV: proves that the index holds less than `operand`, both unsigned and big-endian.

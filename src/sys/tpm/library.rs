@@ -113,7 +113,6 @@ functions! {
         *mut ESYS_CONTEXT, ESYS_TR, ESYS_TR, ESYS_TR, ESYS_TR, *const TPM2B_DIGEST, *const TPM2B_NONCE,
         *const TPM2B_NAME, *const TPMT_TK_VERIFIED,
     ) -> u32;
-    Esys_PolicyGetDigest(*mut ESYS_CONTEXT, ESYS_TR, ESYS_TR, ESYS_TR, ESYS_TR, *mut *mut TPM2B_DIGEST) -> u32;
 }
 
 /// What the dynamic loader says of its last failure.

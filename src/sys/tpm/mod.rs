@@ -36,7 +36,7 @@ pub use pcr::{BankAlgorithm, BankDigest};
 use tcti::{Channel, Failure};
 
 use super::flock::Lock;
-pub use tcti::{Tcti, TctiError};
+pub use tcti::Tcti;
 
 /// `TPM2_RC_RETRY`, `TPM2_RC_NV_RATE`, `TPM2_RC_YIELDED`, `TPM2_RC_TESTING`: the same command may do later
 /// (TPM 2.0 part 2, section "TPM_RC", warnings).

@@ -20,7 +20,7 @@ use super::url::{Origin, Url};
 use crate::transport::reference::Host;
 
 /// The most bytes of a token service's answer.
-pub const MAX_TOKEN: u64 = 64 << 10;
+pub(super) const MAX_TOKEN: u64 = 64 << 10;
 /// How long a token lives that does not say.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// How long before its end a token is no longer used.
@@ -30,7 +30,7 @@ const MAX_CHALLENGES: usize = 8;
 
 /// How a registry wants to be asked (RFC 9110, section 11.3).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Challenge {
+pub(super) enum Challenge {
     /// With user and password.
     Basic,
     /// With a token of this service.
@@ -45,7 +45,7 @@ pub enum Challenge {
 }
 
 /// The challenges in the headers of an answer, less those of other schemes.
-pub fn challenges<'a>(headers: impl Iterator<Item = &'a str>) -> Vec<Challenge> {
+pub(super) fn challenges<'a>(headers: impl Iterator<Item = &'a str>) -> Vec<Challenge> {
     headers.flat_map(parse).take(MAX_CHALLENGES).collect()
 }
 
@@ -120,7 +120,7 @@ fn unquote(text: &str) -> Option<(String, &str)> {
 ///
 /// # Errors
 /// The rule that forbids to ask at all.
-pub fn may_ask(registry: &Origin, realm: &Url) -> Result<bool, &'static str> {
+pub(super) fn may_ask(registry: &Origin, realm: &Url) -> Result<bool, &'static str> {
     let (ours, theirs) = (registry.host(), realm.origin.host());
     let same_host = ours.name == theirs.name;
     if !realm.origin.https && (registry.https || !same_host) {
@@ -133,7 +133,7 @@ pub fn may_ask(registry: &Origin, realm: &Url) -> Result<bool, &'static str> {
 }
 
 /// Whether a host is written as an address that only this machine and its link can reach.
-pub fn is_internal(host: &Host) -> bool {
+pub(super) fn is_internal(host: &Host) -> bool {
     let link_local = match host.address() {
         Some(std::net::IpAddr::V4(address)) => address.is_link_local() || address.is_unspecified(),
         Some(std::net::IpAddr::V6(address)) => {
@@ -162,7 +162,7 @@ fn shares_domain(ours: &Host, theirs: &Host) -> bool {
 }
 
 /// Reads a token service's answer: the token, and how long it may be used.
-pub fn token(answer: &[u8]) -> Result<(Secret, Duration), &'static str> {
+pub(super) fn token(answer: &[u8]) -> Result<(Secret, Duration), &'static str> {
     #[derive(Deserialize)]
     struct Token {
         token: Option<String>,
@@ -183,13 +183,13 @@ pub fn token(answer: &[u8]) -> Result<(Secret, Duration), &'static str> {
 }
 
 /// The header of user and password (RFC 7617).
-pub fn basic(user: &str, password: &Secret) -> Secret {
+pub(super) fn basic(user: &str, password: &Secret) -> Secret {
     let pair = format!("{user}:{}", password.expose());
     Secret::new(&format!("Basic {}", openssl::base64::encode_block(pair.as_bytes()).replace('\n', "")))
 }
 
 /// The header of a token (RFC 6750).
-pub fn bearer(token: &Secret) -> Secret {
+pub(super) fn bearer(token: &Secret) -> Secret {
     Secret::new(&format!("Bearer {}", token.expose()))
 }
 
@@ -197,7 +197,7 @@ pub fn bearer(token: &Secret) -> Secret {
 ///
 /// # Errors
 /// [`RegistryError::Realm`].
-pub fn realm_url(registry: &Origin, realm: &str) -> Result<(Url, bool), RegistryError> {
+pub(super) fn realm_url(registry: &Origin, realm: &str) -> Result<(Url, bool), RegistryError> {
     let refused = |why| RegistryError::Realm {
         registry: registry.to_string(),
         realm: super::text::shown(realm.split('?').next().unwrap_or_default()),

@@ -76,7 +76,7 @@ fn at_byte(error: TransportError, at: u64, size: u64) -> TransportError {
 }
 
 /// The error of a [`BlobStream`].
-pub fn of_stream(error: io::Error) -> TransportError {
+pub(super) fn of_stream(error: io::Error) -> TransportError {
     match error.downcast::<TransportError>() {
         Ok(error) => error,
         Err(error) => of_io(error).into(),
@@ -84,7 +84,7 @@ pub fn of_stream(error: io::Error) -> TransportError {
 }
 
 /// A blob that is being received. Its errors hold a [`TransportError`].
-pub struct BlobStream {
+pub(super) struct BlobStream {
     shared: Arc<Shared>,
     location: String,
     endpoints: Vec<Endpoint>,

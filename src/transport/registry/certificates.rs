@@ -20,7 +20,7 @@ use crate::transport::reference::Host;
 ///
 /// # Errors
 /// [`RegistryError::Config`] for a folder that cannot be read, and for a certificate without its key.
-pub fn find(host: &Host, given: Option<&Path>) -> Result<Certificates, RegistryError> {
+pub(super) fn find(host: &Host, given: Option<&Path>) -> Result<Certificates, RegistryError> {
     if let Some(folder) = given {
         return match read(folder)? {
             Some(found) => Ok(found),

@@ -26,13 +26,13 @@ use crate::transport::access::Access;
 /// The most redirects that are followed for a request.
 const MAX_REDIRECTS: usize = 5;
 /// How often a request is sent that fails for a reason that may pass.
-pub const TRIES: u32 = 6;
+pub(super) const TRIES: u32 = 6;
 /// How often, where there is no connection at all: a name that is wrong should not take long to say so.
 const TRIES_TO_CONNECT: u32 = 3;
 
 /// What a request needs to be allowed to do (distribution-spec's token scopes).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Scope {
+pub(super) enum Scope {
     /// Read the endpoint's repository.
     Pull,
     /// Write to it as well.
@@ -54,7 +54,7 @@ impl Scope {
 }
 
 /// A client of registries, one for a command. Threads share it.
-pub struct Client {
+pub(super) struct Client {
     http: Http,
     /// What each registry has let us in with.
     granted: Mutex<HashMap<Origin, Granted>>,
@@ -80,17 +80,17 @@ struct Pass {
 
 impl Client {
     /// A client that has not asked anything.
-    pub fn new(access: Access) -> Self {
+    pub(super) fn new(access: Access) -> Self {
         Self { http: Http::new(access), granted: Mutex::new(HashMap::new()) }
     }
 
     /// How the user reaches registries.
-    pub fn access(&self) -> &Access {
+    pub(super) fn access(&self) -> &Access {
         self.http.access()
     }
 
     /// How long a silent server is waited for.
-    pub fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         self.http.access().patience
     }
 
@@ -99,7 +99,7 @@ impl Client {
     ///
     /// # Errors
     /// [`RegistryError`]; [`RegistryError::Denied`] where credentials do not help.
-    pub fn send(
+    pub(super) fn send(
         &self,
         endpoint: &Endpoint,
         url: &Url,
@@ -132,7 +132,7 @@ impl Client {
 
     /// How long to wait before another try: doubled each time, from 1/120 to 1/3 of the patience
     /// (250 ms to 10 s), with jitter; or what the server asks for, to twice the patience (60 s).
-    pub fn pause(&self, tries: u32, asked: Option<Duration>) -> Duration {
+    pub(super) fn pause(&self, tries: u32, asked: Option<Duration>) -> Duration {
         let patience = self.patience();
         let doubled = (patience / 120).saturating_mul(1 << tries.saturating_sub(1).min(10)).min(patience / 3);
         // Half of it is fixed, the other half random, so that a fleet does not come back all at once.
@@ -145,7 +145,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::send`], which sends again what fails for a reason that may pass.
-    pub fn once(
+    pub(super) fn once(
         &self,
         endpoint: &Endpoint,
         url: &Url,
@@ -218,7 +218,7 @@ impl Client {
     ///
     /// # Errors
     /// [`RegistryError::Redirect`].
-    pub fn next(
+    pub(super) fn next(
         &self,
         endpoint: &Endpoint,
         from: &Url,

@@ -39,7 +39,7 @@ const HELPER_TIME: Duration = Duration::from_secs(10);
 const HUB_KEY: &str = "https://index.docker.io/v1/";
 
 /// What a registry is shown.
-pub enum Credential {
+pub(super) enum Credential {
     /// User and password.
     Basic {
         /// The user.
@@ -52,7 +52,7 @@ pub enum Credential {
 }
 
 /// A credential and where it is from.
-pub struct Found {
+pub(super) struct Found {
     /// The credential, if there is one.
     pub credential: Option<Credential>,
     /// For messages: `credentials of FILE` or `no credentials in FILE, FILE`.
@@ -79,7 +79,7 @@ struct Entry {
 ///
 /// # Errors
 /// [`RegistryError::Config`] for a file that cannot be read or is not JSON; [`RegistryError::Helper`].
-pub fn find(access: &Access, host: &str, repository: &str) -> Result<Found, RegistryError> {
+pub(super) fn find(access: &Access, host: &str, repository: &str) -> Result<Found, RegistryError> {
     let (paths, required) = files(access);
     let mut looked = Vec::new();
     for path in &paths {
@@ -185,7 +185,7 @@ fn best<'a>(
 }
 
 /// Whether a host is Docker Hub, by any of its names.
-pub fn is_hub(host: &str) -> bool {
+pub(super) fn is_hub(host: &str) -> bool {
     matches!(host, "docker.io" | "index.docker.io" | "registry-1.docker.io")
 }
 

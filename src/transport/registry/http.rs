@@ -43,7 +43,7 @@ const IDLE: usize = 8;
 
 /// What is sent with a request. It can be sent again.
 #[derive(Clone, Copy)]
-pub enum Payload<'a> {
+pub(super) enum Payload<'a> {
     /// Nothing.
     None,
     /// Bytes in memory.
@@ -60,7 +60,7 @@ pub enum Payload<'a> {
 }
 
 /// A request, less where it goes and who asks.
-pub struct Ask<'a> {
+pub(super) struct Ask<'a> {
     /// The method.
     pub method: Method,
     /// Headers, less `Authorization`.
@@ -71,25 +71,25 @@ pub struct Ask<'a> {
 
 impl Ask<'_> {
     /// A request without headers or payload.
-    pub fn new(method: Method) -> Self {
+    pub(super) fn new(method: Method) -> Self {
         Self { method, headers: Vec::new(), payload: Payload::None }
     }
 }
 
 /// Sends requests; keeps connections open. One for a command.
-pub struct Http {
+pub(super) struct Http {
     access: Access,
     agents: Mutex<HashMap<Origin, Agent>>,
 }
 
 impl Http {
     /// A client that has not connected to anything.
-    pub fn new(access: Access) -> Self {
+    pub(super) fn new(access: Access) -> Self {
         Self { access, agents: Mutex::new(HashMap::new()) }
     }
 
     /// How the user reaches registries.
-    pub fn access(&self) -> &Access {
+    pub(super) fn access(&self) -> &Access {
         &self.access
     }
 
@@ -98,7 +98,12 @@ impl Http {
     /// # Errors
     /// [`RegistryError::Network`], [`RegistryError::Tls`], [`RegistryError::Stalled`],
     /// [`RegistryError::TooLong`], [`RegistryError::Protocol`], [`RegistryError::Config`].
-    pub fn send(&self, url: &Url, ask: &Ask<'_>, who: Option<&Secret>) -> Result<Answer, RegistryError> {
+    pub(super) fn send(
+        &self,
+        url: &Url,
+        ask: &Ask<'_>,
+        who: Option<&Secret>,
+    ) -> Result<Answer, RegistryError> {
         let request = format!("{} {url}", ask.method);
         let agent = self.agent(&url.origin)?;
         let protocol = |why: String| RegistryError::Protocol { request: request.clone(), why };
@@ -227,7 +232,7 @@ fn failed(request: &str, silence: Duration, error: ureq::Error) -> RegistryError
 }
 
 /// An answer: status and headers are here, the body is still to be read.
-pub struct Answer {
+pub(super) struct Answer {
     /// The status.
     pub status: u16,
     headers: HeaderMap,
@@ -238,22 +243,22 @@ pub struct Answer {
 
 impl Answer {
     /// A header, if it is there and is text.
-    pub fn header(&self, name: &HeaderName) -> Option<&str> {
+    pub(super) fn header(&self, name: &HeaderName) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
 
     /// All values of a header.
-    pub fn headers(&self, name: &HeaderName) -> impl Iterator<Item = &str> {
+    pub(super) fn headers(&self, name: &HeaderName) -> impl Iterator<Item = &str> {
         self.headers.get_all(name).iter().filter_map(|value| value.to_str().ok())
     }
 
     /// `Content-Length`, in bytes.
-    pub fn length(&self) -> Option<u64> {
+    pub(super) fn length(&self) -> Option<u64> {
         self.header(&header::CONTENT_LENGTH)?.parse().ok()
     }
 
     /// Method and URL, for messages.
-    pub fn request(&self) -> &str {
+    pub(super) fn request(&self) -> &str {
         &self.body.request
     }
 
@@ -261,7 +266,7 @@ impl Answer {
     ///
     /// # Errors
     /// [`RegistryError::TooLong`] as soon as it is longer than `max`, whatever its length was said to be.
-    pub fn bytes(mut self, what: &'static str, max: u64) -> Result<Vec<u8>, RegistryError> {
+    pub(super) fn bytes(mut self, what: &'static str, max: u64) -> Result<Vec<u8>, RegistryError> {
         let request = self.body.request.clone();
         let too_long = || RegistryError::TooLong { request: request.clone(), what, max };
         if self.length().is_some_and(|length| length > max) {
@@ -279,14 +284,14 @@ impl Answer {
     }
 
     /// What an error says, shortened and without control characters. Errors while reading it do not matter.
-    pub fn said(mut self) -> String {
+    pub(super) fn said(mut self) -> String {
         let mut bytes = Vec::new();
         let _ = (&mut self.body).take(MAX_ERROR).read_to_end(&mut bytes);
         text::of_error(&bytes)
     }
 
     /// The error that this status is, for a caller that did not expect it.
-    pub fn unexpected(self) -> RegistryError {
+    pub(super) fn unexpected(self) -> RegistryError {
         let (status, request) = (self.status, self.request().to_string());
         let said = self.said();
         match status {
@@ -296,13 +301,13 @@ impl Answer {
     }
 
     /// The body, to be read piece by piece. Its errors hold a [`RegistryError`] ([`of_io`]).
-    pub fn into_reader(self) -> Reader {
+    pub(super) fn into_reader(self) -> Reader {
         self.body
     }
 }
 
 /// The body of an answer.
-pub struct Reader {
+pub(super) struct Reader {
     body: ureq::BodyReader<'static>,
     rate: Rate,
     request: String,
@@ -325,7 +330,7 @@ impl Read for Reader {
 }
 
 /// The error of a [`Reader`].
-pub fn of_io(error: io::Error) -> RegistryError {
+pub(super) fn of_io(error: io::Error) -> RegistryError {
     let why = error.to_string();
     match error.into_inner().map(|inner| inner.downcast::<RegistryError>()) {
         Some(Ok(error)) => *error,

@@ -11,7 +11,7 @@ use super::secret::Secret;
 use crate::transport::reference::Host;
 
 /// Where a request goes.
-pub enum Route {
+pub(super) enum Route {
     /// Straight to the server.
     Direct,
     /// Through this proxy; its URL may hold a password.
@@ -22,7 +22,11 @@ pub enum Route {
 ///
 /// # Errors
 /// [`RegistryError::Proxy`] for a kind of proxy that this client does not speak to.
-pub fn route(https: bool, host: &Host, get: &dyn Fn(&str) -> Option<String>) -> Result<Route, RegistryError> {
+pub(super) fn route(
+    https: bool,
+    host: &Host,
+    get: &dyn Fn(&str) -> Option<String>,
+) -> Result<Route, RegistryError> {
     let names: &[&'static str] = match https {
         true => &["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"],
         false => &["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"],

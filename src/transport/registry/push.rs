@@ -18,7 +18,7 @@ use super::{CONTENT_DIGEST, Registry, is_document};
 use crate::digest::Digest;
 use crate::image::oci::Descriptor;
 use crate::progress::Task;
-use crate::transport::{Transport, TransportError};
+use crate::transport::TransportError;
 
 /// The answer of a registry that has understood the `subject` of a manifest.
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
@@ -179,11 +179,6 @@ impl Registry {
     /// on a registry that does not do so by itself.
     pub fn put_referrers(&self, subject: &Digest, referrers: &[Descriptor]) -> Result<(), TransportError> {
         self.add_to_tag(subject, referrers)
-    }
-
-    /// The place, for messages.
-    pub fn name(&self) -> String {
-        self.location()
     }
 }
 

@@ -3,16 +3,16 @@
 /// A password or token. It has no `Debug`, `Display` or `Serialize`, so that it cannot get into a
 /// message, a log or a file by accident.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Box<str>);
+pub(super) struct Secret(Box<str>);
 
 impl Secret {
     /// Takes a secret.
-    pub fn new(text: &str) -> Self {
+    pub(super) fn new(text: &str) -> Self {
         Self(text.into())
     }
 
     /// The secret itself, to be sent.
-    pub fn expose(&self) -> &str {
+    pub(super) fn expose(&self) -> &str {
         &self.0
     }
 }

@@ -69,13 +69,13 @@ struct File {
 
 /// All rows, of all files.
 #[derive(Debug, Default)]
-pub struct Settings {
+pub(super) struct Settings {
     rows: Vec<Row>,
 }
 
 /// A server that holds a repository: the registry itself, or a mirror of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
+pub(super) struct Endpoint {
     /// Where the server is.
     pub origin: Origin,
     /// What the repository is called there.
@@ -92,7 +92,7 @@ impl Settings {
     /// # Errors
     /// [`RegistryError::Config`] for a file that is not TOML of this kind: a mirror or a block that is
     /// overlooked would be worse.
-    pub fn load() -> Result<Self, RegistryError> {
+    pub(super) fn load() -> Result<Self, RegistryError> {
         let named = std::env::var_os("CONTAINERS_REGISTRIES_CONF").filter(|path| !path.is_empty());
         let main = match named {
             Some(path) => PathBuf::from(path),
@@ -154,7 +154,7 @@ impl Settings {
     ///
     /// # Errors
     /// [`RegistryError::Blocked`].
-    pub fn endpoints(
+    pub(super) fn endpoints(
         &self,
         host: &Host,
         repository: &str,

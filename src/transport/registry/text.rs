@@ -9,7 +9,7 @@ use crate::text::one_line;
 const SHOWN: usize = 256;
 
 /// A server's words: control characters escaped, cut at 256 characters.
-pub fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     match text.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}…", one_line(text.get(..end).unwrap_or_default())),
         None => one_line(text).into_owned(),
@@ -21,7 +21,7 @@ pub fn shown(text: &str) -> String {
 ///
 /// Elements are read one by one as JSON, since a code that `oci_spec`'s enumeration does not know
 /// would make it refuse all of them.
-pub fn of_error(body: &[u8]) -> String {
+pub(super) fn of_error(body: &[u8]) -> String {
     #[derive(Deserialize)]
     struct Body {
         errors: Vec<Value>,

@@ -21,7 +21,7 @@ use super::error::RegistryError;
 
 /// Certificates for one registry, beside the system's roots.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Certificates {
+pub(super) struct Certificates {
     /// Files of CAs, PEM.
     pub authorities: Vec<PathBuf>,
     /// Client certificate and its key, PEM.
@@ -29,14 +29,14 @@ pub struct Certificates {
 }
 
 /// Puts TLS around connections for `https` URLs.
-pub struct TlsConnector(Arc<SslConnector>);
+pub(super) struct TlsConnector(Arc<SslConnector>);
 
 impl TlsConnector {
     /// Trusts the system's roots and `certificates`.
     ///
     /// # Errors
     /// [`RegistryError::Config`] with the file that cannot be read; never a weaker connector.
-    pub fn new(certificates: &Certificates) -> Result<Self, RegistryError> {
+    pub(super) fn new(certificates: &Certificates) -> Result<Self, RegistryError> {
         let wrong = |path: &Path, why: &dyn fmt::Display| RegistryError::Config {
             path: path.to_path_buf(),
             why: why.to_string(),
@@ -79,7 +79,7 @@ impl fmt::Debug for TlsConnector {
 /// Why TLS failed, for a message.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct TlsFailure(String);
+pub(super) struct TlsFailure(String);
 
 impl<In: Transport> Connector<In> for TlsConnector {
     type Out = Either<In, TlsTransport>;
@@ -141,7 +141,7 @@ fn reasons(stack: &openssl::error::ErrorStack) -> String {
 }
 
 /// A connection with TLS.
-pub struct TlsTransport {
+pub(super) struct TlsTransport {
     buffers: LazyBuffers,
     stream: SslStream<TransportAdapter>,
 }

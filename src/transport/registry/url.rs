@@ -6,7 +6,7 @@ use crate::transport::reference::Host;
 
 /// Scheme, host and port: what may see the credentials of a registry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Origin {
+pub(super) struct Origin {
     /// Whether it is https.
     pub https: bool,
     /// The host, in lower case.
@@ -17,13 +17,13 @@ pub struct Origin {
 
 impl Origin {
     /// The origin of a host.
-    pub fn new(https: bool, host: &Host) -> Self {
+    pub(super) fn new(https: bool, host: &Host) -> Self {
         let port = host.port.unwrap_or(if https { 443 } else { 80 });
         Self { https, name: host.name.to_ascii_lowercase(), port }
     }
 
     /// The host, with its port if that is not the scheme's own.
-    pub fn host(&self) -> Host {
+    pub(super) fn host(&self) -> Host {
         let own = if self.https { 443 } else { 80 };
         Host { name: self.name.clone(), port: (self.port != own).then_some(self.port) }
     }
@@ -37,7 +37,7 @@ impl fmt::Display for Origin {
 
 /// A URL. [`fmt::Display`] leaves out the query, which may hold a signature.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Url {
+pub(super) struct Url {
     /// Where.
     pub origin: Origin,
     /// Path and query, beginning with `/`.
@@ -49,7 +49,7 @@ impl Url {
     ///
     /// # Errors
     /// What is wrong with it: another scheme, a user or password in it, characters that no URL has.
-    pub fn parse(text: &str) -> Result<Self, &'static str> {
+    pub(super) fn parse(text: &str) -> Result<Self, &'static str> {
         let (https, rest) = match text.split_once("://") {
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (true, rest),
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (false, rest),
@@ -73,7 +73,7 @@ impl Url {
     ///
     /// # Errors
     /// As [`Url::parse`].
-    pub fn join(&self, reference: &str) -> Result<Self, &'static str> {
+    pub(super) fn join(&self, reference: &str) -> Result<Self, &'static str> {
         if reference.contains("://") && !reference.starts_with('/') && !reference.starts_with('?') {
             return Self::parse(reference);
         }
@@ -94,13 +94,13 @@ impl Url {
     }
 
     /// The same URL with one more parameter.
-    pub fn with(&self, name: &str, value: &str) -> Self {
+    pub(super) fn with(&self, name: &str, value: &str) -> Self {
         let join = if self.path.contains('?') { '&' } else { '?' };
         Self { origin: self.origin.clone(), path: format!("{}{join}{name}={}", self.path, escape(value)) }
     }
 
     /// The whole URL, as it is sent.
-    pub fn full(&self) -> String {
+    pub(super) fn full(&self) -> String {
         format!("{}{}", self.origin, self.path)
     }
 }
@@ -113,7 +113,7 @@ impl fmt::Display for Url {
 }
 
 /// Escapes what cannot stand in a query (RFC 3986); `:` and `/`, which digests and names hold, can.
-pub fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut out = String::new();
     for byte in text.bytes() {
         match byte {
