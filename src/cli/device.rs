@@ -63,7 +63,7 @@ pub(super) fn tidy(system: &System, floor: Option<u64>, global: &Global) {
 }
 
 /// Brings the kernels on the EFI system partition up to date, where this machine has some there.
-pub fn sync_esp(
+pub(super) fn sync_esp(
     system: &System,
     args: &EspArgs,
     floor: Option<u64>,

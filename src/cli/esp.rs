@@ -13,7 +13,7 @@ use crate::sys::mountapi;
 
 /// Which EFI system partition to use.
 #[derive(Debug, Args)]
-pub struct EspArgs {
+pub(super) struct EspArgs {
     /// Keep the kernels of the system on the EFI system partition that is mounted here [default: the one that this
     /// machine was started from, if its kernel is one of mosfs build]
     #[arg(long, value_name = "DIR", env = "MOSFS_ESP")]
@@ -22,7 +22,7 @@ pub struct EspArgs {
 
 /// The EFI system partition of a command, and the kernel that runs.
 #[derive(Debug)]
-pub struct Place {
+pub(super) struct Place {
     /// The partition, if there is one to use.
     pub esp: Option<Esp>,
     /// The id of the running kernel, if it has one.
@@ -41,7 +41,7 @@ impl Drop for Place {
 
 impl EspArgs {
     /// Finds the partition. One that is not mounted is mounted as long as the returned value lives.
-    pub fn find(&self, global: &Global) -> Result<Place, AnyError> {
+    pub(super) fn find(&self, global: &Global) -> Result<Place, AnyError> {
         let kernel = kernel::running(&global.config)?;
         let mut place = Place { esp: None, kernel, mounted: None };
         if let Some(folder) = &self.esp {

@@ -5,7 +5,7 @@ use crate::boot::init;
 use crate::error::AnyError;
 
 /// Starts the system of this machine. It does not return.
-pub fn main() -> ! {
+pub(super) fn main() -> ! {
     let error = init::run(&|text| output::note(text));
     output::report(&AnyError::from(error));
     init::fail(&|text| output::message(text))

@@ -25,7 +25,7 @@ const MORE_FILES: [&str; 4] = [OVERLAY_FILE, ROOT_TARGET_FILE, ON_FAILURE_FILE, 
 /// A kernel of the system's own.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Kernel of the system")]
-pub struct KernelArgs {
+pub(super) struct KernelArgs {
     /// Make the target `boot` from the kernel in the hostfs image: a unified kernel image that trusts this manifest CA
     /// (PEM). It also needs the floor key: --floor-key or --floor-pub.
     #[arg(long, value_name = "FILE", conflicts_with = "signature")]
@@ -84,7 +84,7 @@ impl Classified for KernelArgsError {
 
 impl KernelArgs {
     /// Returns what the target `boot` is to be, if there is to be one.
-    pub fn spec(
+    pub(super) fn spec(
         &self,
         product: Uuid,
         floor_keys: &[floor::PrivateKey],

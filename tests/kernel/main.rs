@@ -7,7 +7,6 @@
 //! ```
 
 #[path = "../common/tools.rs"]
-#[allow(dead_code)]
 mod tools;
 
 mod build;

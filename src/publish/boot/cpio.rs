@@ -51,7 +51,7 @@ struct Entry {
 
 /// The files of an initramfs.
 #[derive(Debug, Default)]
-pub struct Archive {
+pub(super) struct Archive {
     /// By path, without a leading slash. A folder sorts before what is in it.
     entries: BTreeMap<String, Entry>,
 }
@@ -61,7 +61,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`CpioError::Twice`] if one of them is not a folder.
-    pub fn folder(&mut self, path: &str) -> Result<(), CpioError> {
+    pub(super) fn folder(&mut self, path: &str) -> Result<(), CpioError> {
         for (end, _) in path.match_indices('/').chain([(path.len(), "")]) {
             self.add(&path[..end], Entry { mode: FOLDER, content: Vec::new() })?;
         }
@@ -72,7 +72,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`CpioError::Twice`] if there is something else of this name.
-    pub fn file(&mut self, path: &str, permissions: u32, content: Vec<u8>) -> Result<(), CpioError> {
+    pub(super) fn file(&mut self, path: &str, permissions: u32, content: Vec<u8>) -> Result<(), CpioError> {
         self.above(path)?;
         self.add(path, Entry { mode: REGULAR | permissions, content })
     }
@@ -81,7 +81,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`CpioError::Twice`] if there is something else of this name.
-    pub fn link(&mut self, path: &str, target: &str) -> Result<(), CpioError> {
+    pub(super) fn link(&mut self, path: &str, target: &str) -> Result<(), CpioError> {
         self.above(path)?;
         self.add(path, Entry { mode: LINK, content: target.as_bytes().to_vec() })
     }
@@ -100,7 +100,7 @@ impl Archive {
     }
 
     /// Describes every entry, one a line: digest of the content, mode in octal, path.
-    pub fn list(&self, to: &mut Hasher) {
+    pub(super) fn list(&self, to: &mut Hasher) {
         for (path, entry) in &self.entries {
             to.update(format!("{} {:o} {path}\n", Digest::of(&entry.content).hex(), entry.mode).as_bytes());
         }
@@ -110,7 +110,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`CpioError::TooBig`].
-    pub fn to_bytes(&self) -> Result<Vec<u8>, CpioError> {
+    pub(super) fn to_bytes(&self) -> Result<Vec<u8>, CpioError> {
         let mut bytes = Vec::new();
         for (number, (path, entry)) in (1..).zip(&self.entries) {
             write(&mut bytes, number, path, entry.mode, &entry.content)?;
@@ -123,7 +123,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`CpioError`].
-    pub fn to_zstd(&self) -> Result<Vec<u8>, CpioError> {
+    pub(super) fn to_zstd(&self) -> Result<Vec<u8>, CpioError> {
         zstd::bulk::compress(&self.to_bytes()?, LEVEL).map_err(|error| CpioError::Compress(error.to_string()))
     }
 }

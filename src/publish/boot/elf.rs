@@ -24,7 +24,7 @@ pub enum ElfError {
 
 /// What a program needs to start.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Needed {
+pub(super) struct Needed {
     /// The path of the dynamic loader; libraries and static programs have none.
     pub loader: Option<String>,
     /// The names of libraries, in the order of the program.
@@ -35,7 +35,7 @@ pub struct Needed {
 ///
 /// # Errors
 /// [`ElfError`].
-pub fn needed(program: &[u8]) -> Result<Needed, ElfError> {
+pub(super) fn needed(program: &[u8]) -> Result<Needed, ElfError> {
     let malformed = |error: object::read::Error| ElfError::Malformed(error.to_string());
     let header = FileHeader64::<Endianness>::parse(program).map_err(malformed)?;
     let endian = header.endian().map_err(malformed)?;

@@ -19,11 +19,11 @@ use crate::image::FileType;
 use crate::image::files::{Files, FilesError};
 
 /// The full program, where `make install` and the package put it.
-pub const PROGRAM: &str = "usr/libexec/mosfs/mosfs-full";
+pub(super) const PROGRAM: &str = "usr/libexec/mosfs/mosfs-full";
 /// The folder of the modules in the initramfs.
-pub const MODULES: &str = "usr/lib/mosfs/modules";
+pub(super) const MODULES: &str = "usr/lib/mosfs/modules";
 /// The folder of CONFIG in the initramfs.
-pub const CONFIG: &str = "etc/mosfs";
+pub(super) const CONFIG: &str = "etc/mosfs";
 
 /// Libraries that are loaded when they are first used, so that no program names them: that for disks, and those for a
 /// TPM.
@@ -73,7 +73,7 @@ pub enum InitramfsError {
 ///
 /// # Errors
 /// [`InitramfsError`].
-pub fn collect(
+pub(super) fn collect(
     files: &Files,
     modules: &[Module],
     config: &BTreeMap<String, Vec<u8>>,

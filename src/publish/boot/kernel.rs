@@ -73,7 +73,7 @@ fn list(releases: &[String]) -> String {
 
 /// A kernel of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Kernel {
+pub(super) struct Kernel {
     /// Its release, as `uname -r` prints it.
     pub release: String,
     /// The kernel itself.
@@ -86,7 +86,7 @@ pub struct Kernel {
 ///
 /// # Errors
 /// [`KernelError`].
-pub fn find(files: &Files, wanted: Option<&str>) -> Result<Kernel, KernelError> {
+pub(super) fn find(files: &Files, wanted: Option<&str>) -> Result<Kernel, KernelError> {
     let (mut kernels, mut modules) = (BTreeSet::new(), BTreeSet::new());
     for name in files.list("boot")? {
         kernels.extend(name.strip_prefix("vmlinuz-").map(str::to_string));

@@ -121,7 +121,7 @@ pub enum ModulesError {
 
 /// A module, decompressed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Module {
+pub(super) struct Module {
     /// Its file name, such as `dm-verity.ko`.
     pub name: String,
     /// What finit_module(2) takes.
@@ -133,7 +133,7 @@ pub struct Module {
 ///
 /// # Errors
 /// [`ModulesError`].
-pub fn collect(files: &Files, folder: &str, release: &str) -> Result<Vec<Module>, ModulesError> {
+pub(super) fn collect(files: &Files, folder: &str, release: &str) -> Result<Vec<Module>, ModulesError> {
     let read = |name: &str| {
         let path = format!("{folder}/{name}");
         let bytes = files.read(&path, MAX_LIST)?;

@@ -70,7 +70,7 @@ pub enum PeError {
 
 /// A section of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Section {
+pub(super) struct Section {
     /// Its name.
     pub name: String,
     /// Where it begins in memory.
@@ -209,7 +209,7 @@ fn end_in_memory(section: &Section) -> u64 {
 ///
 /// # Errors
 /// [`PeError`] if it is not a whole EFI program.
-pub fn sections(program: &[u8]) -> Result<Vec<Section>, PeError> {
+pub(super) fn sections(program: &[u8]) -> Result<Vec<Section>, PeError> {
     Ok(Headers::parse(program)?.sections)
 }
 
@@ -291,7 +291,7 @@ pub fn append(stub: &[u8], new: &[(&str, &[u8])]) -> Result<Vec<u8>, PeError> {
 
 /// Whether a program is another one with a signature added: the same bytes, but for the checksum and the row of the
 /// certificate table, and then the certificates.
-pub fn is_signed_form_of(signed: &[u8], unsigned: &[u8]) -> bool {
+pub(super) fn is_signed_form_of(signed: &[u8], unsigned: &[u8]) -> bool {
     let Ok(headers) = Headers::parse(unsigned) else { return false };
     let Some(certificates) = headers.certificates else { return false };
     let (Some(begin), Ok(size)) =
