@@ -11,7 +11,7 @@
 //! (`on-failure`); the boot loader counts.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
@@ -20,6 +20,7 @@ use std::process::{Command, Stdio};
 
 use super::settings::{OnFailure, Settings};
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::sys::file;
 use crate::sys::init::{self as calls, End};
 use crate::sys::mountapi::{MountError, mount_legacy};
 
@@ -40,6 +41,8 @@ const MOUNTS: [(&str, &str, &str); 4] = [
     ("devtmpfs", "/dev", "mode=755"),
     ("tmpfs", "/run", "mode=755"),
 ];
+/// Longest list of modules, or kernel command line, in bytes.
+const MAX_TEXT: u64 = 1 << 20;
 /// What Linux itself looks for, less the shell (init/main.c, kernel_init).
 const INITS: [&str; 3] = ["/sbin/init", "/etc/init", "/bin/init"];
 
@@ -147,9 +150,10 @@ fn start(say: &dyn Fn(&str)) -> Result<Never, InitError> {
 /// Loads the modules of the list, in its order. One that fails is no reason to stop: most are for other machines.
 fn load_modules(say: &dyn Fn(&str)) -> Result<(), InitError> {
     let order = Path::new(MODULES).join("order");
-    for name in fs::read_to_string(&order).on("read", &order)?.lines() {
+    let list = file::read_named(&order, MAX_TEXT)?;
+    for name in String::from_utf8_lossy(&list).lines() {
         let path = Path::new(MODULES).join(name);
-        let loaded = File::open(&path).and_then(|file| calls::load_module(&file));
+        let loaded = calls::load_module(&path);
         match loaded {
             // Its hardware is not here, or that of a module whose symbols it needs.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOENT)) => {}
@@ -162,7 +166,8 @@ fn load_modules(say: &dyn Fn(&str)) -> Result<(), InitError> {
 
 fn switch_root() -> Result<Never, InitError> {
     let sysroot = Path::new(SYSROOT);
-    let command_line = fs::read_to_string("/proc/cmdline").on("read", "/proc/cmdline")?;
+    let command_line = file::read_named(Path::new("/proc/cmdline"), MAX_TEXT)?;
+    let command_line = String::from_utf8_lossy(&command_line).into_owned();
     for (_, place, _) in MOUNTS {
         let to = sysroot.join(place.trim_start_matches('/'));
         calls::move_mount(place, &to).map_err(|source| InitError::Mount { place, source })?;

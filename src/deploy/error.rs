@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::esp::EspError;
+use super::esp_error::EspError;
 use super::id::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};

@@ -19,23 +19,22 @@
 //! Files of others are neither changed nor removed. Systems without a kernel of their own have nothing here.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::error::DeployError;
+pub use super::esp_error::EspError;
 use super::id::DeploymentId;
 use super::state::{State, TRIES};
 use super::{System, deployment, kernel, target};
 use crate::digest::Digest;
-use crate::error::{Class, Classified, IoContext, IoError};
+use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::boot::{self, LOADER, UKI};
-use crate::image::files::FilesError;
 use crate::image::oci::OciImage;
 use crate::manifest::SystemManifest;
-use crate::store::view::ViewError;
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 use crate::sys::mountapi::{self, FsContext, MountError};
@@ -44,96 +43,12 @@ use crate::sys::mountapi::{self, FsContext, MountError};
 const MAX_FILE: u64 = 512 << 20;
 /// Space for folders and the loader's record in addition to the files, in bytes.
 const RESERVE: u64 = 1 << 20;
+/// Longest list of mounts that is read, in bytes.
+const MAX_MOUNTS: u64 = 16 << 20;
 /// How many hex digits of a kernel id a file name has.
 const ID_DIGITS: usize = 12;
 /// What a file that is being written ends with.
 const NEW: &str = ".new";
-
-/// Why the EFI system partition cannot be brought up to date.
-#[derive(Debug, thiserror::Error)]
-pub enum EspError {
-    /// It is too full.
-    #[error(
-        "the EFI system partition {} has {available} bytes free, {needed} are needed for the kernel of version {version}; \
-         kernels on it: {}", path.display(), list(kernels)
-    )]
-    NoSpace {
-        /// Where it is mounted.
-        path: PathBuf,
-        /// How many bytes are needed.
-        needed: u64,
-        /// How many can be had.
-        available: u64,
-        /// The version whose kernel does not fit.
-        version: u64,
-        /// The files in `EFI/Linux` with their sizes in bytes, the largest one first.
-        kernels: Vec<(String, u64)>,
-    },
-    /// A version brings another kernel, and there is no place for it.
-    #[error("version {version} has a kernel of its own, and no EFI system partition is mounted to put it on")]
-    None {
-        /// The version.
-        version: u64,
-    },
-    /// What was written is read back as something else.
-    #[error("{} does not hold what was written to it", path.display())]
-    ReadBack {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The image of the target `boot` lacks a file.
-    #[error("the image {image} of the target boot has no /{file}")]
-    Missing {
-        /// The image's OCI manifest.
-        image: Digest,
-        /// The file.
-        file: &'static str,
-    },
-    /// The image of the target `boot` cannot be read.
-    #[error(transparent)]
-    View(#[from] ViewError),
-    /// A file of it cannot be read, or does not verify.
-    #[error(transparent)]
-    Files(#[from] FilesError),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// It cannot be mounted.
-    #[error("cannot mount the EFI system partition {}: {source}", device.display())]
-    Mount {
-        /// The device.
-        device: PathBuf,
-        /// The call that failed.
-        source: MountError,
-    },
-    /// A deployment cannot be read.
-    #[error(transparent)]
-    Deploy(#[from] Box<DeployError>),
-    /// A file cannot be read or written.
-    #[error(transparent)]
-    Io(#[from] IoError),
-}
-
-impl Classified for EspError {
-    fn class(&self) -> Class {
-        match self {
-            Self::View(error) => error.class(),
-            Self::Store(error) => error.class(),
-            Self::Deploy(error) => error.class(),
-            Self::Missing { .. } | Self::Files(_) => Class::Verification,
-            Self::NoSpace { .. }
-            | Self::None { .. }
-            | Self::ReadBack { .. }
-            | Self::Mount { .. }
-            | Self::Io(_) => Class::Failure,
-        }
-    }
-}
-
-fn list(files: &[(String, u64)]) -> String {
-    let names: Vec<_> = files.iter().map(|(name, bytes)| format!("{name} ({bytes} bytes)")).collect();
-    if names.is_empty() { "none".into() } else { names.join(", ") }
-}
 
 /// A mounted EFI system partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -415,7 +330,7 @@ impl Esp {
     }
 
     fn sync(&self) -> Result<(), EspError> {
-        let folder = File::open(&self.root).on("open", &self.root)?;
+        let folder = file::open_folder(&self.root).on("open", &self.root)?;
         Ok(file::sync_file_system(&folder).on("sync", &self.root)?)
     }
 
@@ -453,6 +368,10 @@ fn read(store: &Store, image: &OciImage, file: &'static str) -> Result<Vec<u8>, 
     bytes.ok_or(EspError::Missing { image: image.digest, file })
 }
 
+fn deploy(error: DeployError) -> EspError {
+    EspError::Deploy(error.into())
+}
+
 /// The kernels that deployments name, the one of the highest version first.
 fn wanted(
     system: &System,
@@ -481,7 +400,7 @@ fn wanted(
                 log::warn!("the kernel of deployment {id} is not known: {error}");
                 None
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(deploy(error)),
         };
         let Some((kernel, image)) = found else { continue };
         let one = Wanted { id: kernel, version: id.version, on_trial: is_pending, image };
@@ -499,25 +418,19 @@ fn wanted(
 }
 
 /// The kernel that a deployment names, and the image that holds it.
-fn kernel_of(system: &System, id: &DeploymentId) -> Result<Option<(Digest, OciImage)>, Box<DeployError>> {
-    let find = || -> Result<Option<(Digest, OciImage)>, DeployError> {
-        let signed = deployment::read(system, id)?;
-        let digest = Digest::of(&signed.manifest);
-        let manifest = SystemManifest::parse(&signed.manifest).map_err(|error| DeployError::State {
-            path: system.deployment_dir(id),
-            why: error.to_string(),
-        })?;
-        if digest != id.digest {
-            return Err(DeployError::OtherManifest { id: *id, version: manifest.version, digest });
-        }
-        let Some(kernel) = kernel::required(system, &manifest)? else { return Ok(None) };
-        let Some((name, target)) = manifest.targets.iter().find(|(name, _)| name.as_str() == boot::TARGET)
-        else {
-            return Ok(None);
-        };
-        Ok(Some((kernel, target::image_of(&system.store()?, name.as_str(), target)?)))
+fn kernel_of(system: &System, id: &DeploymentId) -> Result<Option<(Digest, OciImage)>, DeployError> {
+    let signed = deployment::read(system, id)?;
+    let digest = Digest::of(&signed.manifest);
+    let manifest = SystemManifest::parse(&signed.manifest)
+        .map_err(|error| DeployError::State { path: system.deployment_dir(id), why: error.to_string() })?;
+    if digest != id.digest {
+        return Err(DeployError::OtherManifest { id: *id, version: manifest.version, digest });
+    }
+    let Some(kernel) = kernel::required(system, &manifest)? else { return Ok(None) };
+    let Some((name, target)) = manifest.targets.iter().find(|(name, _)| name.as_str() == boot::TARGET) else {
+        return Ok(None);
     };
-    find().map_err(Box::new)
+    Ok(Some((kernel, target::image_of(&system.store()?, name.as_str(), target)?)))
 }
 
 /// Whether a deployment names this kernel.
@@ -535,7 +448,7 @@ pub fn sync(
     booted: Option<DeploymentId>,
     floor: Option<u64>,
 ) -> Result<Changed, EspError> {
-    let state = system.state().map_err(Box::new)?;
+    let state = system.state().map_err(deploy)?;
     let plan = esp.plan(system, &state, booted, floor, false)?;
     if plan.loader.is_none() && plan.remove.is_empty() {
         return Ok(Changed::default());
@@ -548,7 +461,8 @@ pub fn sync(
 /// Returns where an EFI system partition is mounted: the first of `/efi`, `/boot/efi` and `/boot` that is one
 /// (bootctl(1), `--esp-path`).
 pub fn mounted() -> Option<Esp> {
-    let text = fs::read_to_string("/proc/self/mounts").ok()?;
+    let text = file::read_named(Path::new("/proc/self/mounts"), MAX_MOUNTS).ok()?;
+    let text = String::from_utf8_lossy(&text);
     let is_vfat = |place: &str| {
         text.lines().any(|line| {
             let mut words = line.split(' ').skip(1);
@@ -570,7 +484,7 @@ const LOADER_VARIABLE: &str =
 /// `LoaderDevicePartUUID`).
 pub fn device_of_this_boot() -> Option<PathBuf> {
     // Four bytes of attributes, then UTF-16 with a zero at its end. The file system of these variables does not seek.
-    let bytes = fs::read(LOADER_VARIABLE).ok()?;
+    let bytes = file::read_named(Path::new(LOADER_VARIABLE), 1 << 10).ok()?;
     let units = bytes.get(4..)?.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
     let text: String =
         char::decode_utf16(units.take_while(|unit| *unit != 0)).collect::<Result<_, _>>().ok()?;

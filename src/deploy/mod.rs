@@ -25,6 +25,7 @@ pub mod commit;
 pub mod deployment;
 pub mod error;
 pub mod esp;
+mod esp_error;
 pub mod gc;
 pub mod id;
 pub mod kernel;

@@ -1,14 +1,15 @@
 //! What the first process of a machine does: load modules of the kernel, move mounts, restart the machine.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+use super::file::{Links, open_regular};
 use super::mountapi::{MountError, mount_legacy};
 
-/// finit_module(2) without parameters. A module that is loaded already is no error.
-pub fn load_module(file: &File) -> io::Result<()> {
+/// finit_module(2) of a file, without parameters. A module that is loaded already is no error.
+pub fn load_module(path: &Path) -> io::Result<()> {
+    let (file, _) = open_regular(path, Links::Refused).map_err(|error| error.source)?;
     // SAFETY: the descriptor is open, and the parameters are an empty string that ends with a zero byte.
     let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
     if result == 0 {
