@@ -359,15 +359,15 @@ fn an_image_that_does_not_verify_is_not_mounted() {
     refused(&with(&["--root-hash", wrong, "--root-hash", wrong]), 2);
     refused(&with(&["--root-hash", "abc"]), 2);
 
-    // erofs, which this backend cannot read, and something that nobody can.
-    for (media_type, words) in [
-        ("application/vnd.stacker.image.layer.erofs+lz4", "the fuse backend cannot read erofs yet"),
-        ("application/vnd.oci.image.layer.v1.tar+gzip", "cannot be mounted"),
+    // An erofs layer that is none, and something that nobody can mount.
+    for (media_type, words, code) in [
+        ("application/vnd.stacker.image.layer.erofs+lz4", "expected 0xe0f5e1e2 (erofs)", 1),
+        ("application/vnd.oci.image.layer.v1.tar+gzip", "cannot be mounted", 2),
     ] {
         let mut other = good.descriptor.clone();
         other["mediaType"] = media_type.into();
         layout.image("x", &[other]);
-        let said = refused(&with(&[]), 2);
+        let said = refused(&with(&[]), code);
         assert!(said.contains(words), "{said}");
     }
 

@@ -13,6 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use super::chunked::{ChunkedLayer, Chunks};
+use super::erofs::Erofs;
 use super::layer::{Layer, LayerError};
 use super::puzzlefs::{self, Puzzlefs};
 use super::source::Source;
@@ -106,7 +107,11 @@ const TABLE: &[Row] = &[
     Row {
         name: "erofs",
         media_types: &[MediaType::Prefix("application/vnd.stacker.image.layer.erofs")],
-        content: Content::Image(ImageFormat { kernel: "erofs", data_bytes: erofs_bytes, open: None }),
+        content: Content::Image(ImageFormat {
+            kernel: "erofs",
+            data_bytes: erofs_bytes,
+            open: Some(|source| Ok(Arc::new(Erofs::open(source)?))),
+        }),
     },
     Row {
         name: "puzzlefs",

@@ -188,6 +188,11 @@ pub trait Layer: Send + Sync {
     /// Whether any file of the image has extended attributes.
     fn has_xattrs(&self) -> bool;
 
+    /// Whether any file of the image may have a POSIX ACL (`system.posix_acl_access`, `_default`).
+    fn may_have_acls(&self) -> bool {
+        false
+    }
+
     /// Sizes, for statfs(2).
     fn stat_fs(&self) -> StatFs;
 

@@ -8,7 +8,8 @@
 //! verity/       the hash tree: locate, build; verified.rs reads through it
 //! source.rs     Source: bytes that are checked, or that nobody asked to check
 //! layer.rs      Layer: the files of a layer, whatever its format
-//! squashfs/     a reader; each format has a folder of its own
+//! squashfs/     a reader; each format has a folder of its own: erofs/, puzzlefs/
+//! cache.rs      pieces of metadata that readers keep
 //! overlay/      the merged view of layers
 //! files.rs      files of the merged view by their paths
 //! boot.rs       what the image of the target `boot` has in it
@@ -20,8 +21,10 @@
 pub mod blobs;
 pub mod boot;
 pub mod bytes;
+mod cache;
 pub mod check;
 pub mod chunked;
+pub mod erofs;
 pub mod files;
 pub mod format;
 pub mod layer;

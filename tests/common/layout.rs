@@ -1,4 +1,4 @@
-//! OCI layouts with squashfs layers, and `mosfs mount` of them.
+//! OCI layouts with squashfs and erofs layers, and `mosfs mount` of them.
 
 #![allow(dead_code)]
 
@@ -41,18 +41,28 @@ impl Layout {
 
     /// Seals a squashfs image with a verity tree and puts it in.
     pub fn layer(&self, image: &Path) -> LayerBlob {
+        let mut bytes_used = [0; 8];
+        // Field bytes_used of the squashfs superblock.
+        File::open(image).unwrap().read_exact_at(&mut bytes_used, 40).unwrap();
+        let media_type = "application/vnd.stacker.image.layer.squashfs+zstd";
+        self.layer_of(image, media_type, u64::from_le_bytes(bytes_used))
+    }
+
+    /// Seals an erofs image with a verity tree and puts it in.
+    pub fn erofs_layer(&self, image: &Path) -> LayerBlob {
+        let media_type = "application/vnd.stacker.image.layer.erofs+lz4hc";
+        self.layer_of(image, media_type, fs::metadata(image).unwrap().len())
+    }
+
+    fn layer_of(&self, image: &Path, media_type: &str, data_bytes: u64) -> LayerBlob {
         let temp = self.dir.join("temp");
         fs::copy(image, &temp).unwrap();
         let file = OpenOptions::new().read(true).write(true).open(&temp).unwrap();
-        let mut bytes_used = [0; 8];
-        // Field bytes_used of the squashfs superblock.
-        file.read_exact_at(&mut bytes_used, 40).unwrap();
         let threads = NonZeroUsize::new(2).unwrap();
-        let sealed =
-            verity::seal(&file, u64::from_le_bytes(bytes_used), threads, &Progress::silent()).unwrap();
+        let sealed = verity::seal(&file, data_bytes, threads, &Progress::silent()).unwrap();
         fs::rename(&temp, self.blob(&sealed.digest)).unwrap();
         let descriptor = json!({
-            "mediaType": "application/vnd.stacker.image.layer.squashfs+zstd",
+            "mediaType": media_type,
             "digest": sealed.digest.to_string(),
             "size": sealed.size_bytes,
             "annotations": { "io.stackeroci.stacker.atomfs_verity_root_hash": sealed.root_hash.hex() },

@@ -109,7 +109,7 @@ pub fn assert_same(what: &str, ours: &Tree, theirs: &Tree) {
 /// How much of a tree on a file system is compared.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum View {
-    /// A mounted squashfs: everything.
+    /// A mounted image: everything.
     Mounted,
     /// A mounted squashfs without any xattrs, which answers that it does not know such things.
     MountedWithoutXattrs,
@@ -213,7 +213,7 @@ fn unescape(text: &[u8]) -> Vec<u8> {
 /// What is in an image, by the reader under test.
 ///
 /// Each name is found by `read_dir` and again by `lookup`; each content is read extent by extent.
-pub fn read(image: &Squashfs) -> Tree {
+pub fn read(image: &dyn Layer) -> Tree {
     let mut tree = Tree::new();
     let mut todo = vec![(Vec::new(), image.root())];
     while let Some((path, node)) = todo.pop() {
@@ -268,7 +268,7 @@ pub fn letter(kind: FileType) -> char {
 }
 
 /// The entries of a folder, read in one go, and compared with reading them in small parts and one by one by name.
-pub fn list(image: &Squashfs, node: NodeId) -> Vec<mosfs::internals::image::DirEntry> {
+pub fn list(image: &dyn Layer, node: NodeId) -> Vec<mosfs::internals::image::DirEntry> {
     let mut all = Vec::new();
     image
         .read_dir(node, 0, &mut |entry| {
@@ -305,7 +305,7 @@ pub fn list(image: &Squashfs, node: NodeId) -> Vec<mosfs::internals::image::DirE
 }
 
 /// Reads a file from its first extent to its last.
-pub fn content(image: &Squashfs, node: NodeId, size: u64, each: &mut dyn FnMut(&[u8])) {
+pub fn content(image: &dyn Layer, node: NodeId, size: u64, each: &mut dyn FnMut(&[u8])) {
     let mut offset = 0;
     let mut block = Vec::new();
     while offset < size {
@@ -347,16 +347,29 @@ pub struct Mounted(pub PathBuf);
 
 impl Mounted {
     pub fn new(image: &Path, folder: PathBuf) -> Mounted {
+        Self::of("squashfs", image, folder)
+    }
+
+    /// The same, of another file system.
+    pub fn of(kind: &str, image: &Path, folder: PathBuf) -> Mounted {
         fs::create_dir(&folder).unwrap();
-        run("mount", "mount", &args("-t squashfs -o ro,loop", &[image, &folder]));
+        run("mount", "mount", &args(&format!("-t {kind} -o ro,loop"), &[image, &folder]));
         Mounted(folder)
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let status = Command::new("umount").arg(&self.0).status();
-        assert!(status.is_ok_and(|status| status.success()) || std::thread::panicking());
+        // A program that another test is starting holds what was open here until it is executed.
+        let unmounted = (0..200).any(|_| {
+            let status = Command::new("umount").arg("-q").arg(&self.0).status();
+            let done = status.is_ok_and(|status| status.success());
+            if !done {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            done
+        });
+        assert!(unmounted || std::thread::panicking(), "{} stays mounted", self.0.display());
     }
 }
 

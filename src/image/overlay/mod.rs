@@ -195,6 +195,11 @@ impl Merged {
         self.layers.iter().any(|layer| layer.has_xattrs())
     }
 
+    /// Whether any file may have a POSIX ACL.
+    pub fn may_have_acls(&self) -> bool {
+        self.layers.iter().any(|layer| layer.may_have_acls())
+    }
+
     /// What stat(2) shows of a file, with the link count of the merged view.
     pub fn attr(&self, ino: u64) -> Result<Attr, OverlayError> {
         match self.place(ino)? {

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::compress::{Compressor, Scratch, with_scratch};
 use super::error::corrupt;
 use super::superblock::field;
+use crate::image::cache::Cache;
 use crate::image::{LayerError, Source};
 
 /// Size of a full metadata block when it is decoded, in bytes.
@@ -29,9 +30,6 @@ const PAGE_BYTES: u64 = 4096;
 
 /// Bit of a header: the block is not compressed.
 const STORED: u16 = 1 << 15;
-
-/// Number of blocks in a set of the cache. Their keys fit in four cache lines.
-const WAYS: usize = 32;
 
 /// A part of the image that consists of consecutive metadata blocks.
 #[derive(Debug, Clone, Copy)]
@@ -53,80 +51,17 @@ pub(super) struct Block {
     pub next: u64,
 }
 
-/// A set of the cache: at most [`WAYS`] blocks, replaced by the clock algorithm.
-#[derive(Default)]
-struct Set {
-    keys: Vec<u64>,
-    blocks: Vec<Block>,
-    /// Bit N: block N was used since the clock hand last passed.
-    used: u32,
-    hand: usize,
-}
-
-/// The decoded metadata blocks of an image, by their offset in the image.
-///
-/// Each set has its own lock, held for a look-up only. Two threads that miss the same block at the same time
-/// both decode it, which takes less time than waking a waiting thread.
-pub(super) struct Cache {
-    sets: Box<[Mutex<Set>]>,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // The guarded data is consistent whenever a statement can panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Cache {
-    /// Creates a cache of at most about `bytes` bytes of blocks (and at least one set of 256 KiB).
-    pub(super) fn new(bytes: usize) -> Cache {
-        let sets = (bytes / (METADATA_BYTES * WAYS)).max(1);
-        Cache { sets: (0..sets).map(|_| Mutex::default()).collect() }
-    }
-
-    fn set(&self, at: u64) -> &Mutex<Set> {
-        // Fibonacci hashing: the high bits of the product depend on all bits of the key.
-        let hash = at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        &self.sets[(hash as usize) % self.sets.len()]
-    }
-
-    fn get(&self, at: u64) -> Option<Block> {
-        let mut set = lock(self.set(at));
-        let way = set.keys.iter().position(|&key| key == at)?;
-        set.used |= 1 << way;
-        set.blocks.get(way).cloned()
-    }
-
-    fn put(&self, at: u64, block: Block) {
-        let mut set = lock(self.set(at));
-        let set = &mut *set;
-        if set.keys.contains(&at) {
-            return;
-        }
-        if set.keys.len() < WAYS {
-            set.keys.push(at);
-            set.blocks.push(block);
-            return;
-        }
-        while set.used & (1 << set.hand) != 0 {
-            set.used &= !(1 << set.hand);
-            set.hand = (set.hand + 1) % WAYS;
-        }
-        set.keys[set.hand] = at;
-        set.blocks[set.hand] = block;
-        set.hand = (set.hand + 1) % WAYS;
-    }
-
-    /// Returns the size of the blocks in the cache, in bytes.
-    pub(super) fn bytes(&self) -> usize {
-        self.sets.iter().map(|set| lock(set).blocks.iter().map(|block| block.data.len()).sum::<usize>()).sum()
-    }
 }
 
 /// Reads metadata blocks of one image.
 pub(super) struct Metadata {
     pub source: Arc<dyn Source>,
     pub compressor: Compressor,
-    pub cache: Cache,
+    /// The decoded blocks, by their offset in the image.
+    pub cache: Cache<Block>,
 }
 
 impl Metadata {
@@ -431,32 +366,6 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn block(byte: u8) -> Block {
-        Block { data: Arc::from(vec![byte; METADATA_BYTES]), next: 0 }
-    }
-
-    #[test]
-    fn cache_is_bounded_and_finds_what_it_holds() {
-        let cache = Cache::new(1 << 20);
-        for at in 0..10_000u64 {
-            cache.put(at * 777, block(at as u8));
-            assert_eq!(cache.get(at * 777).unwrap().data[0], at as u8);
-        }
-        assert!(cache.bytes() <= 1 << 20, "{} bytes", cache.bytes());
-        assert!(cache.bytes() > 900 << 10, "{} bytes", cache.bytes());
-    }
-
-    #[test]
-    fn a_used_block_outlives_unused_ones() {
-        let cache = Cache::new(0);
-        cache.put(1, block(1));
-        for at in 2..500 {
-            cache.put(at, block(0));
-            assert!(cache.get(1).is_some(), "lost after {at}");
-        }
-        assert!(cache.get(2).is_none());
-    }
 
     #[test]
     fn places_are_bounded_and_sorted() {

@@ -54,11 +54,12 @@ pub use compress::Compressor;
 pub use metadata::METADATA_BYTES;
 pub use superblock::{SUPERBLOCK_BYTES, Superblock};
 
+use super::cache::Cache;
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 use super::source::Source;
 use error::corrupt;
 use inode::{Data, NONE};
-use metadata::{Cache, Metadata, Places, Region};
+use metadata::{Metadata, Places, Region};
 use tables::Table;
 use xattr::XattrTable;
 
@@ -147,7 +148,7 @@ impl Squashfs {
             metadata: Metadata {
                 source,
                 compressor: superblock.compressor,
-                cache: Cache::new(options.metadata_cache_bytes),
+                cache: Cache::new(options.metadata_cache_bytes, METADATA_BYTES),
             },
             superblock,
             places: Places::default(),
@@ -192,7 +193,7 @@ impl Squashfs {
 
     /// Returns how many bytes of decoded metadata blocks are cached now.
     pub fn metadata_cache_bytes(&self) -> usize {
-        self.metadata.cache.bytes()
+        self.metadata.cache.sum(|block| block.data.len())
     }
 
     /// Returns the stored compressor options, if there are any. No compressor needs them to decode.

@@ -138,7 +138,7 @@ fn bare_attr(ino: u64, file_type: FileType) -> FileAttr {
 
 impl Filesystem for Tree {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        limits::negotiate(config);
+        limits::negotiate(config, self.engine.view().may_have_acls());
         Ok(())
     }
 

@@ -50,8 +50,14 @@ const WANTED: [(InitFlags, &str); 7] = [
     (InitFlags::FUSE_EXPLICIT_INVAL_DATA, "pages stay cached when attributes are requested again"),
 ];
 
-/// Chooses capabilities and limits for a new connection.
-pub(super) fn negotiate(config: &mut KernelConfig) {
+/// Chooses capabilities and limits for a new connection. `acls`: whether files may have POSIX ACLs.
+pub(super) fn negotiate(config: &mut KernelConfig, acls: bool) {
+    if acls {
+        // The kernel then checks ACLs as on any file system: without it the group's bits of a mode, which hold
+        // an ACL's mask, would allow the group more than the ACL does. It costs a request for each file that
+        // others than its owner open, so it is left out where no file can have one.
+        let _ = config.add_capabilities(InitFlags::FUSE_POSIX_ACL);
+    }
     for (flag, _) in WANTED {
         // A kernel that lacks one (Linux 5.2 has them all) is slower but still correct.
         let _ = config.add_capabilities(flag);

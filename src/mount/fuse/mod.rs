@@ -128,8 +128,8 @@ fn mount_nowhere(
     context.set_string("source", name.as_bytes())?;
     context.set_string("subtype", b"mosfs")?;
     context.set_string("fd", fd.as_raw_fd().to_string().as_bytes())?;
-    // default_permissions: the kernel checks modes and owners as on any file system. POSIX ACLs do not
-    // exist here: squashfs has no place for them (it stores user, trusted and security attributes).
+    // default_permissions: the kernel checks modes and owners as on any file system, and POSIX ACLs where a
+    // layer may have them (limits.rs).
     let read_bytes = limits::READ_BYTES.to_string();
     // In octal. The whole mode: an overlay may be made of the mount before somebody asks for it.
     let mode = engine.attr(ROOT).map_or(0, |attr| attr.permissions);
