@@ -124,6 +124,7 @@ pub use mount::{
 pub mod layers {
     pub use crate::image::blobs::{Blob, BlobError, Blobs};
     pub use crate::image::bytes::ReadAt;
+    pub use crate::image::erofs::Erofs;
     pub use crate::image::format::{ChunkedLayer, Chunks, LayerFormat};
     pub use crate::image::layer::{BlockId, Extent, Place, StatFs, Xattrs};
     pub use crate::image::oci::{LayerDescriptor, Trust};

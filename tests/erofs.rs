@@ -6,6 +6,9 @@
 #[path = "common/squashfs.rs"]
 #[allow(dead_code)]
 mod common;
+#[path = "fuzz/src/erofs.rs"]
+#[allow(dead_code)]
+mod fuzz;
 #[path = "common/layout.rs"]
 mod layout;
 #[path = "common/whole/scan.rs"]
@@ -222,6 +225,123 @@ fn newer_programs() {
     let root = place("debian-13").join("root");
     run("mmdebstrap", "mmdebstrap", &args("--quiet --variant=apt --include=erofs-utils trixie", &[&root]));
     newer_corpus(&root, "mkfs.erofs");
+}
+
+/// Where small images of many programs are, each of the tree that [`small_tree`] makes.
+fn fixtures() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus/erofs_image");
+    let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+/// A small tree, the same each time.
+fn small_tree(tree: &Path) {
+    use std::os::unix::fs::{FileExt, symlink};
+    common::need_root();
+    fs::create_dir_all(tree.join("folder/in/folder")).unwrap();
+    let text = "The quick brown fox. ".repeat(400);
+    let noise = bytes(7, 3000);
+    let file = |name: &str, content: &[u8]| fs::write(tree.join(name), content).unwrap();
+    file("empty", b"");
+    file("text", text.as_bytes());
+    file("copy", text.as_bytes());
+    file("longer", &[&noise[..], text.as_bytes(), &noise].concat());
+    file("noise", &noise);
+    for number in 0..9 {
+        file(&format!("folder/end {number}"), text.get(..number * 77 + 5).unwrap().as_bytes());
+    }
+    let sparse = fs::File::create(tree.join("sparse")).unwrap();
+    sparse.write_all_at(b"data", 9_000).unwrap();
+    sparse.set_len(16_000).unwrap();
+    fs::hard_link(tree.join("noise"), tree.join("folder/in/noise")).unwrap();
+    symlink("text", tree.join("link")).unwrap();
+    run("coreutils", "mkfifo", &args("", &[&tree.join("fifo")]));
+    run(
+        "coreutils",
+        "mknod",
+        &args("", &[&tree.join("null"), Path::new("c"), Path::new("1"), Path::new("3")]),
+    );
+    fs::set_permissions(tree.join("noise"), fs::Permissions::from_mode(0o4711)).unwrap();
+    for (name, words) in [
+        ("text", "-n user.long.prefix.one -v 1"),
+        ("copy", "-n user.long.prefix.one -v 1"),
+        ("copy", "-n user.long.prefix.two -v 2"),
+        ("null", "-n trusted.device -v x"),
+    ] {
+        run("attr", "setfattr", &args(words, &[&tree.join(name)]));
+    }
+    run(
+        "findutils",
+        "find",
+        &args(
+            "",
+            &[
+                tree,
+                Path::new("-exec"),
+                Path::new("touch"),
+                Path::new("-h"),
+                Path::new("-d"),
+                Path::new("@1000000000"),
+                Path::new("{}"),
+                Path::new("+"),
+            ],
+        ),
+    );
+}
+
+#[test]
+fn small_images_show_their_tree() {
+    let tree = place("small").join("tree");
+    small_tree(&tree);
+    let expected = see(&tree, View::Copied);
+    let paths = fixtures();
+    assert!(paths.len() > 8);
+    for path in paths {
+        let found = common::as_copied(read(&open(&path)));
+        assert_same(&path.display().to_string(), &found, &expected);
+    }
+}
+
+/// Changes of single bytes and of fields, at places where something is: whatever they do, an answer comes.
+#[test]
+fn no_change_of_an_image_breaks_the_reader() {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 16) as usize % below.max(1)
+    };
+    for path in fixtures() {
+        let good = fs::read(&path).unwrap();
+        let used: Vec<usize> = (1024..good.len()).filter(|at| good[*at] != 0).collect();
+        for _ in 0..250 {
+            let mut bytes = good.clone();
+            for _ in 0..=random(3) {
+                let at = used[random(used.len())];
+                match random(4) {
+                    0 => bytes[at] ^= 1 << random(8),
+                    1 => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][random(5)],
+                    2 => {
+                        let end = bytes.len().min(at + 4);
+                        bytes[at..end].fill([0, 0xff][random(2)]);
+                    }
+                    _ => {
+                        let (from, len) = (used[random(used.len())], random(32));
+                        let end = (from + len).min(bytes.len()).min(from + bytes.len() - at);
+                        bytes.copy_within(from..end.max(from), at);
+                    }
+                }
+            }
+            let kept = bytes.clone();
+            if std::panic::catch_unwind(move || fuzz::image(&bytes)).is_err() {
+                let found = std::env::temp_dir().join("erofs-finding");
+                fs::write(&found, kept).unwrap();
+                panic!("a change of {} breaks the reader: {}", path.display(), found.display());
+            }
+        }
+    }
 }
 
 /// A mount of an image through FUSE, with its verity tree, and of the same by the kernel.

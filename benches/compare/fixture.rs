@@ -5,6 +5,7 @@
 //! DIR/tree/               the same, unpacked: what every mount must show
 //! DIR/squashfs.img        zstd, 128 KiB blocks: the kernel's and squashfuse_ll's
 //! DIR/erofs.img           lz4hc
+//! DIR/erofs-layers/       layout with the erofs image + verity: tag erofs
 //! DIR/layers/             layout with squashfs + verity layers: tags one, three, twenty
 //! DIR/tars/               layout with tar layers: tag three; and the tars beside it
 //! ```
@@ -79,6 +80,12 @@ impl Fixture {
         once(&fixture.erofs(), |to| {
             shell(&format!("mkfs.erofs --quiet -zlz4hc '{}' '{tree}'", to.display()))
         })?;
+        once(&fixture.erofs_layers(), |to| {
+            let image = to.join("erofs.img");
+            fs::create_dir_all(to)?;
+            fs::copy(fixture.erofs(), &image)?;
+            new_layout(to, &[("erofs", vec![image])])
+        })?;
         once(&fixture.dir.join("layers"), |to| fixture.make_layers(to))?;
         once(&fixture.dir.join("tars"), |to| fixture.make_tars(to))?;
         Ok(fixture)
@@ -97,6 +104,11 @@ impl Fixture {
     /// The erofs image of the whole tree.
     pub fn erofs(&self) -> PathBuf {
         self.dir.join("erofs.img")
+    }
+
+    /// The layout with an erofs + verity layer.
+    pub fn erofs_layers(&self) -> PathBuf {
+        self.dir.join("erofs-layers")
     }
 
     /// The layout with squashfs + verity layers.
@@ -284,7 +296,7 @@ pub fn new_layout(layout: &Path, tags: &[(&str, Vec<PathBuf>)]) -> Result<()> {
     Ok(())
 }
 
-/// Turns squashfs images into verity layers of a layout; returns the descriptor for its index.
+/// Turns squashfs images, and `erofs.img`, into verity layers of a layout; returns the descriptor for its index.
 fn image(layout: &Path, tag: &str, images: &[PathBuf]) -> Result<Value> {
     let mut layers = Vec::new();
     for file in images {
@@ -306,7 +318,8 @@ fn image(layout: &Path, tag: &str, images: &[PathBuf]) -> Result<Value> {
             })?
             .trim()
             .to_string();
-        let mut layer = add(layout, file, "application/vnd.stacker.image.layer.squashfs+zstd")?;
+        let format = if file.ends_with("erofs.img") { "erofs+lz4hc" } else { "squashfs+zstd" };
+        let mut layer = add(layout, file, &format!("application/vnd.stacker.image.layer.{format}"))?;
         layer["annotations"] = json!({"io.stackeroci.stacker.atomfs_verity_root_hash": root});
         layers.push(layer);
     }

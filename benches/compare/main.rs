@@ -101,7 +101,7 @@ fn run(args: &Args) -> Result<()> {
     fs::create_dir_all(&args.output)?;
     if args.report_only {
         let text = fs::read(args.output.join("report.json"))?;
-        return report::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
+        return page::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
     }
     let fixture = Fixture::make(&args.dir)?;
     if args.prepare {
@@ -109,7 +109,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let figures = measure(args, &fixture)?;
     report::print(&figures);
-    report::write(&args.output, &figures)?;
+    page::write(&args.output, &figures)?;
     println!("\n{}", args.output.join("report.html").display());
     Ok(())
 }
@@ -123,6 +123,7 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         ("squashfs", fixture.squashfs().display().to_string()),
         ("erofs", fixture.erofs().display().to_string()),
         ("tar", format!("{}:three", fixture.tar_layout().display())),
+        ("erofs_layer", format!("oci:{}:erofs", fixture.erofs_layers().display())),
         ("one", image("one")),
         ("three", image("three")),
         ("twenty", image("twenty")),
@@ -158,8 +159,10 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         // Cold means a fresh mount of an image that is in memory.
         work::warm(&fixture.squashfs())?;
         work::warm(&fixture.erofs())?;
-        for blob in fs::read_dir(fixture.layers().join("blobs/sha256"))? {
-            work::warm(&blob?.path())?;
+        for layout in [fixture.layers(), fixture.erofs_layers()] {
+            for blob in fs::read_dir(layout.join("blobs/sha256"))? {
+                work::warm(&blob?.path())?;
+            }
         }
         let ticks = machine::Ticks::now();
         let samples = if row.who == Who::Programs {

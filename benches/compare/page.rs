@@ -1,9 +1,12 @@
 //! `report.html`: one page that needs nothing else. Bars for each row, and all rows at one glance.
 
 use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
 
+use crate::Result;
 use crate::report::{Figures, RowFigures, digits, goal_text, value};
 use crate::rows::{KERNEL, OURS, SQUASHFUSE, Unit};
 
@@ -12,8 +15,15 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
+/// Writes the page and the figures into `dir`: `report.html` and `report.json`.
+pub fn write(dir: &Path, figures: &Figures) -> Result<()> {
+    fs::write(dir.join("report.json"), format!("{:#}\n", figures.to_json()))?;
+    fs::write(dir.join("report.html"), html(figures))?;
+    Ok(())
+}
+
 /// The whole page.
-pub fn html(figures: &Figures) -> String {
+fn html(figures: &Figures) -> String {
     let mut page = String::from("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n");
     page += "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>mosfs beside its peers</title>\n<style>\n";
     page += include_str!("page.css");

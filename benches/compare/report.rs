@@ -1,12 +1,8 @@
 //! The report: a table on the terminal, `report.json`, and `report.html`.
 
-use std::fs;
-use std::path::Path;
-
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::page;
 use crate::rows::{Goal, KERNEL, ROWS, Row, SQUASHFUSE, Unit};
 use crate::stats::Sample;
 
@@ -220,11 +216,4 @@ pub fn goal_text(judged: &Judged, unit: Unit) -> String {
             format!("{mark} {} (goal {sign} {})", value(judged.value, unit), value(judged.goal.limit, unit))
         }
     }
-}
-
-/// Writes both files into `dir`.
-pub fn write(dir: &Path, figures: &Figures) -> Result<()> {
-    fs::write(dir.join("report.json"), format!("{:#}\n", figures.to_json()))?;
-    fs::write(dir.join("report.html"), page::html(figures))?;
-    Ok(())
 }

@@ -30,7 +30,7 @@ use super::cmdline::Partition;
 use crate::sys::blkid::{self, Content};
 use crate::sys::file::{self, Links};
 use crate::sys::helper::Helper;
-use crate::sys::mountapi::{self, FsContext, MountError};
+use crate::sys::mountapi::{self, CallError, FsContext};
 
 /// How often the devices are looked at while they appear.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -433,7 +433,7 @@ fn mount_and_look(candidate: &Candidate) -> Result<Mounted, String> {
     }
 }
 
-fn attempt(candidate: &Candidate, options: &[(&str, Option<&str>)]) -> Result<OwnedFd, MountError> {
+fn attempt(candidate: &Candidate, options: &[(&str, Option<&str>)]) -> Result<OwnedFd, CallError> {
     let context = FsContext::open(candidate.file_system)?;
     context.set_string("source", candidate.device.as_os_str().as_encoded_bytes())?;
     for (key, value) in options {

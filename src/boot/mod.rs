@@ -56,7 +56,7 @@ use crate::floor::{self, Config, Floor, FloorError, Place};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::{Request, Timing};
 use crate::sys::file;
-use crate::sys::mountapi::{self, MountError as CallError};
+use crate::sys::mountapi::{self, CallError};
 use crate::sys::tpm::TpmError;
 use crate::trust::{Anchor, AnchorError, Verified};
 

@@ -300,9 +300,7 @@ fn for_floor(error: &FloorError) -> Option<&'static str> {
         FloorError::NotConfigured { .. } => {
             "name it once with `mosfs floor provision --floor-pub F --product UUID`"
         }
-        FloorError::ConfigConflict { .. } => {
-            "a device keeps its product and its floor key; name the recorded ones"
-        }
+        FloorError::ConfigConflict { .. } => "a device keeps its floor key; name the recorded one",
         FloorError::FileTampered { .. } => "delete the file: it is a development floor",
         FloorError::Config(error) => return for_anchor(error),
         FloorError::Key(error) => return for_floor_key(error),

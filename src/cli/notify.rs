@@ -5,13 +5,14 @@
 //! process or a thread of its own, so that nobody else waits.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use super::output;
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::sys;
 use crate::sys::daemon::Forked;
+use crate::sys::locks;
 
 /// The mount is ready.
 pub(super) const SUCCESS: u8 = b's';
@@ -62,7 +63,7 @@ impl Pipe {
     }
 
     fn take(&self) -> Option<PathBuf> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        locks::lock(&self.0).take()
     }
 
     /// Writes the byte, and waits for its reader.

@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -23,6 +23,7 @@ use serde_json::json;
 use super::{Global, output};
 use crate::error::{AnyError, IoContext};
 use crate::progress::{ALL, Event, Progress, Sink};
+use crate::sys::locks;
 
 /// How often a task is drawn, or told of, at the most.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -106,7 +107,7 @@ struct Drawer {
 
 impl Sink for Drawer {
     fn event(&self, event: Event<'_>) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = locks::lock(&self.state);
         let now = Instant::now();
         match event {
             Event::Start { id, step, object, total_bytes } => {

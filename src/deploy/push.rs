@@ -14,7 +14,7 @@
 //! fallback list keeps them; readers do not use them.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::error::DeployError;
 use super::offer::{Whole, find_whole};
@@ -24,6 +24,7 @@ use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, SYST
 use crate::manifest::SystemManifest;
 use crate::progress::{ALL, Progress};
 use crate::store::{Store, StoreError, image_repository};
+use crate::sys::locks;
 use crate::transport::registry::{Registry, RegistryError, Uploaded};
 use crate::transport::{Transport, TransportError, parallel};
 use crate::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
@@ -79,7 +80,7 @@ pub fn system(
     push.referrers(&system, &offer, &hex)?;
     failpoint::hit("push.referrers.pushed");
     system.put_document(&manifest.version.to_string(), MANIFEST, &bytes)?;
-    let counts = push.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let counts = locks::into_inner(push.counts);
     let [present, mounted, sent] = counts;
     Ok(Pushed { version: manifest.version, digest: Digest::of(&offer.manifest), sent, mounted, present })
 }
@@ -134,11 +135,11 @@ impl Push<'_> {
                 let wrong = TransportError::SizeMismatch { object, expected: blob.size, found: size };
                 return Err(StoreError::from(wrong).into());
             }
-            let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = || locks::lock(&self.known);
             let elsewhere = known().get(&blob.digest).cloned();
             let how = to.put_blob(blob, &file, elsewhere.as_deref(), &task)?;
             known().entry(blob.digest).or_insert_with(|| to.repository().to_string());
-            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut counts = locks::lock(&self.counts);
             counts[match how {
                 Uploaded::Present => 0,
                 Uploaded::Mounted => 1,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! CONFIG/floor.pub   PEM, the floor key's public half
-//! CONFIG/product     the product's UUID in text, and a newline
+//! CONFIG/product     the product ([`crate::trust::anchor`] reads and writes it)
 //! ```
 //!
 //! Rule (docs/design.md, first given, then kept): a given value is written if CONFIG has none, and refused if
@@ -14,11 +14,11 @@ use uuid::Uuid;
 
 use super::digests::{Name, Policy};
 use super::error::FloorError;
-use super::signature::PublicKey;
+use super::key::PublicKey;
 use crate::failpoint;
 use crate::sys::atomic::{self, NewFile};
 use crate::sys::file::{self, Links};
-use crate::trust::anchor::{PRODUCT_FILE, find_product};
+use crate::trust::anchor::{PRODUCT_FILE, agree_on_product, find_product, product_file};
 
 /// Name of the floor key's file in CONFIG.
 pub const FLOOR_KEY_FILE: &str = "floor.pub";
@@ -56,45 +56,31 @@ impl Config {
 
     /// Accepts the values of the command line; refuses values that differ from the recorded ones.
     pub fn with(mut self, floor_pub: Option<PublicKey>, product: Option<Uuid>) -> Result<Self, FloorError> {
-        let conflict = |file: &str, what, given: String, found: String| FloorError::ConfigConflict {
-            path: self.folder.join(file),
-            what,
-            given,
-            found,
-        };
         match (self.floor_pub, floor_pub) {
             (Some(found), Some(given)) if found != given => {
-                let name = |key| Name::of_key(&key).to_string();
-                return Err(conflict(FLOOR_KEY_FILE, "floor key", name(given), name(found)));
+                return Err(FloorError::ConfigConflict {
+                    path: self.folder.join(FLOOR_KEY_FILE),
+                    given: Name::of_key(&given),
+                    found: Name::of_key(&found),
+                });
             }
             (None, given) => self.floor_pub = given,
             _ => {}
         }
-        match (self.product, product) {
-            (Some(found), Some(given)) if found != given => {
-                return Err(conflict(PRODUCT_FILE, "product", given.to_string(), found.to_string()));
-            }
-            (None, given) => self.product = given,
-            _ => {}
-        }
+        self.product = agree_on_product(&self.folder, self.product, product)?;
         Ok(self)
     }
 
     /// Writes the values that are not recorded yet.
     pub fn record(&self) -> Result<(), FloorError> {
         let recorded = Self::load(&self.folder)?.with(self.floor_pub, self.product)?;
+        let is_missing = |file: &NewFile| !recorded.folder.join(file.name).exists();
         let mut files = Vec::new();
-        let mut add = |name, bytes| {
-            if !recorded.folder.join(name).exists() {
-                files.push(NewFile { name, bytes, mode: 0o644 });
-            }
-        };
         if let Some(key) = &self.floor_pub {
-            add(FLOOR_KEY_FILE, key.to_pem()?);
+            files.push(NewFile { name: FLOOR_KEY_FILE, bytes: key.to_pem()?, mode: 0o644 });
         }
-        if let Some(product) = &self.product {
-            add(PRODUCT_FILE, format!("{product}\n").into_bytes());
-        }
+        files.extend(self.product.map(product_file));
+        files.retain(is_missing);
         if !files.is_empty() {
             atomic::create(&self.folder, &files, |_| failpoint::hit("config.floor.linked"))?;
         }

@@ -29,7 +29,7 @@ use std::fmt;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::signature::PublicKey;
+use super::key::PublicKey;
 use crate::digest::hex;
 
 /// The handle of the floor's NV index, in the range that the owner assigns (TCG registry of reserved TPM 2.0

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::digests::Name;
-use super::signature::KeyError;
+use super::key::KeyError;
 use crate::error::{Class, Classified, IoError};
 use crate::sys::tpm::{Tcti, TpmError};
 use crate::trust::anchor::AnchorError;
@@ -192,19 +192,17 @@ pub enum FloorError {
         /// `floor key` or `product`.
         what: &'static str,
     },
-    /// CONFIG already holds a different value.
-    #[error("{}: this device has another {what}: found {found}, given {given}", path.display())]
+    /// CONFIG already holds a different floor key.
+    #[error("{}: this device has another floor key: found {found}, given {given}", path.display())]
     ConfigConflict {
         /// The file that holds it.
         path: PathBuf,
-        /// `floor key` or `product`.
-        what: &'static str,
-        /// The given value.
-        given: String,
-        /// The recorded value.
-        found: String,
+        /// The Name of the given key.
+        given: Name,
+        /// The Name of the recorded key.
+        found: Name,
     },
-    /// The product in CONFIG is malformed.
+    /// The product in CONFIG is malformed, or another one than the given.
     #[error(transparent)]
     Config(#[from] AnchorError),
     /// A key file that cannot be used.
@@ -215,9 +213,9 @@ pub enum FloorError {
     Io(#[from] IoError),
 }
 
-impl FloorError {
-    /// Converts a TPM error that has no specific meaning at the place where it occurred.
-    pub(super) fn of_tpm(error: TpmError) -> Self {
+/// A TPM error that has no specific meaning at the place where it occurred.
+impl From<TpmError> for FloorError {
+    fn from(error: TpmError) -> Self {
         match error {
             TpmError::Absent { tcti, source } => FloorError::NoTpm { tcti, source },
             TpmError::Library { message } => FloorError::NoLibrary { message },

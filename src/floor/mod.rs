@@ -30,6 +30,7 @@ pub mod config;
 pub mod digests;
 mod error;
 mod file;
+mod key;
 pub mod signature;
 mod tpm;
 
@@ -40,7 +41,8 @@ pub use config::Config;
 pub use digests::Policy;
 pub use error::FloorError;
 pub use file::FileFloor;
-pub use signature::{KeyError, PrivateKey, PublicKey, Signature, check_signature, sign_version};
+pub use key::{KeyError, PrivateKey, PublicKey, Signature};
+pub use signature::{check_signature, sign_version};
 pub use tpm::TpmFloor;
 
 pub use crate::sys::tpm::Tcti;

@@ -5,7 +5,8 @@ use std::time::Duration;
 use super::Floor;
 use super::digests::{ATTRIBUTES, DATA_BYTES, INDEX, Name, Policy};
 use super::error::FloorError;
-use super::signature::{PublicKey, Signature, check_provision, check_signature, provision_message};
+use super::key::{PublicKey, Signature};
+use super::signature::{check_provision, check_signature, provision_message};
 use crate::digest::hex;
 use crate::failpoint;
 use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
@@ -52,7 +53,7 @@ impl TpmFloor {
 
     /// Returns the public area of whatever is at the floor's index, for display.
     pub fn area(&mut self) -> Result<NvArea, FloorError> {
-        self.with(|here| here.find()?.area().map_err(FloorError::of_tpm))
+        self.with(|here| here.find()?.area().map_err(FloorError::from))
     }
 
     fn with<T>(&mut self, act: impl FnOnce(&Here<'_>) -> Result<T, FloorError>) -> Result<T, FloorError> {
@@ -61,7 +62,7 @@ impl TpmFloor {
                 tpm.restart_clock();
                 tpm
             }
-            None => Tpm::open(&self.tcti, self.budget).map_err(FloorError::of_tpm)?,
+            None => Tpm::open(&self.tcti, self.budget)?,
         };
         let result = act(&Here { tpm: &tpm, policy: &self.policy, tcti: &self.tcti });
         if result.is_ok() {
@@ -90,7 +91,7 @@ impl TpmFloor {
                 found: "another signature".into(),
             });
         }
-        let tpm = Tpm::open(&self.tcti, self.budget).map_err(FloorError::of_tpm)?;
+        let tpm = Tpm::open(&self.tcti, self.budget)?;
         let here = Here { tpm: &tpm, policy: &self.policy, tcti: &self.tcti };
         let (index, defined_here) = match here.find() {
             Ok(index) => match here.check_name(&index) {
@@ -114,8 +115,8 @@ impl TpmFloor {
             authorization: *authorization,
         };
         // From here on, an error deletes the index again if it did not exist before.
-        let session = begun.tpm.policy_session().map_err(FloorError::of_tpm)?;
-        begun.nonce = session.nonce().map_err(FloorError::of_tpm)?;
+        let session = begun.tpm.policy_session()?;
+        begun.nonce = session.nonce()?;
         begun.session = Some(session);
         Ok(begun)
     }
@@ -155,13 +156,13 @@ impl Here<'_> {
     fn find(&self) -> Result<NvIndex, FloorError> {
         self.tpm.nv_index(INDEX).map_err(|error| match error.code() {
             Some(RC_NO_HANDLE) => FloorError::NotProvisioned { tcti: self.tcti.clone(), index: INDEX },
-            _ => FloorError::of_tpm(error),
+            _ => error.into(),
         })
     }
 
     /// Rule (docs/design.md, floor at boot): the index's Name must be the expected constant.
     fn check_name(&self, index: &NvIndex) -> Result<(), FloorError> {
-        let found = index.name().map_err(FloorError::of_tpm)?;
+        let found = index.name()?;
         let is = |name: Name| found.as_slice() == name.as_bytes().as_slice();
         if is(self.policy.name_written()) {
             Ok(())
@@ -182,7 +183,7 @@ impl Here<'_> {
             Some(RC_NV_UNINITIALIZED) => {
                 FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX }
             }
-            _ => FloorError::of_tpm(error),
+            _ => error.into(),
         })?;
         let data: [u8; 8] = data.as_slice().try_into().map_err(|_| {
             FloorError::Tpm(TpmError::Garbled {
@@ -207,7 +208,7 @@ impl Here<'_> {
             Tcti::Device(_) => {
                 let folder = sys::run_dir();
                 file::create_folders(&folder)?;
-                Some(self.tpm.lock(&folder.join(LOCK_FILE)).map_err(FloorError::of_tpm)?)
+                Some(self.tpm.lock(&folder.join(LOCK_FILE))?)
             }
             _ => None,
         };
@@ -218,16 +219,16 @@ impl Here<'_> {
         }
         let bump = self.policy.bump(version);
         let operand = version.to_be_bytes();
-        let session = self.tpm.policy_session().map_err(FloorError::of_tpm)?;
+        let session = self.tpm.policy_session()?;
         if let Err(error) = session.policy_nv_less_than(&index, &operand) {
             if error.code() != Some(RC_POLICY) {
-                return Err(FloorError::of_tpm(error));
+                return Err(error.into());
             }
             // The TPM reports that the floor is not below the version: another process was faster.
             let floor = self.read_index(&index)?;
             return if floor >= version { Ok(()) } else { Err(FloorError::RaiseRefused { version, floor }) };
         }
-        session.policy_cp_hash(&self.policy.write_parameters(version)).map_err(FloorError::of_tpm)?;
+        session.policy_cp_hash(&self.policy.write_parameters(version))?;
         let bad_signature = || FloorError::BadFloorSignature { version, product: self.policy.product() };
         self.authorize(&session, &bump, signature, bad_signature, || format!("version {version}"))?;
         failpoint::hit("floor.session.authorized");
@@ -256,10 +257,10 @@ impl Here<'_> {
         let key = self.policy.key();
         let name = Name::of_key(key);
         let ticket = {
-            let loaded = self.tpm.load_public(&point(key)).map_err(FloorError::of_tpm)?;
+            let loaded = self.tpm.load_public(&point(key))?;
             loaded.verify(&self.policy.to_sign(policy), signature).map_err(|error| match error.code() {
                 Some(RC_SIGNATURE_2) => bad_signature(),
-                _ => FloorError::of_tpm(error),
+                _ => error.into(),
             })?
         };
         session.policy_authorize(policy, self.policy.reference(), name.as_bytes(), &ticket).map_err(|error| {
@@ -267,7 +268,7 @@ impl Here<'_> {
                 Some(code @ (RC_VALUE_1 | RC_VALUE_4)) => {
                     FloorError::PolicyMismatch { tcti: self.tcti.clone(), what: what(), code }
                 }
-                _ => FloorError::of_tpm(error),
+                _ => error.into(),
             }
         })
     }
@@ -283,7 +284,7 @@ impl Here<'_> {
             Some(code @ RC_POLICY_FAIL) => {
                 FloorError::PolicyMismatch { tcti: self.tcti.clone(), what: what(), code }
             }
-            _ => FloorError::of_tpm(error),
+            _ => error.into(),
         })
     }
 
@@ -298,7 +299,7 @@ impl Here<'_> {
             Some(RC_NV_SPACE) => FloorError::NvFull { tcti: self.tcti.clone(), index: INDEX },
             Some(RC_NV_DEFINED) => self.already_provisioned(),
             Some(RC_BAD_AUTH) => FloorError::OwnerAuthNeeded { tcti: self.tcti.clone(), index: INDEX },
-            _ => FloorError::of_tpm(error),
+            _ => error.into(),
         })
     }
 }
@@ -347,15 +348,15 @@ impl Provisioning {
         let (Some(session), Some(index)) = (&self.session, &self.index) else {
             return Err(FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX });
         };
-        session.policy_nv_unwritten().map_err(FloorError::of_tpm)?;
+        session.policy_nv_unwritten()?;
         {
-            let key = self.tpm.load_public(&point(&self.provision_key)).map_err(FloorError::of_tpm)?;
+            let key = self.tpm.load_public(&point(&self.provision_key))?;
             session.policy_signed(&key, &self.nonce, signature).map_err(|error| match error.code() {
                 Some(RC_SIGNATURE_5) => FloorError::BadProvisionSignature,
-                _ => FloorError::of_tpm(error),
+                _ => error.into(),
             })?;
         }
-        session.policy_cp_hash(&self.policy.first_write_parameters()).map_err(FloorError::of_tpm)?;
+        session.policy_cp_hash(&self.policy.first_write_parameters())?;
         let not_authorized = || FloorError::FirstWriteNotAuthorized {
             object: "the authorization".into(),
             product: self.policy.product(),

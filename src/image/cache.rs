@@ -3,7 +3,9 @@
 //! Each set has its own lock, held for a look-up only. Two threads that miss the same piece at the same time
 //! both make it, which takes less time than waking a waiting thread.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
+
+use crate::sys::locks;
 
 /// Number of pieces in a set of the cache. Their keys fit in four cache lines.
 pub(super) const WAYS: usize = 32;
@@ -28,11 +30,6 @@ pub(super) struct Cache<V> {
     sets: Box<[Mutex<Set<V>>]>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The guarded data is consistent whenever a statement can panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl<V: Clone> Cache<V> {
     /// Creates a cache of at most about `bytes` bytes of pieces of up to `piece_bytes` each (and at least
     /// one set).
@@ -49,7 +46,7 @@ impl<V: Clone> Cache<V> {
 
     /// Returns the piece with that number, if it is cached.
     pub(super) fn get(&self, key: u64) -> Option<V> {
-        let mut set = lock(self.set(key));
+        let mut set = locks::lock(self.set(key));
         let way = set.keys.iter().position(|&held| held == key)?;
         set.used |= 1 << way;
         set.values.get(way).cloned()
@@ -57,7 +54,7 @@ impl<V: Clone> Cache<V> {
 
     /// Adds a piece. One with that number that is cached already stays.
     pub(super) fn put(&self, key: u64, value: V) {
-        let mut set = lock(self.set(key));
+        let mut set = locks::lock(self.set(key));
         let set = &mut *set;
         if set.keys.contains(&key) {
             return;
@@ -78,7 +75,7 @@ impl<V: Clone> Cache<V> {
 
     /// Returns the sum of a size over the pieces in the cache.
     pub(super) fn sum(&self, size: impl Fn(&V) -> usize) -> usize {
-        self.sets.iter().map(|set| lock(set).values.iter().map(&size).sum::<usize>()).sum()
+        self.sets.iter().map(|set| locks::lock(set).values.iter().map(&size).sum::<usize>()).sum()
     }
 }
 

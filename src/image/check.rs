@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use super::layer::{BlockId, FileType, Layer, LayerError, NodeId, Place};
 use crate::progress::Progress;
+use crate::sys::locks;
 
 /// Reads, verifies and decodes every stored block that a file of the layer uses, on up to `threads` threads.
 ///
@@ -26,7 +27,7 @@ pub fn content(layer: &dyn Layer, threads: NonZeroUsize, progress: &Progress) ->
             let number = next.fetch_add(1, Ordering::Relaxed);
             let Some(block) = blocks.get(number) else { return };
             if let Err(error) = layer.decode(*block, &mut out) {
-                bad.lock().unwrap_or_else(PoisonError::into_inner).push((number, error));
+                locks::lock(&bad).push((number, error));
             }
             task.advance(block.decoded_max.into());
         }
@@ -37,7 +38,7 @@ pub fn content(layer: &dyn Layer, threads: NonZeroUsize, progress: &Progress) ->
         }
         work();
     });
-    let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut bad = locks::into_inner(bad);
     bad.sort_by_key(|(number, _)| *number);
     bad.into_iter().map(|(_, error)| error).collect()
 }

@@ -24,7 +24,7 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::bytes::{ReadAt, len, read_exact};
 use super::source::{ReadError, Source, check_range};
@@ -34,6 +34,7 @@ use super::verity::{
 };
 use crate::digest::Digest;
 use crate::progress::Progress;
+use crate::sys::locks;
 use crate::sys::sha256::hash_blocks;
 
 /// The default bound of the cache of hash blocks, in bytes; it covers 256 MiB of data.
@@ -213,7 +214,7 @@ impl<R: ReadAt> VerifiedSource<R> {
         }
         let block = levels[level].first_block + index;
         let slot = &self.cache[(block % self.cache.len() as u64) as usize];
-        if let Some((held, hashes)) = &*slot.lock().unwrap_or_else(PoisonError::into_inner)
+        if let Some((held, hashes)) = &*locks::lock(slot)
             && *held == block
         {
             return Ok(Arc::clone(hashes));
@@ -224,7 +225,7 @@ impl<R: ReadAt> VerifiedSource<R> {
         self.load(block, hashes.as_flattened_mut())?;
         self.check(hashes.as_flattened(), block, &[parent[(index % FANOUT) as usize]])?;
         let hashes = Arc::new(hashes);
-        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some((block, Arc::clone(&hashes)));
+        *locks::lock(slot) = Some((block, Arc::clone(&hashes)));
         Ok(hashes)
     }
 
@@ -252,7 +253,7 @@ impl<R: ReadAt> VerifiedSource<R> {
     pub fn verify_all(&self, threads: NonZeroUsize, progress: &Progress) -> Report {
         let task = progress.task("verify", &self.root_hash.to_string(), Some(self.size_bytes()));
         let report = Mutex::new(Report::default());
-        let bad = |error| report.lock().unwrap_or_else(PoisonError::into_inner).add(error);
+        let bad = |error| locks::lock(&report).add(error);
         let unknown_blocks = AtomicU64::new(0);
 
         // The hash blocks above level 0, from the top down. Blocks below a bad one cannot be verified.
@@ -286,7 +287,7 @@ impl<R: ReadAt> VerifiedSource<R> {
             Ok::<(), Infallible>(())
         });
 
-        let mut report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut report = locks::into_inner(report);
         report.unknown_blocks = unknown_blocks.into_inner();
         report.bad.sort_by_key(place);
         report

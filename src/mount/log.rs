@@ -10,12 +10,13 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::SystemTime;
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::sys::file::create_file;
+use crate::sys::locks;
 use crate::text::one_line;
 
 /// The log file starts over at this many bytes.
@@ -68,7 +69,7 @@ impl Log for DaemonLog {
         // Always a single line, whatever an image or a path contains.
         let text = record.args().to_string();
         let text = one_line(&text);
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = locks::lock(&self.state);
         if let Some(path) = &self.path {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             let line = format!("{}.{:06} {} {text}\n", now.as_secs(), now.subsec_micros(), record.level());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::MountError;
 use super::backend::FUSE_KIND;
 use super::table::{self, Health};
-use crate::sys;
+use crate::sys::{self, mountapi};
 
 /// How long [`unmount`] waits for a daemon to end.
 const END_WITHIN: Duration = Duration::from_secs(10);
@@ -46,7 +46,7 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
     }
     let as_root = sys::daemon::effective_ids().0 == 0;
     let done = if as_root {
-        sys::fuse::unmount(&target, lazy)
+        mountapi::unmount(&target, lazy).map_err(|error| error.source)
     } else {
         sys::fuse::unmount_with_helper(&target, lazy)
     };

@@ -16,19 +16,6 @@ pub fn open_device() -> io::Result<OwnedFd> {
     Ok(options.read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?.into())
 }
 
-/// umount2(2) of the topmost mount at `target`, which must not be a symbolic link. `lazy` takes it out of
-/// the tree at once and ends it when its last user is gone (MNT_DETACH).
-pub fn unmount(target: &Path, lazy: bool) -> io::Result<()> {
-    let target = CString::new(target.as_os_str().as_bytes())?;
-    let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
-    // SAFETY: `target` is a NUL-terminated string that outlives the call.
-    if unsafe { libc::umount2(target.as_ptr(), flags) } == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Returns the device number (major, minor) of the file system at `path` without querying the file system
 /// itself (AT_STATX_DONT_SYNC), so a file system that does not respond yet cannot block the caller.
 pub fn device_of(path: &Path) -> io::Result<(u32, u32)> {

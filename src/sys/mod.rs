@@ -12,6 +12,7 @@ pub mod flock;
 pub mod fuse;
 pub mod helper;
 pub mod init;
+pub mod locks;
 pub mod loopdev;
 pub mod mountapi;
 pub mod notify;

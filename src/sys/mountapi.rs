@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 /// A call of the mount API that failed.
 #[derive(Debug)]
-pub struct MountError {
+pub struct CallError {
     /// The call: name and arguments.
     pub call: String,
     /// The kernel's error.
@@ -25,7 +25,7 @@ pub struct MountError {
     pub log: Vec<String>,
 }
 
-impl fmt::Display for MountError {
+impl fmt::Display for CallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.call, self.source)?;
         for line in &self.log {
@@ -36,19 +36,19 @@ impl fmt::Display for MountError {
 }
 
 /// The error number's kind stays, and so does all that is said.
-impl From<MountError> for io::Error {
-    fn from(error: MountError) -> Self {
+impl From<CallError> for io::Error {
+    fn from(error: CallError) -> Self {
         Self::new(error.source.kind(), error)
     }
 }
 
-impl std::error::Error for MountError {
+impl std::error::Error for CallError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         Some(&self.source)
     }
 }
 
-impl MountError {
+impl CallError {
     fn last(call: String) -> Self {
         Self { call, source: io::Error::last_os_error(), log: Vec::new() }
     }
@@ -68,18 +68,18 @@ impl MountError {
     }
 }
 
-fn c_string(text: &[u8], call: &dyn Fn() -> String) -> Result<CString, MountError> {
-    CString::new(text).map_err(|_| MountError::interior_nul(call()))
+fn c_string(text: &[u8], call: &dyn Fn() -> String) -> Result<CString, CallError> {
+    CString::new(text).map_err(|_| CallError::interior_nul(call()))
 }
 
 /// Converts the return value of a system call to a new file descriptor.
-fn new_fd(result: libc::c_long, call: &dyn Fn() -> String) -> Result<OwnedFd, MountError> {
+fn new_fd(result: libc::c_long, call: &dyn Fn() -> String) -> Result<OwnedFd, CallError> {
     match i32::try_from(result) {
         Ok(fd) if fd >= 0 => {
             // SAFETY: the kernel has just created this descriptor, so nothing else owns it.
             Ok(unsafe { OwnedFd::from_raw_fd(fd) })
         }
-        _ => Err(MountError::last(call())),
+        _ => Err(CallError::last(call())),
     }
 }
 
@@ -92,7 +92,7 @@ pub struct FsContext {
 
 impl FsContext {
     /// fsopen(2) of a file system type such as `squashfs`. Linux 5.2.
-    pub fn open(file_system: &str) -> Result<Self, MountError> {
+    pub fn open(file_system: &str) -> Result<Self, CallError> {
         let call = || format!("fsopen(\"{file_system}\", FSOPEN_CLOEXEC)");
         let name = c_string(file_system.as_bytes(), &call)?;
         // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
@@ -101,7 +101,7 @@ impl FsContext {
     }
 
     /// Sets an option to a string. The kernel takes at most 255 bytes.
-    pub fn set_string(&self, key: &str, value: &[u8]) -> Result<(), MountError> {
+    pub fn set_string(&self, key: &str, value: &[u8]) -> Result<(), CallError> {
         let call =
             || self.call("FSCONFIG_SET_STRING", key, &format!("\"{}\"", String::from_utf8_lossy(value)));
         let key_c = c_string(key.as_bytes(), &call)?;
@@ -118,14 +118,14 @@ impl FsContext {
     }
 
     /// Sets an option that has no value.
-    pub fn set_flag(&self, key: &str) -> Result<(), MountError> {
+    pub fn set_flag(&self, key: &str) -> Result<(), CallError> {
         let call = || self.call("FSCONFIG_SET_FLAG", key, "NULL");
         let key_c = c_string(key.as_bytes(), &call)?;
         self.config(libc::FSCONFIG_SET_FLAG, Some(&key_c), None, &call)
     }
 
     /// Creates the file system and a detached mount of it, with `MOUNT_ATTR_*` bits.
-    pub fn mount(self, attributes: u64) -> Result<OwnedFd, MountError> {
+    pub fn mount(self, attributes: u64) -> Result<OwnedFd, CallError> {
         self.config(libc::FSCONFIG_CMD_CREATE, None, None, &|| self.call("FSCONFIG_CMD_CREATE", "", "NULL"))?;
         let call = || format!("fsmount(fsopen(\"{}\"), FSMOUNT_CLOEXEC, {attributes:#x})", self.file_system);
         // SAFETY: fsmount takes no pointers; the descriptor is open as long as `self` is.
@@ -146,7 +146,7 @@ impl FsContext {
         key: Option<&CStr>,
         value: Option<&CStr>,
         call: &dyn Fn() -> String,
-    ) -> Result<(), MountError> {
+    ) -> Result<(), CallError> {
         let pointer = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
         // SAFETY: both pointers are null or to NUL-terminated strings that outlive the call, as each of the
         // three commands used here requires.
@@ -160,7 +160,7 @@ impl FsContext {
                 0 as libc::c_int,
             )
         };
-        if result == 0 { Ok(()) } else { Err(self.with_log(MountError::last(call()))) }
+        if result == 0 { Ok(()) } else { Err(self.with_log(CallError::last(call()))) }
     }
 
     fn call(&self, command: &str, key: &str, value: &str) -> String {
@@ -168,7 +168,7 @@ impl FsContext {
     }
 
     /// Adds the kernel's messages, which reads of the context return one at a time.
-    fn with_log(&self, mut error: MountError) -> MountError {
+    fn with_log(&self, mut error: CallError) -> CallError {
         let mut buffer = [0u8; 512];
         // The kernel keeps at most 8 messages (struct fc_log); the bound is ours.
         for _ in 0..16 {
@@ -221,7 +221,7 @@ impl MountPoint {
     /// Attaches a mount that is attached nowhere, on top of what is there. Linux 5.2.
     ///
     /// It takes the descriptor, because a mount that is held by one cannot be unmounted.
-    pub fn attach(&self, mount: OwnedFd) -> Result<(), MountError> {
+    pub fn attach(&self, mount: OwnedFd) -> Result<(), CallError> {
         let (from, to) = (mount.as_raw_fd(), self.fd.as_raw_fd());
         let call = || format!("move_mount({from}, \"\", {to} ({}), \"\")", self.path.display());
         let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
@@ -244,15 +244,15 @@ impl From<MountPoint> for OwnedFd {
 /// Attaches a mount that is attached nowhere to a path. Linux 5.2.
 ///
 /// It consumes the descriptor, because a mount that is held by one cannot be unmounted.
-pub fn attach(mount: OwnedFd, target: &Path) -> Result<(), MountError> {
+pub fn attach(mount: OwnedFd, target: &Path) -> Result<(), CallError> {
     let call = || format!("open(\"{}\", O_PATH|O_DIRECTORY)", target.display());
     let point =
-        MountPoint::open(target).map_err(|source| MountError { call: call(), source, log: Vec::new() })?;
+        MountPoint::open(target).map_err(|source| CallError { call: call(), source, log: Vec::new() })?;
     point.attach(mount)
 }
 
 /// Attaches a mount to `name` in the folder `dir`.
-pub fn attach_at(mount: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &str) -> Result<(), MountError> {
+pub fn attach_at(mount: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &str) -> Result<(), CallError> {
     let call = || format!("move_mount({}, \"\", {}, \"{name}\")", mount.as_raw_fd(), dir.as_raw_fd());
     let path = c_string(name.as_bytes(), &call)?;
     move_mount(mount, dir.as_raw_fd(), &path, libc::MOVE_MOUNT_F_EMPTY_PATH, &call)
@@ -264,16 +264,16 @@ fn move_mount(
     path: &CStr,
     flags: libc::c_uint,
     call: &dyn Fn() -> String,
-) -> Result<(), MountError> {
+) -> Result<(), CallError> {
     // SAFETY: both pointers are to NUL-terminated strings that outlive the call.
     let result = unsafe {
         libc::syscall(libc::SYS_move_mount, mount.as_raw_fd(), c"".as_ptr(), dir, path.as_ptr(), flags)
     };
-    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+    if result == 0 { Ok(()) } else { Err(CallError::last(call())) }
 }
 
 /// Returns a detached private copy of the mount at `path`, without mounts below it. Linux 5.2.
-pub fn clone_mount(path: &Path) -> Result<OwnedFd, MountError> {
+pub fn clone_mount(path: &Path) -> Result<OwnedFd, CallError> {
     let call = || format!("open_tree(AT_FDCWD, \"{}\", OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC)", path.display());
     let path_c = c_string(path.as_os_str().as_bytes(), &call)?;
     // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
@@ -289,7 +289,7 @@ pub fn clone_mount(path: &Path) -> Result<OwnedFd, MountError> {
 }
 
 /// mount_setattr(2) on a mount that is held by descriptor. Linux 5.12.
-pub fn set_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> Result<(), MountError> {
+pub fn set_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> Result<(), CallError> {
     let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
     // SAFETY: the path is a NUL-terminated string, the struct is ours and has the given size.
     let result = unsafe {
@@ -305,7 +305,7 @@ pub fn set_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> Result<(),
     if result == 0 {
         Ok(())
     } else {
-        Err(MountError::last(format!("mount_setattr({}, set {set:#x}, clear {clear:#x})", mount.as_raw_fd())))
+        Err(CallError::last(format!("mount_setattr({}, set {set:#x}, clear {clear:#x})", mount.as_raw_fd())))
     }
 }
 
@@ -318,13 +318,13 @@ pub fn mount_legacy(
     file_system: &str,
     flags: libc::c_ulong,
     options: &str,
-) -> Result<(), MountError> {
+) -> Result<(), CallError> {
     let call = || {
         format!("mount(\"{source}\", \"{}\", \"{file_system}\", {flags:#x}, \"{options}\")", target.display())
     };
     if options.len() > 4095 {
         let source = io::Error::from_raw_os_error(libc::E2BIG);
-        return Err(MountError { call: call(), source, log: Vec::new() });
+        return Err(CallError { call: call(), source, log: Vec::new() });
     }
     let source_c = c_string(source.as_bytes(), &call)?;
     let target_c = c_string(target.as_os_str().as_bytes(), &call)?;
@@ -334,17 +334,18 @@ pub fn mount_legacy(
     let result = unsafe {
         libc::mount(source_c.as_ptr(), target_c.as_ptr(), type_c.as_ptr(), flags, options_c.as_ptr().cast())
     };
-    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+    if result == 0 { Ok(()) } else { Err(CallError::last(call())) }
 }
 
-/// umount2(2). With `detach` a busy mount is detached now and ends with its last user.
-pub fn unmount(target: &Path, detach: bool) -> Result<(), MountError> {
+/// umount2(2) of the topmost mount at `target`, which must not be a symbolic link. With `detach` a busy mount is
+/// detached now and ends with its last user (MNT_DETACH).
+pub fn unmount(target: &Path, detach: bool) -> Result<(), CallError> {
     let flags = libc::UMOUNT_NOFOLLOW | if detach { libc::MNT_DETACH } else { 0 };
     let call = || format!("umount2(\"{}\", {flags:#x})", target.display());
     let path = c_string(target.as_os_str().as_bytes(), &call)?;
     // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
     let result = unsafe { libc::umount2(path.as_ptr(), flags) };
-    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+    if result == 0 { Ok(()) } else { Err(CallError::last(call())) }
 }
 
 /// Runs `work` in a thread with its own mount namespace and working folder.
@@ -356,7 +357,7 @@ pub fn unmount(target: &Path, detach: bool) -> Result<(), MountError> {
 ///
 /// This is needed because overlayfs accepts no lower folder on a detached mount before Linux 6.15
 /// (`clone_private_mount` requires a mount of the caller's own namespace).
-pub fn in_private_namespace<T: Send, E: Send + From<MountError>>(
+pub fn in_private_namespace<T: Send, E: Send + From<CallError>>(
     work: impl FnOnce(BorrowedFd<'_>) -> Result<T, E> + Send,
 ) -> Result<T, E> {
     std::thread::scope(|scope| {
@@ -372,11 +373,11 @@ pub fn in_private_namespace<T: Send, E: Send + From<MountError>>(
 }
 
 /// Moves the calling thread to its own mount namespace, with an empty tmpfs as its working folder.
-fn enter_private_namespace() -> Result<OwnedFd, MountError> {
+fn enter_private_namespace() -> Result<OwnedFd, CallError> {
     // SAFETY: unshare takes no pointers. CLONE_FS makes the working folder and root this
     // thread's own, so that the other threads of the process keep theirs.
     if unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) } != 0 {
-        return Err(MountError::last("unshare(CLONE_FS|CLONE_NEWNS)".into()));
+        return Err(CallError::last("unshare(CLONE_FS|CLONE_NEWNS)".into()));
     }
     make_all_mounts_private()?;
     let context = FsContext::open("tmpfs")?;
@@ -388,7 +389,7 @@ fn enter_private_namespace() -> Result<OwnedFd, MountError> {
     })?;
     // SAFETY: fchdir takes no pointers; the descriptor is open.
     if unsafe { libc::fchdir(folder.as_raw_fd()) } != 0 {
-        return Err(MountError::last("fchdir(tmpfs)".into()));
+        return Err(CallError::last("fchdir(tmpfs)".into()));
     }
     Ok(folder)
 }
@@ -398,7 +399,7 @@ fn enter_private_namespace() -> Result<OwnedFd, MountError> {
 /// The kernel changes the propagation of a mount point only. In a chroot whose root folder is not one, `/` is
 /// refused, and no path below it leads to the mount that contains it. There the thread goes to the root of its
 /// namespace, which is always a mount point, and comes back.
-fn make_all_mounts_private() -> Result<(), MountError> {
+fn make_all_mounts_private() -> Result<(), CallError> {
     match make_tree_private() {
         Err(error) if error.errno() == libc::EINVAL => {}
         result => return result,
@@ -409,29 +410,29 @@ fn make_all_mounts_private() -> Result<(), MountError> {
     // SAFETY: the path is a NUL-terminated constant.
     let namespace = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
     if namespace < 0 {
-        return Err(MountError::last(format!("open({path:?}, O_RDONLY)")));
+        return Err(CallError::last(format!("open({path:?}, O_RDONLY)")));
     }
     // SAFETY: open(2) has just returned this descriptor, and nothing else owns it.
     let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
     // setns(2): joining a mount namespace, even one's own, moves root and working folder to its root.
     // SAFETY: setns takes no pointers; the descriptor is open.
     if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS) } != 0 {
-        return Err(MountError::last("setns(/proc/thread-self/ns/mnt, CLONE_NEWNS)".into()));
+        return Err(CallError::last("setns(/proc/thread-self/ns/mnt, CLONE_NEWNS)".into()));
     }
     let made_private = make_tree_private();
     // SAFETY: fchdir takes no pointers; the descriptor is open.
     if unsafe { libc::fchdir(root.as_raw_fd()) } != 0 {
-        return Err(MountError::last("fchdir(\"/\")".into()));
+        return Err(CallError::last("fchdir(\"/\")".into()));
     }
     // SAFETY: the path is a NUL-terminated constant.
     if unsafe { libc::chroot(c".".as_ptr()) } != 0 {
-        return Err(MountError::last("chroot(\".\")".into()));
+        return Err(CallError::last("chroot(\".\")".into()));
     }
     made_private
 }
 
 /// Makes the mount at `/` and all below it private (mount_namespaces(7)).
-fn make_tree_private() -> Result<(), MountError> {
+fn make_tree_private() -> Result<(), CallError> {
     // SAFETY: constant NUL-terminated strings; source, type and data may be null for a change of
     // propagation (mount(2)).
     let result = unsafe {
@@ -446,16 +447,16 @@ fn make_tree_private() -> Result<(), MountError> {
     if result == 0 {
         Ok(())
     } else {
-        Err(MountError::last("mount(NULL, \"/\", NULL, MS_REC|MS_PRIVATE, NULL)".into()))
+        Err(CallError::last("mount(NULL, \"/\", NULL, MS_REC|MS_PRIVATE, NULL)".into()))
     }
 }
 
 /// Opens a folder as a place only (O_PATH).
-fn open_folder(path: &CStr) -> Result<OwnedFd, MountError> {
+fn open_folder(path: &CStr) -> Result<OwnedFd, CallError> {
     // SAFETY: the pointer is to a NUL-terminated string.
     let fd = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) };
     if fd < 0 {
-        return Err(MountError::last(format!("open({path:?}, O_PATH|O_DIRECTORY)")));
+        return Err(CallError::last(format!("open({path:?}, O_PATH|O_DIRECTORY)")));
     }
     // SAFETY: open(2) has just returned this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -472,12 +473,12 @@ pub fn has_entry(dir: BorrowedFd<'_>, name: &str) -> bool {
 }
 
 /// mkdirat(2) with mode 0700, for the folders of a private namespace.
-pub fn make_folder(dir: BorrowedFd<'_>, name: &str) -> Result<(), MountError> {
+pub fn make_folder(dir: BorrowedFd<'_>, name: &str) -> Result<(), CallError> {
     let call = || format!("mkdirat({}, \"{name}\", 0700)", dir.as_raw_fd());
     let name_c = c_string(name.as_bytes(), &call)?;
     // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
     let result = unsafe { libc::mkdirat(dir.as_raw_fd(), name_c.as_ptr(), 0o700) };
-    if result == 0 { Ok(()) } else { Err(MountError::last(call())) }
+    if result == 0 { Ok(()) } else { Err(CallError::last(call())) }
 }
 
 #[cfg(test)]

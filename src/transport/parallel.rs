@@ -1,8 +1,10 @@
 //! Several transfers at a time.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
+
+use crate::sys::locks;
 
 /// How many blobs are transferred at a time.
 const AT_ONCE: usize = 4;
@@ -13,7 +15,7 @@ const AT_ONCE: usize = 4;
 /// The first error; what was begun is finished or fails by itself, nothing further is begun.
 pub fn for_each<T: Sync, E: Send>(items: &[T], work: impl Fn(&T) -> Result<(), E> + Sync) -> Result<(), E> {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
-    let failure = || failed.lock().unwrap_or_else(PoisonError::into_inner);
+    let failure = || locks::lock(&failed);
     let worker = || {
         while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
             if failure().is_some() {

@@ -182,22 +182,12 @@ impl Anchor {
     /// given; [`AnchorError::Missing`] if a value is in neither.
     pub fn plan(config: &Path, ca: Option<CaFile>, product: Option<Uuid>) -> Result<AnchorPlan, AnchorError> {
         let mut files = Vec::new();
-        let path = config.join(PRODUCT_FILE);
-        let product = match (find_product(config)?, product) {
-            (Some(has), Some(given)) if has != given => {
-                return Err(AnchorError::OtherProduct { path, has, given });
-            }
-            (Some(has), _) => has,
-            (None, Some(given)) => {
-                files.push(NewFile {
-                    name: PRODUCT_FILE,
-                    bytes: format!("{given}\n").into_bytes(),
-                    mode: 0o644,
-                });
-                given
-            }
-            (None, None) => return Err(AnchorError::Missing { path, what: "product" }),
-        };
+        let recorded = find_product(config)?;
+        let missing = || AnchorError::Missing { path: config.join(PRODUCT_FILE), what: "product" };
+        let product = agree_on_product(config, recorded, product)?.ok_or_else(missing)?;
+        if recorded.is_none() {
+            files.push(product_file(product));
+        }
         let path = config.join(CA_FILE);
         let ca = match (CaFile::find(&path)?, ca) {
             (Some(has), Some(given)) if has.digests() != given.digests() => {
@@ -332,6 +322,30 @@ impl fmt::Display for CaFile {
             |(ca, der): (&X509, &Vec<u8>)| format!("`{}` {}", name_text(ca.subject_name()), Digest::of(der));
         f.write_str(&self.certificates.iter().zip(&self.der).map(one).collect::<Vec<_>>().join(", "))
     }
+}
+
+/// Returns the product that CONFIG has, else the given one.
+///
+/// Rule (docs/design.md, first given, then kept): a device keeps the product that it has.
+///
+/// # Errors
+/// [`AnchorError::OtherProduct`].
+pub(crate) fn agree_on_product(
+    config: &Path,
+    has: Option<Uuid>,
+    given: Option<Uuid>,
+) -> Result<Option<Uuid>, AnchorError> {
+    match (has, given) {
+        (Some(has), Some(given)) if has != given => {
+            Err(AnchorError::OtherProduct { path: config.join(PRODUCT_FILE), has, given })
+        }
+        _ => Ok(has.or(given)),
+    }
+}
+
+/// Returns the product's file in CONFIG, to be written.
+pub(crate) fn product_file(product: Uuid) -> NewFile {
+    NewFile { name: PRODUCT_FILE, bytes: format!("{product}\n").into_bytes(), mode: 0o644 }
 }
 
 /// Returns the product in CONFIG, if there is one.

@@ -156,8 +156,8 @@ fn provision_records_in_config_what_it_was_given_and_refuses_another() {
     bench.fails(
         Some(&swtpm),
         &["provision", "--provision-key", "provision.key", "--product", &OTHER_PRODUCT.to_string()],
-        2,
-        "this device has another product",
+        3,
+        "this device is product",
     );
     assert_eq!(fs::read_to_string(bench.path("config/product")).unwrap(), format!("{PRODUCT_TEXT}\n"));
 }

@@ -25,8 +25,8 @@ pub(super) mod plan;
 use std::collections::HashSet;
 use std::io;
 use std::num::NonZeroUsize;
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
 
 use fastcdc::v2020::StreamCDC;
 
@@ -41,6 +41,7 @@ use crate::image::overlay::{Merged, OverlayError};
 use crate::image::puzzlefs::{FILEDATA, ROOTFS, VERITY_ANNOTATION, ZSTD_SUFFIX};
 use crate::progress::Progress;
 use crate::store::{StoreError, Writer};
+use crate::sys::locks;
 
 /// The smallest chunk but the last, in bytes.
 const MIN_CHUNK: usize = 16 << 10;
@@ -177,7 +178,7 @@ fn store_all(
 fn compress_all(queue: &Mutex<Receiver<Job>>) {
     let mut compressor = Compressor::new();
     loop {
-        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let job = locks::lock(queue).recv();
         let Ok(Job { data, done }) = job else { return };
         let outcome = match &mut compressor {
             Ok(compressor) => compressor.compress(&data).map(|compressed| chunk(data, compressed)),

@@ -24,7 +24,7 @@ use crate::image::{LayerError, ReadError};
 
 /// Size of an extent of content that is stored as it is, in bytes: a read of 4 KiB verifies four blocks, and a
 /// read of 128 KiB takes eight steps.
-const PIECE_BYTES: u64 = 16 << 10;
+pub(super) const PIECE_BYTES: u64 = 16 << 10;
 
 /// Bits of a format of chunks: log2 of the blocks in a chunk.
 const CHUNK_LOG: u16 = 0x1f;

@@ -137,6 +137,16 @@ impl Erofs {
         Ok(inode)
     }
 
+    /// The preferred size of a read, in bytes: about what a cluster decodes to. Caches are sized by it.
+    fn read_bytes(&self) -> u32 {
+        if !self.superblock.has_clusters() {
+            return file::PIECE_BYTES as u32;
+        }
+        // Only lz4 says how large its clusters are; they decode to about twice that.
+        let stored = u32::from(self.superblock.lz4_blocks) << self.superblock.block_log;
+        (2 * stored.min(1 << 20)).next_power_of_two().max(128 << 10)
+    }
+
     /// Returns how many bytes of metadata are cached now.
     #[cfg(feature = "internals")]
     pub fn metadata_cache_bytes(&self) -> usize {
@@ -217,11 +227,7 @@ impl Layer for Erofs {
     }
 
     fn stat_fs(&self) -> StatFs {
-        StatFs {
-            bytes: self.superblock.bytes,
-            files: self.superblock.inodes,
-            block_bytes: self.superblock.block_bytes(),
-        }
+        StatFs { bytes: self.superblock.bytes, files: self.superblock.inodes, block_bytes: self.read_bytes() }
     }
 
     fn numbers(&self) -> u64 {

@@ -121,6 +121,11 @@ impl Superblock {
         1 << self.block_log
     }
 
+    /// Whether files may be compressed. The first images with lz4 do not say.
+    pub(super) fn has_clusters(&self) -> bool {
+        self.incompatible & (ZERO_PADDING | COMPRESSION_OPTIONS) != 0
+    }
+
     /// Whether compressed data is at the end of its blocks.
     pub(super) fn is_zero_padded(&self) -> bool {
         self.incompatible & ZERO_PADDING != 0

@@ -185,14 +185,21 @@ impl Erofs {
             fragment: u32_at(&bytes, 0).into(),
         };
         let full = inode.layout == Layout::CompressedFull;
-        if full && advice & EXTENTS != 0 {
-            let count = u64::from(u32_at(&bytes, 0)) | u64::from(u16_at(&bytes, 6)) << 32;
-            return self.extent_run(&index, count, offset);
-        }
         if !full && (advice & BIG_1 != 0) != (advice & BIG_2 != 0) {
             return Err(index.corrupt(format!("advice is {advice:#x}, expected bits 1 and 2 to be equal")));
         }
-        self.row_run(&index, offset)
+        let run = if full && advice & EXTENTS != 0 {
+            let count = u64::from(u32_at(&bytes, 0)) | u64::from(u16_at(&bytes, 6)) << 32;
+            self.extent_run(&index, count, offset)?
+        } else {
+            self.row_run(&index, offset)?
+        };
+        // Rows that lead back to a head and rows that lead on from it can contradict each other.
+        if offset < run.begin || offset >= run.end || run.end > inode.size {
+            let (begin, end) = (run.begin, run.end);
+            return Err(index.corrupt(format!("the extent of the byte at {offset} is {begin} to {end}")));
+        }
+        Ok(run)
     }
 
     fn row_run(&self, index: &Index<'_>, offset: u64) -> Result<Run, LayerError> {
@@ -276,7 +283,7 @@ impl Erofs {
             let within = run.begin % block;
             let first = len.min(block - within);
             if offset - run.begin < first {
-                at += u64::from(stored.bytes).max(block) - block + within;
+                at = at.saturating_add(u64::from(stored.bytes).max(block) - block + within);
                 run.end = run.begin + first;
             } else {
                 run.begin += first;

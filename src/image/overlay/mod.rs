@@ -40,10 +40,12 @@ pub mod names;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use self::cursor::{CursorCache, Merge};
 use super::layer::{Attr, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs};
+
+use crate::sys::locks;
 
 /// The inode number of the root folder (FUSE_ROOT_ID in `linux/fuse.h`).
 pub const ROOT: u64 = 1;
@@ -323,7 +325,7 @@ impl Merged {
 
     /// How many merged folders are remembered.
     pub fn merged_folders(&self) -> usize {
-        self.dirs.read().unwrap_or_else(PoisonError::into_inner).len()
+        locks::read(&self.dirs).len()
     }
 
     /// The layer and node of a file; of a merged folder its topmost part.
@@ -372,7 +374,7 @@ impl Merged {
         }
         // The bottom layer is never the topmost part of several.
         if part.layer > 0
-            && let Some(dir) = self.dirs.read().unwrap_or_else(PoisonError::into_inner).get(&ino)
+            && let Some(dir) = locks::read(&self.dirs).get(&ino)
         {
             return Ok(Place::Several(dir.clone()));
         }
@@ -431,11 +433,11 @@ impl Merged {
         let (Some(&top), Some(kind)) = (chain.parts.first(), chain.kind) else { return Ok(None) };
         let ino = self.number(top)?;
         if chain.parts.len() > 1 {
-            let known = self.dirs.read().unwrap_or_else(PoisonError::into_inner).contains_key(&ino);
+            let known = locks::read(&self.dirs).contains_key(&ino);
             if !known {
                 let dir =
                     MergedDir { parts: chain.parts.into_boxed_slice(), parent, nlink: AtomicU32::new(0) };
-                let mut dirs = self.dirs.write().unwrap_or_else(PoisonError::into_inner);
+                let mut dirs = locks::write(&self.dirs);
                 dirs.entry(ino).or_insert_with(|| Arc::new(dir));
             }
         }
@@ -478,7 +480,7 @@ impl Merged {
     ) -> Result<(), OverlayError> {
         let saved = match cookie {
             0 => None,
-            _ => self.cursors.lock().unwrap_or_else(PoisonError::into_inner).get(ino, cookie),
+            _ => locks::lock(&self.cursors).get(ino, cookie),
         };
         let mut ordinal = if saved.is_some() { cookie } else { 0 };
         let mut merge = Merge::new(self, &dir.parts, saved.as_deref())?;
@@ -510,7 +512,7 @@ impl Merged {
         }
         if ordinal > 0 {
             let cookies = merge.cookies();
-            self.cursors.lock().unwrap_or_else(PoisonError::into_inner).put(ino, ordinal, cookies);
+            locks::lock(&self.cursors).put(ino, ordinal, cookies);
         }
         Ok(())
     }

@@ -11,13 +11,14 @@
 //! last one is an error: no writer makes one, and refusing it preserves the relation between a position in
 //! the decoded table and the number of its block.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::compress::{Compressor, Scratch, with_scratch};
 use super::error::corrupt;
 use super::superblock::field;
 use crate::image::cache::Cache;
 use crate::image::{LayerError, Source};
+use crate::sys::locks;
 
 /// Size of a full metadata block when it is decoded, in bytes.
 pub const METADATA_BYTES: usize = 8192;
@@ -49,11 +50,6 @@ pub(super) struct Block {
     pub data: Arc<[u8]>,
     /// Offset in the image of the next block, in bytes.
     pub next: u64,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The guarded data is consistent whenever a statement can panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads metadata blocks of one image.
@@ -328,7 +324,7 @@ impl Places {
 
     /// Returns the last position of that node at or before `item`.
     pub(super) fn before(&self, node: u64, item: u64) -> Option<Place> {
-        let set = lock(self.set(node));
+        let set = locks::lock(self.set(node));
         let (_, places) = set.nodes.iter().find(|(id, _)| *id == node)?;
         let count = places.partition_point(|place| place.item <= item);
         places.get(count.checked_sub(1)?).copied()
@@ -339,7 +335,7 @@ impl Places {
         if found.is_empty() {
             return;
         }
-        let mut set = lock(self.set(node));
+        let mut set = locks::lock(self.set(node));
         let set = &mut *set;
         let way = match set.nodes.iter().position(|(id, _)| *id == node) {
             Some(way) => way,
@@ -382,7 +378,7 @@ mod tests {
             places.remember(node, &many);
         }
         let (nodes, kept) = places.sets.iter().fold((0, 0), |(nodes, kept), set| {
-            let set = lock(set);
+            let set = locks::lock(set);
             (nodes + set.nodes.len(), kept + set.nodes.iter().map(|(_, places)| places.len()).sum::<usize>())
         });
         assert!(nodes <= PLACE_SETS * PLACE_WAYS && kept <= nodes * PLACES as usize);

@@ -1,7 +1,9 @@
 //! Runs a loop over many pieces on several threads.
 
 use std::num::NonZeroUsize;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
+
+use crate::sys::locks;
 
 /// Calls `work` for each item, on up to `threads` threads (including this one), with memory that the thread
 /// keeps between items.
@@ -16,12 +18,12 @@ pub(crate) fn for_each<T: Send, E: Send>(
     work: impl Fn(T, &mut Vec<u8>) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
     let queue = Mutex::new(Some(items));
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).as_mut().and_then(Iterator::next);
+    let next = || locks::lock(&queue).as_mut().and_then(Iterator::next);
     let run = || {
         let mut scratch = Vec::new();
         while let Some(item) = next() {
             if let Err(error) = work(item, &mut scratch) {
-                *queue.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                *locks::lock(&queue) = None;
                 return Err(error);
             }
         }

@@ -16,10 +16,11 @@
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 
 use super::EngineError;
 use crate::image::layer::BlockId;
+use crate::sys::locks;
 
 /// Which part of the cache a block belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,11 +58,11 @@ struct Pool {
 
 impl Pool {
     fn take(&self) -> Vec<u8> {
-        lock(&self.spare).pop().unwrap_or_default()
+        locks::lock(&self.spare).pop().unwrap_or_default()
     }
 
     fn give(&self, buffer: Vec<u8>) {
-        let mut spare = lock(&self.spare);
+        let mut spare = locks::lock(&self.spare);
         if buffer.capacity() > 0 && spare.len() < self.most {
             spare.push(buffer);
         }
@@ -131,7 +132,7 @@ impl BlockCache {
 
     /// Returns the block if it is cached and decoded.
     pub fn get(&self, share: Share, layer: usize, id: BlockId) -> Option<Arc<Block>> {
-        match lock(self.shard(share, layer, id).0).slots.get(&(layer, id)) {
+        match locks::lock(self.shard(share, layer, id).0).slots.get(&(layer, id)) {
             Some(Slot::Ready { block, used }) => {
                 used.store(true, Ordering::Relaxed);
                 Some(block.clone())
@@ -151,7 +152,7 @@ impl BlockCache {
     ) -> Outcome {
         let (shard, most) = self.shard(share, layer, id);
         let key = (layer, id);
-        let flight = match lock(shard).slots.entry(key) {
+        let flight = match locks::lock(shard).slots.entry(key) {
             Entry::Occupied(slot) => match slot.get() {
                 Slot::Ready { block, used } => {
                     used.store(true, Ordering::Relaxed);
@@ -183,7 +184,7 @@ impl BlockCache {
     /// Returns how many decoded bytes the cache holds.
     #[cfg(test)]
     fn held_bytes(&self) -> usize {
-        self.data.iter().chain(&self.shared).map(|shard| lock(shard).bytes).sum()
+        self.data.iter().chain(&self.shared).map(|shard| locks::lock(shard).bytes).sum()
     }
 
     fn shard(&self, share: Share, layer: usize, id: BlockId) -> (&Mutex<Shard>, usize) {
@@ -199,11 +200,11 @@ impl BlockCache {
 
 impl Flight {
     fn wait(&self) -> Outcome {
-        let mut outcome = lock(&self.outcome);
+        let mut outcome = locks::lock(&self.outcome);
         loop {
             match &*outcome {
                 Some(known) => return known.clone(),
-                None => outcome = self.landed.wait(outcome).unwrap_or_else(PoisonError::into_inner),
+                None => outcome = locks::wait(&self.landed, outcome),
             }
         }
     }
@@ -220,7 +221,7 @@ struct Landing<'a> {
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
         let mut leaving = Vec::new();
-        let mut shard = lock(self.shard);
+        let mut shard = locks::lock(self.shard);
         let was = match &self.outcome {
             Ok(block) => {
                 let slot = Slot::Ready { block: block.clone(), used: AtomicBool::new(false) };
@@ -233,7 +234,7 @@ impl Drop for Landing<'_> {
         shard.shrink(self.most, &mut leaving);
         drop(shard);
         if let Some(Slot::Decoding(flight)) = was {
-            *lock(&flight.outcome) = Some(self.outcome.clone());
+            *locks::lock(&flight.outcome) = Some(self.outcome.clone());
             flight.landed.notify_all();
         }
     }
@@ -259,10 +260,6 @@ impl Shard {
             }
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -335,7 +332,7 @@ mod tests {
         for start in 0..1000 {
             cache.get_or_decode(Share::Data, 0, id(start), fill(0)).unwrap();
         }
-        assert!(lock(&cache.pool.spare).len() <= SPARE_BUFFERS);
-        assert!(!lock(&cache.pool.spare).is_empty());
+        assert!(locks::lock(&cache.pool.spare).len() <= SPARE_BUFFERS);
+        assert!(!locks::lock(&cache.pool.spare).is_empty());
     }
 }

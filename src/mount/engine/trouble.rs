@@ -6,13 +6,14 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use crate::image::layer::LayerError;
 use crate::image::source::ReadError;
+use crate::sys::locks;
 
 /// How many bad places are remembered.
 pub const MOST_PLACES: usize = 4096;
@@ -78,7 +79,7 @@ impl Troubles {
             verity: self.verity.load(Ordering::Relaxed),
             io: self.io.load(Ordering::Relaxed),
             corrupt: self.corrupt.load(Ordering::Relaxed),
-            last: self.state.lock().unwrap_or_else(PoisonError::into_inner).last.clone(),
+            last: locks::lock(&self.state).last.clone(),
         }
     }
 
@@ -89,9 +90,9 @@ impl Troubles {
 
     /// Waits until there are more errors than `told`, and returns how many there are.
     pub fn wait_beyond(&self, told: u64) -> u64 {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = locks::lock(&self.state);
         while self.total() <= told {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = locks::wait(&self.changed, state);
         }
         self.total()
     }
@@ -107,7 +108,7 @@ impl Troubles {
             LayerError::Read(ReadError::OutOfRange { .. }) => (&self.corrupt, ino),
             LayerError::Corrupt { .. } | LayerError::WrongType { .. } => (&self.corrupt, ino),
         };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = locks::lock(&self.state);
         count.fetch_add(1, Ordering::Relaxed);
         self.changed.notify_all();
         if state.seen.contains(&(layer, place)) {

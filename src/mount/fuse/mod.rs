@@ -31,7 +31,7 @@ mod started;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
@@ -52,6 +52,7 @@ use crate::failpoint;
 use crate::image::overlay::{Merged, ROOT};
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
+use crate::sys::locks;
 use crate::sys::mountapi::{self, FsContext, MountPoint};
 
 /// How often the error counts in a mount's record are brought up to date, at the most.
@@ -112,7 +113,11 @@ impl Connection {
 }
 
 fn unmount_at(target: &Path, by_helper: bool, lazy: bool) -> io::Result<()> {
-    if by_helper { sys::fuse::unmount_with_helper(target, lazy) } else { sys::fuse::unmount(target, lazy) }
+    if by_helper {
+        sys::fuse::unmount_with_helper(target, lazy)
+    } else {
+        mountapi::unmount(target, lazy).map_err(|error| error.source)
+    }
 }
 
 /// A mount of a connection that is attached nowhere.
@@ -121,7 +126,7 @@ fn mount_nowhere(
     engine: &Engine,
     fd: &OwnedFd,
     flags: &MountFlags,
-) -> Result<OwnedFd, mountapi::MountError> {
+) -> Result<OwnedFd, mountapi::CallError> {
     let context = FsContext::open("fuse")?;
     // It names the mount for people, and nothing is found by it.
     let name = source_name::cut(source, source_name::FSCONFIG_BYTES_MAX);
@@ -211,7 +216,7 @@ impl Served {
     /// Attaches it to its target.
     pub fn attach(mut self, point: &MountPoint) -> Result<(), MountError> {
         if let Some(mount) = self.mount.take() {
-            let failed = |source: mountapi::MountError| MountError::Mount {
+            let failed = |source: mountapi::CallError| MountError::Mount {
                 target: point.path().to_path_buf(),
                 source: source.into(),
             };
@@ -437,17 +442,13 @@ struct Kept(Arc<Mutex<Option<MountRecord>>>);
 
 impl Drop for Clean {
     fn drop(&mut self) {
-        if let Some(record) = lock(&self.0.0).take() {
+        if let Some(record) = locks::lock(&self.0.0).take() {
             table::remove_here(&record);
         }
     }
 }
 
 struct Clean(Kept);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Unmounts when a signal asks for it. See the module's comment.
 fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
@@ -487,7 +488,7 @@ fn report(engine: &Engine, kept: &Kept) {
         engine.troubles().wait_beyond(told);
         let counts = engine.troubles().counts();
         told = counts.total();
-        if let Some(record) = lock(&kept.0).as_mut() {
+        if let Some(record) = locks::lock(&kept.0).as_mut() {
             if let Some(daemon) = &mut record.daemon {
                 daemon.errors = counts;
             }

@@ -23,13 +23,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use fuser::{INodeNo, Notifier};
 
 use crate::image::layer::{Attr, BlockId, FileType, Place};
 use crate::mount::engine::cache::Block;
 use crate::mount::engine::{Decoded, Engine, Surplus};
+use crate::sys::locks;
 
 /// How many decoded blocks may wait to be stored; each holds its memory while it waits.
 const QUEUE: usize = 8;
@@ -73,7 +74,7 @@ struct Table {
 
 impl Siblings {
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        locks::lock(&self.table)
     }
 
     /// Records a file whose attributes the kernel has just received.

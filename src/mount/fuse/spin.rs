@@ -15,10 +15,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use crate::mount::backend::by_name;
+use crate::sys::locks;
 
 /// When cores are kept awake.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -75,18 +76,18 @@ impl Pulse {
     pub(super) fn beat(&self) {
         self.beats.fetch_add(1, Ordering::Relaxed);
         if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::AcqRel) {
-            *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            *locks::lock(&self.lock) = true;
             self.wake.notify_one();
         }
     }
 
     /// Waits for the next request.
     fn sleep(&self) {
-        let mut woken = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut woken = locks::lock(&self.lock);
         *woken = false;
         self.asleep.store(true, Ordering::Release);
         while !*woken {
-            woken = self.wake.wait(woken).unwrap_or_else(PoisonError::into_inner);
+            woken = locks::wait(&self.wake, woken);
         }
     }
 }

@@ -39,7 +39,7 @@ use crate::sys::dm::{Control, Target};
 use crate::sys::file::{self, Links, open_regular};
 use crate::sys::flock::Lock;
 use crate::sys::loopdev::LoopDevice;
-use crate::sys::mountapi::{FsContext, MountError};
+use crate::sys::mountapi::{CallError, FsContext};
 
 /// Size of the sectors that device-mapper counts in.
 const SECTOR_BYTES: u64 = 512;
@@ -165,11 +165,11 @@ pub enum DmVerityError {
         /// The layer.
         digest: Digest,
         /// The call that failed.
-        source: MountError,
+        source: CallError,
     },
     /// The overlay could not be made or attached.
     #[error(transparent)]
-    Mount(#[from] MountError),
+    Mount(#[from] CallError),
     /// More layers than overlayfs takes, or none.
     #[error("{count} layers: overlayfs takes 1 to {max}", max = overlay::MAX_LAYERS)]
     LayerCount {
@@ -469,7 +469,7 @@ fn open_node(name: &str, dev: u64) -> io::Result<Device> {
     Ok(Device { name: name.into(), node, holder })
 }
 
-fn mount_device(file_system: &str, node: &Path) -> Result<OwnedFd, MountError> {
+fn mount_device(file_system: &str, node: &Path) -> Result<OwnedFd, CallError> {
     let context = FsContext::open(file_system)?;
     context.set_string("source", node.as_os_str().as_encoded_bytes())?;
     context.set_flag("ro")?;

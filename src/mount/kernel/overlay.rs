@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use crate::image::overlay::MAX_KERNEL_LAYERS;
 use crate::mount::source_name;
 use crate::sys::file;
-use crate::sys::mountapi::{self, FsContext, MountError};
+use crate::sys::mountapi::{self, CallError, FsContext};
 
 /// Most layers of a stack.
 pub const MAX_LAYERS: usize = MAX_KERNEL_LAYERS;
@@ -70,7 +70,7 @@ pub fn assemble(
     upper: Option<&Upper>,
     source: &str,
     attributes: u64,
-) -> Result<OwnedFd, MountError> {
+) -> Result<OwnedFd, CallError> {
     mountapi::in_private_namespace(|folder| {
         mountapi::make_folder(folder, "e")?;
         let mut names = Vec::with_capacity(lowers.len() + 1);
@@ -108,7 +108,7 @@ fn with_context(
     upper: Option<&UpperPaths>,
     source: &str,
     attributes: u64,
-) -> Result<OwnedFd, MountError> {
+) -> Result<OwnedFd, CallError> {
     let context = FsContext::open("overlay")?;
     context.set_string("source", source_name::cut(source, source_name::FSCONFIG_BYTES_MAX).as_bytes())?;
     for (key, value) in OPTIONS {
@@ -134,7 +134,7 @@ fn with_string(
     upper: Option<&UpperPaths>,
     source: &str,
     attributes: u64,
-) -> Result<OwnedFd, MountError> {
+) -> Result<OwnedFd, CallError> {
     let mut options = format!("lowerdir={}", names.join(":"));
     if let Some(UpperPaths { upper, work }) = upper {
         let _ = write!(options, ",upperdir={},workdir={}", escape(upper), escape(work));
@@ -157,7 +157,7 @@ fn prepare(
     folder: BorrowedFd<'_>,
     upper: &Upper,
     root: Option<&BorrowedFd<'_>>,
-) -> Result<UpperPaths, MountError> {
+) -> Result<UpperPaths, CallError> {
     let paths = match upper {
         Upper::Folder { upper, work } => UpperPaths { upper: upper.clone(), work: work.clone() },
         Upper::Memory => {
@@ -170,7 +170,7 @@ fn prepare(
     };
     let failed = |path: &Path, source| {
         let call = format!("prepare the upper folder {}", path.display());
-        MountError { call, source, log: Vec::new() }
+        CallError { call, source, log: Vec::new() }
     };
     file::create_folders(&paths.work).map_err(|error| failed(&error.path, error.source))?;
     if !paths.upper.is_dir() {

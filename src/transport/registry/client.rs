@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use super::http::{Answer, Ask, Http, Payload};
 use super::secret::Secret;
 use super::settings::Endpoint;
 use super::url::{Origin, Url, escape};
+use crate::sys::locks;
 use crate::transport::access::Access;
 
 /// The most redirects that are followed for a request.
@@ -241,7 +242,7 @@ impl Client {
 
     /// The pass that the registry accepted for this before, if it has not ended.
     fn pass(&self, endpoint: &Endpoint, scope: &Scope) -> Option<Pass> {
-        let granted = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        let granted = locks::lock(&self.granted);
         let pass = granted.get(&endpoint.origin)?.passes.get(&key(endpoint, scope))?;
         pass.until.is_none_or(|until| Instant::now() < until).then(|| pass.clone())
     }
@@ -254,7 +255,7 @@ impl Client {
         answer: Answer,
         refused: Option<&Pass>,
     ) -> Result<Pass, RegistryError> {
-        let mut all = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = locks::lock(&self.granted);
         let granted = all.entry(endpoint.origin.clone()).or_default();
         let key = key(endpoint, scope);
         if let Some(pass) = granted.passes.get(&key)

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use ureq::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
@@ -25,6 +25,7 @@ use super::text;
 use super::tls::{TlsConnector, TlsFailure};
 use super::url::{Origin, Url};
 use crate::progress::Task;
+use crate::sys::locks;
 use crate::transport::access::Access;
 
 /// The most bytes of headers that are read.
@@ -154,7 +155,7 @@ impl Http {
 
     /// The agent of a server. Certificates and proxy differ from one to the next.
     fn agent(&self, origin: &Origin) -> Result<Agent, RegistryError> {
-        let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut agents = locks::lock(&self.agents);
         if let Some(agent) = agents.get(origin) {
             return Ok(agent.clone());
         }

@@ -40,7 +40,7 @@ mod tls;
 mod url;
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::Deserialize;
 use ureq::http::{HeaderName, Method, header};
@@ -57,6 +57,7 @@ use super::reference::{Host, Malformed, Reference, TagOrDigest, is_repository, i
 use super::{Access, Blob, Transport, TransportError};
 use crate::digest::Digest;
 use crate::image::oci::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, INDEX, MANIFEST, MAX_MANIFEST_BYTES};
+use crate::sys::locks;
 
 /// The most bytes of a page of tags or referrers.
 const MAX_PAGE: u64 = 4 << 20;
@@ -198,7 +199,7 @@ impl Registry {
     }
 
     fn dead(&self) -> std::sync::MutexGuard<'_, HashSet<Origin>> {
-        self.shared.dead.lock().unwrap_or_else(PoisonError::into_inner)
+        locks::lock(&self.shared.dead)
     }
 
     fn is_dead(&self, endpoint: &Endpoint) -> bool {
@@ -257,7 +258,7 @@ impl Registry {
     }
 
     fn remember(&self, document: (Descriptor, Vec<u8>)) {
-        let mut documents = self.shared.documents.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut documents = locks::lock(&self.shared.documents);
         documents.retain(|(known, _)| known.digest != document.0.digest);
         if documents.len() >= REMEMBERED {
             documents.remove(0);
@@ -266,7 +267,7 @@ impl Registry {
     }
 
     fn remembered(&self, digest: &Digest) -> Option<Vec<u8>> {
-        let documents = self.shared.documents.lock().unwrap_or_else(PoisonError::into_inner);
+        let documents = locks::lock(&self.shared.documents);
         documents.iter().find(|(known, _)| known.digest == *digest).map(|(_, bytes)| bytes.clone())
     }
 

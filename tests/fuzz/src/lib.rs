@@ -3,6 +3,7 @@
 //! `tests/fuzz_corpus.rs` includes this file and runs each function over its corpus, on any toolchain.
 
 pub mod build;
+pub mod erofs;
 pub mod manifest;
 pub mod puzzlefs;
 pub mod squashfs;
@@ -21,6 +22,8 @@ pub const TARGETS: &[Target] = &[
     ("squashfs_xattrs", squashfs::xattrs),
     ("squashfs_data", squashfs::data),
     ("squashfs_image", squashfs::image),
+    ("erofs_image", erofs::image),
+    ("erofs_cluster", erofs::cluster),
     ("manifest_import", manifest::import),
     ("manifest_system", manifest::system),
     ("puzzlefs_metadata", puzzlefs::metadata),
