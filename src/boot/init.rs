@@ -22,7 +22,7 @@ use super::settings::{OnFailure, Settings};
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::sys::file;
 use crate::sys::init::{self as calls, End};
-use crate::sys::mountapi::{MountError, mount_legacy};
+use crate::sys::mountapi::{CallError, mount_legacy};
 
 /// The path that Linux starts in an initramfs.
 pub const PATH: &str = "/init";
@@ -55,7 +55,7 @@ pub enum InitError {
         /// Where.
         place: &'static str,
         /// The call that failed.
-        source: MountError,
+        source: CallError,
     },
     /// `mosfs boot` did not mount a root. It has said why.
     #[error("no system is booted (exit code {code}), the reason is above")]

@@ -62,7 +62,7 @@ impl EspArgs {
 
 /// Mounts the partition that the firmware started this machine from; `None` if it is not known.
 fn mount() -> Result<Option<PathBuf>, AnyError> {
-    let Some(device) = esp::device_of_this_boot() else { return Ok(None) };
+    let Some(device) = esp::device_of_this_boot()? else { return Ok(None) };
     let folder = crate::sys::run_dir().join("esp");
     esp::mount(&device, Path::new(&folder))?;
     Ok(Some(folder))

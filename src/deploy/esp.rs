@@ -37,7 +37,7 @@ use crate::manifest::SystemManifest;
 use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};
-use crate::sys::mountapi::{self, FsContext, MountError};
+use crate::sys::mountapi::{self, CallError, FsContext};
 
 /// Largest kernel image or loader that is written, in bytes.
 const MAX_FILE: u64 = 512 << 20;
@@ -480,18 +480,27 @@ pub fn mounted() -> Option<Esp> {
 const LOADER_VARIABLE: &str =
     "/sys/firmware/efi/efivars/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
 
-/// Returns the partition that the boot loader was started from, if it says so (Boot Loader Interface,
+/// Returns the partition that the boot loader was started from; `None` if it does not say so (Boot Loader Interface,
 /// `LoaderDevicePartUUID`).
-pub fn device_of_this_boot() -> Option<PathBuf> {
-    // Four bytes of attributes, then UTF-16 with a zero at its end. The file system of these variables does not seek.
+///
+/// # Errors
+/// [`EspError::NoDevice`]: early in a boot, udev may not have found it yet.
+pub fn device_of_this_boot() -> Result<Option<PathBuf>, EspError> {
+    let Some(uuid) = loader_partition() else { return Ok(None) };
+    let device = Path::new("/dev/disk/by-partuuid").join(uuid);
+    if device.exists() { Ok(Some(device)) } else { Err(EspError::NoDevice { device }) }
+}
+
+/// The UUID in the boot loader's variable, in lower case.
+fn loader_partition() -> Option<String> {
+    // Four bytes of attributes, then UTF-16 with a zero at its end.
     let bytes = file::read_named(Path::new(LOADER_VARIABLE), 1 << 10).ok()?;
     let units = bytes.get(4..)?.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
     let text: String =
         char::decode_utf16(units.take_while(|unit| *unit != 0)).collect::<Result<_, _>>().ok()?;
     let uuid = text.to_ascii_lowercase();
     let plain = uuid.len() == 36 && uuid.bytes().all(|c| c.is_ascii_hexdigit() || c == b'-');
-    let device = Path::new("/dev/disk/by-partuuid").join(uuid);
-    (plain && device.exists()).then_some(device)
+    plain.then_some(uuid)
 }
 
 /// Mounts an EFI system partition: for root alone, and nothing on it can be run.
@@ -500,7 +509,7 @@ pub fn device_of_this_boot() -> Option<PathBuf> {
 /// [`EspError::Mount`], [`EspError::Io`].
 pub fn mount(device: &Path, folder: &Path) -> Result<(), EspError> {
     file::create_folders(folder)?;
-    let mounted = || -> Result<(), MountError> {
+    let mounted = || -> Result<(), CallError> {
         let context = FsContext::open("vfat")?;
         context.set_string("source", device.as_os_str().as_encoded_bytes())?;
         context.set_string("umask", b"077")?;

@@ -7,7 +7,7 @@ use crate::error::{AnyError, Class, Classified, IoError};
 use crate::image::files::FilesError;
 use crate::store::StoreError;
 use crate::store::view::ViewError;
-use crate::sys::mountapi::MountError;
+use crate::sys::mountapi::CallError;
 
 /// Why the EFI system partition cannot be brought up to date.
 #[derive(Debug, thiserror::Error)]
@@ -58,13 +58,19 @@ pub enum EspError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The partition that the boot loader names is not there.
+    #[error("{} is missing: the EFI system partition that this machine was started from", device.display())]
+    NoDevice {
+        /// Its node.
+        device: PathBuf,
+    },
     /// It cannot be mounted.
     #[error("cannot mount the EFI system partition {}: {source}", device.display())]
     Mount {
         /// The device.
         device: PathBuf,
         /// The call that failed.
-        source: MountError,
+        source: CallError,
     },
     /// A deployment cannot be read.
     #[error("{0}")]
@@ -84,6 +90,7 @@ impl Classified for EspError {
             Self::NoSpace { .. }
             | Self::None { .. }
             | Self::ReadBack { .. }
+            | Self::NoDevice { .. }
             | Self::Mount { .. }
             | Self::Io(_) => Class::Failure,
         }

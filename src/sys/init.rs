@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use super::file::{Links, open_regular};
-use super::mountapi::{MountError, mount_legacy};
+use super::mountapi::{CallError, mount_legacy};
 
 /// finit_module(2) of a file, without parameters. A module that is loaded already is no error.
 pub fn load_module(path: &Path) -> io::Result<()> {
@@ -22,7 +22,7 @@ pub fn load_module(path: &Path) -> io::Result<()> {
 }
 
 /// Moves a mount, which may be the one that becomes the root: mount(2) with `MS_MOVE`.
-pub fn move_mount(from: &str, to: &Path) -> Result<(), MountError> {
+pub fn move_mount(from: &str, to: &Path) -> Result<(), CallError> {
     mount_legacy(from, to, "", libc::MS_MOVE, "")
 }
 
