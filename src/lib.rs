@@ -107,7 +107,7 @@ pub use image::oci::{Descriptor, Manifest as OciManifest, OciError, OciImage};
 pub use image::platform::Platform;
 pub use store::fsck::{Problem as StoreProblem, Report as StoreReport, check as check_store};
 pub use store::{Store, StoreError, Writer};
-pub use transport::{Access, SourceRef, Transport, TransportError};
+pub use transport::{Access, RangeAsk, SourceRef, Transport, TransportError};
 
 // Mounts.
 pub use mount::fuse::{FuseOptions, Spin};
@@ -122,7 +122,7 @@ pub use mount::{
 /// [`open`](layers::open) opens the layers of a [`MountPlan`], each with the reader of its format. [`Merged`](layers::Merged)
 /// shows them as one tree.
 pub mod layers {
-    pub use crate::image::blobs::{Blob, BlobError, Blobs};
+    pub use crate::image::blobs::{Blob, BlobError, BlobProgress, Blobs};
     pub use crate::image::bytes::ReadAt;
     pub use crate::image::erofs::Erofs;
     pub use crate::image::format::{ChunkedLayer, Chunks, LayerFormat};

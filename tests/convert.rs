@@ -1,5 +1,7 @@
 //! Tar layers into squashfs: against what GNU tar and umoci unpack, through the kernel's reader and unsquashfs.
 
+#[path = "common/mounted.rs"]
+mod mounted;
 #[path = "common/tarball.rs"]
 mod tarball;
 #[path = "common/tools.rs"]
@@ -19,6 +21,7 @@ use mosfs::internals::error::{Class, Classified};
 use mosfs::internals::image::FileType;
 use mosfs::internals::image::format::Compression;
 use mosfs::internals::progress::Progress;
+use mounted::Mounted;
 use tarball::{Header, Tarball};
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, sh, snapshot};
@@ -56,24 +59,6 @@ fn convert_over(
 
 fn convert(bytes: &[u8], to: &Path) -> Result<Converted, ConvertError> {
     convert_with(bytes, &layer_of(bytes, Compression::None), to, 2)
-}
-
-/// An image that the kernel has mounted.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(image: &Path, dir: PathBuf) -> Self {
-        need_root();
-        fs::create_dir_all(&dir).unwrap();
-        run(Command::new("mount").args(["-t", "squashfs", "-o", "loop,ro"]).arg(image).arg(&dir));
-        Self(dir)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
 }
 
 /// A tree with one of everything, packed by GNU tar.
@@ -144,7 +129,7 @@ fn everything_arrives_as_it_was() {
         let stream = pack(options);
         let done = convert(&stream, &image).unwrap();
         assert_eq!(done.notes, [] as [String; 0], "{options}");
-        let mounted = Mounted::new(&image, folder.path().join("mnt"));
+        let mounted = Mounted::of("squashfs", &image, folder.path().join("mnt"));
         assert_same_tree(&expected, &snapshot(&mounted.0));
         drop(mounted);
         if options != "--format=posix" {
@@ -178,7 +163,7 @@ fn gnu_headers_too() {
         let unpacked = folder.path().join("unpacked");
         fs::create_dir(&unpacked).unwrap();
         run(Command::new("tar").arg("-xpf").arg(&tar).arg("-C").arg(&unpacked));
-        let mounted = Mounted::new(&image, folder.path().join("mnt"));
+        let mounted = Mounted::of("squashfs", &image, folder.path().join("mnt"));
         assert_same_tree(&snapshot(&unpacked), &snapshot(&mounted.0));
         drop(mounted);
         fs::remove_dir_all(unpacked).unwrap();
@@ -247,7 +232,7 @@ fn view_over(tar: &Tarball, below: &mut Below<'_>, check: impl FnOnce(&Path, &[S
     let image = folder.path().join("image");
     let bytes = tar.end();
     let notes = convert_over(&bytes, &layer_of(&bytes, Compression::None), &image, 2, below).unwrap().notes;
-    let mounted = Mounted::new(&image, folder.path().join("mnt"));
+    let mounted = Mounted::of("squashfs", &image, folder.path().join("mnt"));
     check(&mounted.0, &notes);
 }
 

@@ -5,6 +5,8 @@
 mod images;
 #[path = "common/layout.rs"]
 mod layout;
+#[path = "common/mounted.rs"]
+mod mounted;
 #[path = "common/program.rs"]
 mod program;
 #[path = "common/whole/scan.rs"]
@@ -22,12 +24,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use images::{Mounted, make_tree, mksquashfs, need_root};
+use images::{make_tree, mksquashfs, need_root};
 use layout::{
     LayerBlob, Layout, OurMount, is_alive, kill, mosfs as program, open_rw, open_to_all, run_mosfs,
     wait_until,
 };
 use mosfs::internals::mount::{Health, MountError, mounts};
+use mounted::Mounted;
 use program::copy_program;
 use scan::{assert_same, scan};
 use tempfile::TempDir;
@@ -111,7 +114,7 @@ fn is_gone(result: io::Result<impl Sized>) -> bool {
 #[test]
 fn the_tree_is_what_the_kernel_shows_of_the_image() {
     let fixture = fixture();
-    let kernel = Mounted::new(&everything().1, fixture.path("kernel"));
+    let kernel = Mounted::of("squashfs", &everything().1, fixture.path("kernel"));
     let mut expected = scan(&kernel.0);
     // Whiteouts and the overlay's own attributes are what the merged view hides.
     assert!(expected.remove(b"dev/whiteout".as_slice()).is_some());

@@ -43,6 +43,7 @@ const ORDER: &[&str] = &[
     "store stats",
     "mount",
     "umount",
+    "trace",
     "boot",
     "commit",
     "activate",

@@ -1,5 +1,7 @@
 //! Layers by choice: each codec and block size, beside the kernel and unsquashfs, and `mosfs build` with each option.
 
+#[path = "common/mounted.rs"]
+mod mounted;
 #[path = "common/tarball.rs"]
 mod tarball;
 #[path = "common/tools.rs"]
@@ -21,6 +23,7 @@ use mosfs::internals::image::source::MemorySource;
 use mosfs::internals::image::squashfs::{Event, Squashfs};
 use mosfs::internals::progress::Progress;
 use mosfs::internals::store::Store;
+use mounted::Mounted;
 use tarball::Tarball;
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, run_any, sh, snapshot};
@@ -73,23 +76,6 @@ fn convert(tar: &[u8], to: &Path, packing: Packing, threads: usize) -> Converted
     convert_tar(tar, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent()).unwrap()
 }
 
-/// An image that the kernel has mounted.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(image: &Path, dir: PathBuf) -> Self {
-        fs::create_dir_all(&dir).unwrap();
-        run(Command::new("mount").args(["-t", "squashfs", "-o", "loop,ro"]).arg(image).arg(&dir));
-        Self(dir)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn each_codec_and_block_size_shows_the_same_tree() {
     let dir = TempDir::new().unwrap();
@@ -121,7 +107,7 @@ fn each_codec_and_block_size_shows_the_same_tree() {
             assert_eq!(done.notes, [] as [String; 0], "{what}");
 
             // The kernel's reader, which checks the options of lz4, and mosfs' own.
-            let mounted = Mounted::new(&image, dir.path().join("mnt"));
+            let mounted = Mounted::of("squashfs", &image, dir.path().join("mnt"));
             assert_same_tree(&expected, &snapshot(&mounted.0));
             drop(mounted);
             let opened = Squashfs::open(Arc::new(MemorySource(fs::read(&image).unwrap()))).unwrap();

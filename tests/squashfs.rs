@@ -2,6 +2,8 @@
 
 #[path = "common/squashfs.rs"]
 mod common;
+#[path = "common/mounted.rs"]
+mod mounted;
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -10,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use common::{
-    Mounted, View, args, as_copied, assert_same, feed, list, make_tree, mksquashfs, open, read, run, see,
-    unsquashfs,
+    View, args, as_copied, assert_same, feed, list, make_tree, mksquashfs, open, read, run, see, unsquashfs,
 };
 use mosfs::internals::image::layer::{Layer, Place};
 use mosfs::internals::image::squashfs::{Compressor, Event, Options, Squashfs};
 use mosfs::internals::image::{LayerError, MemorySource};
+use mounted::Mounted;
 use tempfile::TempDir;
 
 /// Where two trees are, made once for all tests: `full`, and `lean`, whose large folder is not as large.
@@ -61,7 +63,7 @@ fn compare(image: &Path, what: &str, others: Others) {
         // A loop device has whole sectors only: the kernel refuses an image that ends in the middle of one.
         let file = fs::OpenOptions::new().write(true).open(image).unwrap();
         file.set_len(file.metadata().unwrap().len().next_multiple_of(4096)).unwrap();
-        let mounted = Mounted::new(image, folder.path().join("mnt"));
+        let mounted = Mounted::of("squashfs", image, folder.path().join("mnt"));
         let view = if squashfs.has_xattrs() { View::Mounted } else { View::MountedWithoutXattrs };
         assert_same(&format!("{what}: kernel"), &ours, &see(&mounted.0, view));
     }

@@ -25,7 +25,7 @@ fn both_answer_the_same() {
         &["mount", "--help"],
         &["mount", "oci:/nonexistent", "--no-such-option", "m"],
         &["mount", "oci:/nonexistent:x", "/tmp"],
-        &["mount", "docker://example.org/x:1", "/tmp"],
+        &["mount", "--store", "/proc/none", "docker://127.0.0.1:1/x:1", "/tmp"],
         &["mount", "no such:scheme", "/tmp"],
         &["mount", "target", "/tmp", "--system", "/nonexistent", "--config", "/nonexistent"],
         &["verify", "oci:/nonexistent"],

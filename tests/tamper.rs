@@ -14,6 +14,7 @@ use std::fs::{self, File, OpenOptions};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use common::commands::{command, join, mosfs, need_root, output, run};
 use common::debian::{self, noise};
@@ -22,7 +23,7 @@ use common::scan::{self, Scan};
 use common::system::{Mounted, build, image_name, import_manifest, keys, scratch, source};
 use mosfs::internals::digest::{Digest, Hasher};
 use mosfs::internals::error::{Class, Classified};
-use mosfs::internals::image::blobs::Blob;
+use mosfs::internals::image::blobs::{Blob, BlobFolder};
 use mosfs::internals::image::layer::{Attr, FileType, Xattrs};
 use mosfs::internals::image::oci::{LayerDescriptor, SQUASHFS_ZSTD, Trust};
 use mosfs::internals::image::overlay::ROOT;
@@ -32,6 +33,7 @@ use mosfs::internals::mount::fuse::{FuseOptions, prepare};
 use mosfs::internals::mount::{LayerBytes, MountPlan, PlannedLayer, Verification};
 use mosfs::internals::progress::Progress;
 use mosfs::internals::store::Store;
+use mosfs::internals::sys::file::Links;
 
 /// Random flips in a campaign.
 fn campaign(short: usize, long: usize) -> usize {
@@ -160,7 +162,8 @@ impl Stack {
             PlannedLayer { descriptor, bytes: LayerBytes::One(Blob::File(path)) }
         };
         let layers = layers.into_iter().map(planned).collect();
-        Self::new(MountPlan { source: "a test".into(), digest: None, layers })
+        let blobs = Arc::new(BlobFolder::of_layout(Path::new("/"), Links::Refused));
+        Self::new(MountPlan { source: "a test".into(), digest: None, layers, blobs })
     }
 
     /// The only image of a store, in place.

@@ -38,7 +38,9 @@ pub(super) fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
         Some(dir) => {
             let store = Store::open(dir)?;
             let collector = store.collector()?;
-            let plan = GcPlan { store: collector.plan(&[], &[])?, ..GcPlan::default() };
+            // An image that is mounted from here while it is fetched has no name yet.
+            let mounted = Needs::of_this_boot()?.mounted;
+            let plan = GcPlan { store: collector.plan(&[], &mounted)?, ..GcPlan::default() };
             problems.extend(plan.store.damaged.iter().cloned());
             if !args.dry_run {
                 problems.extend(collector.apply(&plan.store)?);

@@ -164,6 +164,7 @@ const PAGES: &[Page] = &[
         &["system", "config"],
         &["mosfs mount hostfs mnt", "mosfs mount oci:images:tools mnt"],
     ),
+    page("trace", Group::Host, &["system", "config"], &["mosfs trace hostfs --output list -- cat etc/motd"]),
     page("umount", Group::Host, &[], &["mosfs umount mnt"]),
     page(
         "verify",

@@ -19,6 +19,7 @@ mod init;
 mod install;
 mod kernel;
 mod keys;
+mod lazy;
 mod log;
 mod manifest;
 mod mount;
@@ -32,6 +33,8 @@ mod repair;
 pub mod start;
 mod status;
 mod store;
+#[cfg(feature = "registry")]
+mod trace;
 mod umount;
 mod verify;
 
@@ -75,6 +78,8 @@ enum Command {
     Activate(activate::ActivateArgs),
     Boot(boot::BootArgs),
     Mount(mount::MountArgs),
+    #[cfg(feature = "registry")]
+    Trace(trace::TraceArgs),
     Umount(umount::UmountArgs),
     Verify(verify::Verify),
     Repair(repair::RepairArgs),
@@ -121,6 +126,8 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Activate(args) => activate::run(args, &cli.global),
         Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
+        #[cfg(feature = "registry")]
+        Command::Trace(args) => trace::run(args, &cli.global),
         Command::Umount(args) => umount::run(args, &cli.global),
         Command::Verify(args) => verify::run(args, &cli.global),
         Command::Repair(args) => repair::run(args, &cli.global),

@@ -2,17 +2,16 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use clap::Args;
 
-use super::{Global, device, notify, output};
+use super::lazy::{Found, LazyArgs, Wanted};
+use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
-use crate::image::blobs::Blobs;
-use crate::image::oci::{OciImage, Platform};
+use crate::image::oci::Platform;
 use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
@@ -21,10 +20,13 @@ use crate::sys;
 use crate::transport::{SourceRef, Transport};
 use crate::trust::Anchor;
 
-/// Mount a target of the current deployment, or any image of an OCI layout.
+/// Mount a target of the current deployment, or any image of an OCI layout or a registry.
+///
+/// An image of a registry is mounted at once. What is read is fetched, verified and kept; the rest is fetched in the
+/// background. It takes the FUSE backend.
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {
-    /// A target's name, or `oci:DIR[:NAME]`.
+    /// A target's name, `oci:DIR[:NAME]`, or `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`.
     #[arg(value_name = "TARGET|SOURCE")]
     source: String,
     /// The folder to mount at.
@@ -69,6 +71,10 @@ pub(super) struct MountArgs {
     /// Mount without verification, even layers without a root hash.
     #[arg(long)]
     unsafe_no_verity: bool,
+    #[command(flatten)]
+    lazy: LazyArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// A root hash as 64 hex digits, with or without `sha256:`.
@@ -82,43 +88,57 @@ impl MountArgs {
         // A source has a scheme; a target's name cannot hold a colon.
         self.source.contains(':')
     }
+
+    /// Whether its blobs are on another machine.
+    pub(super) fn is_of_registry(&self) -> bool {
+        self.source.parse().is_ok_and(|source: SourceRef| source.is_registry())
+    }
 }
 
 /// Runs `mosfs mount`.
 pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
+    if args.is_of_registry() {
+        let MountArgs { source, root_hash, backend, unsafe_no_verity, lazy, registry, .. } = args;
+        let wanted = Wanted {
+            source,
+            root_hashes: root_hash,
+            backend: *backend,
+            unsafe_no_verity: *unsafe_no_verity,
+            lazy,
+            registry,
+        };
+        return mount(args, global, || lazy::open(&wanted));
+    }
     if args.is_of_image() {
         return run_image(args, global);
     }
-    mount(args, global, || {
-        let anchor = Anchor::load(&global.config)?;
-        let system = device::system(global);
-        let booted = booted::deployment()?;
-        let (store, image) = target::image(&system, booted, &anchor, &args.source)?;
-        let folder = system.scratch_dir(&args.source);
-        let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
-        Ok(Found { blobs: store.blobs(), image, scratch })
-    })
+    mount(args, global, || image_of_target(&args.source, global))
+}
+
+/// The image of a target of the deployment that runs.
+pub(super) fn image_of_target(target: &str, global: &Global) -> Result<Found, AnyError> {
+    let anchor = Anchor::load(&global.config)?;
+    let system = device::system(global);
+    let booted = booted::deployment()?;
+    let (store, image) = target::image(&system, booted, &anchor, target)?;
+    let folder = system.scratch_dir(target);
+    let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
+    Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
 }
 
 /// Runs `mosfs mount` of an image, for which nobody's signature is asked.
 pub(super) fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
-    mount(args, global, || {
-        let source: SourceRef = args.source.parse()?;
-        // Not `SourceRef::open`: the start program must not hold the client of registries.
-        let layout = source.layout()?;
-        let transport: &dyn Transport = &layout;
-        let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-        let image = transport.image(&found)?;
-        Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory })
-    })
+    mount(args, global, || image_of_layout(&args.source.parse()?))
 }
 
-/// What is to be mounted.
-struct Found {
-    blobs: Arc<dyn Blobs>,
-    image: OciImage,
-    /// Where the writes go for `--writable`.
-    scratch: Upper,
+/// An image of a layout.
+pub(super) fn image_of_layout(source: &SourceRef) -> Result<Found, AnyError> {
+    // Not `SourceRef::open`: the start program must not hold the client of registries.
+    let layout = source.layout()?;
+    let transport: &dyn Transport = &layout;
+    let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
+    let image = transport.image(&found)?;
+    Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
 }
 
 fn mount(
@@ -148,7 +168,9 @@ fn try_mount(
     for option in args.options.iter().filter(|option| !notify::is_option(option)) {
         flags.apply(option)?;
     }
-    let Found { blobs, image, scratch } = find()?;
+    // Whatever is opened for an image of a registry is its daemon's.
+    let foreign = args.is_of_registry().then(sys::daemon::open_descriptors);
+    let Found { blobs, image, scratch, pinned } = find()?;
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
     let plan = MountPlan::new(&args.source, &image, &blobs, verification)?;
     let upper = upper(args, scratch)?;
@@ -161,7 +183,7 @@ fn try_mount(
     let daemon = if args.foreground {
         Daemon::Foreground { terminal: output::log(), ready: &mut ready }
     } else if upper.is_none() && units::wanted(args.daemon)? {
-        Daemon::Unit(unit(args, global, &flags)?)
+        Daemon::Unit(unit(args, global, &flags, pinned)?)
     } else {
         Daemon::Forked
     };
@@ -171,16 +193,23 @@ fn try_mount(
         spin: args.spin,
     };
     let (target, backend) = (args.target.as_path(), args.backend);
-    Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon }.run()?;
+    Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon, foreign }.run()?;
     Ok(())
 }
 
 /// The unit that keeps the daemon of this mount.
-fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, AnyError> {
+fn unit(
+    args: &MountArgs,
+    global: &Global,
+    flags: &MountFlags,
+    pinned: Option<String>,
+) -> Result<Unit, AnyError> {
     let absolute = |path: &Path| std::path::absolute(path).on("find", path);
     let target = args.target.canonicalize().on("find", &args.target)?;
     let (system, config) = (absolute(&global.system)?, absolute(&global.config)?);
-    let (source, layout) = if args.is_of_image() {
+    let (source, layout) = if let Some(pinned) = pinned {
+        (pinned, absolute(&args.lazy.store.clone().unwrap_or_else(lazy::default_store))?)
+    } else if args.is_of_image() {
         let source: SourceRef = args.source.parse()?;
         let layout = absolute(Path::new(&source.location))?;
         (SourceRef::oci(&layout, source.name.as_deref()).to_string(), layout)
@@ -198,6 +227,13 @@ fn unit(args: &MountArgs, global: &Global, flags: &MountFlags) -> Result<Unit, A
     option("--spin", Some(args.spin.name().to_string()));
     if args.unsafe_no_verity {
         option("--unsafe-no-verity", None);
+    }
+    if args.is_of_registry() {
+        option("--store", Some(layout.display().to_string()));
+        args.registry.arguments().into_iter().for_each(|(name, value)| option(name, value));
+        if args.lazy.no_fill {
+            option("--no-fill", None);
+        }
     }
     Ok(Unit { source, target, needs: vec![layout], arguments })
 }

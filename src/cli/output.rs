@@ -99,6 +99,11 @@ pub fn log() -> Box<dyn Write + Send> {
     Box::new(io::stderr())
 }
 
+/// Where a program that a command runs prints: not to stdout, which has the command's answer.
+pub fn of_child() -> std::process::Stdio {
+    io::stderr().into()
+}
+
 /// Draws a line on the terminal in place of the one before; an empty one leaves nothing.
 pub fn draw(line: &str) {
     let mut terminal = io::stderr().lock();

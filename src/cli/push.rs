@@ -86,7 +86,7 @@ pub(super) fn pull(args: &PullArgs, global: &Global) -> Result<(), AnyError> {
     let name = args.source.name.as_deref();
     let pulled = match args.image {
         true => {
-            let as_name = args.name.clone().unwrap_or_else(|| name_of(&args.source));
+            let as_name = args.name.clone().unwrap_or_else(|| args.source.image_name());
             pull::image(from.as_ref(), name, &Platform::this_machine(), &as_name, &store, &progress)?
         }
         false => pull::system(from.as_ref(), name, &store, &progress)?,
@@ -96,14 +96,4 @@ pub(super) fn pull(args: &PullArgs, global: &Global) -> Result<(), AnyError> {
         || json!({ "digest": pulled.digest, "names": pulled.names, "fetched": pulled.fetched }),
         || format!("pulled {}: {} blobs fetched", pulled.digest, pulled.fetched),
     )
-}
-
-/// `NAME:TAG` of an image in a registry, without its host.
-fn name_of(source: &SourceRef) -> String {
-    let name = source.name.as_deref().unwrap_or("latest");
-    if !source.is_registry() {
-        return name.to_string();
-    }
-    let (_, repository) = source.location.split_once('/').unwrap_or(("", &source.location));
-    format!("{repository}:{name}")
 }

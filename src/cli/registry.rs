@@ -37,11 +37,29 @@ impl RegistryArgs {
     /// How registries are to be reached. Shows the log from now on.
     pub(super) fn access(&self, global: &Global) -> Access {
         super::log::show(global);
+        self.quiet_access()
+    }
+
+    /// How registries are to be reached, by a command that has a log of its own.
+    pub(super) fn quiet_access(&self) -> Access {
         Access {
             plain_http: self.plain_http,
             auth_file: self.authfile.clone(),
             certificates: self.cert_dir.clone(),
             patience: Duration::from_secs(self.net_timeout.into()),
         }
+    }
+
+    /// The same options for another command, each with its value.
+    pub(super) fn arguments(&self) -> Vec<(&'static str, Option<String>)> {
+        let path = |path: &PathBuf| {
+            let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            Some(absolute.display().to_string())
+        };
+        let mut all = vec![("--net-timeout", Some(self.net_timeout.to_string()))];
+        all.extend(self.plain_http.then_some(("--plain-http", None)));
+        all.extend(self.authfile.iter().map(|file| ("--authfile", path(file))));
+        all.extend(self.cert_dir.iter().map(|dir| ("--cert-dir", path(dir))));
+        all
     }
 }

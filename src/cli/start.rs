@@ -75,7 +75,9 @@ fn mount_of_an_image(args: &[OsString]) -> Option<Start> {
     let likely =
         args.iter().any(|arg| arg == "mount") && args.iter().any(|arg| arg.as_bytes().contains(&b':'));
     let start = if likely { Start::try_parse_from(args).ok() } else { None };
-    start.filter(|Start { command: StartCommand::Mount(mount), .. }| mount.is_of_image())
+    start.filter(|Start { command: StartCommand::Mount(mount), .. }| {
+        mount.is_of_image() && !mount.is_of_registry()
+    })
 }
 
 /// Where the full program may be: beside this one, and where it is installed.

@@ -7,6 +7,7 @@ use super::{FloorArgs, Global, device, output};
 use crate::deploy::state::TRIES;
 use crate::deploy::status::{self, DeploymentStatus, Installed};
 use crate::error::AnyError;
+use crate::image::blobs::BlobProgress;
 use crate::mount;
 use crate::mount::table::{DaemonRecord, Health, MountRecord};
 use crate::mount::units;
@@ -97,8 +98,26 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
         0 => "mounts    none".to_string(),
         n => format!("mounts    {n}"),
     });
-    lines.extend(mounts.iter().map(|mount| format!("          {}", mount_line(mount))));
+    for mount in mounts {
+        lines.push(format!("          {}", mount_line(mount)));
+        lines.extend(mount.lazy.iter().map(|layer| format!("            {}", layer_line(layer))));
+    }
     lines
+}
+
+/// How much is here of a layer that is fetched while it is read.
+fn layer_line(layer: &BlobProgress) -> String {
+    let BlobProgress { digest, size, have, state, error } = layer;
+    let percent = (u128::from(*have) * 100).checked_div(u128::from(*size)).unwrap_or(100);
+    let state = match state.as_str() {
+        "complete" => "in the store",
+        "offline" => "its source does not answer",
+        "disk-full" => "the disk is full: what is read is not kept",
+        "differs" => "whole, but with another digest: not stored",
+        _ => "fetched as it is read",
+    };
+    let error = error.as_ref().map_or(String::new(), |error| format!(" ({error})"));
+    format!("{digest}: {percent} % of {} MiB here, {state}{error}", size.div_ceil(1 << 20))
 }
 
 fn mount_json(mount: &MountRecord) -> Value {

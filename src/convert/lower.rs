@@ -1,13 +1,13 @@
 //! What the layers below a tar layer have at a path: their merged view.
 
-use std::io::{self, Read};
+use std::io::Read;
 use std::sync::Arc;
 
 use super::puzzlefs::plan::Content;
 use super::{ConvertError, Meta, Under};
 use crate::digest::Digest;
 use crate::image::oci::LayerDescriptor;
-use crate::image::overlay::{Merged, OverlayError, ROOT, names};
+use crate::image::overlay::{Merged, OverlayError, names};
 use crate::image::verified::VerifiedSource;
 use crate::image::{FileType, Layer};
 use crate::store::Store;
@@ -17,11 +17,9 @@ use crate::sys::file::open_regular;
 pub(super) struct Lower<'a> {
     store: &'a Store,
     layers: &'a [LayerDescriptor],
-    view: Option<View>,
+    /// Inside: `None` where there is nothing below.
+    view: Option<Option<View>>,
 }
-
-/// Their merged view, and the digests of the layers in it; `None` where there is nothing below.
-pub(super) type View = Option<(Merged, Vec<Digest>)>;
 
 impl<'a> Lower<'a> {
     /// `layers` are in `store`, with their trees; the first is the bottom one.
@@ -31,73 +29,91 @@ impl<'a> Lower<'a> {
 
     /// What is at a path.
     pub(super) fn at(&mut self, path: &[u8]) -> Result<Under, ConvertError> {
-        let view = match self.view.take() {
-            Some(view) => view,
-            None => self.open()?,
-        };
-        let found = match &view {
-            Some((view, digests)) => under(view, digests, path),
+        if self.view.is_none() {
+            self.view = Some(View::open(self.store, self.layers)?);
+        }
+        match self.view.iter().flatten().next() {
+            Some(view) => under(&view.tree, &view.digests, path),
             None => Ok(Under::Nothing),
-        };
-        self.view = Some(view);
-        found
-    }
-
-    fn open(&self) -> Result<View, ConvertError> {
-        view(self.store, self.layers)
+        }
     }
 }
 
-/// The merged view of layers that are in a store, with their trees, and the digests of the layers in it. Layers that
-/// nothing here reads are left out.
-///
-/// # Errors
-/// [`ConvertError::Below`] names the layer that cannot be opened.
-pub fn view(store: &Store, layers: &[LayerDescriptor]) -> Result<View, ConvertError> {
-    let (mut images, mut digests): (Vec<Arc<dyn Layer>>, _) = (Vec::new(), Vec::new());
-    for layer in layers {
-        let Some(root_hash) = layer.trust.root_hash() else { continue };
-        // Without a reader such a layer cannot be asked.
-        let Some(open) = layer.image().and_then(|format| format.open) else { continue };
-        let below = |source| ConvertError::Below { layer: layer.digest, source };
-        let blob = store.blob_path(&layer.digest);
-        let (file, _) = open_regular(&blob, store.transport().links()).map_err(|error| error.source)?;
-        let source = VerifiedSource::open(file, root_hash).map_err(|error| below(Box::new(error)))?;
-        images.push(open(Arc::new(source)).map_err(|error| below(Box::new(error)))?);
-        digests.push(layer.digest);
-    }
-    if images.is_empty() {
-        return Ok(None);
-    }
-    let view = Merged::new(images).map_err(|error| failed(error, &digests))?;
-    Ok(Some((view, digests)))
+/// The merged view of layers that are in a store, and the digests of the layers in it.
+pub struct View {
+    tree: Merged,
+    digests: Vec<Digest>,
 }
 
-/// The content of a regular file of a merged view, by its path without symbolic links; `None` where there is none, or
-/// one of more than `max` bytes.
-///
-/// # Errors
-/// A layer that cannot be read.
-pub fn read_file(view: &Merged, path: &[u8], max: u64) -> Result<Option<Vec<u8>>, ConvertError> {
-    let unreadable = |error: OverlayError| ConvertError::Io(io::Error::other(error));
-    let (mut ino, mut attr) = (ROOT, view.attr(ROOT).map_err(unreadable)?);
-    for name in path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()) {
-        if attr.kind != FileType::Directory {
+impl View {
+    /// Opens layers with their trees. Layers that nothing here reads are left out; `None` where none is left.
+    ///
+    /// # Errors
+    /// [`ConvertError::Below`] names the layer that cannot be opened.
+    pub fn open(store: &Store, layers: &[LayerDescriptor]) -> Result<Option<Self>, ConvertError> {
+        let (mut images, mut digests): (Vec<Arc<dyn Layer>>, _) = (Vec::new(), Vec::new());
+        for layer in layers {
+            // Without a reader such a layer cannot be asked.
+            let Some(open) = layer.image().and_then(|format| format.open) else { continue };
+            let below = |source| ConvertError::Below { layer: layer.digest, source };
+            let source = open_verified(store, layer).map_err(|error| below(Box::new(error)))?;
+            let Some(source) = source else { continue };
+            images.push(open(Arc::new(source)).map_err(|error| below(Box::new(error)))?);
+            digests.push(layer.digest);
+        }
+        if images.is_empty() {
             return Ok(None);
         }
-        match view.lookup(ino, name).map_err(unreadable)? {
-            Some(found) => (ino, attr) = found,
-            None => return Ok(None),
+        let tree = Merged::new(images).map_err(|error| failed(error, &digests))?;
+        Ok(Some(Self { tree, digests }))
+    }
+
+    /// The content of a regular file, by its path without symbolic links; `None` where there is none, or one of more
+    /// than `max` bytes.
+    ///
+    /// # Errors
+    /// [`ConvertError::Below`] names the layer that cannot be read.
+    pub fn read_file(&self, path: &[u8], max: u64) -> Result<Option<Vec<u8>>, ConvertError> {
+        let found = self.tree.find(path).map_err(|error| failed(error, &self.digests))?;
+        let Some((ino, attr)) = found else { return Ok(None) };
+        if attr.kind != FileType::Regular || attr.size_bytes > max {
+            return Ok(None);
         }
+        let mut bytes = Vec::new();
+        if attr.size_bytes > 0 {
+            Content::new(&self.tree, [(ino, attr.size_bytes)].into()).read_to_end(&mut bytes)?;
+        }
+        Ok(Some(bytes))
     }
-    if attr.kind != FileType::Regular || attr.size_bytes > max {
-        return Ok(None);
+
+    /// The names in a folder, at most `most` of them; none where there is no such folder.
+    ///
+    /// # Errors
+    /// [`ConvertError::Below`] names the layer that cannot be read.
+    pub fn names(&self, path: &[u8], most: usize) -> Result<Vec<Vec<u8>>, ConvertError> {
+        let mut found = Vec::new();
+        let mut list = || match self.tree.find(path)? {
+            Some((ino, attr)) if attr.kind == FileType::Directory => {
+                self.tree.read_dir(ino, 0, &mut |entry| {
+                    found.push(entry.name);
+                    found.len() < most
+                })
+            }
+            _ => Ok(()),
+        };
+        list().map_err(|error| failed(error, &self.digests))?;
+        Ok(found)
     }
-    let mut bytes = Vec::new();
-    if attr.size_bytes > 0 {
-        Content::new(view, [(ino, attr.size_bytes)].into()).read_to_end(&mut bytes)?;
-    }
-    Ok(Some(bytes))
+}
+/// Opens the file of a layer, verified; `None` for a layer without a root hash.
+///
+/// # Errors
+/// [`ConvertError::Verity`], [`ConvertError::Io`].
+pub fn open_verified(store: &Store, layer: &LayerDescriptor) -> Result<Option<VerifiedSource>, ConvertError> {
+    let Some(root_hash) = layer.trust.root_hash() else { return Ok(None) };
+    let path = store.blob_path(&layer.digest);
+    let (file, _) = open_regular(&path, store.transport().links()).map_err(|error| error.source)?;
+    VerifiedSource::open(file, root_hash).map(Some).map_err(|source| ConvertError::Verity { source })
 }
 
 /// What a merged view of layers with these digests has at a path.
@@ -119,16 +135,7 @@ fn failed(error: OverlayError, digests: &[Digest]) -> ConvertError {
 }
 
 fn find(view: &Merged, path: &[u8]) -> Result<Under, OverlayError> {
-    let (mut ino, mut attr) = (ROOT, view.attr(ROOT)?);
-    for name in path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()) {
-        if attr.kind != FileType::Directory {
-            return Ok(Under::Nothing);
-        }
-        match view.lookup(ino, name)? {
-            Some(found) => (ino, attr) = found,
-            None => return Ok(Under::Nothing),
-        }
-    }
+    let Some((ino, attr)) = view.find(path)? else { return Ok(Under::Nothing) };
     if attr.kind != FileType::Directory {
         return Ok(Under::Other(attr.kind));
     }

@@ -35,7 +35,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::num::NonZeroUsize;
 
-pub use lower::{read_file, view};
+pub use lower::{View, open_verified};
 pub use packing::{Codec, Packing, PackingError};
 pub use tar::{Problem, TarError};
 pub use tree::{Meta, Under};

@@ -25,9 +25,7 @@ use super::packing::{Compressor, Packing};
 use super::tar::Content;
 use super::{ConvertError, Effort, MAX_METADATA_BYTES};
 use crate::digest::Digest;
-
-/// In a block's size word: stored without compression (linux/squashfs_fs.h).
-pub(super) const UNCOMPRESSED: u32 = 1 << 24;
+use crate::image::squashfs::BLOCK_STORED;
 
 /// Where the content of a regular file is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,7 +44,7 @@ pub(super) struct FileData {
 pub(super) struct Stored {
     /// Offset in the image, in bytes.
     pub start: u64,
-    /// Size in bytes, and [`UNCOMPRESSED`].
+    /// Size in bytes, and [`BLOCK_STORED`].
     pub word: u32,
 }
 
@@ -308,7 +306,7 @@ fn write_all(results: &Receiver<Pending>, file: &File, start: u64) -> io::Result
         let gone = |_| io::Error::other("a compressing thread ended early");
         let bytes = pending.done.recv().map_err(gone)??;
         file.write_all_at(&bytes, packed.end)?;
-        let plain = if bytes.len() == pending.plain_bytes { UNCOMPRESSED } else { 0 };
+        let plain = if bytes.len() == pending.plain_bytes { BLOCK_STORED } else { 0 };
         let stored = Stored { start: packed.end, word: bytes.len() as u32 | plain };
         if pending.fragment { &mut packed.fragments } else { &mut packed.blocks }.push(stored);
         packed.end += bytes.len() as u64;

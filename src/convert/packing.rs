@@ -50,7 +50,7 @@ pub enum PackingError {
         /// The level.
         found: i32,
     },
-    /// The block size is not one of [`BLOCK_SIZES`].
+    /// The block size is not a power of two from 16 KiB to 1 MiB.
     #[error("blocks of {found} bytes: expected a power of two from {} to {}", BLOCK_SIZES.start(), BLOCK_SIZES.end())]
     BlockSize {
         /// The block size, in bytes.

@@ -26,23 +26,18 @@ use super::ConvertError;
 use super::pack::{Packed, Stored};
 use super::packing::{Compressor, Packing};
 use super::tree::{NodeIndex, NodeKind, Tree, Xattrs};
+use crate::image::squashfs::{self, FLAG_COMPRESSOR_OPTIONS, METADATA_BYTES, METADATA_STORED};
 
 /// Size of the superblock, in bytes.
-const SUPERBLOCK_BYTES: u64 = 96;
-/// Size of a metadata block before compression, in bytes.
-const METADATA_BYTES: usize = 8192;
+const SUPERBLOCK_BYTES: u64 = squashfs::SUPERBLOCK_BYTES as u64;
 /// "No such block", and "no such table" in the superblock.
 const NONE_64: u64 = u64::MAX;
 /// "No fragment", "no attributes" in an inode.
 const NONE_32: u32 = u32::MAX;
-/// In a metadata block's length: stored without compression.
-const METADATA_PLAIN: u16 = 1 << 15;
 /// The most entries under one header of a directory.
 const DIR_GROUP: usize = 256;
 /// Superblock flag: there are no extended attributes.
 const FLAG_NO_XATTRS: u16 = 1 << 9;
-/// Superblock flag: options of the codec follow the superblock.
-const FLAG_OPTIONS: u16 = 1 << 10;
 
 /// Appends metadata blocks to memory.
 struct Metadata {
@@ -92,7 +87,7 @@ impl Metadata {
         let packed = self.compressor.compress(&self.block)?;
         let (bytes, flag) = match &packed {
             Some(packed) => (packed, 0),
-            None => (&self.block, METADATA_PLAIN),
+            None => (&self.block, METADATA_STORED),
         };
         // At most 8192, so it fits beside the flag.
         self.stored.extend_from_slice(&(bytes.len() as u16 | flag).to_le_bytes());
@@ -145,7 +140,7 @@ pub(super) fn write_options(file: &File, packing: Packing) -> io::Result<u64> {
     if options.is_empty() {
         return Ok(SUPERBLOCK_BYTES);
     }
-    let mut block = (options.len() as u16 | METADATA_PLAIN).to_le_bytes().to_vec();
+    let mut block = (options.len() as u16 | METADATA_STORED).to_le_bytes().to_vec();
     block.extend_from_slice(options);
     file.write_all_at(&block, SUPERBLOCK_BYTES)?;
     Ok(SUPERBLOCK_BYTES + block.len() as u64)
@@ -472,7 +467,7 @@ impl<'a> TableWriter<'a> {
         put(&codec.id().to_le_bytes());
         put(&(block_bytes.ilog2() as u16).to_le_bytes());
         let no_xattrs = if xattr_table == NONE_64 { FLAG_NO_XATTRS } else { 0 };
-        let options = if codec.options().is_empty() { 0 } else { FLAG_OPTIONS };
+        let options = if codec.options().is_empty() { 0 } else { FLAG_COMPRESSOR_OPTIONS };
         put(&(no_xattrs | options).to_le_bytes());
         put(&(self.ids.len() as u16).to_le_bytes());
         put(&4u16.to_le_bytes());

@@ -422,18 +422,22 @@ pub fn verdict(taken: &[Taken]) -> Result<(), NotActive> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::digest::Digest;
-    use crate::image::blobs::Blob;
+    use crate::image::blobs::{Blob, BlobFolder};
     use crate::image::oci::{LayerDescriptor, Trust};
     use crate::mount::{LayerBytes, PlannedLayer};
+    use crate::sys::file::Links;
 
     fn wanted() -> MountPlan {
         let media_type = "application/vnd.stacker.image.layer.squashfs+zstd+verity";
         let trust = Trust::RootHash(Digest::of(b"root"));
         let descriptor = LayerDescriptor::new(media_type, Digest::of(b"layer"), 4096, trust);
         let layer = PlannedLayer { descriptor, bytes: LayerBytes::One(Blob::File("/layer".into())) };
-        MountPlan { source: "app".into(), digest: Some(Digest::of(b"image")), layers: vec![layer] }
+        let blobs = Arc::new(BlobFolder::of_layout(Path::new("/"), Links::Refused));
+        MountPlan { source: "app".into(), digest: Some(Digest::of(b"image")), layers: vec![layer], blobs }
     }
 
     fn found(change: impl FnOnce(&mut MountRecord)) -> Found {
@@ -448,6 +452,7 @@ mod tests {
             verified: true,
             device: "0:9".into(),
             daemon: None,
+            lazy: Vec::new(),
         };
         change(&mut record);
         let mounted = Mounted {

@@ -12,6 +12,8 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use serde::{Deserialize, Serialize};
+
 use super::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
@@ -32,6 +34,41 @@ pub trait Blobs: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`BlobError`]; `bytes` is then empty.
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError>;
+
+    /// Whether a read may wait for another machine.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
+    /// Starts what the place does in the background. Called once, by the process that serves a mount.
+    ///
+    /// # Errors
+    /// That of starting a thread.
+    fn start(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Returns how much of each blob that comes from another machine is here.
+    fn progress(&self) -> Vec<BlobProgress> {
+        Vec::new()
+    }
+}
+
+/// How much of a blob that comes from another machine is here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobProgress {
+    /// The blob; of a layer made of chunks, one of its blobs, and the numbers are those of all.
+    pub digest: Digest,
+    /// Its size, in bytes.
+    pub size: u64,
+    /// How many bytes are here.
+    pub have: u64,
+    /// `partial`; `complete`: it is in the store; `offline`: its source does not answer; `disk-full`: it cannot be
+    /// kept; `differs`: it is whole and has another digest.
+    pub state: String,
+    /// The last error of its source, if nothing has succeeded since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// One blob, unverified.

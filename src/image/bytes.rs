@@ -4,6 +4,7 @@
 //! with it, [`super::verified::VerifiedSource`] verifies what it returns. Code that reads many blocks is
 //! generic over it, so reads of a file remain direct calls.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
@@ -26,6 +27,35 @@ pub trait ReadAt: Send + Sync {
     /// [`io::ErrorKind::UnexpectedEof`] if the range ends after the last byte; else the error of the
     /// operating system or the transport. The content of `buffer` is then undefined.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Says that bytes that were read there do not verify. Returns whether another read may return others,
+    /// because they have been fetched again.
+    fn distrust(&self, offset: u64, len: u64) -> bool {
+        let _ = (offset, len);
+        false
+    }
+}
+
+thread_local! {
+    static MAY_WAIT: Cell<bool> = const { Cell::new(true) };
+}
+
+/// Runs `work` in this thread without waiting for another machine: a read of bytes that are not on this one
+/// fails with [`io::ErrorKind::WouldBlock`].
+pub fn without_waiting<T>(work: impl FnOnce() -> T) -> T {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            MAY_WAIT.set(self.0);
+        }
+    }
+    let _restore = Restore(MAY_WAIT.replace(false));
+    work()
+}
+
+/// Returns whether this thread may wait for another machine (see [`without_waiting`]).
+pub fn may_wait() -> bool {
+    MAY_WAIT.get()
 }
 
 impl ReadAt for File {
@@ -51,6 +81,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         (**self).read_exact_at(buffer, offset)
     }
+
+    fn distrust(&self, offset: u64, len: u64) -> bool {
+        (**self).distrust(offset, len)
+    }
 }
 
 impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
@@ -60,6 +94,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         (**self).read_exact_at(buffer, offset)
+    }
+
+    fn distrust(&self, offset: u64, len: u64) -> bool {
+        (**self).distrust(offset, len)
     }
 }
 

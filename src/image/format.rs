@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use super::chunked::{ChunkedLayer, Chunks};
-use super::erofs::Erofs;
+use super::erofs::{self, Erofs};
 use super::layer::{Layer, LayerError};
 use super::puzzlefs::{self, Puzzlefs};
 use super::source::Source;
@@ -109,7 +109,7 @@ const TABLE: &[Row] = &[
         media_types: &[MediaType::Prefix("application/vnd.stacker.image.layer.erofs")],
         content: Content::Image(ImageFormat {
             kernel: "erofs",
-            data_bytes: erofs_bytes,
+            data_bytes: erofs::image_bytes,
             open: Some(|source| Ok(Arc::new(Erofs::open(source)?))),
         }),
     },
@@ -226,15 +226,6 @@ fn squashfs_bytes(head: &[u8]) -> Option<u64> {
     (at(head, 0)? == *b"hsqs").then(|| at(head, 40).map(u64::from_le_bytes))?
 }
 
-/// erofs: at 1024 magic, at 1036 the block size's bits, at 1060 the blocks (linux/fs/erofs/erofs_fs.h).
-fn erofs_bytes(head: &[u8]) -> Option<u64> {
-    if u32::from_le_bytes(at(head, 1024)?) != 0xe0f5_e1e2 {
-        return None;
-    }
-    let bits = head.get(1036).copied().filter(|bits| (9..=16).contains(bits))?;
-    Some(u64::from(u32::from_le_bytes(at(head, 1060)?)) << bits)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -292,6 +283,12 @@ mod tests {
         head[1036] = 12;
         head[1060..1064].copy_from_slice(&7_u32.to_le_bytes());
         assert_eq!(image_bytes(&head), Some(7 * 4096));
+        // Numbers of 48 bits: the upper ones of the blocks are in the root's place.
+        head[1104] = 0x80;
+        head[1038] = 3;
+        assert_eq!(image_bytes(&head), Some(7 * 4096), "without a wide root");
+        head[1136] = 1;
+        assert_eq!(image_bytes(&head), Some((3 << 32 | 7) * 4096));
         head[1036] = 60;
         assert_eq!(image_bytes(&head), None);
         head[..4].copy_from_slice(b"hsqs");

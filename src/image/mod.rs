@@ -10,6 +10,7 @@
 //! layer.rs      Layer: the files of a layer, whatever its format
 //! squashfs/     a reader; each format has a folder of its own: erofs/, puzzlefs/
 //! cache.rs      pieces of metadata that readers keep
+//! fields.rs     little-endian fields of their structures
 //! overlay/      the merged view of layers
 //! files.rs      files of the merged view by their paths
 //! boot.rs       what the image of the target `boot` has in it
@@ -25,6 +26,7 @@ mod cache;
 pub mod check;
 pub mod chunked;
 pub mod erofs;
+mod fields;
 pub mod files;
 pub mod format;
 pub mod layer;

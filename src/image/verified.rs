@@ -15,6 +15,9 @@
 //!
 //! The root hash does not cover the superblock, so it is not trusted: see [`locate`].
 //!
+//! A block that does not match may be another one when it is read again: where bytes come from another machine,
+//! [`ReadAt::distrust`] fetches them once more, and the new copy is hashed like the first.
+//!
 //! # Locks
 //! Each slot of the cache has its own lock, held only to compare a number and to copy a pointer. No I/O and
 //! no hashing happens under it. Two threads that need the same missing block both load it; both copies are
@@ -131,8 +134,7 @@ impl<R: ReadAt> VerifiedSource<R> {
         // The block that the root hash covers: the top of the tree, or the only data block.
         let top = source.geometry.levels().last().map(|level| level.first_block);
         let mut hashes = [[0; 32]; HASHES_PER_BLOCK];
-        source.load(top.unwrap_or(0), hashes.as_flattened_mut())?;
-        source.check(hashes.as_flattened(), top.unwrap_or(0), &[*root_hash.as_bytes()])?;
+        source.load_checked(top.unwrap_or(0), hashes.as_flattened_mut(), root_hash.as_bytes())?;
         if top.is_none() {
             hashes = [[0; 32]; HASHES_PER_BLOCK];
             hashes[0] = *root_hash.as_bytes();
@@ -198,6 +200,17 @@ impl<R: ReadAt> VerifiedSource<R> {
         self.compare(bytes, first_block, expected, Err)
     }
 
+    /// Reads one block, verified. One that does not match is fetched again, where that is possible.
+    fn load_checked(&self, block: u64, bytes: &mut [u8], expected: &[u8; 32]) -> Result<(), ReadError> {
+        loop {
+            self.load(block, bytes)?;
+            match self.check(bytes, block, std::slice::from_ref(expected)) {
+                Err(_) if self.bytes.distrust(block * BLOCK, BLOCK) => {}
+                checked => return checked,
+            }
+        }
+    }
+
     /// Describes a block of the file, for an error.
     fn name_of(&self, block: u64) -> String {
         match self.geometry.levels().iter().position(|level| block >= level.first_block) {
@@ -222,15 +235,26 @@ impl<R: ReadAt> VerifiedSource<R> {
         // Climbs one level at a time and ends at the top; there are at most eight levels.
         let parent = self.hash_block(level + 1, index / FANOUT)?;
         let mut hashes = [[0; 32]; HASHES_PER_BLOCK];
-        self.load(block, hashes.as_flattened_mut())?;
-        self.check(hashes.as_flattened(), block, &[parent[(index % FANOUT) as usize]])?;
+        self.load_checked(block, hashes.as_flattened_mut(), &parent[(index % FANOUT) as usize])?;
         let hashes = Arc::new(hashes);
         *locks::lock(slot) = Some((block, Arc::clone(&hashes)));
         Ok(hashes)
     }
 
-    /// Fills `bytes` with data blocks, all of them verified.
+    /// Fills `bytes` with data blocks, all of them verified. What does not match is fetched again, where that is
+    /// possible.
     fn read_blocks(&self, first_block: u64, bytes: &mut [u8]) -> Result<(), ReadError> {
+        loop {
+            match self.try_read_blocks(first_block, bytes) {
+                // A hash block has been fetched again by then, so the fault is among the data.
+                Err(ReadError::Verity { block, .. })
+                    if block < self.geometry.data_blocks() && self.bytes.distrust(block * BLOCK, BLOCK) => {}
+                done => return done,
+            }
+        }
+    }
+
+    fn try_read_blocks(&self, first_block: u64, bytes: &mut [u8]) -> Result<(), ReadError> {
         self.load(first_block, bytes)?;
         let (mut block, mut rest) = (first_block, &*bytes);
         while !rest.is_empty() {

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use super::MountError;
 use super::kernel::through_device::through_device;
 use super::plan::{LayerBytes, MountPlan, PlannedLayer};
+use crate::digest::Digest;
+use crate::error::{Class, Classified};
 use crate::image::blobs::Blob;
+use crate::image::bytes::ReadAt;
 use crate::image::format::Content;
 use crate::image::layer::{Layer, LayerError};
 use crate::image::oci::Trust;
 use crate::image::source::Source;
 use crate::image::verified::{PlainSource, VerifiedSource};
-use crate::image::verity::VerityError;
+use crate::image::verity::{BLOCK_BYTES, Geometry, VerityError};
 use crate::sys::file::{Links, open_regular};
 
 /// Opens all layers of a plan, the bottom one first.
@@ -42,6 +45,27 @@ fn open_layer(layer: &PlannedLayer) -> Result<Arc<dyn Layer>, MountError> {
             open(chunks).map_err(|source| MountError::LayerRead { layer: digest, place, source })
         }
         _ => Err(cannot_be_mounted()),
+    }
+}
+
+/// Opens bytes that come from another machine. No hash covers the two superblocks that say where things are: if they
+/// make no sense, they are fetched again, as a block is that does not verify.
+fn open_remote(
+    bytes: &Arc<dyn ReadAt>,
+    root_hash: Digest,
+) -> Result<VerifiedSource<Arc<dyn ReadAt>>, VerityError> {
+    loop {
+        let error = match VerifiedSource::open(Arc::clone(bytes), root_hash) {
+            Err(error) if error.class() == Class::Verification => error,
+            opened => return opened,
+        };
+        const BLOCK: u64 = BLOCK_BYTES as u64;
+        let behind = bytes.len().ok().and_then(Geometry::of_file).map(|found| found.data_bytes());
+        // Both, whatever the first one says.
+        let again = [Some(0), behind].into_iter().flatten().map(|at| bytes.distrust(at, BLOCK));
+        if !again.fold(false, |so_far, again| so_far | again) {
+            return Err(error);
+        }
     }
 }
 
@@ -77,9 +101,7 @@ fn source(layer: &PlannedLayer, blob: &Blob) -> Result<Arc<dyn Source>, MountErr
             }
         }
         Blob::Remote { bytes, .. } => match root_hash {
-            Trust::RootHash(root_hash) => {
-                Ok(Arc::new(VerifiedSource::open(Arc::clone(bytes), root_hash).map_err(unverified)?))
-            }
+            Trust::RootHash(root_hash) => Ok(Arc::new(open_remote(bytes, root_hash).map_err(unverified)?)),
             Trust::Content | Trust::None => {
                 Ok(Arc::new(PlainSource::unsafe_no_verity(Arc::clone(bytes)).map_err(unreadable)?))
             }

@@ -42,6 +42,8 @@ pub struct MountPlan {
     pub digest: Option<Digest>,
     /// The layers, the bottom one first, none twice.
     pub layers: Vec<PlannedLayer>,
+    /// Where their blobs are.
+    pub blobs: Arc<dyn Blobs>,
 }
 
 /// A layer of a plan.
@@ -106,7 +108,7 @@ impl MountPlan {
         };
         let layers = image.layers.iter().enumerate().map(plan).collect::<Result<_, PlanError>>()?;
         let layers = without_repeats(layers);
-        Ok(Self { source: source.to_string(), digest: Some(image.digest), layers })
+        Ok(Self { source: source.to_string(), digest: Some(image.digest), layers, blobs: Arc::clone(blobs) })
     }
 
     /// Whether all bytes of every layer will be verified.

@@ -37,7 +37,7 @@ use crate::sys;
 ///     let target = Path::new("/mnt");
 ///     let flags = MountFlags { nodev: true, ..MountFlags::default() };
 ///     let mounted = MountRequest { flags, ..MountRequest::new(plan, target) }.run()?;
-///     println!("mounted through {}", mounted.backend);
+///     assert!(["fuse", "dm-verity"].contains(&mounted.backend));
 ///     unmount(target, false)
 /// }
 /// ```
@@ -56,6 +56,9 @@ pub struct Request<'a> {
     pub fuse: FuseOptions,
     /// Who keeps the daemon of the FUSE backend. Where the kernel serves the mount, there is no daemon.
     pub daemon: Daemon<'a>,
+    /// The descriptors that a forked daemon closes because others opened them; `None`: all that are open when the
+    /// mount is prepared. A caller whose plan has descriptors of its own lists those that were open before.
+    pub foreign: Option<Vec<RawFd>>,
 }
 
 /// Who keeps the daemon of a FUSE mount.
@@ -121,6 +124,7 @@ impl<'a> Request<'a> {
             upper: None,
             fuse: FuseOptions::default(),
             daemon: Daemon::Forked,
+            foreign: None,
         }
     }
 
@@ -160,7 +164,7 @@ impl<'a> Request<'a> {
             None => {
                 // What is open now was opened by others: the daemon lives long, and must not keep it. What the engine
                 // opens is its own.
-                let foreign = sys::daemon::open_descriptors();
+                let foreign = self.foreign.take().unwrap_or_else(sys::daemon::open_descriptors);
                 // Before the first large buffer: how the allocator keeps memory cannot be changed for what it has.
                 sys::daemon::lean_allocator();
                 let engine = fuse::prepare(self.plan, &self.fuse)?;
@@ -210,7 +214,7 @@ impl<'a> Request<'a> {
             if let Some(layer) = self.plan.layers.iter().find(|layer| layer.file().is_none()) {
                 let why = match layer.bytes {
                     LayerBytes::Chunks(_) => "is made of chunks, which the kernel cannot mount",
-                    LayerBytes::One(_) => "is not one file of this machine",
+                    LayerBytes::One(_) => "is fetched while it is read, which takes the fuse backend",
                 };
                 return Err(format!("layer {} {why}", layer.descriptor.digest));
             }

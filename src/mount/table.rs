@@ -35,6 +35,7 @@ use super::kernel::dm_verity;
 use super::plan::{MountPlan, PlannedLayer};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
+use crate::image::blobs::BlobProgress;
 use crate::image::oci::LayerDescriptor;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
@@ -66,6 +67,9 @@ pub struct MountRecord {
     pub device: String,
     /// The daemon that serves it, if it has one.
     pub daemon: Option<DaemonRecord>,
+    /// How much is here of the layers that come from another machine, if any do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lazy: Vec<BlobProgress>,
 }
 
 /// A layer of a mount.
@@ -139,6 +143,7 @@ impl MountRecord {
             verified: plan.is_verified(),
             device: format!("{major}:{minor}"),
             daemon,
+            lazy: plan.blobs.progress(),
         }
     }
 

@@ -12,20 +12,18 @@
 
 use std::collections::BTreeSet;
 
-use crate::convert::{ConvertError, read_file, view};
+use crate::convert::{ConvertError, View, open_verified};
 use crate::error::{Class, Classified};
-use crate::image::FileType;
 use crate::image::oci::LayerDescriptor;
-use crate::image::overlay::{Merged, OverlayError, ROOT};
 use crate::image::squashfs::{Compressor, Squashfs};
-use crate::image::verified::VerifiedSource;
 use crate::manifest::{SystemManifest, TargetName};
 use crate::store::{Store, StoreError};
-use crate::sys::file::open_regular;
 use crate::text::one_line;
 
 /// Most bytes of a kernel's configuration; Debian's has 280 KiB.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Most names of a folder that are looked at.
+const MAX_NAMES: usize = 1 << 12;
 /// Most kernels that are looked at in an image.
 const MAX_KERNELS: usize = 16;
 
@@ -69,19 +67,21 @@ pub(super) fn notes(
     store: &Store,
     manifest: &SystemManifest,
 ) -> Result<Vec<(TargetName, String)>, KernelsError> {
-    let mut codecs = Vec::new();
+    let mut images = Vec::new();
     for (name, target) in &manifest.targets {
-        let layers = store.image(&target.digest)?.layers;
-        let found = uncommon(store, &layers).map_err(|source| failed(name, source))?;
-        codecs.extend(found.into_iter().map(|codec| (name, codec)));
+        images.push((name, store.image(&target.digest)?.layers));
+    }
+    let mut codecs = Vec::new();
+    for (name, layers) in &images {
+        let found = uncommon(store, layers).map_err(|source| failed(name, source))?;
+        codecs.extend(found.into_iter().map(|codec| (*name, codec)));
     }
     if codecs.is_empty() {
         return Ok(Vec::new());
     }
     let mut kernels = Vec::new();
-    for (name, target) in &manifest.targets {
-        let layers = store.image(&target.digest)?.layers;
-        if let Some((view, _)) = view(store, &layers).map_err(|source| failed(name, source))? {
+    for (name, layers) in &images {
+        if let Some(view) = View::open(store, layers).map_err(|source| failed(name, source))? {
             look(&view, name, &mut kernels).map_err(|source| failed(name, source))?;
         }
     }
@@ -107,11 +107,7 @@ fn option(codec: Compressor) -> Option<&'static str> {
 fn uncommon(store: &Store, layers: &[LayerDescriptor]) -> Result<BTreeSet<Compressor>, ConvertError> {
     let mut found = BTreeSet::new();
     for layer in layers.iter().filter(|layer| layer.image().is_some_and(|image| image.kernel == "squashfs")) {
-        let Some(root_hash) = layer.trust.root_hash() else { continue };
-        let path = store.blob_path(&layer.digest);
-        let (file, _) = open_regular(&path, store.transport().links()).map_err(|error| error.source)?;
-        let source =
-            VerifiedSource::open(file, root_hash).map_err(|source| ConvertError::Verity { source })?;
+        let Some(source) = open_verified(store, layer)? else { continue };
         let superblock = Squashfs::read_superblock(&source)
             .map_err(|source| ConvertError::Below { layer: layer.digest, source: Box::new(source) })?;
         found.extend(option(superblock.compressor).map(|_| superblock.compressor));
@@ -120,15 +116,15 @@ fn uncommon(store: &Store, layers: &[LayerDescriptor]) -> Result<BTreeSet<Compre
 }
 
 /// Adds the kernels of an image whose configuration it has.
-fn look(view: &Merged, target: &TargetName, kernels: &mut Vec<Kernel>) -> Result<(), ConvertError> {
+fn look(view: &View, target: &TargetName, kernels: &mut Vec<Kernel>) -> Result<(), ConvertError> {
     let mut paths = Vec::new();
-    for name in names(view, b"boot")? {
+    for name in view.names(b"boot", MAX_NAMES)? {
         if let Some(release) = name.strip_prefix(b"config-") {
             paths.push((release.to_vec(), [b"boot/", &name[..]].concat()));
         }
     }
     for folder in ["usr/lib/modules", "lib/modules"] {
-        for release in names(view, folder.as_bytes())? {
+        for release in view.names(folder.as_bytes(), MAX_NAMES)? {
             let path = [folder.as_bytes(), b"/", &release[..], b"/config"].concat();
             paths.push((release, path));
         }
@@ -139,31 +135,12 @@ fn look(view: &Merged, target: &TargetName, kernels: &mut Vec<Kernel>) -> Result
         if kernels.iter().any(known) {
             continue;
         }
-        if let Some(config) = read_file(view, &path, MAX_CONFIG_BYTES)? {
+        if let Some(config) = view.read_file(&path, MAX_CONFIG_BYTES)? {
             let config = String::from_utf8_lossy(&config).into_owned();
             kernels.push(Kernel { target: target.clone(), release, config });
         }
     }
     Ok(())
-}
-
-/// The names in a folder, or nothing where there is no such folder.
-fn names(view: &Merged, path: &[u8]) -> Result<Vec<Vec<u8>>, ConvertError> {
-    let unreadable = |source: OverlayError| ConvertError::Io(std::io::Error::other(source));
-    let mut dir = ROOT;
-    for name in path.split(|byte| *byte == b'/') {
-        match view.lookup(dir, name).map_err(unreadable)? {
-            Some((ino, attr)) if attr.kind == FileType::Directory => dir = ino,
-            _ => return Ok(Vec::new()),
-        }
-    }
-    let mut names = Vec::new();
-    view.read_dir(dir, 0, &mut |entry| {
-        names.push(entry.name);
-        names.len() < 1 << 12
-    })
-    .map_err(unreadable)?;
-    Ok(names)
 }
 
 /// What to say of a codec, if anything.

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::{Store, StoreError, files};
+use super::{Store, StoreError, files, partial};
 use crate::digest::{Digest, Hasher};
 use crate::error::{AnyError, Class, Classified};
 use crate::image::LayerError;
@@ -231,7 +231,7 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
             None => report.extra_files.push(path),
         }
     }
-    for folder in ["tmp", "partial"] {
+    for folder in ["tmp", partial::FOLDER] {
         report.extra_files.extend(files(&store.private(folder))?.into_iter().map(|(path, _)| path));
     }
     blobs.sort();

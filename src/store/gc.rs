@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Store, StoreError, files, put};
+use super::{Store, StoreError, files, lazy, partial, put};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
@@ -152,11 +152,16 @@ impl Collector<'_> {
             }
             removal.bytes += size;
         }
-        for folder in ["tmp", "partial"] {
+        for folder in ["tmp", partial::FOLDER] {
             for (path, size) in files(&self.store.private(folder))? {
                 removal.files.push(path);
                 removal.bytes += size;
             }
+        }
+        // A blob that is here in parts stays while it is read, and while something needs the blob.
+        for (path, size) in lazy::unneeded(self.store, &|digest| marking.marked.contains(digest))? {
+            removal.files.push(path);
+            removal.bytes += size;
         }
         removal.blobs.sort();
         removal.files.sort();
@@ -188,9 +193,8 @@ impl Collector<'_> {
                 _ => failpoint::hit("store.gc.blob"),
             }
         }
-        for folder in
-            [self.store.dir().join("blobs/sha256"), self.store.private("tmp"), self.store.private("partial")]
-        {
+        let private = ["tmp", partial::FOLDER, lazy::FOLDER].map(|name| self.store.private(name));
+        for folder in [self.store.dir().join("blobs/sha256")].into_iter().chain(private) {
             if folder.exists() {
                 sync_folder(&folder).on("sync", &folder)?;
             }

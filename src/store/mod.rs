@@ -8,6 +8,7 @@
 //! DIR/.mosfs/index.lock        flock(2): held while index.json is replaced
 //! DIR/.mosfs/tmp/*             files that are being written
 //! DIR/.mosfs/partial/HEX       the first bytes of blobs that are being received ([`partial`])
+//! DIR/.mosfs/lazy/HEX          blobs that are here in parts and are read already ([`lazy`])
 //! ```
 //!
 //! Names (`org.opencontainers.image.ref.name` in `index.json`):
@@ -40,6 +41,7 @@
 
 pub mod fsck;
 pub mod gc;
+pub mod lazy;
 mod partial;
 mod put;
 pub mod stats;

@@ -24,6 +24,8 @@ use crate::progress::Task;
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
 
+/// The folder of such files, below a store's private folder.
+pub(super) const FOLDER: &str = "partial";
 /// How much is read, hashed and written at a time, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -90,7 +92,7 @@ struct Part {
 impl Part {
     /// Opens or creates the file, and waits for any process that is receiving the blob.
     fn open(writer: &Writer<'_>, blob: &Descriptor) -> Result<Self, StoreError> {
-        let folder = writer.store().private("partial");
+        let folder = writer.store().private(FOLDER);
         file::create_folders(&folder)?;
         let path = folder.join(blob.digest.hex());
         loop {

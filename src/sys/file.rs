@@ -232,6 +232,27 @@ pub fn sync_file_system(file: &File) -> io::Result<()> {
     }
 }
 
+/// Returns where a file has data from `offset` on, in bytes: the first and one past the last byte of the next
+/// stretch that is not a hole (lseek(2), SEEK_DATA and SEEK_HOLE). `None` if there is none.
+///
+/// A file system without holes reports one stretch up to the end of the file. Moves the file's cursor.
+///
+/// # Errors
+/// Those of lseek(2).
+pub fn next_data(file: &File, offset: u64) -> io::Result<Option<(u64, u64)>> {
+    let seek = |offset: u64, whence| -> io::Result<u64> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: lseek takes no pointer; the descriptor is open for the call.
+        let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+        u64::try_from(found).map_err(|_| io::Error::last_os_error())
+    };
+    let begin = match seek(offset, libc::SEEK_DATA) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
+        found => found?,
+    };
+    Ok(Some((begin, seek(begin, libc::SEEK_HOLE)?)))
+}
+
 /// Opens a folder, to open files of it with [`open_regular_at`] later.
 pub fn open_folder(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();

@@ -2,6 +2,7 @@
 //! is consistent wherever a statement can panic.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 /// Locks a mutex.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -26,6 +27,16 @@ pub fn write<T: ?Sized>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
 /// Waits until the condition is notified.
 pub fn wait<'a, T>(condition: &Condvar, held: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condition.wait(held).unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until the condition is notified, at most for `time`. Returns also whether the time is over.
+pub fn wait_for<'a, T>(
+    condition: &Condvar,
+    held: MutexGuard<'a, T>,
+    time: Duration,
+) -> (MutexGuard<'a, T>, bool) {
+    let (held, waited) = condition.wait_timeout(held, time).unwrap_or_else(PoisonError::into_inner);
+    (held, waited.timed_out())
 }
 
 #[cfg(test)]

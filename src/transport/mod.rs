@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Instant;
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
@@ -53,6 +54,23 @@ pub trait Transport: Send + Sync {
     /// A blob, from byte `offset` on. Nothing is checked: the reader hashes what it gets.
     fn open(&self, blob: &Descriptor, offset: u64) -> Result<Blob, TransportError>;
 
+    /// Fills `buffer` with the bytes of a blob at `offset`, by one request to each server that may have it. Nothing
+    /// is checked, and nothing is tried again: the reader verifies what comes, and knows how long it can wait.
+    ///
+    /// # Errors
+    /// As [`Transport::open`]; [`TransportError::NoRanges`] where the place sends whole blobs only.
+    fn read_range(
+        &self,
+        blob: &Descriptor,
+        offset: u64,
+        buffer: &mut [u8],
+        ask: &RangeAsk,
+    ) -> Result<(), TransportError> {
+        let _ = ask;
+        let read = self.open(blob, offset)?.read_exact(buffer);
+        Ok(read.map_err(|source| IoError::new("read", self.location(), source))?)
+    }
+
     /// The manifests whose `subject` is `subject`, all of them or of one artifact type.
     fn referrers(
         &self,
@@ -83,6 +101,15 @@ pub trait Transport: Send + Sync {
     fn default_name(&self) -> Option<&'static str> {
         None
     }
+}
+
+/// How a part of a blob is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct RangeAsk {
+    /// No answer is waited for after this.
+    pub deadline: Instant,
+    /// What came before did not verify: ask the servers in the opposite order, the registry itself first.
+    pub distrusted: bool,
 }
 
 /// A blob that is open for reading.
@@ -333,6 +360,17 @@ impl SourceRef {
         }
     }
 
+    /// The name that an image of this source gets in a store: `REPOSITORY:TAG`, without the registry's host; of a layout,
+    /// the name there.
+    pub(crate) fn image_name(&self) -> String {
+        let name = self.name.as_deref().unwrap_or("latest");
+        if !self.is_registry() {
+            return name.to_string();
+        }
+        let (_, repository) = self.location.split_once('/').unwrap_or(("", &self.location));
+        format!("{repository}:{name}")
+    }
+
     /// Whether it is a registry.
     pub fn is_registry(&self) -> bool {
         self.scheme == DOCKER
@@ -405,6 +443,14 @@ pub enum TransportError {
         object: String,
         /// What is wrong with it.
         why: String,
+    },
+    /// A place that sends whole blobs only was asked for a part of one.
+    #[error("{location} does not send parts of blobs: it answers a Range with {found}")]
+    NoRanges {
+        /// The place.
+        location: String,
+        /// What it answers.
+        found: String,
     },
     /// Something that needs files of this machine was asked of another place.
     #[error("{found} is not a folder of this machine, and this needs one")]

@@ -115,7 +115,7 @@ impl OciDir {
         Arc::new(self.blob_folder())
     }
 
-    fn blob_folder(&self) -> BlobFolder {
+    pub(crate) fn blob_folder(&self) -> BlobFolder {
         BlobFolder::of_layout(&self.dir, self.links)
     }
 

@@ -342,37 +342,6 @@ pub fn open(path: &Path) -> Squashfs {
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// A loop mount of an image, gone when it is dropped.
-pub struct Mounted(pub PathBuf);
-
-impl Mounted {
-    pub fn new(image: &Path, folder: PathBuf) -> Mounted {
-        Self::of("squashfs", image, folder)
-    }
-
-    /// The same, of another file system.
-    pub fn of(kind: &str, image: &Path, folder: PathBuf) -> Mounted {
-        fs::create_dir(&folder).unwrap();
-        run("mount", "mount", &args(&format!("-t {kind} -o ro,loop"), &[image, &folder]));
-        Mounted(folder)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // A program that another test is starting holds what was open here until it is executed.
-        let unmounted = (0..200).any(|_| {
-            let status = Command::new("umount").arg("-q").arg(&self.0).status();
-            let done = status.is_ok_and(|status| status.success());
-            if !done {
-                std::thread::sleep(std::time::Duration::from_millis(50));
-            }
-            done
-        });
-        assert!(unmounted || std::thread::panicking(), "{} stays mounted", self.0.display());
-    }
-}
-
 /// Bytes that compress about as well as programs do, others for each seed.
 pub fn bytes(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

@@ -12,10 +12,10 @@
 //! it was given with.
 
 use super::error::corrupt;
-use super::fields::{u16_at, u64_at};
 use super::inode::{Inode, Layout};
 use super::metadata::Piece;
 use super::{Erofs, NodeId};
+use crate::image::fields::{u16_at, u64_at};
 use crate::image::{DirEntry, FileType, LayerError};
 
 /// The name of folders in errors.

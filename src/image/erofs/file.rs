@@ -15,10 +15,10 @@ use std::sync::Arc;
 
 use super::Erofs;
 use super::codec::{self, Stored};
-use super::fields::{u16_at, u32_at};
 use super::inode::{Inode, Layout};
 use super::metadata::{PAGE_BYTES, Piece, Space};
 use super::zmap::Data;
+use crate::image::fields::{u16_at, u32_at};
 use crate::image::layer::{Extent, Place};
 use crate::image::{LayerError, ReadError};
 

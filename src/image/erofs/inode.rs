@@ -24,10 +24,10 @@
 //! number; nodes in the metabox follow those of the image.
 
 use super::error::corrupt;
-use super::fields::{u16_at, u32_at, u64_at};
 use super::metadata::Space;
 use super::superblock::IN_METABOX;
 use super::{Erofs, NodeId};
+use crate::image::fields::{u16_at, u32_at, u64_at};
 use crate::image::{FileType, LayerError};
 
 /// The name of inodes in errors.

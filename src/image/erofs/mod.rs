@@ -31,7 +31,6 @@
 mod codec;
 mod directory;
 mod error;
-mod fields;
 mod file;
 mod inode;
 mod lz4;
@@ -48,6 +47,7 @@ use super::source::Source;
 use inode::{Inode, SLOT_BYTES};
 use metadata::{PAGE_BYTES, Space};
 use superblock::Superblock;
+pub use superblock::image_bytes;
 
 /// Options for reading an image.
 #[derive(Debug, Clone, Copy)]

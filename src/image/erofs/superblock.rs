@@ -17,7 +17,7 @@
 //! the block, where blocks are not larger than 1 KiB), with the checksum itself as 0.
 
 use super::error::corrupt;
-use super::fields::{u16_at, u32_at, u64_at};
+use crate::image::fields::{u16_at, u32_at, u64_at};
 use crate::image::{LayerError, Source};
 
 /// The magic of an image.
@@ -25,6 +25,9 @@ pub(super) const MAGIC: u32 = 0xe0f5_e1e2;
 
 /// Where the superblock is, in bytes.
 pub(super) const START: u64 = 1024;
+
+/// Binary logarithms of the block sizes that there are.
+const BLOCK_LOGS: std::ops::RangeInclusive<u32> = 9..=16;
 
 /// Size of the superblock without extension slots, in bytes.
 const BYTES: usize = 128;
@@ -115,6 +118,25 @@ pub(super) struct Superblock {
     pub(super) metabox: Option<u64>,
 }
 
+/// The number of the root node, and how many blocks the image has: with wide numbers one takes the place of the other.
+fn root_and_blocks(head: &[u8]) -> (u64, u64) {
+    let (short, low) = (u64::from(u16_at(head, 14)), u64::from(u32_at(head, 36)));
+    match u64_at(head, 112) {
+        root if u32_at(head, 80) & WIDE != 0 && root != 0 => (root, short << 32 | low),
+        _ => (short, low),
+    }
+}
+
+/// Returns the size in bytes of the image that begins with these bytes; `None` if they are not an erofs image.
+pub fn image_bytes(head: &[u8]) -> Option<u64> {
+    let head = head.get(START as usize..)?.get(..BYTES)?;
+    let block_log = u32::from(head[12]);
+    if u32_at(head, 0) != MAGIC || !BLOCK_LOGS.contains(&block_log) {
+        return None;
+    }
+    root_and_blocks(head).1.checked_mul(1 << block_log)
+}
+
 impl Superblock {
     /// Size of a block, in bytes.
     pub(super) fn block_bytes(&self) -> u32 {
@@ -159,7 +181,7 @@ impl Superblock {
             return bad(0, format!("magic is {magic:#010x}, expected {MAGIC:#010x} (erofs)"));
         }
         let block_log = u32::from(head[12]);
-        if !(9..=16).contains(&block_log) {
+        if !BLOCK_LOGS.contains(&block_log) {
             return bad(12, format!("block size is 2^{block_log}, expected 2^9 to 2^16"));
         }
         let block_bytes = 1u64 << block_log;
@@ -191,10 +213,7 @@ impl Superblock {
                 format!("{devices} further devices hold data, expected none: one image is one file"),
             );
         }
-        let wide = incompatible & WIDE != 0 && u64_at(head, 112) != 0;
-        let (root, high) =
-            if wide { (u64_at(head, 112), u16_at(head, 14)) } else { (u16_at(head, 14).into(), 0) };
-        let blocks = u64::from(high) << 32 | u64::from(u32_at(head, 36));
+        let (root, blocks) = root_and_blocks(head);
         let bytes =
             blocks.checked_mul(block_bytes).filter(|bytes| *bytes <= size.next_multiple_of(block_bytes));
         let Some(bytes) = bytes.filter(|bytes| *bytes >= START + superblock_bytes) else {

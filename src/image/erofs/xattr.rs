@@ -13,10 +13,10 @@
 
 use super::Erofs;
 use super::error::corrupt;
-use super::fields::u16_at;
 use super::inode::Inode;
 use super::metadata::Space;
 use crate::image::LayerError;
+use crate::image::fields::u16_at;
 use crate::image::layer::Xattrs;
 
 /// The name of xattrs in errors.

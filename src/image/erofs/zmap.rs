@@ -35,10 +35,10 @@
 use super::Erofs;
 use super::codec::{Code, DECODED_BYTES_MAX, Stored};
 use super::error::corrupt;
-use super::fields::{u16_at, u32_at, u64_at};
 use super::inode::{Inode, Layout};
 use super::superblock::STORED_BYTES_MAX;
 use crate::image::LayerError;
+use crate::image::fields::{u16_at, u32_at, u64_at};
 
 /// The name of indexes in errors.
 const TABLE: &str = "cluster index";

@@ -10,14 +10,18 @@ use std::collections::HashMap;
 
 use super::cursor::Merge;
 use super::{Chain, Merged, OverlayError, Part, at};
-use crate::image::layer::FileType;
+use crate::image::layer::{FileType, LayerError};
+use crate::image::source::ReadError;
 
 /// For each file with hidden links how many they are.
 ///
 /// The walk looks at no more entries than the layers say that they have files (twice, and 1,000
 /// more), so that a tree that loops comes to an end. Beyond that, or on an error, it gives up
 /// with what it has, and says so in the log.
-pub(super) fn hidden_links(view: &Merged, root: &[Part]) -> HashMap<Part, u32> {
+///
+/// # Errors
+/// One of reading, which may be another one at the next time (a network).
+pub(super) fn hidden_links(view: &Merged, root: &[Part]) -> Result<HashMap<Part, u32>, OverlayError> {
     let mut walk = Walk {
         view,
         hidden: HashMap::new(),
@@ -28,9 +32,12 @@ pub(super) fn hidden_links(view: &Merged, root: &[Part]) -> HashMap<Part, u32> {
         Ok(false) => {
             log::warn!("link counts: more entries than the layers have files; some counts are too high")
         }
+        Err(error @ OverlayError::Layer { source: LayerError::Read(ReadError::Io { .. }), .. }) => {
+            return Err(error);
+        }
         Err(error) => log::warn!("link counts: {error}; some counts are too high"),
     }
-    walk.hidden
+    Ok(walk.hidden)
 }
 
 struct Walk<'a> {

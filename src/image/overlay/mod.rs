@@ -210,7 +210,7 @@ impl Merged {
                 if attr.kind == FileType::Directory {
                     return Ok(attr);
                 }
-                Ok(Attr { nlink: self.visible_links(part, attr.nlink), ..attr })
+                Ok(Attr { nlink: self.visible_links(part, attr.nlink)?, ..attr })
             }
             Place::Several(dir) => {
                 let Some(&top) = dir.parts.first() else { return Err(OverlayError::NoSuchInode(ino)) };
@@ -218,6 +218,21 @@ impl Merged {
                 Ok(Attr { nlink: self.dir_links(&dir)?, ..attr })
             }
         }
+    }
+
+    /// The file at a path (`usr/lib`; the root is empty), without following links.
+    pub(crate) fn find(&self, path: &[u8]) -> Result<Option<(u64, Attr)>, OverlayError> {
+        let (mut ino, mut attr) = (ROOT, self.attr(ROOT)?);
+        for name in path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()) {
+            if attr.kind != FileType::Directory {
+                return Ok(None);
+            }
+            match self.lookup(ino, name)? {
+                Some(found) => (ino, attr) = found,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some((ino, attr)))
     }
 
     /// The file of that name in a folder.
@@ -341,6 +356,12 @@ impl Merged {
         };
         let node = self.layers[layer].node(ino - bases[layer]);
         node.map(|node| Part { layer, node }).map_err(|source| OverlayError::Layer { layer, source })
+    }
+
+    /// Finds now how the files are numbered, rather than when the first number is needed. A caller whose threads may
+    /// not all wait for another machine calls this in one that may: what cannot be read is numbered otherwise.
+    pub fn number_files(&self) {
+        self.bases();
     }
 
     fn bases(&self) -> &[u64] {
@@ -536,12 +557,19 @@ impl Merged {
     }
 
     /// The link count of a file: what the layer says, less the links that layers above hide.
-    fn visible_links(&self, part: Part, nlink: u32) -> u32 {
+    fn visible_links(&self, part: Part, nlink: u32) -> Result<u32, OverlayError> {
         if nlink <= 1 || part.layer + 1 == self.layers.len() {
-            return nlink;
+            return Ok(nlink);
         }
-        let hidden = self.hidden_links.get_or_init(|| links::hidden_links(self, &self.root.parts));
-        nlink.saturating_sub(hidden.get(&part).copied().unwrap_or(0)).max(1)
+        let less = |hidden: &HashMap<Part, u32>| {
+            nlink.saturating_sub(hidden.get(&part).copied().unwrap_or(0)).max(1)
+        };
+        if let Some(hidden) = self.hidden_links.get() {
+            return Ok(less(hidden));
+        }
+        // Not under a lock: the walk may wait for another machine. Two threads that walk find the same.
+        let hidden = links::hidden_links(self, &self.root.parts)?;
+        Ok(less(self.hidden_links.get_or_init(|| hidden)))
     }
 }
 

@@ -19,8 +19,8 @@
 use super::error::corrupt;
 use super::inode::{Data, Directory, Inode, file_type};
 use super::metadata::{Cursor, METADATA_BYTES, PLACES, Place, Position, Region};
-use super::superblock::{u16_at, u32_at};
 use super::{NodeId, Squashfs};
+use crate::image::fields::{u16_at, u32_at};
 use crate::image::{DirEntry, FileType, LayerError};
 
 /// The name of the directory table in errors.

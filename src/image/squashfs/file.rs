@@ -12,8 +12,8 @@
 use super::error::corrupt;
 use super::inode::{self, Data, File, NONE};
 use super::metadata::{Cursor, PLACES, Place};
-use super::superblock::{u32_at, u64_at};
 use super::{NodeId, Squashfs};
+use crate::image::fields::{u32_at, u64_at};
 use crate::image::layer::{BlockId, Extent, Place as Held};
 use crate::image::{LayerError, ReadError};
 
@@ -24,7 +24,7 @@ pub(super) const TABLE: &str = "data block";
 pub(super) const FRAGMENT_TABLE: &str = "fragment block";
 
 /// Bit of a size word: the block is not compressed.
-pub(super) const STORED: u32 = 1 << 24;
+pub const STORED: u32 = 1 << 24;
 
 /// Bits of a size word that hold the size on disk.
 pub(super) const SIZE_MASK: u32 = STORED - 1;

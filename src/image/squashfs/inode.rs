@@ -16,8 +16,8 @@
 
 use super::error::corrupt;
 use super::metadata::Cursor;
-use super::superblock::{u16_at, u32_at, u64_at};
 use super::{NodeId, Squashfs};
+use crate::image::fields::{u16_at, u32_at, u64_at};
 use crate::image::{FileType, LayerError};
 
 /// The name of the inode table in errors.

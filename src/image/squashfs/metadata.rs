@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 
 use super::compress::{Compressor, Scratch, with_scratch};
 use super::error::corrupt;
-use super::superblock::field;
 use crate::image::cache::Cache;
+use crate::image::fields::field;
 use crate::image::{LayerError, Source};
 use crate::sys::locks;
 
@@ -30,7 +30,7 @@ const HEADER_BYTES: u64 = 2;
 const PAGE_BYTES: u64 = 4096;
 
 /// Bit of a header: the block is not compressed.
-const STORED: u16 = 1 << 15;
+pub const STORED: u16 = 1 << 15;
 
 /// A part of the image that consists of consecutive metadata blocks.
 #[derive(Debug, Clone, Copy)]

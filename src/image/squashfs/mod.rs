@@ -51,10 +51,12 @@ use std::sync::{Arc, OnceLock};
 
 pub use check::Event;
 pub use compress::Compressor;
-pub use metadata::METADATA_BYTES;
-pub use superblock::{SUPERBLOCK_BYTES, Superblock};
+pub use file::STORED as BLOCK_STORED;
+pub use metadata::{METADATA_BYTES, STORED as METADATA_STORED};
+pub use superblock::{FLAG_COMPRESSOR_OPTIONS, SUPERBLOCK_BYTES, Superblock};
 
 use super::cache::Cache;
+use super::fields::field;
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
 use super::source::Source;
 use error::corrupt;
@@ -183,7 +185,7 @@ impl Squashfs {
             ));
         }
         let bytes = source.read(0, SUPERBLOCK_BYTES, &mut scratch)?;
-        Superblock::parse(&superblock::field(bytes, 0), size)
+        Superblock::parse(&field(bytes, 0), size)
     }
 
     /// The superblock.

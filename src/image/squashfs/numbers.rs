@@ -16,9 +16,9 @@
 //! numbers: all that is lost is that they fit 32 bits.
 
 use super::metadata::METADATA_BYTES;
-use super::superblock::u16_at;
 use super::{NodeId, Squashfs, error::corrupt, inode};
 use crate::image::LayerError;
+use crate::image::fields::u16_at;
 
 /// The largest inode table that is walked, in bytes: some 20 million files.
 const TABLE_BYTES_MAX: u64 = 256 << 20;

@@ -4,6 +4,7 @@ use super::compress::Compressor;
 use super::error::corrupt;
 use super::{METADATA_BYTES, NodeId};
 use crate::image::LayerError;
+use crate::image::fields::{u16_at, u32_at, u64_at};
 
 /// Size of the superblock on disk, in bytes.
 pub const SUPERBLOCK_BYTES: usize = 96;
@@ -18,7 +19,7 @@ const TABLE: &str = "superblock";
 const NO_TABLE: u64 = u64::MAX;
 
 /// Flag bit: compressor options follow the superblock.
-const FLAG_COMPRESSOR_OPTIONS: u16 = 1 << 10;
+pub const FLAG_COMPRESSOR_OPTIONS: u16 = 1 << 10;
 
 /// The fields of the superblock, checked against each other and against the size of the source.
 ///
@@ -59,30 +60,6 @@ pub struct Superblock {
     pub export_table: Option<u64>,
     /// Upper bound on the end of the listings.
     pub(super) directory_end: u64,
-}
-
-/// The `N` bytes at `at`, for fields of structures that are known to be long enough.
-pub(super) fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut value = [0; N];
-    if let Some(found) = bytes.get(at..at.saturating_add(N)) {
-        value.copy_from_slice(found);
-    }
-    value
-}
-
-/// The little-endian 16-bit field at `at`.
-pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(field(bytes, at))
-}
-
-/// The little-endian 32-bit field at `at`.
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(field(bytes, at))
-}
-
-/// The little-endian 64-bit field at `at`.
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(field(bytes, at))
 }
 
 /// Returns the size of a table's list of pointers, in bytes: one pointer per metadata block of entries.

@@ -10,9 +10,10 @@ use std::sync::OnceLock;
 
 use super::error::corrupt;
 use super::metadata::{METADATA_BYTES, Metadata, Region};
-use super::superblock::{pointer_bytes, u32_at, u64_at};
+use super::superblock::pointer_bytes;
 use super::{NodeId, Squashfs};
 use crate::image::LayerError;
+use crate::image::fields::{u32_at, u64_at};
 
 /// Lists of pointers up to this length are cached once read (64 KiB per table).
 const KEPT_POINTERS: u64 = 8192;

@@ -19,10 +19,10 @@
 use super::error::corrupt;
 use super::inode::NONE;
 use super::metadata::{Cursor, METADATA_BYTES, Region};
-use super::superblock::{u16_at, u32_at, u64_at};
 use super::tables::Table;
 use super::{NodeId, Squashfs};
 use crate::image::LayerError;
+use crate::image::fields::{u16_at, u32_at, u64_at};
 use crate::image::layer::Xattrs;
 
 /// The name of names and values in errors.

@@ -52,6 +52,18 @@ impl Geometry {
         Ok(Self { data_blocks, levels })
     }
 
+    /// Returns the geometry of an image file of this size in bytes, if a file with verity data can have it.
+    pub fn of_file(file_bytes: u64) -> Option<Self> {
+        // The size grows with the number of data blocks: the tree is at most 1/127 of it.
+        let (mut low, mut high) = (1, (file_bytes / BLOCK_BYTES as u64).min(MAX_DATA_BLOCKS));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let found = Self::new(middle * BLOCK_BYTES as u64).ok()?;
+            if found.file_bytes() < file_bytes { low = middle + 1 } else { high = middle }
+        }
+        Self::new(low * BLOCK_BYTES as u64).ok().filter(|found| found.file_bytes() == file_bytes)
+    }
+
     /// Number of data blocks; never 0.
     pub fn data_blocks(&self) -> u64 {
         self.data_blocks
@@ -103,6 +115,19 @@ mod tests {
         assert_eq!(blocks(129).levels()[0], Level { first_block: 131, blocks: 2 });
         assert_eq!(blocks(129).file_bytes(), 133 * 4096);
         assert_eq!(blocks(1).file_bytes(), 2 * 4096);
+    }
+
+    #[test]
+    fn a_file_tells_its_geometry() {
+        for count in [1, 2, 3, 127, 128, 129, 130, 16384, 16385, 1 << 30] {
+            let expected = blocks(count);
+            assert_eq!(Geometry::of_file(expected.file_bytes()), Some(expected.clone()), "{count}");
+            assert_eq!(Geometry::of_file(expected.file_bytes() + 1), None, "{count}");
+        }
+        // No number of data blocks gives these: with 129 there are two more blocks than with 128.
+        for bytes in [0, 1, 4096, 4097, 131 * 4096, 132 * 4096, u64::MAX] {
+            assert_eq!(Geometry::of_file(bytes), None, "{bytes}");
+        }
     }
 
     #[test]

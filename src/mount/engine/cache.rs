@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::EngineError;
+use crate::image::bytes::may_wait;
 use crate::image::layer::BlockId;
 use crate::sys::locks;
 
@@ -75,6 +76,8 @@ type Outcome = Result<Arc<Block>, EngineError>;
 /// A decode in flight.
 #[derive(Default)]
 struct Flight {
+    /// Whether the thread that decodes may wait for another machine.
+    may_wait: bool,
     outcome: Mutex<Option<Outcome>>,
     landed: Condvar,
 }
@@ -142,7 +145,8 @@ impl BlockCache {
     }
 
     /// Returns the block; `decode` fills it in if it is not cached. Of several concurrent callers only one
-    /// decodes, and the others wait for it.
+    /// decodes, and the others wait for it; a thread that may not wait for another machine
+    /// ([`without_waiting`](crate::image::bytes::without_waiting)) does not wait for one that may.
     pub fn get_or_decode(
         &self,
         share: Share,
@@ -152,21 +156,31 @@ impl BlockCache {
     ) -> Outcome {
         let (shard, most) = self.shard(share, layer, id);
         let key = (layer, id);
-        let flight = match locks::lock(shard).slots.entry(key) {
-            Entry::Occupied(slot) => match slot.get() {
-                Slot::Ready { block, used } => {
-                    used.store(true, Ordering::Relaxed);
-                    return Ok(block.clone());
+        loop {
+            let flight = match locks::lock(shard).slots.entry(key) {
+                Entry::Occupied(slot) => match slot.get() {
+                    Slot::Ready { block, used } => {
+                        used.store(true, Ordering::Relaxed);
+                        return Ok(block.clone());
+                    }
+                    Slot::Decoding(flight) => flight.clone(),
+                },
+                Entry::Vacant(slot) => {
+                    slot.insert(Slot::Decoding(Arc::new(Flight {
+                        may_wait: may_wait(),
+                        ..Flight::default()
+                    })));
+                    break;
                 }
-                Slot::Decoding(flight) => Some(flight.clone()),
-            },
-            Entry::Vacant(slot) => {
-                slot.insert(Slot::Decoding(Arc::default()));
-                None
+            };
+            if flight.may_wait && !may_wait() {
+                return Err(EngineError::NotHere);
             }
-        };
-        if let Some(flight) = flight {
-            return flight.wait();
+            match flight.wait() {
+                // The one that decoded may not wait, and this one may.
+                Err(EngineError::NotHere) if may_wait() => {}
+                outcome => return outcome,
+            }
         }
         // Lands the flight even if `decode` panics, so that no thread waits forever.
         let mut landing = Landing { shard, most, key, outcome: Err(EngineError::Io) };
@@ -269,6 +283,41 @@ mod tests {
 
     fn id(start: u64) -> BlockId {
         BlockId { start, size_word: 1, decoded_max: 4096 }
+    }
+
+    #[test]
+    fn a_thread_that_may_not_wait_does_not_wait_for_one_that_may() {
+        use crate::image::bytes::without_waiting;
+        let cache = BlockCache::new(1 << 20, 4096);
+        let (begun, done) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let block = cache.get_or_decode(Share::Data, 0, id(1), |out| {
+                    begun.wait();
+                    done.wait();
+                    fill(1)(out)
+                });
+                assert!(block.is_ok());
+            });
+            begun.wait();
+            let outcome = without_waiting(|| cache.get_or_decode(Share::Data, 0, id(1), fill(2)));
+            assert_eq!(outcome.err(), Some(EngineError::NotHere));
+            done.wait();
+        });
+        // The other way round: who may wait decodes by itself what another could not.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let outcome = without_waiting(|| {
+                    cache.get_or_decode(Share::Data, 0, id(2), |_| {
+                        begun.wait();
+                        Err(EngineError::NotHere)
+                    })
+                });
+                assert_eq!(outcome.err(), Some(EngineError::NotHere));
+            });
+            begun.wait();
+            assert_eq!(cache.get_or_decode(Share::Data, 0, id(2), fill(3)).unwrap().bytes(), [3; 4096]);
+        });
     }
 
     fn fill(value: u8) -> impl FnOnce(&mut Vec<u8>) -> Result<(), EngineError> {

@@ -20,12 +20,15 @@ pub mod cache;
 pub mod trouble;
 
 use std::cell::RefCell;
+use std::io;
 use std::sync::Arc;
 
 use self::cache::{Block, BlockCache, Share};
 use self::trouble::Troubles;
+use crate::image::bytes::without_waiting;
 use crate::image::layer::{Attr, BlockId, Extent, FileType, LayerError, Place};
 use crate::image::overlay::{Merged, OverlayError};
+use crate::image::source::ReadError;
 
 /// Why the engine cannot serve a request. The cause has already been logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +39,14 @@ pub enum EngineError {
     WrongType,
     /// The bytes cannot be read, do not verify, or are malformed.
     Io,
+    /// The bytes are on another machine, and this thread may not wait for them (`bytes::without_waiting`). Not an
+    /// error: another thread is to do it.
+    NotHere,
+}
+
+/// Whether an error says no more than that this thread may not wait.
+fn is_not_here(error: &LayerError) -> bool {
+    matches!(error, LayerError::Read(ReadError::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// A block that was decoded because a part of it was read.
@@ -117,6 +128,7 @@ impl Engine {
         match error {
             OverlayError::NoSuchInode(_) => EngineError::NotFound,
             OverlayError::Layer { source: LayerError::WrongType { .. }, .. } => EngineError::WrongType,
+            OverlayError::Layer { source, .. } if is_not_here(source) => EngineError::NotHere,
             OverlayError::Layer { layer, source } => {
                 self.troubles.report(*layer, ino, source);
                 EngineError::Io
@@ -227,6 +239,9 @@ impl Engine {
     fn decode(&self, layer: usize, ino: u64, id: BlockId, out: &mut Vec<u8>) -> Result<(), EngineError> {
         let image = self.view.layers().get(layer).ok_or(EngineError::Io)?;
         image.decode(id, out).map_err(|error| {
+            if is_not_here(&error) {
+                return EngineError::NotHere;
+            }
             self.troubles.report(layer, ino, &error);
             EngineError::Io
         })
@@ -261,11 +276,15 @@ impl Engine {
         Ok(block)
     }
 
-    /// Loads a shared block into the cache before it is requested. Its errors are not logged.
+    /// Loads a shared block into the cache before it is requested, unless it is on another machine. Its errors are
+    /// not logged.
     pub fn shared_block(&self, layer: usize, id: BlockId) -> Result<Arc<Block>, EngineError> {
         let image = self.view.layers().get(layer).ok_or(EngineError::Io)?;
-        self.cache
-            .get_or_decode(Share::Shared, layer, id, |out| image.decode(id, out).map_err(|_| EngineError::Io))
+        let error =
+            |error: LayerError| if is_not_here(&error) { EngineError::NotHere } else { EngineError::Io };
+        without_waiting(|| {
+            self.cache.get_or_decode(Share::Shared, layer, id, |out| image.decode(id, out).map_err(error))
+        })
     }
 
     /// Returns the first offset at or after `offset` that is data (`data`) or a hole (`!data`), as lseek(2)

@@ -2,6 +2,9 @@
 //!
 //! Every request can be answered from its inode number alone, so nothing is opened, released or
 //! forgotten. Offsets in a folder are the cookies of the merged view, moved by two for `.` and `..`.
+//!
+//! Where bytes come from another machine, a request is first tried without waiting. If it needs bytes that are not
+//! here, it is done again, with its unused reply, by a thread of the [`Pool`].
 
 use std::ffi::OsStr;
 use std::io;
@@ -16,10 +19,12 @@ use fuser::{
 };
 
 use super::limits::{self, TTL};
+use super::pool::Pool;
 use super::prefill::Siblings;
 use super::spin::Pulse;
+use crate::image::bytes::{may_wait, without_waiting};
 use crate::image::layer::{Attr, FileType};
-use crate::image::overlay::{Entry, ROOT};
+use crate::image::overlay::{Entry, OverlayError, ROOT};
 use crate::mount::engine::{Engine, EngineError};
 
 const GENERATION: Generation = Generation(0);
@@ -31,14 +36,38 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 
 /// A merged view as a FUSE file system.
 pub(super) struct Tree {
-    pub engine: Arc<Engine>,
-    pub siblings: Arc<Siblings>,
+    pub view: Arc<View>,
     pub pulse: Arc<Pulse>,
+    /// Threads for requests that wait for another machine; none where all bytes are on this one.
+    pub pool: Option<Arc<Pool>>,
 }
 
 impl Tree {
-    fn beat(&self) {
+    /// Answers a request. `answer` returns the reply, unused, if it cannot be answered without waiting; it is then
+    /// called again where it may wait.
+    fn answer<R: Send + 'static>(&self, reply: R, answer: impl Fn(&View, R) -> Option<R> + Send + 'static) {
         self.pulse.beat();
+        let Some(pool) = &self.pool else {
+            // Nothing is missing, so nothing comes back.
+            answer(&self.view, reply);
+            return;
+        };
+        if let Some(reply) = without_waiting(|| answer(&self.view, reply)) {
+            let view = Arc::clone(&self.view);
+            pool.submit(Box::new(move || drop(answer(&view, reply))));
+        }
+    }
+}
+
+/// What requests are answered from.
+pub(super) struct View {
+    pub engine: Arc<Engine>,
+    pub siblings: Arc<Siblings>,
+}
+
+impl View {
+    fn failed(&self, ino: u64, error: &OverlayError) -> EngineError {
+        self.engine.failed(ino, error)
     }
 
     /// Calls `add` with offset, name, inode number and attributes of each entry of a folder from
@@ -69,8 +98,18 @@ fn errno(error: EngineError) -> Errno {
     match error {
         EngineError::NotFound => Errno::ESTALE,
         EngineError::WrongType => Errno::EINVAL,
-        EngineError::Io => Errno::EIO,
+        // Who may wait never gets the second one; a reply of a request that was tried without waiting is not used.
+        EngineError::Io | EngineError::NotHere => Errno::EIO,
     }
+}
+
+/// Refuses a request, or returns its reply where another thread is to answer it.
+fn refuse<R>(error: EngineError, reply: R, refuse: impl FnOnce(R, Errno)) -> Option<R> {
+    if error == EngineError::NotHere && !may_wait() {
+        return Some(reply);
+    }
+    refuse(reply, errno(error));
+    None
 }
 
 fn kind(kind: FileType) -> FuseType {
@@ -138,37 +177,44 @@ fn bare_attr(ino: u64, file_type: FileType) -> FileAttr {
 
 impl Filesystem for Tree {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        limits::negotiate(config, self.engine.view().may_have_acls());
+        limits::negotiate(config, self.view.engine.view().may_have_acls());
         Ok(())
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.beat();
-        match self.engine.view().lookup(parent.0, name.as_bytes()) {
-            Ok(Some((ino, attr))) => {
-                self.siblings.seen(&self.engine, ino, &attr);
-                reply.entry(&TTL, &file_attr(ino, &attr), GENERATION);
+        let name = name.as_bytes().to_vec();
+        self.answer(reply, move |view, reply| {
+            match view.engine.view().lookup(parent.0, &name) {
+                Ok(Some((ino, attr))) => {
+                    view.siblings.seen(&view.engine, ino, &attr);
+                    reply.entry(&TTL, &file_attr(ino, &attr), GENERATION);
+                }
+                // Inode 0 with a time to live: the kernel remembers that there is no such name.
+                Ok(None) => reply.entry(&TTL, &bare_attr(0, FileType::Regular), GENERATION),
+                Err(error) => return refuse(view.failed(parent.0, &error), reply, ReplyEntry::error),
             }
-            // Inode 0 with a time to live: the kernel remembers that there is no such name.
-            Ok(None) => reply.entry(&TTL, &bare_attr(0, FileType::Regular), GENERATION),
-            Err(error) => reply.error(errno(self.engine.failed(parent.0, &error))),
-        }
+            None
+        });
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.beat();
-        match self.engine.attr(ino.0) {
-            Ok(attr) => reply.attr(&TTL, &file_attr(ino.0, &attr)),
-            Err(error) => reply.error(errno(error)),
-        }
+        self.answer(reply, move |view, reply| {
+            match view.engine.attr(ino.0) {
+                Ok(attr) => reply.attr(&TTL, &file_attr(ino.0, &attr)),
+                Err(error) => return refuse(error, reply, ReplyAttr::error),
+            }
+            None
+        });
     }
 
     fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
-        self.beat();
-        match self.engine.view().read_link(ino.0) {
-            Ok(target) => reply.data(&target),
-            Err(error) => reply.error(errno(self.engine.failed(ino.0, &error))),
-        }
+        self.answer(reply, move |view, reply| {
+            match view.engine.view().read_link(ino.0) {
+                Ok(target) => reply.data(&target),
+                Err(error) => return refuse(view.failed(ino.0, &error), reply, ReplyData::error),
+            }
+            None
+        });
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -199,100 +245,121 @@ impl Filesystem for Tree {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.beat();
-        let mut reply = Some(reply);
-        let done = self.engine.read(ino.0, offset, size, &mut |bytes| {
-            if let Some(reply) = reply.take() {
-                reply.data(bytes);
+        self.answer(reply, move |view, reply| {
+            let mut reply = Some(reply);
+            let done = view.engine.read(ino.0, offset, size, &mut |bytes| {
+                if let Some(reply) = reply.take() {
+                    reply.data(bytes);
+                }
+            });
+            match (done, reply) {
+                (Err(error), Some(reply)) => refuse(error, reply, ReplyData::error),
+                _ => None,
             }
         });
-        if let (Err(error), Some(reply)) = (done, reply) {
-            reply.error(errno(error));
-        }
     }
 
-    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.beat();
-        let done = self.list(ino.0, offset, &mut |next, name, child, file_type| {
-            reply.add(INodeNo(child), next, kind(file_type), OsStr::from_bytes(name))
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.answer(reply, move |view, mut reply| {
+            let mut added = false;
+            let done = view.list(ino.0, offset, &mut |next, name, child, file_type| {
+                let is_full = reply.add(INodeNo(child), next, kind(file_type), OsStr::from_bytes(name));
+                added |= !is_full;
+                is_full
+            });
+            match done {
+                Ok(()) => reply.ok(),
+                // The kernel asks for the rest from there on.
+                Err(EngineError::NotHere) if added => reply.ok(),
+                Err(error) => return refuse(error, reply, ReplyDirectory::error),
+            }
+            None
         });
-        match done {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(error)),
-        }
     }
 
-    fn readdirplus(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
-        self.beat();
-        let done = self.list(ino.0, offset, &mut |next, name, child, file_type| {
-            let (ttl, attr) = if next <= AFTER_DOTS {
-                (TTL, bare_attr(child, file_type))
-            } else {
-                match self.engine.attr(child) {
-                    Ok(attr) => {
-                        self.siblings.seen(&self.engine, child, &attr);
-                        (TTL, file_attr(child, &attr))
+    fn readdirplus(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
+        self.answer(reply, move |view, mut reply| {
+            let (mut added, mut is_here) = (false, true);
+            let done = view.list(ino.0, offset, &mut |next, name, child, file_type| {
+                let (ttl, attr) = if next <= AFTER_DOTS {
+                    (TTL, bare_attr(child, file_type))
+                } else {
+                    match view.engine.attr(child) {
+                        Ok(attr) => {
+                            view.siblings.seen(&view.engine, child, &attr);
+                            (TTL, file_attr(child, &attr))
+                        }
+                        Err(EngineError::NotHere) if !may_wait() => {
+                            is_here = false;
+                            return true;
+                        }
+                        // The name is there; whoever wants more of it asks again and gets the error. Node 0: the
+                        // kernel takes nothing over, so that no made-up size ends up in an inode it knows.
+                        Err(_) => (Duration::ZERO, bare_attr(0, file_type)),
                     }
-                    // The name is there; whoever wants more of it asks again and gets the error. Node 0: the
-                    // kernel takes nothing over, so that no made-up size ends up in an inode it knows.
-                    Err(_) => (Duration::ZERO, bare_attr(0, file_type)),
-                }
-            };
-            reply.add(INodeNo(child), next, OsStr::from_bytes(name), &ttl, &attr, GENERATION)
+                };
+                let is_full =
+                    reply.add(INodeNo(child), next, OsStr::from_bytes(name), &ttl, &attr, GENERATION);
+                added |= !is_full;
+                is_full
+            });
+            match done {
+                // Nothing that could be sent: an empty reply would mean the end of the folder.
+                Ok(()) if !is_here && !added => return Some(reply),
+                Ok(()) => reply.ok(),
+                // The kernel asks for the rest from there on.
+                Err(EngineError::NotHere) if added => reply.ok(),
+                Err(error) => return refuse(error, reply, ReplyDirectoryPlus::error),
+            }
+            None
         });
-        match done {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(error)),
-        }
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.beat();
-        // ENOSYS would keep the kernel from asking again, but it answers EOPNOTSUPP then: programs take that for a
-        // file system without attributes, and say so. An image without any has none on this file: ENODATA.
-        match self.engine.view().xattrs(ino.0) {
-            Ok(all) => match all.iter().find(|(key, _)| key == name.as_bytes()) {
-                Some((_, value)) => answer_xattr(value, size, reply),
-                None => reply.error(Errno::ENODATA),
-            },
-            Err(error) => reply.error(errno(self.engine.failed(ino.0, &error))),
-        }
+        let name = name.as_bytes().to_vec();
+        self.answer(reply, move |view, reply| {
+            // ENOSYS would keep the kernel from asking again, but it answers EOPNOTSUPP then: programs take that for a
+            // file system without attributes, and say so. An image without any has none on this file: ENODATA.
+            match view.engine.view().xattrs(ino.0) {
+                Ok(all) => match all.iter().find(|(key, _)| *key == name) {
+                    Some((_, value)) => answer_xattr(value, size, reply),
+                    None => reply.error(Errno::ENODATA),
+                },
+                Err(error) => return refuse(view.failed(ino.0, &error), reply, ReplyXattr::error),
+            }
+            None
+        });
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        self.beat();
-        match self.engine.view().xattrs(ino.0) {
-            Ok(all) => {
-                let mut list = Vec::new();
-                for (name, _) in all {
-                    // xattr(7): trusted attributes are invisible to processes without privilege.
-                    if request.uid() == 0 || !name.starts_with(b"trusted.") {
-                        list.extend_from_slice(&name);
-                        list.push(0);
+        let is_root = request.uid() == 0;
+        self.answer(reply, move |view, reply| {
+            match view.engine.view().xattrs(ino.0) {
+                Ok(all) => {
+                    let mut list = Vec::new();
+                    for (name, _) in all {
+                        // xattr(7): trusted attributes are invisible to processes without privilege.
+                        if is_root || !name.starts_with(b"trusted.") {
+                            list.extend_from_slice(&name);
+                            list.push(0);
+                        }
                     }
+                    answer_xattr(&list, size, reply);
                 }
-                answer_xattr(&list, size, reply);
+                Err(error) => return refuse(view.failed(ino.0, &error), reply, ReplyXattr::error),
             }
-            Err(error) => reply.error(errno(self.engine.failed(ino.0, &error))),
-        }
+            None
+        });
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        let sizes = self.engine.view().stat_fs();
+        let sizes = self.view.engine.view().stat_fs();
         let unit = sizes.block_bytes.max(4096);
         let blocks = sizes.bytes.div_ceil(u64::from(unit));
         reply.statfs(blocks, 0, 0, sizes.files, 0, unit, 255, unit);
     }
 
     fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        self.beat();
         // Values of SEEK_DATA and SEEK_HOLE in linux/fs.h; the kernel answers the others itself.
         let data = match whence {
             3 => true,
@@ -300,11 +367,14 @@ impl Filesystem for Tree {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        match self.engine.seek(ino.0, offset, data) {
-            Ok(Some(found)) => reply.offset(i64::try_from(found).unwrap_or(i64::MAX)),
-            Ok(None) => reply.error(Errno::ENXIO),
-            Err(error) => reply.error(errno(error)),
-        }
+        self.answer(reply, move |view, reply| {
+            match view.engine.seek(ino.0, offset, data) {
+                Ok(Some(found)) => reply.offset(i64::try_from(found).unwrap_or(i64::MAX)),
+                Ok(None) => reply.error(Errno::ENXIO),
+                Err(error) => return refuse(error, reply, ReplyLseek::error),
+            }
+            None
+        });
     }
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //! limits.rs       what is asked of the kernel, each with its reason
 //! filesystem.rs   requests -> engine -> replies
+//! pool.rs         threads for requests that wait for another machine
 //! started.rs      knows when all threads serve
 //! prefill.rs      decoded bytes that nobody asked for yet, put into the page cache
 //! spin.rs         --spin
@@ -24,6 +25,7 @@
 
 mod filesystem;
 mod limits;
+mod pool;
 mod prefill;
 mod spin;
 mod started;
@@ -39,7 +41,7 @@ use fuser::{Config, Session, SessionACL};
 pub use limits::DEFAULT_CACHE_MIB;
 pub use spin::Spin;
 
-use self::filesystem::{Tree, check_root};
+use self::filesystem::{Tree, View, check_root};
 use self::prefill::Siblings;
 use self::spin::Pulse;
 use self::started::{all_serve, spawn};
@@ -49,6 +51,7 @@ use super::open::open;
 use super::table::{self, DaemonRecord, MountRecord};
 use super::{MountError, MountFlags, MountPlan, log as daemon_log, source_name};
 use crate::failpoint;
+use crate::image::blobs::Blobs;
 use crate::image::overlay::{Merged, ROOT};
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
@@ -173,6 +176,9 @@ fn mount_by_helper(source: &str, target: &Path, flags: &MountFlags) -> Result<Ow
 /// Opens the layers of a plan, checks the root folder, and makes an engine of them.
 pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountError> {
     let view = Merged::new(open(plan)?)?;
+    if plan.blobs.is_remote() {
+        view.number_files();
+    }
     let names = plan.layers.iter().map(|layer| layer.descriptor.digest.to_string()).collect();
     let cache_bytes = options.cache_mib.unwrap_or(DEFAULT_CACHE_MIB).saturating_mul(1 << 20);
     let engine = Engine::new(view, names, cache_bytes);
@@ -291,7 +297,7 @@ pub fn serve_here(
     });
     let files = table::files_of(connection.device)?;
     let record = enter(files.as_deref())?.then(|| record(plan, &connection, files.as_deref(), false));
-    serve(connection, engine, options, record, &mut |mount| {
+    serve(plan, connection, engine, options, record, &mut |mount| {
         if let Some(mut served) = served.take() {
             served.mount = mount;
             served.attach(point)?;
@@ -347,7 +353,7 @@ fn daemon(
             // By its name in that folder, which goes along when the root is switched.
             daemon_log::install(log.as_deref().and_then(Path::file_name).map(Path::new), true, None);
             let record = is_recorded.then(|| record(plan, &connection, files.as_deref(), true));
-            serve(connection, engine, options, record, &mut |mount| {
+            serve(plan, connection, engine, options, record, &mut |mount| {
                 // The process that attaches it has a descriptor of its own; with this one nobody could unmount it.
                 drop(mount);
                 match pipe.take() {
@@ -388,6 +394,7 @@ fn record(plan: &MountPlan, connection: &Connection, files: Option<&Path>, has_l
 ///
 /// Blocks SIGTERM, SIGINT and SIGHUP in this process; each of them triggers an unmount.
 fn serve(
+    plan: &MountPlan,
     connection: Connection,
     mut engine: Engine,
     options: &FuseOptions,
@@ -403,7 +410,9 @@ fn serve(
     let siblings = Arc::new(Siblings::default());
     let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
-    let tree = Tree { engine: engine.clone(), siblings: siblings.clone(), pulse: pulse.clone() };
+    let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
+    let pool = plan.blobs.is_remote().then(Arc::default);
+    let tree = Tree { view, pulse: pulse.clone(), pool };
 
     let mut config = Config::default();
     config.n_threads = Some(threads);
@@ -422,9 +431,14 @@ fn serve(
     let notifier = session.notifier();
     let (stored, reported) = (engine.clone(), engine);
     spawn("store", move || prefill::run(&news, &stored, &siblings, &notifier))?;
+    let (fetched, blobs) = (kept.clone(), Arc::clone(&plan.blobs));
     spawn("report", move || report(&reported, &kept))?;
+    if blobs.is_remote() {
+        spawn("progress", move || report_progress(blobs.as_ref(), &fetched))?;
+    }
     spawn("spin", move || spin::run(&pulse, when))?;
     spawn("signals", move || obey(&signals, &target, device, by_helper))?;
+    plan.blobs.start().map_err(failed("start a thread"))?;
     let serving = spawn("serve", move || session.run())?;
     if all_serve(threads, &serving) {
         // Where it is attached already, a descriptor of it would keep it from being unmounted.
@@ -478,6 +492,26 @@ fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
             log::error!("cannot unmount {}: {error}", target.display());
             asked = false;
         }
+    }
+}
+
+/// Keeps the record up to date on how much is here of what comes from another machine.
+fn report_progress(blobs: &dyn Blobs, kept: &Kept) {
+    loop {
+        let progress = blobs.progress();
+        let is_whole = progress.iter().all(|one| one.state == "complete");
+        if let Some(record) = locks::lock(&kept.0).as_mut()
+            && record.lazy != progress
+        {
+            record.lazy = progress;
+            if let Err(error) = table::write_here(record) {
+                log::warn!("{error}");
+            }
+        }
+        if is_whole {
+            return;
+        }
+        std::thread::sleep(REPORT_EVERY);
     }
 }
 

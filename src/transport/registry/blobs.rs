@@ -9,16 +9,17 @@
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use ureq::http::{Method, header};
 
 use super::client::{Scope, TRIES};
 use super::error::RegistryError;
-use super::http::{Ask, Reader, of_io};
+use super::http::{Answer, Ask, Reader, of_io};
 use super::settings::Endpoint;
 use super::{Registry, Shared};
 use crate::image::oci::Descriptor;
-use crate::transport::{Transport, TransportError};
+use crate::transport::{RangeAsk, Transport, TransportError};
 
 /// How much must have come since the last cut for the count of cuts to begin again, in bytes.
 const PROGRESS: u64 = 64 << 10;
@@ -49,6 +50,112 @@ impl Registry {
         };
         stream.connect()?;
         Ok(stream)
+    }
+
+    /// Fills `buffer` with a part of a blob: one request to each server until one answers well.
+    pub(super) fn part(
+        &self,
+        blob: &Descriptor,
+        offset: u64,
+        buffer: &mut [u8],
+        ask: &RangeAsk,
+    ) -> Result<(), TransportError> {
+        let mut servers: Vec<&Endpoint> =
+            self.endpoints.iter().filter(|one| one.by_digest && !self.is_dead(one)).collect();
+        if ask.distrusted {
+            servers.reverse();
+        }
+        let mut failed = None;
+        for endpoint in servers {
+            match self.part_from(endpoint, blob, offset, buffer, ask) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    self.note_dead(endpoint, &error);
+                    // Of several servers the last error counts, but one that may pass before one that will not.
+                    failed = match failed {
+                        Some(TransportError::Registry(first))
+                            if first.is_temporary() && !error.is_temporary() =>
+                        {
+                            Some(TransportError::Registry(first))
+                        }
+                        _ => Some(error),
+                    };
+                }
+            }
+        }
+        Err(failed.unwrap_or_else(|| RegistryError::NotListed { location: self.location() }.into()))
+    }
+
+    fn part_from(
+        &self,
+        endpoint: &Endpoint,
+        blob: &Descriptor,
+        offset: u64,
+        buffer: &mut [u8],
+        ask: &RangeAsk,
+    ) -> Result<(), TransportError> {
+        let url = Self::url(endpoint, &format!("blobs/{}", blob.digest));
+        let last = offset.saturating_add(buffer.len() as u64).saturating_sub(1);
+        let mut request = Ask::new(Method::GET);
+        // One range only: some servers refuse several.
+        request.headers.push((header::RANGE, format!("bytes={offset}-{last}")));
+        let answer = self.client().once(endpoint, &url, &Scope::Pull, &request)?;
+        let expected = format!("bytes {offset}-{last}/{}", blob.size);
+        let wrong = |answer: &Answer, why: String| -> TransportError {
+            RegistryError::Protocol { request: answer.request().to_string(), why }.into()
+        };
+        match answer.status {
+            206 => {
+                let found = answer.header(&header::CONTENT_RANGE).unwrap_or("none").to_string();
+                if found != expected {
+                    let found = super::text::shown(&found);
+                    return Err(wrong(&answer, format!("asked for {expected}, the server sends {found}")));
+                }
+                // Another length is another content: nothing of it is used.
+                if let Some(length) = answer.length().filter(|length| *length != buffer.len() as u64) {
+                    let why = format!("asked for {} bytes, the server sends {length}", buffer.len());
+                    return Err(wrong(&answer, why));
+                }
+            }
+            // The whole blob, which begins with what was asked for.
+            200 if offset == 0 => {
+                if let Some(length) = answer.length().filter(|length| *length != blob.size) {
+                    let object = format!("{} in {}", blob.digest, self.location());
+                    return Err(TransportError::SizeMismatch { object, expected: blob.size, found: length });
+                }
+            }
+            200 => {
+                let location = format!("{} ({})", self.location(), endpoint.origin);
+                return Err(TransportError::NoRanges { location, found: "200 and the whole blob".into() });
+            }
+            404 => return Err(self.blob_missing(blob, answer.unexpected().into())),
+            416 => {
+                let object = format!("{} in {}", blob.digest, self.location());
+                return Err(TransportError::SizeMismatch { object, expected: blob.size, found: offset });
+            }
+            _ => return Err(answer.unexpected().into()),
+        }
+        let request = answer.request().to_string();
+        let mut reader = answer.into_reader();
+        let mut filled = 0;
+        while filled < buffer.len() {
+            if Instant::now() > ask.deadline {
+                let why = format!("{filled} of {} bytes came in time", buffer.len());
+                return Err(RegistryError::Stalled { request, why }.into());
+            }
+            match reader.read(buffer.get_mut(filled..).unwrap_or_default()).map_err(of_io)? {
+                0 => {
+                    let why = format!("the server ended the part after {filled} of {} bytes", buffer.len());
+                    return Err(RegistryError::Network { request, why, unreachable: false }.into());
+                }
+                got => filled += got,
+            }
+        }
+        // To its end, so that the connection can be used again.
+        if last + 1 < blob.size || offset > 0 {
+            let _ = reader.read(&mut [0; 1]);
+        }
+        Ok(())
     }
 
     /// An error that says that a blob is missing, if that is what is wrong.

@@ -1,6 +1,6 @@
 //! One HTTP request and its answer, with every size and time bounded.
 //!
-//! Bounds: 64 KiB of headers; a connection in 10 s; no silence longer than [`Access::patience`], no
+//! Bounds: 64 KiB of headers; a connection in 10 s or less; no silence longer than [`Access::patience`], no
 //! answer's head later than that, and no body slower than 1 KiB/s over that time ([`Rate`]), which
 //! a limit for each read alone would let pass. Redirects are not followed here, statuses are not
 //! errors, and nothing is decompressed: `identity` is asked for, and all else is refused.
@@ -181,8 +181,8 @@ impl Http {
             .output_buffer_size(128 << 10)
             .max_idle_connections(IDLE * 2)
             .max_idle_connections_per_host(IDLE)
-            .timeout_resolve(Some(CONNECT))
-            .timeout_connect(Some(CONNECT))
+            .timeout_resolve(Some(CONNECT.min(silence)))
+            .timeout_connect(Some(CONNECT.min(silence)))
             .timeout_per_read(Some(silence))
             .timeout_per_write(Some(silence))
             .build();

@@ -39,8 +39,9 @@ mod text;
 mod tls;
 mod url;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use ureq::http::{HeaderName, Method, header};
@@ -54,7 +55,7 @@ use settings::{Endpoint, Settings};
 use url::{Origin, Url};
 
 use super::reference::{Host, Malformed, Reference, TagOrDigest, is_repository, is_tag};
-use super::{Access, Blob, Transport, TransportError};
+use super::{Access, Blob, RangeAsk, Transport, TransportError};
 use crate::digest::Digest;
 use crate::image::oci::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, INDEX, MANIFEST, MAX_MANIFEST_BYTES};
 use crate::sys::locks;
@@ -65,6 +66,8 @@ const MAX_PAGE: u64 = 4 << 20;
 const MAX_PAGES: usize = 100;
 /// The most tags of a list.
 const MAX_TAGS: usize = 100_000;
+/// How long a mirror that did not answer is not asked.
+const DEAD_FOR: Duration = Duration::from_secs(300);
 /// How many documents are remembered, so that what was found by name is not sent twice.
 const REMEMBERED: usize = 16;
 /// The media types that are asked for. Registries answer 404 for one that is not named.
@@ -86,8 +89,8 @@ struct Shared {
     client: Client,
     settings: Settings,
     plain: bool,
-    /// Mirrors that did not answer; they are not asked again.
-    dead: Mutex<HashSet<Origin>>,
+    /// Mirrors that did not answer, and when; they are not asked again for [`DEAD_FOR`].
+    dead: Mutex<HashMap<Origin, Instant>>,
     /// The last documents that were fetched.
     documents: Mutex<Vec<(Descriptor, Vec<u8>)>>,
 }
@@ -187,23 +190,29 @@ impl Registry {
                 Ok(answer) => return Ok(answer),
                 Err(error) => {
                     log::info!("mirror {}: {error}; asking the next server", mirror.origin);
-                    if let TransportError::Registry(error) = &error
-                        && matches!(**error, RegistryError::Network { unreachable: true, .. })
-                    {
-                        self.dead().insert(mirror.origin.clone());
-                    }
+                    self.note_dead(mirror, &error);
                 }
             }
         }
         ask(self.home()?)
     }
 
-    fn dead(&self) -> std::sync::MutexGuard<'_, HashSet<Origin>> {
+    fn dead(&self) -> std::sync::MutexGuard<'_, HashMap<Origin, Instant>> {
         locks::lock(&self.shared.dead)
     }
 
+    /// Remembers a mirror that cannot be reached. The registry itself is asked each time.
+    fn note_dead(&self, endpoint: &Endpoint, error: &TransportError) {
+        if let TransportError::Registry(error) = error
+            && matches!(**error, RegistryError::Network { unreachable: true, .. })
+            && self.endpoints.last() != Some(endpoint)
+        {
+            self.dead().insert(endpoint.origin.clone(), Instant::now());
+        }
+    }
+
     fn is_dead(&self, endpoint: &Endpoint) -> bool {
-        self.dead().contains(&endpoint.origin)
+        self.dead().get(&endpoint.origin).is_some_and(|since| since.elapsed() < DEAD_FOR)
     }
 
     fn get(&self, endpoint: &Endpoint, url: &Url, accept: &[&str]) -> Result<Answer, RegistryError> {
@@ -346,16 +355,36 @@ impl Registry {
         let Some(link) = answer.headers(&header::LINK).find(|link| link.contains("next")) else {
             return Ok(None);
         };
-        let Some(target) = link.trim().strip_prefix('<').and_then(|rest| rest.split_once('>')) else {
+        let Some(target) = link_target(link) else {
             return Ok(None);
         };
-        let next = self.client().next(endpoint, &answer.url, answer.request(), target.0)?;
+        let next = self.client().next(endpoint, &answer.url, answer.request(), target)?;
         if next.origin != endpoint.origin {
             let (request, to) = (answer.request().to_string(), next.to_string());
             let why = "the next page of a list must be of the same server";
             return Err(RegistryError::Redirect { request, to, why }.into());
         }
         Ok(Some(next))
+    }
+}
+
+/// Where a `Link` leads.
+fn link_target(link: &str) -> Option<&str> {
+    link.trim().strip_prefix('<')?.split_once('>').map(|(target, _)| target)
+}
+
+/// Reads any text as the headers and the token of an answer, for fuzzing: it must come to an end, and no more.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub fn read_headers(text: &str) {
+    let Ok(from) = Url::parse("https://registry.example.org/v2/a/tags/list?n=1000") else { return };
+    let _ = auth::challenges(text.lines());
+    let _ = auth::token(text.as_bytes());
+    for line in text.lines() {
+        if let Ok(url) = from.join(link_target(line).unwrap_or(line)) {
+            // What is written for requests is read as the same.
+            assert_eq!(Url::parse(&url.full()).map(|again| again.full()), Ok(url.full()), "{line:?}");
+        }
     }
 }
 
@@ -429,6 +458,16 @@ impl Transport for Registry {
             return Ok(Blob::Stream(Box::new(std::io::Cursor::new(from))));
         }
         Ok(Blob::Stream(Box::new(self.stream(blob, offset)?)))
+    }
+
+    fn read_range(
+        &self,
+        blob: &Descriptor,
+        offset: u64,
+        buffer: &mut [u8],
+        ask: &RangeAsk,
+    ) -> Result<(), TransportError> {
+        self.part(blob, offset, buffer, ask)
     }
 
     fn referrers(

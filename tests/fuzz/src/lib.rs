@@ -6,6 +6,7 @@ pub mod build;
 pub mod erofs;
 pub mod manifest;
 pub mod puzzlefs;
+pub mod registry;
 pub mod squashfs;
 pub mod trust;
 pub mod verity;
@@ -28,6 +29,9 @@ pub const TARGETS: &[Target] = &[
     ("manifest_system", manifest::system),
     ("puzzlefs_metadata", puzzlefs::metadata),
     ("puzzlefs_chunk", puzzlefs::chunk),
+    ("registry_headers", registry::headers),
+    ("registry_documents", registry::documents),
+    ("registry_source", registry::source),
     ("trust_certificate", trust::certificate),
     ("verity_superblock", verity::superblock),
     ("verity_tree", verity::tree),

@@ -1,4 +1,4 @@
-//! Little-endian fields of structures that are known to be long enough.
+//! Little-endian fields of structures on disk that are known to be long enough.
 
 /// The `N` bytes at `at`; zeros beyond the end.
 pub(super) fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
