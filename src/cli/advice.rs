@@ -160,6 +160,7 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::VersionElsewhere { .. } => "build the other system with a higher version",
         DeployError::Floor(error) => return for_floor(error),
         DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
+        DeployError::Locked { .. } => "let the other process finish, or end it; `--wait` waits longer",
         DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
         DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
         DeployError::NoSpace { .. } => {

@@ -1,5 +1,7 @@
 //! `mosfs commit`: this boot is healthy.
 
+use std::time::Duration;
+
 use clap::Args;
 use serde_json::json;
 
@@ -19,6 +21,10 @@ pub(super) struct CommitArgs {
     /// For a machine that mosfs does not boot: commit the pending deployment, or the current one.
     #[arg(long)]
     unbooted: bool,
+    /// How long to wait for another mosfs that changes the system, and for the device of the EFI system partition, in
+    /// seconds each.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "SECONDS")]
+    wait: u64,
     #[command(flatten)]
     floor: FloorArgs,
     #[command(flatten)]
@@ -27,6 +33,7 @@ pub(super) struct CommitArgs {
 
 /// Runs `mosfs commit`.
 pub(super) fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
+    super::log::show(global);
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
     let ran = match booted::deployment()? {
@@ -35,12 +42,14 @@ pub(super) fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
         None => Ran::Unknown { take_pending: args.unbooted || args.floor.in_file() },
     };
     let system = device::system(global);
-    let done = commit::commit(&system, &anchor, floor.as_mut(), ran, device::waiting(global))?;
+    let patience = Duration::from_secs(args.wait);
+    let place = args.esp.find(global, patience)?;
+    let esp = place.esp.as_ref();
+    let waiting = device::waiting(global);
+    let done = commit::commit(&system, &anchor, floor.as_mut(), ran, esp, patience, waiting)?;
     // A TPM behind a socket takes one connection at a time.
-    drop(floor);
-    device::tidy(&system, Some(done.floor_after), global);
-    // A kernel whose tries the boot loader still counts would be left behind one day.
-    device::sync_esp(&system, &args.esp, Some(done.floor_after), global)?;
+    drop((floor, place));
+    device::tidy(&system, Some(done.floor_after), patience, global);
     output::answer(
         global,
         || {

@@ -1,6 +1,8 @@
 //! What the commands of a device share: its system, its anchor, its floor.
 
-use super::esp::EspArgs;
+use std::time::Duration;
+
+use super::esp::{ESP_PATIENCE, EspArgs};
 use super::{FloorArgs, Global, output};
 use crate::deploy::gc::Needs;
 use crate::deploy::{FloorGate, System, space};
@@ -51,9 +53,9 @@ pub(super) fn floor_if_known(args: &FloorArgs, global: &Global) -> Option<u64> {
 
 /// Removes what nothing needs, after a command that has done its work: what stands in the way of that is said, and is
 /// no failure of the command.
-pub(super) fn tidy(system: &System, floor: Option<u64>, global: &Global) {
+pub(super) fn tidy(system: &System, floor: Option<u64>, patience: Duration, global: &Global) {
     let tidied = || {
-        let lock = system.lock(waiting(global))?;
+        let lock = system.lock_within(patience, waiting(global))?;
         space::tidy(system, &lock, &Needs { floor, ..Needs::of_this_boot()? })
     };
     match tidied() {
@@ -69,11 +71,10 @@ pub(super) fn sync_esp(
     floor: Option<u64>,
     global: &Global,
 ) -> Result<(), AnyError> {
-    let place = args.find(global)?;
+    super::log::show(global);
+    let place = args.find(global, ESP_PATIENCE)?;
     let Some(esp) = &place.esp else { return Ok(()) };
     let _lock = system.lock(waiting(global))?;
-    let changed = esp::sync(system, esp, booted::deployment()?, floor)?;
-    changed.written.iter().for_each(|name| log::info!("EFI/Linux/{name} is in place"));
-    changed.others.iter().for_each(output::note);
+    esp::sync(system, esp, booted::deployment()?, floor)?.report();
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Which EFI system partition the kernels of a system are on.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 
@@ -10,6 +11,9 @@ use crate::deploy::kernel;
 use crate::digest::Digest;
 use crate::error::AnyError;
 use crate::sys::mountapi;
+
+/// How long the partition's device is waited for.
+pub(super) const ESP_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Which EFI system partition to use.
 #[derive(Debug, Args)]
@@ -40,8 +44,9 @@ impl Drop for Place {
 }
 
 impl EspArgs {
-    /// Finds the partition. One that is not mounted is mounted as long as the returned value lives.
-    pub(super) fn find(&self, global: &Global) -> Result<Place, AnyError> {
+    /// Finds the partition; one whose device is not there yet is waited for, at most for `patience`. One that is not
+    /// mounted is mounted as long as the returned value lives.
+    pub(super) fn find(&self, global: &Global, patience: Duration) -> Result<Place, AnyError> {
         let kernel = kernel::running(&global.config)?;
         let mut place = Place { esp: None, kernel, mounted: None };
         if let Some(folder) = &self.esp {
@@ -50,7 +55,7 @@ impl EspArgs {
             // Only a machine that such a kernel started: elsewhere the partition is of others.
             place.esp = esp::mounted();
             if place.esp.is_none()
-                && let Some(folder) = mount()?
+                && let Some(folder) = mount(patience)?
             {
                 place.esp = Some(Esp::at(&folder));
                 place.mounted = Some(folder);
@@ -61,8 +66,8 @@ impl EspArgs {
 }
 
 /// Mounts the partition that the firmware started this machine from; `None` if it is not known.
-fn mount() -> Result<Option<PathBuf>, AnyError> {
-    let Some(device) = esp::device_of_this_boot()? else { return Ok(None) };
+fn mount(patience: Duration) -> Result<Option<PathBuf>, AnyError> {
+    let Some(device) = esp::device_of_this_boot(patience)? else { return Ok(None) };
     let folder = crate::sys::run_dir().join("esp");
     esp::mount(&device, Path::new(&folder))?;
     Ok(Some(folder))

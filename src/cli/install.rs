@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::esp::EspArgs;
+use super::esp::{ESP_PATIENCE, EspArgs};
 use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::offer::{self, Accepted, Found, Judge};
 use crate::deploy::plan::{self, Options, Plan, Verdict};
@@ -88,7 +88,7 @@ pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyErro
         return Err(DeployError::AlreadyInstalled { path: system.root().to_path_buf(), current }.into());
     }
     let progress = progress::of(global)?;
-    let place = args.esp.find(global)?;
+    let place = args.esp.find(global, ESP_PATIENCE)?;
     device::with_gate(&args.floor, global, true, |gate| {
         let (esp, kernel) = (place.esp.as_ref(), place.kernel);
         let options = Options { again: false, read_blobs: true, esp, kernel, progress: &progress };
@@ -205,7 +205,7 @@ fn make_plan(
     let anchor = Anchor::load(&global.config)?;
     let offer = find(&args.source, from, &anchor, global)?;
     let progress = progress::of(global)?;
-    let place = args.esp.find(global)?;
+    let place = args.esp.find(global, ESP_PATIENCE)?;
     device::with_gate(&args.floor, global, false, |gate| {
         let (esp, kernel) = (place.esp.as_ref(), place.kernel);
         // Whether there is an update can be said without reading every blob.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::error::DeployError;
-use super::esp::{self, Changed};
+use super::esp;
 use super::gc::Needs;
 use super::plan::{Fetch, Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
@@ -89,7 +89,7 @@ fn fetch_and_switch(
     let booted = Needs::of_this_boot()?.booted;
     if matches!(plan.verdict, Verdict::UpToDate | Verdict::AlreadyPending) {
         if let Some(esp) = &plan.esp {
-            say_changed(esp::sync(system, esp, booted, plan.floor)?);
+            esp::sync(system, esp, booted, plan.floor)?.report();
         }
         return Ok(());
     }
@@ -106,17 +106,8 @@ fn fetch_and_switch(
     let kernels = esp.plan(system, &state, booted, plan.floor, true)?;
     esp.stage(&store, &kernels)?;
     state.save(&system.state_path())?;
-    say_changed(esp.switch(&store, &kernels)?);
+    esp.switch(&store, &kernels)?.report();
     Ok(())
-}
-
-fn say_changed(changed: Changed) {
-    for name in &changed.written {
-        log::info!("EFI/Linux/{name} is in place");
-    }
-    if let Some(others) = &changed.others {
-        log::warn!("{others}");
-    }
 }
 
 /// Fetches blobs of targets, several at a time; `again` whatever has their names in the store.

@@ -1,6 +1,7 @@
 //! Why an install, an update, a boot choice or a commit was refused or failed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::esp_error::EspError;
 use super::id::{DeploymentId, Refusal};
@@ -103,6 +104,16 @@ pub enum DeployError {
         path: PathBuf,
         /// The existing deployment.
         current: DeploymentId,
+    },
+    /// Another process did not release the system's lock in time.
+    #[error("{} was not released within {} s by {}", path.display(), waited.as_secs(), process(*holder))]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+        /// The process that holds it, if the kernel names it.
+        holder: Option<u32>,
     },
     /// Nothing is installed, but a deployment is required.
     #[error("{} holds no deployment", path.display())]
@@ -272,7 +283,12 @@ impl Classified for DeployError {
             | Self::NoTriesLeft { .. }
             | Self::AlreadyInstalled { .. }
             | Self::NothingInstalled { .. }
+            | Self::Locked { .. }
             | Self::NoSpace { .. } => Class::Failure,
         }
     }
+}
+
+fn process(id: Option<u32>) -> String {
+    id.map_or_else(|| "another process".into(), |id| format!("process {id}"))
 }

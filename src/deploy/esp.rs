@@ -16,12 +16,20 @@
 //! deployment, and has its final name afterwards. After a crash in between, the old kernel boots, passes over the
 //! pending deployment without spending a try, and the next command finishes. Kernels are removed last.
 //!
+//! A commit ends the count of the kernel that runs before it raises the floor. Otherwise the last try could be spent
+//! on a boot that raises the floor and is cut off: systemd-boot would then always start the old kernel, whose system
+//! the floor refuses.
+//!
+//! A crash while FAT renames a file may leave both names with one content. To remove one of them would free the
+//! blocks of both, so nothing is removed or replaced that has the kernel id of a file that stays.
+//!
 //! Files of others are neither changed nor removed. Systems without a kernel of their own have nothing here.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::error::DeployError;
 pub use super::esp_error::EspError;
@@ -47,6 +55,8 @@ const RESERVE: u64 = 1 << 20;
 const MAX_MOUNTS: u64 = 16 << 20;
 /// How many hex digits of a kernel id a file name has.
 const ID_DIGITS: usize = 12;
+/// How often a partition that is waited for is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// What a file that is being written ends with.
 const NEW: &str = ".new";
 
@@ -137,6 +147,18 @@ pub struct Changed {
     pub others: Option<String>,
 }
 
+impl Changed {
+    /// Writes it to the log.
+    pub fn report(&self) {
+        for name in &self.written {
+            log::info!("EFI/Linux/{name} is in place");
+        }
+        if let Some(others) = &self.others {
+            log::warn!("{others}");
+        }
+    }
+}
+
 impl Esp {
     /// Returns the EFI system partition that is mounted at a folder.
     pub fn at(root: impl Into<PathBuf>) -> Self {
@@ -187,12 +209,13 @@ impl Esp {
         let names = self.names()?;
         let present: Vec<Present> = names.iter().filter_map(|name| Present::parse(name)).collect();
         let mut plan = Plan { loader: wanted.first().map(|one| one.image.clone()), ..Plan::default() };
-        let mut kept: Vec<&str> = Vec::new();
+        // The ids of the kernels that stay.
+        let mut kept: Vec<String> = Vec::new();
         // Versions in file names must sort as those of the deployments; the lowest one first.
         let mut above = None;
         for one in wanted.into_iter().rev() {
             let digits = one.digits();
-            let found = present.iter().find(|file| file.id == digits);
+            let found = best(present.iter().filter(|file| file.id == digits));
             let stays = |file: &&Present| file.version <= one.version && Some(file.version) > above;
             let version = found.filter(stays).map_or(one.version, |file| file.version);
             above = Some(version);
@@ -209,8 +232,8 @@ impl Esp {
             };
             match found {
                 Some(file) => {
-                    kept.push(&file.name);
-                    if file.name != name {
+                    kept.push(digits);
+                    if !names.contains(&name) {
                         plan.rename.push((file.name.clone(), name));
                     }
                 }
@@ -219,8 +242,8 @@ impl Esp {
         }
         let new_names: Vec<String> = plan.write.iter().map(|(_, name)| format!("{name}{NEW}")).collect();
         for name in &names {
-            let ours = Present::parse(name.strip_suffix(NEW).unwrap_or(name)).is_some();
-            if ours && !kept.contains(&name.as_str()) && !new_names.contains(name) {
+            let Some(ours) = Present::parse(name.strip_suffix(NEW).unwrap_or(name)) else { continue };
+            if !kept.contains(&ours.id) && !new_names.contains(name) {
                 plan.remove.push(name.clone());
             }
         }
@@ -362,6 +385,11 @@ impl Esp {
     }
 }
 
+/// The file of a kernel that may stay the longest: one without a count, or the one with the most tries left.
+fn best<'a>(files: impl Iterator<Item = &'a Present>) -> Option<&'a Present> {
+    files.max_by_key(|file| file.tries_left.unwrap_or(u32::MAX))
+}
+
 /// Reads a file of an image of the target `boot`.
 fn read(store: &Store, image: &OciImage, file: &'static str) -> Result<Vec<u8>, EspError> {
     let bytes = store.files(image)?.read(file, MAX_FILE)?;
@@ -384,7 +412,9 @@ fn wanted(
     let pending = pending.map(|one| one.deployment);
     // Rule (docs/design.md, floor at boot): what is below the floor is never started.
     let startable = |id: &DeploymentId| floor.is_none_or(|floor| id.version >= floor);
-    let previous = state.previous.filter(startable);
+    // The boot loader takes the highest version first: one above the current version would no longer be a fallback.
+    let is_fallback = |id: &DeploymentId| state.current.is_none_or(|current| id.version < current.version);
+    let previous = state.previous.filter(|id| startable(id) && is_fallback(id));
     let all = [(pending, true), (state.current, false), (previous, false), (booted, false)];
     let mut kernels: BTreeMap<Digest, Wanted> = BTreeMap::new();
     for (id, is_pending) in all {
@@ -481,14 +511,24 @@ const LOADER_VARIABLE: &str =
     "/sys/firmware/efi/efivars/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
 
 /// Returns the partition that the boot loader was started from; `None` if it does not say so (Boot Loader Interface,
-/// `LoaderDevicePartUUID`).
+/// `LoaderDevicePartUUID`). Early in a boot, udev may not have found it yet: it is waited for, at most for `patience`.
 ///
 /// # Errors
-/// [`EspError::NoDevice`]: early in a boot, udev may not have found it yet.
-pub fn device_of_this_boot() -> Result<Option<PathBuf>, EspError> {
+/// [`EspError::NoDevice`].
+pub fn device_of_this_boot(patience: Duration) -> Result<Option<PathBuf>, EspError> {
     let Some(uuid) = loader_partition() else { return Ok(None) };
-    let device = Path::new("/dev/disk/by-partuuid").join(uuid);
-    if device.exists() { Ok(Some(device)) } else { Err(EspError::NoDevice { device }) }
+    wait_for_device(Path::new("/dev/disk/by-partuuid").join(uuid), patience).map(Some)
+}
+
+fn wait_for_device(device: PathBuf, patience: Duration) -> Result<PathBuf, EspError> {
+    let end = Instant::now() + patience;
+    while !device.exists() {
+        if Instant::now() >= end {
+            return Err(EspError::NoDevice { device, waited: patience });
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(device)
 }
 
 /// The UUID in the boot loader's variable, in lower case.
@@ -513,6 +553,8 @@ pub fn mount(device: &Path, folder: &Path) -> Result<(), EspError> {
         let context = FsContext::open("vfat")?;
         context.set_string("source", device.as_os_str().as_encoded_bytes())?;
         context.set_string("umask", b"077")?;
+        // A rename writes the new name before it removes the old one.
+        context.set_flag("dirsync")?;
         let flags = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
         mountapi::attach(context.mount(flags)?, folder)
     };
@@ -522,6 +564,21 @@ pub fn mount(device: &Path, folder: &Path) -> Result<(), EspError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_partition_is_waited_for_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("esp");
+        let error = wait_for_device(device.clone(), Duration::from_millis(1)).unwrap_err().to_string();
+        let expected =
+            "did not appear within 0 s: the EFI system partition that this machine was started from";
+        assert_eq!(error, format!("{} {expected}", device.display()));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wait_for_device(device.clone(), Duration::from_secs(3600)));
+            fs::write(&device, "").unwrap();
+            assert_eq!(waiting.join().unwrap().unwrap(), device);
+        });
+    }
 
     #[test]
     fn the_names_of_our_kernels() {

@@ -1,6 +1,7 @@
 //! Why the EFI system partition cannot be brought up to date.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoError};
@@ -59,10 +60,15 @@ pub enum EspError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The partition that the boot loader names is not there.
-    #[error("{} is missing: the EFI system partition that this machine was started from", device.display())]
+    #[error(
+        "{} did not appear within {} s: the EFI system partition that this machine was started from",
+        device.display(), waited.as_secs()
+    )]
     NoDevice {
         /// Its node.
         device: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
     },
     /// It cannot be mounted.
     #[error("cannot mount the EFI system partition {}: {source}", device.display())]

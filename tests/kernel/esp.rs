@@ -142,6 +142,19 @@ impl Device {
         booted.map(|booted| (booted.deployment.version, booted.role)).map_err(|error| error.to_string())
     }
 
+    /// Starts what systemd-boot would start: kernels without tries left come last, then the highest version comes
+    /// first (systemd-boot(7), "Boot counting"; Boot Loader Specification, "Sorting").
+    fn start_as_the_loader_does(&self) -> Result<(u64, Role), String> {
+        let names = self.names();
+        let rank = |name: &&String| {
+            let version: u64 = name.split('-').nth(1).unwrap().parse().unwrap();
+            (!name.contains("+0"), version)
+        };
+        let kernel = names.iter().filter(|name| name.ends_with(".efi")).max_by_key(rank).expect("a kernel");
+        let which = systems().ids.iter().position(|id| kernel.contains(id.as_str())).unwrap();
+        self.boot(Some(kernel_ids()[which]))
+    }
+
     /// Records that this boot runs a version, as `mosfs boot` does.
     fn record(&self, version: u64) {
         let list = fs::read_dir(self.system().join("deployments")).unwrap();
@@ -339,6 +352,97 @@ fn an_update_whose_kernel_has_no_place_is_refused() {
     assert!(without(201).status.success());
 }
 
+/// Where a commit of another kernel may end.
+const COMMIT_POINTS: [&str; 5] = [
+    "commit.state.blessed",
+    "esp.kernel.renamed",
+    "commit.kernel.blessed",
+    "commit.floor.raised",
+    "esp.kernel.removed",
+];
+
+/// systemd-boot has counted the last try of a kernel when its system commits. After a crash it starts the old kernel,
+/// unless the count is gone: so the floor, which refuses the old system, must not be raised before that.
+#[test]
+fn a_crash_in_the_commit_of_the_last_try_leaves_a_machine_that_starts() {
+    for point in COMMIT_POINTS {
+        let device = Device::installed();
+        device.run(&update(202));
+        device.rename(&name(202, 1, "+3"), &name(202, 1, "+0-3"));
+        assert_eq!(device.boot(Some(kernel_ids()[1])), Ok((202, Role::Pending)));
+        device.record(202);
+        let output = run_any(device.command(&["commit".into()]).env("MOSFS_FAILPOINT", point));
+        assert_eq!(output.status.code(), None, "{point}");
+        let (version, _) =
+            device.start_as_the_loader_does().unwrap_or_else(|error| panic!("{point}: {error}"));
+        // Before its count is gone, the old version is what runs, and what is committed.
+        let expected = if point == "commit.state.blessed" { 200 } else { 202 };
+        assert_eq!(version, expected, "{point}");
+        device.record(version);
+        device.commit();
+        assert_eq!(device.start_as_the_loader_does(), Ok((expected, Role::Current)), "{point}");
+    }
+}
+
+/// FAT writes the new name before it removes the old one: a crash in between leaves both with the same blocks, and
+/// whoever removes one of them frees the blocks of the other.
+#[test]
+fn of_two_names_of_one_kernel_neither_is_removed() {
+    let device = Device::installed();
+    device.run(&update(202));
+    let folder = device.esp().join("EFI/Linux");
+    let both = |one: &str, other: &str| {
+        fs::hard_link(folder.join(one), folder.join(other)).unwrap();
+        let before = device.snapshot();
+        device.run(&["gc".into()]);
+        device.run(&update(202));
+        assert_eq!(device.snapshot(), before, "{one} {other}");
+        fs::remove_file(folder.join(one)).unwrap();
+        fs::rename(folder.join(other), folder.join(one)).unwrap();
+    };
+    let new = name(202, 1, "+3");
+    both(&new, &format!("{new}.new"));
+    both(&new, &name(202, 1, "+2-1"));
+    // The commit was about to remove the count.
+    let kept = name(202, 1, "");
+    fs::hard_link(folder.join(&new), folder.join(&kept)).unwrap();
+    device.commit();
+    device.expect(&[&new, &kept]);
+    let before = device.snapshot();
+    device.commit();
+    assert_eq!(device.snapshot(), before);
+    // The files of a kernel that nothing names any more are removed together.
+    device.run(&update(203));
+    device.commit();
+    device.expect(&[&name(203, 0, "")]);
+}
+
+#[test]
+fn a_commit_names_the_process_that_it_has_waited_for() {
+    let device = Device::installed();
+    let lock = device.system().join("lock");
+    let mut command = Command::new("flock");
+    command.arg(&lock).args(["-c", "echo held; exec cat"]);
+    let mut holder =
+        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut word = [0; 5];
+    std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut word).unwrap();
+    let output = run_any(&mut device.command(&["commit".into(), "--wait".into(), "0".into()]));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let expected = format!(
+        "mosfs: waiting for another mosfs that changes {}\nmosfs: {} was not released within 0 s by process {}\n\
+         hint: let the other process finish, or end it; `--wait` waits longer\n",
+        device.system().display(),
+        lock.display(),
+        holder.id()
+    );
+    assert!(said.ends_with(&expected), "{said}");
+    device.commit();
+}
+
 #[test]
 fn a_crash_at_any_point_leaves_the_old_kernel_and_the_next_command_finishes() {
     let points = |point: &str, commands: &[Vec<String>], last: &[&str]| {
@@ -359,11 +463,8 @@ fn a_crash_at_any_point_leaves_the_old_kernel_and_the_next_command_finishes() {
         };
         let names = device.names();
         assert!(names.iter().filter(|name| name.ends_with(".efi")).all(whole), "{point}: {names:?}");
-        let starts = |name: &String| {
-            let which = systems().ids.iter().position(|id| name.contains(id.as_str())).unwrap();
-            name.ends_with(".efi") && device.boot(Some(kernel_ids()[which])).is_ok()
-        };
-        assert!(names.iter().any(starts), "{point}: {names:?}");
+        let started = device.start_as_the_loader_does();
+        assert!(started.is_ok(), "{point}: {names:?}: {started:?}");
         device.run(words);
         device.expect(last);
     };
@@ -374,7 +475,7 @@ fn a_crash_at_any_point_leaves_the_old_kernel_and_the_next_command_finishes() {
         points(point, &[update(202)], &after_update);
     }
     let commit = vec!["commit".to_string()];
-    for point in ["commit.state.blessed", "commit.floor.raised", "esp.kernel.renamed", "esp.kernel.removed"] {
+    for point in COMMIT_POINTS {
         points(point, &[update(202), commit.clone()], &[kept.as_str()]);
     }
     for point in ["esp.loader.written", "esp.loader.renamed", "esp.record.written", "esp.kernel.written"] {
