@@ -10,8 +10,8 @@ use divan::{Bencher, black_box};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::manifest::{ImportManifest, Mount, Network, ServiceType, SystemManifest, Target};
 use mosfs::internals::publish::keys;
-use mosfs::internals::trust::anchor::CaFile;
-use mosfs::internals::trust::{Anchor, Dates, PrivateKey, Signed};
+use mosfs::internals::trust::config::CaFile;
+use mosfs::internals::trust::{Anchor, Dates, Signed, SigningKey};
 use uuid::Uuid;
 
 fn main() {
@@ -85,7 +85,7 @@ fn verify(bencher: Bencher<'_, '_>, kind: &str) {
     let product = system.product;
     let request = keys::Request { product, name: "bench".into(), rsa_signer: kind == "rsa" };
     keys::generate(dir.path(), &request).unwrap();
-    let key = PrivateKey::load(&dir.path().join("signer.key")).unwrap();
+    let key = SigningKey::load(&dir.path().join("signer.key")).unwrap();
     let certificate = std::fs::read(dir.path().join("signer.pem")).unwrap();
     let signed = Signed::create(&system, &key, &certificate, Dates::LogOnly).unwrap();
     let anchor = Anchor::new(CaFile::load(&dir.path().join("ca.pem")).unwrap(), product);

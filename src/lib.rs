@@ -90,11 +90,11 @@ pub use manifest::{
 pub use deploy::DeployError;
 pub use deploy::offer::{Accepted, Found as FoundSystem, Judge, find as find_system};
 pub use deploy::target::plan as plan_target;
-pub use floor::{FloorError, KeyError as FloorKeyError, Policy as FloorPolicy, PublicKey as FloorKey};
-pub use trust::anchor::CaFile;
+pub use floor::{FloorError, Policy as FloorPolicy};
+pub use trust::config::CaFile;
+pub use trust::p256::P256PublicKey as FloorKey;
 pub use trust::{
-    Anchor, AnchorError, Binding, Dates, KeyError, PrivateKey as SigningKey, SignError, Signed, TrustError,
-    Verified,
+    Anchor, Binding, ConfigError, Dates, KeyError, SignError, Signed, SigningKey, TrustError, Verified,
 };
 
 // Publishing them.

@@ -600,10 +600,33 @@ fn user_folder(uid: u32, folder: &Path) -> (PathBuf, PathBuf) {
     (binary, target)
 }
 
+/// The register of an ordinary user's mounts, whose path follows from the user: one test of any run has it at a time.
+struct Register {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Register {
+    fn of(uid: u32) -> Self {
+        let lock = File::create(format!("/tmp/mosfs-{uid}.test-lock")).unwrap();
+        lock.lock().unwrap();
+        let path = PathBuf::from(format!("/tmp/mosfs-{uid}"));
+        let _ = fs::remove_dir_all(&path);
+        Self { path, _lock: lock }
+    }
+}
+
+impl Drop for Register {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
 #[test]
 fn an_ordinary_user_mounts_and_unmounts() {
     const UID: u32 = 65_534; // nobody: fusermount3 wants a user that has a name
-    let _ = fs::remove_dir_all(format!("/tmp/mosfs-{UID}"));
+    need_root();
+    let user = Register::of(UID);
     let folder = tempfile::tempdir().unwrap();
     let layout = Layout::new(&folder.path().join("oci"));
     let layer = small(&layout, folder.path(), &[("d/f", b"hello")]);
@@ -622,7 +645,7 @@ fn an_ordinary_user_mounts_and_unmounts() {
         mosfs::internals::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap().unwrap();
     assert_eq!(listed.kind, "fuse.mosfs");
 
-    let register = PathBuf::from(format!("/tmp/mosfs-{UID}/mounts"));
+    let register = user.path.join("mounts");
     let found = fs::metadata(&register).unwrap();
     assert_eq!((found.uid(), found.mode() & 0o777), (UID, 0o700));
     let records = || {
@@ -638,15 +661,14 @@ fn an_ordinary_user_mounts_and_unmounts() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(!is_alive(pid));
     assert!(records().is_empty());
-    fs::remove_dir_all(format!("/tmp/mosfs-{UID}")).unwrap();
 }
 
 #[test]
 fn a_register_that_somebody_else_made_is_refused() {
     const UID: u32 = 1; // daemon, which every Debian has
     need_root();
-    let theirs = PathBuf::from(format!("/tmp/mosfs-{UID}"));
-    let _ = fs::remove_dir_all(&theirs);
+    let register = Register::of(UID);
+    let theirs = &register.path;
     let folder = tempfile::tempdir().unwrap();
     let layout = Layout::new(&folder.path().join("oci"));
     let layer = small(&layout, folder.path(), &[("f", b"hello")]);
@@ -659,7 +681,6 @@ fn a_register_that_somebody_else_made_is_refused() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(theirs.to_str().unwrap()) && said.contains("expected a folder of user"), "{said}");
     assert_eq!(mosfs::internals::mount::table::mounted_at(&target.canonicalize().unwrap()).unwrap(), None);
-    fs::remove_dir_all(&theirs).unwrap();
 }
 
 #[test]

@@ -80,9 +80,10 @@ fn a_daemon_that_cannot_start_all_its_threads_leaves_no_mount() {
                   prlimit --nproc=\"$1\" \"$0\" mount --threads 4 --backend fuse \"$2\" \"$3\" 2>\"$4/said\"; code=$?\n\
                   mounted=$(grep -c \" $3 \" /proc/self/mountinfo)\n\
                   echo \"$code $mounted $(cat \"$3/f\" 2>/dev/null || cat \"$4/said\")\"";
+    let user = 1_000_000 + std::process::id();
     let mount = |limit: u32| {
         let output = Command::new("setpriv")
-            .args(["--reuid=54321", "--regid=54321", "--clear-groups"])
+            .args([format!("--reuid={user}"), format!("--regid={user}"), "--clear-groups".into()])
             .args(["unshare", "-Urm", "-p", "-f", "--kill-child", "sh", "-c", script])
             .args([env!("CARGO_BIN_EXE_mosfs"), &limit.to_string(), &fixture.source])
             .args([&at, &run])

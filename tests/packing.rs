@@ -362,7 +362,7 @@ fn what_contradicts_is_refused() {
 #[test]
 fn a_kernel_without_lz4_is_named() {
     for (config, expected) in [
-        (None, Some("no image of the system holds a kernel's configuration")),
+        (None, Some("no image of the system contains a kernel configuration")),
         (Some("CONFIG_SQUASHFS=m\nCONFIG_SQUASHFS_LZ4=y\n"), None),
         (
             Some("CONFIG_SQUASHFS=m\n# CONFIG_SQUASHFS_LZ4 is not set\n"),
@@ -401,7 +401,7 @@ fn images_stay_as_they_are() {
     let text = text.replace("url: oci:images:v1", &format!("url: \"oci:source:{name}\""));
     fs::write(publisher.dir().join("import.yaml"), text).unwrap();
     let (_, said) = publisher.built("kept", &["--compression", "lz4"]);
-    assert!(said.contains("squashfs with zstd and blocks of 64 KiB already"), "{said}");
+    assert!(said.contains("is already squashfs with zstd and blocks of 64 KiB"), "{said}");
     assert_eq!(publisher.layer("kept", "app"), (SQUASHFS_ZSTD.into(), "zstd".into(), 64 << 10));
     let (_, said) = publisher.built("kept-too", &["--block-size", "64K"]);
     assert_eq!(said, "");

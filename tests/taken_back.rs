@@ -7,8 +7,8 @@ mod pki;
 
 use mosfs::internals::error::{Class, Classified};
 use mosfs::internals::manifest::SystemManifest;
-use mosfs::internals::trust::anchor::CaFile;
-use mosfs::internals::trust::{Anchor, Dates, PrivateKey, SignError, Signed, TrustError, Verified};
+use mosfs::internals::trust::config::CaFile;
+use mosfs::internals::trust::{Anchor, Dates, SignError, Signed, SigningKey, TrustError, Verified};
 use pki::{CA, PRODUCT, Pki, mosfs};
 
 /// Verifies the manifest of the device with a signature and a certificate, by file name.
@@ -123,7 +123,7 @@ fn a_private_key_in_a_public_file_is_refused_wherever_one_is_taken() {
                 if first { [key, public] } else { [public, key] }.concat()
             };
             let manifest = SystemManifest::parse(&pki.read("m.json")).unwrap();
-            let signer = PrivateKey::load(&pki.path("ec.key")).unwrap();
+            let signer = SigningKey::load(&pki.path("ec.key")).unwrap();
             let error = Signed::create(&manifest, &signer, &join(pki.read("ec.pem")), Dates::check_now());
             let error = error.unwrap_err();
             assert_eq!(error.class(), Class::Input);
@@ -186,7 +186,7 @@ fn a_private_key_in_a_public_file_is_refused_wherever_one_is_taken() {
     let noisy =
         [b"a comment\n".to_vec(), pki.read("ec.pem"), pki.read("ca.pem"), b"more\n".to_vec()].concat();
     let manifest = SystemManifest::parse(&pki.read("m.json")).unwrap();
-    let signer = PrivateKey::load(&pki.path("ec.key")).unwrap();
+    let signer = SigningKey::load(&pki.path("ec.key")).unwrap();
     let signed = Signed::create(&manifest, &signer, &noisy, Dates::check_now()).unwrap();
     let expected = pki.openssl(&["x509", "-in", "ec.pem"]).stdout;
     assert_eq!(signed.certificate, [expected, pki.openssl(&["x509", "-in", "ca.pem"]).stdout].concat());

@@ -13,9 +13,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::error::{Class, Classified};
 use mosfs::internals::manifest::{SystemError, SystemManifest};
-use mosfs::internals::trust::anchor::CaFile;
+use mosfs::internals::trust::config::CaFile;
 use mosfs::internals::trust::{
-    Anchor, AnchorError, Dates, KeyError, PrivateKey, SignError, Signed, TrustError, Verified,
+    Anchor, ConfigError, Dates, KeyError, SignError, Signed, SigningKey, TrustError, Verified,
 };
 use pki::{CA, OTHER_PRODUCT, PRODUCT, Pki, SIGNER, manifest_of, mode, mosfs, signer_of};
 use uuid::Uuid;
@@ -618,7 +618,7 @@ fn private_keys_that_others_can_use_are_refused() {
         [(0o600, true), (0o400, true), (0o640, false), (0o604, false), (0o620, false), (0o601, false)]
     {
         fs::set_permissions(&key, fs::Permissions::from_mode(bits)).unwrap();
-        match PrivateKey::load(&key) {
+        match SigningKey::load(&key) {
             Ok(_) => assert!(fine, "{bits:o}"),
             Err(KeyError::OpenToOthers { mode, .. }) => assert!(!fine && mode == bits, "{bits:o}"),
             Err(error) => panic!("{bits:o}: {error}"),
@@ -636,7 +636,7 @@ fn keys_that_no_device_accepts_do_not_sign() {
     pki.key("small", "rsa:1024").key("p384", "ec:P-384").key("ed", "ED25519").key("ec", "ec:P-256");
     for (name, expected) in [("small", "RSA of 1024 bits"), ("p384", "ECDSA on secp384r1"), ("ed", "Ed25519")]
     {
-        match PrivateKey::load(&pki.path(&format!("{name}.key"))) {
+        match SigningKey::load(&pki.path(&format!("{name}.key"))) {
             Err(KeyError::Unsupported { found, .. }) => assert_eq!(found, expected),
             other => panic!("{name}: {:?}", other.err()),
         }
@@ -644,13 +644,13 @@ fn keys_that_no_device_accepts_do_not_sign() {
     // An encrypted key is an error, and not a question on the terminal.
     pki.openssl(&["pkey", "-in", "ec.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key"]);
     fs::set_permissions(pki.path("locked.key"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
-    match PrivateKey::load(&pki.path("locked.key")) {
+    match SigningKey::load(&pki.path("locked.key")) {
         Err(KeyError::Unreadable { reason, .. }) => assert!(reason.contains("encrypted"), "{reason}"),
         other => panic!("{:?}", other.err()),
     }
     fs::copy(pki.path("ec.key"), pki.path("cut.key")).unwrap();
     fs::write(pki.path("cut.key"), &pki.read("ec.key")[..100]).unwrap();
-    assert!(matches!(PrivateKey::load(&pki.path("cut.key")), Err(KeyError::Unreadable { .. })));
+    assert!(matches!(SigningKey::load(&pki.path("cut.key")), Err(KeyError::Unreadable { .. })));
 }
 
 #[test]
@@ -661,7 +661,7 @@ fn the_publisher_is_told_before_any_device_is() {
     pki.key("theirs", "ec:P-256").issue("theirs", &signer_of(OTHER_PRODUCT), "ca", SIGNER, &[]);
     let manifest = SystemManifest::parse(&pki.read("m.json")).unwrap();
     let create = |key: &str, cert: &str| {
-        let key = PrivateKey::load(&pki.path(key)).unwrap();
+        let key = SigningKey::load(&pki.path(key)).unwrap();
         Signed::create(&manifest, &key, &pki.read(cert), Dates::check_now())
     };
     let made = create("ec.key", "ec.pem").unwrap();
@@ -690,12 +690,12 @@ fn a_device_keeps_the_anchor_that_it_was_given_first() {
     let other: Uuid = OTHER_PRODUCT.parse().unwrap();
 
     // Nothing there, and nothing given.
-    assert_is!(Anchor::load(&config).unwrap_err(), AnchorError::Missing { what: "manifest CA", .. });
+    assert_is!(Anchor::load(&config).unwrap_err(), ConfigError::Missing { what: "manifest CA", .. });
     let missing = |ca, product| Anchor::plan(&config, ca, product).err().unwrap();
-    assert_is!(missing(None, Some(product())), AnchorError::Missing { what: "manifest CA", .. });
+    assert_is!(missing(None, Some(product())), ConfigError::Missing { what: "manifest CA", .. });
     let error = missing(Some(load("ca.pem")), None);
     assert_eq!(error.class(), Class::Verification);
-    assert_is!(error, AnchorError::Missing { what: "product", .. });
+    assert_is!(error, ConfigError::Missing { what: "product", .. });
     assert!(!config.exists(), "a plan writes nothing");
 
     let plan = Anchor::plan(&config, Some(load("ca.pem")), Some(product())).unwrap();
@@ -716,10 +716,10 @@ fn a_device_keeps_the_anchor_that_it_was_given_first() {
     }
     let error = missing(Some(load("other.pem")), None);
     assert_eq!(error.class(), Class::Verification);
-    assert_is!(error, AnchorError::OtherCa { has, given, .. } if has != given);
+    assert_is!(error, ConfigError::OtherCa { has, given, .. } if has != given);
     let error = missing(None, Some(other));
     assert_eq!(error.class(), Class::Verification);
-    assert_is!(error, AnchorError::OtherProduct { has, given, .. } if (*has, *given) == (product(), other));
+    assert_is!(error, ConfigError::OtherProduct { has, given, .. } if (*has, *given) == (product(), other));
     assert_eq!(fs::read(config.join("manifestCA.pem")).unwrap(), pki.read("ca.pem"));
 
     // A file that appears after the plan is not overwritten.
@@ -727,7 +727,7 @@ fn a_device_keeps_the_anchor_that_it_was_given_first() {
     let plan = Anchor::plan(&late, Some(load("ca.pem")), Some(product())).unwrap();
     fs::create_dir(&late).unwrap();
     fs::write(late.join("manifestCA.pem"), "theirs").unwrap();
-    assert_is!(plan.apply().unwrap_err(), AnchorError::Io(_));
+    assert_is!(plan.apply().unwrap_err(), ConfigError::Io(_));
     assert_eq!(names(&late), ["manifestCA.pem"]);
     assert_eq!(fs::read(late.join("manifestCA.pem")).unwrap(), b"theirs");
 }
@@ -739,12 +739,12 @@ fn a_config_that_cannot_be_read_trusts_nothing() {
     fs::create_dir(&config).unwrap();
     fs::write(config.join("product"), "default\n").unwrap();
     fs::write(config.join("manifestCA.pem"), pki.read("ca.pem")).unwrap();
-    assert_is!(Anchor::load(&config).unwrap_err(), AnchorError::BadProduct { found, .. } if found == "default\\n");
+    assert_is!(Anchor::load(&config).unwrap_err(), ConfigError::BadProduct { found, .. } if found == "default\\n");
     fs::write(config.join("product"), PRODUCT).unwrap();
     Anchor::load(&config).unwrap();
     for bad in [&b""[..], b"garbage", &pki.read("ca.pem")[..200], &pki.read("ca.key")] {
         fs::write(config.join("manifestCA.pem"), bad).unwrap();
-        assert_is!(Anchor::load(&config).unwrap_err(), AnchorError::BadCa { .. });
+        assert_is!(Anchor::load(&config).unwrap_err(), ConfigError::BadCa { .. });
     }
     // Several CAs: any of them may end a chain.
     pki.root("next", "/CN=Next CA", CA).signer("ec", "ec:P-256", "next").sign("ec");

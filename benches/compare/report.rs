@@ -35,7 +35,39 @@ pub struct Judged {
     /// The ratio, or the absolute value.
     pub value: f64,
     /// Whether it is reached.
-    pub reached: bool,
+    pub verdict: Verdict,
+}
+
+/// Whether a goal is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// By the median.
+    Reached,
+    /// Not by the median, but the goal lies within the spread of the runs (their middle half): noise may decide.
+    Near,
+    /// No.
+    Missed,
+}
+
+impl Verdict {
+    /// Of runs, or of ratios of runs that were made one after the other.
+    fn of(value: f64, spread: &Sample, limit: f64, more_is_better: bool) -> Self {
+        let reaches = |value: f64| if more_is_better { value >= limit } else { value <= limit };
+        match spread.middle_half() {
+            _ if reaches(value) => Self::Reached,
+            Some((low, high)) if reaches(low) || reaches(high) => Self::Near,
+            _ => Self::Missed,
+        }
+    }
+
+    /// Its sign.
+    pub fn mark(self) -> &'static str {
+        match self {
+            Self::Reached => "✓",
+            Self::Near => "≈",
+            Self::Missed => "✗",
+        }
+    }
 }
 
 impl RowFigures {
@@ -54,6 +86,13 @@ impl RowFigures {
         Some(self.median(self.row().ours)? / self.median(against)?)
     }
 
+    /// The same for each round: the runs of a round are made one after the other.
+    fn ratios(&self, against: &str) -> Option<Sample> {
+        let runs = |name: &str| self.samples.iter().find(|(n, _)| n == name).map(|(_, sample)| &sample.runs);
+        let (ours, theirs) = (runs(self.row().ours)?, runs(against)?);
+        Some(Sample { runs: ours.iter().zip(theirs).map(|(a, b)| a / b).collect() })
+    }
+
     /// The goals that can be judged with what was measured.
     pub fn judged(&self) -> Vec<Judged> {
         let row = self.row();
@@ -61,12 +100,15 @@ impl RowFigures {
         row.goals
             .iter()
             .filter_map(|&goal| {
-                let value = match goal.against {
-                    Some(peer) => self.ratio(peer)?,
-                    None => self.median(row.ours)?,
+                let (value, spread) = match goal.against {
+                    Some(peer) => (self.ratio(peer)?, self.ratios(peer)?),
+                    None => {
+                        let (_, sample) = self.samples.iter().find(|(name, _)| name == row.ours)?;
+                        (sample.median()?, sample.clone())
+                    }
                 };
-                let reached = if more_is_better { value >= goal.limit } else { value <= goal.limit };
-                Some(Judged { goal, value, reached })
+                let verdict = Verdict::of(value, &spread, goal.limit, more_is_better);
+                Some(Judged { goal, value, verdict })
             })
             .collect()
     }
@@ -97,7 +139,7 @@ impl Figures {
                 let goals: Vec<Value> = figures
                     .judged()
                     .iter()
-                    .map(|j| json!({"against": j.goal.against, "limit": j.goal.limit, "value": j.value, "reached": j.reached}))
+                    .map(|j| json!({"against": j.goal.against, "limit": j.goal.limit, "value": j.value, "verdict": j.verdict.mark()}))
                     .collect();
                 json!({
                     "id": figures.id,
@@ -207,7 +249,7 @@ pub fn print(figures: &Figures) {
 /// A goal in words.
 pub fn goal_text(judged: &Judged, unit: Unit) -> String {
     let sign = if unit == Unit::PerSecond { "≥" } else { "≤" };
-    let mark = if judged.reached { "✓" } else { "✗" };
+    let mark = judged.verdict.mark();
     match judged.goal.against {
         Some(peer) => {
             format!("{mark} {} of {peer} (goal {sign} {})", digits(judged.value), digits(judged.goal.limit))

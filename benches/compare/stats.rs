@@ -20,6 +20,14 @@ impl Sample {
         }
     }
 
+    /// What the middle half of the runs lies between: the first and third quartile, of the runs themselves.
+    pub fn middle_half(&self) -> Option<(f64, f64)> {
+        let mut sorted = self.runs.clone();
+        sorted.sort_by(f64::total_cmp);
+        let quarter = sorted.len() / 4;
+        Some((*sorted.get(quarter)?, *sorted.get(sorted.len().checked_sub(1 + quarter)?)?))
+    }
+
     /// The smallest and the largest run.
     pub fn range(&self) -> Option<(f64, f64)> {
         let min = self.runs.iter().copied().min_by(f64::total_cmp)?;

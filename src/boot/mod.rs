@@ -52,13 +52,13 @@ use crate::deploy::{DeployError, DeploymentId, System, check_images, target};
 use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
-use crate::floor::{self, Config, Floor, FloorError, Place};
+use crate::floor::{self, Floor, FloorError, Place};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::{Request, Timing};
 use crate::sys::file;
 use crate::sys::mountapi::{self, CallError};
 use crate::sys::tpm::TpmError;
-use crate::trust::{Anchor, AnchorError, Verified};
+use crate::trust::{Anchor, ConfigError, Verified};
 
 /// Where a boot finds and leaves things.
 #[derive(Debug, Clone)]
@@ -137,7 +137,7 @@ pub enum BootError {
     Settings(#[from] SettingsError),
     /// The anchor cannot be had.
     #[error(transparent)]
-    Anchor(#[from] AnchorError),
+    Config(#[from] ConfigError),
     /// The floor cannot be opened.
     #[error(transparent)]
     Floor(#[from] FloorError),
@@ -158,7 +158,7 @@ pub enum BootError {
 impl Classified for BootError {
     fn class(&self) -> Class {
         match self {
-            Self::Anchor(error) => error.class(),
+            Self::Config(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::Deploy(error) => error.class(),
             Self::Settings(error) => error.class(),
@@ -200,7 +200,7 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
     let anchor = Anchor::load(&setup.config)?;
     let config = measure::config_digest(&setup.config)?;
     let kernel = kernel::running(&setup.config)?;
-    let mut floor = floor::open(&setup.floor, &Config::load(&setup.config)?)?;
+    let mut floor = floor::open(&setup.floor, &setup.config)?;
     if let Some(warning) = floor.warning() {
         say(warning);
     }

@@ -9,10 +9,10 @@ use super::{FloorArgs, Global, device, mount, output};
 use crate::deploy::activate::{self, Action, ActivationPlan, Outcome, Taken, Ways};
 use crate::deploy::booted;
 use crate::error::{AnyError, IoContext};
-use crate::floor::Config;
 use crate::mount::Backend;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::trust::Anchor;
+use crate::trust::config::find_floor_key;
 
 /// Mount the targets of the running deployment, and remount only what changed.
 ///
@@ -77,8 +77,8 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
 fn plan(args: &ActivateArgs, global: &Global, run: &Path) -> Result<ActivationPlan, AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let booted = booted::deployment()?;
-    // A device that was told of no floor key has no floor yet: there is nothing to compare with.
-    let has_floor = args.floor.in_file() || Config::load(&global.config)?.floor_pub.is_some();
+    // A device without a floor key has no floor yet: there is nothing to compare with.
+    let has_floor = args.floor.in_file() || find_floor_key(&global.config)?.is_some();
     let mut floor = if has_floor { Some(args.floor.open(global)?) } else { None };
     let system = device::system(global);
     let floor = floor.as_mut().map(|floor| floor.as_mut() as _);

@@ -5,7 +5,7 @@ use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;
 use crate::deploy::esp::EspError;
 use crate::error::{AnyError, Class, Classified};
-use crate::floor::{self, FloorError};
+use crate::floor::FloorError;
 use crate::manifest::{ImportErrors, SystemError};
 use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
@@ -16,7 +16,7 @@ use crate::transport::TransportError;
 #[cfg(feature = "registry")]
 use crate::transport::registry::RegistryError;
 use crate::trust::pem::SecretInPublic;
-use crate::trust::{AnchorError, KeyError, SignError, TrustError};
+use crate::trust::{ConfigError, KeyError, SignError, TrustError};
 
 /// What a user can do about an error, if there is something. The library's errors say what is
 /// wrong; only here is it said what to run.
@@ -28,7 +28,6 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
     while let Some(this) = cause {
         let found = None
             .or_else(|| this.downcast_ref().and_then(for_floor))
-            .or_else(|| this.downcast_ref().and_then(for_floor_key))
             .or_else(|| this.downcast_ref().and_then(for_activation))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
             .or_else(|| this.downcast_ref().and_then(for_store))
@@ -36,7 +35,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_secret))
             .or_else(|| this.downcast_ref().and_then(for_not_whole))
             .or_else(|| this.downcast_ref().and_then(for_trust))
-            .or_else(|| this.downcast_ref().and_then(for_anchor))
+            .or_else(|| this.downcast_ref().and_then(for_config))
             .or_else(|| this.downcast_ref().and_then(for_key))
             .or_else(|| this.downcast_ref().and_then(for_generate))
             .or_else(|| this.downcast_ref().and_then(for_sign))
@@ -198,16 +197,18 @@ fn for_not_whole(_: &NotWhole) -> Option<&'static str> {
     )
 }
 
-fn for_anchor(error: &AnchorError) -> Option<&'static str> {
+fn for_config(error: &ConfigError) -> Option<&'static str> {
     Some(match error {
-        AnchorError::Missing { .. } => {
+        ConfigError::Missing { .. } => {
             "give --ca and --product to `mosfs install`, or --config if the configuration is elsewhere"
         }
-        AnchorError::OtherCa { .. } | AnchorError::OtherProduct { .. } => {
+        ConfigError::OtherCa { .. } | ConfigError::OtherProduct { .. } => {
             "leave out --ca and --product to use what this device trusts"
         }
-        AnchorError::Secret(error) => return for_secret(error),
-        AnchorError::BadCrl { .. } => "write it with `openssl ca -gencrl`, signed by the CA (docs/keys.md)",
+        ConfigError::OtherFloorKey { .. } => "a device keeps its floor key; name the recorded one",
+        ConfigError::Secret(error) => return for_secret(error),
+        ConfigError::Key(error) => return for_key(error),
+        ConfigError::BadCrl { .. } => "write it with `openssl ca -gencrl`, signed by the CA (docs/keys.md)",
         _ => return None,
     })
 }
@@ -216,6 +217,8 @@ fn for_key(error: &KeyError) -> Option<&'static str> {
     Some(match error {
         KeyError::OpenToOthers { .. } => "run `chmod 600` on it, and consider whether someone has read it",
         KeyError::Unsupported { .. } => "make a key with `mosfs keys generate`",
+        KeyError::Unusable { .. } => "make the floor's keys with `mosfs keys generate`",
+        KeyError::Secret(error) => return for_secret(error),
         _ => return None,
     })
 }
@@ -301,22 +304,11 @@ fn for_floor(error: &FloorError) -> Option<&'static str> {
         FloorError::NotConfigured { .. } => {
             "name it once with `mosfs floor provision --floor-pub F --product UUID`"
         }
-        FloorError::ConfigConflict { .. } => "a device keeps its floor key; name the recorded one",
         FloorError::FileTampered { .. } => "delete the file: it is a development floor",
-        FloorError::Config(error) => return for_anchor(error),
-        FloorError::Key(error) => return for_floor_key(error),
+        FloorError::Config(error) => return for_config(error),
+        FloorError::Key(error) => return for_key(error),
         FloorError::Tpm(_) | FloorError::VersionRange { .. } | FloorError::Io(_) => return None,
     })
-}
-
-/// What to do about a key of the floor that cannot be used.
-fn for_floor_key(error: &floor::KeyError) -> Option<&'static str> {
-    match error {
-        floor::KeyError::Private(error) => for_key(error),
-        floor::KeyError::Secret(error) => for_secret(error),
-        floor::KeyError::Unusable { .. } => Some("make the floor's keys with `mosfs keys generate`"),
-        _ => None,
-    }
 }
 
 /// What a user can do about targets that are not active.

@@ -12,7 +12,6 @@ use super::{Global, RegistryArgs, output, progress};
 use crate::convert::packing::DEFAULT_BLOCK_BYTES;
 use crate::convert::{Codec, Effort, Packing};
 use crate::error::{AnyError, Class, Classified, IoContext};
-use crate::floor;
 use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as reproducible, rules, yaml};
 use crate::progress::Progress;
@@ -22,7 +21,8 @@ use crate::publish::halves::{self, Made};
 use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::read_named;
-use crate::trust::{self, Dates, PrivateKey};
+use crate::trust::p256::{P256PrivateKey, P256PublicKey};
+use crate::trust::{self, Dates, SigningKey};
 
 /// Most bytes of a floor signature file: DER has 72 at the most.
 const MAX_FLOOR_SIGNATURE: usize = 1 << 10;
@@ -146,7 +146,7 @@ pub(super) fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let certificate =
         args.cert.as_deref().map(|path| read_file(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
     let floor_pub: Vec<_> =
-        args.floor_pub.iter().map(|path| floor::PublicKey::read(path)).collect::<Result<_, _>>()?;
+        args.floor_pub.iter().map(|path| P256PublicKey::read(path)).collect::<Result<_, _>>()?;
     let effort = effort(args)?;
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
@@ -216,15 +216,15 @@ fn whole(
     args: &Build,
     key: &Path,
     certificate: &[u8],
-    floor_pub: &[floor::PublicKey],
+    floor_pub: &[P256PublicKey],
     effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
-    let key = PrivateKey::load(key)?;
+    let key = SigningKey::load(key)?;
     let floor_keys: Vec<_> =
-        args.floor_key.iter().map(|path| floor::PrivateKey::read(path)).collect::<Result<_, _>>()?;
+        args.floor_key.iter().map(|path| P256PrivateKey::read(path)).collect::<Result<_, _>>()?;
     let boot = args.kernel.spec(import.product, &floor_keys, floor_pub)?;
     let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
@@ -236,7 +236,7 @@ fn first_half(
     args: &Build,
     to: &Path,
     certificate: Option<&[u8]>,
-    floor_pub: &[floor::PublicKey],
+    floor_pub: &[P256PublicKey],
     effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
@@ -258,7 +258,7 @@ fn second_half(
     args: &Build,
     signature: &Path,
     certificate: &[u8],
-    floor_keys: &[floor::PublicKey],
+    floor_keys: &[P256PublicKey],
     effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,

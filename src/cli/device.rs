@@ -8,7 +8,8 @@ use crate::deploy::gc::Needs;
 use crate::deploy::{FloorGate, System, space};
 use crate::deploy::{booted, esp};
 use crate::error::AnyError;
-use crate::floor::{Config, Floor};
+use crate::floor::{self, Floor};
+use crate::trust::config::find_floor_key;
 
 /// The system folder of the command line.
 pub(super) fn system(global: &Global) -> System {
@@ -32,8 +33,7 @@ pub(super) fn with_gate<T>(
     first_install: bool,
     job: impl FnOnce(&mut FloorGate<'_>) -> Result<T, AnyError>,
 ) -> Result<T, AnyError> {
-    let config = Config::load(&global.config)?;
-    if first_install && config.floor_pub.is_none() && !args.in_file() {
+    if first_install && !args.in_file() && find_floor_key(&global.config)?.is_none() {
         output::warning(
             "this device has no floor yet: nothing stops an older version from being put back before \
              `mosfs floor provision` has run",
@@ -41,7 +41,7 @@ pub(super) fn with_gate<T>(
         return job(&mut FloorGate::Unprovisioned);
     }
     let mut floor: Box<dyn Floor> = args.open(global)?;
-    let policy = config.policy().ok();
+    let policy = floor::find_policy(&global.config)?;
     job(&mut FloorGate::Enforced { floor: floor.as_mut(), policy })
 }
 

@@ -14,10 +14,10 @@ use super::{Global, output};
 use crate::digest::hex;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::floor::signature::{self, PROVISION_MESSAGE_BYTES};
-use crate::floor::{
-    self, Config, FileFloor, Floor, FloorError, Place, PrivateKey, PublicKey, Signature, Tcti, TpmFloor,
-};
+use crate::floor::{self, FileFloor, Floor, FloorError, Place, Tcti, TpmFloor};
 use crate::sys::{atomic, file};
+use crate::trust::config::ConfigPlan;
+use crate::trust::p256::{P256PrivateKey, P256PublicKey, Signature};
 use crate::trust::pem::public_only;
 
 /// Where the floor is: for each command that asks it.
@@ -60,12 +60,12 @@ impl FloorArgs {
 
     /// Opens the floor without a warning: for those who only show it.
     pub(super) fn open_quietly(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
-        Ok(floor::open(&self.place(global), &Config::load(&global.config)?)?)
+        Ok(floor::open(&self.place(global), &global.config)?)
     }
 
     /// Opens the floor, and says each time that the development floor protects nothing.
     pub(super) fn open(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
-        let floor = floor::open(&self.place(global), &Config::load(&global.config)?)?;
+        let floor = floor::open(&self.place(global), &global.config)?;
         warn(floor.as_ref());
         Ok(floor)
     }
@@ -208,17 +208,17 @@ pub(super) fn run(args: &FloorCommand, global: &Global) -> Result<(), AnyError> 
         Command::Provision(args) => provision(args, global),
         Command::Show(args) => show(args, global),
         Command::Sign(args) => {
-            let key = PrivateKey::read(&args.key)?;
+            let key = P256PrivateKey::read(&args.key)?;
             write_out(args.output.as_deref(), &floor::sign_version(&key, &args.product, args.version)?)
         }
         Command::Authorize(args) => {
-            let key = PrivateKey::read(&args.key)?;
-            let provision_key = PublicKey::read(&args.provision_pub)?;
+            let key = P256PrivateKey::read(&args.key)?;
+            let provision_key = P256PublicKey::read(&args.provision_pub)?;
             let authorization = signature::authorize(&key, &args.product, &provision_key)?;
             write_out(args.output.as_deref(), signature::authorization_block(&authorization).as_bytes())
         }
         Command::SignProvision(args) => {
-            let key = PrivateKey::read(&args.key)?;
+            let key = P256PrivateKey::read(&args.key)?;
             let message = read_in(&args.nonce)?;
             write_out(args.output.as_deref(), &signature::sign_provision(&key, &message, &args.nonce)?)
         }
@@ -229,27 +229,29 @@ pub(super) fn run(args: &FloorCommand, global: &Global) -> Result<(), AnyError> 
 const MAX_AUTHORIZATION_BYTES: u64 = 1 << 20;
 
 fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
-    let floor_pub = args.floor_pub.as_deref().map(PublicKey::read).transpose()?;
-    let config = Config::load(&global.config)?.with(floor_pub, args.product)?;
+    let floor_pub = args.floor_pub.as_deref().map(P256PublicKey::read).transpose()?;
+    let mut config = ConfigPlan::new(&global.config);
+    let (floor_key, product) = (config.floor_key(floor_pub)?, config.product(args.product)?);
+    let policy = floor::policy_of(&global.config, floor_key, product);
     let (tcti, budget) = match args.floor.place(global) {
         Place::Tpm(tcti, budget) => (tcti, budget),
         Place::File(path) => {
-            let floor = FileFloor::new(path, config.policy().ok());
+            let floor = FileFloor::new(path, policy.ok());
             warn(&floor);
-            config.record()?;
+            config.apply()?;
             floor.provision()?;
             return output::line(format_args!("{} is provisioned: it stands at 0", floor.place()));
         }
     };
-    let policy = config.policy()?;
+    let policy = policy?;
     // The key, or its public half, and the file that should hold the authorization.
     let (private, public, file) = match (&args.provision_key, &args.provision_pub) {
         (Some(file), _) => {
-            let key = PrivateKey::read(file)?;
+            let key = P256PrivateKey::read(file)?;
             let public = *key.public();
             (Some(key), public, file)
         }
-        (None, Some(file)) => (None, PublicKey::read(file)?, file),
+        (None, Some(file)) => (None, P256PublicKey::read(file)?, file),
         (None, None) => return Err(UsageError::NoKey.into()),
     };
     let source = args.authorization.as_ref().unwrap_or(file);
@@ -262,7 +264,7 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     let mut floor = TpmFloor::new(policy, tcti, budget);
     let begun = floor.provision(&public, &authorization)?;
     // Recorded before the TPM's floor becomes final: a device must not have a floor and not know whose.
-    config.record()?;
+    config.apply()?;
     let signature = match (&private, &args.nonce_out, &args.signature_in) {
         (Some(key), _, _) => signature::sign_provision(key, &begun.message(), file)?.to_vec(),
         (None, Some(nonce), Some(signature)) => {
@@ -285,10 +287,9 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
 }
 
 fn show(args: &Show, global: &Global) -> Result<(), AnyError> {
-    let config = Config::load(&global.config)?;
     match args.floor.place(global) {
         Place::File(path) => {
-            let mut floor = FileFloor::new(path, config.policy().ok());
+            let mut floor = FileFloor::new(path, floor::find_policy(&global.config)?);
             warn(&floor);
             let version = floor.read()?;
             output::answer(
@@ -298,7 +299,7 @@ fn show(args: &Show, global: &Global) -> Result<(), AnyError> {
             )
         }
         Place::Tpm(tcti, budget) => {
-            let policy = config.policy()?;
+            let policy = floor::policy(&global.config)?;
             let name = policy.name_written();
             let product = policy.product();
             let mut floor = TpmFloor::new(policy, tcti.clone(), budget);

@@ -13,9 +13,9 @@ use crate::deploy::plan::{self, Options, Plan, Verdict};
 use crate::deploy::state::TRIES;
 use crate::deploy::{DeployError, State, System, apply};
 use crate::error::AnyError;
-use crate::floor::Config;
+use crate::floor;
 use crate::transport::{SourceRef, Transport};
-use crate::trust::anchor::CaFile;
+use crate::trust::config::CaFile;
 use crate::trust::{Anchor, Dates};
 
 /// Install the first deployment of this device.
@@ -178,7 +178,7 @@ fn find(
     anchor: &Anchor,
     global: &Global,
 ) -> Result<Accepted, AnyError> {
-    let policy = Config::load(&global.config)?.policy().ok();
+    let policy = floor::find_policy(&global.config)?;
     let judge = Judge { anchor, dates: Dates::check_now(), policy: policy.as_ref() };
     let Found { taken, passed_over } = offer::find(from, source.name.as_deref(), &judge)?;
     const SHOWN: usize = 10;

@@ -10,12 +10,12 @@ use uuid::Uuid;
 use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::settings::{ON_FAILURE_FILE, OVERLAY_FILE, OnFailure, ROOT_TARGET_FILE, Settings};
 use crate::error::{AnyError, Class, Classified};
-use crate::floor::{self, config::FLOOR_KEY_FILE};
 use crate::publish::boot::{EfiSigner, Spec};
 use crate::sys::file::{self, Links};
 use crate::trust::Anchor;
-use crate::trust::anchor::{CA_FILE, CaFile, PRODUCT_FILE};
+use crate::trust::config::{CA_FILE, CaFile, FLOOR_KEY_FILE, PRODUCT_FILE};
 use crate::trust::crl::CRL_FILE;
+use crate::trust::p256::{P256PrivateKey, P256PublicKey};
 
 /// Largest file of CONFIG, in bytes.
 const MAX_CONFIG_FILE: u64 = 1 << 20;
@@ -87,8 +87,8 @@ impl KernelArgs {
     pub(super) fn spec(
         &self,
         product: Uuid,
-        floor_keys: &[floor::PrivateKey],
-        floor_pub: &[floor::PublicKey],
+        floor_keys: &[P256PrivateKey],
+        floor_pub: &[P256PublicKey],
     ) -> Result<Option<Spec>, AnyError> {
         let Some(ca) = &self.ca else { return Ok(None) };
         let more = self.cmdline.as_deref().unwrap_or_default();
@@ -114,7 +114,7 @@ impl KernelArgs {
         let mut config = BTreeMap::from([
             (CA_FILE.to_string(), ca_pem),
             (PRODUCT_FILE.to_string(), format!("{product}\n").into_bytes()),
-            (FLOOR_KEY_FILE.to_string(), floor_key.to_pem().map_err(floor::FloorError::from)?),
+            (FLOOR_KEY_FILE.to_string(), floor_key.to_pem()?),
         ]);
         if let Some(folder) = &self.boot_config {
             // What makes no sense is an error now, not at every boot.

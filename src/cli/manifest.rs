@@ -17,9 +17,9 @@ use crate::manifest::{
 };
 use crate::sys::file;
 use crate::transport::SourceRef;
-use crate::trust::anchor::CaFile;
+use crate::trust::config::CaFile;
 use crate::trust::pem::public_only;
-use crate::trust::{self, Anchor, Certificate, Dates, PrivateKey, Signed};
+use crate::trust::{self, Anchor, Certificate, Dates, Signed, SigningKey};
 
 /// Check, print, sign and verify manifests.
 #[derive(Debug, Args)]
@@ -190,7 +190,7 @@ fn sign(file: &Path, key: &Path, to: Option<&Path>, global: &Global) -> Result<(
     let bytes = read(file, reproducible::MAX_BYTES)?;
     // What no device would accept is not signed.
     SystemManifest::parse(&bytes).map_err(|source| BadFile { path: file.to_path_buf(), source })?;
-    let signature = PrivateKey::load(key)?.sign(&bytes)?;
+    let signature = SigningKey::load(key)?.sign(&bytes)?;
     let to = match to {
         Some(path) => path.to_path_buf(),
         None => {

@@ -7,7 +7,7 @@ use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::DeployError;
 use crate::deploy::repair::{self, Means};
 use crate::error::AnyError;
-use crate::floor::Config;
+use crate::floor;
 use crate::transport::SourceRef;
 use crate::trust::Anchor;
 
@@ -34,7 +34,7 @@ pub(super) fn run(args: &RepairArgs, global: &Global) -> Result<(), AnyError> {
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
     }
     let anchor = Anchor::load(&global.config)?;
-    let policy = Config::load(&global.config)?.policy().ok();
+    let policy = floor::find_policy(&global.config)?;
     let source = args.source.as_ref().map(|source| source.open(&args.registry.access(global))).transpose()?;
     let progress = progress::of(global)?;
     let lock = system.lock_as_it_is(device::waiting(global))?;

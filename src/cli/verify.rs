@@ -10,7 +10,7 @@ use crate::deploy::booted;
 use crate::deploy::check::{self, Checked};
 use crate::deploy::target;
 use crate::error::AnyError;
-use crate::floor::{Config, Policy};
+use crate::floor::{self, Policy};
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::store::Store;
 use crate::store::fsck::{self, NotWhole, Report};
@@ -76,7 +76,7 @@ pub(super) fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
 /// Checks what the state file names; where this device trusts nobody, nothing can be checked, and that is a problem.
 fn check_deployments(system: &System, global: &Global) -> Checked {
     let trust = || -> Result<(Anchor, Option<Policy>), AnyError> {
-        Ok((Anchor::load(&global.config)?, Config::load(&global.config)?.policy().ok()))
+        Ok((Anchor::load(&global.config)?, floor::find_policy(&global.config)?))
     };
     match trust() {
         Ok((anchor, policy)) => check::check(system, &anchor, policy.as_ref()),

@@ -246,7 +246,7 @@ fn kept(layer: &LayerDescriptor, superblock: Option<Superblock>, chosen: Packing
         }
         None => layer.format().map_or("an image", LayerFormat::name).to_string(),
     };
-    Some(format!("layer {}: is {found} already, and is not packed again", layer.digest))
+    Some(format!("layer {} is already {found}: it is kept as it is", layer.digest))
 }
 
 /// Stores one image of a file system, with a tree. Returns the layer, and its superblock if it is squashfs.

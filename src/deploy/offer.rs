@@ -19,7 +19,7 @@ use crate::manifest::{SYSTEM_MEDIA_TYPE, SystemManifest};
 use crate::store::{SYSTEM_PREFIX, version_name};
 use crate::transport::{Transport, TransportError};
 use crate::trust::evidence::{MAX_ALTERNATIVES, Taken, verify_any};
-use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
+use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified, p256};
 
 /// Maximum size of a system manifest, in bytes.
 const MAX_SYSTEM: u64 = 4 << 20;
@@ -470,7 +470,7 @@ impl Offer {
     fn floor_signature(&self, policy: Option<&Policy>, version: Option<u64>) -> Option<&Part> {
         let holds = |part: &&Part| match (policy, version) {
             (Some(policy), Some(version)) => floor::check_signature(policy, version, &part.content).is_ok(),
-            _ => part.content.len() == std::mem::size_of::<floor::Signature>(),
+            _ => part.content.len() == std::mem::size_of::<p256::Signature>(),
         };
         self.floor_signatures.iter().find(holds).or_else(|| self.floor_signatures.first())
     }

@@ -29,8 +29,8 @@ use std::fmt;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::key::PublicKey;
 use crate::digest::hex;
+use crate::trust::p256::P256PublicKey;
 
 /// The handle of the floor's NV index, in the range that the owner assigns (TCG registry of reserved TPM 2.0
 /// handles and localities, table "NV indexes").
@@ -80,7 +80,7 @@ impl Name {
     }
 
     /// Returns the Name of a key; the module documentation describes its public area.
-    pub fn of_key(key: &PublicKey) -> Self {
+    pub fn of_key(key: &P256PublicKey) -> Self {
         const HEAD: [u8; 20] = [
             0x00, 0x23, 0x00, 0x0b, 0x00, 0x04, 0x00, 0x00, 0x00, 0x00, 0x00, 0x10, 0x00, 0x18, 0x00, 0x0b,
             0x00, 0x03, 0x00, 0x10,
@@ -122,7 +122,7 @@ impl fmt::Debug for Name {
 /// The floor of one product: everything that follows from its floor key and its UUID.
 #[derive(Debug, Clone)]
 pub struct Policy {
-    key: PublicKey,
+    key: P256PublicKey,
     product: Uuid,
     reference: [u8; 32],
     auth_policy: [u8; 32],
@@ -132,7 +132,7 @@ pub struct Policy {
 
 impl Policy {
     /// The floor of a product.
-    pub fn new(key: PublicKey, product: Uuid) -> Self {
+    pub fn new(key: P256PublicKey, product: Uuid) -> Self {
         let reference = h(&[b"mosfs-floor-v1", &[0], product.as_bytes()]);
         let authorize = h(&[&[0; 32], &CC_POLICY_AUTHORIZE, Name::of_key(&key).as_bytes()]);
         let auth_policy = h(&[&authorize, &reference]);
@@ -147,7 +147,7 @@ impl Policy {
     }
 
     /// The floor key's public half.
-    pub fn key(&self) -> &PublicKey {
+    pub fn key(&self) -> &P256PublicKey {
         &self.key
     }
 
@@ -194,7 +194,7 @@ impl Policy {
     }
 
     /// The policy of the first write, by the holder of the provisioning key.
-    pub fn first_write(&self, provision_key: &PublicKey) -> [u8; 32] {
+    pub fn first_write(&self, provision_key: &P256PublicKey) -> [u8; 32] {
         let unwritten = h(&[&[0; 32], &CC_POLICY_NV_WRITTEN, &[0]]);
         let key = h(&[&unwritten, &CC_POLICY_SIGNED, Name::of_key(provision_key).as_bytes()]);
         // The policyRef is empty, but still enters the hash.

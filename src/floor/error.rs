@@ -6,10 +6,9 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::digests::Name;
-use super::key::KeyError;
 use crate::error::{Class, Classified, IoError};
 use crate::sys::tpm::{Tcti, TpmError};
-use crate::trust::anchor::AnchorError;
+use crate::trust::{ConfigError, KeyError};
 
 /// Why a floor cannot be read or raised, or why a version is refused.
 ///
@@ -192,19 +191,9 @@ pub enum FloorError {
         /// `floor key` or `product`.
         what: &'static str,
     },
-    /// CONFIG already holds a different floor key.
-    #[error("{}: this device has another floor key: found {found}, given {given}", path.display())]
-    ConfigConflict {
-        /// The file that holds it.
-        path: PathBuf,
-        /// The Name of the given key.
-        given: Name,
-        /// The Name of the recorded key.
-        found: Name,
-    },
-    /// The product in CONFIG is malformed, or another one than the given.
+    /// The floor key or the product in CONFIG is malformed, or another one than the given.
     #[error(transparent)]
-    Config(#[from] AnchorError),
+    Config(#[from] ConfigError),
     /// A key file that cannot be used.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -229,9 +218,7 @@ impl Classified for FloorError {
     fn class(&self) -> Class {
         match self {
             FloorError::Rollback { .. } | FloorError::NotNewer { .. } => Class::Rollback,
-            FloorError::VersionRange { .. }
-            | FloorError::ConfigConflict { .. }
-            | FloorError::FirstWriteNotAuthorized { .. } => Class::Input,
+            FloorError::VersionRange { .. } | FloorError::FirstWriteNotAuthorized { .. } => Class::Input,
             FloorError::Config(error) => error.class(),
             FloorError::Key(error) => error.class(),
             FloorError::Io(error) => error.class(),

@@ -26,22 +26,20 @@
 //! session that passed PolicyNV stays valid while another one writes; the development floor has its own lock
 //! file.
 
-pub mod config;
+mod config;
 pub mod digests;
 mod error;
 mod file;
-mod key;
 pub mod signature;
 mod tpm;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use config::Config;
+pub use config::{find_policy, policy, policy_of};
 pub use digests::Policy;
 pub use error::FloorError;
 pub use file::FileFloor;
-pub use key::{KeyError, PrivateKey, PublicKey, Signature};
 pub use signature::{check_signature, sign_version};
 pub use tpm::TpmFloor;
 
@@ -86,11 +84,11 @@ pub enum Place {
 /// Opens the floor of a device. The TPM is not contacted before the floor is first used.
 ///
 /// # Errors
-/// [`FloorError::NotConfigured`] if CONFIG lacks the TPM floor's key or product.
-pub fn open(place: &Place, config: &Config) -> Result<Box<dyn Floor>, FloorError> {
+/// [`FloorError::NotConfigured`] if CONFIG lacks the TPM floor's key or product; [`FloorError::Config`].
+pub fn open(place: &Place, config: &Path) -> Result<Box<dyn Floor>, FloorError> {
     match place {
-        Place::Tpm(tcti, budget) => Ok(Box::new(TpmFloor::new(config.policy()?, tcti.clone(), *budget))),
-        Place::File(path) => Ok(Box::new(FileFloor::new(path.clone(), config.policy().ok()))),
+        Place::Tpm(tcti, budget) => Ok(Box::new(TpmFloor::new(policy(config)?, tcti.clone(), *budget))),
+        Place::File(path) => Ok(Box::new(FileFloor::new(path.clone(), find_policy(config)?))),
     }
 }
 

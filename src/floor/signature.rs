@@ -1,4 +1,4 @@
-//! The floor's signatures, in software: ECDSA over P-256 with SHA-256 (the keys: [`super::key`]).
+//! The floor's signatures, in software: ECDSA over P-256 with SHA-256 (the keys: [`crate::trust::p256`]).
 //!
 //! ```text
 //! floor signature     64 bytes: r ‖ s, 32 bytes each, big-endian, over H(bump(V) ‖ ref)
@@ -19,7 +19,8 @@ use uuid::Uuid;
 
 use super::digests::{MAX_VERSION, Policy};
 use super::error::FloorError;
-use super::key::{KeyError, PrivateKey, PublicKey, Signature, raw};
+use crate::trust::KeyError;
+use crate::trust::p256::{P256PrivateKey, P256PublicKey, Signature, raw};
 
 /// The length of a provision message, in bytes: a SHA-256 session's nonce and an expiration.
 pub const PROVISION_MESSAGE_BYTES: usize = 36;
@@ -46,7 +47,7 @@ pub fn raw_version(policy_product: Uuid, version: u64, signature: &[u8]) -> Resu
 }
 
 /// Signs a version for every device of a product: the floor signature.
-pub fn sign_version(key: &PrivateKey, product: &Uuid, version: u64) -> Result<Signature, FloorError> {
+pub fn sign_version(key: &P256PrivateKey, product: &Uuid, version: u64) -> Result<Signature, FloorError> {
     check_version(version)?;
     let policy = Policy::new(*key.public(), *product);
     Ok(key.sign(&policy.to_sign(&policy.bump(version)))?)
@@ -76,9 +77,9 @@ pub(super) fn check_version(version: u64) -> Result<(), FloorError> {
 /// floor key must never sign a first-write policy that has no nonce; it could be replayed on a deleted and
 /// re-created index.
 pub fn authorize(
-    key: &PrivateKey,
+    key: &P256PrivateKey,
     product: &Uuid,
-    provision_key: &PublicKey,
+    provision_key: &P256PublicKey,
 ) -> Result<Signature, FloorError> {
     let policy = Policy::new(*key.public(), *product);
     Ok(key.sign(&policy.to_sign(&policy.first_write(provision_key)))?)
@@ -102,7 +103,7 @@ pub fn authorization_block(authorization: &Signature) -> String {
 /// Finds an authorization of this provisioning key in a text with PEM blocks; `object` is for the error.
 pub fn find_authorization(
     policy: &Policy,
-    provision_key: &PublicKey,
+    provision_key: &P256PublicKey,
     text: &[u8],
     object: &str,
 ) -> Result<Signature, FloorError> {
@@ -135,7 +136,7 @@ pub fn provision_message(nonce: &[u8]) -> Vec<u8> {
 ///
 /// # Errors
 /// [`KeyError::Unusable`] if it is not a provision message: this key signs nothing else.
-pub fn sign_provision(key: &PrivateKey, message: &[u8], path: &Path) -> Result<Signature, KeyError> {
+pub fn sign_provision(key: &P256PrivateKey, message: &[u8], path: &Path) -> Result<Signature, KeyError> {
     // Rule (docs/design.md, first write): P signs H(nonceTPM ‖ 00000000), and nothing else.
     let (Some(nonce), true) = (message.strip_suffix(&[0; 4]), message.len() == PROVISION_MESSAGE_BYTES)
     else {
@@ -153,7 +154,7 @@ pub fn sign_provision(key: &PrivateKey, message: &[u8], path: &Path) -> Result<S
 /// # Errors
 /// [`FloorError::BadProvisionSignature`].
 pub fn check_provision(
-    provision_key: &PublicKey,
+    provision_key: &P256PublicKey,
     message: &[u8],
     signature: &[u8],
 ) -> Result<Signature, FloorError> {

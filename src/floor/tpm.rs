@@ -5,12 +5,12 @@ use std::time::Duration;
 use super::Floor;
 use super::digests::{ATTRIBUTES, DATA_BYTES, INDEX, Name, Policy};
 use super::error::FloorError;
-use super::key::{PublicKey, Signature};
 use super::signature::{check_provision, check_signature, provision_message};
 use crate::digest::hex;
 use crate::failpoint;
 use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
 use crate::sys::{self, file};
+use crate::trust::p256::{P256PublicKey, Signature};
 
 /// The lock file in the run folder, held while a floor is raised.
 const LOCK_FILE: &str = "tpm.lock";
@@ -80,7 +80,7 @@ impl TpmFloor {
     /// [`FloorError::OwnerAuthNeeded`], [`FloorError::FirstWriteNotAuthorized`].
     pub fn provision(
         &self,
-        provision_key: &PublicKey,
+        provision_key: &P256PublicKey,
         authorization: &Signature,
     ) -> Result<Provisioning, FloorError> {
         let digest = self.policy.to_sign(&self.policy.first_write(provision_key));
@@ -304,7 +304,7 @@ impl Here<'_> {
     }
 }
 
-fn point(key: &PublicKey) -> PublicPoint {
+fn point(key: &P256PublicKey) -> PublicPoint {
     PublicPoint { x: *key.x(), y: *key.y() }
 }
 
@@ -320,7 +320,7 @@ pub struct Provisioning {
     defined_here: bool,
     policy: Policy,
     tcti: Tcti,
-    provision_key: PublicKey,
+    provision_key: P256PublicKey,
     authorization: Signature,
     tpm: Tpm,
 }

@@ -34,20 +34,21 @@ use crate::manifest::{
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
 use crate::transport::{Access, SourceRef, Transport, TransportError};
+use crate::trust::p256::P256PrivateKey;
 use crate::trust::{
-    CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, SignError, Signed,
+    CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, SignError, Signed, SigningKey,
 };
 
 /// Who signs.
 pub struct Signer<'a> {
     /// The private key.
-    pub key: &'a PrivateKey,
+    pub key: &'a SigningKey,
     /// Its certificate in PEM, with the intermediates up to the CA.
     pub certificate: &'a [u8],
     /// When the certificate must be valid.
     pub dates: Dates,
     /// The keys that sign the version for the devices' floor; two while one replaces the other.
-    pub floor_keys: &'a [floor::PrivateKey],
+    pub floor_keys: &'a [P256PrivateKey],
 }
 
 /// A built system.

@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 
 use super::build::{Assembled, BuildError, Built, Sources, assemble, publish};
 use crate::convert::Effort;
-use crate::floor::{self, FloorError, Policy, PublicKey, signature};
+use crate::floor::{self, FloorError, Policy, signature};
 use crate::image::oci::{Descriptor, MANIFEST};
 use crate::manifest::{ImportManifest, SystemManifest};
 use crate::progress::Progress;
 use crate::store::{Store, Writer, image_name};
+use crate::trust::p256::P256PublicKey;
 use crate::trust::{Dates, Signed, signer_for};
 
 /// The first half: stores and names the images, but not the system.
@@ -64,7 +65,7 @@ pub struct Made<'a> {
     /// Floor signatures of the version, with their files; raw, or DER as openssl writes it.
     pub floor_signatures: &'a [(PathBuf, Vec<u8>)],
     /// The floor keys that must have made these; none to skip the check.
-    pub floor_keys: &'a [PublicKey],
+    pub floor_keys: &'a [P256PublicKey],
 }
 
 /// The second half, from the import manifest.
@@ -137,12 +138,13 @@ fn floor_signature(
     manifest: &SystemManifest,
     path: &Path,
     bytes: &[u8],
-    keys: &[PublicKey],
+    keys: &[P256PublicKey],
 ) -> Result<Vec<u8>, BuildError> {
     let wrong = |source: FloorError| BuildError::FloorSignature { path: path.to_path_buf(), source };
     let (product, version) = (manifest.product, manifest.version);
     let raw = signature::raw_version(product, version, bytes).map_err(wrong)?;
-    let holds = |key: &PublicKey| floor::check_signature(&Policy::new(*key, product), version, &raw).is_ok();
+    let holds =
+        |key: &P256PublicKey| floor::check_signature(&Policy::new(*key, product), version, &raw).is_ok();
     if !keys.is_empty() && !keys.iter().any(holds) {
         return Err(wrong(FloorError::BadFloorSignature { version, product }));
     }
@@ -153,6 +155,6 @@ fn floor_signature(
 ///
 /// # Errors
 /// [`FloorError::VersionRange`], which no system manifest has.
-pub fn floor_message(manifest: &SystemManifest, key: &PublicKey) -> Result<Vec<u8>, FloorError> {
+pub fn floor_message(manifest: &SystemManifest, key: &P256PublicKey) -> Result<Vec<u8>, FloorError> {
     signature::version_message(&Policy::new(*key, manifest.product), manifest.version)
 }

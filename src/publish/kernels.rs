@@ -149,7 +149,7 @@ fn note(codec: Compressor, kernels: &[Kernel]) -> Option<String> {
     let name = codec.name();
     if kernels.is_empty() {
         return Some(format!(
-            "has {name} layers: dm-verity requires a kernel with {option}; no image of the system holds a kernel's configuration to check that"
+            "{name} layers: dm-verity requires a kernel with {option}; no image of the system contains a kernel configuration to check"
         ));
     }
     let has = |kernel: &&Kernel| {
@@ -162,7 +162,7 @@ fn note(codec: Compressor, kernels: &[Kernel]) -> Option<String> {
         .collect();
     (!without.is_empty()).then(|| {
         format!(
-            "has {name} layers, which the kernel {} cannot mount through dm-verity (no {option}); FUSE mounts them",
+            "{name} layers: kernel {} lacks {option}, so it mounts them only through FUSE",
             without.join(", ")
         )
     })

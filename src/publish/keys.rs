@@ -31,6 +31,8 @@ use crate::failpoint;
 use crate::floor::{self, FloorError};
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
+use crate::trust::KeyError;
+use crate::trust::p256::{P256PrivateKey, P256PublicKey};
 
 /// Maximum length of a CN, in characters (RFC 5280, appendix A.1, ub-common-name).
 const MAX_COMMON_NAME: usize = 64;
@@ -84,8 +86,8 @@ impl From<FloorError> for GenerateError {
     }
 }
 
-impl From<floor::KeyError> for GenerateError {
-    fn from(error: floor::KeyError) -> Self {
+impl From<KeyError> for GenerateError {
+    fn from(error: KeyError) -> Self {
         FloorError::from(error).into()
     }
 }
@@ -181,8 +183,8 @@ fn authorize(files: &mut [NewFile], product: &Uuid) -> Result<(), GenerateError>
     let pem = |name: &str| {
         files.iter().find(|file| file.name == name).map(|file| file.bytes.clone()).unwrap_or_default()
     };
-    let floor_key = floor::PrivateKey::from_pem(&pem("floor.key"), Path::new("floor.key"))?;
-    let provision = floor::PublicKey::from_pem(&pem("provision.pub"), Path::new("provision.pub"))?;
+    let floor_key = P256PrivateKey::from_pem(&pem("floor.key"), Path::new("floor.key"))?;
+    let provision = P256PublicKey::from_pem(&pem("provision.pub"), Path::new("provision.pub"))?;
     let authorization = floor::signature::authorize(&floor_key, product, &provision)?;
     let block = floor::signature::authorization_block(&authorization);
     for file in files.iter_mut().filter(|file| file.name.starts_with("provision.")) {

@@ -64,7 +64,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ViewError`].
-    pub fn files(&self, image: &OciImage) -> Result<Files, ViewError> {
+    pub(crate) fn files(&self, image: &OciImage) -> Result<Files, ViewError> {
         let layers = image.layers.iter().map(|layer| self.open_layer(image, layer));
         Ok(Files::new(Merged::new(layers.collect::<Result<_, _>>()?)?))
     }

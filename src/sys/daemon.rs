@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 
 /// The side of a fork(2).
 pub enum Forked {
@@ -133,6 +134,24 @@ pub fn usable_cores() -> usize {
     let done = unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) };
     // SAFETY: counts bits of an initialised set. More cores than fit in the set are an error above.
     if done == 0 { unsafe { libc::CPU_COUNT(&set) as usize } } else { 2 }
+}
+
+/// How many threads want to run on this machine, as /proc/loadavg says it (proc(5)).
+pub struct Load(File);
+
+impl Load {
+    /// Opens it; an error without /proc.
+    pub fn open() -> io::Result<Self> {
+        File::open("/proc/loadavg").map(Self)
+    }
+
+    /// The number of threads that are runnable now, with the one that asks: the fourth word, before its slash.
+    pub fn runnable(&self) -> Option<usize> {
+        let mut text = [0; 64];
+        let len = self.0.read_at(&mut text, 0).ok()?;
+        let words = std::str::from_utf8(text.get(..len)?).ok()?;
+        words.split(' ').nth(3)?.split('/').next()?.parse().ok()
+    }
 }
 
 /// Returns the effective user id and group id.

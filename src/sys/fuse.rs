@@ -16,6 +16,13 @@ pub fn open_device() -> io::Result<OwnedFd> {
     Ok(options.read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?.into())
 }
 
+/// Whether a read of a connection would return at once, with a request or an error; poll(2) without waiting.
+pub fn is_readable(connection: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: connection.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: `poll` is one pollfd, which outlives the call.
+    unsafe { libc::poll(&mut poll, 1, 0) > 0 }
+}
+
 /// Returns the device number (major, minor) of the file system at `path` without querying the file system
 /// itself (AT_STATX_DONT_SYNC), so a file system that does not respond yet cannot block the caller.
 pub fn device_of(path: &Path) -> io::Result<(u32, u32)> {

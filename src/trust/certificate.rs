@@ -17,7 +17,7 @@ use openssl::x509::verify::{X509VerifyFlags, X509VerifyParam};
 use openssl::x509::{X509, X509ExtendedKeyUsage, X509KeyUsage, X509NameRef, X509Ref, X509StoreContext};
 use uuid::Uuid;
 
-use super::{Anchor, Dates, PrivateKey, TrustError, der};
+use super::{Anchor, Dates, SigningKey, TrustError, der};
 use crate::manifest::rules;
 
 /// Maximum number of certificates in a file, and of links in a chain.
@@ -94,7 +94,7 @@ impl Certificate {
     }
 
     /// Returns whether it is the certificate of a private key.
-    pub(super) fn has_key(&self, key: &PrivateKey) -> bool {
+    pub(super) fn has_key(&self, key: &SigningKey) -> bool {
         self.leaf.public_key().is_ok_and(|public| key.pkey().public_eq(&public))
     }
 

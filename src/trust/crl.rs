@@ -15,9 +15,10 @@ use std::sync::Arc;
 use openssl::asn1::Asn1Time;
 use openssl::x509::{CrlStatus, X509, X509Crl};
 
+use super::TrustError;
 use super::certificate::{name_text, reason};
+use super::config::ConfigError;
 use super::pem::public_only;
-use super::{AnchorError, TrustError};
 use crate::sys::file::{self, Links};
 
 /// Name of the lists' file in CONFIG.
@@ -38,9 +39,9 @@ impl Crls {
     /// Reads the lists of a device; none if CONFIG has no such file.
     ///
     /// # Errors
-    /// [`AnchorError::BadCrl`] if the file does not consist of lists, or if a list that names a CA of `cas`
+    /// [`ConfigError::BadCrl`] if the file does not consist of lists, or if a list that names a CA of `cas`
     /// was not signed by it: an untrusted list must not silently revoke nothing.
-    pub(super) fn find(config: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
+    pub(super) fn find(config: &Path, cas: &[X509]) -> Result<Self, ConfigError> {
         let path = config.join(CRL_FILE);
         match file::find_regular(&path, Links::Followed, MAX_CRL_BYTES as u64)? {
             None => Ok(Self::default()),
@@ -52,12 +53,12 @@ impl Crls {
     ///
     /// # Errors
     /// As [`Crls::find`].
-    pub fn load(path: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
+    pub fn load(path: &Path, cas: &[X509]) -> Result<Self, ConfigError> {
         Self::read(&file::read_named(path, MAX_CRL_BYTES as u64)?, path, cas)
     }
 
-    fn read(bytes: &[u8], path: &Path, cas: &[X509]) -> Result<Self, AnchorError> {
-        let bad = |reason: String| AnchorError::BadCrl { path: path.to_path_buf(), reason };
+    fn read(bytes: &[u8], path: &Path, cas: &[X509]) -> Result<Self, ConfigError> {
+        let bad = |reason: String| ConfigError::BadCrl { path: path.to_path_buf(), reason };
         if bytes.len() > MAX_CRL_BYTES {
             return Err(bad(format!("it has more than {MAX_CRL_BYTES} bytes")));
         }

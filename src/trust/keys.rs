@@ -9,6 +9,7 @@ use openssl::hash::MessageDigest;
 use openssl::pkey::{PKey, PKeyRef, Private};
 use openssl::sign::Signer;
 
+use super::pem::SecretInPublic;
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::sys::file::read_at_most;
@@ -44,6 +45,19 @@ pub enum KeyError {
         /// What it is.
         found: String,
     },
+    /// Another kind of key, or of message, than was expected.
+    #[error("{}: expected {expected}, found {found}", path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// What was expected.
+        expected: &'static str,
+        /// What is wrong with the content.
+        found: String,
+    },
+    /// A private key in a file that is public.
+    #[error(transparent)]
+    Secret(#[from] SecretInPublic),
     /// A file that cannot be read.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -60,19 +74,20 @@ pub enum KeyError {
 impl Classified for KeyError {
     fn class(&self) -> Class {
         match self {
-            KeyError::Io(_) | KeyError::Openssl { .. } => Class::Failure,
+            KeyError::Io(error) => error.class(),
+            KeyError::Openssl { .. } => Class::Failure,
             _ => Class::Input,
         }
     }
 }
 
-/// A private key of an accepted kind.
-pub struct PrivateKey {
+/// A private key whose signatures devices accept.
+pub struct SigningKey {
     key: PKey<Private>,
     algorithm: Algorithm,
 }
 
-impl PrivateKey {
+impl SigningKey {
     /// Loads a PEM file that only its owner can access.
     ///
     /// # Errors
@@ -124,6 +139,7 @@ impl PrivateKey {
     }
 }
 
-fn openssl(operation: &'static str) -> impl Fn(ErrorStack) -> KeyError {
+/// Returns what turns an error of OpenSSL in this operation into a [`KeyError`].
+pub(super) fn openssl(operation: &'static str) -> impl Fn(ErrorStack) -> KeyError {
     move |source| KeyError::Openssl { operation, source }
 }

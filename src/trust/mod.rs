@@ -21,10 +21,12 @@
 
 pub mod anchor;
 pub mod certificate;
+pub mod config;
 pub mod crl;
 mod der;
 pub mod evidence;
 pub mod keys;
+pub mod p256;
 pub mod pem;
 pub mod signature;
 
@@ -33,9 +35,10 @@ use std::time::SystemTime;
 use openssl::error::ErrorStack;
 use uuid::Uuid;
 
-pub use anchor::{Anchor, AnchorError};
+pub use anchor::Anchor;
 pub use certificate::{Binding, Certificate};
-pub use keys::{KeyError, PrivateKey};
+pub use config::ConfigError;
+pub use keys::{KeyError, SigningKey};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
@@ -357,7 +360,7 @@ impl Signed {
     /// [`SignError`].
     pub fn create(
         manifest: &SystemManifest,
-        key: &PrivateKey,
+        key: &SigningKey,
         certificate: &[u8],
         dates: Dates,
     ) -> Result<Self, SignError> {

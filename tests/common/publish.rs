@@ -15,7 +15,8 @@ use mosfs::internals::manifest::system::{SystemManifest, Target};
 use mosfs::internals::progress::Progress;
 use mosfs::internals::publish::keys::{self, Request};
 use mosfs::internals::store::{Store, image_name, system_name, version_name};
-use mosfs::internals::trust::keys::PrivateKey;
+use mosfs::internals::trust::keys::SigningKey;
+use mosfs::internals::trust::p256::P256PrivateKey;
 use mosfs::internals::trust::{CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed};
 use uuid::Uuid;
 
@@ -126,7 +127,7 @@ impl Publisher {
         let images: Vec<(&str, &str, Descriptor)> =
             targets.iter().map(|(name, service, layers)| (*name, *service, image(name, layers))).collect();
         let manifest = self.system(version, &images);
-        let key = PrivateKey::load(&self.key("signer.key")).expect("the signer's key");
+        let key = SigningKey::load(&self.key("signer.key")).expect("the signer's key");
         let certificate = fs::read(self.key("signer.pem")).expect("the certificate");
         let signed = Signed::create(&manifest, &key, &certificate, Dates::check_now()).expect("signing");
         let system = writer
@@ -137,7 +138,7 @@ impl Publisher {
             writer.put_artifact(CERTIFICATE_TYPE, &signed.certificate, Some(&system)).expect("put"),
         ];
         if for_floor {
-            let key = floor::PrivateKey::read(&self.key("floor.key")).expect("the floor key");
+            let key = P256PrivateKey::read(&self.key("floor.key")).expect("the floor key");
             let signature = floor::sign_version(&key, &self.product, version).expect("signing");
             referrers
                 .push(writer.put_artifact(FLOOR_SIGNATURE_TYPE, &signature, Some(&system)).expect("put"));

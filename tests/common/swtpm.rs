@@ -1,8 +1,11 @@
 //! A TPM simulator of its own for a test: started on free ports, stopped when the guard is dropped.
 
+#[path = "listening.rs"]
+mod listening;
+
 use std::ffi::OsStr;
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use mosfs::internals::sys::tpm::Tcti;
 use tempfile::TempDir;
+
+use listening::listens;
 
 /// A running swtpm.
 pub struct Swtpm {
@@ -59,7 +64,7 @@ impl Swtpm {
                 });
             let deadline = Instant::now() + Duration::from_secs(300);
             while Instant::now() < deadline {
-                if TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() {
+                if [port, port + 1].iter().all(|port| listens(child.id(), *port)) {
                     return Self { child, port, state: state.to_path_buf(), _own_state: None };
                 }
                 // Another process took one of the ports meanwhile.

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use mosfs::internals::deploy::booted::BootRecord;
 use mosfs::internals::deploy::choice::{Booted, Role, choose};
 use mosfs::internals::deploy::{DeployError, DeploymentId, State, System, check_images};
-use mosfs::internals::floor::{self, Config, Floor, Place, Tcti};
+use mosfs::internals::floor::{self, Floor, Place, Tcti};
 use mosfs::internals::manifest::ServiceType;
 use mosfs::internals::manifest::system::Target;
 use mosfs::internals::trust::Anchor;
@@ -122,7 +122,6 @@ impl Device {
     }
 
     fn open_floor(&self) -> Box<dyn Floor> {
-        let config = Config::load(&self.config()).expect("CONFIG");
         let place = match self.floor.as_slice() {
             [flag, tcti] if flag == "--tpm" => {
                 let tcti: Tcti = tcti.parse().expect("a TCTI");
@@ -130,7 +129,7 @@ impl Device {
             }
             _ => Place::File(self.system().join("floor")),
         };
-        floor::open(&place, &config).expect("a floor")
+        floor::open(&place, &self.config()).expect("a floor")
     }
 
     /// What the initramfs would do: the version that boots, in which role, and the content of

@@ -9,8 +9,9 @@ use mosfs::internals::image::oci::Descriptor;
 use mosfs::internals::manifest::SystemManifest;
 use mosfs::internals::store::{Store, version_name};
 use mosfs::internals::transport::Transport;
+use mosfs::internals::trust::p256::P256PrivateKey;
 use mosfs::internals::trust::{
-    CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, PrivateKey, SIGNATURE_TYPE, Signed,
+    CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Signed, SigningKey,
 };
 
 use crate::publish::Publisher;
@@ -47,7 +48,7 @@ pub fn add(publisher: &Publisher, version: u64, kind: &str, content: &[u8]) {
 
 /// Signs a published version again with this key and certificate, in place of the signature that it has.
 pub fn sign_again(publisher: &Publisher, version: u64, key: &Path, certificate: &Path) {
-    let key = PrivateKey::load(key).expect("the signer's key");
+    let key = SigningKey::load(key).expect("the signer's key");
     let certificate = fs::read(certificate).expect("the certificate");
     let manifest = manifest(&publisher.store(), version);
     let signed = Signed::create(&manifest, &key, &certificate, Dates::check_now()).expect("signing");
@@ -58,7 +59,7 @@ pub fn sign_again(publisher: &Publisher, version: u64, key: &Path, certificate: 
 
 /// Adds a floor signature by another floor key.
 pub fn sign_floor(publisher: &Publisher, version: u64, key: &Path) {
-    let key = floor::PrivateKey::read(key).expect("the floor key");
+    let key = P256PrivateKey::read(key).expect("the floor key");
     let product = manifest(&publisher.store(), version).product;
     let signature = floor::sign_version(&key, &product, version).expect("signing");
     add(publisher, version, FLOOR_SIGNATURE_TYPE, &signature);

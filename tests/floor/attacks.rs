@@ -1,14 +1,15 @@
 //! What somebody with root, or with the disk and everything that was ever recorded, cannot do.
 
 use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::floor::Floor as _;
 use mosfs::internals::floor::digests::{INDEX, Name};
-use mosfs::internals::floor::{Floor as _, PublicKey};
 use mosfs::internals::sys::tpm::{NvArea, PublicPoint, Tpm};
+use mosfs::internals::trust::p256::P256PublicKey;
 use tempfile::tempdir;
 
 use crate::*;
 
-fn point(key: &PublicKey) -> PublicPoint {
+fn point(key: &P256PublicKey) -> PublicPoint {
     PublicPoint { x: *key.x(), y: *key.y() }
 }
 

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Instant;
 
-use mosfs::internals::digest::hex;
+use mosfs::internals::digest::{Digest, hex};
 use mosfs::internals::floor::check_signature;
 use mosfs::internals::floor::digests::INDEX;
 use mosfs::internals::floor::signature::authorization_block;
@@ -147,12 +147,20 @@ fn provision_records_in_config_what_it_was_given_and_refuses_another() {
     bench.ok(Some(&swtpm), &["show"]);
     bench.fails(Some(&swtpm), &["provision", "--provision-key", "provision.key"], 5, "has its floor already");
     fs::write(bench.path("other.pub"), new_key().public().to_pem().unwrap()).unwrap();
-    bench.fails(
+    let errors = bench.fails(
         Some(&swtpm),
         &["provision", "--provision-key", "provision.key", "--floor-pub", "other.pub"],
-        2,
+        3,
         "this device has another floor key",
     );
+    for key in ["config/floor.pub", "other.pub"] {
+        let arguments = ["pkey", "-pubin", "-in", key, "-outform", "DER"];
+        let der =
+            run_tool(Command::new("openssl").args(arguments).current_dir(bench.dir.path()), "openssl").stdout;
+        let digest = Digest::of(&der).to_string();
+        assert!(errors.contains(&digest), "{key} is not named as {digest}: {errors}");
+    }
+    assert_eq!(fs::read(bench.path("config/floor.pub")).unwrap(), floor_key().public().to_pem().unwrap());
     bench.fails(
         Some(&swtpm),
         &["provision", "--provision-key", "provision.key", "--product", &OTHER_PRODUCT.to_string()],
@@ -446,7 +454,7 @@ fn the_development_floor_warns_each_time() {
 #[test]
 fn a_crash_at_each_step_of_provisioning_can_be_run_again() {
     for failpoint in
-        ["floor.index.defined", "config.floor.linked", "config.floor.linked:2", "floor.index.provisioned"]
+        ["floor.index.defined", "config.floor.linked", "config.product.linked", "floor.index.provisioned"]
     {
         let (bench, swtpm) = (Bench::new(), Swtpm::start());
         let crashed =

@@ -7,10 +7,9 @@ use std::process::Command;
 use mosfs::internals::digest::hex;
 use mosfs::internals::error::{Class, Classified};
 use mosfs::internals::floor::digests::{MAX_VERSION, Name};
-use mosfs::internals::floor::{
-    FloorError, KeyError, Policy, PrivateKey, PublicKey, check_signature, sign_version,
-};
-use mosfs::internals::trust::keys;
+use mosfs::internals::floor::{FloorError, Policy, check_signature, sign_version};
+use mosfs::internals::trust::KeyError;
+use mosfs::internals::trust::p256::{P256PrivateKey, P256PublicKey};
 use tempfile::tempdir;
 
 use crate::common::swtpm::{Swtpm, run_tool, write_private};
@@ -218,14 +217,11 @@ fn a_private_key_that_others_can_read_is_refused() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("floor.key");
     write_private(&path, FLOOR_KEY.as_bytes());
-    PrivateKey::read(&path).expect("a key of mode 0600");
+    P256PrivateKey::read(&path).expect("a key of mode 0600");
     for mode in [0o640, 0o604, 0o620, 0o644, 0o666] {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        let error = PrivateKey::read(&path).err().expect("a refusal");
-        assert!(
-            matches!(error, KeyError::Private(keys::KeyError::OpenToOthers { mode: m, .. }) if m == mode),
-            "{error}"
-        );
+        let error = P256PrivateKey::read(&path).err().expect("a refusal");
+        assert!(matches!(error, KeyError::OpenToOthers { mode: m, .. } if m == mode), "{error}");
     }
 }
 
@@ -256,13 +252,19 @@ fn keys_of_other_kinds_are_refused() {
     fs::write(path("empty"), "").unwrap();
     for name in ["p384", "rsa", "ed25519", "locked", "text", "empty"] {
         write_private(&path(name), &fs::read(path(name)).unwrap());
-        let error = PrivateKey::read(&path(name)).err().unwrap_or_else(|| panic!("{name} is taken"));
-        assert!(matches!(error, KeyError::Unusable { .. } | KeyError::Private(_)), "{name}: {error}");
+        let error = P256PrivateKey::read(&path(name)).err().unwrap_or_else(|| panic!("{name} is taken"));
+        assert!(
+            matches!(
+                error,
+                KeyError::Unusable { .. } | KeyError::Unreadable { .. } | KeyError::Unsupported { .. }
+            ),
+            "{name}: {error}"
+        );
         assert_eq!(error.class(), Class::Input);
     }
     for name in ["p384", "rsa"] {
         openssl(&["pkey", "-in", name, "-pubout", "-out", "public"]);
-        let error = PublicKey::read(&path("public")).err().unwrap_or_else(|| panic!("{name} is taken"));
+        let error = P256PublicKey::read(&path("public")).err().unwrap_or_else(|| panic!("{name} is taken"));
         assert!(matches!(error, KeyError::Unusable { .. }), "{name}: {error}");
     }
 }

@@ -16,9 +16,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use mosfs::internals::floor::signature::{authorize, sign_provision};
-use mosfs::internals::floor::{
-    Floor, FloorError, Policy, PrivateKey, Signature, Tcti, TpmFloor, sign_version,
-};
+use mosfs::internals::floor::{Floor, FloorError, Policy, Tcti, TpmFloor, sign_version};
+use mosfs::internals::trust::p256::{P256PrivateKey, Signature};
 use uuid::Uuid;
 
 use common::swtpm::Swtpm;
@@ -45,16 +44,16 @@ y2SLn0cJZLkd5xNUE3wMo4kd3Nf1Yb4mOghifgUY3vvNY1ZW5vT8bJPA
 -----END PRIVATE KEY-----
 ";
 
-fn floor_key() -> PrivateKey {
-    PrivateKey::from_pem(FLOOR_KEY.as_bytes(), Path::new("floor.key")).expect("a key")
+fn floor_key() -> P256PrivateKey {
+    P256PrivateKey::from_pem(FLOOR_KEY.as_bytes(), Path::new("floor.key")).expect("a key")
 }
 
-fn provision_key() -> PrivateKey {
-    PrivateKey::from_pem(PROVISION_KEY.as_bytes(), Path::new("provision.key")).expect("a key")
+fn provision_key() -> P256PrivateKey {
+    P256PrivateKey::from_pem(PROVISION_KEY.as_bytes(), Path::new("provision.key")).expect("a key")
 }
 
-fn new_key() -> PrivateKey {
-    PrivateKey::generate().expect("a key")
+fn new_key() -> P256PrivateKey {
+    P256PrivateKey::generate().expect("a key")
 }
 
 fn policy() -> Policy {

@@ -1,13 +1,20 @@
 //! Debian's `docker-registry`, on a port of its own.
 
+// tests/help.rs has this server and a TPM, and each of them brings it.
+#[allow(clippy::duplicate_mod)]
+#[path = "../common/listening.rs"]
+mod listening;
+
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use tempfile::TempDir;
+
+use listening::listens;
 
 /// A running registry; it ends when it is dropped.
 pub struct Debian {
@@ -66,7 +73,7 @@ impl Debian {
                 if let Ok(Some(_)) = child.try_wait() {
                     break;
                 }
-                if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                if listens(child.id(), port) {
                     return Self { child, port, dir };
                 }
                 thread::sleep(Duration::from_millis(10));

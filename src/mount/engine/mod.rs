@@ -79,6 +79,7 @@ pub struct Engine {
     cache: BlockCache,
     troubles: Troubles,
     surplus: Option<Box<dyn Surplus>>,
+    before_decoding: Option<fn()>,
 }
 
 /// The buffers of a thread: decoded bytes that are not cached, and data assembled from parts.
@@ -105,12 +106,18 @@ impl Engine {
             cache: BlockCache::new(cache_bytes, block_bytes),
             troubles: Troubles::new(names),
             surplus: None,
+            before_decoding: None,
         }
     }
 
     /// Notifies `surplus` of each block that is decoded for only a part.
     pub fn set_surplus(&mut self, surplus: Box<dyn Surplus>) {
         self.surplus = Some(surplus);
+    }
+
+    /// Calls `hook` in the thread that serves a read, before it decodes a block for it.
+    pub fn set_before_decoding(&mut self, hook: fn()) {
+        self.before_decoding = Some(hook);
     }
 
     /// The merged view.
@@ -238,6 +245,9 @@ impl Engine {
 
     fn decode(&self, layer: usize, ino: u64, id: BlockId, out: &mut Vec<u8>) -> Result<(), EngineError> {
         let image = self.view.layers().get(layer).ok_or(EngineError::Io)?;
+        if let Some(hook) = self.before_decoding {
+            hook();
+        }
         image.decode(id, out).map_err(|error| {
             if is_not_here(&error) {
                 return EngineError::NotHere;

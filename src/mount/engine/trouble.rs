@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -49,6 +49,7 @@ pub struct Troubles {
     corrupt: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
+    hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 struct State {
@@ -70,6 +71,17 @@ impl Troubles {
             corrupt: AtomicU64::new(0),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            hook: OnceLock::new(),
+        }
+    }
+
+    /// Calls `hook` with each error, and at once if there have been errors. A second hook is ignored.
+    pub fn on_error(&self, hook: impl Fn() + Send + Sync + 'static) {
+        if self.hook.set(Box::new(hook)).is_ok()
+            && self.total() > 0
+            && let Some(hook) = self.hook.get()
+        {
+            hook();
         }
     }
 
@@ -111,6 +123,9 @@ impl Troubles {
         let mut state = locks::lock(&self.state);
         count.fetch_add(1, Ordering::Relaxed);
         self.changed.notify_all();
+        if let Some(hook) = self.hook.get() {
+            hook();
+        }
         if state.seen.contains(&(layer, place)) {
             return;
         }

@@ -18,6 +18,7 @@ use fuser::{
     ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
+use super::lead::{self, Lead};
 use super::limits::{self, TTL};
 use super::pool::Pool;
 use super::prefill::Siblings;
@@ -38,6 +39,7 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 pub(super) struct Tree {
     pub view: Arc<View>,
     pub pulse: Arc<Pulse>,
+    pub lead: Arc<Lead>,
     /// Threads for requests that wait for another machine; none where all bytes are on this one.
     pub pool: Option<Arc<Pool>>,
 }
@@ -47,6 +49,8 @@ impl Tree {
     /// called again where it may wait.
     fn answer<R: Send + 'static>(&self, reply: R, answer: impl Fn(&View, R) -> Option<R> + Send + 'static) {
         self.pulse.beat();
+        // It ends after the reply, or once the pool has the request.
+        let _turn = self.lead.turn();
         let Some(pool) = &self.pool else {
             // Nothing is missing, so nothing comes back.
             answer(&self.view, reply);
@@ -246,6 +250,7 @@ impl Filesystem for Tree {
         reply: ReplyData,
     ) {
         self.answer(reply, move |view, reply| {
+            lead::reading(size);
             let mut reply = Some(reply);
             let done = view.engine.read(ino.0, offset, size, &mut |bytes| {
                 if let Some(reply) = reply.take() {

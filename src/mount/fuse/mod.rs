@@ -7,6 +7,7 @@
 //! started.rs      knows when all threads serve
 //! prefill.rs      decoded bytes that nobody asked for yet, put into the page cache
 //! spin.rs         --spin
+//! lead.rs         which thread reads requests, and when it polls, where cores may not be kept awake
 //! ```
 //!
 //! # Life of a mount
@@ -24,6 +25,7 @@
 //!    it at once, and they get ENOTCONN.
 
 mod filesystem;
+mod lead;
 mod limits;
 mod pool;
 mod prefill;
@@ -42,9 +44,10 @@ pub use limits::DEFAULT_CACHE_MIB;
 pub use spin::Spin;
 
 use self::filesystem::{Tree, View, check_root};
+use self::lead::Lead;
 use self::prefill::Siblings;
 use self::spin::Pulse;
-use self::started::{all_serve, spawn};
+use self::started::{OnDemand, all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::open;
@@ -404,15 +407,17 @@ fn serve(
     let failed = |operation| move |source| MountError::System { operation, source };
     let Connection { fd, mount, target, device, by_helper } = connection;
     let signals = Signals::block().map_err(failed("block signals"))?;
-    let (queue, news) = prefill::queue();
+    let (queue, store, news) = prefill::queue();
     engine.set_surplus(Box::new(queue));
+    engine.set_before_decoding(lead::decoding);
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
     let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
+    let turns = Arc::new(Lead::default());
     let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
     let pool = plan.blobs.is_remote().then(Arc::default);
-    let tree = Tree { view, pulse: pulse.clone(), pool };
+    let tree = Tree { view, pulse: pulse.clone(), lead: turns.clone(), pool };
 
     let mut config = Config::default();
     config.n_threads = Some(threads);
@@ -427,16 +432,30 @@ fn serve(
     let kept = Kept(Arc::new(Mutex::new(record)));
     let _clean = Clean(kept.clone());
 
-    // But for the one that serves, none of these threads is waited for: they end with the process.
+    // But for the one that serves, none of these threads is waited for: they end with the process. Those on demand
+    // are not there while nobody uses the mount.
     let notifier = session.notifier();
-    let (stored, reported) = (engine.clone(), engine);
-    spawn("store", move || prefill::run(&news, &stored, &siblings, &notifier))?;
+    let (stored, troubled, copy) = (Arc::clone(&engine), Arc::downgrade(&engine), session.as_fd());
+    let copy = copy.try_clone_to_owned().map_err(failed("copy the connection"))?;
+    let works = Arc::clone(&turns);
+    let _ = store.set(OnDemand::new("store", move || {
+        prefill::run(&news, &stored, &siblings, &notifier, &works);
+    }));
     let (fetched, blobs) = (kept.clone(), Arc::clone(&plan.blobs));
-    spawn("report", move || report(&reported, &kept))?;
     if blobs.is_remote() {
         spawn("progress", move || report_progress(blobs.as_ref(), &fetched))?;
     }
-    spawn("spin", move || spin::run(&pulse, when))?;
+    let reporter = OnDemand::new("report", move || {
+        if let Some(engine) = troubled.upgrade() {
+            report(&engine, &kept);
+        }
+    });
+    engine.troubles().on_error(move || reporter.start());
+    let beats = Arc::clone(&pulse);
+    pulse.on_first(OnDemand::new("spin", move || {
+        spin::run(&beats, when);
+        turns.begin(copy);
+    }));
     spawn("signals", move || obey(&signals, &target, device, by_helper))?;
     plan.blobs.start().map_err(failed("start a thread"))?;
     let serving = spawn("serve", move || session.run())?;

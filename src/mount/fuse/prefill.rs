@@ -23,10 +23,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use fuser::{INodeNo, Notifier};
 
+use super::lead::Lead;
+use super::started::OnDemand;
 use crate::image::layer::{Attr, BlockId, FileType, Place};
 use crate::mount::engine::cache::Block;
 use crate::mount::engine::{Decoded, Engine, Surplus};
@@ -127,29 +129,45 @@ impl Table {
     }
 }
 
-/// The sending end of the queue: never blocks.
-pub(super) struct StoreQueue(SyncSender<Decoded>);
+/// The sending end of the queue: never blocks. What is sent first starts the thread that stores.
+pub(super) struct StoreQueue {
+    sender: SyncSender<Decoded>,
+    thread: Arc<OnceLock<OnDemand>>,
+}
 
 impl Surplus for StoreQueue {
     fn decoded(&self, news: Decoded) {
-        let _ = self.0.try_send(news);
+        let _ = self.sender.try_send(news);
+        if let Some(thread) = self.thread.get() {
+            thread.start();
+        }
     }
 }
 
-/// The queue and its receiving end.
-pub(super) fn queue() -> (StoreQueue, Receiver<Decoded>) {
+/// The queue, the place of the thread that stores, and the queue's receiving end.
+pub(super) fn queue() -> (StoreQueue, Arc<OnceLock<OnDemand>>, Receiver<Decoded>) {
     let (sender, receiver) = sync_channel(QUEUE);
-    (StoreQueue(sender), receiver)
+    let thread = Arc::default();
+    (StoreQueue { sender, thread: Arc::clone(&thread) }, thread, receiver)
 }
 
 /// Stores blocks from the queue, and decodes ahead, until the mount ends.
-pub(super) fn run(receiver: &Receiver<Decoded>, engine: &Engine, siblings: &Siblings, notifier: &Notifier) {
+///
+/// `lead` hears when it works.
+pub(super) fn run(
+    receiver: &Receiver<Decoded>,
+    engine: &Engine,
+    siblings: &Siblings,
+    notifier: &Notifier,
+    lead: &Lead,
+) {
     let mut ahead = Ahead::default();
     loop {
         let next = match ahead.left {
             0 => receiver.recv().map_err(|_| TryRecvError::Disconnected),
             _ => receiver.try_recv(),
         };
+        let _work = lead.work();
         match next {
             Ok(news) => {
                 if let Place::Shared { offset, .. } = news.extent.place {

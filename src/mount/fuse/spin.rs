@@ -8,16 +8,17 @@
 //!
 //! Measured in such a machine, as a ratio to the wall time without it: find 0.58, ls -lR 0.57, small files in
 //! open order 0.42, reading everything 0.48; CPU time decreases too, as no core has to be woken through the
-//! host. Threads that spin instead of the idle loop (SCHED_IDLE) were tried for unprivileged users, and made
+//! host. Where cores may not be kept awake, the thread that reads requests polls ([`super::lead`]). Threads that spin instead of the idle loop (SCHED_IDLE) were tried for unprivileged users, and made
 //! small files slower: they delay the threads that are woken.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, OnceLock};
 use std::time::Duration;
 
+use super::started::OnDemand;
 use crate::mount::backend::by_name;
 use crate::sys::locks;
 
@@ -59,6 +60,8 @@ const LOOK: Duration = Duration::from_millis(1);
 const QUIET: Duration = Duration::from_millis(3);
 /// Fewer requests than this in one [`LOOK`] do not count as close together.
 const DENSE: u64 = 4;
+/// The request with which the thread starts: a mount with fewer is not in use.
+const FIRST: u64 = 16;
 /// "No latency request" for /dev/cpu_dma_latency, in µs (PM_QOS_CPU_LATENCY_DEFAULT_VALUE in linux/pm_qos.h).
 const NO_WISH: i32 = 2_000_000_000;
 
@@ -69,12 +72,23 @@ pub(super) struct Pulse {
     asleep: AtomicBool,
     lock: Mutex<bool>,
     wake: Condvar,
+    thread: OnceLock<OnDemand>,
 }
 
 impl Pulse {
+    /// Starts `thread` with request number [`FIRST`].
+    pub(super) fn on_first(&self, thread: OnDemand) {
+        // Nobody sets it twice.
+        let _ = self.thread.set(thread);
+    }
+
     /// Counts one request. Costs an atomic increment while requests come close together.
     pub(super) fn beat(&self) {
-        self.beats.fetch_add(1, Ordering::Relaxed);
+        if self.beats.fetch_add(1, Ordering::Relaxed) == FIRST - 1
+            && let Some(thread) = self.thread.get()
+        {
+            thread.start();
+        }
         if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::AcqRel) {
             *locks::lock(&self.lock) = true;
             self.wake.notify_one();
@@ -129,7 +143,7 @@ impl Wish {
     }
 }
 
-/// Keeps cores awake while `pulse` beats; returns only if there is nothing to do.
+/// Keeps cores awake while `pulse` beats; returns only if that may not be.
 pub(super) fn run(pulse: &Pulse, when: Spin) {
     let mut wish = match Wish::new(when) {
         Ok(Some(wish)) => wish,

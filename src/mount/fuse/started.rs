@@ -6,6 +6,8 @@
 
 use std::fs;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,6 +25,31 @@ pub(super) fn spawn<T: Send + 'static>(
 ) -> Result<JoinHandle<T>, MountError> {
     let builder = std::thread::Builder::new().name(name.into()).stack_size(128 << 10);
     builder.spawn(run).map_err(|source| MountError::System { operation: "start a thread", source })
+}
+
+/// A thread of a daemon that is started when it is first needed: a mount that nobody uses has none of them.
+pub(super) struct OnDemand {
+    name: &'static str,
+    is_waiting: AtomicBool,
+    run: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl OnDemand {
+    /// A thread that is not started yet.
+    pub(super) fn new(name: &'static str, run: impl FnOnce() + Send + 'static) -> Self {
+        Self { name, is_waiting: AtomicBool::new(true), run: Mutex::new(Some(Box::new(run))) }
+    }
+
+    /// Starts it, unless it was. One that cannot start is logged: the mount works without it.
+    pub(super) fn start(&self) {
+        if !self.is_waiting.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let run = self.run.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(error)) = run.map(|run| spawn(self.name, run)) {
+            log::warn!("{} ({error})", self.name);
+        }
+    }
 }
 
 /// Waits until so many threads serve. False where `serving`, which starts them, ends before.
@@ -51,6 +78,17 @@ fn count() -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_on_demand_starts_once() {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let thread = OnDemand::new("demand", move || sender.send(()).unwrap());
+        assert!(receiver.try_recv().is_err());
+        thread.start();
+        thread.start();
+        receiver.recv().unwrap();
+        assert!(receiver.recv().is_err(), "it has run once, and its sender is gone");
+    }
 
     #[test]
     fn threads_that_serve_are_counted_and_one_that_does_not_start_ends_the_wait() {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use mosfs::internals::trust::anchor::CaFile;
+use mosfs::internals::trust::config::CaFile;
 use mosfs::internals::trust::{Anchor, Certificate, Dates};
 
 /// Any bytes as the DER of a certificate, alone and with a CA's behind it: only what the CA issued is accepted,

@@ -1,8 +1,8 @@
-//! P-256 keys, of the floor and of those who provision it, and what they sign.
+//! P-256 keys and their signatures: the floor key, and the keys that provision floors.
 //!
 //! PEM: SubjectPublicKeyInfo (public), PKCS#8 or SEC1 (private, mode 0600).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use openssl::bn::{BigNum, BigNumContext};
 use openssl::ec::{EcGroup, EcKey, EcKeyRef};
@@ -11,10 +11,11 @@ use openssl::error::ErrorStack;
 use openssl::nid::Nid;
 use openssl::pkey::{HasPublic, PKey, PKeyRef, Private, Public};
 
-use crate::error::{Class, Classified, IoError};
+use super::certificate::reason;
+use super::keys::{KeyError, SigningKey, openssl};
+use super::pem::public_only;
+use crate::digest::Digest;
 use crate::sys::file::read_named;
-use crate::trust::keys;
-use crate::trust::pem::{SecretInPublic, public_only};
 
 /// A floor signature, a provision signature or an authorization: `r ‖ s`.
 pub type Signature = [u8; 64];
@@ -22,49 +23,9 @@ pub type Signature = [u8; 64];
 /// Maximum size of a key file, in bytes.
 const MAX_KEY_BYTES: usize = 64 << 10;
 
-/// A key file that cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum KeyError {
-    /// The file holds no private key, or others can read it.
-    #[error(transparent)]
-    Private(#[from] keys::KeyError),
-    /// The file holds another kind of key.
-    #[error("{}: expected {expected}, found {found}", path.display())]
-    Unusable {
-        /// The file.
-        path: PathBuf,
-        /// What was expected.
-        expected: &'static str,
-        /// What is wrong with the content.
-        found: String,
-    },
-    /// A private key in a file that is public.
-    #[error(transparent)]
-    Secret(#[from] SecretInPublic),
-    /// OpenSSL refused to sign.
-    #[error("cannot sign: {0}")]
-    Sign(#[from] ErrorStack),
-    /// The file cannot be read.
-    #[error(transparent)]
-    Io(#[from] IoError),
-}
-
-impl Classified for KeyError {
-    fn class(&self) -> Class {
-        match self {
-            KeyError::Private(error) => error.class(),
-            KeyError::Io(error) => error.class(),
-            KeyError::Sign(_) => Class::Failure,
-            KeyError::Unusable { .. } => Class::Input,
-            KeyError::Secret(error) => error.class(),
-        }
-    }
-}
-
 /// The public half of a P-256 key: a point on the curve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PublicKey {
+pub struct P256PublicKey {
     x: [u8; 32],
     y: [u8; 32],
 }
@@ -72,7 +33,7 @@ pub struct PublicKey {
 const PUBLIC: &str = "a P-256 public key in PEM";
 const PRIVATE: &str = "a P-256 private key in PEM";
 
-impl PublicKey {
+impl P256PublicKey {
     /// Reads a public key from a given PEM file.
     ///
     /// # Errors
@@ -114,7 +75,18 @@ impl PublicKey {
 
     /// Returns the key in PEM, as `openssl pkey -pubout` writes it.
     pub fn to_pem(&self) -> Result<Vec<u8>, KeyError> {
-        Ok(PKey::from_ec_key(self.ec()?)?.public_key_to_pem()?)
+        self.pkey().and_then(|key| key.public_key_to_pem()).map_err(openssl("encode a public key"))
+    }
+
+    /// Returns the SHA-256 of the key in DER, by which messages identify it: that of
+    /// `openssl pkey -pubin -outform DER`.
+    pub fn digest(&self) -> Result<Digest, KeyError> {
+        let der = self.pkey().and_then(|key| key.public_key_to_der());
+        Ok(Digest::of(&der.map_err(openssl("encode a public key"))?))
+    }
+
+    fn pkey(&self) -> Result<PKey<Public>, ErrorStack> {
+        PKey::from_ec_key(self.ec()?)
     }
 
     /// The x coordinate, big-endian.
@@ -150,55 +122,58 @@ impl PublicKey {
 }
 
 /// A P-256 private key; `Debug` does not print its secret.
-pub struct PrivateKey {
+pub struct P256PrivateKey {
     key: EcKey<Private>,
-    public: PublicKey,
+    public: P256PublicKey,
 }
 
-impl PrivateKey {
+impl P256PrivateKey {
     /// Reads a private key from a PEM file that only its owner can read.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        // Rule (issue of the floor): private keys are refused when others can read them.
-        Self::from_pkey(keys::PrivateKey::load(path)?.pkey(), path)
+        // Rule (docs/design.md, private keys): others than the owner must not be able to read it.
+        Self::from_pkey(SigningKey::load(path)?.pkey(), path)
     }
 
     /// Parses the private key of a PEM text; `path` is for the error.
     pub fn from_pem(pem: &[u8], path: &Path) -> Result<Self, KeyError> {
-        let key = PKey::private_key_from_pem_callback(pem, |_| Err(ErrorStack::get()))?;
+        let key = PKey::private_key_from_pem_callback(pem, |_| Err(ErrorStack::get()));
+        let unreadable = |error| KeyError::Unreadable { path: path.to_path_buf(), reason: reason(&error) };
+        let key = key.map_err(unreadable)?;
         Self::from_pkey(&key, path)
     }
 
     fn from_pkey(key: &PKeyRef<Private>, path: &Path) -> Result<Self, KeyError> {
         let wrong = |found: String| KeyError::Unusable { path: path.to_path_buf(), expected: PRIVATE, found };
         let key = key.ec_key().map_err(|_| wrong(format!("a key of type {:?}", key.id())))?;
-        let public = PublicKey::from_ec(key.as_ref()).map_err(wrong)?;
+        let public = P256PublicKey::from_ec(key.as_ref()).map_err(wrong)?;
         Ok(Self { key, public })
     }
 
     /// Generates a key.
     pub fn generate() -> Result<Self, KeyError> {
-        let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?;
-        let key = EcKey::generate(&group)?;
-        let public = PublicKey::coordinates(key.as_ref())?;
-        Ok(Self { key, public })
+        let generate = || {
+            let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?;
+            let key = EcKey::generate(&group)?;
+            let public = P256PublicKey::coordinates(key.as_ref())?;
+            Ok(Self { key, public })
+        };
+        generate().map_err(openssl("generate a key"))
     }
 
     /// The public half.
-    pub fn public(&self) -> &PublicKey {
+    pub fn public(&self) -> &P256PublicKey {
         &self.public
     }
 
-    pub(super) fn sign(&self, digest: &[u8; 32]) -> Result<Signature, KeyError> {
-        Ok(sign(&self.key, digest)?)
+    /// Signs a SHA-256 digest.
+    pub fn sign(&self, digest: &[u8; 32]) -> Result<Signature, KeyError> {
+        let signature = EcdsaSig::sign(digest, self.key.as_ref()).and_then(|signature| raw(&signature));
+        signature.map_err(openssl("sign"))
     }
 }
 
-fn sign(key: &EcKeyRef<Private>, digest: &[u8; 32]) -> Result<Signature, ErrorStack> {
-    raw(&EcdsaSig::sign(digest, key)?)
-}
-
-/// `r ‖ s` of a signature.
-pub(super) fn raw(signature: &EcdsaSig) -> Result<Signature, ErrorStack> {
+/// Returns the `r ‖ s` of a signature.
+pub fn raw(signature: &EcdsaSig) -> Result<Signature, ErrorStack> {
     let mut raw = [0; 64];
     let (r, s) = raw.split_at_mut(32);
     r.copy_from_slice(&fixed(signature.r())?);
