@@ -90,7 +90,7 @@ pub use manifest::{
 pub use deploy::DeployError;
 pub use deploy::offer::{Accepted, Found as FoundSystem, Judge, find as find_system};
 pub use deploy::target::plan as plan_target;
-pub use floor::{FloorError, Policy as FloorPolicy};
+pub use floor::{FloorError, Policy as FloorPolicy, TpmFloorProblem};
 pub use trust::config::CaFile;
 pub use trust::p256::P256PublicKey as FloorKey;
 pub use trust::{

@@ -5,13 +5,14 @@ use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;
 use crate::deploy::esp::EspError;
 use crate::error::{AnyError, Class, Classified};
-use crate::floor::FloorError;
+use crate::floor::{FloorError, TpmFloorProblem};
 use crate::manifest::{ImportErrors, SystemError};
 use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
 use crate::store::StoreError;
 use crate::store::fsck::NotWhole;
+use crate::sys::tpm::TpmError;
 use crate::transport::TransportError;
 #[cfg(feature = "registry")]
 use crate::transport::registry::RegistryError;
@@ -254,35 +255,19 @@ fn for_import(errors: &ImportErrors) -> Option<&'static str> {
     })
 }
 
+/// What to do where the floor was not raised.
+const RAISE_AGAIN: &str = "run `mosfs commit` again; if it stays, something else writes to this TPM";
+
 /// What to do about an error of the floor.
 fn for_floor(error: &FloorError) -> Option<&'static str> {
     Some(match error {
-        FloorError::NoTpm { .. } => {
-            "load the TPM's driver or name the TPM with --tpm; a development machine may use --floor file"
-        }
-        FloorError::NoLibrary { .. } => {
-            "install libtss2-esys-3.0.2-0 (tpm2-tss); an initramfs must carry libtss2-esys.so.0"
-        }
-        FloorError::NotProvisioned { .. } => {
-            "provision the device with `mosfs floor provision`; if it had a floor, somebody cleared its TPM"
-        }
-        FloorError::ProvisionIncomplete { .. } => {
-            "run `mosfs floor provision` again; if the device had a floor, somebody deleted it"
-        }
-        FloorError::FloorIndexTampered { .. } => {
-            "this is not the floor that the factory made, or CONFIG names another floor key or product: \
-             inspect the device before it is trusted again (docs/floor.md, \"Recovery\")"
-        }
+        FloorError::Tpm(error) => return for_tpm(error),
+        FloorError::InTpm { problem, .. } => for_tpm_floor(problem),
         FloorError::Rollback { .. } => "install a version that is not below the floor",
         FloorError::NotNewer { .. } => "build the update with a higher version",
-        FloorError::RaiseRefused { .. } | FloorError::NotRaised { .. } => {
-            "run `mosfs commit` again; if it stays, something else writes to this TPM"
-        }
+        FloorError::RaiseRefused { .. } => RAISE_AGAIN,
         FloorError::BadFloorSignature { .. } | FloorError::NoFloorSignature { .. } => {
             "sign the version with `mosfs floor sign`, or build with --floor-key, with this product's floor key"
-        }
-        FloorError::PolicyMismatch { .. } => {
-            "the TPM disagrees with the floor's digests: report this with the TPM's model"
         }
         FloorError::BadProvisionSignature => {
             "sign the nonce of this run with `mosfs floor sign-provision`; an earlier nonce does not do"
@@ -291,24 +276,57 @@ fn for_floor(error: &FloorError) -> Option<&'static str> {
             "append the output of `mosfs floor authorize` (made with the floor key) to the provisioning key's file, \
              or give it with --authorization"
         }
-        FloorError::NvFull { .. } => {
-            "free an NV index with tpm2_nvundefine (tpm2_getcap handles-nv-index lists them)"
-        }
         FloorError::AlreadyProvisioned { .. } => "nothing is to be done; `mosfs floor show` shows it",
-        FloorError::OwnerAuthNeeded { .. } => {
-            "take the owner's authorization away for the provisioning: tpm2_changeauth -c owner -p OLD"
-        }
-        FloorError::TpmBusy(_) => {
-            "try again; see who uses the TPM (fuser /dev/tpmrm0), or allow more with --tpm-timeout"
-        }
         FloorError::NotConfigured { .. } => {
             "name it once with `mosfs floor provision --floor-pub F --product UUID`"
         }
         FloorError::FileTampered { .. } => "delete the file: it is a development floor",
         FloorError::Config(error) => return for_config(error),
         FloorError::Key(error) => return for_key(error),
-        FloorError::Tpm(_) | FloorError::VersionRange { .. } | FloorError::Io(_) => return None,
+        FloorError::VersionRange { .. } | FloorError::Io(_) => return None,
     })
+}
+
+/// What to do about a TPM that did not do what it was asked to do.
+fn for_tpm(error: &TpmError) -> Option<&'static str> {
+    Some(match error {
+        TpmError::Absent { .. } => {
+            "load the TPM's driver or name the TPM with --tpm; a development machine may use --floor file"
+        }
+        TpmError::Library { .. } => {
+            "install libtss2-esys-3.0.2-0 (tpm2-tss); an initramfs must carry libtss2-esys.so.0"
+        }
+        TpmError::Timeout { .. } | TpmError::Busy { .. } => {
+            "try again; see who uses the TPM (fuser /dev/tpmrm0), or allow more with --tpm-timeout"
+        }
+        _ => return None,
+    })
+}
+
+/// What to do about a floor in a TPM that cannot be used.
+fn for_tpm_floor(problem: &TpmFloorProblem) -> &'static str {
+    match problem {
+        TpmFloorProblem::NotProvisioned => {
+            "provision the device with `mosfs floor provision`; if it had a floor, somebody cleared its TPM"
+        }
+        TpmFloorProblem::ProvisionIncomplete => {
+            "run `mosfs floor provision` again; if the device had a floor, somebody deleted it"
+        }
+        TpmFloorProblem::IndexTampered { .. } => {
+            "this is not the floor that the factory made, or CONFIG names another floor key or product: \
+             inspect the device before it is trusted again (docs/floor.md, \"Recovery\")"
+        }
+        TpmFloorProblem::NotRaised { .. } => RAISE_AGAIN,
+        TpmFloorProblem::PolicyMismatch { .. } => {
+            "the TPM disagrees with the floor's digests: report this with the TPM's model"
+        }
+        TpmFloorProblem::NvFull => {
+            "free an NV index with tpm2_nvundefine (tpm2_getcap handles-nv-index lists them)"
+        }
+        TpmFloorProblem::OwnerAuthNeeded => {
+            "take the owner's authorization away for the provisioning: tpm2_changeauth -c owner -p OLD"
+        }
+    }
 }
 
 /// What a user can do about targets that are not active.
