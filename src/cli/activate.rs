@@ -56,7 +56,13 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
             source: target.into(),
             target: place.into(),
             needs: vec![system.clone()],
-            arguments: mount::foreground_arguments(target, place, &system, &config, &activate::flags()),
+            arguments: mount::foreground_arguments(
+                target.as_ref(),
+                place,
+                &system,
+                &config,
+                &activate::flags(),
+            ),
         })
     };
     let deployment = plan.deployment;

@@ -1,12 +1,18 @@
 //! What a user can do about an error. All hints are here, and only [`super::output`] asks for them.
 
 use super::kernel::KernelArgsError;
+use super::plain::FileArgsError;
+use crate::convert::image::IngestError;
+use crate::convert::puzzlefs::PuzzlefsError;
 use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;
 use crate::deploy::esp::EspError;
 use crate::error::{AnyError, Class, Classified};
 use crate::floor::{FloorError, TpmFloorProblem};
+use crate::image::plain::PlainError;
+use crate::image::verity::VerityError;
 use crate::manifest::{ImportErrors, SystemError};
+use crate::mount::MountError;
 use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
@@ -45,7 +51,10 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_import))
             .or_else(|| this.downcast_ref().and_then(for_build))
             .or_else(|| this.downcast_ref().and_then(for_esp))
-            .or_else(|| this.downcast_ref().and_then(for_kernel_args));
+            .or_else(|| this.downcast_ref().and_then(for_kernel_args))
+            .or_else(|| this.downcast_ref().and_then(for_file))
+            .or_else(|| this.downcast_ref().and_then(for_mount))
+            .or_else(|| this.downcast_ref().and_then(for_ingest));
         if found.is_some() {
             return found;
         }
@@ -81,6 +90,15 @@ fn for_build(error: &BuildError) -> Option<&'static str> {
         }
         BuildError::NoMedium { .. } => {
             Some("remove `image_type` from the import manifest to build the system alone")
+        }
+        _ => None,
+    }
+}
+
+fn for_ingest(error: &IngestError) -> Option<&'static str> {
+    match error {
+        IngestError::Puzzlefs(PuzzlefsError::TooLarge { .. } | PuzzlefsError::Metadata { .. }) => {
+            Some("split the target, or use squashfs: `storage_type: atomfs`")
         }
         _ => None,
     }
@@ -246,6 +264,28 @@ fn for_system(error: &SystemError) -> Option<&'static str> {
     }
 }
 
+fn for_file(error: &FileArgsError) -> Option<&'static str> {
+    match error {
+        FileArgsError::NoRootHash { .. } => Some(
+            "give --root-hash, which `veritysetup format` prints, or mount it unverified with --unsafe-no-verity",
+        ),
+        _ => None,
+    }
+}
+
+fn for_mount(error: &MountError) -> Option<&'static str> {
+    let MountError::File(PlainError::Verity { source, .. }) = error else { return None };
+    match source {
+        VerityError::Missing { .. } => {
+            Some("if the hash tree is elsewhere, give --hash-file or --hash-offset")
+        }
+        VerityError::Superblock { .. } => Some(
+            "make the hash tree with `veritysetup format`: SHA-256, blocks of 4096 bytes, with a superblock",
+        ),
+        _ => None,
+    }
+}
+
 fn for_import(errors: &ImportErrors) -> Option<&'static str> {
     Some(match errors.class() {
         Class::Verification => {
@@ -334,4 +374,20 @@ fn for_activation(error: &NotActive) -> Option<&'static str> {
     error
         .only_busy
         .then_some("end those who use it, then run `mosfs activate` again; nothing was taken from them")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_is_too_large_for_puzzlefs_has_another_way() {
+        let source = PuzzlefsError::TooLarge { chunks: 26_000, max_bytes: 4 << 20 }.into();
+        let target = "hostfs".parse().unwrap();
+        let error = AnyError::from(BuildError::Image { target, source });
+        assert_eq!(error.class(), Class::Input);
+        let text = error.to_string();
+        assert!(text.starts_with("target `hostfs`: ") && text.contains("4194304 bytes"), "{text}");
+        assert_eq!(of(&error), Some("split the target, or use squashfs: `storage_type: atomfs`"));
+    }
 }

@@ -25,11 +25,13 @@ mod manifest;
 mod mount;
 mod notify;
 pub mod output;
+mod plain;
 mod progress;
 #[cfg(feature = "registry")]
 mod push;
 mod registry;
 mod repair;
+mod squashfuse;
 pub mod start;
 mod status;
 mod store;
@@ -94,7 +96,8 @@ pub fn main() -> ExitCode {
     }
     // Before there are threads: it changes the environment.
     crate::sys::tpm::silence_library();
-    run_with(std::env::args_os())
+    let args: Vec<OsString> = std::env::args_os().collect();
+    if squashfuse::is_called(&args) { squashfuse::run(&args) } else { run_with(args) }
 }
 
 /// Runs a command line; prints, and returns the exit code (docs/design.md, exit codes).

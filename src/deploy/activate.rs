@@ -255,7 +255,7 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
         return (Action::Mend, "its daemon is gone".into());
     }
     // Only root can write the records; the layers are still compared, as they are what is verified.
-    if record.digest != wanted.digest || record.layers != LayerRecord::of(wanted) || !record.verified {
+    if record.digest != wanted.digest() || record.layers != LayerRecord::of(wanted) || !record.verified {
         let old = record.digest.map_or("another image".into(), |digest| digest.to_string());
         return (Action::Remount, format!("{old} is mounted"));
     }
@@ -437,7 +437,7 @@ mod tests {
         let descriptor = LayerDescriptor::new(media_type, Digest::of(b"layer"), 4096, trust);
         let layer = PlannedLayer { descriptor, bytes: LayerBytes::One(Blob::File("/layer".into())) };
         let blobs = Arc::new(BlobFolder::of_layout(Path::new("/"), Links::Refused));
-        MountPlan { source: "app".into(), digest: Some(Digest::of(b"image")), layers: vec![layer], blobs }
+        MountPlan::of_layers("app", Some(Digest::of(b"image")), vec![layer], blobs)
     }
 
     fn found(change: impl FnOnce(&mut MountRecord)) -> Found {
@@ -446,7 +446,7 @@ mod tests {
             format: 1,
             source: "app".into(),
             target: "/t/app".into(),
-            digest: plan.digest,
+            digest: plan.digest(),
             layers: LayerRecord::of(&plan),
             backend: "fuse".into(),
             verified: true,
