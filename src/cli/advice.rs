@@ -193,6 +193,12 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::BootUnknown { .. } => {
             "run it in the system that mosfs has started; for a machine that mosfs never starts there is --unbooted"
         }
+        DeployError::StillFetching { .. } => {
+            "`mosfs update --finish` fetches the rest; `mosfs status` shows how much of it is here"
+        }
+        DeployError::NoSource { .. } => {
+            "name it: `mosfs activate --lazy --from docker://…`, or `mosfs update docker://…`"
+        }
         DeployError::NoTriesLeft { .. } => "`mosfs update --again SOURCE` tries it once more",
         DeployError::NotSigned { .. } => {
             "copy the whole system: its signature and certificate are artifacts of their own"
