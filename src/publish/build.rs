@@ -115,7 +115,7 @@ struct FoundImage {
 ///     floor_keys: &[],
 /// };
 /// let effort = Effort { threads: std::thread::available_parallelism()?, packing: Packing::default() };
-/// let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine() };
+/// let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine(), boot: None };
 /// let built = build(&import, store, &signer, effort, &sources, &Progress::silent())?;
 ///
 /// let image = store.image(&built.manifest.targets["web"].digest)?;
