@@ -32,11 +32,12 @@ use serde::{Deserialize, Serialize};
 use super::backend::{DM_VERITY, FUSE_KIND, OVERLAY_SOURCE_PREFIX};
 use super::engine::trouble::Counts;
 use super::kernel::dm_verity;
-use super::plan::{MountPlan, PlannedLayer};
+use super::plan::{MountPlan, Planned, PlannedLayer};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::image::blobs::BlobProgress;
 use crate::image::oci::LayerDescriptor;
+use crate::image::plain::Check;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 use crate::sys::{self};
@@ -50,12 +51,12 @@ const MOST_BYTES: u64 = 1 << 20;
 pub struct MountRecord {
     /// Version of this format, 1.
     pub format: u32,
-    /// What was asked for, as the user wrote it: a target or an OCI source.
+    /// What was asked for, as the user wrote it: a target, an OCI source or a file.
     pub source: String,
     /// Where it is mounted. In JSON, bytes that are no UTF-8 and backslashes are `\\OOO`, in octal.
     #[serde(with = "path_text")]
     pub target: PathBuf,
-    /// Digest of the image's OCI manifest.
+    /// Digest of the image's OCI manifest; a plain file has none.
     pub digest: Option<Digest>,
     /// The layers, the bottom one first.
     pub layers: Vec<LayerRecord>,
@@ -76,8 +77,8 @@ pub struct MountRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerRecord {
-    /// Digest of the layer's blob.
-    pub digest: Digest,
+    /// Digest of the layer's blob; a plain file has none.
+    pub digest: Option<Digest>,
     /// Root hash of its tree; `None` where it is not verified, or verified by the digests of its blobs.
     pub root_hash: Option<Digest>,
 }
@@ -114,13 +115,22 @@ pub enum Health {
 }
 
 impl LayerRecord {
-    /// The records of a plan's layers.
+    /// The records of a plan's layers. A plain file is one.
     pub fn of(plan: &MountPlan) -> Vec<Self> {
         let of = |layer: &PlannedLayer| {
             let LayerDescriptor { digest, trust, .. } = &layer.descriptor;
-            Self { digest: *digest, root_hash: trust.root_hash() }
+            Self { digest: Some(*digest), root_hash: trust.root_hash() }
         };
-        plan.layers.iter().map(of).collect()
+        match &plan.content {
+            Planned::Image { layers, .. } => layers.iter().map(of).collect(),
+            Planned::File { file, .. } => {
+                let root_hash = match file.check {
+                    Check::RootHash { root_hash, .. } => Some(root_hash),
+                    Check::UnsafeNoVerity => None,
+                };
+                vec![Self { digest: None, root_hash }]
+            }
+        }
     }
 }
 
@@ -137,13 +147,13 @@ impl MountRecord {
             format: 1,
             source: plan.source.clone(),
             target: target.to_path_buf(),
-            digest: plan.digest,
+            digest: plan.digest(),
             layers: LayerRecord::of(plan),
             backend: backend.into(),
             verified: plan.is_verified(),
             device: format!("{major}:{minor}"),
             daemon,
-            lazy: plan.blobs.progress(),
+            lazy: plan.remote().map(|blobs| blobs.progress()).unwrap_or_default(),
         }
     }
 
@@ -474,7 +484,7 @@ mod path_text {
 
 /// One line of /proc/self/mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mounted {
+pub struct MountinfoEntry {
     /// Device number, `MAJOR:MINOR`.
     pub device: String,
     /// Where it is mounted.
@@ -485,7 +495,7 @@ pub struct Mounted {
     pub source: String,
 }
 
-impl Mounted {
+impl MountinfoEntry {
     /// Whether it looks like a mount that mosfs made, whatever the register says.
     pub fn is_ours(&self) -> bool {
         self.kind == FUSE_KIND || self.kind == "overlay" && self.source.starts_with(OVERLAY_SOURCE_PREFIX)
@@ -493,20 +503,20 @@ impl Mounted {
 }
 
 /// What the kernel lists as mounted in this process' name space.
-pub fn mounted() -> Result<Vec<Mounted>, IoError> {
+pub fn mounted() -> Result<Vec<MountinfoEntry>, IoError> {
     let path = "/proc/self/mountinfo";
     let text = fs::read(path).on("read", path)?;
     Ok(text.split(|&byte| byte == b'\n').filter_map(parse_mountinfo).collect())
 }
 
 /// The topmost mount at `target`.
-pub fn mounted_at(target: &Path) -> Result<Option<Mounted>, IoError> {
+pub fn mounted_at(target: &Path) -> Result<Option<MountinfoEntry>, IoError> {
     Ok(listed([target])?.into_iter().rfind(|one| one.target == target))
 }
 
 /// What the kernel lists as mounted. Without /proc (a bare chroot), the topmost mounts at these targets, whose type and
 /// source are then not known.
-fn listed<'a>(targets: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Mounted>, IoError> {
+fn listed<'a>(targets: impl IntoIterator<Item = &'a Path>) -> Result<Vec<MountinfoEntry>, IoError> {
     match mounted() {
         Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
         result => return result,
@@ -515,13 +525,13 @@ fn listed<'a>(targets: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Mounted
         let found = sys::fuse::identity_of(target).ok().filter(|found| found.is_mount_root == Some(true))?;
         let (major, minor) = found.device;
         let (kind, source) = (String::new(), String::new());
-        Some(Mounted { device: format!("{major}:{minor}"), target: target.into(), kind, source })
+        Some(MountinfoEntry { device: format!("{major}:{minor}"), target: target.into(), kind, source })
     };
     Ok(targets.into_iter().filter_map(look).collect())
 }
 
 /// Reads a line of mountinfo (proc(5)): id, parent, device, root, target, options, …, `-`, type, source, options.
-fn parse_mountinfo(line: &[u8]) -> Option<Mounted> {
+fn parse_mountinfo(line: &[u8]) -> Option<MountinfoEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
     let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
     let target = unescape(fields.nth(1)?);
@@ -529,7 +539,7 @@ fn parse_mountinfo(line: &[u8]) -> Option<Mounted> {
     rest.next()?;
     let kind = String::from_utf8(rest.next()?.to_vec()).ok()?;
     let source = String::from_utf8_lossy(&unescape(rest.next()?)).into_owned();
-    Some(Mounted { device, target: PathBuf::from(OsString::from_vec(target)), kind, source })
+    Some(MountinfoEntry { device, target: PathBuf::from(OsString::from_vec(target)), kind, source })
 }
 
 /// Undoes the octal escapes of mountinfo: `\040` for a space.
@@ -565,7 +575,7 @@ mod tests {
         let line = b"36 35 98:0 /mnt1 /a\\040b\\134\xff rw,noatime master:1 shared:2 - fuse.mosfs oci:x rw";
         let target = OsString::from_vec(b"/a b\\\xff".to_vec()).into();
         let (kind, source) = ("fuse.mosfs".into(), "oci:x".into());
-        let expected = Mounted { device: "98:0".into(), target, kind, source };
+        let expected = MountinfoEntry { device: "98:0".into(), target, kind, source };
         assert!(expected.is_ours());
         assert_eq!(parse_mountinfo(line), Some(expected));
         assert_eq!(parse_mountinfo(b"36 35"), None);
