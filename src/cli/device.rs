@@ -56,6 +56,6 @@ pub(super) fn tidy(system: &System, floor: Option<u64>, global: &Global) {
     };
     match tidied() {
         Ok(problems) => problems.iter().for_each(output::note),
-        Err(error) => output::note(format_args!("what nothing needs is not removed: {error}")),
+        Err(error) => output::note(format_args!("unneeded data was not removed: {error}")),
     }
 }

@@ -123,7 +123,7 @@ impl System {
 
     /// Takes the system's lock for a change. If another process holds it, calls `waiting` and waits.
     ///
-    /// A state file that cannot be read is written anew ([`recover`]).
+    /// A state file that cannot be read is rebuilt ([`recover`]).
     pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
         let lock = self.lock_as_it_is(waiting)?;
         let state = self.state()?;
