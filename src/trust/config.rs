@@ -1,4 +1,4 @@
-//! CONFIG: what a device trusts. This module alone reads and writes its files.
+//! What a device trusts, in CONFIG. This module alone reads and writes these files.
 //!
 //! ```text
 //! CONFIG/manifestCA.pem     one certificate or several, any of which may end a chain
