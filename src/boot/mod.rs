@@ -30,6 +30,7 @@ pub mod candidates;
 pub mod check;
 pub mod cmdline;
 pub mod event_log;
+pub mod init;
 pub mod measure;
 pub mod settings;
 
@@ -45,8 +46,10 @@ use settings::{Settings, SettingsError};
 
 use crate::deploy::booted::BootRecord;
 use crate::deploy::choice;
+use crate::deploy::kernel::{self, RunningKernelError};
 use crate::deploy::state::Refusal;
 use crate::deploy::{DeployError, DeploymentId, System, check_images, target};
+use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Floor, FloorError, FloorLocation};
@@ -144,6 +147,9 @@ pub enum BootError {
     /// The boot could not be measured.
     #[error(transparent)]
     Measure(#[from] MeasureError),
+    /// It is not known which kernel runs.
+    #[error(transparent)]
+    Kernel(#[from] RunningKernelError),
     /// A file could not be used.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -157,6 +163,7 @@ impl Classified for BootError {
             Self::Deploy(error) => error.class(),
             Self::Settings(error) => error.class(),
             Self::Measure(error) => error.class(),
+            Self::Kernel(error) => error.class(),
             Self::NoPartition { .. }
             | Self::BadPartition { .. }
             | Self::NoBlkid(_)
@@ -172,7 +179,7 @@ fn list(passed_over: &[PassedOver]) -> String {
 
 /// The result of mounting a deployment's root.
 struct Started {
-    digest: crate::digest::Digest,
+    digest: Digest,
     target: String,
     backend: &'static str,
     layers: Duration,
@@ -192,6 +199,7 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
     let overlay = settings.overlay(options.overlay)?;
     let anchor = Anchor::load(&setup.config)?;
     let config = measure::config_digest(&setup.config)?;
+    let kernel = kernel::running(&setup.config)?;
     let mut floor = floor::open(&setup.floor, &setup.config)?;
     if let Some(warning) = floor.warning() {
         say(warning);
@@ -202,8 +210,16 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
         // What cannot be trusted stops the boot, whatever is on the disks.
         patient.read()?;
     }
-    let mut attempt =
-        Attempt { setup, options, settings: &settings, overlay, anchor: &anchor, floor: &mut patient, say };
+    let mut attempt = Attempt {
+        setup,
+        options,
+        settings: &settings,
+        overlay,
+        anchor: &anchor,
+        floor: &mut patient,
+        kernel,
+        say,
+    };
     let (chosen, partition) = find_and_choose(&mut attempt, clock)?;
     // A TPM behind a socket takes one connection at a time.
     drop(floor);
@@ -276,6 +292,7 @@ struct Attempt<'a, 'f> {
     overlay: Overlay,
     anchor: &'a Anchor,
     floor: &'a mut PatientFloor<'f>,
+    kernel: Option<Digest>,
     say: &'a dyn Fn(&str),
 }
 
@@ -293,7 +310,7 @@ impl Attempt<'_, '_> {
         let begin = Instant::now();
         let verified_at = Cell::new(begin);
         let (setup, settings, options, overlay) = (self.setup, self.settings, self.options, self.overlay);
-        let booted = choice::choose(&system, self.anchor, self.floor, |verified, _| {
+        let booted = choice::choose(&system, self.anchor, self.floor, self.kernel, |verified, _| {
             verified_at.set(Instant::now());
             start(setup, &system, settings, options, overlay, verified)
         })?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::kernel::KernelArgs;
 use super::{Global, RegistryArgs, output, progress};
 use crate::convert::packing::DEFAULT_BLOCK_BYTES;
 use crate::convert::{Codec, Effort, Packing};
@@ -97,6 +98,8 @@ pub(super) struct Build {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22), help_heading = "Layers")]
     level: Option<i32>,
     #[command(flatten)]
+    kernel: KernelArgs,
+    #[command(flatten)]
     registry: RegistryArgs,
 }
 
@@ -148,13 +151,15 @@ pub(super) fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
     let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
-    let sources = Sources { access: &access, platform: &platform };
+    let sources = Sources { access: &access, platform: &platform, boot: None };
     let base = match &args.base {
         Some(name) => Some(Base::of(&Store::open(&args.store)?, name)?),
         None => None,
     };
     let mut built = match (&args.key, &args.to_sign, &args.signature) {
-        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), effort, &sources, &progress)?,
+        (Some(key), ..) => {
+            whole(args, key, &certificate.unwrap_or_default(), &floor_pub, effort, &sources, &progress)?
+        }
         (_, Some(to), _) => {
             first_half(args, to, certificate.as_deref(), &floor_pub, effort, &sources, &progress)?
         }
@@ -211,6 +216,7 @@ fn whole(
     args: &Build,
     key: &Path,
     certificate: &[u8],
+    floor_pub: &[P256PublicKey],
     effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
@@ -219,6 +225,8 @@ fn whole(
     let key = SigningKey::load(key)?;
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| P256PrivateKey::read(path)).collect::<Result<_, _>>()?;
+    let boot = args.kernel.spec(import.product, &floor_keys, floor_pub)?;
+    let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
     Ok(build(&import, &store, &signer, effort, sources, progress)?)
@@ -234,6 +242,8 @@ fn first_half(
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
+    let boot = args.kernel.spec(import.product, &[], floor_pub)?;
+    let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort, sources, progress)?;
     atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;

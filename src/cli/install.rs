@@ -6,6 +6,7 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
+use super::esp::{ESP_PATIENCE, EspArgs};
 use super::offered::{UpdateRequest, failed_before, find, plan_update, print_plan, registry_of, say};
 use super::{FloorArgs, Global, RegistryArgs, device, lazy_update, output, progress};
 use crate::deploy::plan::{self, PlanOptions, Verdict};
@@ -34,6 +35,8 @@ pub(super) struct InstallArgs {
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    esp: EspArgs,
     #[command(flatten)]
     registry: RegistryArgs,
 }
@@ -67,6 +70,8 @@ pub(super) struct UpdateArgs {
     #[command(flatten)]
     floor: FloorArgs,
     #[command(flatten)]
+    esp: EspArgs,
+    #[command(flatten)]
     registry: RegistryArgs,
 }
 
@@ -89,10 +94,17 @@ pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyErro
         return Err(DeployError::AlreadyInstalled { path: system.root().to_path_buf(), current }.into());
     }
     let progress = progress::of(global)?;
+    let place = args.esp.find(global, ESP_PATIENCE)?;
     device::with_gate(&args.floor, global, true, |gate| {
         let source = registry_of(&args.source);
-        let options =
-            PlanOptions { again: false, read_blobs: true, source: source.as_deref(), progress: &progress };
+        let options = PlanOptions {
+            again: false,
+            read_blobs: true,
+            source: source.as_deref(),
+            esp: place.esp.as_ref(),
+            kernel: place.kernel,
+            progress: &progress,
+        };
         let anchor = trust.anchor();
         let plan = plan::plan(&system, &state, from.as_ref(), offer, anchor, gate, &options)?;
         let Some(lock) = &lock else { return print_plan(&plan, global) };
@@ -105,8 +117,9 @@ pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyErro
 /// Runs `mosfs update`.
 pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
+    let options = lazy_update::Options { registry: &args.registry, floor: &args.floor, esp: &args.esp };
     let Some(source) = &args.source else {
-        return lazy_update::finish(&args.registry, &args.floor, global, &system);
+        return lazy_update::finish(&options, global, &system);
     };
     if args.lazy && !source.is_registry() {
         let why = "expected a registry, docker://HOST[:PORT]/PREFIX[:VERSION], for --lazy";
@@ -142,21 +155,14 @@ pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError>
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
     }
     let lock = system.lock(device::waiting(global))?;
-    let asked = UpdateRequest { source, again: args.again, read_blobs: true, floor: &args.floor };
+    let asked =
+        UpdateRequest { source, again: args.again, read_blobs: true, floor: &args.floor, esp: &args.esp };
     let outcome = plan_update(&asked, global, &system, from.as_ref(), |plan| {
         if args.dry_run {
             return print_plan(plan, global);
         }
         if args.lazy && fetching::is_for_later(&system, plan) {
-            return lazy_update::begin(
-                &args.registry,
-                &args.floor,
-                global,
-                &system,
-                &lock,
-                from.as_ref(),
-                plan,
-            );
+            return lazy_update::begin(&options, global, &system, &lock, from.as_ref(), plan);
         }
         apply::apply(&system, &lock, from.as_ref(), plan, &progress::of(global)?)?;
         say(plan, global)
@@ -180,7 +186,8 @@ fn check(
         return Ok(unchanged);
     }
     let mut found = None;
-    let asked = UpdateRequest { source, again: args.again, read_blobs: false, floor: &args.floor };
+    let asked =
+        UpdateRequest { source, again: args.again, read_blobs: false, floor: &args.floor, esp: &args.esp };
     plan_update(&asked, global, system, from, |plan| {
         found = Some((plan.verdict, plan.id.version));
         Ok(())

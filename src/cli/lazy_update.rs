@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 
+use super::esp::EspArgs;
 use super::offered::{UpdateRequest, plan_update, say};
 use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::plan::Plan;
@@ -19,10 +20,19 @@ use crate::transport::{SourceRef, Transport, TransportError};
 /// The unit that fetches the rest where systemd runs.
 const UNIT: &str = "mosfs-update-lazy.service";
 
+/// The options of `mosfs update` that the process in the background gets too.
+pub(super) struct Options<'a> {
+    /// How registries are reached.
+    pub(super) registry: &'a RegistryArgs,
+    /// Where the floor is.
+    pub(super) floor: &'a FloorArgs,
+    /// Where the kernels are.
+    pub(super) esp: &'a EspArgs,
+}
+
 /// Makes the version of a plan pending, and starts the process that fetches its blobs.
 pub(super) fn begin(
-    registry: &RegistryArgs,
-    floor: &FloorArgs,
+    options: &Options<'_>,
     global: &Global,
     system: &System,
     lock: &SystemLock,
@@ -30,7 +40,7 @@ pub(super) fn begin(
     plan: &Plan,
 ) -> Result<(), AnyError> {
     fetching::begin(system, lock, from, plan, &progress::of(global)?)?;
-    if let Err(error) = start(registry, floor, global) {
+    if let Err(error) = start(options, global) {
         output::warning(format_args!(
             "the rest is not fetched yet: {error}; `mosfs update --finish` fetches it"
         ));
@@ -58,14 +68,17 @@ pub(super) fn begin(
 
 /// Starts `mosfs update --finish`: as a unit where systemd runs, so that it outlives this session and is started again
 /// when it fails; else as a process of its own.
-fn start(registry: &RegistryArgs, floor: &FloorArgs, global: &Global) -> Result<(), AnyError> {
+fn start(options: &Options<'_>, global: &Global) -> Result<(), AnyError> {
     let program = sys::process::own_program().unwrap_or_else(|| "/usr/bin/mosfs".into());
     let absolute = |path: &Path| std::path::absolute(path).on("find", path);
     let mut words: Vec<OsString> = ["update", "--finish", "--system"].map(Into::into).to_vec();
     words.push(absolute(&global.system)?.into());
     words.push("--config".into());
     words.push(absolute(&global.config)?.into());
-    for (name, value) in registry.arguments().into_iter().chain(floor.arguments()) {
+    if let Some(folder) = options.esp.folder() {
+        words.extend(["--esp".into(), absolute(folder)?.into()]);
+    }
+    for (name, value) in options.registry.arguments().into_iter().chain(options.floor.arguments()) {
         words.push(value.map_or(name.into(), |value| format!("{name}={value}").into()));
     }
     if units::available().is_ok() {
@@ -94,13 +107,8 @@ fn start(registry: &RegistryArgs, floor: &FloorArgs, global: &Global) -> Result<
 }
 
 /// Runs `mosfs update --finish`.
-pub(super) fn finish(
-    registry: &RegistryArgs,
-    floor: &FloorArgs,
-    global: &Global,
-    system: &System,
-) -> Result<(), AnyError> {
-    let access = registry.access(global);
+pub(super) fn finish(options: &Options<'_>, global: &Global, system: &System) -> Result<(), AnyError> {
+    let access = options.registry.access(global);
     let nothing = |said: &str| output::answer(global, || json!({ "fetching": false }), || said.to_string());
     if system.state()?.fetching().is_none() {
         return nothing("nothing is left to fetch");
@@ -124,7 +132,13 @@ pub(super) fn finish(
         Ok((source, from))
     };
     let outcome = open().and_then(|(source, from)| {
-        let asked = UpdateRequest { source: &source, again: false, read_blobs: true, floor };
+        let asked = UpdateRequest {
+            source: &source,
+            again: false,
+            read_blobs: true,
+            floor: options.floor,
+            esp: options.esp,
+        };
         rest(&asked, global, system, id, from.as_ref())
     });
     if let Err(error) = &outcome {

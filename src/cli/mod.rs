@@ -9,12 +9,15 @@ mod boot;
 mod build;
 mod commit;
 mod device;
+mod esp;
 mod floor;
 mod gc;
 mod generate;
 mod global;
 mod help;
+mod init;
 mod install;
+mod kernel;
 mod keys;
 mod lazy;
 mod lazy_target;
@@ -91,6 +94,9 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    if crate::boot::init::is_init() {
+        init::main();
+    }
     // Before there are threads: it changes the environment.
     crate::sys::tpm::silence_library();
     let args: Vec<OsString> = std::env::args_os().collect();

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::esp::{ESP_PATIENCE, EspArgs};
 use super::{FloorArgs, Global, device, output, progress};
 use crate::deploy::offer::{self, Accepted, FoundSystem, Judge};
 use crate::deploy::plan::{self, Plan, PlanOptions, Verdict};
@@ -22,6 +23,8 @@ pub(super) struct UpdateRequest<'a> {
     pub(super) read_blobs: bool,
     /// Where the floor is.
     pub(super) floor: &'a FloorArgs,
+    /// Where the kernels are.
+    pub(super) esp: &'a EspArgs,
 }
 
 /// The registry of a source, without a version, as the state file notes it.
@@ -67,11 +70,14 @@ pub(super) fn plan_update(
     let offer = find(asked.source, from, &anchor, global)?;
     let progress = progress::of(global)?;
     let registry = registry_of(asked.source);
+    let place = asked.esp.find(global, ESP_PATIENCE)?;
     device::with_gate(asked.floor, global, false, |gate| {
         let options = PlanOptions {
             again: asked.again,
             read_blobs: asked.read_blobs,
             source: registry.as_deref(),
+            esp: place.esp.as_ref(),
+            kernel: place.kernel,
             progress: &progress,
         };
         then(&plan::plan(system, &state, from, offer, &anchor, gate, &options)?)

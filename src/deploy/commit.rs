@@ -4,14 +4,21 @@
 //! Until the floor is raised, falling back to the previous deployment is legal. Each step may be interrupted
 //! and repeated: blessing twice changes nothing, and a floor already at the version is a success.
 //!
+//! Rule (docs/design.md, kernel of the system): the floor never exceeds what the EFI system partition can start. Between
+//! the blessing and the floor, the kernel of the deployment is brought onto it and its boot counter removed; kernels
+//! that the floor refuses are removed afterwards.
+//!
 //! Rule: a floor in a TPM can never be lowered, so nothing is blessed on a guess. The record of the boot
 //! states what this boot runs. If it is not visible (a chroot, a container, a rescue system), a commit is
 //! refused. Only on a machine that mosfs has never booted can a commit use the pending deployment: if the
 //! user requests it explicitly, or if the floor is the development floor, which can be lowered again. Even
 //! then it must have tries left and be complete.
 
+use std::time::Duration;
+
 use super::booted;
 use super::error::DeployError;
+use super::esp::{self, Esp};
 use super::id::DeploymentId;
 use super::state::State;
 use super::{System, check_complete, deployment};
@@ -44,25 +51,29 @@ pub enum RunningBoot {
     },
 }
 
-/// Blesses the running deployment and raises the floor to its version.
+/// Blesses the running deployment and raises the floor to its version. Another process that changes the system is
+/// waited for, at most for `patience`.
 ///
 /// # Errors
-/// [`DeployError::BootUnknown`] if it is not known what runs; [`DeployError::StillFetching`] if the pending
-/// deployment would be used and is not all here; [`DeployError::NoTriesLeft`] if the pending
-/// deployment would be used but has failed; [`DeployError::Floor`] with `Rollback` if the version is below
-/// the floor (in these cases nothing is changed). An error of the floor after the blessing leaves the
-/// deployment blessed, and the next commit raises the floor.
+/// [`DeployError::Locked`]; [`DeployError::BootUnknown`] if it is not known what runs;
+/// [`DeployError::StillFetching`] if the pending deployment would be used and is not all here;
+/// [`DeployError::NoTriesLeft`] if the pending deployment would be used but has failed; [`DeployError::Floor`]
+/// with `Rollback` if the version is below the floor (in these cases nothing is changed). An error of the EFI
+/// system partition or the floor after the blessing leaves the deployment blessed, and the next commit continues
+/// there.
 pub fn commit(
     system: &System,
     anchor: &Anchor,
     floor: &mut dyn Floor,
     ran: RunningBoot,
+    esp: Option<&Esp>,
+    patience: Duration,
     waiting: impl FnOnce(),
 ) -> Result<Committed, DeployError> {
     if !system.root().is_dir() {
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() });
     }
-    let _lock = system.lock(waiting)?;
+    let _lock = system.lock_within(patience, waiting)?;
     let mut state = system.state()?;
     let (id, known) = match ran {
         RunningBoot::This(id) => (id, true),
@@ -85,6 +96,10 @@ pub fn commit(
         state.save(&system.state_path())?;
     }
     failpoint::hit("commit.state.blessed");
+    if let Some(esp) = esp {
+        esp::sync(system, esp, Some(id), Some(floor_before))?.report();
+    }
+    failpoint::hit("commit.kernel.blessed");
     if floor_before < id.version {
         let signature = match verified.floor_signature() {
             Some(signature) => signature,
@@ -97,6 +112,9 @@ pub fn commit(
     failpoint::hit("commit.floor.raised");
     // Rule: then read it back. A raise without effect is already an error of the floor.
     let floor_after = floor.read()?;
+    if let Some(esp) = esp {
+        esp::sync(system, esp, Some(id), Some(floor_after))?.report();
+    }
     Ok(Committed { deployment: id, blessed, floor_before, floor_after })
 }
 

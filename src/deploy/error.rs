@@ -1,8 +1,10 @@
 //! Why an install, an update, a boot choice or a commit was refused or failed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::booted::BootRecordError;
+use super::esp_error::EspError;
 use super::id::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
@@ -98,6 +100,16 @@ pub enum DeployError {
         path: PathBuf,
         /// The existing deployment.
         current: DeploymentId,
+    },
+    /// Another process did not release the system's lock in time.
+    #[error("{} was not released within {} s by {}", path.display(), waited.as_secs(), process(*holder))]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+        /// The process that holds it, if the kernel names it.
+        holder: Option<u32>,
     },
     /// Nothing is installed, but a deployment is required.
     #[error("{} holds no deployment", path.display())]
@@ -195,6 +207,25 @@ pub enum DeployError {
         /// The targets that exist.
         known: Vec<String>,
     },
+    /// The EFI system partition cannot take a kernel.
+    #[error(transparent)]
+    Esp(#[from] EspError),
+    /// A system whose kernel is not the running one.
+    #[error("its kernel is not running: the system requires {required}, {}", runs(running))]
+    OtherKernel {
+        /// The id of the kernel that the system names.
+        required: Digest,
+        /// The id of the running one, if it has one.
+        running: Option<Digest>,
+    },
+    /// The image of the target `boot` names a kernel by something else than a digest.
+    #[error("the image {image} of the target boot names the kernel `{found}`, expected a digest")]
+    BadKernelId {
+        /// The image's OCI manifest.
+        image: Digest,
+        /// What it names.
+        found: String,
+    },
     /// The root is mounted by `mosfs boot`, not by `mosfs activate`.
     #[error("target {target} of deployment {id} is the root (service type hostfs): it is mounted at boot")]
     IsHostfs {
@@ -228,6 +259,10 @@ fn list(refused: &[Refusal]) -> String {
         .join("; ")
 }
 
+fn runs(running: &Option<Digest>) -> String {
+    running.map_or_else(|| "the running kernel has no id".into(), |id| format!("{id} is running"))
+}
+
 impl Classified for DeployError {
     fn class(&self) -> Class {
         match self {
@@ -239,11 +274,13 @@ impl Classified for DeployError {
             Self::Floor(error) => error.class(),
             Self::Plan(error) => error.class(),
             Self::BootRecord(error) => error.class(),
+            Self::Esp(error) => error.class(),
             Self::NoneLeft { class, .. } => *class,
             Self::OtherManifest { .. } | Self::OtherThanNamed { .. } | Self::OtherSize { .. } => {
                 Class::Verification
             }
             Self::Damaged { .. } | Self::NotMended { .. } => Class::Verification,
+            Self::OtherKernel { .. } | Self::BadKernelId { .. } => Class::Verification,
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::SameVersionOtherDigest { .. } => Class::Rollback,
             Self::NoSuchTarget { .. }
@@ -256,7 +293,12 @@ impl Classified for DeployError {
             | Self::NoSource { .. }
             | Self::AlreadyInstalled { .. }
             | Self::NothingInstalled { .. }
+            | Self::Locked { .. }
             | Self::NoSpace { .. } => Class::Failure,
         }
     }
+}
+
+fn process(id: Option<u32>) -> String {
+    id.map_or_else(|| "another process".into(), |id| format!("process {id}"))
 }

@@ -36,7 +36,14 @@ pub fn prepare(
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| match certificate {
-        Some(certificate) => signer_for(manifest, certificate, dates).map(|_| ()),
+        Some(certificate) => {
+            let signer = signer_for(manifest, certificate, dates)?;
+            match sources.boot {
+                // A kernel that does not trust this system's signer would never start it.
+                Some(spec) => Ok(signer.check_chain(&spec.anchor, dates)?),
+                None => Ok(()),
+            }
+        }
         None => Ok(()),
     };
     let writer = store.writer()?;

@@ -45,6 +45,7 @@ pub mod lazy;
 mod partial;
 mod put;
 pub mod stats;
+pub mod view;
 
 use std::fs;
 use std::io;

@@ -140,7 +140,7 @@ impl Device {
         let mut floor = self.open_floor();
         let _ = fs::remove_file(self.boot_record());
         let system = System::at(self.system());
-        let booted = choose(&system, &anchor, floor.as_mut(), |verified, _| {
+        let booted = choose(&system, &anchor, floor.as_mut(), None, |verified, _| {
             let is_root = |target: &Target| target.service_type == ServiceType::Hostfs;
             check_images(&system, verified, is_root)?;
             if good(verified.manifest().version) {
