@@ -227,7 +227,7 @@ fn what_is_in_use_stays_and_its_users_are_named() {
     let holder = Process::in_folder(&app);
     let before = fixture.mounts();
     let who = format!("sleep (pid {}, cwd {})", holder.0.id(), app.display());
-    let words = ["target app stays as it was, it is in use by", &who, "hint: end those who use it"];
+    let words = ["target app stays as it was, it is in use by", &who, "hint: stop the processes that use it"];
     fixture.device.refused(&["activate"], 1, &words);
     assert_eq!(fixture.content("app"), "app 1");
     assert_eq!(fixture.mounts()["app"], before["app"]);

@@ -140,7 +140,7 @@ fn a_private_key_in_a_public_file_is_refused_wherever_one_is_taken() {
                 let said = String::from_utf8_lossy(&output.stderr).into_owned();
                 assert_eq!(output.status.code(), Some(2), "{said}");
                 assert!(said.contains("both.pem holds a private key (`"), "{said}");
-                assert!(said.contains("hint: give a file with what is public alone"), "{said}");
+                assert!(said.contains("hint: give a file with public data only"), "{said}");
             };
             let (json, sig, cert) = (pki.path("m.json"), pki.path("ec.sig"), pki.path("ec.pem"));
             let ca = pki.path("ca.pem");

@@ -188,7 +188,7 @@ fn files_of_a_device_are_regular_files_or_are_not_used() {
             }
         }
     }
-    // A state file that cannot be used is told, and written anew by the next command that changes something.
+    // A state file that cannot be used is reported, and rebuilt by the next command that changes something.
     let state = fixture.system("state.json");
     for (object, found) in OBJECTS.iter().copied().chain([("huge", "")]) {
         with_object(object, &state, || {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! sysfs    every block device with a size, its holders, its partitions
-//! udev     where it runs: devices that it has not looked at yet, or that it gives to others, are not taken
+//! udev     where it runs: devices that it has not looked at yet, or that it assigns to others, are not used
 //! libblkid what is on a device (sys/blkid.rs), asked by a process of its own for each
 //! mount    by a process of its own, attached nowhere; looked into; then handed over
 //! ```

@@ -44,7 +44,7 @@ impl Overlay {
     }
 }
 
-/// How the system partition is told.
+/// How the system partition is specified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Partition {
     /// By the label of its file system.

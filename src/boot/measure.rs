@@ -1,7 +1,7 @@
 //! What a boot is measured as, into PCR 15.
 //!
 //! A boot that is handed over extends the PCR once; a boot that fails extends it once with something
-//! else, so that whoever gets at the machine afterwards cannot reach the value of a good boot.
+//! else, so that an attacker who gets at the machine afterwards cannot reach the value of a good boot.
 //!
 //! ```text
 //! event of a boot    {"boot":"mosfs-v1","config":C,"manifest":"sha256:H3","overlay":"tmpfs",

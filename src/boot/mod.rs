@@ -122,7 +122,7 @@ pub enum BootError {
         why: String,
     },
     /// Devices cannot be looked at.
-    #[error("cannot load libblkid, which tells what is on a disk: {0}")]
+    #[error("cannot load libblkid, which identifies what is on a disk: {0}")]
     NoBlkid(std::io::Error),
     /// The kernel refused a mount.
     #[error("cannot mount {what}: {source}")]
@@ -177,7 +177,7 @@ fn list(passed_over: &[PassedOver]) -> String {
     passed_over.iter().map(|one| format!("; {} was passed over: {}", one.device.display(), one.why)).collect()
 }
 
-/// What mounting a deployment's root gives.
+/// The result of mounting a deployment's root.
 struct Started {
     digest: Digest,
     target: String,
@@ -265,7 +265,7 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
     })
 }
 
-/// Closes PCR 15 after a boot that failed: whoever gets at the machine now cannot have it say that a good system runs.
+/// Closes PCR 15 after a boot that failed: an attacker who gets at the machine now cannot make it claim that a good system runs.
 ///
 /// A TPM that is not there yet is waited for, at most `patience`: what fails at once must not be faster than its driver.
 ///

@@ -36,7 +36,7 @@ pub enum OnFailure {
     Reboot,
     /// The machine stops.
     Halt,
-    /// Whoever sits at the console gets the initramfs' root shell.
+    /// The console gets the root shell of the initramfs.
     Shell,
 }
 

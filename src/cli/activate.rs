@@ -164,13 +164,13 @@ fn done_text(taken: &CompletedStep) -> String {
         Action::Mount => "mounted",
         Action::Remount => "remounted",
         Action::Mend => "mounted again",
-        Action::Unmount => "unmounted, the deployment has it no more,",
+        Action::Unmount => "unmounted (no longer part of the deployment)",
         Action::Refuse => "left alone",
     };
     format!("{target} {what} at {}{backend}", path.display())
 }
 
-/// Where a target would be mounted, to tell in other commands what `mosfs activate` mends.
+/// Returns whether a target would be mounted at this path. Other commands name `mosfs activate` in their advice then.
 pub(super) fn is_target(path: &Path) -> bool {
     let folder = activate::targets_dir(&booted::run_dir());
     let folder: PathBuf = folder.canonicalize().unwrap_or(folder);

@@ -162,7 +162,7 @@ fn for_trust(error: &TrustError) -> Option<&'static str> {
             "install a system that is signed with another key: this one was taken back (docs/keys.md)"
         }
         TrustError::PrivateKey { .. } => {
-            "give a file with certificates alone; if the other one was published, replace the key (docs/keys.md)"
+            "give a file with certificates only; if the other one was published, replace the key (docs/keys.md)"
         }
         TrustError::TruncatedSignature { .. } | TrustError::UnreadableCertificate { .. } => {
             "fetch the file again"
@@ -184,7 +184,7 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
         DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
         DeployError::NoSpace { .. } => {
-            "free space on this file system: what mosfs itself does not need is gone already; nothing was fetched"
+            "free space on this file system: mosfs has removed what it no longer needs; nothing was fetched"
         }
         DeployError::MissingBlob { .. } => "run `mosfs repair SOURCE` with a source that has this system",
         DeployError::Damaged { .. } => "run `mosfs repair`, or `mosfs repair SOURCE`; all else was done",
@@ -218,14 +218,12 @@ fn for_boot_record(error: &BootRecordError) -> Option<&'static str> {
 }
 
 fn for_secret(_: &SecretInPublic) -> Option<&'static str> {
-    Some(
-        "give a file with what is public alone; if the other one was published, replace the key (docs/keys.md)",
-    )
+    Some("give a file with public data only; if the other one was published, replace the key (docs/keys.md)")
 }
 
 fn for_not_whole(_: &NotWhole) -> Option<&'static str> {
     Some(
-        "on a device `mosfs repair` mends what it can from what else is there, `mosfs repair SOURCE` the rest",
+        "on a device, `mosfs repair` restores what it can from the device itself, and `mosfs repair SOURCE` fetches the rest",
     )
 }
 
@@ -301,15 +299,13 @@ fn for_mount(error: &MountError) -> Option<&'static str> {
 
 fn for_import(errors: &ImportErrors) -> Option<&'static str> {
     Some(match errors.class() {
-        Class::Verification => {
-            "another image is there than the one that was pinned; look at it before changing the pin"
-        }
+        Class::Verification => "the image there is not the pinned one; inspect it before you change the pin",
         _ => "`mosfs manifest check FILE` checks a manifest without building it",
     })
 }
 
 /// What to do where the floor was not raised.
-const RAISE_AGAIN: &str = "run `mosfs commit` again; if it stays, something else writes to this TPM";
+const RAISE_AGAIN: &str = "run `mosfs commit` again; if it still fails, something else writes to this TPM";
 
 /// What to do about an error of the floor.
 fn for_floor(error: &FloorError) -> Option<&'static str> {
@@ -323,13 +319,15 @@ fn for_floor(error: &FloorError) -> Option<&'static str> {
             "sign the version with `mosfs floor sign`, or build with --floor-key, with this product's floor key"
         }
         FloorError::BadProvisionSignature => {
-            "sign the nonce of this run with `mosfs floor sign-provision`; an earlier nonce does not do"
+            "sign the nonce of this run with `mosfs floor sign-provision`; a signature over an earlier nonce is refused"
         }
         FloorError::FirstWriteNotAuthorized { .. } => {
             "append the output of `mosfs floor authorize` (made with the floor key) to the provisioning key's file, \
              or give it with --authorization"
         }
-        FloorError::AlreadyProvisioned { .. } => "nothing is to be done; `mosfs floor show` shows it",
+        FloorError::AlreadyProvisioned { .. } => {
+            "there is nothing to do; `mosfs floor show` prints the floor"
+        }
         FloorError::NotConfigured { .. } => {
             "name it once with `mosfs floor provision --floor-pub F --product UUID`"
         }
@@ -360,10 +358,10 @@ fn for_tpm(error: &TpmError) -> Option<&'static str> {
 fn for_tpm_floor(problem: &TpmFloorProblem) -> &'static str {
     match problem {
         TpmFloorProblem::NotProvisioned => {
-            "provision the device with `mosfs floor provision`; if it had a floor, somebody cleared its TPM"
+            "provision the device with `mosfs floor provision`; if it had a floor, its TPM has been cleared"
         }
         TpmFloorProblem::ProvisionIncomplete => {
-            "run `mosfs floor provision` again; if the device had a floor, somebody deleted it"
+            "run `mosfs floor provision` again; if the device had a floor, it has been deleted"
         }
         TpmFloorProblem::IndexTampered { .. } => {
             "this is not the floor that the factory made, or CONFIG names another floor key or product: \
@@ -377,16 +375,16 @@ fn for_tpm_floor(problem: &TpmFloorProblem) -> &'static str {
             "free an NV index with tpm2_nvundefine (tpm2_getcap handles-nv-index lists them)"
         }
         TpmFloorProblem::OwnerAuthNeeded => {
-            "take the owner's authorization away for the provisioning: tpm2_changeauth -c owner -p OLD"
+            "clear the owner's authorization while provisioning: tpm2_changeauth -c owner -p OLD"
         }
     }
 }
 
 /// What a user can do about targets that are not active.
 fn for_activation(error: &NotActive) -> Option<&'static str> {
-    error
-        .only_busy
-        .then_some("end those who use it, then run `mosfs activate` again; nothing was taken from them")
+    error.only_busy.then_some(
+        "stop the processes that use it, then run `mosfs activate` again; they were not interrupted",
+    )
 }
 
 #[cfg(test)]

@@ -60,7 +60,7 @@ pub(super) fn tidy(system: &System, floor: Option<u64>, patience: Duration, glob
     };
     match tidied() {
         Ok(problems) => problems.iter().for_each(output::note),
-        Err(error) => output::note(format_args!("what nothing needs is not removed: {error}")),
+        Err(error) => output::note(format_args!("unneeded data was not removed: {error}")),
     }
 }
 

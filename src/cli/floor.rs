@@ -250,7 +250,7 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
             warn(&floor);
             config.apply()?;
             floor.provision()?;
-            return output::line(format_args!("{} is provisioned: it stands at 0", floor.place()));
+            return output::line(format_args!("{} is provisioned: the floor is 0", floor.place()));
         }
     };
     let policy = policy?;
@@ -288,7 +288,7 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     begun.finish(&signature)?;
     let stands_at = floor.read()?;
     if args.nonce_out.as_deref() != Some(Path::new("-")) {
-        output::line(format_args!("{} is provisioned: it stands at {stands_at}", floor.place()))?;
+        output::line(format_args!("{} is provisioned: the floor is {stands_at}", floor.place()))?;
     }
     super::output::note(
         "the initramfs carries a copy of the configuration: make it again (update-initramfs -u, or dracut --force)",
@@ -372,7 +372,7 @@ fn read_in(path: &Path) -> Result<Vec<u8>, IoError> {
     file::read_named(path, MAX_BYTES)
 }
 
-/// Waits until a file holds a signature that `check` takes, and gives it.
+/// Waits until a file holds a signature that `check` accepts, and returns it.
 ///
 /// A file that is still being written does not check; one that stays as it is for a while is wrong.
 fn wait_for_signature(

@@ -1,6 +1,6 @@
 //! `mosfs generate`: shell completions and man pages, for packages and `make install`.
 //!
-//! Hidden from the help: it is for whoever builds, not for users.
+//! Hidden from the help: it is for the build, not for users.
 
 use std::path::PathBuf;
 
@@ -34,7 +34,7 @@ enum Output {
 /// Runs the command.
 ///
 /// # Errors
-/// Whatever writing the output gives.
+/// The output cannot be written.
 pub(super) fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
     match &args.what {
         Output::Completions { shell } => {

@@ -13,7 +13,7 @@ use super::Cli;
 /// What a command is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Group {
-    /// For whoever makes systems.
+    /// For those who build systems.
     Publisher,
     /// For a device that runs one.
     Device,

@@ -178,7 +178,7 @@ fn refuse_lazy(args: &MountArgs) -> Result<(), TransportError> {
     }
 }
 
-/// Runs `mosfs mount` of an image of a layout, for which nobody's signature is asked.
+/// Runs `mosfs mount` of an image of a layout, which requires no signature.
 pub(super) fn mount_image(args: &MountArgs, source: &str, global: &Global) -> Result<(), AnyError> {
     refuse_lazy(args)?;
     mount(args, global, |verification, options| {
@@ -258,7 +258,7 @@ fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::P
     options.check_with_upper(upper.is_some())?;
     let mut ready = || {
         if let Err(error) = sys::notify::service_is_ready() {
-            output::note(format_args!("the service manager was not told: {error}"));
+            output::note(format_args!("the service manager was not notified: {error}"));
         }
         pipe.say_from_thread(notify::SUCCESS);
     };
@@ -366,7 +366,7 @@ pub(super) fn foreground_arguments(
 /// Where the writes go, if there are to be any.
 fn upper(args: &MountArgs, scratch: Upper) -> Result<Option<Upper>, AnyError> {
     let Some(upper) = &args.upper else { return Ok(args.writable.then_some(scratch)) };
-    // overlayfs wants its working folder on the same file system, and not inside.
+    // overlayfs requires its working folder on the same file system, and outside of the upper folder.
     let upper = std::path::absolute(upper).on("find", upper)?;
     let mut work = OsString::from(".");
     work.push(upper.file_name().unwrap_or_default());

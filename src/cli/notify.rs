@@ -1,4 +1,4 @@
-//! `-o notify_pipe=PATH`: tells those who wait for a mount that it is ready, or that it failed.
+//! `-o notify_pipe=PATH`: notifies the reader of a pipe that a mount is ready, or that it failed.
 //!
 //! As squashfuse does it: the path is a named pipe, one byte is written to it, `s` for success or `f` for
 //! failure. Who waits may open the pipe before or after; the byte waits for them for a minute, in a
@@ -50,7 +50,7 @@ impl Pipe {
     /// Finds the option among those of `-o`; the last one counts.
     ///
     /// # Errors
-    /// A path that is not there, or is no pipe: nobody could be waiting.
+    /// The path does not exist or is not a pipe, so there cannot be a reader.
     pub(super) fn of(options: &[String]) -> Result<Self, AnyError> {
         let path = options.iter().filter_map(|option| option.strip_prefix(OPTION)).next_back();
         let Some(path) = path.map(Path::new) else { return Ok(Self(Mutex::new(None))) };
@@ -100,6 +100,6 @@ impl Pipe {
 
 fn write(path: &Path, byte: u8) {
     if let Err(error) = sys::notify::write_to_pipe(path, byte, PATIENCE) {
-        output::note(format_args!("nobody was told through {}: {error}", path.display()));
+        output::note(format_args!("the pipe {} was not notified: {error}", path.display()));
     }
 }

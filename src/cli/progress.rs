@@ -25,7 +25,7 @@ use crate::error::{AnyError, IoContext};
 use crate::progress::{ALL, Event, Progress, Sink};
 use crate::sys::locks;
 
-/// How often a task is drawn, or told of, at the most.
+/// The minimum time between two reports of a task.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// Columns of a line on the terminal.
 const WIDTH: usize = 78;

@@ -21,7 +21,7 @@ pub(super) struct StatusArgs {
 
 /// Runs `mosfs status`.
 ///
-/// It tells what it can: a floor that cannot be read is a line of the answer, not its end.
+/// It reports what it can: a floor that cannot be read is one line of the output and does not end it.
 pub(super) fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
     let installed = status::installed(&device::system(global))?;
     let floor = floor(args, global);
@@ -78,7 +78,7 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
     }
     if let Some(error) = &installed.state_error {
         lines.push(format!(
-            "state     the state file cannot be read ({error}); the next command writes it anew"
+            "state     the state file cannot be read ({error}); the next command that changes the system rewrites it"
         ));
     }
     lines.push(match (&floor["version"], floor["error"].as_str()) {

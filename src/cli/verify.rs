@@ -73,7 +73,7 @@ pub(super) fn run(args: &Verify, global: &Global) -> Result<(), AnyError> {
     }
 }
 
-/// Checks what the state file names; where this device trusts nobody, nothing can be checked, and that is a problem.
+/// Checks what the state file names. On a device without a trust anchor nothing can be checked, which is reported as a problem.
 fn check_deployments(system: &System, global: &Global) -> Checked {
     let trust = || -> Result<(Anchor, Option<Policy>), AnyError> {
         Ok((Anchor::load(&global.config)?, floor::find_policy(&global.config)?))

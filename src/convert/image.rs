@@ -359,7 +359,7 @@ pub(super) fn in_layer(image: &OciImage, at: usize, source: ConvertError) -> Ing
 /// Why an image cannot be brought into the store.
 #[derive(Debug, thiserror::Error)]
 pub enum IngestError {
-    /// The source does not give it.
+    /// The source does not provide it.
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// The store does not take it.

@@ -126,7 +126,7 @@ fn write_squashfs(
         Some(found) => Err(ConvertError::Compression { expected: sniff::name(layer.compression), found }),
         None => decompress(head.as_slice().chain(&mut blob), &mut packer, &mut tree, layer),
     };
-    // A blob that is not the one asked for explains whatever else went wrong, so it is told first.
+    // A blob with a wrong digest explains whatever else went wrong, so it is reported first.
     check_blob(blob, layer)?;
     read?;
 
@@ -274,7 +274,7 @@ pub fn examine(
     }
 }
 
-/// Why a layer cannot be converted. It does not say which: whoever asked for the layer knows its place in the image.
+/// Why a layer cannot be converted. It does not say which: the caller knows the layer's place in the image.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The stream is not a tar that can be read.
@@ -382,7 +382,7 @@ pub enum ConvertError {
     },
     /// A file whose content overlayfs would look for elsewhere in the stack.
     #[error(
-        "`{path}` has the attribute {name}: mounts do not follow it, so the file would not be the one that was meant"
+        "`{path}` has the attribute {name}: mounts do not follow it, so the file would not be the intended one"
     )]
     Steers {
         /// The file.

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! What lies where depends on the order of the content alone, never on the threads: the same
-//! input gives the same bytes for any N. Memory: a few blocks a thread, as both queues are bounded.
+//! input yields the same bytes for any N. Memory: a few blocks a thread, as both queues are bounded.
 //!
 //! A file smaller than a block shares a fragment block with its neighbours; the tail of a larger
 //! one is a short block of its own (mksquashfs' default). A small file with the content of an earlier one
@@ -149,7 +149,7 @@ impl Packer {
         let pending = Pending { done: result, plain_bytes: data.len(), fragment };
         let sent = self.order.as_ref().is_some_and(|order| order.send(pending).is_ok())
             && self.jobs.as_ref().is_some_and(|jobs| jobs.send(Job { data, done }).is_ok());
-        // Only a writer that failed closes its queue: its error is the one to tell.
+        // Only a writer that failed closes its queue: its error is the one to report.
         if sent {
             Ok(())
         } else {

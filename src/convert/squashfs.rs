@@ -208,7 +208,7 @@ impl<'a> TableWriter<'a> {
                     todo.push(child);
                 }
             }
-            // In the order of their names, as a stack gives the last one first.
+            // In the order of their names, as a stack returns the last one first.
             todo[first..].reverse();
         }
         Ok((dirs, next))

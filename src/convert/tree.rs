@@ -21,7 +21,7 @@
 //!   a later name is resolved at the end. One to a name of a layer below cannot be stored.
 //! - `trusted.overlay.*` and `user.overlay.*` of the stream are dropped: the layer does not steer
 //!   the overlay. So are attributes that squashfs has no room for (POSIX access control lists);
-//!   both are told as notes.
+//!   both are reported as notes.
 //!
 //! Bounds: [`MAX_ENTRIES`] names and [`MAX_METADATA_BYTES`] for names, link targets, attributes and lists of blocks.
 

@@ -5,7 +5,7 @@
 //!   store/          the blobs (crate::store)
 //!   deployments/    one folder per signed system (deployment.rs)
 //!   state.json      which is current, pending, previous (state.rs): the one source of truth
-//!   floor.json      the development floor of `--floor file`
+//!   floor           the development floor of `--floor file` (floor/file.rs)
 //!   scratch/TARGET/ writable upper layers
 //!   fetch.lock      flock: held by the process that fetches the rest of a pending deployment (fetching.rs)
 //!   lock            flock: exclusive for whatever changes the above, shared for readers that
@@ -127,7 +127,7 @@ impl System {
 
     /// Takes the system's lock for a change. If another process holds it, calls `waiting` and waits.
     ///
-    /// A state file that cannot be read is written anew ([`recover`]).
+    /// A state file that cannot be read is rebuilt ([`recover`]).
     pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
         self.renew_state(self.lock_as_it_is(waiting)?)
     }

@@ -253,7 +253,7 @@ fn look<T>(
 }
 
 /// The same for a registry, whose systems are listed by their tags: the highest version is looked at first,
-/// and the first one that verifies is taken. Its tag must tell the truth: a registry that plants names could
+/// and the first one that verifies is taken. Its tag must be true: a registry that plants names could
 /// as well leave some out, and all of them would have to be fetched to find out.
 fn look_by_tags<T>(
     from: &dyn Transport,

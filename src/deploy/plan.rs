@@ -288,7 +288,7 @@ fn plan_blobs(
 }
 
 /// Whether a registry still offers what is current or pending here, found out by one HEAD (and the
-/// list of versions, where none is named); `None` where only the offer itself can tell.
+/// list of versions, where none is named); `None` where only the offer itself shows it.
 ///
 /// The registry's word is enough to do nothing: one that lies could as well hide what is new.
 pub fn unchanged(

@@ -13,10 +13,10 @@
 use std::fs;
 use std::path::Path;
 
+use super::System;
 use super::deployment;
 use super::error::DeployError;
 use super::state::{Damage, DeploymentId, Refusal, State, TRIES, clip};
-use super::{System, booted::BootRecord};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::floor::FloorError;
@@ -30,7 +30,7 @@ pub(super) fn by_name(system: &System, damage: Damage) -> Result<State, DeployEr
         deployment::read(system, id).is_ok_and(|signed| Digest::of(&signed.manifest) == id.digest)
     });
     found.reverse();
-    let booted = BootRecord::load(&super::booted::path()).ok().flatten().map(|record| record.deployment);
+    let booted = super::booted::deployment().ok().flatten();
     let current = booted.filter(|id| found.contains(id)).or(found.first().copied());
     let previous = found.iter().copied().find(|id| Some(*id) < current);
     let mut state = State::anew(damage, found);

@@ -12,7 +12,7 @@
 //! The reader of verified blocks ([`VerifiedSource`]) knows one arrangement: data, superblock, tree. [`Joined`] shows it
 //! any other one as that.
 //!
-//! **Trust.** Only the root hash is trusted, and the user gives it. The superblock says how many blocks of data the tree
+//! **Trust.** Only the root hash is trusted, and the user provides it. The superblock says how many blocks of data the tree
 //! covers. A false number cannot show a wrong byte: another number of levels, or another block below the root, has
 //! another hash; and an image that is longer than what the tree covers is refused. Bytes beyond the data are never
 //! served.

@@ -48,7 +48,7 @@ impl MountFlags {
         .fold(0, |all, (_, bit)| all | bit)
     }
 
-    /// Takes over a list of options as mount(8) gives it.
+    /// Applies a list of options as mount(8) passes it.
     ///
     /// Options for mount(8) and systemd alone (`x-…`, `_netdev`, `nofail` …) are passed over. The
     /// tree is read-only always, so `rw` is refused.

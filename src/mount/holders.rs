@@ -40,7 +40,7 @@ impl std::fmt::Display for Users {
         let processes = self.processes.iter().map(ToString::to_string);
         let mounts = self.mounts.iter().map(|path| format!("the mount at {}", path.display()));
         let all: Vec<String> = processes.chain(mounts).collect();
-        f.write_str(if all.is_empty() { "somebody who cannot be seen from here" } else { "" })?;
+        f.write_str(if all.is_empty() { "a process that cannot be seen from here" } else { "" })?;
         f.write_str(&all.join(", "))
     }
 }

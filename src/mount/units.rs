@@ -10,7 +10,7 @@
 //!   KillMode       process                                        nothing but the daemon is killed
 //! ```
 //!
-//! A daemon that was forked lives in the unit or the session of whoever called `mosfs`, ends when
+//! A daemon that was forked lives in the unit or the session of the caller of `mosfs`, ends when
 //! that is stopped, and nobody starts it again when it dies. In a unit of its own it does neither.
 //! A plain `umount` ends the daemon with success, which ends the unit.
 //!
@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn the_unit_reads_back_as_systemd_writes_it() {
-        // What systemd-run is told is what ends up in the unit's file, but for prefixes of commands: with `:` among
+        // What systemd-run is passed is what ends up in the unit's file, but for prefixes of commands: with `:` among
         // them systemd writes `ExecStopPostEx=` (load-fragment of 252 does not know that key).
         let unit = Unit {
             source: "app".into(),

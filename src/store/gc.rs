@@ -1,7 +1,7 @@
 //! Garbage collection: removes what no name reaches.
 //!
 //! Marked are `index.json`'s entries, with or without a name, and what they reach: manifests of nested
-//! indexes, config, layers, subject; and the digests that the caller gives. An entry without a name whose
+//! indexes, config, layers, subject; and the digests that the caller passes. An entry without a name whose
 //! subject is gone is removed too, as it refers to nothing. Then blobs without a mark and temporary files are
 //! removed, names first, so that a crash leaves garbage but never a name without its blobs.
 //!

@@ -136,7 +136,7 @@ pub fn usable_cores() -> usize {
     if done == 0 { unsafe { libc::CPU_COUNT(&set) as usize } } else { 2 }
 }
 
-/// How many threads want to run on this machine, as /proc/loadavg says it (proc(5)).
+/// The number of runnable threads of this machine, from /proc/loadavg (proc(5)).
 pub struct Load(File);
 
 impl Load {

@@ -16,7 +16,7 @@ pub fn open_device() -> io::Result<OwnedFd> {
     Ok(options.read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?.into())
 }
 
-/// Takes over a connection to FUSE that was opened by whoever started this process, by its number.
+/// Takes over, by its number, a connection to FUSE that the parent process opened.
 ///
 /// # Errors
 /// `EBADF`; `InvalidInput` for a descriptor of something else.

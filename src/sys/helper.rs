@@ -137,7 +137,7 @@ fn send(socket: &OwnedFd, bytes: &[u8], descriptor: Option<&OwnedFd>) -> io::Res
     message.msg_iovlen = 1;
     if let Some(descriptor) = descriptor {
         message.msg_control = control.as_mut_ptr().cast();
-        // SAFETY: arithmetic alone; `control` has room for one descriptor, so that CMSG_FIRSTHDR gives a
+        // SAFETY: arithmetic alone; `control` has room for one descriptor, so that CMSG_FIRSTHDR returns a
         // whole header in it, behind which the descriptor is written.
         unsafe {
             message.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;

@@ -1,7 +1,8 @@
 //! The only module with `unsafe`: thin, safe wrappers of system calls and CPU instructions.
 //!
-//! Each wrapper returns `io::Result`, owns what it opens (`OwnedFd`), and has a SAFETY line on each `unsafe`
-//! block. Nothing here depends on the formats of mosfs.
+//! Each wrapper returns `io::Result`, or an error of its own that names the whole call ([`mountapi`], [`dm`],
+//! [`tpm`]). It owns what it opens (`OwnedFd`), and each `unsafe` block has a SAFETY line. Nothing here depends
+//! on the formats of mosfs. [`flock`], [`locks`] and [`notify`] need no `unsafe`.
 
 pub mod atomic;
 pub mod blkid;

@@ -178,7 +178,7 @@ impl dyn Transport + '_ {
         }
     }
 
-    /// Whether a manifest is that of an artifact. One that cannot be read is no artifact: whoever wants it gets the error.
+    /// Whether a manifest is that of an artifact. One that cannot be read is no artifact: opening it returns the error.
     fn is_artifact(&self, entry: &Descriptor) -> bool {
         let manifest = || self.manifest(entry).ok();
         entry.is_manifest()

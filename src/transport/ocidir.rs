@@ -110,7 +110,7 @@ impl OciDir {
         self.blob_folder().path(digest)
     }
 
-    /// The blobs, for whoever mounts an image of this layout.
+    /// The blobs, to mount an image of this layout.
     pub fn blobs(&self) -> Arc<dyn Blobs> {
         Arc::new(self.blob_folder())
     }
@@ -129,7 +129,7 @@ impl OciDir {
             .map_err(|source| TransportError::Document { object: path.display().to_string(), source })
     }
 
-    /// Opens a blob's file and tells its size in bytes.
+    /// Opens a blob's file and returns it with its size in bytes.
     ///
     /// # Errors
     /// [`TransportError::BlobMissing`].

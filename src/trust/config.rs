@@ -1,4 +1,4 @@
-//! CONFIG: what a device trusts. This module alone reads and writes its files.
+//! What a device trusts, in CONFIG. This module alone reads and writes these files.
 //!
 //! ```text
 //! CONFIG/manifestCA.pem     one certificate or several, any of which may end a chain
@@ -282,7 +282,7 @@ impl CaFile {
         let bytes = file::find_regular(path, Links::Followed, MAX_CERTIFICATE_BYTES as u64)?;
         // A device that already runs with such a file keeps running: refusing would undo nothing.
         if let Some(label) = bytes.as_deref().and_then(private_key) {
-            log::warn!("{} holds a private key ({label}): whoever has read it can sign", path.display());
+            log::warn!("{} holds a private key ({label}): anyone who has read it can sign", path.display());
         }
         bytes.map(|bytes| Self::parse(&bytes, path)).transpose()
     }

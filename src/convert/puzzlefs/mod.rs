@@ -161,7 +161,7 @@ fn store_all(
                     break;
                 }
             };
-            // Only the storing thread closes its queue early: its error is the one to tell.
+            // Only the storing thread closes its queue early: its error is the one to report.
             if order.send(outcome).is_err() || jobs.send(Job { data, done }).is_err() {
                 break;
             }
@@ -295,7 +295,7 @@ pub enum PuzzlefsError {
 impl Classified for PuzzlefsError {
     fn class(&self) -> Class {
         match self {
-            // What there is to do is up to whoever wrote the import manifest.
+            // The author of the import manifest has to resolve it.
             Self::TooLarge { .. } | Self::Metadata { .. } | Self::TooMuch { .. } | Self::NoReader { .. } => {
                 Class::Input
             }

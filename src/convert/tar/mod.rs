@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Sources: POSIX.1-2017 pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar manual,
-//! "Basic Tar Format" and "Sparse Formats"; star(5). The magic bytes tell the dialects apart:
+//! "Basic Tar Format" and "Sparse Formats"; star(5). The magic bytes distinguish the dialects:
 //!
 //! | at 257 | dialect | name | device numbers, sparse files of the type `S` |
 //! | --- | --- | --- | --- |

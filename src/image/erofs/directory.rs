@@ -6,7 +6,7 @@
 //! name                  up to the name of the next entry; the last one up to a NUL or the end of the block
 //! ```
 //!
-//! The first name begins where the entries end, which tells how many there are. Names are sorted by byte
+//! The first name begins where the entries end, which determines how many there are. Names are sorted by byte
 //! within a block and from block to block, `.` and `..` among them. A look-up relies on that, and a listing
 //! checks it. A cookie is the number of a block times 2^16, plus the number of the entry after the one that
 //! it was given with.

@@ -447,7 +447,7 @@ impl Merged {
         match kind {
             FileType::CharDevice => Ok(self.part_attr(part)?.rdev == 0),
             FileType::Regular if self.layers[part.layer].has_xattrs() => {
-                // A file that cannot be read hides nothing; whoever opens it gets the error.
+                // A file that cannot be read hides nothing; opening it returns the error.
                 let Ok(attr) = self.part_attr(part) else { return Ok(false) };
                 if attr.size_bytes != 0 || !attr.has_xattrs {
                     return Ok(false);

@@ -13,7 +13,7 @@ use crate::image::{Attr, FileType, Layer, LayerError};
 /// How many folders and files with several names a check remembers, at the most (about 100 MiB for each).
 const REMEMBERED: usize = 1 << 22;
 
-/// What a check has to tell.
+/// What a check reports.
 #[derive(Debug)]
 pub enum Event<'a> {
     /// A file, before its content is read. A file with several names comes once for each.
@@ -61,7 +61,7 @@ struct Check<'a, 'v> {
 impl Squashfs {
     /// Reads every file of the image: inodes, names, links, attributes, and each stored block.
     ///
-    /// It tells every problem and goes on, as far as there is something to go on with. Each fragment block and the
+    /// It reports every problem and continues as far as it can. Each fragment block and the
     /// content of each file is decoded once; memory is bounded by 25 bytes for each folder, linked file
     /// and fragment block.
     pub fn check_all(&self, visit: &mut Visit<'_>) -> ControlFlow<()> {
@@ -265,7 +265,7 @@ impl Check<'_, '_> {
         let Place::Shared { block, offset } = extent.place else { return Ok(()) };
         let len = match self.fragments.get(&block.start) {
             Some(Some(len)) => *len,
-            // It was told at the first file that needs it; each file that is hit is named.
+            // It was reported at the first file that needs it; each file that is hit is named.
             Some(None) | None => {
                 let result = self.image.decode(block, &mut self.block);
                 let len = result.is_ok().then_some(self.block.len() as u32);

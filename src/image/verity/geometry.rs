@@ -124,7 +124,7 @@ mod tests {
             assert_eq!(Geometry::of_file(expected.file_bytes()), Some(expected.clone()), "{count}");
             assert_eq!(Geometry::of_file(expected.file_bytes() + 1), None, "{count}");
         }
-        // No number of data blocks gives these: with 129 there are two more blocks than with 128.
+        // No number of data blocks yields these: with 129 there are two more blocks than with 128.
         for bytes in [0, 1, 4096, 4097, 131 * 4096, 132 * 4096, u64::MAX] {
             assert_eq!(Geometry::of_file(bytes), None, "{bytes}");
         }

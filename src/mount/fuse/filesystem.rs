@@ -339,7 +339,7 @@ impl Filesystem for Tree {
                             is_here = false;
                             return true;
                         }
-                        // The name is there; whoever wants more of it asks again and gets the error. Node 0: the
+                        // The name is there; a later lookup returns the error. Node 0: the
                         // kernel takes nothing over, so that no made-up size ends up in an inode it knows.
                         Err(_) => (Duration::ZERO, bare_attr(0, file_type)),
                     }

@@ -6,12 +6,13 @@
 
 use std::fs;
 use std::io;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::mount::MountError;
+use crate::sys::locks;
 
 /// What the names of fuser's threads begin with.
 const PREFIX: &str = "fuser-";
@@ -45,7 +46,7 @@ impl OnDemand {
         if !self.is_waiting.swap(false, Ordering::AcqRel) {
             return;
         }
-        let run = self.run.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let run = locks::lock(&self.run).take();
         if let Some(Err(error)) = run.map(|run| spawn(self.name, run)) {
             log::warn!("{} ({error})", self.name);
         }

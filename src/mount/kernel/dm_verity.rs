@@ -13,10 +13,10 @@
 //! holder; [`DmVerity::open`] removes it.
 //!
 //! **Trust.** Only the root hash is believed; it comes from the verified OCI manifest. The verity
-//! superblock in the file says where the tree is and which salt it has. A false one gives blocks
+//! superblock in the file says where the tree is and which salt it has. A false one yields blocks
 //! that do not match the root hash.
 //!
-//! **Sharing.** A device is named by its root hash and used by all who want that layer. Before it
+//! **Sharing.** A device is named by its root hash and shared by all mounts of that layer. Before it
 //! is used again its live table is compared with the one that would have been loaded.
 //!
 //! **Locks.** `RUN/dm.lock` (flock) is held from the look-up of a device until it has a holder.
@@ -244,7 +244,7 @@ impl DmVerity {
                 continue;
             }
             let Ok(status) = self.control.status(&device.name) else { continue };
-            // Rule: the UUID tells whose a device is. Anybody's volume group may be called `mosfs`.
+            // Rule: the UUID identifies a device's owner. Any volume group may be called `mosfs`.
             if status.uuid.starts_with(UUID_PREFIX) && status.open_count == 0 && !status.deferred_remove {
                 // Whoever opened it meanwhile keeps it: the removal is then refused as busy.
                 let _ = self.control.remove(&device.name, false);

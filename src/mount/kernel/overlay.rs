@@ -9,7 +9,7 @@
 //! can go as soon as the overlay is made. Nothing but the overlay ever shows in the caller's mount
 //! tree, and a process that is killed at any step leaves nothing.
 //!
-//! The empty folder is always the lowest layer. Linux wants two lowers where there is no upper one,
+//! The empty folder is always the lowest layer. Linux requires two lowers where there is no upper one,
 //! and with it a stack of one layer is like every other: no whiteout is a device in it, and no
 //! `trusted.overlay.*` attribute is shown.
 //!

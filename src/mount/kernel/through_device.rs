@@ -9,7 +9,7 @@
 //! **What does not match** is EIO from the device, without a word of what was found. Such a read is done
 //! again from the file, under the root hash, by our own reader: it says which block is bad and what was
 //! expected, or has the right bytes after all. So the answer never depends on the device: whatever
-//! it gives was checked by the kernel or is checked here.
+//! it returns was checked by the kernel or is checked here.
 //!
 //! Users other than root may not open the device, and read the file.
 

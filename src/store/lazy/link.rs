@@ -26,7 +26,7 @@ const SAY_EVERY: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, thiserror::Error)]
 pub(super) enum LinkError {
     /// The last request failed a moment ago, and nothing has succeeded since.
-    #[error("not here, and its source does not answer: {0}")]
+    #[error("not fetched yet, and its source does not answer: {0}")]
     Broken(String),
     /// This request failed.
     #[error("{0}")]

@@ -20,10 +20,10 @@ const EO_UNSIGNED_LT: u16 = 0x0005;
 impl NvIndex {
     /// The index's Name: the digest of its public area behind the algorithm's number.
     pub fn name(&self) -> Result<Vec<u8>, TpmError> {
-        name_of(&self.inner, "give an index's Name", self.handle)
+        name_of(&self.inner, "return an index's Name", self.handle)
     }
 
-    /// The index's public area, as the TPM tells it.
+    /// The index's public area, as the TPM reports it.
     pub fn area(&self) -> Result<NvArea, TpmError> {
         let operation = "describe an NV index";
         let (mut public, mut name) = (null_mut(), null_mut());
@@ -111,7 +111,7 @@ impl Object {
 impl Session {
     /// The number that the TPM drew for this session.
     pub fn nonce(&self) -> Result<Vec<u8>, TpmError> {
-        let operation = "give a session's nonce";
+        let operation = "return a session's nonce";
         // SAFETY: as in `NvIndex::read`.
         let nonce = unsafe {
             self.inner.fetch(operation, |library, esys, nonce| {

@@ -64,7 +64,7 @@ pub enum TpmError {
     Absent {
         /// Where it was looked for.
         tcti: Tcti,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: std::io::Error,
     },
     /// tpm2-tss is not installed, or is of another ABI.
@@ -78,17 +78,17 @@ pub enum TpmError {
     Timeout {
         /// Where the TPM is.
         tcti: Tcti,
-        /// What was asked of it.
+        /// What it was asked to do.
         operation: &'static str,
-        /// The time that it was given.
+        /// The time limit.
         budget: Duration,
     },
-    /// It keeps saying that it is busy.
+    /// It is still busy after all retries.
     #[error("the TPM at {tcti} is still too busy to {operation} after {tries} tries (response {code:#x})")]
     Busy {
         /// Where the TPM is.
         tcti: Tcti,
-        /// What was asked of it.
+        /// What it was asked to do.
         operation: &'static str,
         /// How often it was asked.
         tries: u32,
@@ -100,17 +100,17 @@ pub enum TpmError {
     Io {
         /// Where the TPM is.
         tcti: Tcti,
-        /// What was asked of it.
+        /// What it was asked to do.
         operation: &'static str,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: std::io::Error,
     },
-    /// What it answered makes no sense.
+    /// Its response is malformed.
     #[error("the TPM at {tcti} was asked to {operation} and answered nonsense: {found}")]
     Garbled {
         /// Where the TPM is.
         tcti: Tcti,
-        /// What was asked of it.
+        /// What it was asked to do.
         operation: &'static str,
         /// What is wrong with the answer.
         found: String,
@@ -120,7 +120,7 @@ pub enum TpmError {
     Refused {
         /// Where the TPM is.
         tcti: Tcti,
-        /// What was asked of it.
+        /// What it was asked to do.
         operation: &'static str,
         /// The response code.
         code: u32,
@@ -148,8 +148,8 @@ pub fn check_library() -> Result<(), TpmError> {
     loaded.map_err(|message| TpmError::Library { message: message.to_string() })
 }
 
-/// Keeps tpm2-tss from writing to stderr what is reported as an error anyway; whoever sets
-/// `TSS2_LOG` still gets it.
+/// Keeps tpm2-tss from writing to stderr what is reported as an error anyway, unless
+/// `TSS2_LOG` is set.
 ///
 /// To be called before the process has threads, because it changes the environment.
 pub fn silence_library() {
@@ -159,7 +159,7 @@ pub fn silence_library() {
     }
 }
 
-/// A P-256 public key, as the TPM takes it: sign only, ECDSA with SHA-256, name algorithm SHA-256, no policy.
+/// A P-256 public key, in the form that the TPM loads: sign only, ECDSA with SHA-256, name algorithm SHA-256, no policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublicPoint {
     /// The x coordinate, big-endian.
@@ -181,7 +181,7 @@ pub struct NvArea {
     pub bytes: u16,
 }
 
-/// What PolicyAuthorize wants to see: that this TPM checked a signature.
+/// What PolicyAuthorize requires: proof that this TPM checked a signature.
 pub struct VerifiedTicket(tss::TPMT_TK_VERIFIED);
 
 struct Inner {
@@ -248,7 +248,7 @@ impl Tpm {
 
     /// Waits until no other process of mosfs holds this lock file, and holds it.
     ///
-    /// The file is one of ours: whoever may open the TPM's device could hold a lock of it for ever.
+    /// The lock is a file of mosfs, because anyone who may open the TPM's device could lock that for ever.
     ///
     /// # Errors
     /// [`TpmError::Timeout`] when the budget is spent; [`TpmError::Io`] where there can be no lock file.
@@ -448,7 +448,7 @@ impl Inner {
         Ok(value)
     }
 
-    /// Makes a call that gives one value which its caller has to free, and returns a copy of the value.
+    /// Makes a call that returns one value which its caller has to free, and returns a copy of the value.
     ///
     /// # Safety
     /// `call` may only let the library put a pointer of that kind into its last argument.

@@ -4,7 +4,7 @@
 //! specification, `TSS2_TCTI_CONTEXT_COMMON_V2`). This is such a table, because those of
 //! tpm2-tss 3.2 cannot be bounded in time: the one for swtpm ignores the time limit that it is
 //! given, so that a second client of one swtpm waits for ever. It also needs no `dlopen` of
-//! `libtss2-tcti-device.so.0`, which an initramfs would have to be told of.
+//! `libtss2-tcti-device.so.0`, which would have to be copied into an initramfs.
 //!
 //! What is received is checked before tpm2-tss sees it:
 //!
@@ -144,7 +144,7 @@ pub(super) struct Channel {
 
 struct State {
     link: Box<dyn Link>,
-    /// A character device gives a whole response to one read; a socket gives a stream.
+    /// A character device returns a whole response to one read; a socket returns a stream.
     whole_reads: bool,
     deadline: Instant,
     /// A response that has arrived whole and was not taken yet.
@@ -339,7 +339,7 @@ fn check_header(response: &[u8]) -> Result<usize, Failure> {
     let bytes = bytes.ok_or_else(|| Failure::Garbled(format!("a response that says it has {size} bytes")))?;
     let code = u32::from_be_bytes(*code);
     if code != 0 && (code >= 0x1000 || code & 0x180 == 0) {
-        return Err(Failure::Garbled(format!("the response code {code:#x}, which no TPM 2.0 gives")));
+        return Err(Failure::Garbled(format!("the response code {code:#x}, which no TPM 2.0 returns")));
     }
     if code != 0 && bytes != HEADER_BYTES {
         return Err(Failure::Garbled(format!("an error response of {bytes} bytes")));
@@ -384,7 +384,7 @@ unsafe extern "C" fn transmit(
     }
 }
 
-/// TCTI specification, `receive`: gives the response, or its size where there is no room for it yet.
+/// TCTI specification, `receive`: returns the response, or its size where the buffer is too small.
 ///
 /// # Safety
 /// Called by the library alone, with the context that it was given and, for its length, valid pointers.

@@ -28,7 +28,7 @@ const MARGIN: Duration = Duration::from_secs(10);
 /// The most challenges that are read from an answer.
 const MAX_CHALLENGES: usize = 8;
 
-/// How a registry wants to be asked (RFC 9110, section 11.3).
+/// The authentication that a registry requires (RFC 9110, section 11.3).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Challenge {
     /// With user and password.

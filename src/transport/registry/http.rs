@@ -55,7 +55,7 @@ pub(super) enum Payload<'a> {
         file: &'a File,
         /// How many bytes.
         size: u64,
-        /// Whom to tell of what is sent.
+        /// Receives the number of bytes sent.
         task: &'a Task,
     },
 }

@@ -1,7 +1,7 @@
 //! Writing to a registry.
 //!
 //! A blob is asked for first (HEAD), then mounted from another repository that has it, then sent whole:
-//! `POST …/uploads/` gives a place, one `PUT` fills it. An upload that breaks begins again at a new place:
+//! `POST …/uploads/` returns a location, one `PUT` fills it. An upload that breaks begins again at a new place:
 //! registries in use (distribution before 3.0) lose a broken one, and append to it whatever
 //! `Content-Range` says. A digest is checked by the registry and again here, by its name.
 
