@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use super::kernels::{self, KernelsError};
 use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
-use crate::convert::{Codec, Effort, PackingError};
+use crate::convert::{Codec, Effort, ImageKind, PackingError};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
@@ -26,8 +26,8 @@ use crate::floor::{self, FloorError};
 use crate::image::oci::{Descriptor, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
-    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, SYSTEM_MEDIA_TYPE,
-    StorageType, SystemManifest, TargetName,
+    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, LayerKind,
+    SYSTEM_MEDIA_TYPE, StorageType, SystemManifest, TargetName,
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
@@ -222,7 +222,11 @@ fn effort_for(target: Option<&ImportTarget>, effort: Effort) -> Result<Effort, P
         LayerCompression::Zstd => Codec::Zstd,
         LayerCompression::Lz4 => Codec::Lz4,
     });
-    Ok(Effort { packing: effort.packing.with(codec, choice.block_bytes)?, ..effort })
+    let kind = choice.format.map(|format| match format {
+        LayerKind::Squashfs => ImageKind::Squashfs,
+        LayerKind::Erofs => ImageKind::Erofs,
+    });
+    Ok(Effort { packing: effort.packing.with(kind, codec, choice.block_bytes)?, ..effort })
 }
 
 /// Stores a signed system and names it, in one step. Its images are already in the store.
