@@ -30,6 +30,7 @@ pub mod candidates;
 pub mod check;
 pub mod cmdline;
 pub mod event_log;
+pub mod init;
 pub mod measure;
 pub mod settings;
 
@@ -45,11 +46,13 @@ use settings::{Settings, SettingsError};
 
 use crate::deploy::booted::BootRecord;
 use crate::deploy::choice;
+use crate::deploy::kernel::{self, RunningKernelError};
 use crate::deploy::state::Refusal;
 use crate::deploy::{DeployError, DeploymentId, System, check_images, target};
+use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
-use crate::floor::{self, Floor, FloorError, Place};
+use crate::floor::{self, Floor, FloorError, FloorLocation};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::{Request, Timing};
 use crate::sys::file;
@@ -69,7 +72,7 @@ pub struct Setup {
     /// The folder of what lives as long as this boot (`/run/mosfs`).
     pub run_dir: PathBuf,
     /// Where the floor is.
-    pub floor: Place,
+    pub floor: FloorLocation,
     /// How long to wait for the TPM and the system partition.
     pub patience: Duration,
 }
@@ -144,6 +147,9 @@ pub enum BootError {
     /// The boot could not be measured.
     #[error(transparent)]
     Measure(#[from] MeasureError),
+    /// It is not known which kernel runs.
+    #[error(transparent)]
+    Kernel(#[from] RunningKernelError),
     /// A file could not be used.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -157,6 +163,7 @@ impl Classified for BootError {
             Self::Deploy(error) => error.class(),
             Self::Settings(error) => error.class(),
             Self::Measure(error) => error.class(),
+            Self::Kernel(error) => error.class(),
             Self::NoPartition { .. }
             | Self::BadPartition { .. }
             | Self::NoBlkid(_)
@@ -172,7 +179,7 @@ fn list(passed_over: &[PassedOver]) -> String {
 
 /// What mounting a deployment's root gives.
 struct Started {
-    digest: crate::digest::Digest,
+    digest: Digest,
     target: String,
     backend: &'static str,
     layers: Duration,
@@ -192,18 +199,27 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
     let overlay = settings.overlay(options.overlay)?;
     let anchor = Anchor::load(&setup.config)?;
     let config = measure::config_digest(&setup.config)?;
+    let kernel = kernel::running(&setup.config)?;
     let mut floor = floor::open(&setup.floor, &setup.config)?;
     if let Some(warning) = floor.warning() {
         say(warning);
     }
     let floor_time = Cell::new(Duration::ZERO);
     let mut patient = PatientFloor { inner: floor.as_mut(), time: &floor_time, end: clock + setup.patience };
-    if matches!(setup.floor, Place::Tpm(..)) {
+    if matches!(setup.floor, FloorLocation::Tpm(..)) {
         // What cannot be trusted stops the boot, whatever is on the disks.
         patient.read()?;
     }
-    let mut attempt =
-        Attempt { setup, options, settings: &settings, overlay, anchor: &anchor, floor: &mut patient, say };
+    let mut attempt = Attempt {
+        setup,
+        options,
+        settings: &settings,
+        overlay,
+        anchor: &anchor,
+        floor: &mut patient,
+        kernel,
+        say,
+    };
     let (chosen, partition) = find_and_choose(&mut attempt, clock)?;
     // A TPM behind a socket takes one connection at a time.
     drop(floor);
@@ -255,8 +271,8 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
 ///
 /// # Errors
 /// Where the TPM did not take it.
-pub fn refuse(place: &Place, patience: Duration) -> Result<(), BootError> {
-    let Place::Tpm(tcti, budget) = place else { return Ok(()) };
+pub fn refuse(place: &FloorLocation, patience: Duration) -> Result<(), BootError> {
+    let FloorLocation::Tpm(tcti, budget) = place else { return Ok(()) };
     let end = Instant::now() + patience.min(REFUSE_WITHIN);
     loop {
         match measure::extend(tcti, (*budget).min(REFUSE_WITHIN), measure::REFUSED) {
@@ -276,6 +292,7 @@ struct Attempt<'a, 'f> {
     overlay: Overlay,
     anchor: &'a Anchor,
     floor: &'a mut PatientFloor<'f>,
+    kernel: Option<Digest>,
     say: &'a dyn Fn(&str),
 }
 
@@ -293,7 +310,7 @@ impl Attempt<'_, '_> {
         let begin = Instant::now();
         let verified_at = Cell::new(begin);
         let (setup, settings, options, overlay) = (self.setup, self.settings, self.options, self.overlay);
-        let booted = choice::choose(&system, self.anchor, self.floor, |verified, _| {
+        let booted = choice::choose(&system, self.anchor, self.floor, self.kernel, |verified, _| {
             verified_at.set(Instant::now());
             start(setup, &system, settings, options, overlay, verified)
         })?;
@@ -412,7 +429,7 @@ fn start(
 
 /// Extends the PCR. The development floor stands for a machine without a TPM.
 fn measure(setup: &Setup, identity: &Identity<'_>, say: &dyn Fn(&str)) -> Result<(), BootError> {
-    let Place::Tpm(tcti, budget) = &setup.floor else { return Ok(()) };
+    let FloorLocation::Tpm(tcti, budget) = &setup.floor else { return Ok(()) };
     if let Some(error) = measure::extend(tcti, *budget, &identity.event())? {
         say(&format!("the measurement is not in the event log: {error}"));
     }

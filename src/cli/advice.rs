@@ -1,5 +1,6 @@
 //! What a user can do about an error. All hints are here, and only [`super::output`] asks for them.
 
+use super::kernel::KernelArgsError;
 use super::plain::FileArgsError;
 use crate::convert::ConvertError;
 use crate::convert::erofs::ErofsError;
@@ -7,12 +8,15 @@ use crate::convert::image::IngestError;
 use crate::convert::puzzlefs::PuzzlefsError;
 use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;
+use crate::deploy::booted::BootRecordError;
+use crate::deploy::esp::EspError;
 use crate::error::{AnyError, Class, Classified};
 use crate::floor::{FloorError, TpmFloorProblem};
 use crate::image::plain::PlainError;
 use crate::image::verity::VerityError;
 use crate::manifest::{ImportErrors, SystemError};
 use crate::mount::MountError;
+use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
 use crate::store::StoreError;
@@ -36,6 +40,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_floor))
             .or_else(|| this.downcast_ref().and_then(for_activation))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
+            .or_else(|| this.downcast_ref().and_then(for_boot_record))
             .or_else(|| this.downcast_ref().and_then(for_store))
             .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_secret))
@@ -48,9 +53,11 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_system))
             .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_import))
+            .or_else(|| this.downcast_ref().and_then(for_build))
+            .or_else(|| this.downcast_ref().and_then(for_esp))
+            .or_else(|| this.downcast_ref().and_then(for_kernel_args))
             .or_else(|| this.downcast_ref().and_then(for_file))
             .or_else(|| this.downcast_ref().and_then(for_mount))
-            .or_else(|| this.downcast_ref().and_then(for_build))
             .or_else(|| this.downcast_ref().and_then(for_ingest))
             .or_else(|| this.downcast_ref().and_then(for_convert));
         if found.is_some() {
@@ -61,8 +68,31 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
     None
 }
 
+fn for_esp(error: &EspError) -> Option<&'static str> {
+    match error {
+        EspError::NoSpace { .. } => Some(
+            "remove files that are no longer needed from EFI/Linux, or use a larger EFI system partition",
+        ),
+        EspError::None { .. } => Some("mount the EFI system partition, and name it with `--esp DIR`"),
+        _ => None,
+    }
+}
+
+fn for_kernel_args(error: &KernelArgsError) -> Option<&'static str> {
+    matches!(error, KernelArgsError::NoFloorKey).then_some("add `--floor-key` or `--floor-pub`")
+}
+
 fn for_build(error: &BuildError) -> Option<&'static str> {
     match error {
+        BuildError::Boot(BootTargetError::Kernel(
+            KernelError::Several { .. } | KernelError::NotThere { .. },
+        )) => Some("`--kernel RELEASE` selects one"),
+        BuildError::Boot(BootTargetError::Initramfs(InitramfsError::NoProgram { .. })) => {
+            Some("install mosfs in the hostfs image, as a package or with `make install`")
+        }
+        BuildError::Boot(BootTargetError::Missing { .. }) => {
+            Some("install systemd's stub and boot loader in the hostfs image (Debian: systemd-boot-efi)")
+        }
         BuildError::NoMedium { .. } => {
             Some("remove `image_type` from the import manifest to build the system alone")
         }
@@ -163,9 +193,11 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::Trust(error) => return for_trust(error),
         DeployError::Transport(error) => return for_transport(error),
         DeployError::Store(error) => return for_store(error),
+        DeployError::Esp(error) => return for_esp(error),
         DeployError::VersionElsewhere { .. } => "build the other system with a higher version",
         DeployError::Floor(error) => return for_floor(error),
         DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
+        DeployError::Locked { .. } => "let the other process finish, or end it; `--wait` waits longer",
         DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
         DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
         DeployError::NoSpace { .. } => {
@@ -180,15 +212,26 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::BootUnknown { .. } => {
             "run it in the system that mosfs has started; for a machine that mosfs never starts there is --unbooted"
         }
+        DeployError::StillFetching { .. } => {
+            "`mosfs update --finish` fetches the rest; `mosfs status` shows how much of it is here"
+        }
+        DeployError::NoSource { .. } => {
+            "name it: `mosfs activate --lazy --from docker://…`, or `mosfs update docker://…`"
+        }
         DeployError::NoTriesLeft { .. } => "`mosfs update --again SOURCE` tries it once more",
         DeployError::NotSigned { .. } => {
             "copy the whole system: its signature and certificate are artifacts of their own"
         }
-        DeployError::State { .. } => {
-            "run the mosfs that wrote the file, or a later one; `mosfs repair` writes a damaged one anew"
-        }
+        DeployError::BootRecord(error) => return for_boot_record(error),
         _ => return None,
     })
+}
+
+fn for_boot_record(error: &BootRecordError) -> Option<&'static str> {
+    match error {
+        BootRecordError::Malformed { .. } => Some("`mosfs boot` writes it at each boot: restart the machine"),
+        BootRecordError::Io(_) => None,
+    }
 }
 
 fn for_secret(_: &SecretInPublic) -> Option<&'static str> {

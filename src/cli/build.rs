@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::kernel::KernelArgs;
 use super::{Global, RegistryArgs, output, progress};
 use crate::convert::{Codec, Effort, ImageKind, Packing};
 use crate::error::{AnyError, Class, Classified, IoContext};
@@ -15,7 +16,7 @@ use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as repro
 use crate::progress::Progress;
 use crate::publish::base::Base;
 use crate::publish::build::{Built, Signer, Sources, build, refuse_medium};
-use crate::publish::halves::{self, Made};
+use crate::publish::halves::{self, ExternalSignatures};
 use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::read_named;
@@ -99,6 +100,8 @@ pub(super) struct Build {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22), help_heading = "Layers")]
     level: Option<i32>,
     #[command(flatten)]
+    kernel: KernelArgs,
+    #[command(flatten)]
     registry: RegistryArgs,
 }
 
@@ -158,13 +161,15 @@ pub(super) fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
     let platform = args.platform.clone().unwrap_or_else(Platform::this_machine);
-    let sources = Sources { access: &access, platform: &platform };
+    let sources = Sources { access: &access, platform: &platform, boot: None };
     let base = match &args.base {
         Some(name) => Some(Base::of(&Store::open(&args.store)?, name)?),
         None => None,
     };
     let mut built = match (&args.key, &args.to_sign, &args.signature) {
-        (Some(key), ..) => whole(args, key, &certificate.unwrap_or_default(), effort, &sources, &progress)?,
+        (Some(key), ..) => {
+            whole(args, key, &certificate.unwrap_or_default(), &floor_pub, effort, &sources, &progress)?
+        }
         (_, Some(to), _) => {
             first_half(args, to, certificate.as_deref(), &floor_pub, effort, &sources, &progress)?
         }
@@ -225,6 +230,7 @@ fn whole(
     args: &Build,
     key: &Path,
     certificate: &[u8],
+    floor_pub: &[P256PublicKey],
     effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
@@ -233,6 +239,8 @@ fn whole(
     let key = SigningKey::load(key)?;
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| P256PrivateKey::read(path)).collect::<Result<_, _>>()?;
+    let boot = args.kernel.spec(import.product, &floor_keys, floor_pub)?;
+    let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
     Ok(build(&import, &store, &signer, effort, sources, progress)?)
@@ -248,6 +256,8 @@ fn first_half(
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
+    let boot = args.kernel.spec(import.product, &[], floor_pub)?;
+    let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort, sources, progress)?;
     atomic::replace(to, &built.manifest.canonical(), 0o644, "build.message").on("write", to)?;
@@ -272,7 +282,7 @@ fn second_half(
     for path in &args.floor_signature {
         floor_signatures.push((path.clone(), read_file(path, MAX_FLOOR_SIGNATURE)?));
     }
-    let made = Made {
+    let made = ExternalSignatures {
         signature: &signature,
         certificate,
         dates: Dates::check_now(),

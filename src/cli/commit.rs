@@ -1,11 +1,14 @@
 //! `mosfs commit`: this boot is healthy.
 
+use std::time::Duration;
+
 use clap::Args;
 use serde_json::json;
 
+use super::esp::EspArgs;
 use super::{FloorArgs, Global, device, output};
 use crate::deploy::booted;
-use crate::deploy::commit::{self, Ran};
+use crate::deploy::commit::{self, RunningBoot};
 use crate::error::AnyError;
 use crate::trust::Anchor;
 
@@ -18,24 +21,35 @@ pub(super) struct CommitArgs {
     /// For a machine that mosfs does not boot: commit the pending deployment, or the current one.
     #[arg(long)]
     unbooted: bool,
+    /// How long to wait for another mosfs that changes the system, and for the device of the EFI system partition, in
+    /// seconds each.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "SECONDS")]
+    wait: u64,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    esp: EspArgs,
 }
 
 /// Runs `mosfs commit`.
 pub(super) fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
+    super::log::show(global);
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
     let ran = match booted::deployment()? {
-        Some(deployment) => Ran::This(deployment),
+        Some(deployment) => RunningBoot::This(deployment),
         // The development floor can be lowered again, so that a guess can be undone.
-        None => Ran::Unknown { take_pending: args.unbooted || args.floor.in_file() },
+        None => RunningBoot::Unknown { take_pending: args.unbooted || args.floor.in_file() },
     };
     let system = device::system(global);
-    let done = commit::commit(&system, &anchor, floor.as_mut(), ran, device::waiting(global))?;
+    let patience = Duration::from_secs(args.wait);
+    let place = args.esp.find(global, patience)?;
+    let esp = place.esp.as_ref();
+    let waiting = device::waiting(global);
+    let done = commit::commit(&system, &anchor, floor.as_mut(), ran, esp, patience, waiting)?;
     // A TPM behind a socket takes one connection at a time.
-    drop(floor);
-    device::tidy(&system, Some(done.floor_after), global);
+    drop((floor, place));
+    device::tidy(&system, Some(done.floor_after), patience, global);
     output::answer(
         global,
         || {

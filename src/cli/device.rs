@@ -1,8 +1,12 @@
 //! What the commands of a device share: its system, its anchor, its floor.
 
+use std::time::Duration;
+
+use super::esp::{ESP_PATIENCE, EspArgs};
 use super::{FloorArgs, Global, output};
 use crate::deploy::gc::Needs;
 use crate::deploy::{FloorGate, System, space};
+use crate::deploy::{booted, esp};
 use crate::error::AnyError;
 use crate::floor::{self, Floor};
 use crate::trust::config::find_floor_key;
@@ -49,13 +53,28 @@ pub(super) fn floor_if_known(args: &FloorArgs, global: &Global) -> Option<u64> {
 
 /// Removes what nothing needs, after a command that has done its work: what stands in the way of that is said, and is
 /// no failure of the command.
-pub(super) fn tidy(system: &System, floor: Option<u64>, global: &Global) {
+pub(super) fn tidy(system: &System, floor: Option<u64>, patience: Duration, global: &Global) {
     let tidied = || {
-        let lock = system.lock(waiting(global))?;
+        let lock = system.lock_within(patience, waiting(global))?;
         space::tidy(system, &lock, &Needs { floor, ..Needs::of_this_boot()? })
     };
     match tidied() {
         Ok(problems) => problems.iter().for_each(output::note),
         Err(error) => output::note(format_args!("what nothing needs is not removed: {error}")),
     }
+}
+
+/// Brings the kernels on the EFI system partition up to date, where this machine has some there.
+pub(super) fn sync_esp(
+    system: &System,
+    args: &EspArgs,
+    floor: Option<u64>,
+    global: &Global,
+) -> Result<(), AnyError> {
+    super::log::show(global);
+    let place = args.find(global, ESP_PATIENCE)?;
+    let Some(esp) = &place.esp else { return Ok(()) };
+    let _lock = system.lock(waiting(global))?;
+    esp::sync(system, esp, booted::deployment()?, floor)?.report();
+    Ok(())
 }

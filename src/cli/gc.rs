@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
+use super::esp::EspArgs;
 use super::{FloorArgs, Global, device, output};
 use crate::deploy::DeployError;
 use crate::deploy::gc::{self, GcPlan, Needs};
@@ -26,6 +27,8 @@ pub(super) struct Gc {
     store: Option<PathBuf>,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    esp: EspArgs,
 }
 
 /// Runs `mosfs gc`.
@@ -60,6 +63,10 @@ pub(super) fn run(args: &Gc, global: &Global) -> Result<(), AnyError> {
             plan
         }
     };
+    if args.store.is_none() && !args.dry_run {
+        let floor = device::floor_if_known(&args.floor, global);
+        device::sync_esp(&device::system(global), &args.esp, floor, global)?;
+    }
     print(args, &plan, &problems, global)?;
     if problems.is_empty() {
         return Ok(());

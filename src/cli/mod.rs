@@ -9,18 +9,24 @@ mod boot;
 mod build;
 mod commit;
 mod device;
+mod esp;
 mod floor;
 mod gc;
 mod generate;
 mod global;
 mod help;
+mod init;
 mod install;
+mod kernel;
 mod keys;
 mod lazy;
+mod lazy_target;
+mod lazy_update;
 mod log;
 mod manifest;
 mod mount;
 mod notify;
+mod offered;
 pub mod output;
 mod plain;
 mod progress;
@@ -88,6 +94,9 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    if crate::boot::init::is_init() {
+        init::main();
+    }
     // Before there are threads: it changes the environment.
     crate::sys::tpm::silence_library();
     let args: Vec<OsString> = std::env::args_os().collect();

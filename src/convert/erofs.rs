@@ -24,8 +24,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use super::LowerLookup;
 use super::puzzlefs::plan::Content;
-use super::{Below, Codec, ConvertError, Converted, Effort, Packing, Ready, TarLayer, examine};
+use super::{Codec, ConvertError, Converted, Effort, Packing, Ready, TarLayer, examine};
 use super::{tar, write_squashfs};
 use crate::error::{Class, Classified};
 use crate::image::erofs::Erofs;
@@ -127,7 +128,7 @@ pub fn convert_tar(
     to: &File,
     scratch: Scratch<'_>,
     effort: Effort,
-    below: &mut Below<'_>,
+    below: &mut LowerLookup<'_>,
     progress: &Progress,
 ) -> Result<Converted, ConvertError> {
     let temporary = Effort { packing: Packing::temporary(), ..effort };

@@ -208,6 +208,14 @@ impl Packing {
         Self { level: 1, ..Self::default() }
     }
 
+    /// This packing, or the default one where this is not squashfs.
+    pub(crate) fn squashfs(self) -> Self {
+        match self.kind {
+            ImageKind::Squashfs => self,
+            ImageKind::Erofs => Self::default(),
+        }
+    }
+
     /// The format.
     pub fn kind(&self) -> ImageKind {
         self.kind

@@ -29,6 +29,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -38,13 +39,17 @@ use super::{System, target};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Floor};
+use crate::image::blobs::Blobs;
+use crate::image::oci::OciImage;
 use crate::manifest::ServiceType;
+use crate::manifest::system::Target;
 use crate::mount::holders::{self, Users};
-use crate::mount::table::{self, LayerRecord, MountRecord, Mounted};
+use crate::mount::table::{self, LayerRecord, MountRecord, MountinfoEntry};
 use crate::mount::units::{self, Unit};
-use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request};
-use crate::sys::file;
+use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request, Verification};
+use crate::store::Store;
 use crate::sys::flock::Lock;
+use crate::sys::{self, file};
 use crate::trust::Anchor;
 
 /// Maximum number of mounts stacked at one place that are unmounted.
@@ -77,7 +82,7 @@ pub enum Action {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Found {
     /// The topmost mount there.
-    pub mounted: Option<Mounted>,
+    pub mounted: Option<MountinfoEntry>,
     /// Its record.
     pub record: Option<MountRecord>,
     /// Its state, if there is a record.
@@ -96,7 +101,7 @@ pub struct Step {
     /// The reason, if it is not obvious.
     pub why: String,
     /// What should be mounted there, or why that is impossible.
-    wanted: Result<Option<MountPlan>, AnyError>,
+    wanted: Result<Option<(OciImage, MountPlan)>, AnyError>,
 }
 
 /// What an activation would do.
@@ -121,7 +126,7 @@ pub enum Outcome {
 
 /// A completed step.
 #[derive(Debug)]
-pub struct Taken {
+pub struct CompletedStep {
     /// The target.
     pub target: String,
     /// Where it is mounted.
@@ -156,7 +161,17 @@ pub fn lock(run: &Path) -> Result<Lock, IoError> {
     Lock::exclusive(&path).on("lock", &path)
 }
 
-/// Plans an activation of these targets, or of all if none are named. Changes nothing.
+/// What is asked of an activation.
+pub struct ActivationRequest<'a> {
+    /// The backend of the mounts.
+    pub backend: Backend,
+    /// The targets; all if none are named.
+    pub names: &'a [String],
+    /// Finds the OCI manifest of a signed target.
+    pub image: &'a dyn Fn(&Store, &DeploymentId, &str, &Target) -> Result<OciImage, AnyError>,
+}
+
+/// Plans an activation of these targets, or of all if none are named. Changes no mount.
 ///
 /// `floor` is read if the device has one.
 ///
@@ -169,9 +184,9 @@ pub fn plan(
     booted: Option<DeploymentId>,
     anchor: &Anchor,
     floor: Option<&mut dyn Floor>,
-    backend: Backend,
-    names: &[String],
+    asked: &ActivationRequest<'_>,
 ) -> Result<ActivationPlan, DeployError> {
+    let ActivationRequest { backend, names, image } = *asked;
     let (id, verified) = target::running(system, booted, anchor)?;
     if let Some(floor) = floor {
         // Rule (docs/design.md, floor at boot): `version >= floor`.
@@ -196,11 +211,14 @@ pub fn plan(
         if signed.service_type == ServiceType::Hostfs || !is_meant {
             continue;
         }
-        let wanted = target::plan(&store, name, signed).map_err(AnyError::from);
+        let wanted = image(&store, &id, name, signed).and_then(|image| {
+            let plan = MountPlan::new(name, &image, &store.blobs(), Verification::default())?;
+            Ok((image, plan))
+        });
         let path = folder.join(name);
         let found = find(&path, &mounted, &register);
         let (action, why) = match &wanted {
-            Ok(plan) => decide(Some(plan), &found, backend),
+            Ok((_, plan)) => decide(Some(plan), &found, backend),
             // The present mount stays until there is one to replace it.
             Err(_) if found.mounted.is_some() => (Action::Remount, String::new()),
             Err(_) => (Action::Mount, String::new()),
@@ -228,7 +246,7 @@ pub fn plan(
     Ok(ActivationPlan { deployment: id, steps })
 }
 
-fn find(path: &Path, mounted: &[Mounted], register: &[MountRecord]) -> Found {
+fn find(path: &Path, mounted: &[MountinfoEntry], register: &[MountRecord]) -> Found {
     let mounted = mounted.iter().rfind(|one| one.target == path).cloned();
     let device = mounted.as_ref().map(|one| one.device.as_str());
     let record =
@@ -269,27 +287,33 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
 }
 
 /// How to mount targets.
-pub struct Ways<'a> {
+pub struct MountOptions<'a> {
     /// The backend.
     pub backend: Backend,
     /// The unit of the daemon of a target's FUSE mount, by name and mount point; none if it is forked.
     pub unit: &'a dyn Fn(&str, &Path) -> Option<Unit>,
+    /// The blobs of a target that is about to be mounted, by name and image, if they are not all in the store.
+    pub blobs: &'a dyn Fn(&str, &OciImage) -> Result<Option<Arc<dyn Blobs>>, AnyError>,
 }
 
 /// Applies the plan, target by target; a failure of one does not stop the others.
 ///
 /// The caller holds the lock.
-pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
+pub fn apply(
+    plan: ActivationPlan,
+    run: &Path,
+    options: &MountOptions<'_>,
+) -> Result<Vec<CompletedStep>, IoError> {
     let folder = targets_dir(run);
     file::create_folders(&folder)?;
     failpoint::hit("activate.plan.made");
     let take = |step: Step| {
         let Step { target, path, action, why, wanted } = step;
-        let outcome = match take(&target, &path, action, &why, wanted, &folder, ways) {
+        let outcome = match take(&target, &path, action, &why, wanted, &folder, options) {
             Ok(outcome) => outcome,
             Err(error) => Outcome::Failed(error),
         };
-        Taken { target, path, action, outcome }
+        CompletedStep { target, path, action, outcome }
     };
     Ok(plan.steps.into_iter().map(take).collect())
 }
@@ -299,13 +323,13 @@ fn take(
     path: &Path,
     action: Action,
     why: &str,
-    wanted: Result<Option<MountPlan>, AnyError>,
+    wanted: Result<Option<(OciImage, MountPlan)>, AnyError>,
     folder: &Path,
-    ways: &Ways<'_>,
+    options: &MountOptions<'_>,
 ) -> Result<Outcome, AnyError> {
     if action == Action::Refuse {
         let path = path.to_path_buf();
-        return Err(RefusedError { path, why: why.to_string() }.into());
+        return Err(ForeignMountError { path, why: why.to_string() }.into());
     }
     let wanted = wanted?;
     if action == Action::Keep {
@@ -316,10 +340,23 @@ fn take(
     // Find every possible problem of the new image before unmounting the old one. The folder belongs to
     // mosfs, so the target will be at this path even if it is only created below.
     let place = folder.canonicalize().on("find", folder)?.join(target);
+    // Whatever is opened for blobs that are fetched is their daemon's.
+    let others = sys::daemon::open_descriptors();
+    let mut foreign = None;
+    let wanted = match wanted {
+        Some((image, plan)) => Some(match (options.blobs)(target, &image)? {
+            Some(blobs) => {
+                foreign = Some(others);
+                MountPlan::new(target, &image, &blobs, Verification::default())?
+            }
+            None => plan,
+        }),
+        None => None,
+    };
     let prepare = |plan| {
-        let daemon = (ways.unit)(target, &place).map_or(Daemon::Forked, Daemon::Unit);
-        let request = Request { backend: ways.backend, flags: flags(), daemon, ..Request::new(plan, &place) };
-        request.prepare()
+        let daemon = (options.unit)(target, &place).map_or(Daemon::Forked, Daemon::Unit);
+        let (backend, flags) = (options.backend, flags());
+        Request { backend, flags, daemon, foreign, ..Request::new(plan, &place) }.prepare()
     };
     let prepared = wanted.as_ref().map(prepare).transpose()?;
     failpoint::hit("activate.mount.prepared");
@@ -380,12 +417,12 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
 /// A foreign mount is at a target's path.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing is mounted at {}: {why}", path.display())]
-struct RefusedError {
+struct ForeignMountError {
     path: PathBuf,
     why: String,
 }
 
-impl Classified for RefusedError {
+impl Classified for ForeignMountError {
     fn class(&self) -> Class {
         Class::Failure
     }
@@ -395,7 +432,7 @@ impl Classified for RefusedError {
 ///
 /// # Errors
 /// [`NotActive`] with the class of the most serious reason.
-pub fn verdict(taken: &[Taken]) -> Result<(), NotActive> {
+pub fn verdict(taken: &[CompletedStep]) -> Result<(), NotActive> {
     let mut reasons = Vec::new();
     let mut classes = Vec::new();
     let mut only_busy = true;
@@ -455,7 +492,7 @@ mod tests {
             lazy: Vec::new(),
         };
         change(&mut record);
-        let mounted = Mounted {
+        let mounted = MountinfoEntry {
             device: "0:9".into(),
             target: "/t/app".into(),
             kind: "fuse.mosfs".into(),
@@ -490,8 +527,12 @@ mod tests {
 
     #[test]
     fn the_gravest_reason_is_the_exit_code() {
-        let taken =
-            |outcome| Taken { target: "a".into(), path: "/a".into(), action: Action::Remount, outcome };
+        let taken = |outcome| CompletedStep {
+            target: "a".into(),
+            path: "/a".into(),
+            action: Action::Remount,
+            outcome,
+        };
         assert!(verdict(&[taken(Outcome::Done(None))]).is_ok());
         let busy = verdict(&[taken(Outcome::Busy(Users::default()))]).unwrap_err();
         assert_eq!((busy.class(), busy.only_busy), (Class::Failure, true));

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::error::DeployError;
+use super::esp;
 use super::gc::Needs;
 use super::plan::{Fetch, Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
@@ -44,7 +45,7 @@ pub fn apply(
 }
 
 /// Whether the network failed: then what came so far is kept, and the next run goes on there.
-fn may_go_on(error: &DeployError) -> bool {
+pub(super) fn may_go_on(error: &DeployError) -> bool {
     match error {
         DeployError::Transport(error) | DeployError::Store(StoreError::Transport(error)) => {
             error.is_temporary()
@@ -53,7 +54,7 @@ fn may_go_on(error: &DeployError) -> bool {
     }
 }
 
-fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
+pub(super) fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
     if !system.store_dir().join("oci-layout").exists() {
         return Ok(Vec::new());
     }
@@ -85,7 +86,11 @@ fn fetch_and_switch(
     failpoint::hit("deploy.names.set");
     let (anchor, policy) = &plan.trust;
     let id = deployment::write(system, &plan.verified, anchor, policy.as_ref())?;
+    let booted = Needs::of_this_boot()?.booted;
     if matches!(plan.verdict, Verdict::UpToDate | Verdict::AlreadyPending) {
+        if let Some(esp) = &plan.esp {
+            esp::sync(system, esp, booted, plan.floor)?.report();
+        }
         return Ok(());
     }
     let mut state = system.state()?;
@@ -94,8 +99,16 @@ fn fetch_and_switch(
     } else {
         state.set_pending(id);
     }
+    state.set_source(id, plan.source.as_deref());
     state.last_update = Some(LastUpdate::new(Some(id.version), None));
-    state.save(&system.state_path())
+    let Some(esp) = &plan.esp else { return Ok(state.save(&system.state_path())?) };
+    // Rule (docs/design.md, kernel of the system): a kernel is on the partition, whole and read back, before the state
+    // file names its deployment; and it can be started only afterwards.
+    let kernels = esp.plan(system, &state, booted, plan.floor, true)?;
+    esp.stage(&store, &kernels)?;
+    state.save(&system.state_path())?;
+    esp.switch(&store, &kernels)?.report();
+    Ok(())
 }
 
 /// Fetches blobs of targets, several at a time; `again` whatever has their names in the store.

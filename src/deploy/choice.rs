@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use super::error::DeployError;
 use super::recover::{self, Recovered};
 use super::state::{Damage, DeploymentId, LastBoot, Refusal, State, clip};
-use super::{System, deployment as on_disk};
+use super::{System, deployment as on_disk, kernel};
+use crate::digest::Digest;
 use crate::error::{AnyError, Class};
 use crate::failpoint;
 use crate::floor::{Floor, FloorError};
@@ -52,7 +53,7 @@ pub struct Booted<T> {
 
 /// Chooses a deployment and starts it with `start`; tries the next if that fails.
 ///
-/// `start` mounts the deployment; its failure counts as a refusal.
+/// `start` mounts the deployment; its failure counts as a refusal. `kernel` is the id of the running kernel.
 ///
 /// # Errors
 /// [`DeployError::Floor`] if the floor cannot be trusted; [`DeployError::NoneLeft`] if every deployment was
@@ -61,6 +62,7 @@ pub fn choose<T>(
     system: &System,
     anchor: &Anchor,
     floor: &mut dyn Floor,
+    kernel: Option<Digest>,
     mut start: impl FnMut(&Verified, Role) -> Result<T, AnyError>,
 ) -> Result<Booted<T>, DeployError> {
     let _lock = system.lock_as_it_is(|| {})?;
@@ -75,8 +77,15 @@ pub fn choose<T>(
         }
     };
     let damage = state.damage.clone();
+    if let Some(id) = state.fetching() {
+        // Rule (docs/design.md, whole before it boots): no try is spent on what is not all here.
+        let why = DeployError::StillFetching { id };
+        log::warn!("{why}");
+        refused.push(Refusal::new(id, why.to_string()));
+    }
     for (id, role) in candidates(&state) {
-        let attempt = try_one(system, anchor, lowest, &mut state, id, role, &mut start);
+        let limits = Limits { lowest, kernel };
+        let attempt = try_one(system, anchor, &limits, &mut state, id, role, &mut start);
         match attempt {
             Ok((started, verifying)) => {
                 record(system, &mut state, Some(id), &refused);
@@ -105,7 +114,7 @@ fn read_state(system: &System) -> Result<State, Damage> {
 
 /// The deployments that may be tried, in order.
 fn candidates(state: &State) -> Vec<(DeploymentId, Role)> {
-    let pending = state.pending.as_ref().filter(|pending| pending.tries_left > 0);
+    let pending = state.pending.as_ref().filter(|pending| pending.tries_left > 0 && !pending.fetching);
     let all = [
         pending.map(|pending| (pending.deployment, Role::Pending)),
         state.current.map(|id| (id, Role::Current)),
@@ -121,16 +130,27 @@ fn candidates(state: &State) -> Vec<(DeploymentId, Role)> {
     list
 }
 
+/// What a deployment must satisfy beside its signature.
+struct Limits {
+    /// The floor.
+    lowest: u64,
+    /// The id of the running kernel, if it has one.
+    kernel: Option<Digest>,
+}
+
 fn try_one<T>(
     system: &System,
     anchor: &Anchor,
-    lowest: u64,
+    limits: &Limits,
     state: &mut State,
     id: DeploymentId,
     role: Role,
     start: &mut impl FnMut(&Verified, Role) -> Result<T, AnyError>,
 ) -> Result<(T, Duration), AnyError> {
     if role == Role::Pending {
+        // Rule (docs/design.md, kernel of the system): a pending deployment whose kernel does not run is passed over
+        // without spending a try. The boot loader has its own count for that kernel.
+        kernel::says_other(system, &id, limits.kernel)?;
         // Rule: a try is spent and synced before it is used. If it cannot be written, the deployment is not
         // tried: a system that always fails must not be tried forever.
         let mut spent = state.clone();
@@ -146,9 +166,10 @@ fn try_one<T>(
     let verified = on_disk::verify(system, &id, anchor, Dates::LogOnly)?;
     let verifying = clock.elapsed();
     // Rule: boot: `version >= floor`.
-    if id.version < lowest {
-        return Err(FloorError::Rollback { version: id.version, floor: lowest }.into());
+    if id.version < limits.lowest {
+        return Err(FloorError::Rollback { version: id.version, floor: limits.lowest }.into());
     }
+    kernel::check(kernel::required(system, verified.manifest())?, limits.kernel)?;
     Ok((start(&verified, role)?, verifying))
 }
 

@@ -4,14 +4,21 @@
 //! Until the floor is raised, falling back to the previous deployment is legal. Each step may be interrupted
 //! and repeated: blessing twice changes nothing, and a floor already at the version is a success.
 //!
+//! Rule (docs/design.md, kernel of the system): the floor never exceeds what the EFI system partition can start. Between
+//! the blessing and the floor, the kernel of the deployment is brought onto it and its boot counter removed; kernels
+//! that the floor refuses are removed afterwards.
+//!
 //! Rule: a floor in a TPM can never be lowered, so nothing is blessed on a guess. The record of the boot
 //! states what this boot runs. If it is not visible (a chroot, a container, a rescue system), a commit is
 //! refused. Only on a machine that mosfs has never booted can a commit use the pending deployment: if the
 //! user requests it explicitly, or if the floor is the development floor, which can be lowered again. Even
 //! then it must have tries left and be complete.
 
+use std::time::Duration;
+
 use super::booted;
 use super::error::DeployError;
+use super::esp::{self, Esp};
 use super::id::DeploymentId;
 use super::state::State;
 use super::{System, check_complete, deployment};
@@ -34,7 +41,7 @@ pub struct Committed {
 
 /// What is known about the running boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ran {
+pub enum RunningBoot {
     /// The record of this boot names the deployment that runs.
     This(DeploymentId),
     /// There is no record.
@@ -44,28 +51,33 @@ pub enum Ran {
     },
 }
 
-/// Blesses the running deployment and raises the floor to its version.
+/// Blesses the running deployment and raises the floor to its version. Another process that changes the system is
+/// waited for, at most for `patience`.
 ///
 /// # Errors
-/// [`DeployError::BootUnknown`] if it is not known what runs; [`DeployError::NoTriesLeft`] if the pending
-/// deployment would be used but has failed; [`DeployError::Floor`] with `Rollback` if the version is below
-/// the floor (in these cases nothing is changed). An error of the floor after the blessing leaves the
-/// deployment blessed, and the next commit raises the floor.
+/// [`DeployError::Locked`]; [`DeployError::BootUnknown`] if it is not known what runs;
+/// [`DeployError::StillFetching`] if the pending deployment would be used and is not all here;
+/// [`DeployError::NoTriesLeft`] if the pending deployment would be used but has failed; [`DeployError::Floor`]
+/// with `Rollback` if the version is below the floor (in these cases nothing is changed). An error of the EFI
+/// system partition or the floor after the blessing leaves the deployment blessed, and the next commit continues
+/// there.
 pub fn commit(
     system: &System,
     anchor: &Anchor,
     floor: &mut dyn Floor,
-    ran: Ran,
+    ran: RunningBoot,
+    esp: Option<&Esp>,
+    patience: Duration,
     waiting: impl FnOnce(),
 ) -> Result<Committed, DeployError> {
     if !system.root().is_dir() {
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() });
     }
-    let _lock = system.lock(waiting)?;
+    let _lock = system.lock_within(patience, waiting)?;
     let mut state = system.state()?;
     let (id, known) = match ran {
-        Ran::This(id) => (id, true),
-        Ran::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
+        RunningBoot::This(id) => (id, true),
+        RunningBoot::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
     };
     // Bless what is verified now, not what was verified at boot.
     let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;
@@ -84,6 +96,10 @@ pub fn commit(
         state.save(&system.state_path())?;
     }
     failpoint::hit("commit.state.blessed");
+    if let Some(esp) = esp {
+        esp::sync(system, esp, Some(id), Some(floor_before))?.report();
+    }
+    failpoint::hit("commit.kernel.blessed");
     if floor_before < id.version {
         let signature = match verified.floor_signature() {
             Some(signature) => signature,
@@ -96,6 +112,9 @@ pub fn commit(
     failpoint::hit("commit.floor.raised");
     // Rule: then read it back. A raise without effect is already an error of the floor.
     let floor_after = floor.read()?;
+    if let Some(esp) = esp {
+        esp::sync(system, esp, Some(id), Some(floor_after))?.report();
+    }
     Ok(Committed { deployment: id, blessed, floor_before, floor_after })
 }
 
@@ -109,6 +128,7 @@ fn guess(system: &System, state: &State, take_pending: bool) -> Result<Deploymen
         return unknown("mosfs did not start this machine");
     }
     match (&state.pending, state.current) {
+        (Some(pending), _) if pending.fetching => Err(DeployError::StillFetching { id: pending.deployment }),
         (Some(pending), _) if pending.tries_left == 0 => {
             Err(DeployError::NoTriesLeft { id: pending.deployment })
         }

@@ -1,7 +1,10 @@
 //! Why an install, an update, a boot choice or a commit was refused or failed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use super::booted::BootRecordError;
+use super::esp_error::EspError;
 use super::id::{DeploymentId, Refusal};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
@@ -37,14 +40,9 @@ pub enum DeployError {
     /// A target's image cannot be mounted as it is signed.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The state file has an unknown format.
-    #[error("state file {}: {why}", path.display())]
-    State {
-        /// The file.
-        path: PathBuf,
-        /// What was expected and found.
-        why: String,
-    },
+    /// The record of this boot cannot be used.
+    #[error(transparent)]
+    BootRecord(#[from] BootRecordError),
     /// The manifest in a deployment's folder does not match the folder's name.
     #[error("deployment {id}: its manifest is version {version}, {digest}")]
     OtherManifest {
@@ -103,6 +101,16 @@ pub enum DeployError {
         /// The existing deployment.
         current: DeploymentId,
     },
+    /// Another process did not release the system's lock in time.
+    #[error("{} was not released within {} s by {}", path.display(), waited.as_secs(), process(*holder))]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+        /// The process that holds it, if the kernel names it.
+        holder: Option<u32>,
+    },
     /// Nothing is installed, but a deployment is required.
     #[error("{} holds no deployment", path.display())]
     NothingInstalled {
@@ -155,6 +163,18 @@ pub enum DeployError {
         /// The blob.
         digest: Digest,
     },
+    /// Rule: whole before it boots (docs/design.md): a deployment is used once all of its blobs are here.
+    #[error("deployment {id} is still being fetched, and not all of it is here")]
+    StillFetching {
+        /// The deployment.
+        id: DeploymentId,
+    },
+    /// Nothing says which registry has the blobs of a deployment.
+    #[error("no registry is known for deployment {id}")]
+    NoSource {
+        /// The deployment.
+        id: DeploymentId,
+    },
     /// The OCI manifest of a target has another size than the system manifest says.
     #[error("target {target}: {digest} has {found} bytes, the system manifest says {expected}")]
     OtherSize {
@@ -186,6 +206,25 @@ pub enum DeployError {
         target: String,
         /// The targets that exist.
         known: Vec<String>,
+    },
+    /// The EFI system partition cannot take a kernel.
+    #[error(transparent)]
+    Esp(#[from] EspError),
+    /// A system whose kernel is not the running one.
+    #[error("its kernel is not running: the system requires {required}, {}", runs(running))]
+    OtherKernel {
+        /// The id of the kernel that the system names.
+        required: Digest,
+        /// The id of the running one, if it has one.
+        running: Option<Digest>,
+    },
+    /// The image of the target `boot` names a kernel by something else than a digest.
+    #[error("the image {image} of the target boot names the kernel `{found}`, expected a digest")]
+    BadKernelId {
+        /// The image's OCI manifest.
+        image: Digest,
+        /// What it names.
+        found: String,
     },
     /// The root is mounted by `mosfs boot`, not by `mosfs activate`.
     #[error("target {target} of deployment {id} is the root (service type hostfs): it is mounted at boot")]
@@ -220,6 +259,10 @@ fn list(refused: &[Refusal]) -> String {
         .join("; ")
 }
 
+fn runs(running: &Option<Digest>) -> String {
+    running.map_or_else(|| "the running kernel has no id".into(), |id| format!("{id} is running"))
+}
+
 impl Classified for DeployError {
     fn class(&self) -> Class {
         match self {
@@ -230,23 +273,32 @@ impl Classified for DeployError {
             Self::Trust(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::Plan(error) => error.class(),
+            Self::BootRecord(error) => error.class(),
+            Self::Esp(error) => error.class(),
             Self::NoneLeft { class, .. } => *class,
             Self::OtherManifest { .. } | Self::OtherThanNamed { .. } | Self::OtherSize { .. } => {
                 Class::Verification
             }
             Self::Damaged { .. } | Self::NotMended { .. } => Class::Verification,
+            Self::OtherKernel { .. } | Self::BadKernelId { .. } => Class::Verification,
             Self::MissingBlob { .. } | Self::NotSigned { .. } => Class::Verification,
             Self::SameVersionOtherDigest { .. } => Class::Rollback,
             Self::NoSuchTarget { .. }
             | Self::IsHostfs { .. }
             | Self::NotASystem { .. }
             | Self::VersionElsewhere { .. } => Class::Input,
-            Self::State { .. }
-            | Self::BootUnknown { .. }
+            Self::BootUnknown { .. }
             | Self::NoTriesLeft { .. }
+            | Self::StillFetching { .. }
+            | Self::NoSource { .. }
             | Self::AlreadyInstalled { .. }
             | Self::NothingInstalled { .. }
+            | Self::Locked { .. }
             | Self::NoSpace { .. } => Class::Failure,
         }
     }
+}
+
+fn process(id: Option<u32>) -> String {
+    id.map_or_else(|| "another process".into(), |id| format!("process {id}"))
 }

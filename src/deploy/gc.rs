@@ -25,6 +25,7 @@ use super::booted;
 use super::deployment;
 use super::error::DeployError;
 use super::id::DeploymentId;
+use super::incoming;
 use super::state::State;
 use super::{System, SystemLock};
 use crate::digest::Digest;
@@ -61,7 +62,7 @@ impl Needs {
 
 /// A deployment to be removed from the state file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Dropped {
+pub struct DroppedDeployment {
     /// Which one.
     pub deployment: DeploymentId,
     /// Why, as a sentence.
@@ -72,7 +73,7 @@ pub struct Dropped {
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct GcPlan {
     /// The previous deployment, if it can no longer be used.
-    pub dropped: Vec<Dropped>,
+    pub dropped: Vec<DroppedDeployment>,
     /// Deployments that are not needed.
     pub deployments: Vec<DeploymentId>,
     /// Folders that crashes left behind.
@@ -99,14 +100,20 @@ pub fn plan(
     kept.extend(pending_to_keep(&state, needs));
     if let Some(previous) = state.previous.filter(|previous| !kept.contains(previous)) {
         match useless(system, &previous, needs) {
-            Some(why) => plan.dropped.push(Dropped { deployment: previous, why }),
+            Some(why) => plan.dropped.push(DroppedDeployment { deployment: previous, why }),
             None => {
                 kept.insert(previous);
             }
         }
     }
     let mut names = Some(BTreeSet::new());
+    let mut roots: Vec<Digest> = needs.mounted.iter().chain(&needs.keep).copied().collect();
     for id in &kept {
+        if state.fetching() == Some(*id) && needs.booted != Some(*id) {
+            // It has no folder and no names yet. What came of it stays, as far as that is known.
+            roots.extend(incoming::roots(store, id));
+            continue;
+        }
         let (manifest, damage) = manifest_of(system, store, id);
         plan.damaged.extend(damage);
         match (manifest, &mut names) {
@@ -127,7 +134,6 @@ pub fn plan(
         let all = store.names()?.into_iter().map(|(name, _)| name);
         unneeded.extend(all.filter(|name| name.starts_with("mos/") && !names.contains(name)));
     }
-    let roots: Vec<Digest> = needs.mounted.iter().chain(&needs.keep).copied().collect();
     plan.store = collector.plan(&unneeded, &roots)?;
     plan.damaged.extend(plan.store.damaged.iter().cloned());
     (plan.deployments, plan.leftovers) = (deployments, leftovers);

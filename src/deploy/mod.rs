@@ -7,6 +7,7 @@
 //!   state.json      which is current, pending, previous (state.rs): the one source of truth
 //!   floor.json      the development floor of `--floor file`
 //!   scratch/TARGET/ writable upper layers
+//!   fetch.lock      flock: held by the process that fetches the rest of a pending deployment (fetching.rs)
 //!   lock            flock: exclusive for whatever changes the above, shared for readers that
 //!                   need two of them to agree
 //! ```
@@ -24,8 +25,13 @@ pub mod choice;
 pub mod commit;
 pub mod deployment;
 pub mod error;
+pub mod esp;
+mod esp_error;
+pub mod fetching;
 pub mod gc;
 pub mod id;
+mod incoming;
+pub mod kernel;
 pub mod offer;
 pub mod plan;
 pub mod pull;
@@ -41,6 +47,7 @@ pub mod target;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use error::DeployError;
 pub use id::DeploymentId;
@@ -52,7 +59,7 @@ use crate::floor::{Floor, Policy};
 use crate::manifest::Target;
 use crate::store::{Store, StoreError};
 use crate::sys::file::{self, Links};
-use crate::sys::flock::Lock;
+use crate::sys::flock::{self, Lock};
 use crate::transport::TransportError;
 use crate::trust::Verified;
 
@@ -122,7 +129,31 @@ impl System {
     ///
     /// A state file that cannot be read is written anew ([`recover`]).
     pub fn lock(&self, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
-        let lock = self.lock_as_it_is(waiting)?;
+        self.renew_state(self.lock_as_it_is(waiting)?)
+    }
+
+    /// Does what [`System::lock`] does, and waits at most for `patience`.
+    ///
+    /// # Errors
+    /// [`DeployError::Locked`] with the process that holds the lock.
+    pub fn lock_within(&self, patience: Duration, waiting: impl FnOnce()) -> Result<SystemLock, DeployError> {
+        let path = self.root.join("lock");
+        let at_once = Lock::exclusive_within(&path, Duration::ZERO).on("lock", &path)?;
+        let lock = match at_once {
+            Some(lock) => Some(lock),
+            None => {
+                waiting();
+                Lock::exclusive_within(&path, patience).on("lock", &path)?
+            }
+        };
+        let Some(lock) = lock else {
+            return Err(DeployError::Locked { holder: flock::holder(&path), path, waited: patience });
+        };
+        self.renew_state(SystemLock(lock))
+    }
+
+    /// Writes a state file that cannot be read anew.
+    fn renew_state(&self, lock: SystemLock) -> Result<SystemLock, DeployError> {
         let state = self.state()?;
         if let Some(damage) = &state.damage {
             let path = self.state_path();

@@ -14,11 +14,14 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::error::DeployError;
+use super::esp::{self, Esp, EspError};
 use super::id::DeploymentId;
 use super::offer::{self, Accepted};
 use super::state::State;
 use super::{FloorGate, System, deployment, space};
+use crate::digest::Digest;
 use crate::floor::{self, FloorError, Policy};
+use crate::image::boot;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
 use crate::progress::Progress;
 use crate::store::{fsck, image_name, image_repository, system_name, version_name};
@@ -75,27 +78,39 @@ pub struct Plan {
     pub blobs: Vec<Descriptor>,
     /// The disk space needed for `fetch`, in bytes.
     pub needed_bytes: u64,
+    /// The image of the target `boot`, if the system names a kernel of its own.
+    pub boot: Option<OciImage>,
+    /// The EFI system partition that its kernel is to be on.
+    pub esp: Option<Esp>,
     /// The floor, if it was read.
     pub floor: Option<u64>,
+    /// The registry that it comes from, as `docker://HOST/PREFIX`: to be noted in the state file.
+    pub source: Option<String>,
     /// What the device trusts, and checks floor signatures against.
     pub(super) trust: (Anchor, Option<Policy>),
 }
 
 impl Plan {
     /// The space that it needs.
-    pub(super) fn want(&self) -> space::Want {
+    pub(super) fn want(&self) -> space::SpaceNeeded {
         let keep = self.blobs.iter().map(|blob| blob.digest).collect();
-        space::Want { bytes: self.needed_bytes, keep, floor: self.floor }
+        space::SpaceNeeded { bytes: self.needed_bytes, keep, floor: self.floor }
     }
 }
 
 /// How thoroughly to plan.
 #[derive(Clone, Copy)]
-pub struct Options<'a> {
+pub struct PlanOptions<'a> {
     /// Try a version again that failed before.
     pub again: bool,
     /// Read the blobs in the store, rather than rely on their size.
     pub read_blobs: bool,
+    /// The EFI system partition of this machine, if its kernels are kept there.
+    pub esp: Option<&'a Esp>,
+    /// The id of the running kernel, if it has one.
+    pub kernel: Option<Digest>,
+    /// The registry that the system comes from, as `docker://HOST/PREFIX`, if it comes from one.
+    pub source: Option<&'a str>,
     /// Where to report progress.
     pub progress: &'a Progress,
 }
@@ -113,7 +128,7 @@ pub fn plan(
     offer: Accepted,
     anchor: &Anchor,
     gate: &mut FloorGate<'_>,
-    options: &Options<'_>,
+    options: &PlanOptions<'_>,
 ) -> Result<Plan, DeployError> {
     let Accepted { artifact, referrers, verified } = offer;
     let id = DeploymentId { version: verified.manifest().version, digest: verified.digest() };
@@ -133,7 +148,10 @@ pub fn plan(
         images: Vec::new(),
         blobs: Vec::new(),
         needed_bytes: 0,
+        boot: None,
+        esp: options.esp.cloned(),
         floor: None,
+        source: options.source.map(str::to_string),
         trust: (anchor.clone(), policy),
     };
     match verdict {
@@ -148,6 +166,7 @@ pub fn plan(
         }
     }
     plan_blobs(&mut plan, system, from, options)?;
+    check_kernel(&plan, system, state, options)?;
     if plan.needed_bytes > 0 {
         space::check(system, &plan.want())?;
     }
@@ -175,6 +194,8 @@ fn relation(state: &State, id: &DeploymentId, again: bool) -> Result<Verdict, De
         return Err(FloorError::NotNewer { version: id.version, current: current.version }.into());
     }
     match &state.pending {
+        // What began is finished: the whole way, as it has no folder yet.
+        Some(pending) if pending.deployment == *id && pending.fetching => Ok(Verdict::Update),
         Some(pending) if pending.deployment == *id && pending.tries_left > 0 => Ok(Verdict::AlreadyPending),
         Some(pending) if pending.deployment == *id && !again => Ok(Verdict::FailedBefore),
         _ => Ok(Verdict::Update),
@@ -200,13 +221,34 @@ fn check_floor(
     Ok(Some(lowest))
 }
 
+/// Rule (docs/design.md, kernel of the system): the EFI system partition is asked for room before anything is fetched,
+/// and an update whose kernel could never be started is refused.
+fn check_kernel(
+    plan: &Plan,
+    system: &System,
+    state: &State,
+    options: &PlanOptions<'_>,
+) -> Result<(), EspError> {
+    let version = plan.id.version;
+    let id = plan.boot.as_ref().and_then(|image| boot::kernel_id(image).ok().flatten());
+    let same =
+        || id == options.kernel || state.current.is_some_and(|current| esp::names(system, &current, id));
+    match (&plan.boot, options.esp) {
+        (Some(image), Some(esp)) if matches!(plan.verdict, Verdict::Install | Verdict::Update) => {
+            esp.check_room(version, image)
+        }
+        (Some(_), None) if plan.verdict == Verdict::Update && !same() => Err(EspError::None { version }),
+        _ => Ok(()),
+    }
+}
+
 /// Finds the blobs that the store lacks or has with the wrong content. The OCI manifests are read from the
 /// source, in memory.
 fn plan_blobs(
     plan: &mut Plan,
     system: &System,
     from: &dyn Transport,
-    options: &Options<'_>,
+    options: &PlanOptions<'_>,
 ) -> Result<(), DeployError> {
     let mut needed: BTreeMap<_, Fetch> = BTreeMap::new();
     let mut order = Vec::new();
@@ -216,6 +258,9 @@ fn plan_blobs(
         let bytes = from.fetch(&manifest, MAX_MANIFEST_BYTES)?;
         let image = OciImage::parse(&bytes)?;
         let config = image.manifest.config.clone();
+        if name.as_str() == boot::TARGET && boot::kernel_id(&image).ok().flatten().is_some() {
+            plan.boot = Some(image.clone());
+        }
         for blob in image.manifest.layers.iter().cloned().chain([config, manifest.clone()]) {
             let digest = blob.digest;
             if needed.insert(digest, Fetch { target: name.to_string(), blob }).is_none() {

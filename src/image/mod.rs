@@ -13,18 +13,22 @@
 //! fields.rs     little-endian fields of their structures
 //! plain.rs      an image in a plain file, with its hash tree wherever it is
 //! overlay/      the merged view of layers
+//! files.rs      files of the merged view by their paths
+//! boot.rs       what the image of the target `boot` has in it
 //! ```
 //!
 //! A format is one folder here and one row in [`mod@format`]. Parsers take bytes from a [`Source`] and never do I/O of
 //! their own, so that the same reader serves a verified file, a device, memory and a fuzzer.
 
 pub mod blobs;
+pub mod boot;
 pub mod bytes;
 mod cache;
 pub mod check;
 pub mod chunked;
 pub mod erofs;
 mod fields;
+pub mod files;
 pub mod format;
 pub mod layer;
 pub mod oci;

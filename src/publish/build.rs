@@ -16,6 +16,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::boot::{self, BootTargetError};
 use super::kernels::{self, KernelsError};
 use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
 use crate::convert::{Codec, Effort, ImageKind, PackingError};
@@ -23,11 +24,12 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
 use crate::floor::{self, FloorError};
-use crate::image::oci::{Descriptor, Platform};
+use crate::image::boot as boot_image;
+use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
-    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, LayerKind,
-    SYSTEM_MEDIA_TYPE, StorageType, SystemManifest, TargetName,
+    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, LayerKind, Network,
+    SYSTEM_MEDIA_TYPE, ServiceType, StorageType, SystemManifest, Target, TargetName,
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
@@ -70,17 +72,19 @@ pub struct BuiltTarget {
     pub notes: Vec<String>,
 }
 
-/// Where images come from, and for what machines.
+/// Where images come from, for what machines, and whether a kernel is made of them.
 #[derive(Debug, Clone, Copy)]
 pub struct Sources<'a> {
     /// How registries are reached.
     pub access: &'a Access,
     /// Of images for several platforms this one is taken.
     pub platform: &'a Platform,
+    /// The target `boot`, if the system is to have its own kernel.
+    pub boot: Option<&'a boot::Spec>,
 }
 
 /// An image that was found.
-struct Found {
+struct FoundImage {
     from: Box<dyn Transport>,
     descriptor: Descriptor,
 }
@@ -111,7 +115,7 @@ struct Found {
 ///     floor_keys: &[],
 /// };
 /// let effort = Effort { threads: std::thread::available_parallelism()?, packing: Packing::default() };
-/// let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine() };
+/// let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine(), boot: None };
 /// let built = build(&import, store, &signer, effort, &sources, &Progress::silent())?;
 ///
 /// let image = store.image(&built.manifest.targets["web"].digest)?;
@@ -132,7 +136,12 @@ pub fn build(
     progress: &Progress,
 ) -> Result<Built, BuildError> {
     let trial = |manifest: &SystemManifest| {
-        Signed::create(manifest, signer.key, signer.certificate, signer.dates).map(|_| ())
+        let signed = Signed::create(manifest, signer.key, signer.certificate, signer.dates)?;
+        if let Some(spec) = sources.boot {
+            // A kernel that does not trust this system's signer would never start it.
+            signed.verify(&spec.anchor, signer.dates)?;
+        }
+        Ok(())
     };
     let writer = store.writer()?;
     let assembled = assemble(import, &writer, trial, effort, sources, progress)?;
@@ -181,6 +190,14 @@ pub(super) fn assemble(
         StorageType::Atomfs => Storage::Atomfs,
         StorageType::Puzzlefs => Storage::Puzzlefs,
     };
+    if sources.boot.is_some() {
+        if import.targets.keys().any(|name| name.as_str() == boot_image::TARGET) {
+            return Err(BootTargetError::Taken.into());
+        }
+        if !import.targets.values().any(|target| target.service_type == ServiceType::Hostfs) {
+            return Err(BootTargetError::NoHostfs.into());
+        }
+    }
     let mut found = BTreeMap::new();
     let mut resolved = BTreeMap::new();
     for (name, target) in &import.targets {
@@ -206,13 +223,55 @@ pub(super) fn assemble(
         targets.insert(name.clone(), BuiltTarget { untouched: done.untouched, notes: done.notes });
     }
 
-    let manifest = import.to_system(&resolved)?;
+    let mut manifest = import.to_system(&resolved)?;
+    if let Some(spec) = sources.boot {
+        let (name, target, built) = boot_target(&manifest, writer, spec, effort, progress)?;
+        names.push((
+            image_name(name.as_str(), &target.digest),
+            Descriptor::new(MANIFEST, target.digest, target.size),
+        ));
+        manifest.targets.insert(name.clone(), target);
+        targets.insert(name, built);
+    }
     for (name, note) in kernels::notes(writer.store(), &manifest)? {
         if let Some(target) = targets.get_mut(&name) {
             target.notes.push(note);
         }
     }
     Ok(Assembled { manifest, names, targets })
+}
+
+/// Makes the target `boot` out of the hostfs of a system, whose images are in the store.
+fn boot_target(
+    manifest: &SystemManifest,
+    writer: &Writer<'_>,
+    spec: &boot::Spec,
+    effort: Effort,
+    progress: &Progress,
+) -> Result<(TargetName, Target, BuiltTarget), BootTargetError> {
+    let hostfs = manifest.targets.values().find(|target| target.service_type == ServiceType::Hostfs);
+    let hostfs = hostfs.ok_or(BootTargetError::NoHostfs)?;
+    let store = writer.store();
+    let files = store.files(&store.image(&hostfs.digest)?)?;
+    let programs = boot::programs(&files, spec)?;
+    let stored = boot::store(writer, programs, spec.signer.as_ref(), effort, progress)?;
+    let target = Target {
+        digest: stored.manifest.digest,
+        size: stored.manifest.size,
+        version: stored.release.clone(),
+        service_type: ServiceType::FsOnly,
+        network: Network::None,
+        nsgroup: None,
+        mounts: None,
+    };
+    let signed = match (&spec.signer, stored.reused) {
+        (None, _) => "not signed for Secure Boot",
+        (Some(_), false) => "signed for Secure Boot",
+        (Some(_), true) => "signed for Secure Boot by an earlier build",
+    };
+    let notes = vec![format!("Linux {}, kernel id {}, {signed}", stored.release, stored.kernel_id)];
+    let name = boot_image::TARGET.parse().expect("an allowed name");
+    Ok((name, target, BuiltTarget { untouched: false, notes }))
 }
 
 /// How the layers of a target are made: as its import manifest says, and otherwise as `effort` does.
@@ -273,7 +332,7 @@ fn find(
     name: &TargetName,
     target: &ImportTarget,
     sources: &Sources<'_>,
-) -> Result<(Found, Resolved), BuildError> {
+) -> Result<(FoundImage, Resolved), BuildError> {
     let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
     let source = source_of(&target.url).map_err(wrong)?;
     let from = source.open(sources.access).map_err(wrong)?;
@@ -282,7 +341,7 @@ fn find(
     import.check_pins(name, &resolved)?;
     let image = from.image(&descriptor).map_err(wrong)?;
     check_layers(&image).map_err(|source| BuildError::Image { target: name.clone(), source })?;
-    Ok((Found { from, descriptor }, resolved))
+    Ok((FoundImage { from, descriptor }, resolved))
 }
 
 /// Returns the place that a URL of an import manifest names.
@@ -331,6 +390,9 @@ pub enum BuildError {
         /// Why it cannot be fetched.
         source: TransportError,
     },
+    /// The target `boot` cannot be made.
+    #[error("target `boot`: {0}")]
+    Boot(#[from] BootTargetError),
     /// A target's image cannot be stored.
     #[error("target `{target}`: {source}")]
     Image {
@@ -397,6 +459,7 @@ impl Classified for BuildError {
             Self::Import(error) => error.class(),
             Self::NoMedium { .. } | Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
             Self::FloorSignature { .. } => Class::Verification,
+            Self::Boot(error) => error.class(),
             Self::Source { source, .. } => source.class(),
             Self::Image { source, .. } => source.class(),
             Self::Packing { source, .. } => source.class(),

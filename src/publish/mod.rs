@@ -1,6 +1,7 @@
 //! The publisher's side: from an import manifest to a signed system.
 //!
 //! ```text
+//! boot/      the target `boot`: kernel, initramfs and loader out of the hostfs image
 //! base.rs    what a new system shares with an earlier one
 //! build.rs   import manifest -> images in a store, a signed system manifest
 //! halves.rs  the same in two halves, with the keys elsewhere
@@ -9,6 +10,7 @@
 //! ```
 
 pub mod base;
+pub mod boot;
 pub mod build;
 pub mod halves;
 pub mod kernels;

@@ -2,9 +2,16 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::file;
+
+/// How often a lock that is waited for is tried.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Longest list of locks that is read, in bytes.
+const MAX_LOCKS: u64 = 4 << 20;
 
 /// A lock on a file; dropping it, or the end of the process, releases it.
 ///
@@ -32,6 +39,17 @@ impl Lock {
         wait(file::open_folder(path)?, File::lock)
     }
 
+    /// Waits until no other process holds the lock, at most for `limit`; `None` if one holds it even then.
+    pub fn exclusive_within(path: &Path, limit: Duration) -> io::Result<Option<Self>> {
+        let end = Instant::now() + limit;
+        loop {
+            match Self::try_exclusive(path)? {
+                None if Instant::now() < end => std::thread::sleep(LOOK_EVERY),
+                taken => return Ok(taken),
+            }
+        }
+    }
+
     /// Takes the lock if no other process holds it.
     pub fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
         let file = open(path)?;
@@ -41,6 +59,20 @@ impl Lock {
             Err(TryLockError::Error(error)) => Err(error),
         }
     }
+}
+
+/// Returns the id of a process that holds a lock of this file, where the kernel names it (proc(5), `/proc/locks`).
+pub fn holder(path: &Path) -> Option<u32> {
+    let file = std::fs::metadata(path).ok()?;
+    let (major, minor) = (libc::major(file.dev()), libc::minor(file.dev()));
+    let object = format!("{major:02x}:{minor:02x}:{}", file.ino());
+    let list = file::read_named(Path::new("/proc/locks"), MAX_LOCKS).ok()?;
+    String::from_utf8_lossy(&list).lines().find_map(|line| {
+        // `1: FLOCK  ADVISORY  WRITE 1234 08:02:131 0 EOF`; those that wait have `->` as their second word.
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, _, process, held, ..] = words[..] else { return None };
+        (held == object).then(|| process.parse().ok()).flatten()
+    })
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -79,6 +111,19 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn a_lock_that_is_not_released_is_named_with_its_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        assert!(holder(&path).is_none());
+        let held = Lock::exclusive(&path).unwrap();
+        assert_eq!(holder(&path), Some(std::process::id()));
+        assert!(Lock::exclusive_within(&path, Duration::from_millis(1)).unwrap().is_none());
+        drop(held);
+        assert_eq!(holder(&path), None);
+        assert!(Lock::exclusive_within(&path, Duration::ZERO).unwrap().is_some());
     }
 
     #[test]

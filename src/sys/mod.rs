@@ -11,6 +11,7 @@ pub mod file;
 pub mod flock;
 pub mod fuse;
 pub mod helper;
+pub mod init;
 pub mod locks;
 pub mod loopdev;
 pub mod mountapi;

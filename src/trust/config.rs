@@ -297,8 +297,8 @@ impl CaFile {
         Ok(Self { certificates, der: der.map_err(|error| bad(reason(&error)))? })
     }
 
-    /// Returns only the certificates, without comments or keys from the file.
-    fn to_pem(&self) -> Result<Vec<u8>, ErrorStack> {
+    /// Returns the certificates in PEM, and nothing else of the file.
+    pub(crate) fn to_pem(&self) -> Result<Vec<u8>, ErrorStack> {
         self.certificates.iter().try_fold(Vec::new(), |mut all, ca| {
             all.extend(ca.to_pem()?);
             Ok(all)

@@ -1,0 +1,14 @@
+//! The kernel of a system: the target `boot` that `mosfs build` makes, the EFI system partition, and boots from one.
+//!
+//! ```text
+//! fixture.rs  hostfs images with a kernel that is made up, and a publisher who builds systems of them
+//! build.rs    what `mosfs build` makes of an image, and what it refuses
+//! esp.rs      files on the EFI system partition over install, update, commit and gc, and after crashes
+//! ```
+
+#[path = "../common/tools.rs"]
+mod tools;
+
+mod build;
+mod esp;
+mod fixture;
