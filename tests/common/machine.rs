@@ -122,6 +122,10 @@ pub struct Machine {
     pub nbd: Option<PathBuf>,
     /// The state of the TPM.
     pub tpm: Option<PathBuf>,
+    /// The variables of UEFI firmware, which starts what is on the disk in place of the initramfs.
+    pub uefi: Option<PathBuf>,
+    /// Whether that firmware enforces Secure Boot.
+    pub secure_boot: bool,
     /// The series of the kernel.
     pub kernel: &'static str,
     /// More words for the kernel.
@@ -143,6 +147,8 @@ impl Machine {
             disk: None,
             nbd: None,
             tpm: None,
+            uefi: None,
+            secure_boot: false,
             kernel: "6.12",
             cmdline: String::new(),
             timeout: Duration::from_secs(1800),
@@ -184,7 +190,11 @@ impl Machine {
             ("--disk", &self.disk),
             ("--nbd", &self.nbd),
             ("--tpm-state", &self.tpm),
+            ("--uefi", &self.uefi),
         ];
+        if self.secure_boot {
+            command.args(["--secure-boot", "yes"]);
+        }
         for (option, path) in paths {
             if let Some(path) = path {
                 command.arg(option).arg(path);

@@ -9,7 +9,7 @@ use super::fixture::{MOSFS, Publisher, RELEASE, kernel, refused};
 use super::tools::{run, sh};
 
 /// The sections of a unified kernel image, as objcopy of binutils reads them.
-fn section(program: &Path, name: &str) -> Vec<u8> {
+pub fn section(program: &Path, name: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("section");
     let only = format!("{name}={}", out.display());
@@ -21,7 +21,7 @@ fn section(program: &Path, name: &str) -> Vec<u8> {
 }
 
 /// The files of an initramfs, as zstd and GNU cpio read it: mode and content, or the target of a link.
-fn unpack_initrd(bytes: &[u8]) -> (tempfile::TempDir, BTreeMap<String, String>) {
+pub fn unpack_initrd(bytes: &[u8]) -> (tempfile::TempDir, BTreeMap<String, String>) {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("initrd"), bytes).unwrap();
     sh(

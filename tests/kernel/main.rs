@@ -4,6 +4,7 @@
 //! fixture.rs  hostfs images with a kernel that is made up, and a publisher who builds systems of them
 //! build.rs    what `mosfs build` makes of an image, and what it refuses
 //! esp.rs      files on the EFI system partition over install, update, commit and gc, and after crashes
+//! rotate.rs   another manifest CA comes with the kernel, in two steps
 //! ```
 
 #[path = "../common/tools.rs"]
@@ -12,3 +13,4 @@ mod tools;
 mod build;
 mod esp;
 mod fixture;
+mod rotate;
