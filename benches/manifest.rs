@@ -32,6 +32,7 @@ fn system(targets: usize) -> SystemManifest {
         version: "1.2.3".into(),
         service_type: ServiceType::Container,
         network: Network::Host,
+        workload: Default::default(),
         nsgroup: Some("ran".into()),
         mounts: Some(vec![mount.clone()]),
     };

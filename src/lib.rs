@@ -42,7 +42,7 @@
 //! places   image <- transport <- store <- convert     where images come from and go to
 //! belief   manifest <- trust <- floor                 what is trusted, and why
 //!
-//! deploy (all three) <- boot          on a device
+//! deploy (all three) <- boot, run     on a device
 //! publish (places, belief)            on the publisher's machine
 //! cli                                 parse, run, print
 //! ```
@@ -65,6 +65,7 @@ mod manifest;
 mod mount;
 mod progress;
 mod publish;
+mod run;
 mod store;
 #[allow(unsafe_code)]
 mod sys;
@@ -162,7 +163,7 @@ pub mod internals {
     }
 
     modules! {
-        boot cli convert deploy digest error failpoint floor image manifest mount progress publish store sys text
-        transport trust
+        boot cli convert deploy digest error failpoint floor image manifest mount progress publish run store sys
+        text transport trust
     }
 }

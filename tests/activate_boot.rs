@@ -17,7 +17,7 @@ mod publish;
 mod swtpm;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -45,8 +45,8 @@ echo "MOSFS-VM-VERDICT: $code"
 systemctl --no-block poweroff
 "#;
 
-/// What both boots do. `step NUMBER WORDS` comes before what may fail with that number.
-const STEPS: &str = r#"
+/// What the steps use. `step NUMBER WORDS` comes before what may fail with that number.
+const HELPERS: &str = r#"
 export MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
 targets=/run/mosfs/targets
 step() { number=$1; shift; echo "vm: step $number: $*"; }
@@ -65,13 +65,16 @@ await() {
 backend() { mosfs status --json | tr '{' '\n' | grep -F "\"source\":\"$1\"" | head -n 1; }
 content() { test "$(cat "$1/content")" = "$2"; }
 is_new() { now=$(property MainPID "$1"); test "$now" != 0 && test "$now" != "$2"; }
+"#;
 
+/// Targets that are mounted.
+const STEPS: &str = r#"
 step 10 "the service has mounted the targets before multi-user.target"
 want systemctl is-active mosfs-activate.service
 for name in app data-set; do want content $targets/$name "$name"; done
 want test ! -e $targets/hostfs
 mosfs activate --json | tee /tmp/kept
-want test "$(grep -o '"action":"keep"' /tmp/kept | wc -l)" = 2
+want test "$(grep -o '"action":"keep"' /tmp/kept | wc -l)" = 9
 
 step 11 "lines of fstab are mounted, early and late"
 for name in early late; do
@@ -164,6 +167,84 @@ want test "$(grep -c " $targets/app " /proc/self/mounts)" = 1
 want content $targets/app app
 "#;
 
+/// Containers, in the boot that has mounted them through dm-verity. `since NAME` is the process of a container's runtime.
+const CONTAINERS: &str = r#"
+since() { property MainPID "mosfs-target@$1.service"; }
+state() { mosfs ps | awk -v name="$1" '$1 == name {print $3}'; }
+is_state() { test "$(state "$1")" = "$2"; }
+is_again() { is_new "mosfs-target@$1.service" "$2" && is_state "$1" running; }
+
+step 20 "containers run at boot, in order, and the boot is committed when they are healthy"
+for name in db web; do
+    want systemctl is-active "mosfs-target@$name.service"
+    want is_state $name running
+done
+want is_state job done
+await systemctl is-active mosfs-commit.service
+journalctl --no-pager -b -o cat -u mosfs-target@web | grep -F 'started shared' || fail "the output is in the journal"
+want mosfs exec web -- cat /tmp/up
+mosfs exec web -- touch /x && fail "the root is writable"
+mosfs exec web -- touch /set/x && fail "a target is writable"
+want test "$(mosfs exec web -- cat /proc/self/uid_map | awk '{print $2}')" -ge 524288
+want test "$(mosfs exec web -- grep -c '^NoNewPrivs:.1$' /proc/self/status)" = 1
+want test "$(mosfs exec web -- grep -c '^Seccomp:.2$' /proc/self/status)" = 1
+want test "$(property MemoryMax mosfs-target@web.service)" = 67108864
+want test "$(property TasksMax mosfs-target@web.service)" = 50
+want grep -qF "/mosfs.slice/mosfs-target@web.service" "/proc/$(since web)/cgroup"
+want test "$(stat -c %a /run/mosfs/system/volumes)" = 700
+grep -F containers /proc/self/mounts && fail "mounts of containers are on the host"
+mosfs ps | sed 's/^/vm: /'
+
+step 21 "nothing is restarted that has not changed"
+db=$(since db) web=$(since web)
+want mosfs activate
+want test "$(since db) $(since web)" = "$db $web"
+mosfs activate --dry-run | grep -F 'would keep the container of job' || fail "a job is not done twice"
+
+step 22 "what is killed comes back, and nothing of it is left"
+for what in runtime container; do
+    web=$(since web)
+    pid=$web
+    test $what = runtime || pid=$(cat "/proc/$web/task/$web/children")
+    want kill -KILL "$pid"
+    await is_again web "$web"
+    # The runtime, the shell, and what it waits for.
+    want test "$(wc -l </sys/fs/cgroup/mosfs.slice/mosfs-target@web.service/cgroup.procs)" -le 3
+done
+want mosfs exec web -- cat /data/starts
+
+step 23 "what is needed is restarted with what needs it"
+db=$(since db) web=$(since web)
+want systemctl restart mosfs-target@db.service
+want test "$(since db)" != "$db"
+await is_again web "$web"
+
+step 24 "a container that is stopped is started by the next activation, and leaves nothing"
+want systemctl stop mosfs-target@web.service
+want is_state web stopped
+want test ! -e /run/mosfs/crun/web
+want mosfs activate
+want is_state web running
+"#;
+
+/// The same through FUSE: a daemon that dies takes what runs on it along, and both come back.
+const THROUGH_FUSE: &str = r#"
+step 30 "a container follows the daemon that serves its image, also after a daemon-reload"
+want systemctl daemon-reload
+await is_state web running
+unit=$(unit_of $targets/web)
+want systemctl is-active "$unit"
+web=$(since web)
+want kill -KILL "$(property MainPID "$unit")"
+await is_again web "$web"
+want mosfs exec web -- cat /tmp/up
+
+step 31 "all stops, and nothing is left"
+want systemctl stop 'mosfs-target@*.service'
+want test -z "$(ls /run/mosfs/crun)"
+want test -z "$(grep -lx crun /proc/[0-9]*/comm)"
+"#;
+
 /// The version that is published and booted.
 const VERSION: u64 = 200;
 
@@ -206,11 +287,46 @@ fn publish(publisher: &Publisher, dir: &Path, steps: &str) {
     squashfs(top, &image, &["-all-root"]);
     let host = vec![publisher.add_image(debian_image()), publisher.add_image(&image)];
     let target = |name: &str| vec![publisher.add_layer(name)];
+    let tree = dir.join("busybox");
+    put(
+        &tree,
+        "bin/busybox",
+        fs::read("/bin/busybox").expect("/bin/busybox (Debian package busybox-static)"),
+    );
+    fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
+    for applet in ["sh", "cat", "date", "grep", "ls", "sleep", "touch", "id"] {
+        symlink("busybox", tree.join("bin").join(applet)).unwrap();
+    }
+    let image = dir.join("busybox.squashfs");
+    squashfs(&tree, &image, &["-all-root"]);
+    let busybox = vec![publisher.add_image(&image)];
     let targets = [
         ("hostfs", "hostfs", host),
-        ("app", "container", target("app")),
+        ("app", "fs-only", target("app")),
         ("data-set", "fs-only", target("data-set")),
+        // Its daemon stays as long as a container mounts it, whatever is unmounted on the host.
+        ("shared", "fs-only", target("shared")),
+        ("db", "container", busybox.clone()),
+        ("job", "container", busybox.clone()),
+        ("web", "container", busybox),
     ];
+    let shell = |script: &str| serde_json::json!({ "Cmd": ["/bin/sh", "-c", script] });
+    publisher.container(
+        "db",
+        "network: {type: none}",
+        &shell("trap 'exit 0' TERM; while :; do sleep 1; done"),
+    );
+    publisher.container(
+        "web",
+        "network: {type: host}, needs: [db], health: {command: [/bin/cat, /tmp/up], interval: 1s}, \
+         resources: {memory: 64M, tasks: 50}, mounts: [{destination: /data, type: volume, source: web}, \
+         {destination: /set, type: target, source: shared}]",
+        &shell(
+            "echo \"started $(cat /set/content)\"; date >> /data/starts; sleep 2; echo yes > /tmp/up; \
+             trap 'exit 0' TERM; while :; do sleep 1; done",
+        ),
+    );
+    publisher.container("job", "network: {type: none}, run: {restart: no}", &shell("echo done; sleep 1"));
     publisher.publish_targets(VERSION, &targets, true);
 }
 
@@ -233,9 +349,9 @@ const IN_ORDER: &str = "reboot: Power down";
 #[test]
 fn targets_are_active_at_boot_and_their_daemons_come_back() {
     let first = "grep -q '^mosfs:' /proc/self/mounts || exit 3\n\
-         test $(grep -c ' /run/mosfs/targets/[^ ]* overlay ro,nosuid,nodev' /proc/self/mounts) = 2 || exit 4\n";
-    let words = ["vm: step 18", "data-set (fuse): verified", IN_ORDER];
-    let ended = boots(&format!("{first}{STEPS}"), "", &words);
+         test $(grep -c ' /run/mosfs/targets/[^ ]* overlay ro,nosuid,nodev' /proc/self/mounts) = 6 || exit 4\n";
+    let words = ["vm: step 24", "vm: step 18", "vm: step 31", "data-set (fuse): verified", IN_ORDER];
+    let ended = boots(&format!("{first}{HELPERS}{CONTAINERS}{STEPS}{THROUGH_FUSE}"), "", &words);
     // What systemd says of any unit.
     ended.without(&["Failed to start"]);
 }

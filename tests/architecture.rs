@@ -28,6 +28,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("floor", &["trust"]),
     ("deploy", &["image", "mount", "transport", "store", "manifest", "trust", "floor"]),
     ("publish", &["image", "transport", "store", "convert", "manifest", "trust", "floor"]),
+    ("run", &["mount", "store", "manifest", "deploy"]),
     ("boot", &["mount", "store", "manifest", "trust", "floor", "deploy"]),
     (
         "cli",
@@ -42,6 +43,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "floor",
             "deploy",
             "publish",
+            "run",
             "boot",
         ],
     ),
@@ -545,6 +547,7 @@ const FILE_CALLS: &[(&str, &[&str])] = &[
             "src/sys/file.rs",               // what the administrator names
             "src/sys/atomic.rs",             // folders, to sync them
             "src/boot/partition.rs",         // block devices
+            "src/sys/namespace.rs",          // namespaces of processes
             "src/mount/kernel/dm_verity.rs", // the node of a device that was just made
             "src/trust/keys.rs",             // a key that the administrator names, whose mode is checked
             "src/sys/daemon.rs",             // the kernel's load, which stays open

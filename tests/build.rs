@@ -663,6 +663,20 @@ fn progress_goes_to_a_file_descriptor() {
 }
 
 #[test]
+fn an_ipv6_address_that_no_device_would_use_is_an_error() {
+    let publisher = Publisher::new();
+    let file = publisher.dir().join("import.yaml");
+    let text = fs::read_to_string(&file).unwrap();
+    let target = "  six: {url: 'oci:layout:x', version: '1', service_type: container, \
+                  network: {type: simple, ipv6: 'fd00::9/64'}}\n";
+    fs::write(&file, format!("{text}{target}")).unwrap();
+    let expected = "mosfs: import.yaml: target `six`: `ipv6` of network simple, which containers do not support yet\n\
+                    hint: remove `ipv6` from the target, or use `network: {type: host}` to have the host's addresses\n";
+    assert_eq!(publisher.refused("store", &[], 2), expected);
+    assert!(!publisher.dir().join("store").exists(), "nothing is written");
+}
+
+#[test]
 fn an_install_medium_that_would_not_be_made_is_an_error() {
     let publisher = Publisher::new();
     let file = publisher.dir().join("import.yaml");

@@ -47,6 +47,10 @@ const ORDER: &[&str] = &[
     "boot",
     "commit",
     "activate",
+    "run-target",
+    "ps",
+    "exec",
+    "logs",
     "verify",
     "repair",
     "gc",
@@ -139,17 +143,29 @@ struct World<'a> {
 
 impl World<'_> {
     fn shell(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    fn command(&self, line: &str) -> Command {
         let line = line.replace("127.0.0.1:5000", &format!("127.0.0.1:{}", self.registry));
-        Command::new("sh")
+        let mut command = Command::new("sh");
+        command
             .args(["-c", &line])
             .current_dir(self.dir)
             .env("PATH", &self.path)
             .env("MOSFS_SYSTEM", self.dir.join("system"))
             .env("MOSFS_CONFIG", self.dir.join("config"))
             .env("MOSFS_RUN", self.dir.join("run"))
-            .env("MOSFS_TPM", &self.tpm)
-            .output()
-            .unwrap()
+            .env("MOSFS_TPM", &self.tpm);
+        command
+    }
+
+    /// A container of target web that stays, once it runs: the runtime's process.
+    fn running(&self) -> std::process::Child {
+        let line = format!("exec {UNIFIED} mosfs run-target web");
+        let child = self.command(&line).spawn().unwrap();
+        self.ok(&format!("MAINPID={} {UNIFIED} mosfs run-target --wait-healthy web", child.id()));
+        child
     }
 
     fn ok(&self, line: &str) -> String {
@@ -199,10 +215,20 @@ fn the_examples_work() {
     );
     world.ok("umoci init --layout images && umoci new --image images:debian");
     world.ok("umoci insert --image images:debian root / 2>/dev/null");
+    // A container that runs while other examples enter it, and then ends.
+    world.ok(
+        "mkdir -p web/bin web/etc web/tmp && cp /bin/busybox web/bin/busybox && ln -s busybox web/bin/sh",
+    );
+    world.ok("for name in ls id sleep; do ln -s busybox web/bin/$name; done");
+    world.ok("echo app:x:1000:1000::/:/bin/sh > web/etc/passwd");
+    world.ok("umoci new --image images:web && umoci insert --image images:web web / 2>/dev/null");
+    world.ok("umoci config --image images:web --config.cmd /bin/sh --config.cmd -c \
+         --config.cmd 'trap \"exit 0\" TERM; while :; do sleep 0.1; done'");
     fs::write(
         dir.path().join("import.yaml"),
         "version: 200\nproduct: de6c82c5-2e01-4c92-949b-a6545d30fc06\ntargets:\n  \
-         hostfs: {url: 'oci:images:debian', version: 1.0.0, service_type: hostfs, network: {type: host}}\n",
+         hostfs: {url: 'oci:images:debian', version: 1.0.0, service_type: hostfs, network: {type: host}}\n  \
+         web: {url: 'oci:images:web', version: 1.0.0, service_type: container, network: {type: none}}\n",
     )
     .unwrap();
     world.ok("head -c 32 /dev/urandom > nonce && head -c 4 /dev/zero >> nonce");
@@ -214,9 +240,19 @@ fn the_examples_work() {
             let name = list.split('"').find(|text| text.starts_with("mos/images/hostfs:")).unwrap();
             world.ok(&format!("skopeo copy --quiet 'oci:store:{name}' oci:images:tools"));
         }
+        // A container that sleeps, to enter.
+        let mut running = (*command == "exec").then(|| world.running());
         for example in examples(command) {
             assert!(example.starts_with(&format!("mosfs {command}")), "{example}");
-            let said = world.ok(&example);
+            let said = if example == "mosfs run-target web" {
+                // It stays until it is stopped.
+                stop(&mut world.running());
+                String::new()
+            } else if ["run-target", "exec"].contains(command) {
+                world.ok(&format!("{UNIFIED} {example}"))
+            } else {
+                world.ok(&example)
+            };
             if example.starts_with("mosfs mount ") {
                 assert_eq!(
                     fs::read_to_string(dir.path().join("mnt/etc/motd")).unwrap(),
@@ -229,11 +265,27 @@ fn the_examples_work() {
                 }
             }
             match *command {
+                "exec" if example.contains("id") => assert!(said.contains("uid=1000(app)"), "{said}"),
+                "ps" => assert!(said.contains("web"), "{said}"),
                 "floor show" => assert!(said.contains('0'), "{said}"),
                 "umount" => assert!(!dir.path().join("mnt/etc").exists()),
                 "commit" => assert!(world.ok("mosfs floor show").contains("200")),
                 _ => {}
             }
         }
+        if let Some(running) = &mut running {
+            stop(running);
+        }
     }
 }
+
+/// Stops a container as systemd does: by a signal to its runtime.
+fn stop(running: &mut std::process::Child) {
+    let status = Command::new("kill").arg(running.id().to_string()).status().unwrap();
+    assert!(status.success());
+    assert!(running.wait().unwrap().success());
+}
+
+/// Where the one hierarchy of control groups is mounted, as crun requires it.
+const UNIFIED: &str = "unshare --mount --propagation slave sh -c \
+    'test -e /sys/fs/cgroup/cgroup.controllers || mount -t cgroup2 none /sys/fs/cgroup && exec \"$@\"' sh";

@@ -6,6 +6,8 @@ use std::path::Path;
 
 use mosfs::internals::digest::Digest;
 use mosfs::internals::error::{Class, Classified};
+use mosfs::internals::manifest::rules;
+use mosfs::internals::manifest::workload::{Health, Ready, Resources, Restart, Run, Workload, Writable};
 use mosfs::internals::manifest::{
     ImportErrors, ImportManifest, MAX_INTEGER, Mount, Network, Port, ProblemKind, Protocol, Resolved,
     ServiceType, StorageType, SystemError, SystemManifest, Target, TargetName,
@@ -111,8 +113,8 @@ fn what_a_publisher_writes_is_what_comes_out() {
     // As it is written, not as the number 1.1.
     assert_eq!(app.version, "1.10");
     let ports = vec![
-        Port { host: 80, container: 5000, protocol: None },
-        Port { host: 53, container: 53, protocol: Some(Protocol::Udp) },
+        Port { host: 80, container: 5000, protocol: None, address: None },
+        Port { host: 53, container: 53, protocol: Some(Protocol::Udp), address: None },
     ];
     let (ipv4, ipv6) = (Some("10.0.3.99/24".to_string()), Some("fd00::99/64".to_string()));
     assert_eq!(app.network, Network::Simple { ipv4, ipv6, ports: Some(ports) });
@@ -440,15 +442,67 @@ fn any_name() -> impl Strategy<Value = String> {
     "[a-z0-9]{1,8}([._-][a-z0-9]{1,8}){0,3}"
 }
 
+/// Any fields of a container.
+fn any_workload() -> impl Strategy<Value = Workload> {
+    let texts = || vec("[^\\p{Cc}]{1,12}", 1..3);
+    let time =
+        || option::of("[1-9][0-9]?[smh]".prop_filter("at most a day", |text| rules::time(text).is_ok()));
+    let health = (texts(), time(), time(), option::of(1..=1000u64), time()).prop_map(
+        |(command, interval, timeout, retries, start)| Health { command, interval, timeout, retries, start },
+    );
+    let writable =
+        prop_oneof![Just(Writable::No), Just(Writable::Yes), "[1-9][0-9]?[KMG]?".prop_map(Writable::Size),];
+    let restart = prop_oneof![Just(Restart::Always), Just(Restart::OnFailure), Just(Restart::No)];
+    let run = (
+        option::of(texts()),
+        option::of(btree_map("[A-Z_][A-Z0-9_]{0,5}", "[^\\p{Cc}]{0,9}", 0..3)),
+        option::of(any::<bool>()),
+        option::of(1..=3600u64),
+        option::of(restart),
+        option::of(writable),
+    )
+        .prop_map(|(command, environment, init, stop_seconds, restart, writable)| Run {
+            command,
+            environment,
+            init,
+            stop_seconds,
+            restart,
+            writable,
+        });
+    let resources =
+        (option::of("[1-9][0-9]?[KMGT]?"), option::of(1..=MAX_INTEGER), option::of("[1-9][0-9]{0,2}%"))
+            .prop_map(|(memory, tasks, cpu)| Resources { memory, tasks, cpu });
+    let needs = vec(any_name().prop_map(|name| name.parse::<TargetName>().unwrap()), 0..3);
+    let capabilities = vec(prop_oneof![Just("NET_ADMIN".to_string()), Just("SYS_TIME".to_string())], 0..3);
+    (
+        option::of(needs),
+        option::of(health),
+        option::of(run),
+        option::of(resources),
+        option::of(capabilities),
+        option::of(vec("/dev/[a-z]{1,5}", 0..2)),
+        option::of(vec(any_name(), 0..2)),
+    )
+        .prop_map(|(needs, health, run, resources, capabilities, devices, secrets)| Workload {
+            needs,
+            // One of the two.
+            ready: if health.is_none() { Some(Ready::Notify) } else { None },
+            health,
+            run,
+            resources,
+            capabilities,
+            devices,
+            secrets,
+        })
+}
+
 fn any_manifest() -> impl Strategy<Value = SystemManifest> {
     let text = || "[^\\p{Cc}]{1,12}";
     let address = || prop_oneof![Just(String::new()), Just("10.0.0.1".into()), Just("192.168.1.9/24".into())];
     let protocol = prop_oneof![Just(None), Just(Some(Protocol::Tcp)), Just(Some(Protocol::Udp))];
-    let port = (1..=u16::MAX, 1..=u16::MAX, protocol).prop_map(|(host, container, protocol)| Port {
-        host,
-        container,
-        protocol,
-    });
+    let port_address = option::of(Just("192.0.2.7".to_string()));
+    let port = (1..=u16::MAX, 1..=u16::MAX, protocol, port_address)
+        .prop_map(|(host, container, protocol, address)| Port { host, container, protocol, address });
     let ports = option::of(vec(port, 0..3));
     let network = prop_oneof![
         Just(Network::Host),
@@ -468,8 +522,9 @@ fn any_manifest() -> impl Strategy<Value = SystemManifest> {
         network,
         option::of(prop_oneof![Just(String::new()), any_name()]),
         option::of(vec(mount, 0..3)),
+        any_workload(),
     )
-        .prop_map(|(digest, size, version, service_type, network, nsgroup, mounts)| Target {
+        .prop_map(|(digest, size, version, service_type, network, nsgroup, mounts, workload)| Target {
             digest: Digest::from_bytes(digest),
             size,
             version,
@@ -477,6 +532,7 @@ fn any_manifest() -> impl Strategy<Value = SystemManifest> {
             network,
             nsgroup,
             mounts,
+            workload: if service_type == ServiceType::Container { workload } else { Workload::default() },
         });
     let name = any_name().prop_map(|name| name.parse::<TargetName>().unwrap());
     (1..=MAX_INTEGER, any::<u128>(), btree_map(name, target, 1..5)).prop_map(|(version, product, targets)| {

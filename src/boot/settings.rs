@@ -262,6 +262,7 @@ mod tests {
             network: Network::None,
             nsgroup: None,
             mounts: None,
+            workload: Default::default(),
         };
         SystemManifest {
             version: 1,

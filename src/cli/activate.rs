@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::lazy_target::LazyTargets;
-use super::{FloorArgs, Global, RegistryArgs, device, mount, output};
+use super::{FloorArgs, Global, RegistryArgs, containers, device, mount, output};
 use crate::deploy::activate::{
     self, Action, ActivationPlan, ActivationRequest, CompletedStep, MountOptions, Outcome,
 };
@@ -21,10 +21,12 @@ use crate::transport::SourceRef;
 use crate::trust::Anchor;
 use crate::trust::config::find_floor_key;
 
-/// Mount the targets of the running deployment, and remount only what changed.
+/// Mount the targets of the running deployment and run its containers; change only what differs.
 ///
 /// Targets are mounted at /run/mosfs/targets/NAME. A mount in use is left alone; the command names its users and exits
-/// with code 1. The deployment is verified again, and its version is compared with the floor if this device has one.
+/// with code 1. Targets with service_type container are then started, each in a systemd unit, mosfs-target@NAME.service;
+/// those whose image or fields have changed are restarted. The deployment is verified again, and its version is compared
+/// with the floor if this device has one.
 #[derive(Debug, Args)]
 pub(super) struct ActivateArgs {
     /// The targets [default: all but the root; targets that the deployment no longer has are unmounted].
@@ -60,9 +62,10 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
     // Before anything is looked at: two at once would both mount what is missing.
     let _lock = if args.dry_run { None } else { Some(activate::lock(&run)?) };
     let plan = plan(args, global, &run)?;
+    let steps = containers::plan(global, &args.targets)?;
     let deployment = plan.deployment;
     if args.dry_run {
-        return output::answer(global, || plan_json(&plan), || plan_text(&plan));
+        return output::answer(global, || plan_json(&plan, &steps), || plan_text(&plan, &steps));
     }
     let (system, config) = (
         std::path::absolute(&global.system).on("find", &global.system)?,
@@ -86,16 +89,25 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
     let taken =
         activate::apply(plan, &run, &MountOptions { backend: args.backend, unit: &unit, blobs: &blobs })?;
     let verdict = activate::verdict(&taken);
+    // What is not mounted as it should be cannot run as it should, and its container says so; the others run.
+    let done = containers::apply(steps, global)?;
     if global.json {
         let targets: Vec<_> = taken.iter().map(taken_json).collect();
-        let answer = json!({ "deployment": deployment, "version": deployment.version, "targets": targets });
+        let ran: Vec<_> = done.iter().map(containers::done_json).collect();
+        let answer = json!({
+            "deployment": deployment, "version": deployment.version, "targets": targets, "containers": ran,
+        });
         output::json(&answer)?;
     } else {
         for one in taken.iter().filter(|one| matches!(one.outcome, Outcome::Done(_))) {
             output::line(done_text(one))?;
         }
+        for one in done.iter().filter(|one| one.outcome.is_ok()) {
+            output::line(containers::done_text(one))?;
+        }
     }
-    Ok(verdict?)
+    verdict?;
+    Ok(containers::verdict(&done)?)
 }
 
 fn plan(args: &ActivateArgs, global: &Global, run: &Path) -> Result<ActivationPlan, AnyError> {
@@ -126,18 +138,27 @@ fn verb(action: Action) -> &'static str {
     }
 }
 
-fn plan_json(plan: &ActivationPlan) -> Value {
+fn plan_json(plan: &ActivationPlan, containers: &[containers::Step]) -> Value {
     let step = |step: &activate::Step| json!({ "target": step.target, "path": step.path, "action": step.action, "why": step.why });
     let targets: Vec<_> = plan.steps.iter().map(step).collect();
-    json!({ "dry_run": true, "deployment": plan.deployment, "version": plan.deployment.version, "targets": targets })
+    let of_container = |step: &containers::Step| json!({ "target": step.name, "action": step.action.as_str(), "why": step.why });
+    let containers: Vec<_> = containers.iter().map(of_container).collect();
+    json!({
+        "dry_run": true, "deployment": plan.deployment, "version": plan.deployment.version, "targets": targets,
+        "containers": containers,
+    })
 }
 
-fn plan_text(plan: &ActivationPlan) -> Vec<String> {
+fn plan_text(plan: &ActivationPlan, containers: &[containers::Step]) -> Vec<String> {
     let line = |step: &activate::Step| {
         let why = if step.why.is_empty() { String::new() } else { format!(": {}", step.why) };
         format!("would {} {} at {}{why}", verb(step.action), step.target, step.path.display())
     };
-    let lines: Vec<_> = plan.steps.iter().map(line).collect();
+    let mut lines: Vec<_> = plan.steps.iter().map(line).collect();
+    lines.extend(containers.iter().map(|step| {
+        let why = if step.why.is_empty() { String::new() } else { format!(": {}", step.why) };
+        format!("would {} the container of {}{why}", step.action.as_str(), step.name)
+    }));
     if lines.is_empty() { vec!["nothing to do: the deployment has the root alone".into()] } else { lines }
 }
 

@@ -19,6 +19,7 @@ use crate::mount::MountError;
 use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
+use crate::run::RunError;
 use crate::store::StoreError;
 use crate::store::fsck::NotWhole;
 use crate::sys::tpm::TpmError;
@@ -58,6 +59,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_kernel_args))
             .or_else(|| this.downcast_ref().and_then(for_file))
             .or_else(|| this.downcast_ref().and_then(for_mount))
+            .or_else(|| this.downcast_ref().and_then(for_run))
             .or_else(|| this.downcast_ref().and_then(for_ingest))
             .or_else(|| this.downcast_ref().and_then(for_convert));
         if found.is_some() {
@@ -96,6 +98,29 @@ fn for_build(error: &BuildError) -> Option<&'static str> {
         BuildError::NoMedium { .. } => {
             Some("remove `image_type` from the import manifest to build the system alone")
         }
+        BuildError::NoIpv6 { .. } => {
+            Some("remove `ipv6` from the target, or use `network: {type: host}` to have the host's addresses")
+        }
+        _ => None,
+    }
+}
+
+fn for_run(error: &RunError) -> Option<&'static str> {
+    match error {
+        RunError::NoIdMap { .. } => Some(
+            "run Linux 6.12 or newer, or write `nsgroup: \"\"` for the target: it then has the host's ids, as without \
+             a user namespace",
+        ),
+        RunError::NotMounted { .. } => Some("run mosfs activate"),
+        RunError::NoProgram { .. } => {
+            Some("install the package on the device; the system's image must have it")
+        }
+        RunError::NoFolder { .. } => {
+            Some("build the image with a plain, empty folder there, or with nothing")
+        }
+        RunError::NoCommand { .. } => Some(
+            "write `run: {command: [PROGRAM, ARGUMENT...]}` for the target, or give its image an Entrypoint",
+        ),
         _ => None,
     }
 }

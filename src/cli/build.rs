@@ -15,7 +15,7 @@ use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as reproducible, rules, yaml};
 use crate::progress::Progress;
 use crate::publish::base::Base;
-use crate::publish::build::{Built, Signer, Sources, build, refuse_medium};
+use crate::publish::build::{Built, Signer, Sources, build, refuse_ipv6, refuse_medium};
 use crate::publish::halves::{self, ExternalSignatures};
 use crate::store::Store;
 use crate::sys::atomic;
@@ -217,6 +217,7 @@ fn import(args: &Build) -> Result<ImportManifest, AnyError> {
 fn parse_import(args: &Build, bytes: &[u8]) -> Result<ImportManifest, AnyError> {
     let import = ImportManifest::parse(&args.file, bytes)?;
     refuse_medium(&import)?;
+    refuse_ipv6(&import)?;
     if import.storage_type() == StorageType::Puzzlefs
         && (args.layer_format.is_some() || args.compression.is_some() || args.block_size.is_some())
     {

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::esp::EspArgs;
-use super::{FloorArgs, Global, device, output};
+use super::{FloorArgs, Global, containers, device, output};
 use crate::deploy::booted;
 use crate::deploy::commit::{self, RunningBoot};
 use crate::error::AnyError;
@@ -41,6 +41,10 @@ pub(super) fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
         // The development floor can be lowered again, so that a guess can be undone.
         None => RunningBoot::Unknown { take_pending: args.unbooted || args.floor.in_file() },
     };
+    if let RunningBoot::This(_) = ran {
+        // Rule (docs/design.md, containers are healthy): before anything is made current.
+        containers::check_health(global)?;
+    }
     let system = device::system(global);
     let patience = Duration::from_secs(args.wait);
     let place = args.esp.find(global, patience)?;

@@ -119,6 +119,14 @@ const PAGES: &[Page] = &[
         &["system", "config", "json"],
         &["mosfs activate --dry-run", "mosfs activate"],
     ),
+    page("ps", Group::Device, &["system", "config", "json"], &["mosfs ps", "mosfs ps --json"]),
+    page(
+        "exec",
+        Group::Device,
+        &["system", "config"],
+        &["mosfs exec web -- ls /", "mosfs exec --user app web -- id"],
+    ),
+    page("logs", Group::Device, &["system", "config"], &["mosfs logs web", "mosfs logs --lines 20 web"]),
     page("commit", Group::Device, &["system", "config", "json"], &["mosfs commit"]),
     page(
         "repair",
@@ -178,6 +186,12 @@ const PAGES: &[Page] = &[
         Group::Host,
         &["system", "json"],
         &["mosfs store stats", "mosfs store stats --store store"],
+    ),
+    page(
+        "run-target",
+        Group::Plumbing,
+        &["system", "config"],
+        &["mosfs run-target --print web", "mosfs run-target web"],
     ),
     page(
         "boot",

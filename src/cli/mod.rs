@@ -8,6 +8,7 @@ mod advice;
 mod boot;
 mod build;
 mod commit;
+mod containers;
 mod device;
 mod esp;
 mod floor;
@@ -34,6 +35,7 @@ mod progress;
 mod push;
 mod registry;
 mod repair;
+mod run_target;
 mod squashfuse;
 pub mod start;
 mod status;
@@ -81,6 +83,10 @@ enum Command {
     #[command(hide = true)]
     Generate(generate::Generate),
     Activate(activate::ActivateArgs),
+    Ps(containers::PsArgs),
+    Exec(containers::ExecArgs),
+    Logs(containers::LogsArgs),
+    RunTarget(run_target::RunTargetArgs),
     Boot(boot::BootArgs),
     Mount(mount::MountArgs),
     #[cfg(feature = "registry")]
@@ -130,6 +136,10 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Floor(args) => floor::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Activate(args) => activate::run(args, &cli.global),
+        Command::Ps(args) => containers::ps(args, &cli.global),
+        Command::Exec(args) => containers::exec(args, &cli.global),
+        Command::Logs(args) => containers::logs(args, &cli.global),
+        Command::RunTarget(args) => run_target::run(args, &cli.global),
         Command::Boot(args) => boot::run(args, &cli.global),
         Command::Mount(args) => mount::run(args, &cli.global),
         #[cfg(feature = "registry")]

@@ -6,6 +6,7 @@ use std::fmt;
 
 use super::rules::{self, Refused};
 use super::tree::{Entry, Node, Position, Value};
+use super::workload::{self, Workload};
 use super::{MAX_INTEGER, Mount, Network, Port, Protocol, ServiceType, TargetName};
 
 /// The kinds of problem of a manifest.
@@ -126,7 +127,7 @@ pub(super) fn excerpt(text: &str) -> String {
 }
 
 /// Describes a node.
-fn describe(node: &Node<'_>) -> String {
+pub(super) fn describe(node: &Node<'_>) -> String {
     match &node.value {
         Value::Text(text) => format!("\"{}\"", excerpt(text)),
         Value::Plain(text) if is_null(text) => "nothing".into(),
@@ -169,11 +170,18 @@ pub(super) struct Service {
     pub network: Network,
     pub nsgroup: Option<String>,
     pub mounts: Option<Vec<Mount>>,
+    pub workload: Workload,
 }
+
+/// Fields of older systems, and what stands in their place.
+const FORMER: &[(&str, &str)] = &[(
+    "storage",
+    "`mounts` of the target with {type: volume, source: NAME, destination: DIR}, which keeps NAME across updates",
+)];
 
 const MOUNT_FIELDS: &[&str] = &["destination", "source", "type", "options"];
 const NETWORK_FIELDS: &[&str] = &["type", "ipv4", "ipv6", "ports"];
-const PORT_FIELDS: &[&str] = &["host", "container", "protocol"];
+const PORT_FIELDS: &[&str] = &["host", "container", "protocol", "address"];
 
 impl Decoder {
     /// Creates a decoder without problems.
@@ -199,6 +207,11 @@ impl Decoder {
         let (found, allowed) = (found.into(), allowed.into());
         self.problems.push(Problem { at, field: path.to_string(), kind, found, allowed });
         None
+    }
+
+    /// Records a value that breaks a rule, at a field whose path is text already.
+    pub(super) fn report(&mut self, at: Position, field: String, found: String, allowed: String) {
+        self.problems.push(Problem { at, field, kind: ProblemKind::BadValue, found, allowed });
     }
 
     /// Decodes a value that a rule may refuse.
@@ -229,13 +242,19 @@ impl Decoder {
                 return Some((key, entry));
             }
             let found = format!("the unknown field `{}`", excerpt(key));
-            self.problem(ProblemKind::UnknownField, entry.at, &path.field(key), found, known.join(", "))
+            let former = FORMER.iter().find(|(name, _)| *name == key);
+            let allowed = former.map_or_else(|| known.join(", "), |(_, instead)| (*instead).to_string());
+            self.problem(ProblemKind::UnknownField, entry.at, &path.field(key), found, allowed)
         });
         Some(Fields { at, entries: entries.collect() })
     }
 
     /// Returns the entries of a mapping by key. Of duplicate keys the first one counts.
-    fn unique<'n, 'a>(&mut self, all: &'n [Entry<'a>], path: &Path<'_>) -> BTreeMap<&'n str, &'n Entry<'a>> {
+    pub(super) fn unique<'n, 'a>(
+        &mut self,
+        all: &'n [Entry<'a>],
+        path: &Path<'_>,
+    ) -> BTreeMap<&'n str, &'n Entry<'a>> {
         let mut entries: BTreeMap<&str, &Entry<'_>> = BTreeMap::new();
         for entry in all {
             let key = &*entry.key;
@@ -295,7 +314,7 @@ impl Decoder {
     }
 
     /// Decodes a string that a rule accepts, as written.
-    fn text_that(
+    pub(super) fn text_that(
         &mut self,
         node: &Node<'_>,
         path: &Path<'_>,
@@ -336,7 +355,7 @@ impl Decoder {
     }
 
     /// Decodes the items of a list, each with `one`; `None` if any of them is wrong.
-    fn list<T>(
+    pub(super) fn list<T>(
         &mut self,
         node: &Node<'_>,
         path: &Path<'_>,
@@ -428,12 +447,23 @@ impl Decoder {
             .optional(fields, path, "nsgroup", |this, node, path| this.text_that(node, path, rules::nsgroup));
         let mounts =
             self.optional(fields, path, "mounts", |this, node, path| this.list(node, path, Self::mount));
+        let workload = self.workload(fields, path);
+        if let Some(other) = service_type.filter(|word| *word != ServiceType::Container) {
+            for name in workload::FIELDS {
+                if let Some(node) = fields.get(name) {
+                    let found = format!("`{name}` with service_type {other}");
+                    let allowed = "only with service_type container";
+                    self.problem::<()>(ProblemKind::BadValue, node.at, &path.field(name), found, allowed);
+                }
+            }
+        }
         Some(Service {
             version: version?,
             service_type: service_type?,
             network: network?,
             nsgroup: nsgroup?,
             mounts: mounts?,
+            workload: workload?,
         })
     }
 
@@ -493,7 +523,10 @@ impl Decoder {
         let protocol = self.optional(&fields, path, "protocol", |this, node, path| {
             this.word(node, path, Protocol::WORDS, Protocol::from_word)
         });
-        Some(Port { host: host?, container: container?, protocol: protocol? })
+        let address = self.optional(&fields, path, "address", |this, node, path| {
+            this.text_that(node, path, rules::host_address)
+        });
+        Some(Port { host: host?, container: container?, protocol: protocol?, address: address? })
     }
 
     fn port_number(&mut self, fields: &Fields<'_, '_>, path: &Path<'_>, name: &str) -> Option<u16> {
@@ -527,13 +560,15 @@ pub(super) fn service_tree<'a>(
     network: &'a Network,
     nsgroup: &'a Option<String>,
     mounts: &'a Option<Vec<Mount>>,
-) -> [(&'a str, Option<Value<'a>>); 5] {
+    workload: &'a Workload,
+) -> impl Iterator<Item = (&'a str, Option<Value<'a>>)> {
     let optional = |text: &'a Option<String>| text.as_deref().map(Value::text);
-    let port = |port: &Port| {
+    let port = |port: &'a Port| {
         Value::map([
             ("host", Some(Value::integer(port.host.into()))),
             ("container", Some(Value::integer(port.container.into()))),
             ("protocol", port.protocol.map(|protocol| Value::text(protocol.as_str()))),
+            ("address", optional(&port.address)),
         ])
     };
     let mount = |mount: &'a Mount| {
@@ -560,4 +595,6 @@ pub(super) fn service_tree<'a>(
         ("nsgroup", optional(nsgroup)),
         ("mounts", mounts.as_ref().map(|mounts| Value::list(mounts.iter().map(mount)))),
     ]
+    .into_iter()
+    .chain(workload::tree(workload))
 }

@@ -32,12 +32,13 @@ use std::path::{Path as FilePath, PathBuf};
 
 use uuid::Uuid;
 
+use super::consistency::{self, Step};
 use super::decode::{Decoder, Dialect, Path, Problem, ProblemKind, service_tree};
 use super::system::{SystemManifest, Target};
 use super::tree::{Entry, Node, Position, Value};
 use super::{
     IMPORT_MEDIA_TYPE, ImageType, ImageUrl, LayerChoice, Mount, Network, ServiceType, StorageType,
-    TargetName, json, layer, rules, yaml,
+    TargetName, Workload, json, layer, rules, yaml,
 };
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
@@ -105,6 +106,8 @@ pub struct ImportTarget {
     pub nsgroup: Option<String>,
     /// Mounts inside it.
     pub mounts: Option<Vec<Mount>>,
+    /// What a container runs, and how it is kept running.
+    pub workload: Workload,
     /// How its layers are made.
     pub layer: Option<LayerChoice>,
     /// The required digest of the OCI manifest at the URL.
@@ -172,8 +175,25 @@ impl Classified for ImportErrors {
 }
 
 const FIELDS: &[&str] = &["version", "mediatype", "image_type", "product", "storage_type", "targets"];
-const TARGET_FIELDS: &[&str] =
-    &["url", "version", "service_type", "network", "nsgroup", "mounts", "layer", "digest", "size"];
+const TARGET_FIELDS: &[&str] = &[
+    "url",
+    "version",
+    "service_type",
+    "network",
+    "nsgroup",
+    "mounts",
+    "layer",
+    "digest",
+    "size",
+    "needs",
+    "health",
+    "ready",
+    "run",
+    "resources",
+    "capabilities",
+    "devices",
+    "secrets",
+];
 
 impl ImportManifest {
     /// Parses and checks a manifest. `file` is its name, for messages; nothing is opened.
@@ -246,10 +266,11 @@ impl ImportManifest {
                 });
                 continue;
             };
-            let ImportTarget { version, service_type, network, nsgroup, mounts, .. } = target.clone();
+            let ImportTarget { version, service_type, network, nsgroup, mounts, workload, .. } =
+                target.clone();
             targets.insert(
                 name.clone(),
-                Target { digest, size, version, service_type, network, nsgroup, mounts },
+                Target { digest, size, version, service_type, network, nsgroup, mounts, workload },
             );
         }
         if !problems.is_empty() {
@@ -266,14 +287,16 @@ impl ImportManifest {
             self.targets.values().map(|target| target.digest.map(|pin| pin.value.to_string())).collect();
         let targets = self.targets.iter().zip(urls.iter().zip(&digests));
         let targets = Value::map(targets.map(|((name, target), (url, digest))| {
-            let ImportTarget { version, service_type, network, nsgroup, mounts, layer, size, .. } = target;
+            let ImportTarget {
+                version, service_type, network, nsgroup, mounts, workload, layer, size, ..
+            } = target;
             let own = [
                 ("url", Some(Value::text(url))),
                 ("layer", layer.as_ref().map(LayerChoice::tree)),
                 ("digest", digest.as_deref().map(Value::text)),
                 ("size", size.map(|pin| Value::integer(pin.value))),
             ];
-            let service = service_tree(version, *service_type, network, nsgroup, mounts);
+            let service = service_tree(version, *service_type, network, nsgroup, mounts, workload);
             (name.as_str(), Some(Value::map(own.into_iter().chain(service))))
         }));
         let root = Value::map([
@@ -307,9 +330,12 @@ fn decode(decoder: &mut Decoder, root: &Node<'_>, file: &FilePath) -> Option<Imp
     let storage_type = decoder.optional(&fields, path, "storage_type", |decoder, node, path| {
         decoder.word(node, path, StorageType::WORDS, StorageType::from_word)
     });
-    let targets = decoder
-        .required(&fields, path, "targets", "a mapping of target names to targets")
-        .and_then(|node| decoder.targets(node, &path.field("targets"), target));
+    let targets =
+        decoder.required(&fields, path, "targets", "a mapping of target names to targets").and_then(|node| {
+            let targets = decoder.targets(node, &path.field("targets"), target)?;
+            agree(decoder, node, &path.field("targets"), &targets);
+            Some(targets)
+        });
     if let (Some(Some(StorageType::Puzzlefs)), Some(targets)) = (storage_type, &targets) {
         let with_layers = targets.iter().filter_map(|(name, target)| Some((name, target.layer?)));
         for (name, choice) in with_layers {
@@ -333,6 +359,31 @@ fn decode(decoder: &mut Decoder, root: &Node<'_>, file: &FilePath) -> Option<Imp
         storage_type: storage_type?,
         targets: targets?,
     })
+}
+
+/// Reports what the targets do not agree on ([`consistency`]), at the field that says it.
+fn agree(
+    decoder: &mut Decoder,
+    node: &Node<'_>,
+    path: &Path<'_>,
+    targets: &BTreeMap<TargetName, ImportTarget>,
+) {
+    let views = targets.iter().map(|(name, target)| (name, consistency::View::from(target)));
+    for finding in consistency::check(views) {
+        let of_target = path.field(finding.target.as_str());
+        let (mut node, mut field) =
+            (node.field(finding.target.as_str()).unwrap_or(node), of_target.to_string());
+        for step in &finding.path {
+            let below = match step {
+                Step::Field(name) => node.field(name),
+                Step::Item(index) => node.item(*index),
+            };
+            // A field that is not written is reported where its mapping is.
+            node = below.unwrap_or(node);
+        }
+        field = format!("{field}.{}", finding.field());
+        decoder.report(node.at, field, finding.found, finding.allowed);
+    }
 }
 
 fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<ImportTarget> {
@@ -362,6 +413,7 @@ fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<I
         network: service.network,
         nsgroup: service.nsgroup,
         mounts: service.mounts,
+        workload: service.workload,
         layer: layer?,
         digest: digest?,
         size: size?,

@@ -40,6 +40,8 @@ macro_rules! words {
     };
 }
 
+pub mod addresses;
+pub mod consistency;
 pub mod decode;
 pub mod import;
 pub mod json;
@@ -48,6 +50,8 @@ pub mod rules;
 pub mod system;
 pub mod tree;
 pub mod url;
+pub mod workload;
+mod workload_decode;
 pub mod yaml;
 
 use std::fmt;
@@ -60,6 +64,7 @@ pub use rules::Refused;
 pub use system::{SystemError, SystemManifest, Target};
 pub use tree::Position;
 pub use url::ImageUrl;
+pub use workload::Workload;
 
 /// Media type of the import manifest, the value of its optional field `mediatype`.
 pub const IMPORT_MEDIA_TYPE: &str = "application/vnd.mos.import.manifest.v1";
@@ -175,7 +180,7 @@ impl Network {
 }
 
 /// A port of the host that is forwarded to a port of the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {
     /// The port on the host, 1 to 65535.
     pub host: u16,
@@ -183,6 +188,8 @@ pub struct Port {
     pub container: u16,
     /// The protocol; TCP if omitted.
     pub protocol: Option<Protocol>,
+    /// The address of the host where it is published; all of them if omitted.
+    pub address: Option<String>,
 }
 
 /// A mount inside a target (OCI runtime-spec, config, section "Mounts").

@@ -1,9 +1,11 @@
 //! Rules for single values of a manifest. Pure checks, shared by both formats.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::MAX_INTEGER;
 use crate::digest::Digest;
 use crate::text::one_line;
 
@@ -138,6 +140,148 @@ pub fn mount_type(text: &str) -> Result<(), Refused> {
         return Ok(());
     }
     Err(refused("1 to 63 characters of A-Z a-z 0-9 . _ -, such as bind or tmpfs"))
+}
+
+/// A time: a number and `s`, `m` or `h`; at most a day.
+pub fn time(text: &str) -> Result<Duration, Refused> {
+    let seconds = [('s', 1), ('m', 60), ('h', 3600)]
+        .into_iter()
+        .find_map(|(unit, seconds)| number(text.strip_suffix(unit)?)?.checked_mul(seconds))
+        .filter(|seconds| (1..=86400).contains(seconds));
+    seconds.map(Duration::from_secs).ok_or(refused("a time of 1s to 24h, such as 10s, 2m or 1h"))
+}
+
+/// A size in bytes, or with `K`, `M`, `G` or `T` (powers of 1024).
+pub fn size(text: &str) -> Result<u64, Refused> {
+    let unit = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+    let (digits, shift) = unit
+        .into_iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, shift)))
+        .unwrap_or((text, 0));
+    let bytes = number(digits).and_then(|count| count.checked_mul(1 << shift));
+    bytes
+        .filter(|bytes| *bytes <= MAX_INTEGER)
+        .ok_or(refused("a number of bytes, or with K, M, G or T: 256M"))
+}
+
+/// A positive number in decimal digits, without a leading zero.
+fn number(digits: &str) -> Option<u64> {
+    let plain = !digits.starts_with('0') && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if plain { digits.parse().ok() } else { None }
+}
+
+/// The size of a writable root: `size=SIZE`. Returns the size as written.
+pub fn writable(text: &str) -> Result<String, Refused> {
+    let size_of = text.strip_prefix("size=").filter(|text| size(text).is_ok());
+    size_of.map(str::to_string).ok_or(refused("true, false, or size= and a size such as 64M"))
+}
+
+/// A part of the processors: a positive number and `%`, at most 100000.
+pub fn percent(text: &str) -> Result<(), Refused> {
+    let percent = text.strip_suffix('%').and_then(number);
+    if percent.is_some_and(|percent| percent <= 100_000) {
+        return Ok(());
+    }
+    Err(refused("a number and %, such as 150% for one and a half processors"))
+}
+
+/// A count that is at most 1000.
+pub fn up_to_1000(number: u64) -> Result<u64, Refused> {
+    if number <= 1000 { Ok(number) } else { Err(refused("an integer from 1 to 1000")) }
+}
+
+/// The seconds of `stop_seconds`.
+pub fn stop_seconds(number: u64) -> Result<u64, Refused> {
+    if number <= 3600 { Ok(number) } else { Err(refused("an integer from 1 to 3600")) }
+}
+
+/// A program, an argument or the value of a variable.
+pub fn argument(text: &str) -> Result<(), Refused> {
+    if text.len() <= MAX_PATH && !has_control(text) {
+        return Ok(());
+    }
+    Err(refused("at most 4096 bytes without control characters"))
+}
+
+/// The name of an environment variable.
+pub fn variable(text: &str) -> Result<(), Refused> {
+    let first = text.bytes().next().is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
+    if first && text.len() <= 255 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+        return Ok(());
+    }
+    Err(refused("[A-Za-z_][A-Za-z0-9_]*, at most 255 characters"))
+}
+
+/// All capabilities (capabilities(7)), without `CAP_`.
+pub const CAPABILITIES: [&str; 41] = [
+    "AUDIT_CONTROL",
+    "AUDIT_READ",
+    "AUDIT_WRITE",
+    "BLOCK_SUSPEND",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "KILL",
+    "LEASE",
+    "LINUX_IMMUTABLE",
+    "MAC_ADMIN",
+    "MAC_OVERRIDE",
+    "MKNOD",
+    "NET_ADMIN",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_RAW",
+    "PERFMON",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYSLOG",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_CHROOT",
+    "SYS_MODULE",
+    "SYS_NICE",
+    "SYS_PACCT",
+    "SYS_PTRACE",
+    "SYS_RAWIO",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "WAKE_ALARM",
+];
+
+/// A capability, without `CAP_`.
+pub fn capability(text: &str) -> Result<(), Refused> {
+    if CAPABILITIES.contains(&text) {
+        return Ok(());
+    }
+    Err(refused("a name of capabilities(7) without CAP_, such as NET_ADMIN"))
+}
+
+/// A device of the host: a path below `/dev/`.
+pub fn device(text: &str) -> Result<(), Refused> {
+    let below = text
+        .strip_prefix("/dev/")
+        .is_some_and(|rest| rest.split('/').all(|part| !part.is_empty() && part != "." && part != ".."));
+    if below && text.len() <= MAX_PATH && !has_control(text) {
+        return Ok(());
+    }
+    Err(refused("a path below /dev/, without `.` and `..`"))
+}
+
+/// The address of a published port: one IPv4 address of the host.
+pub fn host_address(text: &str) -> Result<(), Refused> {
+    match text.parse::<Ipv4Addr>() {
+        Ok(_) => Ok(()),
+        Err(_) => Err(refused("an IPv4 address of the host, such as 192.0.2.7")),
+    }
 }
 
 /// The block sizes of new squashfs layers, in bytes, each with its word.

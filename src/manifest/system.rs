@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::decode::{Decoder, Dialect, Path, Problem, service_tree};
 use super::tree::{Entry, Node, Position, Value};
-use super::{Mount, Network, SYSTEM_MEDIA_TYPE, ServiceType, TargetName, json, rules};
+use super::{Mount, Network, SYSTEM_MEDIA_TYPE, ServiceType, TargetName, Workload, json, rules};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 
@@ -68,6 +68,8 @@ pub struct Target {
     pub nsgroup: Option<String>,
     /// Mounts inside it.
     pub mounts: Option<Vec<Mount>>,
+    /// What a container runs, and how it is kept running.
+    pub workload: Workload,
 }
 
 /// Why bytes are not a system manifest.
@@ -104,7 +106,23 @@ impl Classified for SystemError {
 }
 
 const FIELDS: &[&str] = &["mediatype", "product", "targets", "version"];
-const TARGET_FIELDS: &[&str] = &["digest", "mounts", "network", "nsgroup", "service_type", "size", "version"];
+const TARGET_FIELDS: &[&str] = &[
+    "digest",
+    "mounts",
+    "network",
+    "nsgroup",
+    "service_type",
+    "size",
+    "version",
+    "needs",
+    "health",
+    "ready",
+    "run",
+    "resources",
+    "capabilities",
+    "devices",
+    "secrets",
+];
 
 impl SystemManifest {
     /// Parses a manifest from its signed bytes. Call it on verified bytes ([`crate::trust::Signed::verify`])
@@ -149,9 +167,9 @@ impl SystemManifest {
         let product = self.product.to_string();
         let digests: Vec<_> = self.targets.values().map(|target| target.digest.to_string()).collect();
         let targets = Value::map(self.targets.iter().zip(&digests).map(|((name, target), digest)| {
-            let Target { size, version, service_type, network, nsgroup, mounts, .. } = target;
+            let Target { size, version, service_type, network, nsgroup, mounts, workload, .. } = target;
             let own = [("digest", Some(Value::text(digest))), ("size", Some(Value::integer(*size)))];
-            let service = service_tree(version, *service_type, network, nsgroup, mounts);
+            let service = service_tree(version, *service_type, network, nsgroup, mounts, workload);
             (name.as_str(), Some(Value::map(own.into_iter().chain(service))))
         }));
         let root = Value::map([
@@ -206,5 +224,6 @@ fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<T
         network: service.network,
         nsgroup: service.nsgroup,
         mounts: service.mounts,
+        workload: service.workload,
     })
 }

@@ -36,6 +36,20 @@ pub struct Node<'a> {
     pub value: Value<'a>,
 }
 
+impl<'a> Node<'a> {
+    /// The value of a key, if this is a mapping that has it.
+    pub fn field(&self, name: &str) -> Option<&Node<'a>> {
+        let Value::Map(entries) = &self.value else { return None };
+        entries.iter().find(|entry| entry.key == name).map(|entry| &entry.node)
+    }
+
+    /// An item, counted from 0, if this is a list that has it.
+    pub fn item(&self, index: usize) -> Option<&Node<'a>> {
+        let Value::List(items) = &self.value else { return None };
+        items.get(index)
+    }
+}
+
 /// The value of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value<'a> {

@@ -167,6 +167,21 @@ pub fn refuse_medium(import: &ImportManifest) -> Result<(), BuildError> {
     }
 }
 
+/// Refuses an IPv6 address of a container: no device would run it.
+///
+/// # Errors
+/// [`BuildError::NoIpv6`].
+pub fn refuse_ipv6(import: &ImportManifest) -> Result<(), BuildError> {
+    let has_ipv6 = |target: &ImportTarget| {
+        target.service_type == ServiceType::Container
+            && matches!(&target.network, Network::Simple { ipv6: Some(address), .. } if !address.is_empty())
+    };
+    match import.targets.iter().find(|(_, target)| has_ipv6(target)) {
+        Some((target, _)) => Err(BuildError::NoIpv6 { file: import.file.clone(), target: target.clone() }),
+        None => Ok(()),
+    }
+}
+
 /// A system whose images are in the store, not yet signed.
 pub(super) struct Assembled {
     pub(super) manifest: SystemManifest,
@@ -263,6 +278,7 @@ fn boot_target(
         network: Network::None,
         nsgroup: None,
         mounts: None,
+        workload: Default::default(),
     };
     let signed = match (&spec.signer, stored.reused) {
         (None, _) => "not signed for Secure Boot",
@@ -380,6 +396,17 @@ pub enum BuildError {
         /// The import manifest.
         file: PathBuf,
     },
+    /// A container has an IPv6 address.
+    #[error(
+        "{}: target `{target}`: `ipv6` of network simple, which containers do not support yet",
+        file.display()
+    )]
+    NoIpv6 {
+        /// The import manifest.
+        file: PathBuf,
+        /// The target.
+        target: TargetName,
+    },
     /// A target's image cannot be fetched.
     #[error("target `{target}`, {url}: {source}")]
     Source {
@@ -457,7 +484,10 @@ impl Classified for BuildError {
     fn class(&self) -> Class {
         match self {
             Self::Import(error) => error.class(),
-            Self::NoMedium { .. } | Self::VersionTaken { .. } | Self::NotInStore { .. } => Class::Input,
+            Self::NoMedium { .. }
+            | Self::NoIpv6 { .. }
+            | Self::VersionTaken { .. }
+            | Self::NotInStore { .. } => Class::Input,
             Self::FloorSignature { .. } => Class::Verification,
             Self::Boot(error) => error.class(),
             Self::Source { source, .. } => source.class(),

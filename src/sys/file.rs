@@ -226,6 +226,29 @@ pub fn create_file(path: &Path, mode: u32) -> Result<File, IoError> {
     Ok(file)
 }
 
+/// Creates the node of the device that the node at `like` is of, with an owner of its own. Only for root.
+///
+/// # Errors
+/// Those of stat(2), mknod(2) and chown(2); `like` is followed, and must be a device.
+pub fn create_device(path: &Path, like: &Path, owner: (u32, u32)) -> io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::{FileTypeExt, chown};
+    let device = std::fs::metadata(like)?;
+    let kind = device.file_type();
+    let kind = match (kind.is_char_device(), kind.is_block_device()) {
+        (true, _) => libc::S_IFCHR,
+        (_, true) => libc::S_IFBLK,
+        _ => return Err(io::Error::other("it is no device")),
+    };
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the path is NUL-terminated and outlives the call.
+    if unsafe { libc::mknod(name.as_ptr(), kind | 0o600, device.rdev()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    chown(path, Some(owner.0), Some(owner.1))?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o660))
+}
+
 /// Restores the bits that the umask cleared, and keeps those that the parent folder added (set-group-ID).
 fn add_bits(file: &File, mode: u32) -> io::Result<()> {
     let found = file.metadata()?.mode() & 0o7777;

@@ -16,6 +16,7 @@ pub mod init;
 pub mod locks;
 pub mod loopdev;
 pub mod mountapi;
+pub mod namespace;
 pub mod notify;
 pub mod process;
 pub mod sha256;

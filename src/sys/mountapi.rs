@@ -49,7 +49,7 @@ impl std::error::Error for CallError {
 }
 
 impl CallError {
-    fn last(call: String) -> Self {
+    pub(super) fn last(call: String) -> Self {
         Self { call, source: io::Error::last_os_error(), log: Vec::new() }
     }
 
@@ -274,7 +274,18 @@ fn move_mount(
 
 /// Returns a detached private copy of the mount at `path`, without mounts below it. Linux 5.2.
 pub fn clone_mount(path: &Path) -> Result<OwnedFd, CallError> {
-    let call = || format!("open_tree(AT_FDCWD, \"{}\", OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC)", path.display());
+    copy_mounts(path, 0)
+}
+
+/// Returns a detached private copy of the mount at `path` and of all mounts below it. Linux 5.2.
+pub fn clone_tree(path: &Path) -> Result<OwnedFd, CallError> {
+    copy_mounts(path, libc::AT_RECURSIVE as libc::c_uint)
+}
+
+fn copy_mounts(path: &Path, flags: libc::c_uint) -> Result<OwnedFd, CallError> {
+    let call = || {
+        format!("open_tree(AT_FDCWD, \"{}\", OPEN_TREE_CLONE|OPEN_TREE_CLOEXEC|{flags:#x})", path.display())
+    };
     let path_c = c_string(path.as_os_str().as_bytes(), &call)?;
     // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
     let result = unsafe {
@@ -282,7 +293,7 @@ pub fn clone_mount(path: &Path) -> Result<OwnedFd, CallError> {
             libc::SYS_open_tree,
             libc::AT_FDCWD,
             path_c.as_ptr(),
-            libc::OPEN_TREE_CLONE | libc::O_CLOEXEC as libc::c_uint,
+            libc::OPEN_TREE_CLONE | libc::O_CLOEXEC as libc::c_uint | flags,
         )
     };
     new_fd(result, &call)
@@ -306,6 +317,33 @@ pub fn set_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> Result<(),
         Ok(())
     } else {
         Err(CallError::last(format!("mount_setattr({}, set {set:#x}, clear {clear:#x})", mount.as_raw_fd())))
+    }
+}
+
+/// Maps the ids of a mount that is attached nowhere, as the user namespace does (mount_setattr(2), ID-mapped mounts):
+/// the file system's id N shows as the namespace's id N. Linux 5.12, and the file system must allow it.
+pub fn map_ids(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> Result<(), CallError> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: user_namespace.as_raw_fd() as u64,
+    };
+    // SAFETY: the path is a NUL-terminated string, the struct is ours and has the given size.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &attributes as *const libc::mount_attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(CallError::last(format!("mount_setattr({}, MOUNT_ATTR_IDMAP)", mount.as_raw_fd())))
     }
 }
 
@@ -399,7 +437,7 @@ fn enter_private_namespace() -> Result<OwnedFd, CallError> {
 /// The kernel changes the propagation of a mount point only. In a chroot whose root folder is not one, `/` is
 /// refused, and no path below it leads to the mount that contains it. There the thread goes to the root of its
 /// namespace, which is always a mount point, and comes back.
-fn make_all_mounts_private() -> Result<(), CallError> {
+pub(super) fn make_all_mounts_private() -> Result<(), CallError> {
     match make_tree_private() {
         Err(error) if error.errno() == libc::EINVAL => {}
         result => return result,

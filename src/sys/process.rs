@@ -14,6 +14,22 @@ pub fn kill_self() -> ! {
     std::process::abort()
 }
 
+/// Sends SIGKILL to a process. One that has ended meanwhile is no error.
+pub fn kill(pid: u32) {
+    if let Ok(pid @ 1..) = libc::pid_t::try_from(pid) {
+        // SAFETY: no pointers.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+}
+
+/// The time since the start of the machine, without the time that it slept: CLOCK_MONOTONIC.
+pub fn monotonic() -> std::time::Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of ours.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    std::time::Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
 /// The file of this program; without /proc, as it was named when it was started.
 pub fn own_program() -> Option<PathBuf> {
     std::env::current_exe().ok().or_else(|| {

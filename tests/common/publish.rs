@@ -1,10 +1,12 @@
 //! A publisher for tests: signed systems of small images, made through the library in milliseconds.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Seek};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use mosfs::internals::digest::Digest;
 use mosfs::internals::floor;
@@ -27,6 +29,8 @@ pub const PRODUCT: &str = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
 pub struct Publisher {
     dir: PathBuf,
     product: Uuid,
+    /// By target: the fields of its import manifest besides the usual ones, and the configuration of its image.
+    containers: Mutex<BTreeMap<String, (String, String)>>,
 }
 
 impl Publisher {
@@ -41,12 +45,23 @@ impl Publisher {
         let request = Request { product, name: "test".into(), rsa_signer: false };
         keys::generate(&dir.join("keys"), &request).expect("keys");
         Store::create(&dir.join("store")).expect("a store");
-        Self { dir: dir.to_path_buf(), product }
+        Self { dir: dir.to_path_buf(), product, containers: Mutex::default() }
     }
 
     /// A publisher that was made in this folder before.
     pub fn again(dir: &Path) -> Self {
-        Self { dir: dir.to_path_buf(), product: PRODUCT.parse().expect("a UUID") }
+        let product = PRODUCT.parse().expect("a UUID");
+        Self { dir: dir.to_path_buf(), product, containers: Mutex::default() }
+    }
+
+    /// From now on, target `name` has these fields in the import manifest (a flow mapping without its braces) in place
+    /// of network host, and its image this `config`.
+    pub fn container(&self, name: &str, fields: &str, config: &serde_json::Value) {
+        let config = serde_json::json!({
+            "architecture": "amd64", "os": "linux", "config": config,
+            "rootfs": { "type": "layers", "diff_ids": [] },
+        });
+        self.containers.lock().unwrap().insert(name.into(), (fields.into(), config.to_string()));
     }
 
     /// Where everything of this publisher is.
@@ -119,7 +134,9 @@ impl Publisher {
         let writer = store.writer().expect("a writer");
         let image = |name: &str, layers: &[Descriptor]| {
             // An image of its own for each version of a hostfs; others stay as long as their layers do.
-            let text = config(if name == "hostfs" { version } else { 0 });
+            let containers = self.containers.lock().unwrap();
+            let own = containers.get(name).map(|(_, config)| config.clone());
+            let text = own.unwrap_or_else(|| config(if name == "hostfs" { version } else { 0 }));
             let config = writer.put_bytes(oci::CONFIG, text.as_bytes()).expect("put");
             let image = Manifest { layers: layers.to_vec(), ..image_manifest(config) }.to_bytes();
             writer.put_bytes(oci::MANIFEST, &image).expect("put")
@@ -158,9 +175,10 @@ impl Publisher {
     fn system(&self, version: u64, images: &[(&str, &str, Descriptor)]) -> SystemManifest {
         let mut yaml = format!("version: {version}\nproduct: {}\ntargets:\n", self.product);
         for (name, service, _) in images {
+            let containers = self.containers.lock().unwrap();
+            let fields = containers.get(*name).map_or("network: {type: host}", |(fields, _)| fields);
             yaml += &format!(
-                "  {name}:\n    url: oci:/unused:x\n    version: 1.0.0\n    service_type: {service}\n    \
-                 network: {{type: host}}\n"
+                "  {name}: {{url: 'oci:/unused:x', version: 1.0.0, service_type: {service}, {fields}}}\n"
             );
         }
         let import =
@@ -176,8 +194,9 @@ impl Publisher {
                     version: target.version.clone(),
                     service_type: target.service_type,
                     network: target.network.clone(),
-                    nsgroup: None,
-                    mounts: None,
+                    nsgroup: target.nsgroup.clone(),
+                    mounts: target.mounts.clone(),
+                    workload: target.workload.clone(),
                 };
                 (name.clone(), target)
             })

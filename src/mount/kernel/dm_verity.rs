@@ -210,6 +210,12 @@ pub struct DmVerity {
 #[derive(Debug)]
 pub struct LayerMount(OwnedFd);
 
+impl From<LayerMount> for OwnedFd {
+    fn from(layer: LayerMount) -> Self {
+        layer.0
+    }
+}
+
 impl DmVerity {
     /// Opens the backend; `run_dir` (`/run/mosfs`) holds its lock.
     ///

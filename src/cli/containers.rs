@@ -1,0 +1,482 @@
+//! `mosfs ps`, `exec` and `logs`: the containers of this device; and what `mosfs activate` and `mosfs commit` do with them.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{Global, device, output, run_target};
+use crate::deploy::{booted, target};
+use crate::error::{AnyError, Class, Classified};
+use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
+use crate::mount::{table, units as daemons};
+use crate::run::health::{self, Other};
+use crate::run::start::Places;
+use crate::run::units::{self, Action, Settings, State};
+use crate::run::{self, Container, RunError, network, programs};
+use crate::store::Store;
+use crate::sys;
+use crate::trust::Anchor;
+
+/// List the containers of the running deployment.
+#[derive(Debug, Args)]
+pub(super) struct PsArgs {}
+
+/// Run a command in a running container.
+///
+/// It runs as the user of the image, with the environment and the privileges of the container.
+#[derive(Debug, Args)]
+pub(super) struct ExecArgs {
+    /// Give the command a terminal.
+    #[arg(short, long)]
+    tty: bool,
+    /// Run as another user: USER[:GROUP], by name or number.
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+    /// The target.
+    #[arg(value_name = "NAME")]
+    target: String,
+    /// The command and its arguments.
+    #[arg(value_name = "COMMAND", required = true, last = true)]
+    command: Vec<String>,
+}
+
+/// Show the output of a container: the journal of its unit.
+#[derive(Debug, Args)]
+pub(super) struct LogsArgs {
+    /// The target.
+    #[arg(value_name = "NAME")]
+    target: String,
+    /// Go on with what comes.
+    #[arg(short, long)]
+    follow: bool,
+    /// Show only the last N lines.
+    #[arg(short = 'n', long, value_name = "N")]
+    lines: Option<u32>,
+}
+
+/// One row of `mosfs ps`.
+struct Row {
+    name: TargetName,
+    version: String,
+    state: &'static str,
+    unit: State,
+    ports: Vec<String>,
+    address: Option<String>,
+    error: Option<String>,
+}
+
+/// Runs `mosfs ps`.
+pub(super) fn ps(_: &PsArgs, global: &Global) -> Result<(), AnyError> {
+    let rows = rows(global)?;
+    output::answer(
+        global,
+        || json!({ "containers": rows.iter().map(row_json).collect::<Vec<_>>() }),
+        || table_of(&rows),
+    )
+}
+
+fn rows(global: &Global) -> Result<Vec<Row>, AnyError> {
+    let places = run_target::places(global)?;
+    let (store, manifest) = running(global)?;
+    let has_systemd = daemons::available().is_ok();
+    let containers = manifest.targets.iter().filter(|(_, one)| one.service_type == ServiceType::Container);
+    containers
+        .map(|(name, signed)| {
+            let container = run::container(&store, &manifest, name);
+            let unit = if has_systemd { units::state(name.as_str())? } else { State::default() };
+            let state = word(&places, name, &unit, container.as_ref().ok());
+            let (mut ports, mut address) = (Vec::new(), None);
+            if let Network::Simple { ports: written, .. } = &signed.network {
+                let assigned = container.as_ref().ok().and_then(|one| one.addresses.of.get(name));
+                address = assigned.map(ToString::to_string);
+                ports = written.iter().flatten().map(port_text).collect();
+            }
+            let failed =
+                || units::last_error(&places, name.as_str()).filter(|_| !matches!(state, "running" | "done"));
+            let error = container.err().map(|error| error.to_string()).or_else(failed);
+            Ok(Row {
+                name: name.clone(),
+                version: signed.version.clone(),
+                state,
+                unit,
+                ports,
+                address,
+                error,
+            })
+        })
+        .collect()
+}
+
+fn port_text(port: &crate::manifest::Port) -> String {
+    let address = port.address.as_deref().map(|address| format!("{address}:")).unwrap_or_default();
+    format!("{address}{}->{}/{}", port.host, port.container, port.protocol.unwrap_or(Protocol::Tcp))
+}
+
+/// The state of a container in one word.
+fn word(places: &Places, name: &TargetName, unit: &State, container: Option<&Container>) -> &'static str {
+    let started = units::started_key(places, name.as_str());
+    match unit.active.as_str() {
+        "active" | "reloading" if container.is_some_and(|one| started != Some(one.key)) => "outdated",
+        "active" | "reloading" => "running",
+        "activating" if unit.sub == "auto-restart" => "restarting",
+        "activating" => "starting",
+        "deactivating" => "stopping",
+        "failed" => "failed",
+        // Without a unit: `mosfs run-target` in the foreground.
+        _ if health::pid(places, name.as_str()).is_some() => "running",
+        _ if started.is_some() && container.is_some_and(|one| units::is_done(places, one)) => "done",
+        _ => "stopped",
+    }
+}
+
+fn row_json(row: &Row) -> Value {
+    json!({
+        "target": row.name.as_str(), "version": row.version, "state": row.state, "restarts": row.unit.restarts,
+        "pid": row.unit.pid, "unit": units::name(row.name.as_str()), "ports": row.ports, "address": row.address,
+        "error": row.error,
+    })
+}
+
+fn table_of(rows: &[Row]) -> Vec<String> {
+    if rows.is_empty() {
+        return vec!["the running deployment has no containers".into()];
+    }
+    let cells: Vec<[String; 5]> =
+        std::iter::once(["NAME", "VERSION", "STATE", "RESTARTS", "PORTS"].map(str::to_string))
+            .chain(rows.iter().map(|row| {
+                let restarts = row.unit.restarts.to_string();
+                [row.name.to_string(), row.version.clone(), row.state.into(), restarts, row.ports.join(", ")]
+            }))
+            .collect();
+    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths = [width(0), width(1), width(2), width(3)];
+    let line = |row: &[String; 5]| {
+        let padded: String = widths.iter().zip(row).map(|(width, cell)| format!("{cell:width$}  ")).collect();
+        format!("{padded}{}", row[4]).trim_end().to_string()
+    };
+    let mut lines: Vec<String> = cells.iter().map(line).collect();
+    lines.extend(rows.iter().filter_map(|row| Some(format!("{}: {}", row.name, row.error.as_ref()?))));
+    lines
+}
+
+/// The running deployment, verified again.
+fn running(global: &Global) -> Result<(Store, SystemManifest), AnyError> {
+    let anchor = Anchor::load(&global.config)?;
+    let system = device::system(global);
+    let (_, verified) = target::running(&system, booted::deployment()?, &anchor)?;
+    Ok((system.store()?, verified.manifest().clone()))
+}
+
+/// A command in a container that ended with another code than 0.
+#[derive(Debug, thiserror::Error)]
+#[error("the command in target {target} ended with exit code {code}")]
+struct Ended {
+    target: String,
+    code: i32,
+}
+
+impl Classified for Ended {
+    fn class(&self) -> Class {
+        Class::Failure
+    }
+}
+
+/// Runs `mosfs exec`.
+pub(super) fn exec(args: &ExecArgs, global: &Global) -> Result<(), AnyError> {
+    let places = run_target::places(global)?;
+    let container = run_target::container(&args.target, global)?;
+    let other = Other { command: &args.command, user: args.user.as_deref(), terminal: args.tty };
+    match health::run(&container, &places, &other)? {
+        0 => Ok(()),
+        code => Err(Ended { target: args.target.clone(), code }.into()),
+    }
+}
+
+/// Runs `mosfs logs`.
+pub(super) fn logs(args: &LogsArgs, global: &Global) -> Result<(), AnyError> {
+    // A misspelt name would show an empty journal.
+    run_target::container(&args.target, global)?;
+    let mut command = Command::new("journalctl");
+    command.arg("--unit").arg(units::name(&args.target)).arg("--output=cat");
+    if args.follow {
+        command.arg("--follow");
+    }
+    if let Some(lines) = args.lines {
+        command.arg(format!("--lines={lines}"));
+    }
+    let source = command.exec();
+    Err(RunError::Step {
+        target: args.target.clone(),
+        step: "run journalctl".into(),
+        why: source.to_string(),
+    }
+    .into())
+}
+
+/// What activation does with one container.
+pub(super) struct Step {
+    /// The target.
+    pub name: String,
+    /// What is done.
+    pub action: Action,
+    /// Why, if it is not plain.
+    pub why: String,
+    /// The container, or why it cannot run. None for one that is stopped.
+    container: Option<Result<Container, AnyError>>,
+}
+
+/// What activation would do with the containers of the running deployment; nothing where systemd does not run.
+pub(super) fn plan(global: &Global, names: &[String]) -> Result<Vec<Step>, AnyError> {
+    let (store, manifest) = running(global)?;
+    let is_container = |name: &str| {
+        manifest
+            .targets
+            .iter()
+            .any(|(known, one)| known.as_str() == name && one.service_type == ServiceType::Container)
+    };
+    let is_meant = |name: &str| names.is_empty() || names.iter().any(|one| one == name);
+    if let Err(why) = daemons::available() {
+        if manifest.targets.keys().any(|name| is_container(name.as_str()) && is_meant(name.as_str())) {
+            output::note(format_args!("containers are mounted and not started: {why}"));
+        }
+        return Ok(Vec::new());
+    }
+    let places = run_target::places(global)?;
+    let mut steps = Vec::new();
+    for name in manifest.targets.keys().filter(|name| is_container(name.as_str()) && is_meant(name.as_str()))
+    {
+        let target = name.to_string();
+        let container = run::container(&store, &manifest, name).map_err(AnyError::from);
+        let (action, why) = match &container {
+            Ok(container) => {
+                let (started, is_done) =
+                    (units::started_key(&places, &target), units::is_done(&places, container));
+                units::decide(&units::state(&target)?, started, is_done, container.key)
+            }
+            // What runs stays until there is something to replace it.
+            Err(_) => (Action::Keep, "it cannot run"),
+        };
+        steps.push(Step { name: target, action, why: why.into(), container: Some(container) });
+    }
+    if names.is_empty() {
+        for name in units::known()?.into_iter().filter(|name| !is_container(name)) {
+            let why = "the running deployment has no such container".into();
+            steps.push(Step { name, action: Action::Stop, why, container: None });
+        }
+    }
+    Ok(steps)
+}
+
+/// What was done with one container.
+pub(super) struct Done {
+    /// The target.
+    pub name: String,
+    /// What was done.
+    pub action: Action,
+    /// How it ended.
+    pub outcome: Result<State, AnyError>,
+}
+
+/// Does what was planned, after the targets are mounted.
+pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, AnyError> {
+    for step in &mut steps {
+        if let Some(Ok(container)) = &step.container
+            && let Err(error) = programs::check(container)
+        {
+            step.container = Some(Err(error.into()));
+        }
+    }
+    let places = run_target::places(global)?;
+    let config = std::path::absolute(&global.config).unwrap_or_else(|_| global.config.clone());
+    let program = own_program();
+    let run_dir = std::env::var_os("MOSFS_RUN");
+    let mut texts = Vec::new();
+    let (mut start, mut restart, mut stop) = (Vec::new(), Vec::new(), Vec::new());
+    for step in &steps {
+        match &step.container {
+            Some(Ok(container)) => {
+                let daemons = daemons_of(container, &places)?;
+                let settings = Settings {
+                    program: &program,
+                    system: &places.system,
+                    config: &config,
+                    run: run_dir.as_deref(),
+                    daemons: &daemons,
+                };
+                texts.push((step.name.as_str(), units::text(container, &settings)));
+            }
+            Some(Err(_)) => continue,
+            None => {}
+        }
+        match step.action {
+            Action::Keep => {}
+            Action::Start => start.push(step.name.as_str()),
+            Action::Restart => restart.push(step.name.as_str()),
+            Action::Stop => stop.push(step.name.as_str()),
+        }
+    }
+    units::stop(&places, &stop)?;
+    if units::write(&texts)? || !stop.is_empty() {
+        units::reload()?;
+    }
+    networks(&steps, global)?;
+    // One job for all that is new, so that systemd orders them by what they need.
+    units::run("restart", &[restart, start].concat())?;
+    let done = steps.into_iter().map(|step| {
+        let outcome = match step.container {
+            None => Ok(State::default()),
+            Some(Err(error)) => Err(error),
+            Some(Ok(container)) => units::check(&places, &container).map_err(AnyError::from),
+        };
+        Done { name: step.name, action: step.action, outcome }
+    });
+    Ok(done.collect())
+}
+
+/// Makes the network of the targets with network `simple` what it should be; rules that somebody has flushed come back.
+/// Removes it where no target has one.
+fn networks(steps: &[Step], global: &Global) -> Result<(), AnyError> {
+    let containers = steps.iter().filter_map(|step| step.container.as_ref()?.as_ref().ok());
+    let simple = containers.clone().find(|one| matches!(one.target.network, Network::Simple { .. }));
+    if let Some(container) = simple {
+        let done = network::set_up(&container.addresses, &container.published);
+        return Ok(done.map_err(step_error(&container.name))?);
+    }
+    let (_, manifest) = running(global)?;
+    let is_simple = |one: &crate::manifest::Target| {
+        one.service_type == ServiceType::Container && matches!(one.network, Network::Simple { .. })
+    };
+    if !manifest.targets.values().any(is_simple)
+        && let Err(why) = network::tear_down()
+    {
+        output::note(format_args!("the network of containers is not removed: {why}"));
+    }
+    Ok(())
+}
+
+fn step_error(target: &TargetName) -> impl FnOnce(String) -> RunError + use<> {
+    let target = target.to_string();
+    |why| RunError::Step { target, step: "set up its network".into(), why }
+}
+
+/// One line about what was done with a container that is as it should be.
+pub(super) fn done_text(done: &Done) -> String {
+    let ended = done.outcome.as_ref().is_ok_and(|state| state.active == "inactive");
+    let what = match done.action {
+        Action::Keep if ended => "has done its work",
+        Action::Keep => "runs already",
+        Action::Start | Action::Restart if ended => "has run and done its work",
+        Action::Start => "started",
+        Action::Restart => "restarted",
+        Action::Stop => "stopped: the deployment no longer has it",
+    };
+    format!("container of {} {what}", done.name)
+}
+
+/// The same for programs.
+pub(super) fn done_json(done: &Done) -> Value {
+    let mut value = json!({
+        "target": done.name, "action": done.action.as_str(), "unit": units::name(&done.name),
+        "outcome": if done.outcome.is_ok() { "done" } else { "failed" },
+    });
+    if let Err(error) = &done.outcome {
+        value["error"] = json!(error.chain());
+    }
+    value
+}
+
+/// The program that units start: the small one where it is installed.
+fn own_program() -> std::path::PathBuf {
+    sys::process::own_program().unwrap_or_else(|| "/usr/bin/mosfs".into())
+}
+
+/// The units of the daemons that serve what a container is made of.
+fn daemons_of(container: &Container, places: &Places) -> Result<Vec<String>, AnyError> {
+    let folder = crate::deploy::activate::targets_dir(&places.run);
+    let folder = folder.canonicalize().unwrap_or(folder);
+    let records = table::mounts()?;
+    let mut found = Vec::new();
+    for name in std::iter::once(container.name.as_str()).chain(container.mounted.keys().map(String::as_str)) {
+        let place = folder.join(name);
+        let daemon =
+            records.iter().find(|record| record.target == place).and_then(|record| record.daemon.as_ref());
+        if let Some(daemon) = daemon
+            && let Some(unit) = daemons::keeper_of(&place, daemon.pid)
+        {
+            found.push(unit.to_string_lossy().into_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// Containers that do not run as they should.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", reasons.join("; "))]
+pub(super) struct NotRunning {
+    /// One sentence each.
+    pub reasons: Vec<String>,
+    class: Class,
+}
+
+impl Classified for NotRunning {
+    fn class(&self) -> Class {
+        self.class
+    }
+}
+
+/// Requires that all containers are as they should be.
+pub(super) fn verdict(done: &[Done]) -> Result<(), NotRunning> {
+    let failed: Vec<_> = done.iter().filter_map(|one| one.outcome.as_ref().err()).collect();
+    if failed.is_empty() {
+        return Ok(());
+    }
+    let is_verification = failed.iter().any(|error| error.class() == Class::Verification);
+    let class = if is_verification { Class::Verification } else { Class::Failure };
+    Err(NotRunning { reasons: failed.iter().map(ToString::to_string).collect(), class })
+}
+
+/// How long a container must have been running before it is called healthy.
+const STEADY: Duration = Duration::from_secs(10);
+
+/// Requires that every container of the running deployment is healthy, and has been for a while: for `mosfs commit`.
+pub(super) fn check_health(global: &Global) -> Result<(), AnyError> {
+    if daemons::available().is_err() {
+        return Ok(());
+    }
+    let places = run_target::places(global)?;
+    let (store, manifest) = running(global)?;
+    let mut reasons = Vec::new();
+    for (name, _) in manifest.targets.iter().filter(|(_, one)| one.service_type == ServiceType::Container) {
+        let target = name.as_str();
+        let healthy = || -> Result<(), AnyError> {
+            let container = run::container(&store, &manifest, name)?;
+            if units::started_key(&places, target) != Some(container.key) {
+                let why = "it does not run what the deployment has; `mosfs activate` starts it".to_string();
+                return Err(RunError::Unit { target: target.into(), why }.into());
+            }
+            let mut state = units::check(&places, &container)?;
+            // Rule (docs/design.md, containers are healthy): what has just started may still fail.
+            let first = state.clone();
+            while state.active == "active" {
+                let age = sys::process::monotonic().saturating_sub(Duration::from_micros(state.active_since));
+                if age >= STEADY {
+                    break;
+                }
+                std::thread::sleep(STEADY - age);
+                state = units::check(&places, &container)?;
+            }
+            if state.restarts > first.restarts {
+                let why = "it was started again while `mosfs commit` waited".to_string();
+                return Err(RunError::Unit { target: target.into(), why }.into());
+            }
+            Ok(())
+        };
+        if let Err(error) = healthy() {
+            reasons.push(error.to_string());
+        }
+    }
+    if reasons.is_empty() { Ok(()) } else { Err(NotRunning { reasons, class: Class::Failure }.into()) }
+}

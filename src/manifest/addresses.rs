@@ -1,0 +1,200 @@
+//! The IPv4 addresses of the targets with network `simple`: one subnet, the same addresses on every device.
+//!
+//! The bridge has the first address of the subnet. A target without `ipv4` has the lowest address that no other target
+//! has, in the order of names.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use super::{Network, TargetName};
+
+/// The subnet of targets that write no prefix length: 10.0.3.0/24.
+const DEFAULT: Subnet = Subnet { network: Ipv4Addr::new(10, 0, 3, 0), bits: 24 };
+
+/// A subnet of IPv4.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subnet {
+    /// Its first address, which no host has.
+    pub network: Ipv4Addr,
+    /// The length of its prefix, 8 to 30.
+    pub bits: u8,
+}
+
+impl Subnet {
+    fn mask(self) -> u32 {
+        u32::MAX << (32 - u32::from(self.bits))
+    }
+
+    fn of(address: Ipv4Addr, bits: u8) -> Self {
+        let subnet = Self { network: address, bits };
+        Self { network: Ipv4Addr::from(u32::from(address) & subnet.mask()), bits }
+    }
+
+    /// The address of the bridge.
+    pub fn gateway(self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.network) + 1)
+    }
+
+    /// Whether a target may have this address: one of the subnet, but not the network, the bridge or the broadcast.
+    fn has_host(self, address: Ipv4Addr) -> bool {
+        let number = u32::from(address);
+        let (first, last) = (u32::from(self.gateway()), u32::from(self.network) | !self.mask());
+        (first + 1..last).contains(&number)
+    }
+}
+
+impl std::fmt::Display for Subnet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.network, self.bits)
+    }
+}
+
+/// The subnet of a system, and who has which address of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses {
+    /// The subnet.
+    pub subnet: Subnet,
+    /// The address of each target with network `simple`.
+    pub of: BTreeMap<TargetName, Ipv4Addr>,
+}
+
+/// An address that cannot be given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadAddress {
+    /// The target.
+    pub target: TargetName,
+    /// What is wrong.
+    pub found: String,
+    /// What would be right.
+    pub allowed: String,
+}
+
+/// The addresses of a system in which no target has one.
+pub fn none() -> Addresses {
+    Addresses { subnet: DEFAULT, of: BTreeMap::new() }
+}
+
+/// Gives every target with network `simple` its address.
+///
+/// # Errors
+/// Addresses of two targets, of two subnets, or outside of the subnet; more targets than addresses.
+pub fn assign<'a>(
+    networks: impl Iterator<Item = (&'a TargetName, &'a Network)>,
+) -> Result<Addresses, Vec<BadAddress>> {
+    let mut bad = Vec::new();
+    let mut subnet: Option<(Subnet, &TargetName)> = None;
+    let mut written = Vec::new();
+    let mut open = Vec::new();
+    for (name, network) in networks {
+        let Network::Simple { ipv4, .. } = network else { continue };
+        let Some(text) = ipv4.as_deref().filter(|text| !text.is_empty()) else {
+            open.push(name);
+            continue;
+        };
+        let (address, bits) =
+            text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
+        let Ok(address) = address.parse::<Ipv4Addr>() else { continue };
+        written.push((name, address));
+        let Some(bits) = bits.and_then(|bits| bits.parse::<u8>().ok()) else { continue };
+        if !(8..=30).contains(&bits) {
+            let (found, allowed) = (format!("a prefix of {bits} bits"), "8 to 30 bits".to_string());
+            bad.push(BadAddress { target: name.clone(), found, allowed });
+            continue;
+        }
+        let own = Subnet::of(address, bits);
+        match subnet {
+            Some((first, of)) if first != own => {
+                let found = format!("the subnet {own}");
+                let allowed = format!("one subnet for all targets, and {of} has {first}");
+                bad.push(BadAddress { target: name.clone(), found, allowed });
+            }
+            Some(_) => {}
+            None => subnet = Some((own, name)),
+        }
+    }
+    let subnet = subnet.map_or(DEFAULT, |(subnet, _)| subnet);
+    let mut taken: BTreeMap<Ipv4Addr, &TargetName> = BTreeMap::new();
+    for (name, address) in written {
+        let problem = if !bad.is_empty() {
+            None
+        } else if !subnet.has_host(address) {
+            Some(format!("an address of {subnet} other than its first, its last and {}", subnet.gateway()))
+        } else {
+            taken.get(&address).map(|other| format!("an address that no other target has; {other} has it"))
+        };
+        if let Some(allowed) = problem {
+            bad.push(BadAddress { target: name.clone(), found: address.to_string(), allowed });
+        }
+        taken.insert(address, name);
+    }
+    let mut of: BTreeMap<TargetName, Ipv4Addr> =
+        taken.iter().map(|(address, name)| ((*name).clone(), *address)).collect();
+    let mut next = u32::from(subnet.gateway()) + 1;
+    for name in open {
+        while taken.contains_key(&Ipv4Addr::from(next)) {
+            next += 1;
+        }
+        let address = Ipv4Addr::from(next);
+        next += 1;
+        if subnet.has_host(address) {
+            of.insert(name.clone(), address);
+        } else {
+            let found = format!("more targets than {subnet} has addresses");
+            bad.push(BadAddress { target: name.clone(), found, allowed: "a larger subnet".into() });
+        }
+    }
+    if bad.is_empty() { Ok(Addresses { subnet, of }) } else { Err(bad) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assigned(addresses: &[(&str, Option<&str>)]) -> Result<Vec<String>, Vec<String>> {
+        let networks: Vec<(TargetName, Network)> = addresses
+            .iter()
+            .map(|(name, ipv4)| {
+                let ipv4 = ipv4.map(str::to_string);
+                (name.parse().unwrap(), Network::Simple { ipv4, ipv6: None, ports: None })
+            })
+            .collect();
+        assign(networks.iter().map(|(name, network)| (name, network)))
+            .map(|all| all.of.iter().map(|(name, address)| format!("{name}={address}")).collect())
+            .map_err(|bad| {
+                bad.iter().map(|one| format!("{}: {}; {}", one.target, one.found, one.allowed)).collect()
+            })
+    }
+
+    #[test]
+    fn what_writes_no_address_has_the_lowest_that_is_free() {
+        let all = [("a", None), ("b", Some("10.0.3.2")), ("c", Some("")), ("d", Some("10.0.3.99/24"))];
+        assert_eq!(assigned(&all).unwrap(), ["a=10.0.3.3", "b=10.0.3.2", "c=10.0.3.4", "d=10.0.3.99"]);
+        let other = [("a", Some("192.168.7.200/25")), ("b", None)];
+        assert_eq!(assigned(&other).unwrap(), ["a=192.168.7.200", "b=192.168.7.130"]);
+    }
+
+    #[test]
+    fn addresses_that_cannot_be_given_are_named() {
+        let bad = |all: &[(&str, Option<&str>)]| assigned(all).unwrap_err();
+        assert_eq!(
+            bad(&[("a", Some("10.0.3.9")), ("b", Some("10.0.3.9"))]),
+            ["b: 10.0.3.9; an address that no other target has; a has it"]
+        );
+        assert_eq!(
+            bad(&[("a", Some("10.0.3.9/24")), ("b", Some("10.0.4.9/24"))]),
+            ["b: the subnet 10.0.4.0/24; one subnet for all targets, and a has 10.0.3.0/24"]
+        );
+        for taken in ["10.0.3.1", "10.0.3.0", "10.0.3.255", "10.0.4.7"] {
+            let said = bad(&[("a", Some(taken))]);
+            assert_eq!(
+                said,
+                [format!(
+                    "a: {taken}; an address of 10.0.3.0/24 other than its first, its last and 10.0.3.1"
+                )]
+            );
+        }
+        assert_eq!(bad(&[("a", Some("10.0.0.9/31"))]), ["a: a prefix of 31 bits; 8 to 30 bits"]);
+        let full = bad(&[("a", Some("10.0.0.2/30")), ("b", None)]);
+        assert_eq!(full, ["b: more targets than 10.0.0.0/30 has addresses; a larger subnet"]);
+    }
+}

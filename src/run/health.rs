@@ -1,0 +1,252 @@
+//! Commands inside a running container: `mosfs exec`, and the health of a target.
+//!
+//! A target is healthy when its container runs and, if the manifest has `health`, when that command has succeeded once.
+//! Its unit is active from then on, and what needs it is started.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+
+use super::root::step;
+use super::start::{Places, runtime};
+use super::{Container, RunError, bundle, user};
+use crate::manifest::workload::Restart;
+use crate::sys::file;
+
+/// Time between two looks at something that has no event to wait for.
+const LOOK: Duration = Duration::from_millis(50);
+/// Longest time between two attempts while failures do not count.
+const START_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A container as the runtime knows it.
+#[derive(Debug, Clone, Deserialize)]
+struct RuntimeState {
+    status: String,
+    #[serde(default)]
+    pid: u32,
+}
+
+/// The process 1 of a running container, as the host numbers it.
+pub fn pid(places: &Places, target: &str) -> Option<u32> {
+    let mut command = runtime(places);
+    command.args(["state", target]).stdin(Stdio::null()).stderr(Stdio::null());
+    let output = command.output().ok()?;
+    let state: RuntimeState = serde_json::from_slice(&output.stdout).ok()?;
+    (state.status == "running" && state.pid > 0).then_some(state.pid)
+}
+
+/// What is run in a container besides its own command.
+#[derive(Debug, Clone, Copy)]
+pub struct Other<'a> {
+    /// The command and its arguments.
+    pub command: &'a [String],
+    /// As whom, in place of the image's user.
+    pub user: Option<&'a str>,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+}
+
+/// Returns the runtime's command that runs another command in a container, and the file that it reads.
+///
+/// # Errors
+/// [`RunError::Step`] if the container does not run; [`RunError::User`].
+fn command(
+    container: &Container,
+    places: &Places,
+    other: &Other<'_>,
+) -> Result<(Command, ProcessFile), RunError> {
+    let target = container.name.as_str();
+    let Some(pid) = pid(places, target) else {
+        return Err(step(target, "run a command in it")("its container is not running"));
+    };
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    let root = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(&root)
+        .map_err(step(target, "open the root of its container"))?;
+    let text = other.user.or(container.image.user.as_deref()).unwrap_or_default();
+    let user = user::find(root.as_fd(), text).map_err(|why| RunError::User {
+        target: target.into(),
+        user: text.into(),
+        why,
+    })?;
+    let mut environment = bundle::environment(&container.target, &container.image, &user);
+    if other.terminal
+        && let Ok(terminal) = std::env::var("TERM")
+    {
+        environment.push(format!("TERM={terminal}"));
+    }
+    let process = bundle::process(
+        &container.target,
+        &container.image,
+        &user,
+        other.command,
+        &environment,
+        other.terminal,
+    );
+    let file = ProcessFile::new(places, target, process.to_string().as_bytes())
+        .map_err(step(target, "write what is to run"))?;
+    let mut command = runtime(places);
+    command.arg("exec").arg("--process").arg(&file.path);
+    Ok((command, file))
+}
+
+/// A file for the runtime, which is removed when it is dropped.
+#[derive(Debug)]
+struct ProcessFile {
+    path: PathBuf,
+}
+
+impl ProcessFile {
+    fn new(places: &Places, target: &str, text: &[u8]) -> std::io::Result<Self> {
+        let name = format!("containers/.{target}.{}", std::process::id());
+        let path = places.run.join(name);
+        let _ = fs::remove_file(&path);
+        let mut file: File = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        let made = Self { path };
+        file.write_all(text)?;
+        Ok(made)
+    }
+}
+
+impl Drop for ProcessFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Runs a command in a container; returns its exit code when it has ended.
+///
+/// # Errors
+/// As [`command`], and those of starting the runtime.
+pub fn run(container: &Container, places: &Places, other: &Other<'_>) -> Result<i32, RunError> {
+    let target = container.name.as_str();
+    let (mut command, _file) = command(container, places, other)?;
+    let status = command.arg(target).status().map_err(step(target, "run crun exec"))?;
+    let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+    Ok(status.code().unwrap_or_else(|| 128 + signal.unwrap_or(0)))
+}
+
+/// Waits until a target is healthy: called by its unit after the container was started.
+///
+/// `main` is the process of the runtime, if it is known: when it ends, the target will never be healthy.
+///
+/// # Errors
+/// [`RunError::Unit`] with the reason.
+pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result<(), RunError> {
+    let target = container.name.as_str();
+    let is_gone = || main.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+    let ended = || {
+        // systemd knows the exit code, and whether it means success.
+        match container.target.workload.run().restart {
+            None | Some(Restart::Always) => {
+                let why = "it ended before it was healthy".to_string();
+                Err(RunError::Unit { target: target.into(), why })
+            }
+            Some(_) => Ok(()),
+        }
+    };
+    while pid(places, target).is_none() {
+        if is_gone() {
+            return ended();
+        }
+        std::thread::sleep(LOOK);
+    }
+    let Some(health) = &container.target.workload.health else { return Ok(()) };
+    let begin = Instant::now();
+    let mut failures = 0;
+    loop {
+        if is_gone() {
+            return ended();
+        }
+        let other = Other { command: &health.command, user: None, terminal: false };
+        match attempt(container, places, &other, health.timeout()) {
+            Ok(()) => return Ok(()),
+            Err(why) => {
+                let starting = begin.elapsed() < health.start();
+                if !starting {
+                    failures += 1;
+                }
+                log::info!("target {target} is not healthy: {why}");
+                if failures >= health.retries() {
+                    let why = format!(
+                        "it is not healthy: {failures} failures in a row after its {} s to start; the last: {why}",
+                        health.start().as_secs()
+                    );
+                    return Err(RunError::Unit { target: target.into(), why });
+                }
+                let pause = if starting { health.interval().min(START_INTERVAL) } else { health.interval() };
+                std::thread::sleep(pause);
+            }
+        }
+    }
+}
+
+/// Runs the command of `health` once.
+fn attempt(
+    container: &Container,
+    places: &Places,
+    other: &Other<'_>,
+    timeout: Duration,
+) -> Result<(), String> {
+    let target = container.name.as_str();
+    let (mut command, file) = command(container, places, other).map_err(|error| error.to_string())?;
+    // The process in the container, which does not end with the runtime that started it.
+    let pid_file = file.path.with_extension("pid");
+    let _ = fs::remove_file(&pid_file);
+    command.arg("--pid-file").arg(&pid_file).arg(target).stdin(Stdio::null());
+    let mut child = command.spawn().map_err(|error| format!("cannot run crun exec: {error}"))?;
+    let outcome = wait_for(&mut child, timeout);
+    if outcome.is_none() {
+        end(&mut child, &pid_file);
+    }
+    let _ = fs::remove_file(&pid_file);
+    match outcome {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(format!("its health command ended with {status}")),
+        None => Err(format!("its health command took longer than {} s", timeout.as_secs())),
+    }
+}
+
+/// How long the runtime may take to say which process it has started, and to end with it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Ends a command in a container that has taken too long: the process inside, then the runtime that waits for it.
+fn end(child: &mut Child, pid_file: &Path) {
+    let read = || {
+        let text = file::find_regular(pid_file, file::Links::Refused, 100).ok()??;
+        String::from_utf8(text).ok()?.trim().parse::<u32>().ok()
+    };
+    let begin = Instant::now();
+    // Where the machine is slow, the command may not even have been started.
+    while read().is_none() && begin.elapsed() < PATIENCE && matches!(child.try_wait(), Ok(None)) {
+        std::thread::sleep(LOOK);
+    }
+    if let Some(inner) = read() {
+        crate::sys::process::kill(inner);
+        if wait_for(child, PATIENCE).is_some() {
+            return;
+        }
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// Waits for a child; `None` if it still runs after this time.
+fn wait_for(child: &mut Child, timeout: Duration) -> Option<std::process::ExitStatus> {
+    let end = Instant::now() + timeout;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < end => std::thread::sleep(LOOK),
+            _ => return None,
+        }
+    }
+}

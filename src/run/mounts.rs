@@ -1,0 +1,355 @@
+//! The mounts of a container besides its root: volumes, trees of other targets, folders of the host, memory, files that
+//! mosfs writes, and secrets.
+//!
+//! ```text
+//! SYSTEM/volumes/         mode 0700, so that no user of the host reaches a program that a container made setuid
+//! SYSTEM/volumes/NAME/    owners and modes as the container sees them: its ids are mapped, none of the host's are on disk
+//! ```
+//! mosfs makes each mount itself, with its ids mapped, below the work folder in the container's own mount namespace;
+//! the runtime only binds them.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use super::bundle::Prepared;
+use super::root::{self, Place, step};
+use super::user::User;
+use super::{Container, RunError};
+use crate::manifest::{Mount, Network};
+use crate::sys::file;
+use crate::sys::{mountapi, namespace};
+
+/// Most bytes of the resolver's configuration.
+const MAX_RESOLV: u64 = 1 << 20;
+
+/// Where the parts of mounts are.
+#[derive(Debug)]
+pub struct Folders<'a> {
+    /// The tmpfs of the container, in its own mount namespace.
+    pub work: &'a Path,
+    /// Where the targets are mounted.
+    pub targets: &'a Path,
+    /// Where the volumes are.
+    pub volumes: &'a Path,
+    /// The credentials that systemd has loaded for the unit.
+    pub credentials: Option<&'a Path>,
+}
+
+/// Returns the places that the root must have to mount at.
+pub fn places(container: &Container) -> Vec<Place> {
+    let folder = |path: &str| Place { path: path.into(), is_file: false };
+    let file = |path: &str| Place { path: path.into(), is_file: true };
+    let mut places = vec![file("/etc/hosts"), file("/etc/resolv.conf")];
+    places.extend(container.image.working_dir.as_deref().filter(|dir| !dir.is_empty()).map(folder));
+    places.extend(container.target.mounts.iter().flatten().map(|mount| {
+        let is_file = mount.kind.as_deref().unwrap_or("bind") == "bind"
+            && mount.source.as_deref().is_some_and(|source| Path::new(source).is_file());
+        Place { path: (&*mount.destination).into(), is_file }
+    }));
+    places
+}
+
+/// Prepares all mounts of a container besides its root.
+///
+/// Only for a process in a mount namespace of its own. `make_volumes`: whether volumes that are not there are made.
+pub fn prepare(
+    container: &Container,
+    folders: &Folders<'_>,
+    root: &Path,
+    user: &User,
+    ids: Option<BorrowedFd<'_>>,
+    make_volumes: bool,
+) -> Result<Vec<Prepared>, RunError> {
+    let target = container.name.as_str();
+    let failed = |what: &str| step::<io::Error>(target, what);
+    let place = folders.work.join("mounts");
+    file::create_folder(&place, 0o711)?;
+    let mut all = network_files(container, folders.work)?;
+    for (number, mount) in container.target.mounts.iter().flatten().enumerate() {
+        let kind = mount.kind.as_deref().unwrap_or("bind");
+        let source = mount.source.as_deref().unwrap_or_default();
+        let tree = match kind {
+            "tmpfs" => {
+                all.push(Prepared {
+                    destination: mount.destination.clone(),
+                    source: None,
+                    options: options(mount, &["nosuid", "nodev"]),
+                });
+                continue;
+            }
+            "volume" => volume(container, folders.volumes, source, mount, root, ids, make_volumes)?,
+            "target" => {
+                let plan = container.mounted.get(source).ok_or_else(|| {
+                    failed("find a target to mount")(io::Error::other(format!("`{source}` is no target")))
+                })?;
+                let trees = root::trees(target, plan, &folders.targets.join(source), ids)?;
+                Some(root::read_only(&format!("mosfs:{source}"), &trees)?)
+            }
+            _ => {
+                let copied = mountapi::clone_tree(Path::new(source));
+                Some(copied.map_err(step(target, &format!("bind {source} of the host")))?)
+            }
+        };
+        let Some(tree) = tree else { continue };
+        let at = attach(target, tree, &place, number)?;
+        let always: &[&str] =
+            if kind == "target" { &["bind", "ro", "nosuid", "nodev"] } else { &["bind", "nosuid", "nodev"] };
+        let always: Vec<&str> = if kind == "bind" {
+            always.iter().map(|one| if *one == "bind" { "rbind" } else { one }).collect()
+        } else {
+            always.to_vec()
+        };
+        all.push(Prepared {
+            destination: mount.destination.clone(),
+            source: Some(at),
+            options: options(mount, &always),
+        });
+    }
+    all.extend(devices(container, folders.work, user)?);
+    all.extend(secrets(container, folders, user)?);
+    Ok(all)
+}
+
+/// Makes nodes of the devices of a target, which belong to its user.
+///
+/// Those of the host belong to ids that the container does not have, and their file system cannot map them.
+fn devices(container: &Container, work: &Path, user: &User) -> Result<Vec<Prepared>, RunError> {
+    let target = container.name.as_str();
+    let wanted = container.target.workload.devices.as_deref().unwrap_or_default();
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let folder = work.join("devices");
+    file::create_folder(&folder, 0o711)?;
+    root::mount_devices(target, &folder)?;
+    let base = container.base.unwrap_or(0);
+    let one = |(number, device): (usize, &String)| {
+        let path = folder.join(number.to_string());
+        file::create_device(&path, Path::new(device), (base + user.uid, base + user.gid))
+            .map_err(step(target, &format!("add its device {device}")))?;
+        let options = ["bind", "nosuid", "noexec"].map(str::to_string).to_vec();
+        Ok(Prepared { destination: device.clone(), source: Some(path), options })
+    };
+    wanted.iter().enumerate().map(one).collect()
+}
+
+/// The options of a mount: those that it always has, then the manifest's.
+fn options(mount: &Mount, always: &[&str]) -> Vec<String> {
+    let written = mount.options.iter().flatten().map(String::as_str);
+    // What a bind is called is said already.
+    let written = written.filter(|option| !matches!(*option, "bind" | "rbind"));
+    let mut all: Vec<String> = Vec::new();
+    for option in always.iter().copied().chain(written) {
+        if !all.iter().any(|one| one == option) {
+            all.push(option.to_string());
+        }
+    }
+    all
+}
+
+/// Attaches a tree below the folder of mounts; returns its path there.
+fn attach(target: &str, tree: OwnedFd, folder: &Path, number: usize) -> Result<PathBuf, RunError> {
+    let failed = |what: &str| step::<io::Error>(target, what);
+    let name = number.to_string();
+    let path = folder.join(&name);
+    let is_folder = fs::metadata(format!("/proc/self/fd/{}", tree.as_raw_fd()))
+        .map_err(failed("look at what is mounted"))?
+        .is_dir();
+    if is_folder {
+        file::create_folder(&path, 0o755)?;
+    } else {
+        file::create_file(&path, 0o644)?;
+    }
+    let dir = file::open_folder(folder).map_err(failed("open the folder of mounts"))?;
+    mountapi::attach_at(tree.as_fd(), dir.as_fd(), &name).map_err(step(target, "attach a mount"))?;
+    Ok(path)
+}
+
+/// Returns the tree of a volume, with its ids mapped; `None` if it is not there and is not to be made.
+///
+/// A new volume has the owner and the mode of the image's folder at its destination.
+fn volume(
+    container: &Container,
+    volumes: &Path,
+    name: &str,
+    mount: &Mount,
+    root: &Path,
+    ids: Option<BorrowedFd<'_>>,
+    make: bool,
+) -> Result<Option<OwnedFd>, RunError> {
+    let target = container.name.as_str();
+    let failed = |what: String| step::<io::Error>(target, &what);
+    let path = volumes.join(name);
+    match fs::symlink_metadata(&path) {
+        Ok(metadata) if metadata.is_dir() => {}
+        Ok(_) => {
+            let why = io::Error::other("it is no folder");
+            return Err(failed(format!("mount volume {}", path.display()))(why));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !make => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make_volume(container, volumes, name, mount, root)
+                .map_err(failed(format!("make volume {}", path.display())))?;
+        }
+        Err(error) => return Err(failed(format!("look at volume {}", path.display()))(error)),
+    }
+    let tree = mountapi::clone_mount(&path).map_err(step(target, &format!("mount volume {name}")))?;
+    if let Some(ids) = ids {
+        mountapi::map_ids(tree.as_fd(), ids).map_err(|source| {
+            let what = format!("the file system of volume {}", path.display());
+            RunError::NoIdMap { target: target.into(), what, source }
+        })?;
+    }
+    Ok(Some(tree))
+}
+
+/// Makes a volume. One that was begun and not finished has another name, and is made anew.
+fn make_volume(
+    container: &Container,
+    volumes: &Path,
+    name: &str,
+    mount: &Mount,
+    root: &Path,
+) -> io::Result<()> {
+    match file::create_folder(volumes, 0o700) {
+        Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+        other => other.map_err(|error| error.source)?,
+    }
+    fs::set_permissions(volumes, fs::Permissions::from_mode(0o700))?;
+    let dir = file::open_folder(root)?;
+    let destination = Path::new(&mount.destination);
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let (uid, gid, mode) = match namespace::open_in_root(dir.as_fd(), destination, flags) {
+        Ok(folder) => {
+            let metadata = folder.metadata()?;
+            let base = container.base.unwrap_or(0);
+            (
+                metadata.uid().saturating_sub(base),
+                metadata.gid().saturating_sub(base),
+                metadata.mode() & 0o1777,
+            )
+        }
+        Err(_) => (0, 0, 0o755),
+    };
+    // A dot is in no name of a volume's beginning.
+    let begun = volumes.join(format!(".{name}"));
+    match fs::remove_dir(&begun) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    file::create_folder(&begun, 0o700).map_err(|error| error.source)?;
+    chown(&begun, Some(uid), Some(gid))?;
+    fs::set_permissions(&begun, fs::Permissions::from_mode(mode))?;
+    file::open_folder(&begun)?.sync_all()?;
+    fs::rename(&begun, volumes.join(name))?;
+    file::open_folder(volumes)?.sync_all()
+}
+
+/// /etc/hosts and /etc/resolv.conf of a container.
+fn network_files(container: &Container, work: &Path) -> Result<Vec<Prepared>, RunError> {
+    let target = container.name.as_str();
+    let failed = |what: &str| step::<io::Error>(target, what);
+    let mut all = Vec::new();
+    let mut add = |name: &str, text: &str| -> io::Result<()> {
+        let path = work.join(name);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+        all.push(Prepared::read_only(&path, &format!("/etc/{name}")));
+        Ok(())
+    };
+    add("hosts", &hosts(container)).map_err(failed("write the hosts file"))?;
+    let resolv = match container.target.network {
+        Network::None => String::new(),
+        Network::Host | Network::Simple { .. } => {
+            let read = |path: &str| -> Result<String, RunError> {
+                let found = file::find_regular(Path::new(path), file::Links::Followed, MAX_RESOLV)?;
+                Ok(String::from_utf8_lossy(&found.unwrap_or_default()).into_owned())
+            };
+            let own = read("/etc/resolv.conf")?;
+            // The host's own resolver is out of reach in another network: what it asks is not.
+            if container.target.network != Network::Host && asks_this_host_alone(&own) {
+                read("/run/systemd/resolve/resolv.conf")?
+            } else {
+                own
+            }
+        }
+    };
+    add("resolv.conf", &resolv).map_err(failed("write resolv.conf"))?;
+    Ok(all)
+}
+
+/// Whether a resolver's configuration names loopback addresses alone.
+fn asks_this_host_alone(resolv: &str) -> bool {
+    let mut servers = resolv.lines().filter_map(|line| line.strip_prefix("nameserver"));
+    servers.all(|server| server.trim().starts_with("127.") || server.trim() == "::1")
+}
+
+/// Returns the hosts file of a container: itself, and all targets with addresses by name.
+pub fn hosts(container: &Container) -> String {
+    let mut text = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n".to_string();
+    let own = container.addresses.of.get(&container.name);
+    if own.is_none() {
+        text += &format!("127.0.1.1 {}\n", container.name);
+    }
+    if let Network::Simple { .. } | Network::Host = container.target.network {
+        for (name, address) in &container.addresses.of {
+            text += &format!("{address} {name}\n");
+        }
+    }
+    text
+}
+
+/// Copies the secrets of a target to memory that its user alone can read.
+fn secrets(container: &Container, folders: &Folders<'_>, user: &User) -> Result<Option<Prepared>, RunError> {
+    let target = container.name.as_str();
+    let names = container.target.workload.secrets.as_deref().unwrap_or_default();
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let Some(from) = folders.credentials else {
+        let why = io::Error::other("systemd has loaded no credentials; the target runs as its unit only");
+        return Err(step(target, "read its secrets")(why));
+    };
+    let base = container.base.unwrap_or(0);
+    let folder = folders.work.join("secrets");
+    let copy = || -> io::Result<()> {
+        file::create_folder(&folder, 0o700).map_err(|error| error.source)?;
+        for name in names {
+            let bytes = fs::read(from.join(name))
+                .map_err(|error| io::Error::new(error.kind(), format!("secret {name}: {error}")))?;
+            let path = folder.join(name);
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o400).open(&path)?;
+            io::Write::write_all(&mut file, &bytes)?;
+            chown(&path, Some(base + user.uid), Some(base + user.gid))?;
+        }
+        chown(&folder, Some(base + user.uid), Some(base + user.gid))?;
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o500))
+    };
+    copy().map_err(step(target, "read its secrets"))?;
+    Ok(Some(Prepared::read_only(&folder, "/run/secrets")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resolver_of_the_host_is_no_use_in_another_network() {
+        assert!(asks_this_host_alone("# by systemd-resolved\nnameserver 127.0.0.53\noptions edns0\n"));
+        assert!(!asks_this_host_alone("nameserver 127.0.0.53\nnameserver 192.0.2.1\n"));
+    }
+
+    #[test]
+    fn options_are_those_of_the_manifest_after_those_of_the_type() {
+        let options_of = |written: &[&str]| {
+            let written = Some(written.iter().map(|one| one.to_string()).collect());
+            let mount = Mount { destination: "/d".into(), source: None, kind: None, options: written };
+            options(&mount, &["rbind", "nosuid", "nodev"])
+        };
+        assert_eq!(options_of(&["bind", "ro", "nodev"]), ["rbind", "nosuid", "nodev", "ro"]);
+        assert_eq!(options_of(&[]), ["rbind", "nosuid", "nodev"]);
+    }
+}

@@ -1,0 +1,303 @@
+//! Network `simple`: a bridge, an address for each target, and published ports.
+//!
+//! ```text
+//! mosfs0         bridge with the first address of the subnet
+//! mosfs-XXXXXXXX the host's end of a target's link, by the digest of its name; the other end is the container's eth0
+//! inet mosfs     one table of nftables: published ports, the way out, and no other way in
+//! ```
+//! The table has the rules of all targets, and is replaced whole in one transaction: no rule is ever left of what was.
+//! It has a table of its own, so that others may flush theirs. The link ends with the container's network namespace,
+//! and so with the container, however it ends.
+
+use std::fmt::Write as _;
+use std::io::{Read, Write as _};
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde::Deserialize;
+
+use super::RunError;
+use super::programs;
+use super::root::step;
+use crate::digest::Digest;
+use crate::manifest::addresses::Addresses;
+use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
+use crate::sys::namespace;
+
+/// The bridge.
+pub const BRIDGE: &str = "mosfs0";
+/// The table of nftables.
+const TABLE: &str = "inet mosfs";
+/// A published port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The address of the host, all of them if `None`.
+    pub address: Option<String>,
+    /// The port of the host.
+    pub host: u16,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// Address and port of the target.
+    pub to: String,
+}
+
+/// Returns the published ports of all containers.
+pub fn published(manifest: &SystemManifest, addresses: &Addresses) -> Vec<Published> {
+    let containers = manifest.targets.iter().filter(|(_, one)| one.service_type == ServiceType::Container);
+    let of_one = |(name, target): (&TargetName, &crate::manifest::Target)| {
+        let Network::Simple { ports: Some(ports), .. } = &target.network else { return Vec::new() };
+        let Some(address) = addresses.of.get(name) else { return Vec::new() };
+        let one = |port: &crate::manifest::Port| Published {
+            address: port.address.clone(),
+            host: port.host,
+            protocol: port.protocol.unwrap_or(Protocol::Tcp),
+            to: format!("{address}:{}", port.container),
+        };
+        ports.iter().map(one).collect()
+    };
+    containers.flat_map(of_one).collect()
+}
+
+/// Returns the whole table, as nft(8) reads it.
+pub fn rules(addresses: &Addresses, published: &[Published]) -> String {
+    let subnet = addresses.subnet;
+    // To add and delete it makes a table that is not there no error.
+    let mut text = format!("add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
+    let mut chain = |name: &str, hook: &str, lines: &[String]| {
+        let _ = writeln!(text, "  chain {name} {{\n    type {hook}; policy accept;");
+        lines.iter().for_each(|line| _ = writeln!(text, "    {line}"));
+        text.push_str("  }\n");
+    };
+    let forwarded: Vec<String> = published
+        .iter()
+        .map(|one| {
+            let to_host = one.address.as_ref().map_or_else(
+                || "meta nfproto ipv4 fib daddr type local".to_string(),
+                |address| format!("ip daddr {address}"),
+            );
+            format!("{to_host} {} dport {} dnat ip to {}", one.protocol, one.host, one.to)
+        })
+        .collect();
+    chain("prerouting", "nat hook prerouting priority dstnat", &forwarded);
+    // What the host itself sends does not pass prerouting. The number of dstnat, whose name nft does not know here.
+    chain("output", "nat hook output priority -100", &forwarded);
+    chain(
+        "postrouting",
+        "nat hook postrouting priority srcnat",
+        &[
+            format!("ip saddr {subnet} oifname != \"{BRIDGE}\" masquerade"),
+            // From the host's loopback, which has no way back from a container.
+            format!("ip saddr 127.0.0.0/8 oifname \"{BRIDGE}\" masquerade"),
+            // From a container to a published port: the answer must come back over the host.
+            format!("ip saddr {subnet} oifname \"{BRIDGE}\" ct status dnat masquerade"),
+        ],
+    );
+    chain(
+        "forward",
+        "filter hook forward priority filter",
+        &[
+            format!("iifname \"{BRIDGE}\" oifname \"{BRIDGE}\" accept"),
+            format!("oifname \"{BRIDGE}\" ct state established,related accept"),
+            format!("oifname \"{BRIDGE}\" ct status dnat accept"),
+            // Rule: from outside, a target is reached over its published ports alone.
+            format!("oifname \"{BRIDGE}\" drop"),
+        ],
+    );
+    text.push_str("}\n");
+    text
+}
+
+/// Runs a program of [`PROGRAMS`] with this text on its standard input.
+fn feed(program: &str, arguments: &[&str], text: &str) -> Result<(), String> {
+    let path = programs::find(program).ok_or_else(|| format!("the program {program} is not installed"))?;
+    let mut command = Command::new(path);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|error| format!("cannot run {program}: {error}"))?;
+    if let Some(mut input) = child.stdin.take() {
+        // Where it ends early, its own words say why.
+        let _ = input.write_all(text.as_bytes());
+    }
+    let output = child.wait_with_output().map_err(|error| format!("cannot run {program}: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim()))
+}
+
+fn exists(interface: &str) -> bool {
+    Path::new("/sys/class/net").join(interface).exists()
+}
+
+/// Makes the bridge and the table as they should be. May run at any time, also several times at once.
+///
+/// # Errors
+/// What ip(8), nft(8) or the kernel say.
+pub fn set_up(addresses: &Addresses, published: &[Published]) -> Result<(), String> {
+    if !exists(BRIDGE)
+        && let Err(why) = feed("ip", &["-batch", "-"], &format!("link add {BRIDGE} type bridge\n"))
+        // Another one may have been faster.
+        && !exists(BRIDGE)
+    {
+        return Err(why);
+    }
+    let subnet = addresses.subnet;
+    let commands = format!(
+        "link set {BRIDGE} address {}\naddress replace {}/{} dev {BRIDGE}\nlink set {BRIDGE} up\n",
+        hardware_address(subnet.gateway()),
+        subnet.gateway(),
+        subnet.bits
+    );
+    feed("ip", &["-batch", "-"], &commands)?;
+    // Packets go on from one interface to another, and from the host's loopback to a container.
+    for setting in ["ip_forward".to_string(), format!("conf/{BRIDGE}/route_localnet")] {
+        let path = format!("/proc/sys/net/ipv4/{setting}");
+        if std::fs::read(&path).is_ok_and(|text| text.trim_ascii() == b"1") {
+            continue;
+        }
+        std::fs::write(&path, "1").map_err(|error| format!("cannot write {path}: {error}"))?;
+    }
+    feed("nft", &["-f", "-"], &rules(addresses, published))
+}
+
+/// Removes bridge and table, where no target has network `simple`.
+///
+/// # Errors
+/// As [`set_up`].
+pub fn tear_down() -> Result<(), String> {
+    if !exists(BRIDGE) {
+        return Ok(());
+    }
+    feed("nft", &["-f", "-"], &format!("add table {TABLE}\ndelete table {TABLE}\n"))?;
+    feed("ip", &["-batch", "-"], &format!("link delete {BRIDGE}\n"))
+}
+
+/// The hardware address of an interface, by its IPv4 address.
+///
+/// What has cached it reaches the next container with the same address at once. With a random one, a restarted container
+/// would be out of reach until the caches of its peers expire, up to 45 s (arp(7)); and a bridge without one of its own
+/// takes that of a port, and changes it as ports come and go.
+fn hardware_address(address: Ipv4Addr) -> String {
+    // Locally administered, unicast.
+    let [a, b, c, d] = address.octets();
+    format!("02:6d:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
+/// The name of the host's end of a target's link: at most 15 characters (IFNAMSIZ).
+pub fn link(target: &str) -> String {
+    format!("mosfs-{}", &Digest::of(target.as_bytes()).hex()[..8])
+}
+
+/// Returns the arguments of `mosfs` that connect a container, for the runtime to call when its namespaces are made.
+pub fn connect_arguments(target: &TargetName, addresses: &Addresses) -> Option<Vec<String>> {
+    let address = addresses.of.get(target)?;
+    let text = format!("{address}/{},{}", addresses.subnet.bits, addresses.subnet.gateway());
+    Some(vec!["run-target".into(), "--connect".into(), text, target.to_string()])
+}
+
+/// Connects the network namespace of a container that is being made; the runtime calls it, with its state on `input`.
+///
+/// Only for a process with one thread, which ends afterwards: it moves to that namespace.
+///
+/// # Errors
+/// [`RunError::Step`].
+pub fn connect(target: &str, text: &str, input: &mut dyn Read) -> Result<(), RunError> {
+    #[derive(Deserialize)]
+    struct State {
+        pid: u32,
+    }
+    let failed = |why: String| step::<String>(target, "connect its network")(why);
+    let (address, gateway) = text.split_once(',').ok_or_else(|| failed(format!("no address in {text:?}")))?;
+    let State { pid } =
+        serde_json::from_reader(input.take(1 << 20)).map_err(|error| failed(error.to_string()))?;
+    let link = link(target);
+    if exists(&link) {
+        // Of a container that was killed a moment ago, and that the kernel has not removed yet.
+        let _ = feed("ip", &["-batch", "-"], &format!("link delete {link}\n"));
+    }
+    let own = address.split_once('/').and_then(|(own, _)| own.parse().ok());
+    let hardware = hardware_address(own.ok_or_else(|| failed(format!("no address in {text:?}")))?);
+    let commands = format!(
+        "link add {link} type veth peer name eth0 address {hardware} netns {pid}\nlink set {link} master {BRIDGE}\n\
+         link set {link} type bridge_slave hairpin on\nlink set {link} up\n"
+    );
+    feed("ip", &["-batch", "-"], &commands).map_err(failed)?;
+    namespace::enter_network_of(pid).map_err(|error| failed(error.to_string()))?;
+    let commands = format!(
+        "address add {address} dev eth0\nlink set eth0 up\nlink set lo up\nroute add default via {gateway}\n"
+    );
+    feed("ip", &["-batch", "-"], &commands).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::addresses;
+    use crate::run::tests::system;
+
+    fn table(targets: &[(&str, &str)]) -> String {
+        let manifest = system(targets);
+        let addresses =
+            addresses::assign(manifest.targets.iter().map(|(name, one)| (name, &one.network))).unwrap();
+        rules(&addresses, &published(&manifest, &addresses))
+    }
+
+    const TARGETS: [(&str, &str); 2] = [
+        (
+            "dns",
+            "service_type: container, network: {type: simple, ports: [{host: 53, container: 5353, protocol: udp}]}",
+        ),
+        (
+            "web",
+            "service_type: container, network: {type: simple, ports: [{host: 80, container: 8080}, \
+             {host: 81, container: 8081, address: 192.0.2.7}]}",
+        ),
+    ];
+
+    #[test]
+    fn the_table_is_replaced_whole_and_lets_nothing_else_in() {
+        let text = table(&TARGETS);
+        assert!(
+            text.starts_with("add table inet mosfs\ndelete table inet mosfs\ntable inet mosfs {\n"),
+            "{text}"
+        );
+        for (line, times) in [
+            // For what comes from outside, and for what the host sends.
+            ("meta nfproto ipv4 fib daddr type local udp dport 53 dnat ip to 10.0.3.2:5353", 2),
+            ("meta nfproto ipv4 fib daddr type local tcp dport 80 dnat ip to 10.0.3.3:8080", 2),
+            ("ip daddr 192.0.2.7 tcp dport 81 dnat ip to 10.0.3.3:8081", 2),
+            ("ip saddr 10.0.3.0/24 oifname != \"mosfs0\" masquerade", 1),
+            ("ip saddr 127.0.0.0/8 oifname \"mosfs0\" masquerade", 1),
+            ("ip saddr 10.0.3.0/24 oifname \"mosfs0\" ct status dnat masquerade", 1),
+            ("oifname \"mosfs0\" drop", 1),
+        ] {
+            assert_eq!(text.lines().filter(|one| one.trim() == line).count(), times, "{line}\n{text}");
+        }
+        // What is refused comes after what is allowed.
+        let at = |line: &str| text.find(line).unwrap();
+        assert!(at("oifname \"mosfs0\" ct status dnat accept") < at("oifname \"mosfs0\" drop"));
+    }
+
+    #[test]
+    fn nft_reads_the_table() {
+        for targets in [&TARGETS[..], &[("a", "service_type: container")]] {
+            let text = table(targets);
+            // In a network namespace of its own, which needs no rights on this machine's.
+            let mut command = Command::new("unshare");
+            command.args(["--net", "nft", "--check", "--file", "-"]);
+            command.stdin(Stdio::piped()).stderr(Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+            let output = child.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "nft (Debian package nftables): {said}\n{text}");
+        }
+    }
+
+    #[test]
+    fn links_have_names_that_the_kernel_takes() {
+        let name = link("a-very-long-name-of-a-target-that-has-63-characters-at-most");
+        assert!(name.len() <= 15 && name.starts_with("mosfs-"), "{name}");
+        assert_ne!(name, link("web"));
+    }
+}

@@ -1,0 +1,260 @@
+//! Network `simple` with the real `ip`, `nft` and crun: from outside, from the host, between targets, and after a crash.
+//!
+//! All of it runs in a network namespace of the test's own, which is "the host"; another one is the outside.
+
+#[path = "common/container.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod container;
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use container::World;
+
+/// Two network namespaces that are linked: the host with 192.0.2.1, and the outside with 192.0.2.2.
+struct Networks {
+    host: Child,
+    outside: Child,
+}
+
+impl Networks {
+    fn new() -> Self {
+        let namespace = || {
+            let child = Command::new("unshare").args(["--net", "sleep", "3600"]).stdin(Stdio::null()).spawn();
+            child.expect("unshare (Debian package util-linux)")
+        };
+        let networks = Self { host: namespace(), outside: namespace() };
+        // Until unshare has made them.
+        for child in [&networks.host, &networks.outside] {
+            let is_own = || {
+                let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+                link(&child.id().to_string()) != link("self")
+            };
+            wait_until("a network namespace", is_own);
+        }
+        let outside = networks.outside.id();
+        networks.on_host(&format!(
+            "ip link set lo up && ip link add out0 type veth peer name out1 netns {outside} && \
+             ip address add 192.0.2.1/24 dev out0 && ip link set out0 up"
+        ));
+        networks.outside(
+            "ip link set lo up && ip address add 192.0.2.2/24 dev out1 && ip link set out1 up && \
+                               ip route add default via 192.0.2.1",
+        );
+        networks
+    }
+
+    fn enter(child: &Child) -> Command {
+        let mut command = Command::new("nsenter");
+        // With /sys of that network.
+        command.args([
+            &format!("--net=/proc/{}/ns/net", child.id()),
+            "--",
+            "unshare",
+            "--mount",
+            "--propagation",
+        ]);
+        command.args(["slave", "sh", "-c", "mount -t sysfs none /sys && exec \"$@\"", "sh"]);
+        command
+    }
+
+    fn on_host(&self, script: &str) -> String {
+        output(Self::enter(&self.host).args(["sh", "-c", script]))
+    }
+
+    fn outside(&self, script: &str) -> String {
+        output(Self::enter(&self.outside).args(["sh", "-c", script]))
+    }
+
+    /// `mosfs` on the host.
+    fn mosfs(&self, world: &World, args: &[&str]) -> Command {
+        let inner = world.command(args);
+        let mut command = Self::enter(&self.host);
+        command.arg(inner.get_program()).args(inner.get_args());
+        for (name, value) in inner.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command
+    }
+}
+
+impl Drop for Networks {
+    fn drop(&mut self) {
+        for child in [&mut self.host, &mut self.outside] {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn output(command: &mut Command) -> String {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(120);
+    while !so() {
+        assert!(Instant::now() < end, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A command that prints what a web server answers. Not busybox: its static libc loads the host's modules for names.
+fn fetch(address: &str, seconds: u32) -> String {
+    format!(
+        "python3 -c 'import urllib.request as r; \
+         print(r.urlopen(\"http://{address}/\", timeout={seconds}).read().decode(), end=\"\")'"
+    )
+}
+
+/// A container that runs.
+struct Running<'a> {
+    child: Child,
+    networks: &'a Networks,
+}
+
+impl<'a> Running<'a> {
+    fn start(networks: &'a Networks, world: &World, target: &str) -> Self {
+        let child = networks.mosfs(world, &["run-target", target]).stdin(Stdio::null()).spawn().unwrap();
+        let running = Self { child, networks };
+        // As its unit does: the process of the runtime, into which nsenter, unshare and mosfs turn.
+        let mut wait = networks.mosfs(world, &["run-target", "--wait-healthy", target]);
+        output(wait.env("MAINPID", running.child.id().to_string()));
+        running
+    }
+
+    /// Kills the runtime and the container, as when power goes.
+    fn kill(mut self) {
+        let script = format!("kill -9 {0} $(cat /proc/{0}/task/{0}/children)", self.child.id());
+        self.networks.on_host(&script);
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let children = format!("/proc/{0}/task/{0}/children", self.child.id());
+        for pid in std::fs::read_to_string(children).unwrap_or_default().split_whitespace() {
+            let _ = Command::new("kill").args(["-9", pid]).status();
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name() {
+    let mut world = World::new();
+    world.script(
+        "web",
+        "mkdir /tmp/www && echo \"this is web\" > /tmp/www/index.html && httpd -f -p 8080 -h /tmp/www",
+    );
+    world.script("idle", "while :; do sleep 0.1; done");
+    let health = "health: {command: [/bin/wget, -q, -O, /dev/null, 'http://127.0.0.1:8080/'], interval: 1s}";
+    let web = format!("network: {{type: simple, ports: [{{host: 80, container: 8080}}]}}, {health}");
+    world.install(&[
+        ("idle", "idle", "network: {type: simple, ipv4: 10.0.3.99/24}"),
+        ("lonely", "idle", "network: {type: none}"),
+        ("web", "web", &web),
+    ]);
+    let networks = Networks::new();
+    let web = Running::start(&networks, &world, "web");
+    let _idle = Running::start(&networks, &world, "idle");
+    let _lonely = Running::start(&networks, &world, "lonely");
+    let fetch = |address: &str| fetch(address, 20);
+    // From outside; from the host, to its address and to its loopback.
+    assert_eq!(networks.outside(&fetch("192.0.2.1")), "this is web\n");
+    assert_eq!(networks.on_host(&fetch("192.0.2.1")), "this is web\n");
+    assert_eq!(networks.on_host(&fetch("127.0.0.1")), "this is web\n");
+    let exec = |target: &str, script: &str| {
+        output(&mut networks.mosfs(&world, &["exec", target, "--", "sh", "-c", script]))
+    };
+    // From another target by name, to the published port, and from itself to its own published port.
+    // (addresses and ports as numbers: see `fetch`)
+    let by_name = "set -- $(grep -w web /etc/hosts); wget -q -O - http://$1:8080/";
+    assert_eq!(exec("idle", by_name), "this is web\n");
+    assert_eq!(exec("idle", "wget -q -O - http://192.0.2.1:80/"), "this is web\n");
+    assert_eq!(exec("web", "wget -q -O - http://192.0.2.1:80/"), "this is web\n");
+    // To the outside, behind the host's address.
+    std::fs::write(world.path("index.html"), "this is outside\n").unwrap();
+    let mut server = Networks::enter(&networks.outside);
+    server.args([
+        "python3",
+        "-m",
+        "http.server",
+        "--bind",
+        "192.0.2.2",
+        "8000",
+        "--directory",
+        &world.dir(""),
+    ]);
+    let mut server = server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("a server outside", || {
+        let client = "wget -q -O - http://192.0.2.2:8000/index.html || true";
+        exec("idle", client) == "this is outside\n"
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert!(exec("idle", "ip address show dev eth0").contains("10.0.3.99/24"));
+    assert_eq!(exec("lonely", "ls /sys/class/net"), "lo\n");
+    // Not published: not reached, although the outside has a route.
+    let web_itself = self::fetch("10.0.3.2:8080", 3);
+    let direct = networks
+        .outside(&format!("ip route add 10.0.3.0/24 via 192.0.2.1; {web_itself} 2>/dev/null || echo no"));
+    assert!(direct.ends_with("no\n") && !direct.contains("this is web"), "{direct}");
+    // The rules of another program's flush come back with the next start; nothing is left of a killed one.
+    networks.on_host("nft flush ruleset");
+    web.kill();
+    let links = || networks.on_host("ls /sys/class/net | grep -c ^mosfs- || true");
+    wait_until("the end of the killed container's link", || links() == "1\n");
+    let web = Running::start(&networks, &world, "web");
+    // At once: whoever has cached its hardware address reaches the new one.
+    assert_eq!(exec("idle", "cat /proc/net/arp | grep -c 02:6d:0a:00:03:02"), "1\n");
+    assert_eq!(exec("web", "cat /sys/class/net/eth0/address"), "02:6d:0a:00:03:02\n");
+    assert_eq!(networks.outside(&fetch("192.0.2.1")), "this is web\n");
+    assert_eq!(links(), "2\n");
+    let table = networks.on_host("nft list ruleset");
+    assert_eq!(table.matches("dport 80 dnat").count(), 2, "{table}");
+    drop(web);
+}
+
+#[test]
+fn the_examples_of_the_page_run() {
+    let page = include_str!("../docs/containers.md");
+    let examples: String =
+        page.split("```yaml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    let mut world = World::new();
+    world.script(
+        "web",
+        "echo \"starts\" >> /data/log; cp /data/log /tmp/index.html; httpd -f -p 8080 -h /tmp",
+    );
+    world.script("db", "echo yes > /tmp/ready; while :; do sleep 0.1; done");
+    world.script("app", "while :; do sleep 0.1; done");
+    world.script("job", "false");
+    let import = world.manifest(1, &[]);
+    let indented: String = examples.lines().map(|line| format!("  {line}\n")).collect();
+    let layout = world.images.url("");
+    let yaml = std::fs::read_to_string(&import).unwrap() + &indented.replace("oci:/srv/layout:", &layout);
+    std::fs::write(&import, yaml).unwrap();
+    world.install_file(&import);
+    let networks = Networks::new();
+    output(&mut networks.mosfs(&world, &["run-target", "job"]));
+    assert_eq!(std::fs::read_to_string(world.path("system/volumes/log/log")).unwrap(), "cleaned\n");
+    for starts in 1..=2 {
+        let _web = Running::start(&networks, &world, "web");
+        let text = networks.outside(&fetch("192.0.2.1", 20));
+        assert_eq!(text, "starts\n".repeat(starts), "the volume stays");
+    }
+    let _db = Running::start(&networks, &world, "db");
+    let _app = Running::start(&networks, &world, "app");
+    let names = output(&mut networks.mosfs(&world, &["exec", "app", "--", "cat", "/etc/hosts"]));
+    for line in ["10.0.3.2 app", "10.0.3.3 db", "10.0.3.4 web"] {
+        assert!(names.lines().any(|one| one == line), "{line}: {names}");
+    }
+}

@@ -1,0 +1,422 @@
+//! `mosfs run-target` with the real crun: what a container is given, what it is kept from, and what is refused.
+//!
+//! In the foreground, on this machine; units of systemd are in tests/activate_boot.rs.
+
+#[path = "common/container.rs"]
+mod container;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::process::Stdio;
+use std::time::Duration;
+
+use container::{World, busybox};
+use mosfs::internals::mount::table;
+use serde_json::{Value, json};
+
+/// The lines `NAME=VALUE` that a script printed.
+fn values(text: &str) -> BTreeMap<&str, &str> {
+    text.lines().filter_map(|line| line.split_once('=')).collect()
+}
+
+/// What the host sees mounted for this device.
+fn mounted(world: &World) -> Vec<String> {
+    let own = world.path("");
+    let all = table::mounted().unwrap().into_iter().filter(|one| one.target.starts_with(&own));
+    all.map(|one| format!("{} {}", one.device, one.target.display())).collect()
+}
+
+/// Says what a process is allowed: NAME=VALUE.
+const TELL: &str = r#"
+echo "id=$(id)"; echo "pwd=$(pwd)"; echo "greeting=$GREETING"; echo "home=$HOME"; echo "pid=$$"
+echo "map=$(cat /proc/self/uid_map)"; echo "secret=$(cat /home/app/secret 2>&1)"; echo "host=$(hostname)"
+for field in CapEff CapBnd NoNewPrivs Seccomp; do echo "$field=$(grep "^$field:" /proc/self/status)"; done
+touch /x 2>/tmp/said && echo "root=writable" || echo "root=$(cat /tmp/said)"
+touch /tmp/x /run/y 2>/dev/null && echo "run=$(id -u)" || echo "run=no"
+mount -t tmpfs none /tmp 2>/tmp/said || echo "mount=$(cat /tmp/said)"
+unshare -m true 2>/tmp/said || echo "unshare=$(cat /tmp/said)"
+mknod /tmp/node b 7 0 2>/tmp/said || echo "mknod=$(cat /tmp/said)"
+echo "setuid=$(/bin/setuid id)"
+echo "kcore=$(cat /proc/kcore 2>&1 | wc -c 2>/dev/null)"
+echo 1 2>/dev/null >/proc/sys/kernel/hostname && echo "sysctl=written" || echo "sysctl=no"
+echo "net=$(ls /sys/class/net | cat)"
+exit 7
+"#;
+
+#[test]
+fn a_container_runs_as_its_image_says_and_gains_nothing() {
+    let mut world = World::new();
+    let config = json!({
+        "User": "app", "WorkingDir": "/home/app", "Env": ["GREETING=good day = hello"],
+        "Entrypoint": ["/bin/sh", "-c"], "Cmd": [TELL],
+    });
+    world.image("app", &config, |root| {
+        busybox(root, |root| {
+            fs::copy("/bin/busybox", root.join("bin/setuid")).unwrap();
+            fs::set_permissions(root.join("bin/setuid"), fs::Permissions::from_mode(0o4755)).unwrap();
+        });
+    });
+    world.install(&[("app", "app", "run: {restart: no}")]);
+    let before = mounted(&world);
+    let output = world.run(&["run-target", "app"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(7), "the container's exit code: {said}\n{text}");
+    let found = values(&text);
+    let is =
+        |name: &str, value: &str| assert_eq!(found.get(name).copied(), Some(value), "{name}\n{text}\n{said}");
+    is("id", "uid=1000(app) gid=1000(app) groups=29(audio)");
+    is("pwd", "/home/app");
+    is("greeting", "good day = hello");
+    is("home", "/home/app");
+    is("host", "app");
+    is("pid", "1");
+    // A file of mode 0600 of its own is readable, so that ids are mapped on the way from the image.
+    is("secret", "mine");
+    let map: Vec<&str> = found["map"].split_whitespace().collect();
+    assert_eq!(map, ["0", "524288", "65536"]);
+    is("CapEff", "CapEff:\t0000000000000000");
+    is("CapBnd", "CapBnd:\t0000000000000000");
+    is("NoNewPrivs", "NoNewPrivs:\t1");
+    is("Seccomp", "Seccomp:\t2");
+    assert!(found["root"].contains("Read-only file system"), "{text}");
+    // /run belongs to root, /tmp to all.
+    is("run", "no");
+    for name in ["mount", "unshare", "mknod"] {
+        let words = found[name].to_lowercase();
+        assert!(words.contains("not permitted") || words.contains("permission denied"), "{name}: {words}");
+    }
+    assert!(!found["setuid"].contains("euid"), "a setuid program gains nothing: {}", found["setuid"]);
+    is("sysctl", "no");
+    is("net", "lo");
+    assert_eq!(mounted(&world), before, "nothing of a container is mounted on the host");
+}
+
+#[test]
+fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() {
+    let mut world = World::new();
+    world.image("scratch", &json!({ "Cmd": ["/busybox", "cat", "/proc/1/status"] }), |root| {
+        fs::copy("/bin/busybox", root.join("busybox")).unwrap();
+    });
+    world.image("link", &json!({ "Cmd": ["/busybox", "true"] }), |root| {
+        fs::copy("/bin/busybox", root.join("busybox")).unwrap();
+        symlink("/etc", root.join("dev")).unwrap();
+    });
+    world.image("file", &json!({ "Cmd": ["/busybox", "true"] }), |root| {
+        fs::write(root.join("proc"), "").unwrap();
+    });
+    world.image("empty", &json!({}), |root| fs::write(root.join("content"), "x").unwrap());
+    world.image("stranger", &json!({ "Cmd": ["/x"], "User": "nobody-here" }), |root| busybox(root, |_| ()));
+    world.image("odd", &json!({ "Cmd": ["/x"], "WorkingDir": "../x" }), |root| busybox(root, |_| ()));
+    world.install(&[
+        ("empty", "empty", ""),
+        ("file", "file", ""),
+        ("large", "stranger", "run: {command: [/bin/true]}"),
+        ("link", "link", ""),
+        ("odd", "odd", ""),
+        ("only-files", "empty", "service_type: fs-only"),
+        ("scratch", "scratch", ""),
+        ("stranger", "stranger", ""),
+    ]);
+    let status = world.ok(&["run-target", "scratch"]);
+    // CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID and NET_BIND_SERVICE (capability.h).
+    assert!(status.contains("CapEff:\t00000000000004eb\n"), "{status}");
+    assert!(status.contains("CapBnd:\t00000000000004eb\n"), "{status}");
+    for (target, words) in [
+        ("link", &["target link", "/dev of its image is a link"][..]),
+        ("file", &["target file", "/proc of its image is no folder"]),
+        ("empty", &["target empty has no command", "Entrypoint", "run.command"]),
+        ("stranger", &["user `nobody-here`", "the image has no user"]),
+        ("odd", &["WorkingDir", "the configuration sha256:"]),
+    ] {
+        world.refused(&["run-target", target], 1, words);
+        world.refused(&["run-target", target, "--print"], 1, words);
+    }
+    world.refused(&["run-target", "only-files"], 2, &["service_type fs-only", "only a container runs"]);
+    world.refused(&["run-target", "hostfs"], 2, &["service_type hostfs"]);
+    world.refused(&["run-target", "nothing"], 2, &["no target `nothing`", "scratch"]);
+    world.refused(&["run-target", "../x"], 2, &["../x"]);
+}
+
+#[test]
+fn what_is_printed_is_what_is_started() {
+    let mut world = World::new();
+    world.script("app", "true");
+    world.install(&[("app", "app", "mounts: [{destination: /data, type: volume, source: data}]")]);
+    let before = mounted(&world);
+    let printed: Value = serde_json::from_str(&world.ok(&["run-target", "app", "--print"])).unwrap();
+    assert_eq!(printed["process"]["args"], json!(["/bin/sh", "-c", "true"]));
+    assert_eq!(printed["process"]["noNewPrivileges"], true);
+    assert_eq!(printed["linux"]["uidMappings"][0]["hostID"], 524_288);
+    assert_eq!(printed["root"]["readonly"], true);
+    assert_eq!(mounted(&world), before);
+    // To look is not to make: the volume is made by the first start.
+    assert!(!world.path("system/volumes").exists());
+    world.ok(&["run-target", "app"]);
+    assert!(world.path("system/volumes/data").is_dir());
+}
+
+#[test]
+fn volumes_keep_what_containers_write_with_the_ids_that_they_see() {
+    let mut world = World::new();
+    let config = |script: &str| json!({ "User": "app", "Cmd": ["/bin/sh", "-c", script] });
+    let write = "cat /data/kept /shared/content /host/file 2>&1; echo more >> /data/kept; touch /shared/x; \
+                 touch /host/x; stat -c '%u %a' /data; touch /scratch/y && echo scratch";
+    let fill = |root: &std::path::Path| {
+        busybox(root, |root| {
+            fs::create_dir(root.join("data")).unwrap();
+            chown(root.join("data"), Some(1000), Some(1000)).unwrap();
+            fs::set_permissions(root.join("data"), fs::Permissions::from_mode(0o750)).unwrap();
+        });
+    };
+    world.image("app", &config(write), fill);
+    world.image("files", &json!({}), |root| fs::write(root.join("content"), "shared\n").unwrap());
+    let host = world.path("host");
+    fs::create_dir(&host).unwrap();
+    fs::write(host.join("file"), "of the host\n").unwrap();
+    let mounts = format!(
+        "mounts: [{{destination: /data, type: volume, source: kept}}, {{destination: /shared, type: target, source: files}}, \
+         {{destination: /host, source: '{}', options: [ro]}}, {{destination: /scratch, type: tmpfs, options: [mode=1777, size=1M]}}]",
+        host.display()
+    );
+    // A group before it, so that its base is not the first one.
+    let other = ("aaa", "app", "");
+    world.install(&[other, ("app", "app", &mounts), ("files", "files", "service_type: fs-only")]);
+    let first = world.ok(&["run-target", "app"]);
+    assert!(first.contains("can't open '/data/kept'"), "{first}");
+    assert!(first.contains("shared\nof the host\n") && first.contains("1000 750\nscratch\n"), "{first}");
+    let second = world.ok(&["run-target", "app"]);
+    assert!(second.starts_with("more\nshared\n"), "{second}");
+    let volumes = world.path("system/volumes");
+    assert_eq!(fs::metadata(&volumes).unwrap().mode() & 0o7777, 0o700, "out of reach of the host's users");
+    for path in [volumes.join("kept"), volumes.join("kept/kept")] {
+        let metadata = fs::metadata(&path).unwrap();
+        assert_eq!(
+            (metadata.uid(), metadata.gid()),
+            (1000, 1000),
+            "{}: none of the host's ids",
+            path.display()
+        );
+    }
+    assert_eq!(fs::read_to_string(volumes.join("kept/kept")).unwrap(), "more\nmore\n");
+    assert!(!host.join("x").exists());
+}
+
+#[test]
+fn groups_separate_ids_and_the_host_s_ids_must_be_written() {
+    let mut world = World::new();
+    world.script(
+        "app",
+        "echo \"map=$(cat /proc/self/uid_map)\"; touch /x && echo root=writable || echo root=no",
+    );
+    world.install(&[
+        ("alone", "app", ""),
+        ("host", "app", "nsgroup: ''"),
+        ("one", "app", "nsgroup: both, run: {writable: true}"),
+        ("two", "app", "nsgroup: both, run: {writable: size=1M}"),
+    ]);
+    let run = |target: &str| {
+        let text = world.ok(&["run-target", target]);
+        let found = values(&text);
+        let map: Vec<u64> = found["map"].split_whitespace().map(|number| number.parse().unwrap()).collect();
+        (map[1], map[2], found["root"].to_string())
+    };
+    assert_eq!(run("alone"), (524_288, 65_536, "no".into()));
+    assert_eq!(run("one"), (524_288 + 65_536, 65_536, "writable".into()));
+    assert_eq!(run("two"), run("one"));
+    let (base, count, _) = run("host");
+    assert_eq!((base, count), (0, u64::from(u32::MAX)));
+}
+
+#[test]
+fn a_running_container_is_listed_healthy_and_entered() {
+    let mut world = World::new();
+    world.script("web", "touch /tmp/up; trap 'exit 0' TERM; while :; do sleep 0.1; done");
+    let health = "health: {command: [/bin/ls, /tmp/up], interval: 1s}";
+    let never = "health: {command: [/bin/false], interval: 1s, retries: 1, start: 1s}";
+    let slow = "health: {command: [/bin/sleep, '1000'], timeout: 1s, interval: 1s, retries: 1, start: 1s}";
+    world.install(&[("never", "web", never), ("slow", "web", slow), ("web", "web", health)]);
+    let start = |target: &str| {
+        let mut command = world.command(&["run-target", target]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+    };
+    let mut web = start("web");
+    let waited =
+        world.command(&["run-target", "--wait-healthy", "web"]).env("MAINPID", web.id().to_string()).status();
+    assert!(waited.unwrap().success());
+    let listed: Value = serde_json::from_str(&world.ok(&["ps", "--json"])).unwrap();
+    let states: BTreeMap<&str, &str> = listed["containers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["target"].as_str().unwrap(), one["state"].as_str().unwrap()))
+        .collect();
+    assert_eq!(states, BTreeMap::from([("never", "stopped"), ("slow", "stopped"), ("web", "running")]));
+    // What is entered has no more privileges than what runs.
+    let entered = world.ok(&["exec", "web", "--", "sh", "-c", "id -u; cat /proc/self/status; ls /tmp"]);
+    for line in ["NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t00000000000004eb", "up"] {
+        assert!(entered.lines().any(|one| one == line), "{line}: {entered}");
+    }
+    assert_eq!(world.ok(&["exec", "--user", "app", "web", "--", "id", "-u"]), "1000\n");
+    world.refused(&["exec", "web", "--", "false"], 1, &["target web ended with exit code 1"]);
+    world.refused(&["exec", "never", "--", "true"], 1, &["target never", "is not running"]);
+    for (target, words) in [("never", "1 failures in a row"), ("slow", "took longer than 1 s")] {
+        let mut started = start(target);
+        let pid = started.id().to_string();
+        let output =
+            world.command(&["run-target", "--wait-healthy", target]).env("MAINPID", &pid).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(words), "{target}: {said}");
+        let listed =
+            world.ok(&["exec", target, "--", "sh", "-c", "cat /proc/[0-9]*/comm | grep -c sleep || true"]);
+        assert!(listed.trim().parse::<u32>().unwrap() <= 1, "no command of health is left: {listed}");
+        stop(&mut started);
+    }
+    stop(&mut web);
+    assert!(world.ok(&["ps"]).contains("web"));
+}
+
+/// Asks a container's runtime to stop, as systemd does.
+fn stop(child: &mut std::process::Child) {
+    let asked = std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert!(asked.success());
+    let end = std::time::Instant::now() + Duration::from_secs(60);
+    while child.try_wait().unwrap().is_none() {
+        assert!(std::time::Instant::now() < end, "the container did not stop");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_lies_on_disk_is_not_trusted() {
+    let mut world = World::new();
+    world.script("app", "true");
+    world.install(&[("app", "app", "")]);
+    world.ok(&["run-target", "app"]);
+    // The configuration of the image, which says what runs.
+    let blobs = world.path("system/store/blobs/sha256");
+    let config = fs::read_dir(&blobs)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| fs::read(path).unwrap().windows(12).any(|part| part == b"\"Entrypoint\""))
+        .unwrap();
+    let whole = fs::read_to_string(&config).unwrap();
+    fs::write(&config, whole.replace("true", "evil")).unwrap();
+    world.refused(&["run-target", "app"], 3, &["sha256:"]);
+    fs::write(&config, whole).unwrap();
+    world.ok(&["run-target", "app"]);
+    // Another tree at the place of the verified one.
+    let place = world.path("run/targets/app");
+    let mount = |args: &[&str]| {
+        let status = std::process::Command::new("mount").args(args).arg(&place).status().unwrap();
+        assert!(status.success());
+    };
+    mount(&["-t", "tmpfs", "none"]);
+    world.refused(&["run-target", "app"], 1, &["target app", "is not mounted at", "no record"]);
+}
+
+#[test]
+fn secrets_and_devices_belong_to_the_user_and_to_no_other() {
+    let mut world = World::new();
+    let look = "stat -c 'token=%u:%g:%a' /run/secrets/token; echo content=$(cat /run/secrets/token); \
+                echo changed=$(echo x 2>/dev/null > /run/secrets/token || echo no); \
+                stat -c 'device=%u:%g:%a:%t:%T' /dev/fuse; exec 3<>/dev/fuse && echo opened=yes; \
+                echo other=$(test -e /dev/loop-control && echo there)";
+    world.image("app", &json!({ "User": "app", "Cmd": ["/bin/sh", "-c", look] }), |root| {
+        busybox(root, |_| ())
+    });
+    world.install(&[
+        ("app", "app", "secrets: [token], devices: [/dev/fuse]"),
+        ("missing", "app", "secrets: [other]"),
+        ("nowhere", "app", "devices: [/dev/not-there]"),
+        ("regular", "app", "devices: [/dev/shm/file]"),
+    ]);
+    let folder = world.path("credentials");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("token"), "of the host").unwrap();
+    fs::set_permissions(folder.join("token"), fs::Permissions::from_mode(0o400)).unwrap();
+    let run = |target: &str| {
+        world.command(&["run-target", target]).env("CREDENTIALS_DIRECTORY", &folder).output().unwrap()
+    };
+    let output = run("app");
+    let (text, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}{text}");
+    let found = values(&text);
+    let node = fs::metadata("/dev/fuse").unwrap().rdev();
+    let device = format!("1000:1000:660:{:x}:{:x}", major(node), minor(node));
+    for (name, value) in [
+        ("token", "1000:1000:400"),
+        ("content", "of the host"),
+        ("changed", "no"),
+        ("device", &device),
+        ("opened", "yes"),
+        ("other", ""),
+    ] {
+        assert_eq!(found.get(name).copied(), Some(value), "{name}: {text}{said}");
+    }
+    for (target, words) in [
+        ("missing", &["target missing", "secret other", "No such file"][..]),
+        ("nowhere", &["target nowhere", "add its device /dev/not-there", "No such file"]),
+        ("regular", &["target regular", "add its device /dev/shm/file"]),
+    ] {
+        let output = run(target);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        words.iter().for_each(|word| assert!(said.contains(word), "{word}: {said}"));
+    }
+    // Without systemd there are none.
+    world.refused(&["run-target", "app"], 1, &["target app", "systemd has loaded no credentials"]);
+}
+
+/// The parts of a device's number (makedev(3)).
+fn major(device: u64) -> u64 {
+    (device >> 8) & 0xfff
+}
+
+fn minor(device: u64) -> u64 {
+    (device & 0xff) | ((device >> 12) & 0xfff00)
+}
+
+#[test]
+fn an_init_reaps_and_ends_a_program_that_ignores_its_stop_signal() {
+    let mut world = World::new();
+    // Process 1 ignores signals that it has not asked for; another one ends by them.
+    world.script("app", "echo \"one=$(cat /proc/1/comm)\"; echo \"own=$$\"; exec sleep 1000");
+    world.install(&[("app", "app", "run: {init: true}")]);
+    let mut command = world.command(&["run-target", "app"]);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    assert_eq!(lines.next().unwrap().unwrap(), "one=mosfs-init");
+    assert_ne!(lines.next().unwrap().unwrap(), "own=1");
+    stop(&mut child);
+}
+
+#[test]
+fn a_program_reports_that_it_is_ready_to_the_service_manager() {
+    let mut world = World::new();
+    // A client of the host's Python: busybox has none for such sockets.
+    let client = "import os, socket\n\
+        path = os.environ['NOTIFY_SOCKET']\n\
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', path)\n\
+        print('at', path)";
+    let config = json!({ "User": "app", "Cmd": ["/usr/bin/python3", "-I", "-c", client] });
+    world.image("app", &config, |root| busybox(root, |_| ()));
+    let bind = |path: &str| format!("{{destination: {path}, source: {path}, options: [ro]}}");
+    let mounts = ["/usr", "/lib", "/lib64"].map(bind).join(", ");
+    world.install(&[("app", "app", &format!("ready: notify, mounts: [{mounts}]"))]);
+    let path = world.path("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    // As systemd's, for all users.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let output = world.command(&["run-target", "app"]).env("NOTIFY_SOCKET", &path).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "at /run/mosfs-notify\n");
+    let mut message = [0; 100];
+    let length = socket.recv(&mut message).unwrap();
+    assert_eq!(&message[..length], b"READY=1");
+    // In the foreground, nobody would hear it.
+    world.refused(&["run-target", "app"], 1, &["target app", "NOTIFY_SOCKET", "ready: notify"]);
+}
