@@ -28,7 +28,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("floor", &["trust"]),
     ("deploy", &["image", "mount", "transport", "store", "manifest", "trust", "floor"]),
     ("publish", &["image", "transport", "store", "convert", "manifest", "trust", "floor"]),
-    ("run", &["mount", "store", "manifest", "deploy"]),
+    ("run", &["image", "mount", "store", "manifest", "deploy"]),
     ("boot", &["mount", "store", "manifest", "trust", "floor", "deploy"]),
     (
         "cli",
