@@ -225,6 +225,34 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
 }
 
 #[test]
+fn a_port_of_udp_is_published_too() {
+    let mut world = World::new();
+    // A program of the host's Python, which has sockets of all kinds.
+    let server = "import socket\n\
+        one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+        one.bind(('0.0.0.0', 5353))\n\
+        while True:\n    \
+            data, peer = one.recvfrom(100)\n    \
+            one.sendto(b'heard ' + data, peer)";
+    let config = serde_json::json!({ "Cmd": ["/usr/bin/python3", "-I", "-c", server] });
+    world.image("dns", &config, |root| container::busybox(root, |_| ()));
+    let bind = |path: &str| format!("{{destination: {path}, source: {path}, options: [ro]}}");
+    let mounts = ["/usr", "/lib", "/lib64"].map(bind).join(", ");
+    let network = "network: {type: simple, ports: [{host: 53, container: 5353, protocol: udp}]}";
+    world.install(&[("dns", "dns", &format!("{network}, mounts: [{mounts}]"))]);
+    let networks = Networks::new();
+    let _dns = Running::start(&networks, &world, "dns");
+    let ask = "python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(1); \
+               s.sendto(b\"you\", (\"192.0.2.1\", 53)); print(s.recv(100).decode())' 2>/dev/null || true";
+    // Until the program listens.
+    wait_until("an answer outside", || networks.outside(ask) == "heard you\n");
+    wait_until("an answer on the host", || networks.on_host(ask) == "heard you\n");
+    // The same number of the other protocol is not published.
+    let tcp = "python3 -c 'import socket; socket.create_connection((\"192.0.2.1\", 53), 3)' 2>&1 | tail -n 1";
+    assert!(networks.outside(tcp).contains("refused"));
+}
+
+#[test]
 fn the_examples_of_the_page_run() {
     let page = include_str!("../docs/containers.md");
     let examples: String =

@@ -420,3 +420,50 @@ fn a_program_reports_that_it_is_ready_to_the_service_manager() {
     // In the foreground, nobody would hear it.
     world.refused(&["run-target", "app"], 1, &["target app", "NOTIFY_SOCKET", "ready: notify"]);
 }
+
+#[test]
+fn a_flipped_byte_is_an_error_in_the_container_and_never_another_byte() {
+    let mut world = World::new();
+    // Too large to lie where a program or a table of the file system does; not compressible.
+    let content = |seed: u64| -> Vec<u8> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u8
+        };
+        (0..8 << 20).map(|_| next()).collect()
+    };
+    let (own, shared) = (content(1), content(2));
+    let look = "for file in /zone /shared/zone; do cat $file > /tmp/copy 2>/tmp/said; \
+                echo \"code$file=$? $(cat /tmp/said)\"; stat -c \"size$file=%s\" /tmp/copy; done; \
+                echo alive=yes";
+    world.image("app", &json!({ "Cmd": ["/bin/sh", "-c", look] }), |root| {
+        busybox(root, |root| fs::write(root.join("zone"), &own).unwrap());
+    });
+    world.image("files", &json!({}), |root| fs::write(root.join("zone"), &shared).unwrap());
+    let mounts = "mounts: [{destination: /shared, type: target, source: files}]";
+    world.install(&[("app", "app", mounts), ("files", "files", "service_type: fs-only")]);
+    // A byte of each large layer, on disk.
+    let blobs = fs::read_dir(world.path("system/store/blobs/sha256")).unwrap();
+    let large: Vec<_> = blobs
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| fs::metadata(path).unwrap().len() > 8 << 20)
+        .collect();
+    assert_eq!(large.len(), 2, "{large:?}");
+    for path in large {
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        // In place: the daemon has the file open.
+        fs::write(&path, bytes).unwrap();
+    }
+    let text = world.ok(&["run-target", "app"]);
+    let found = values(&text);
+    for file in ["/zone", "/shared/zone"] {
+        let code = found[&*format!("code{file}")];
+        assert!(code.starts_with("1 ") && code.to_lowercase().contains("input/output error"), "{text}");
+        let size: usize = found[&*format!("size{file}")].parse().unwrap();
+        assert!(size < 8 << 20, "{text}");
+    }
+    assert_eq!(found["alive"], "yes");
+}
