@@ -279,10 +279,11 @@ fn a_running_container_is_listed_healthy_and_entered() {
 
 /// Asks a container's runtime to stop, as systemd does.
 fn stop(child: &mut std::process::Child) {
-    let asked = std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
-    assert!(asked.success());
     let end = std::time::Instant::now() + Duration::from_secs(60);
     while child.try_wait().unwrap().is_none() {
+        // Again and again: process 1 ignores a signal that it has no handler for yet.
+        let asked = std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+        assert!(asked.success());
         assert!(std::time::Instant::now() < end, "the container did not stop");
         std::thread::sleep(Duration::from_millis(20));
     }
