@@ -62,9 +62,11 @@ mod failpoint;
 mod floor;
 mod image;
 mod manifest;
+mod medium;
 mod mount;
 mod progress;
 mod publish;
+mod setup;
 mod store;
 #[allow(unsafe_code)]
 mod sys;
@@ -159,7 +161,7 @@ pub mod internals {
     }
 
     modules! {
-        boot cli convert deploy digest error failpoint floor image manifest mount progress publish store sys text
-        transport trust
+        boot cli convert deploy digest error failpoint floor image manifest medium mount progress publish setup store
+        sys text transport trust
     }
 }

@@ -28,6 +28,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("floor", &["trust"]),
     ("deploy", &["image", "mount", "transport", "store", "manifest", "trust", "floor"]),
     ("publish", &["image", "transport", "store", "convert", "manifest", "trust", "floor"]),
+    ("medium", &["image", "transport", "store", "manifest", "trust", "floor", "deploy"]),
+    ("setup", &["image", "transport", "store", "manifest", "trust", "floor", "deploy", "medium"]),
     ("boot", &["mount", "store", "manifest", "trust", "floor", "deploy"]),
     (
         "cli",
@@ -42,6 +44,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "floor",
             "deploy",
             "publish",
+            "medium",
+            "setup",
             "boot",
         ],
     ),

@@ -1,6 +1,7 @@
 //! What a user can do about an error. All hints are here, and only [`super::output`] asks for them.
 
 use super::kernel::KernelArgsError;
+use super::setup::SetupUsage;
 use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;
 use crate::deploy::esp::EspError;
@@ -10,6 +11,7 @@ use crate::manifest::{ImportErrors, SystemError};
 use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
+use crate::setup::SetupError;
 use crate::store::StoreError;
 use crate::store::fsck::NotWhole;
 use crate::transport::TransportError;
@@ -44,13 +46,39 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_import))
             .or_else(|| this.downcast_ref().and_then(for_build))
             .or_else(|| this.downcast_ref().and_then(for_esp))
-            .or_else(|| this.downcast_ref().and_then(for_kernel_args));
+            .or_else(|| this.downcast_ref().and_then(for_kernel_args))
+            .or_else(|| this.downcast_ref().and_then(for_setup))
+            .or_else(|| this.downcast_ref().and_then(for_setup_usage));
         if found.is_some() {
             return found;
         }
         cause = this.source();
     }
     None
+}
+
+fn for_setup(error: &SetupError) -> Option<&'static str> {
+    Some(match error {
+        SetupError::NotEmpty { .. } => {
+            "if everything on it may be lost, name it with `--wipe DEVICE` as well"
+        }
+        SetupError::Several { .. } => "name one with `--disk`: its path, serial:S or wwn:W",
+        SetupError::NoMatch { .. } => {
+            "name one with `--disk`; one that is not empty also requires `--wipe DEVICE`"
+        }
+        SetupError::InUse { .. } => "unmount it and close what uses it, or choose another disk",
+        SetupError::NotADisk { .. } => "name the whole disk, such as /dev/sda or /dev/nvme0n1",
+        SetupError::NoFloor => {
+            "give the provisioning key with `--provision-key`, or provision the TPM with `mosfs floor provision` first"
+        }
+        SetupError::Program { .. } => "install e2fsprogs, which has mke2fs",
+        SetupError::Esp(error) => return for_esp(error),
+        _ => return None,
+    })
+}
+
+fn for_setup_usage(error: &SetupUsage) -> Option<&'static str> {
+    matches!(error, SetupUsage::NoDisk).then_some("name the disk with `--disk`, or in the answers file")
 }
 
 fn for_esp(error: &EspError) -> Option<&'static str> {

@@ -172,7 +172,7 @@ fn check_answer(verdict: Verdict, version: u64) -> serde_json::Value {
 }
 
 /// Finds what is offered; says what was passed over on the way.
-fn find(
+pub(super) fn find(
     source: &SourceRef,
     from: &dyn Transport,
     anchor: &Anchor,

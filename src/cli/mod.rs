@@ -30,6 +30,7 @@ mod progress;
 mod push;
 mod registry;
 mod repair;
+mod setup;
 pub mod start;
 mod status;
 mod store;
@@ -70,6 +71,7 @@ enum Command {
     Pull(push::PullArgs),
     Install(install::InstallArgs),
     Update(install::UpdateArgs),
+    Setup(Box<setup::SetupArgs>),
     Commit(commit::CommitArgs),
     Status(status::StatusArgs),
     Floor(floor::FloorCommand),
@@ -119,6 +121,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Pull(args) => push::pull(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),
         Command::Update(args) => install::update(args, &cli.global),
+        Command::Setup(args) => setup::run(args, &cli.global),
         Command::Commit(args) => commit::run(args, &cli.global),
         Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),
