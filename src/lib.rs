@@ -92,7 +92,7 @@ pub use manifest::{
 pub use deploy::DeployError;
 pub use deploy::offer::{Accepted, Found as FoundSystem, Judge, find as find_system};
 pub use deploy::target::plan as plan_target;
-pub use floor::{FloorError, Policy as FloorPolicy};
+pub use floor::{FloorError, Policy as FloorPolicy, TpmFloorProblem};
 pub use trust::config::CaFile;
 pub use trust::p256::P256PublicKey as FloorKey;
 pub use trust::{
@@ -115,14 +115,14 @@ pub use transport::{Access, RangeAsk, SourceRef, Transport, TransportError};
 pub use mount::fuse::{FuseOptions, Spin};
 pub use mount::kernel::overlay::Upper;
 pub use mount::{
-    Backend, Daemon, Health, MountError, MountFlags, MountPlan, MountRecord, Mounted, PlanError, Prepared,
-    Request as MountRequest, Verification, mounts, unmount,
+    Access as MountAccess, Backend, Daemon, Health, MountError, MountFlags, MountPlan, MountRecord, Mounted,
+    PlanError, Prepared, Request as MountRequest, Verification, mounts, unmount,
 };
 
 /// Layers: their formats, the bytes below them, and readers that need no mount.
 ///
-/// [`open`](layers::open) opens the layers of a [`MountPlan`], each with the reader of its format. [`Merged`](layers::Merged)
-/// shows them as one tree.
+/// [`open`](layers::open) opens what a [`MountPlan`] has, each layer with the reader of its format, and shows it as one
+/// tree, [`Merged`](layers::Merged).
 pub mod layers {
     pub use crate::image::blobs::{Blob, BlobError, BlobProgress, Blobs};
     pub use crate::image::bytes::ReadAt;
@@ -130,7 +130,8 @@ pub mod layers {
     pub use crate::image::format::{ChunkedLayer, Chunks, LayerFormat};
     pub use crate::image::layer::{BlockId, Extent, Place, StatFs, Xattrs};
     pub use crate::image::oci::{LayerDescriptor, Trust};
-    pub use crate::image::overlay::{Entry, Merged, OverlayError};
+    pub use crate::image::overlay::{Entry, Merged, OverlayError, Shown};
+    pub use crate::image::plain::{Check, PlainError, PlainFile, TreePlace};
     pub use crate::image::puzzlefs::Puzzlefs;
     pub use crate::image::squashfs::Squashfs;
     pub use crate::image::verified::VerifiedSource;
@@ -138,7 +139,7 @@ pub mod layers {
     pub use crate::image::{
         Attr, DirEntry, FileType, Layer, LayerError, MemorySource, NodeId, ReadError, Source,
     };
-    pub use crate::mount::{LayerBytes, PlannedLayer, open_layers as open};
+    pub use crate::mount::{LayerBytes, Planned, PlannedLayer, open_tree as open};
 }
 
 /// The entries of the two programs, `mosfs` and `mosfs-full`.

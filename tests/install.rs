@@ -21,6 +21,7 @@ const FILES: &[(&str, u32, &str)] = &[
     ("usr/lib/dracut/modules.d/90mosfs/parse-mosfs.sh", 0o755, "#!/bin/sh"),
     ("usr/lib/systemd/system/mosfs-activate.service", 0o644, "#"),
     ("usr/lib/systemd/system/mosfs-commit.service", 0o644, "#"),
+    ("usr/lib/systemd/system/mosfs-update-finish.service", 0o644, "#"),
     ("usr/lib/systemd/system/mosfs-update.service", 0o644, "#"),
     ("usr/lib/systemd/system/mosfs-update.timer", 0o644, "#"),
     ("usr/sbin/mount.mosfs", 0o755, "#!/bin/sh"),

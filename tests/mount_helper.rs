@@ -203,6 +203,26 @@ fn failures_have_the_codes_of_mount() {
     fixture.refused("mount -t mosfs app $T/m", 32, &["signature"]);
 }
 
+#[test]
+fn a_plain_file_is_mounted_with_its_root_hash() {
+    let fixture = Fixture::new();
+    let make = "mkdir -p $T/tree && echo plain >$T/tree/content && mksquashfs $T/tree $T/image -noappend -quiet -no-progress >&2 &&\n\
+                hash=$(veritysetup format $T/image $T/hashes | awk '/^Root hash/ { print $3 }') &&\n\
+                (echo before; cat $T/image) >$T/inside || exit 90\n";
+    let mount = |options: &str| format!("{make} mount -t mosfs -o {options} $T/inside $T/m");
+    let show = format!("&& cat $T/m/content && {SHOW}");
+    let printed =
+        fixture.succeeds(&format!("{} {show}", mount("offset=7,hash_file=$T/hashes,root_hash=$hash")));
+    assert!(printed.starts_with("plain\nro,nosuid,nodev,"), "{printed}");
+    // As a line of fstab, unverified, and with options that only a plain file has.
+    let line = "$T/inside $T/m mosfs ro,offset=7,unsafe_no_verity,uid=12 0 0";
+    let printed = fixture.succeeds(&format!(
+        "{make} echo \"{line}\" >$T/fstab && mount -T $T/fstab $T/m && stat -c %u $T/m/content"
+    ));
+    assert_eq!(printed, "12\n");
+    fixture.refused(&mount("offset=7"), 32, &["no root hash was given"]);
+}
+
 /// Reads one byte and the end from a pipe; fails where it takes too long.
 fn read_pipe(path: &Path) -> Vec<u8> {
     let path = path.to_path_buf();

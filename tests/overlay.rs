@@ -294,7 +294,7 @@ fn a_bad_block_fails_alone() {
     layer.bad = vec![f << 20 | 1];
     let merged = view(vec![layer]);
     let (f, g) = (find(&merged, "f").unwrap(), find(&merged, "g").unwrap());
-    let engine = Engine::new(merged, vec!["sha256:11".into()], 1 << 16);
+    let engine = Engine::new(merged, vec!["layer sha256:11".into()], 1 << 16);
     let mut calls = 0;
     assert!(engine.read(f, 0, 200, &mut |_| calls += 1).is_err());
     assert!(engine.read(f, 70, 1, &mut |_| calls += 1).is_err());

@@ -468,8 +468,11 @@ fn the_floor_of_the_tpm_is_asked_before_the_disk_is_written() {
     let source = format!("oci:{}:201", publisher().path("store").display());
     let system = folder.path().join("system");
     run(machine.mosfs(&["install", &source, "--system"]).arg(&system));
-    fs::write(machine.dir.path().join("boot.json"), format!("{{\"deployment\":\"{}\",\"backend\":\"fuse\",\"phases_ms\":[]}}", current(&system)))
-        .unwrap();
+    fs::write(
+        machine.dir.path().join("boot.json"),
+        format!("{{\"deployment\":\"{}\",\"backend\":\"fuse\",\"phases_ms\":[]}}", current(&system)),
+    )
+    .unwrap();
     run(machine.mosfs(&["commit", "--system"]).arg(&system));
     assert_eq!(machine.floor(), 201);
     refused_untouched(&disk, &mut machine.setup(200, &words), 4, "version 200 is below the floor");

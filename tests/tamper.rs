@@ -163,7 +163,7 @@ impl Stack {
         };
         let layers = layers.into_iter().map(planned).collect();
         let blobs = Arc::new(BlobFolder::of_layout(Path::new("/"), Links::Refused));
-        Self::new(MountPlan { source: "a test".into(), digest: None, layers, blobs })
+        Self::new(MountPlan::of_layers("a test", None, layers, blobs))
     }
 
     /// The only image of a store, in place.
@@ -188,7 +188,7 @@ impl Stack {
         OpenOptions::new()
             .read(true)
             .write(true)
-            .open(self.plan.layers[layer].file().expect("a file"))
+            .open(self.plan.layers()[layer].file().expect("a file"))
             .expect("open a layer")
     }
 
@@ -338,8 +338,8 @@ fn random_flips(stack: &Stack, count: usize, seen: usize) {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut same = 0;
     for _ in 0..count {
-        let layer = random.below(stack.plan.layers.len() as u64) as usize;
-        let size = fs::metadata(stack.plan.layers[layer].file().expect("a file")).expect("stat").len();
+        let layer = random.below(stack.plan.layers().len() as u64) as usize;
+        let size = fs::metadata(stack.plan.layers()[layer].file().expect("a file")).expect("stat").len();
         let outcome = stack.flip(layer, random.below(size), 1 << random.below(8));
         same += usize::from(outcome == Outcome::Same);
     }

@@ -20,7 +20,7 @@ pub fn check(config: &Path, with_tpm: bool) -> Result<(), BootError> {
     floor::find_policy(config)?;
     if with_tpm {
         floor::policy(config)?;
-        tpm::check_library().map_err(|error| FloorError::NoLibrary { message: error.to_string() })?;
+        tpm::check_library().map_err(FloorError::from)?;
     }
     blkid::load().map_err(BootError::NoBlkid)
 }

@@ -491,7 +491,7 @@ impl Floor for PatientFloor<'_> {
         // Drivers of TPMs behind SPI, or in firmware, find theirs when the disks are long there.
         let result = loop {
             match self.inner.read() {
-                Err(FloorError::NoTpm { .. }) if Instant::now() < self.end => {
+                Err(FloorError::Tpm(TpmError::Absent { .. })) if Instant::now() < self.end => {
                     std::thread::sleep(LOOK_FOR_TPM_EVERY);
                 }
                 result => break result,

@@ -5,12 +5,17 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{FloorArgs, Global, device, mount, output};
-use crate::deploy::activate::{self, Action, ActivationPlan, Outcome, Taken, Ways};
-use crate::deploy::booted;
+use super::lazy_target::LazyTargets;
+use super::{FloorArgs, Global, RegistryArgs, device, mount, output};
+use crate::deploy::activate::{self, Action, ActivationPlan, Asked, Outcome, Taken, Ways};
+use crate::deploy::{DeploymentId, booted, target};
 use crate::error::{AnyError, IoContext};
+use crate::image::oci::OciImage;
+use crate::manifest::system::Target;
 use crate::mount::Backend;
 use crate::mount::units::{self, Keeper, Unit};
+use crate::store::Store;
+use crate::transport::SourceRef;
 use crate::trust::Anchor;
 use crate::trust::config::find_floor_key;
 
@@ -29,11 +34,20 @@ pub(super) struct ActivateArgs {
     /// How to run the daemons of FUSE mounts: auto, unit (one systemd unit each) or fork.
     #[arg(long, default_value = "auto", value_name = "HOW")]
     daemon: Keeper,
+    /// Mount targets whose blobs are not all in the store, too: what is read is fetched from the registry that the
+    /// system came from, verified and kept, and the rest is fetched in the background. Uses the FUSE backend for them.
+    #[arg(long)]
+    lazy: bool,
+    /// The registry for `--lazy`, docker://HOST[:PORT]/PREFIX [default: the one that the system was installed from].
+    #[arg(long, value_name = "SOURCE", requires = "lazy")]
+    from: Option<SourceRef>,
     /// Only print what would be done.
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
     floor: FloorArgs,
+    #[command(flatten)]
+    registry: RegistryArgs,
 }
 
 /// Runs `mosfs activate`.
@@ -44,6 +58,7 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
     // Before anything is looked at: two at once would both mount what is missing.
     let _lock = if args.dry_run { None } else { Some(activate::lock(&run)?) };
     let plan = plan(args, global, &run)?;
+    let deployment = plan.deployment;
     if args.dry_run {
         return output::answer(global, || plan_json(&plan), || plan_text(&plan));
     }
@@ -51,16 +66,22 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
         std::path::absolute(&global.system).on("find", &global.system)?,
         std::path::absolute(&global.config).on("find", &global.config)?,
     );
+    let targets = LazyTargets::new(&system, args.from.as_ref(), &args.registry);
     let unit = |target: &str, place: &Path| {
-        in_unit.then(|| Unit {
-            source: target.into(),
-            target: place.into(),
-            needs: vec![system.clone()],
-            arguments: mount::foreground_arguments(target, place, &system, &config, &activate::flags()),
-        })
+        let mut arguments =
+            mount::foreground_arguments(target.as_ref(), place, &system, &config, &activate::flags());
+        if args.lazy {
+            // Before the source and the folder, which stand behind `--`.
+            arguments.splice(1..1, targets.arguments());
+        }
+        let needs = vec![system.clone()];
+        in_unit.then(|| Unit { source: target.into(), target: place.into(), needs, arguments })
     };
-    let deployment = plan.deployment;
-    let taken = activate::apply(plan, &run, &Ways { backend: args.backend, unit: &unit })?;
+    let blobs = |target: &str, image: &OciImage| match args.lazy {
+        true => targets.blobs(&deployment, target, image, args.backend, true),
+        false => Ok(None),
+    };
+    let taken = activate::apply(plan, &run, &Ways { backend: args.backend, unit: &unit, blobs: &blobs })?;
     let verdict = activate::verdict(&taken);
     if global.json {
         let targets: Vec<_> = taken.iter().map(taken_json).collect();
@@ -82,7 +103,13 @@ fn plan(args: &ActivateArgs, global: &Global, run: &Path) -> Result<ActivationPl
     let mut floor = if has_floor { Some(args.floor.open(global)?) } else { None };
     let system = device::system(global);
     let floor = floor.as_mut().map(|floor| floor.as_mut() as _);
-    Ok(activate::plan(&system, run, booted, &anchor, floor, args.backend, &args.targets)?)
+    let targets = LazyTargets::new(&global.system, args.from.as_ref(), &args.registry);
+    let image = |store: &Store, id: &DeploymentId, name: &str, target: &Target| match args.lazy {
+        true => targets.image(store, id, name, target),
+        false => Ok(target::image_of(store, name, target)?),
+    };
+    let asked = Asked { backend: args.backend, names: &args.targets, image: &image };
+    Ok(activate::plan(&system, run, booted, &anchor, floor, &asked)?)
 }
 
 fn verb(action: Action) -> &'static str {

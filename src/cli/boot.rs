@@ -15,6 +15,7 @@ use crate::boot::{self, BootError, Setup};
 use crate::error::{AnyError, Class, Classified};
 use crate::floor::FloorError;
 use crate::sys::file::read_named;
+use crate::sys::tpm::TpmError;
 
 /// From the initramfs: choose a deployment, verify it, check the floor, mount its root.
 #[derive(Debug, Args)]
@@ -99,7 +100,10 @@ pub(super) fn run(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
     attempt(args, global).inspect_err(|error| {
         // Rule: every failing exit extends PCR 15 with the refused value. A TPM that was waited for in vain has
         // no PCR.
-        let no_tpm = matches!(error.inner().downcast_ref(), Some(BootError::Floor(FloorError::NoTpm { .. })));
+        let no_tpm = matches!(
+            error.inner().downcast_ref(),
+            Some(BootError::Floor(FloorError::Tpm(TpmError::Absent { .. })))
+        );
         let patience = Duration::from_secs(args.wait);
         if !no_tpm && let Err(error) = boot::refuse(&args.floor.place(global), patience) {
             output::note(format!("PCR {} is not closed: {error}", boot::measure::PCR));

@@ -44,6 +44,11 @@ impl Drop for Place {
 }
 
 impl EspArgs {
+    /// The folder that the command line or the environment names.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        self.esp.as_deref()
+    }
+
     /// Finds the partition; one whose device is not there yet is waited for, at most for `patience`. One that is not
     /// mounted is mounted as long as the returned value lives.
     pub(super) fn find(&self, global: &Global, patience: Duration) -> Result<Place, AnyError> {

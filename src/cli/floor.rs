@@ -58,6 +58,16 @@ impl FloorArgs {
         self.floor == Kind::File
     }
 
+    /// The same options for another command, each with its value.
+    pub(super) fn arguments(&self) -> Vec<(&'static str, Option<String>)> {
+        let kind = self.floor.to_possible_value().map(|value| value.get_name().to_string());
+        vec![
+            ("--tpm", Some(self.tpm.to_string())),
+            ("--floor", kind),
+            ("--tpm-timeout", Some(self.tpm_timeout.to_string())),
+        ]
+    }
+
     /// Opens the floor without a warning: for those who only show it.
     pub(super) fn open_quietly(&self, global: &Global) -> Result<Box<dyn Floor>, AnyError> {
         Ok(floor::open(&self.place(global), &global.config)?)

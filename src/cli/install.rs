@@ -7,16 +7,14 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::esp::{ESP_PATIENCE, EspArgs};
-use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
-use crate::deploy::offer::{self, Accepted, Found, Judge};
-use crate::deploy::plan::{self, Options, Plan, Verdict};
-use crate::deploy::state::TRIES;
-use crate::deploy::{DeployError, State, System, apply};
+use super::offered::{Asked, failed_before, find, plan_update, print_plan, registry_of, say};
+use super::{FloorArgs, Global, RegistryArgs, device, lazy_update, output, progress};
+use crate::deploy::plan::{self, Options, Verdict};
+use crate::deploy::{DeployError, System, apply, fetching};
 use crate::error::AnyError;
-use crate::floor;
-use crate::transport::{SourceRef, Transport};
+use crate::transport::{SourceRef, Transport, TransportError};
+use crate::trust::Anchor;
 use crate::trust::config::CaFile;
-use crate::trust::{Anchor, Dates};
 
 /// Install the first deployment of this device.
 ///
@@ -51,7 +49,15 @@ pub(super) struct InstallArgs {
 pub(super) struct UpdateArgs {
     /// The signed system, `oci:DIR[:NAME]` or `docker://HOST[:PORT]/PREFIX[:VERSION]`; without a name or version, the
     /// highest version there that verifies.
-    source: SourceRef,
+    #[arg(required_unless_present = "finish")]
+    source: Option<SourceRef>,
+    /// Make the version pending at once, and fetch its blobs in the background. It is tried at the first boot after all
+    /// of it is here; until then the current version boots. Requires docker://.
+    #[arg(long, conflicts_with = "check")]
+    lazy: bool,
+    /// Fetch the rest of the version that `--lazy` has made pending, wait until all of it is here, and let it boot.
+    #[arg(long, conflicts_with_all = ["source", "lazy", "check", "again", "dry_run"])]
+    finish: bool,
     /// Report whether an update is available that this device would install, and change nothing.
     #[arg(long)]
     check: bool,
@@ -90,8 +96,15 @@ pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyErro
     let progress = progress::of(global)?;
     let place = args.esp.find(global, ESP_PATIENCE)?;
     device::with_gate(&args.floor, global, true, |gate| {
-        let (esp, kernel) = (place.esp.as_ref(), place.kernel);
-        let options = Options { again: false, read_blobs: true, esp, kernel, progress: &progress };
+        let source = registry_of(&args.source);
+        let options = Options {
+            again: false,
+            read_blobs: true,
+            source: source.as_deref(),
+            esp: place.esp.as_ref(),
+            kernel: place.kernel,
+            progress: &progress,
+        };
         let anchor = trust.anchor();
         let plan = plan::plan(&system, &state, from.as_ref(), offer, anchor, gate, &options)?;
         let Some(lock) = &lock else { return print_plan(&plan, global) };
@@ -104,9 +117,17 @@ pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyErro
 /// Runs `mosfs update`.
 pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError> {
     let system = device::system(global);
-    let from = args.source.open(&args.registry.access(global))?;
+    let options = lazy_update::Options { registry: &args.registry, floor: &args.floor, esp: &args.esp };
+    let Some(source) = &args.source else {
+        return lazy_update::finish(&options, global, &system);
+    };
+    if args.lazy && !source.is_registry() {
+        let why = "expected a registry, docker://HOST[:PORT]/PREFIX[:VERSION], for --lazy";
+        return Err(TransportError::BadSource { found: source.to_string(), why }.into());
+    }
+    let from = source.open(&args.registry.access(global))?;
     if args.check {
-        let outcome = check(args, global, &system, from.as_ref());
+        let outcome = check(args, source, global, &system, from.as_ref());
         return match outcome {
             Ok((verdict, version)) => output::answer(
                 global,
@@ -134,9 +155,13 @@ pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError>
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
     }
     let lock = system.lock(device::waiting(global))?;
-    let outcome = make_plan(args, global, &system, from.as_ref(), |plan| {
+    let asked = Asked { source, again: args.again, read_blobs: true, floor: &args.floor, esp: &args.esp };
+    let outcome = plan_update(&asked, global, &system, from.as_ref(), |plan| {
         if args.dry_run {
             return print_plan(plan, global);
+        }
+        if args.lazy && fetching::is_for_later(&system, plan) {
+            return lazy_update::begin(&options, global, &system, &lock, from.as_ref(), plan);
         }
         apply::apply(&system, &lock, from.as_ref(), plan, &progress::of(global)?)?;
         say(plan, global)
@@ -151,15 +176,17 @@ pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError>
 
 fn check(
     args: &UpdateArgs,
+    source: &SourceRef,
     global: &Global,
     system: &System,
     from: &dyn Transport,
 ) -> Result<(Verdict, u64), AnyError> {
-    if let Some(unchanged) = plan::unchanged(system, &system.state()?, from, args.source.name.as_deref())? {
+    if let Some(unchanged) = plan::unchanged(system, &system.state()?, from, source.name.as_deref())? {
         return Ok(unchanged);
     }
     let mut found = None;
-    make_plan(args, global, system, from, |plan| {
+    let asked = Asked { source, again: args.again, read_blobs: false, floor: &args.floor, esp: &args.esp };
+    plan_update(&asked, global, system, from, |plan| {
         found = Some((plan.verdict, plan.id.version));
         Ok(())
     })?;
@@ -169,147 +196,4 @@ fn check(
 fn check_answer(verdict: Verdict, version: u64) -> serde_json::Value {
     let update = matches!(verdict, Verdict::Install | Verdict::Update);
     json!({ "update": update, "verdict": verdict, "version": version })
-}
-
-/// Finds what is offered; says what was passed over on the way.
-pub(super) fn find(
-    source: &SourceRef,
-    from: &dyn Transport,
-    anchor: &Anchor,
-    global: &Global,
-) -> Result<Accepted, AnyError> {
-    let policy = floor::find_policy(&global.config)?;
-    let judge = Judge { anchor, dates: Dates::check_now(), policy: policy.as_ref() };
-    let Found { taken, passed_over } = offer::find(from, source.name.as_deref(), &judge)?;
-    const SHOWN: usize = 10;
-    for one in passed_over.iter().take(SHOWN) {
-        output::note(format_args!("{} is passed over: {}", one.object, one.why));
-    }
-    if passed_over.len() > SHOWN {
-        output::note(format_args!("{} more are passed over", passed_over.len() - SHOWN));
-    }
-    Ok(taken)
-}
-
-fn make_plan(
-    args: &UpdateArgs,
-    global: &Global,
-    system: &System,
-    from: &dyn Transport,
-    then: impl FnOnce(&Plan) -> Result<(), AnyError>,
-) -> Result<(), AnyError> {
-    let state: State = system.state()?;
-    if state.current.is_none() {
-        return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
-    }
-    let anchor = Anchor::load(&global.config)?;
-    let offer = find(&args.source, from, &anchor, global)?;
-    let progress = progress::of(global)?;
-    let place = args.esp.find(global, ESP_PATIENCE)?;
-    device::with_gate(&args.floor, global, false, |gate| {
-        let (esp, kernel) = (place.esp.as_ref(), place.kernel);
-        // Whether there is an update can be said without reading every blob.
-        let (again, read_blobs) = (args.again, !args.check);
-        let options = Options { again, read_blobs, esp, kernel, progress: &progress };
-        then(&plan::plan(system, &state, from, offer, &anchor, gate, &options)?)
-    })
-}
-
-fn failed_before(version: u64) -> String {
-    format!(
-        "version {version} was started {TRIES} times and never proved healthy: it is not tried again; \
-         another version replaces it, and `mosfs update --again` tries it once more"
-    )
-}
-
-/// What is mended of a system that is installed already, as the end of a sentence; nothing where nothing is.
-fn mended(plan: &Plan) -> String {
-    let mut parts = Vec::new();
-    if !plan.renew.is_empty() {
-        parts.push(format!("{} replaced", plan.renew.join(", ")));
-    }
-    match plan.fetch.len() {
-        0 => {}
-        1 => parts.push("1 blob fetched again".to_string()),
-        n => parts.push(format!("{n} blobs fetched again")),
-    }
-    parts.join("; ")
-}
-
-fn print_plan(plan: &Plan, global: &Global) -> Result<(), AnyError> {
-    let blobs = || {
-        plan.fetch
-            .iter()
-            .map(|fetch| json!({ "target": fetch.target, "digest": fetch.blob.digest, "bytes": fetch.blob.size }))
-            .collect::<Vec<_>>()
-    };
-    output::answer(
-        global,
-        || {
-            json!({
-                "deployment": plan.id, "version": plan.id.version, "verdict": plan.verdict,
-                "fetch": blobs(), "renew": plan.renew, "needed_bytes": plan.needed_bytes,
-            })
-        },
-        || {
-            let version = plan.id.version;
-            let mut lines = vec![match plan.verdict {
-                Verdict::UpToDate | Verdict::AlreadyPending => {
-                    let state = if plan.verdict == Verdict::UpToDate { "installed" } else { "pending" };
-                    match plan.renew.is_empty() && plan.fetch.is_empty() {
-                        true => format!("version {version} is {state}: nothing to do"),
-                        false => format!("version {version} is {state}, and would be mended"),
-                    }
-                }
-                Verdict::FailedBefore => failed_before(version),
-                Verdict::Install => format!("would install version {version}"),
-                Verdict::Update => {
-                    format!("would install version {version}, to be tried at the next boot")
-                }
-            }];
-            lines.extend(plan.renew.iter().map(|file| format!("would replace {file}")));
-            for fetch in &plan.fetch {
-                lines.push(format!(
-                    "would fetch {} ({} bytes) for {}",
-                    fetch.blob.digest, fetch.blob.size, fetch.target
-                ));
-            }
-            lines
-        },
-    )
-}
-
-fn say(plan: &Plan, global: &Global) -> Result<(), AnyError> {
-    let mended = mended(plan);
-    output::answer(
-        global,
-        || {
-            json!({
-                "deployment": plan.id, "version": plan.id.version, "verdict": plan.verdict,
-                "renewed": plan.renew, "fetched": plan.fetch.len(),
-            })
-        },
-        || {
-            let version = plan.id.version;
-            match plan.verdict {
-                Verdict::UpToDate if mended.is_empty() => {
-                    format!("version {version} is installed already: nothing to do")
-                }
-                Verdict::UpToDate => format!("version {version} is installed already, and mended: {mended}"),
-                Verdict::AlreadyPending if mended.is_empty() => {
-                    format!("version {version} is pending already: it is tried at the next boot")
-                }
-                Verdict::AlreadyPending => {
-                    format!(
-                        "version {version} is pending already, and mended: {mended}; it is tried at the next boot"
-                    )
-                }
-                Verdict::FailedBefore => failed_before(version),
-                Verdict::Install => format!("installed version {version} ({})", plan.id.digest),
-                Verdict::Update => {
-                    format!("version {version} ({}) is pending: it is tried at the next boot", plan.id.digest)
-                }
-            }
-        },
-    )
 }

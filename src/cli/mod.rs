@@ -20,17 +20,22 @@ mod install;
 mod kernel;
 mod keys;
 mod lazy;
+mod lazy_target;
+mod lazy_update;
 mod log;
 mod manifest;
 mod mount;
 mod notify;
+mod offered;
 pub mod output;
+mod plain;
 mod progress;
 #[cfg(feature = "registry")]
 mod push;
 mod registry;
 mod repair;
 mod setup;
+mod squashfuse;
 pub mod start;
 mod status;
 mod store;
@@ -96,7 +101,8 @@ pub fn main() -> ExitCode {
     }
     // Before there are threads: it changes the environment.
     crate::sys::tpm::silence_library();
-    run_with(std::env::args_os())
+    let args: Vec<OsString> = std::env::args_os().collect();
+    if squashfuse::is_called(&args) { squashfuse::run(&args) } else { run_with(args) }
 }
 
 /// Runs a command line; prints, and returns the exit code (docs/design.md, exit codes).

@@ -1,40 +1,46 @@
 //! `mosfs mount`: mounts an image, verified.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::lazy::{Found, LazyArgs, Wanted};
+use super::lazy_target::LazyTargets;
+use super::plain::{Asked, FileArgs, FileOptions};
 use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
 use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
 use crate::image::oci::Platform;
+use crate::image::plain::PlainFile;
 use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{Backend, Daemon, MountFlags, MountPlan, Request, Verification};
 use crate::sys;
-use crate::transport::{SourceRef, Transport};
+use crate::transport::{SourceRef, Transport, TransportError};
 use crate::trust::Anchor;
 
-/// Mount a target of the current deployment, or any image of an OCI layout or a registry.
+/// Mount a target of the current deployment, an image of an OCI layout or a registry, or a file system image in a file.
 ///
 /// An image of a registry is mounted at once. What is read is fetched, verified and kept; the rest is fetched in the
 /// background. It takes the FUSE backend.
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {
-    /// A target's name, `oci:DIR[:NAME]`, or `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`.
-    #[arg(value_name = "TARGET|SOURCE")]
-    source: String,
+    /// A target's name, `oci:DIR[:NAME]`, `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`, or the path of a squashfs or erofs
+    /// image.
+    #[arg(value_name = "TARGET|SOURCE|FILE")]
+    source: OsString,
     /// The folder to mount at.
     #[arg(value_name = "DIR")]
     target: PathBuf,
     /// Require this root hash; once for each layer, bottom layer first.
     #[arg(long, value_name = "HEX", value_parser = root_hash)]
     root_hash: Vec<Digest>,
+    #[command(flatten)]
+    file: FileArgs,
     /// The backend of the mount: auto, dm-verity or fuse.
     #[arg(long, default_value = "auto", value_name = "NAME")]
     backend: Backend,
@@ -54,7 +60,8 @@ pub(super) struct MountArgs {
     foreground: bool,
     /// Mount options as for mount(8): nosuid, nodev, noexec, allow_other and so on. For an unsigned image, nosuid and
     /// nodev are the default; suid and dev turn them off. notify_pipe=PATH writes `s` to a named pipe when the mount is
-    /// ready, or `f` if it failed.
+    /// ready, or `f` if it failed. For a plain file also uid=N and gid=N (the owner and group of all files), subdir=PATH
+    /// (the root of the mount) and timeout=SECONDS (unmount when idle).
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
     options: Vec<String>,
     /// Number of FUSE worker threads [default: 2 to 4, depending on the number of cores].
@@ -71,6 +78,13 @@ pub(super) struct MountArgs {
     /// Mount without verification, even layers without a root hash.
     #[arg(long)]
     unsafe_no_verity: bool,
+    /// Fetch what is missing of a target while it is read, from the registry that its system was installed from. An
+    /// image of a registry is always mounted in this way.
+    #[arg(long = "lazy")]
+    lazy_target: bool,
+    /// The registry for `--lazy`, docker://HOST[:PORT]/PREFIX, if the target's system came from elsewhere.
+    #[arg(long, value_name = "SOURCE", requires = "lazy_target")]
+    from: Option<SourceRef>,
     #[command(flatten)]
     lazy: LazyArgs,
     #[command(flatten)]
@@ -78,41 +92,54 @@ pub(super) struct MountArgs {
 }
 
 /// A root hash as 64 hex digits, with or without `sha256:`.
-fn root_hash(text: &str) -> Result<Digest, String> {
+pub(super) fn root_hash(text: &str) -> Result<Digest, String> {
     Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)).map_err(|error| error.to_string())
 }
 
 impl MountArgs {
-    /// Whether it is an image, and not a target of a deployed system, that is to be mounted.
-    pub(super) fn is_of_image(&self) -> bool {
-        // A source has a scheme; a target's name cannot hold a colon.
-        self.source.contains(':')
+    /// What is to be mounted.
+    pub(super) fn asked(&self) -> Asked<'_> {
+        self.file.asked(&self.source, !self.root_hash.is_empty() || self.unsafe_no_verity)
     }
 
-    /// Whether its blobs are on another machine.
-    pub(super) fn is_of_registry(&self) -> bool {
-        self.source.parse().is_ok_and(|source: SourceRef| source.is_registry())
+    /// The options of `-o`, each where it belongs.
+    fn options(&self, flags: &mut MountFlags) -> Result<FileOptions, AnyError> {
+        let mut of_file = FileOptions::default();
+        for option in self.options.iter().filter(|option| !notify::is_option(option)) {
+            if !of_file.take(option)? {
+                flags.apply(option)?;
+            }
+        }
+        Ok(of_file)
     }
 }
 
 /// Runs `mosfs mount`.
 pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
-    if args.is_of_registry() {
-        let MountArgs { source, root_hash, backend, unsafe_no_verity, lazy, registry, .. } = args;
-        let wanted = Wanted {
-            source,
-            root_hashes: root_hash,
-            backend: *backend,
-            unsafe_no_verity: *unsafe_no_verity,
-            lazy,
-            registry,
-        };
-        return mount(args, global, || lazy::open(&wanted));
+    match args.asked() {
+        Asked::Target(name) => mount(args, global, |verification, options| {
+            args.file.refuse(options)?;
+            let found = match args.lazy_target {
+                true => lazy_image_of_target(args, name, global)?,
+                false => image_of_target(name, global)?,
+            };
+            ToMount::image(name, found, verification)
+        }),
+        Asked::Registry(source) => mount(args, global, |verification, options| {
+            args.file.refuse(options)?;
+            let wanted = Wanted {
+                source,
+                root_hashes: &args.root_hash,
+                backend: args.backend,
+                unsafe_no_verity: args.unsafe_no_verity,
+                lazy: &args.lazy,
+                registry: &args.registry,
+            };
+            ToMount::image(source, lazy::open(&wanted)?, verification)
+        }),
+        Asked::Image(source) => mount_image(args, source, global),
+        Asked::File(path) => mount_file(args, path, global),
     }
-    if args.is_of_image() {
-        return run_image(args, global);
-    }
-    mount(args, global, || image_of_target(&args.source, global))
 }
 
 /// The image of a target of the deployment that runs.
@@ -126,9 +153,50 @@ pub(super) fn image_of_target(target: &str, global: &Global) -> Result<Found, An
     Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
 }
 
-/// Runs `mosfs mount` of an image, for which nobody's signature is asked.
-pub(super) fn run_image(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
-    mount(args, global, || image_of_layout(&args.source.parse()?))
+/// The same, for a target whose blobs are not all in the store.
+fn lazy_image_of_target(args: &MountArgs, name: &str, global: &Global) -> Result<Found, AnyError> {
+    let anchor = Anchor::load(&global.config)?;
+    let system = device::system(global);
+    let (id, verified) = target::running(&system, booted::deployment()?, &anchor)?;
+    let signed = target::find(&id, &verified, name)?;
+    let store = system.store()?;
+    let root = std::path::absolute(system.root()).on("find", system.root())?;
+    let targets = LazyTargets::new(&root, args.from.as_ref(), &args.registry);
+    let image = targets.image(&store, &id, name, signed)?;
+    let blobs = targets.blobs(&id, name, &image, args.backend, !args.lazy.no_fill)?;
+    let folder = system.scratch_dir(name);
+    let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
+    Ok(Found { blobs: blobs.unwrap_or_else(|| store.blobs()), image, scratch, pinned: None })
+}
+
+/// Rule: what was asked for is used or refused. All of such an image or file is here.
+fn refuse_lazy(args: &MountArgs) -> Result<(), TransportError> {
+    let why = "expected a target, or an image of a registry, for --lazy";
+    match args.lazy_target {
+        true => Err(TransportError::BadSource { found: args.source.to_string_lossy().into_owned(), why }),
+        false => Ok(()),
+    }
+}
+
+/// Runs `mosfs mount` of an image of a layout, for which nobody's signature is asked.
+pub(super) fn mount_image(args: &MountArgs, source: &str, global: &Global) -> Result<(), AnyError> {
+    refuse_lazy(args)?;
+    mount(args, global, |verification, options| {
+        args.file.refuse(options)?;
+        ToMount::image(source, image_of_layout(&source.parse()?)?, verification)
+    })
+}
+
+/// Runs `mosfs mount` of a plain file.
+pub(super) fn mount_file(args: &MountArgs, path: &Path, global: &Global) -> Result<(), AnyError> {
+    refuse_lazy(args)?;
+    mount(args, global, |_, options| {
+        let file = args.file.file(path, &args.root_hash, args.unsafe_no_verity)?;
+        // Records and lists of mounts outlive this working folder.
+        let absolute = std::path::absolute(path).on("find", path)?;
+        let plan = MountPlan::of_file(PlainFile { path: absolute, ..file }, options.shown.clone());
+        Ok(ToMount { plan, scratch: Upper::Memory, pinned: None })
+    })
 }
 
 /// An image of a layout.
@@ -141,13 +209,33 @@ pub(super) fn image_of_layout(source: &SourceRef) -> Result<Found, AnyError> {
     Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
 }
 
+/// What is to be mounted.
+struct ToMount {
+    plan: MountPlan,
+    /// Where the writes go for `--writable`.
+    scratch: Upper,
+    /// The image of a registry by its digest, for a daemon that mounts it again.
+    pinned: Option<String>,
+}
+
+impl ToMount {
+    fn image(source: &str, found: Found, verification: Verification<'_>) -> Result<Self, AnyError> {
+        let Found { blobs, image, scratch, pinned } = found;
+        let plan = MountPlan::new(source, &image, &blobs, verification)?;
+        Ok(Self { plan, scratch, pinned })
+    }
+}
+
+/// Finds what is to be mounted.
+type Find<'a> = &'a dyn Fn(Verification<'_>, &FileOptions) -> Result<ToMount, AnyError>;
+
 fn mount(
     args: &MountArgs,
     global: &Global,
-    find: impl FnOnce() -> Result<Found, AnyError>,
+    find: impl Fn(Verification<'_>, &FileOptions) -> Result<ToMount, AnyError>,
 ) -> Result<(), AnyError> {
     let pipe = notify::Pipe::of(&args.options)?;
-    let done = try_mount(args, global, find, &pipe);
+    let done = try_mount(args, global, &find, &pipe);
     // In the foreground it was said when the mount was ready.
     match &done {
         Ok(()) => pipe.say_in_background(notify::SUCCESS),
@@ -156,24 +244,18 @@ fn mount(
     done
 }
 
-fn try_mount(
-    args: &MountArgs,
-    global: &Global,
-    find: impl FnOnce() -> Result<Found, AnyError>,
-    pipe: &notify::Pipe,
-) -> Result<(), AnyError> {
+fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::Pipe) -> Result<(), AnyError> {
     // Rule (docs/mounts.md, setuid and devices): what nobody signed gets neither, unless it is asked for.
-    let is_signed = !args.is_of_image() && !args.unsafe_no_verity;
+    let is_signed = matches!(args.asked(), Asked::Target(_)) && !args.unsafe_no_verity;
     let mut flags = if is_signed { MountFlags::default() } else { MountFlags::untrusted() };
-    for option in args.options.iter().filter(|option| !notify::is_option(option)) {
-        flags.apply(option)?;
-    }
+    let options = args.options(&mut flags)?;
     // Whatever is opened for an image of a registry is its daemon's.
-    let foreign = args.is_of_registry().then(sys::daemon::open_descriptors);
-    let Found { blobs, image, scratch, pinned } = find()?;
+    let foreign =
+        (matches!(args.asked(), Asked::Registry(_)) || args.lazy_target).then(sys::daemon::open_descriptors);
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
-    let plan = MountPlan::new(&args.source, &image, &blobs, verification)?;
+    let ToMount { plan, scratch, pinned } = find(verification, &options)?;
     let upper = upper(args, scratch)?;
+    options.check_with_upper(upper.is_some())?;
     let mut ready = || {
         if let Err(error) = sys::notify::service_is_ready() {
             output::note(format_args!("the service manager was not told: {error}"));
@@ -183,7 +265,7 @@ fn try_mount(
     let daemon = if args.foreground {
         Daemon::Foreground { terminal: output::log(), ready: &mut ready }
     } else if upper.is_none() && units::wanted(args.daemon)? {
-        Daemon::Unit(unit(args, global, &flags, pinned)?)
+        Daemon::Unit(unit(args, global, &flags, &options, pinned)?)
     } else {
         Daemon::Forked
     };
@@ -191,6 +273,8 @@ fn try_mount(
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
         spin: args.spin,
+        idle: options.idle,
+        ..FuseOptions::default()
     };
     let (target, backend) = (args.target.as_path(), args.backend);
     Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon, foreign }.run()?;
@@ -202,19 +286,28 @@ fn unit(
     args: &MountArgs,
     global: &Global,
     flags: &MountFlags,
+    options: &FileOptions,
     pinned: Option<String>,
 ) -> Result<Unit, AnyError> {
     let absolute = |path: &Path| std::path::absolute(path).on("find", path);
     let target = args.target.canonicalize().on("find", &args.target)?;
     let (system, config) = (absolute(&global.system)?, absolute(&global.config)?);
-    let (source, layout) = if let Some(pinned) = pinned {
-        (pinned, absolute(&args.lazy.store.clone().unwrap_or_else(lazy::default_store))?)
-    } else if args.is_of_image() {
-        let source: SourceRef = args.source.parse()?;
-        let layout = absolute(Path::new(&source.location))?;
-        (SourceRef::oci(&layout, source.name.as_deref()).to_string(), layout)
-    } else {
-        (args.source.clone(), system.clone())
+    let store = absolute(&args.lazy.store.clone().unwrap_or_else(lazy::default_store))?;
+    let folder = |file: &Path| file.parent().unwrap_or(Path::new("/")).to_path_buf();
+    let (source, needs): (OsString, _) = match args.asked() {
+        Asked::Target(name) => (name.into(), vec![system.clone()]),
+        Asked::Image(text) => {
+            let source: SourceRef = text.parse()?;
+            let layout = absolute(Path::new(&source.location))?;
+            (SourceRef::oci(&layout, source.name.as_deref()).to_string().into(), vec![layout])
+        }
+        Asked::Registry(text) => (pinned.unwrap_or_else(|| text.into()).into(), vec![store.clone()]),
+        Asked::File(path) => {
+            let path = absolute(path)?;
+            let hash_file = args.file.hash_file.as_deref().map(absolute).transpose()?;
+            let needs = [folder(&path)].into_iter().chain(hash_file.as_deref().map(folder)).collect();
+            (path.into(), needs)
+        }
     };
     let mut arguments = foreground_arguments(&source, &target, &system, &config, flags);
     // Before the source and the folder, which stand behind `--`.
@@ -228,19 +321,25 @@ fn unit(
     if args.unsafe_no_verity {
         option("--unsafe-no-verity", None);
     }
-    if args.is_of_registry() {
-        option("--store", Some(layout.display().to_string()));
+    if args.lazy_target {
+        let lazy = LazyTargets::new(&global.system, args.from.as_ref(), &args.registry);
+        lazy.arguments().into_iter().rev().for_each(|word| arguments.insert(1, word));
+    } else if matches!(args.asked(), Asked::Registry(_)) {
+        option("--store", Some(store.display().to_string()));
         args.registry.arguments().into_iter().for_each(|(name, value)| option(name, value));
         if args.lazy.no_fill {
             option("--no-fill", None);
         }
     }
-    Ok(Unit { source, target, needs: vec![layout], arguments })
+    let of_file =
+        args.file.to_arguments().on("find", &args.source)?.into_iter().chain(options.to_arguments());
+    arguments.splice(1..1, of_file);
+    Ok(Unit { source: source.to_string_lossy().into_owned(), target, needs, arguments })
 }
 
 /// The arguments of `mosfs` that mount through FUSE in the foreground. All paths are absolute.
 pub(super) fn foreground_arguments(
-    source: &str,
+    source: &OsStr,
     target: &Path,
     system: &Path,
     config: &Path,

@@ -84,6 +84,11 @@ pub fn message(text: impl Display) {
     say(format_args!("mosfs: {text}"));
 }
 
+/// Prints a line of help to stderr, as it is.
+pub fn plain(text: impl Display) {
+    say(text);
+}
+
 /// Prints a remark to stderr: something that is not wrong, but worth knowing.
 pub fn note(text: impl Display) {
     say(format_args!("mosfs: note: {text}"));

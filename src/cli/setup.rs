@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{FloorArgs, Global, RegistryArgs, install, output, progress};
+use super::{FloorArgs, Global, RegistryArgs, offered, output, progress};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::floor;
 use crate::setup::answers::Answers;
@@ -128,7 +128,7 @@ fn set_up(args: &SetupArgs, global: &Global) -> Result<Outcome, AnyError> {
              `mosfs floor provision` has run",
         );
     }
-    let offer = install::find(&args.source, from.as_ref(), anchor, global)?;
+    let offer = offered::find(&args.source, from.as_ref(), anchor, global)?;
     let wipe = match (&args.wipe, answers.wipe) {
         (Some(disk), _) => Wipe::Disk(disk.clone()),
         (None, true) => Wipe::Chosen,

@@ -7,7 +7,6 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -15,8 +14,9 @@ use std::process::{Command, ExitCode};
 use clap::{Parser, Subcommand};
 
 use super::mount::MountArgs;
-use super::{Global, mount, output};
-use crate::error::{Class, Classified};
+use super::plain::Asked;
+use super::{Global, mount, output, squashfuse};
+use crate::error::{AnyError, Class, Classified};
 
 /// The file name of the full program.
 const FULL: &str = "mosfs-full";
@@ -39,8 +39,11 @@ enum StartCommand {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    if let Some(Start { global, command: StartCommand::Mount(mount) }) = mount_of_an_image(&args) {
-        return output::exit_code(mount::run_image(&mount, &global));
+    if squashfuse::is_called(&args) {
+        return squashfuse::run(&args);
+    }
+    if let Some(done) = mount_unsigned(&args) {
+        return output::exit_code(done);
     }
     let tried = full_programs();
     for program in &tried {
@@ -69,15 +72,18 @@ impl Classified for StartError {
     }
 }
 
-/// The command line, if it is one of `mosfs mount` with an image.
-fn mount_of_an_image(args: &[OsString]) -> Option<Start> {
+/// Runs the command line, if it is one of `mosfs mount` with an image of a layout or a plain file.
+fn mount_unsigned(args: &[OsString]) -> Option<Result<(), AnyError>> {
     // Saves the parsing where it is plain that it is another.
-    let likely =
-        args.iter().any(|arg| arg == "mount") && args.iter().any(|arg| arg.as_bytes().contains(&b':'));
-    let start = if likely { Start::try_parse_from(args).ok() } else { None };
-    start.filter(|Start { command: StartCommand::Mount(mount), .. }| {
-        mount.is_of_image() && !mount.is_of_registry()
-    })
+    if !args.iter().any(|arg| arg == "mount") {
+        return None;
+    }
+    let Start { global, command: StartCommand::Mount(mount) } = Start::try_parse_from(args).ok()?;
+    match mount.asked() {
+        Asked::Image(source) => Some(mount::mount_image(&mount, source, &global)),
+        Asked::File(path) => Some(mount::mount_file(&mount, path, &global)),
+        Asked::Target(_) | Asked::Registry(_) => None,
+    }
 }
 
 /// Where the full program may be: beside this one, and where it is installed.

@@ -31,7 +31,7 @@ pub(super) fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
         || {
             json!({
                 "system": global.system, "current": installed.current, "pending": installed.pending,
-                "previous": installed.previous, "unused": installed.unused,
+                "previous": installed.previous, "unused": installed.unused, "fetching": installed.fetching,
                 "last_boot": installed.last_boot, "last_update": installed.last_update,
                 "floor": floor, "mounts": mounts.iter().map(mount_json).collect::<Vec<_>>(),
             })
@@ -66,6 +66,12 @@ fn text(installed: &Installed, floor: &Value, mounts: &[MountRecord], global: &G
     };
     lines.push(row("current", &installed.current));
     lines.push(row("pending", &installed.pending));
+    if !installed.fetching.is_empty() {
+        lines.push(
+            "          it is tried once all of it is here; `mosfs update --finish` fetches the rest".into(),
+        );
+        lines.extend(installed.fetching.iter().map(|layer| format!("          {}", layer_line(layer))));
+    }
     lines.push(row("previous", &installed.previous));
     if !installed.unused.is_empty() {
         lines.push(format!("unused    {} deployments (`mosfs gc` removes them)", installed.unused.len()));
@@ -113,6 +119,7 @@ fn layer_line(layer: &BlobProgress) -> String {
         "complete" => "in the store",
         "offline" => "its source does not answer",
         "disk-full" => "the disk is full: what is read is not kept",
+        "fetching" => "being fetched",
         "differs" => "whole, but with another digest: not stored",
         _ => "fetched as it is read",
     };

@@ -29,6 +29,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -38,13 +39,17 @@ use super::{System, target};
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Floor};
+use crate::image::blobs::Blobs;
+use crate::image::oci::OciImage;
 use crate::manifest::ServiceType;
+use crate::manifest::system::Target;
 use crate::mount::holders::{self, Users};
 use crate::mount::table::{self, LayerRecord, MountRecord, Mounted};
 use crate::mount::units::{self, Unit};
-use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request};
-use crate::sys::file;
+use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request, Verification};
+use crate::store::Store;
 use crate::sys::flock::Lock;
+use crate::sys::{self, file};
 use crate::trust::Anchor;
 
 /// Maximum number of mounts stacked at one place that are unmounted.
@@ -96,7 +101,7 @@ pub struct Step {
     /// The reason, if it is not obvious.
     pub why: String,
     /// What should be mounted there, or why that is impossible.
-    wanted: Result<Option<MountPlan>, AnyError>,
+    wanted: Result<Option<(OciImage, MountPlan)>, AnyError>,
 }
 
 /// What an activation would do.
@@ -156,7 +161,17 @@ pub fn lock(run: &Path) -> Result<Lock, IoError> {
     Lock::exclusive(&path).on("lock", &path)
 }
 
-/// Plans an activation of these targets, or of all if none are named. Changes nothing.
+/// What is asked of an activation.
+pub struct Asked<'a> {
+    /// The backend of the mounts.
+    pub backend: Backend,
+    /// The targets; all if none are named.
+    pub names: &'a [String],
+    /// Finds the OCI manifest of a signed target.
+    pub image: &'a dyn Fn(&Store, &DeploymentId, &str, &Target) -> Result<OciImage, AnyError>,
+}
+
+/// Plans an activation of these targets, or of all if none are named. Changes no mount.
 ///
 /// `floor` is read if the device has one.
 ///
@@ -169,9 +184,9 @@ pub fn plan(
     booted: Option<DeploymentId>,
     anchor: &Anchor,
     floor: Option<&mut dyn Floor>,
-    backend: Backend,
-    names: &[String],
+    asked: &Asked<'_>,
 ) -> Result<ActivationPlan, DeployError> {
+    let Asked { backend, names, image } = *asked;
     let (id, verified) = target::running(system, booted, anchor)?;
     if let Some(floor) = floor {
         // Rule (docs/design.md, floor at boot): `version >= floor`.
@@ -196,11 +211,14 @@ pub fn plan(
         if signed.service_type == ServiceType::Hostfs || !is_meant {
             continue;
         }
-        let wanted = target::plan(&store, name, signed).map_err(AnyError::from);
+        let wanted = image(&store, &id, name, signed).and_then(|image| {
+            let plan = MountPlan::new(name, &image, &store.blobs(), Verification::default())?;
+            Ok((image, plan))
+        });
         let path = folder.join(name);
         let found = find(&path, &mounted, &register);
         let (action, why) = match &wanted {
-            Ok(plan) => decide(Some(plan), &found, backend),
+            Ok((_, plan)) => decide(Some(plan), &found, backend),
             // The present mount stays until there is one to replace it.
             Err(_) if found.mounted.is_some() => (Action::Remount, String::new()),
             Err(_) => (Action::Mount, String::new()),
@@ -255,7 +273,7 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
         return (Action::Mend, "its daemon is gone".into());
     }
     // Only root can write the records; the layers are still compared, as they are what is verified.
-    if record.digest != wanted.digest || record.layers != LayerRecord::of(wanted) || !record.verified {
+    if record.digest != wanted.digest() || record.layers != LayerRecord::of(wanted) || !record.verified {
         let old = record.digest.map_or("another image".into(), |digest| digest.to_string());
         return (Action::Remount, format!("{old} is mounted"));
     }
@@ -274,6 +292,8 @@ pub struct Ways<'a> {
     pub backend: Backend,
     /// The unit of the daemon of a target's FUSE mount, by name and mount point; none if it is forked.
     pub unit: &'a dyn Fn(&str, &Path) -> Option<Unit>,
+    /// The blobs of a target that is about to be mounted, by name and image, if they are not all in the store.
+    pub blobs: &'a dyn Fn(&str, &OciImage) -> Result<Option<Arc<dyn Blobs>>, AnyError>,
 }
 
 /// Applies the plan, target by target; a failure of one does not stop the others.
@@ -299,7 +319,7 @@ fn take(
     path: &Path,
     action: Action,
     why: &str,
-    wanted: Result<Option<MountPlan>, AnyError>,
+    wanted: Result<Option<(OciImage, MountPlan)>, AnyError>,
     folder: &Path,
     ways: &Ways<'_>,
 ) -> Result<Outcome, AnyError> {
@@ -316,10 +336,23 @@ fn take(
     // Find every possible problem of the new image before unmounting the old one. The folder belongs to
     // mosfs, so the target will be at this path even if it is only created below.
     let place = folder.canonicalize().on("find", folder)?.join(target);
+    // Whatever is opened for blobs that are fetched is their daemon's.
+    let others = sys::daemon::open_descriptors();
+    let mut foreign = None;
+    let wanted = match wanted {
+        Some((image, plan)) => Some(match (ways.blobs)(target, &image)? {
+            Some(blobs) => {
+                foreign = Some(others);
+                MountPlan::new(target, &image, &blobs, Verification::default())?
+            }
+            None => plan,
+        }),
+        None => None,
+    };
     let prepare = |plan| {
         let daemon = (ways.unit)(target, &place).map_or(Daemon::Forked, Daemon::Unit);
-        let request = Request { backend: ways.backend, flags: flags(), daemon, ..Request::new(plan, &place) };
-        request.prepare()
+        let (backend, flags) = (ways.backend, flags());
+        Request { backend, flags, daemon, foreign, ..Request::new(plan, &place) }.prepare()
     };
     let prepared = wanted.as_ref().map(prepare).transpose()?;
     failpoint::hit("activate.mount.prepared");
@@ -437,7 +470,7 @@ mod tests {
         let descriptor = LayerDescriptor::new(media_type, Digest::of(b"layer"), 4096, trust);
         let layer = PlannedLayer { descriptor, bytes: LayerBytes::One(Blob::File("/layer".into())) };
         let blobs = Arc::new(BlobFolder::of_layout(Path::new("/"), Links::Refused));
-        MountPlan { source: "app".into(), digest: Some(Digest::of(b"image")), layers: vec![layer], blobs }
+        MountPlan::of_layers("app", Some(Digest::of(b"image")), vec![layer], blobs)
     }
 
     fn found(change: impl FnOnce(&mut MountRecord)) -> Found {
@@ -446,7 +479,7 @@ mod tests {
             format: 1,
             source: "app".into(),
             target: "/t/app".into(),
-            digest: plan.digest,
+            digest: plan.digest(),
             layers: LayerRecord::of(&plan),
             backend: "fuse".into(),
             verified: true,

@@ -45,7 +45,7 @@ pub fn apply(
 }
 
 /// Whether the network failed: then what came so far is kept, and the next run goes on there.
-fn may_go_on(error: &DeployError) -> bool {
+pub(super) fn may_go_on(error: &DeployError) -> bool {
     match error {
         DeployError::Transport(error) | DeployError::Store(StoreError::Transport(error)) => {
             error.is_temporary()
@@ -54,7 +54,7 @@ fn may_go_on(error: &DeployError) -> bool {
     }
 }
 
-fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
+pub(super) fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
     if !system.store_dir().join("oci-layout").exists() {
         return Ok(Vec::new());
     }
@@ -99,6 +99,7 @@ fn fetch_and_switch(
     } else {
         state.set_pending(id);
     }
+    state.set_source(id, plan.source.as_deref());
     state.last_update = Some(LastUpdate::new(Some(id.version), None));
     let Some(esp) = &plan.esp else { return state.save(&system.state_path()) };
     // Rule (docs/design.md, kernel of the system): a kernel is on the partition, whole and read back, before the state

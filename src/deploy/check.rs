@@ -3,7 +3,7 @@
 
 use super::error::DeployError;
 use super::id::DeploymentId;
-use super::state::State;
+use super::state::{Pending, State};
 use super::{System, check_complete, deployment};
 use crate::floor::{self, FloorError, Policy};
 use crate::trust::{Anchor, Dates};
@@ -36,11 +36,12 @@ pub fn check(system: &System, anchor: &Anchor, policy: Option<&Policy>) -> Check
     checked
 }
 
-/// The deployments that may be started: a pending one that failed need not be complete.
+/// The deployments that may be started: a pending one that failed, or that is still being fetched, need not be
+/// complete.
 pub(super) fn of_state(state: &State) -> Vec<DeploymentId> {
-    let failed =
-        state.pending.as_ref().filter(|pending| pending.tries_left == 0).map(|pending| pending.deployment);
-    state.named().into_iter().filter(|id| Some(*id) != failed).collect()
+    let is_out = |pending: &&Pending| pending.tries_left == 0 || pending.fetching;
+    let out = state.pending.as_ref().filter(is_out).map(|pending| pending.deployment);
+    state.named().into_iter().filter(|id| Some(*id) != out).collect()
 }
 
 /// Checks one deployment: signature, certificate, product, name, floor signature, images.

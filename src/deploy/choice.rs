@@ -77,6 +77,12 @@ pub fn choose<T>(
         }
     };
     let damage = state.damage.clone();
+    if let Some(id) = state.fetching() {
+        // Rule (docs/design.md, whole before it boots): no try is spent on what is not all here.
+        let why = DeployError::StillFetching { id };
+        log::warn!("{why}");
+        refused.push(Refusal::new(id, why.to_string()));
+    }
     for (id, role) in candidates(&state) {
         let limits = Limits { lowest, kernel };
         let attempt = try_one(system, anchor, &limits, &mut state, id, role, &mut start);
@@ -108,7 +114,7 @@ fn read_state(system: &System) -> Result<State, Damage> {
 
 /// The deployments that may be tried, in order.
 fn candidates(state: &State) -> Vec<(DeploymentId, Role)> {
-    let pending = state.pending.as_ref().filter(|pending| pending.tries_left > 0);
+    let pending = state.pending.as_ref().filter(|pending| pending.tries_left > 0 && !pending.fetching);
     let all = [
         pending.map(|pending| (pending.deployment, Role::Pending)),
         state.current.map(|id| (id, Role::Current)),

@@ -55,10 +55,12 @@ pub enum Ran {
 /// waited for, at most for `patience`.
 ///
 /// # Errors
-/// [`DeployError::Locked`]; [`DeployError::BootUnknown`] if it is not known what runs; [`DeployError::NoTriesLeft`] if the pending
-/// deployment would be used but has failed; [`DeployError::Floor`] with `Rollback` if the version is below
-/// the floor (in these cases nothing is changed). An error of the EFI system partition or the floor after the
-/// blessing leaves the deployment blessed, and the next commit continues there.
+/// [`DeployError::Locked`]; [`DeployError::BootUnknown`] if it is not known what runs;
+/// [`DeployError::StillFetching`] if the pending deployment would be used and is not all here;
+/// [`DeployError::NoTriesLeft`] if the pending deployment would be used but has failed; [`DeployError::Floor`]
+/// with `Rollback` if the version is below the floor (in these cases nothing is changed). An error of the EFI
+/// system partition or the floor after the blessing leaves the deployment blessed, and the next commit continues
+/// there.
 pub fn commit(
     system: &System,
     anchor: &Anchor,
@@ -126,6 +128,7 @@ fn guess(system: &System, state: &State, take_pending: bool) -> Result<Deploymen
         return unknown("mosfs did not start this machine");
     }
     match (&state.pending, state.current) {
+        (Some(pending), _) if pending.fetching => Err(DeployError::StillFetching { id: pending.deployment }),
         (Some(pending), _) if pending.tries_left == 0 => {
             Err(DeployError::NoTriesLeft { id: pending.deployment })
         }

@@ -167,6 +167,18 @@ pub enum DeployError {
         /// The blob.
         digest: Digest,
     },
+    /// Rule: whole before it boots (docs/design.md): a deployment is used once all of its blobs are here.
+    #[error("deployment {id} is still being fetched, and not all of it is here")]
+    StillFetching {
+        /// The deployment.
+        id: DeploymentId,
+    },
+    /// Nothing says which registry has the blobs of a deployment.
+    #[error("no registry is known for deployment {id}")]
+    NoSource {
+        /// The deployment.
+        id: DeploymentId,
+    },
     /// The OCI manifest of a target has another size than the system manifest says.
     #[error("target {target}: {digest} has {found} bytes, the system manifest says {expected}")]
     OtherSize {
@@ -281,6 +293,8 @@ impl Classified for DeployError {
             Self::State { .. }
             | Self::BootUnknown { .. }
             | Self::NoTriesLeft { .. }
+            | Self::StillFetching { .. }
+            | Self::NoSource { .. }
             | Self::AlreadyInstalled { .. }
             | Self::NothingInstalled { .. }
             | Self::Locked { .. }

@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use super::error::DeployError;
 pub use super::esp_error::EspError;
 use super::id::DeploymentId;
-use super::state::{State, TRIES};
+use super::state::{Pending, State, TRIES};
 use super::{System, deployment, kernel, target};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
@@ -408,7 +408,9 @@ fn wanted(
     floor: Option<u64>,
 ) -> Result<Vec<Wanted>, EspError> {
     let pending = state.pending.as_ref();
-    let pending = pending.filter(|one| one.tries_left > 0 || booted == Some(one.deployment));
+    // What is still being fetched has no folder, and its kernel may not be here.
+    let is_tried = |one: &&Pending| !one.fetching && (one.tries_left > 0 || booted == Some(one.deployment));
+    let pending = pending.filter(is_tried);
     let pending = pending.map(|one| one.deployment);
     // Rule (docs/design.md, floor at boot): what is below the floor is never started.
     let startable = |id: &DeploymentId| floor.is_none_or(|floor| id.version >= floor);

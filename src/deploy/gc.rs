@@ -25,6 +25,7 @@ use super::booted;
 use super::deployment;
 use super::error::DeployError;
 use super::id::DeploymentId;
+use super::incoming;
 use super::state::State;
 use super::{System, SystemLock};
 use crate::digest::Digest;
@@ -106,7 +107,13 @@ pub fn plan(
         }
     }
     let mut names = Some(BTreeSet::new());
+    let mut roots: Vec<Digest> = needs.mounted.iter().chain(&needs.keep).copied().collect();
     for id in &kept {
+        if state.fetching() == Some(*id) && needs.booted != Some(*id) {
+            // It has no folder and no names yet. What came of it stays, as far as that is known.
+            roots.extend(incoming::roots(store, id));
+            continue;
+        }
         let (manifest, damage) = manifest_of(system, store, id);
         plan.damaged.extend(damage);
         match (manifest, &mut names) {
@@ -127,7 +134,6 @@ pub fn plan(
         let all = store.names()?.into_iter().map(|(name, _)| name);
         unneeded.extend(all.filter(|name| name.starts_with("mos/") && !names.contains(name)));
     }
-    let roots: Vec<Digest> = needs.mounted.iter().chain(&needs.keep).copied().collect();
     plan.store = collector.plan(&unneeded, &roots)?;
     plan.damaged.extend(plan.store.damaged.iter().cloned());
     (plan.deployments, plan.leftovers) = (deployments, leftovers);

@@ -7,6 +7,7 @@
 //!   state.json      which is current, pending, previous (state.rs): the one source of truth
 //!   floor.json      the development floor of `--floor file`
 //!   scratch/TARGET/ writable upper layers
+//!   fetch.lock      flock: held by the process that fetches the rest of a pending deployment (fetching.rs)
 //!   lock            flock: exclusive for whatever changes the above, shared for readers that
 //!                   need two of them to agree
 //! ```
@@ -26,8 +27,10 @@ pub mod deployment;
 pub mod error;
 pub mod esp;
 mod esp_error;
+pub mod fetching;
 pub mod gc;
 pub mod id;
+mod incoming;
 pub mod kernel;
 pub mod offer;
 pub mod plan;

@@ -84,6 +84,8 @@ pub struct Plan {
     pub esp: Option<Esp>,
     /// The floor, if it was read.
     pub floor: Option<u64>,
+    /// The registry that it comes from, as `docker://HOST/PREFIX`: to be noted in the state file.
+    pub source: Option<String>,
     /// What the device trusts, and checks floor signatures against.
     pub(super) trust: (Anchor, Option<Policy>),
 }
@@ -107,6 +109,8 @@ pub struct Options<'a> {
     pub esp: Option<&'a Esp>,
     /// The id of the running kernel, if it has one.
     pub kernel: Option<Digest>,
+    /// The registry that the system comes from, as `docker://HOST/PREFIX`, if it comes from one.
+    pub source: Option<&'a str>,
     /// Where to report progress.
     pub progress: &'a Progress,
 }
@@ -147,6 +151,7 @@ pub fn plan(
         boot: None,
         esp: options.esp.cloned(),
         floor: None,
+        source: options.source.map(str::to_string),
         trust: (anchor.clone(), policy),
     };
     match verdict {
@@ -189,6 +194,8 @@ fn relation(state: &State, id: &DeploymentId, again: bool) -> Result<Verdict, De
         return Err(FloorError::NotNewer { version: id.version, current: current.version }.into());
     }
     match &state.pending {
+        // What began is finished: the whole way, as it has no folder yet.
+        Some(pending) if pending.deployment == *id && pending.fetching => Ok(Verdict::Update),
         Some(pending) if pending.deployment == *id && pending.tries_left > 0 => Ok(Verdict::AlreadyPending),
         Some(pending) if pending.deployment == *id && !again => Ok(Verdict::FailedBefore),
         _ => Ok(Verdict::Update),

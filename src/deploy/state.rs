@@ -5,9 +5,11 @@
 //! {"format":1,
 //!  "current":"200-HEX",                                   or null
 //!  "pending":{"deployment":"201-HEX","tries_left":3},     or null
+//!                                                         "fetching":true beside them while not all of it is here
 //!  "previous":"199-HEX",                                  or null
 //!  "last_boot":{"chosen":"200-HEX","refused":[{"deployment":"201-HEX","why":"…"}]},   or null
-//!  "last_update":{"version":201,"error":"…"}}             or null
+//!  "last_update":{"version":201,"error":"…"},             or null
+//!  "sources":{"201-HEX":"docker://HOST/PREFIX"}}          absent where there are none
 //! ```
 //!
 //! Invariants: it is the one source of truth on what may run; it changes only by atomic replace, under the
@@ -19,6 +21,7 @@
 //! For the same reason an unreadable file stops nothing: if it is damaged, empty, or of another format, it is
 //! rebuilt from the deployments on the disk ([`super::recover`]).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -46,6 +49,9 @@ pub struct Pending {
     pub deployment: DeploymentId,
     /// How many tries it has left. A try is spent, and synced, before it is used.
     pub tries_left: u32,
+    /// Whether blobs of it are still missing ([`super::fetching`]). It has no folder yet, and is not tried.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fetching: bool,
     /// Fields that a later mosfs wrote.
     #[serde(flatten)]
     pub later: Map<String, Value>,
@@ -89,6 +95,9 @@ pub struct State {
     pub last_boot: Option<LastBoot>,
     /// How the last install or update ended.
     pub last_update: Option<LastUpdate>,
+    /// The registries that deployments came from, as `docker://HOST/PREFIX`. Blobs that are missing are fetched there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sources: BTreeMap<DeploymentId, String>,
     /// The reason, if the file could not be read. Not written.
     #[serde(skip)]
     pub damage: Option<Damage>,
@@ -109,6 +118,7 @@ impl Default for State {
             previous: None,
             last_boot: None,
             last_update: None,
+            sources: BTreeMap::new(),
             damage: None,
             found: Vec::new(),
             later: Map::new(),
@@ -190,7 +200,30 @@ impl State {
 
     /// Makes `id` the deployment to try at the next boot.
     pub fn set_pending(&mut self, id: DeploymentId) {
-        self.pending = Some(Pending { deployment: id, tries_left: TRIES, later: Map::new() });
+        self.pending =
+            Some(Pending { deployment: id, tries_left: TRIES, fetching: false, later: Map::new() });
+    }
+
+    /// Makes `id` the deployment to try at the first boot after all of it is here.
+    pub fn set_fetching(&mut self, id: DeploymentId) {
+        self.set_pending(id);
+        if let Some(pending) = &mut self.pending {
+            pending.fetching = true;
+        }
+    }
+
+    /// The pending deployment, if blobs of it are still missing.
+    pub fn fetching(&self) -> Option<DeploymentId> {
+        self.pending.as_ref().filter(|pending| pending.fetching).map(|pending| pending.deployment)
+    }
+
+    /// Notes the registry that a deployment came from, and forgets those of deployments that are gone.
+    pub fn set_source(&mut self, id: DeploymentId, source: Option<&str>) {
+        let named = self.named();
+        self.sources.retain(|known, _| named.contains(known) && *known != id);
+        if let Some(source) = source {
+            self.sources.insert(id, source.to_string());
+        }
     }
 
     /// Makes `id` current; the former current one becomes previous. Blessing twice changes nothing.
@@ -266,6 +299,22 @@ mod tests {
         }
         let spent = text.replace("\"tries_left\":3", "\"tries_left\":2");
         assert_eq!(serde_json::to_string(&state).unwrap(), spent);
+    }
+
+    #[test]
+    fn what_is_fetched_and_where_from_is_kept() {
+        let mut state = State { current: Some(id(1)), ..State::default() };
+        state.set_fetching(id(2));
+        state.set_source(id(2), Some("docker://host/p"));
+        let text = serde_json::to_string(&state).unwrap();
+        assert!(text.contains("\"tries_left\":3,\"fetching\":true"), "{text}");
+        assert!(text.ends_with(&format!(",\"sources\":{{\"{}\":\"docker://host/p\"}}}}", id(2))), "{text}");
+        assert_eq!(State::parse(text.as_bytes()).unwrap(), state);
+        assert_eq!(state.fetching(), Some(id(2)));
+        // Another version in its place: nothing of it is left.
+        state.set_pending(id(3));
+        state.set_source(id(3), None);
+        assert_eq!((state.fetching(), state.sources.len()), (None, 0));
     }
 
     #[test]

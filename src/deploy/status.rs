@@ -8,7 +8,9 @@ use serde::Serialize;
 use super::System;
 use super::deployment;
 use super::error::DeployError;
+use super::incoming;
 use super::state::{DeploymentId, LastBoot, LastUpdate, State};
+use crate::image::blobs::BlobProgress;
 
 /// A deployment in the output of `mosfs status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -41,6 +43,9 @@ pub struct Installed {
     pub previous: Option<DeploymentStatus>,
     /// Deployments on the disk that no state names: `mosfs gc` removes them.
     pub unused: Vec<DeploymentId>,
+    /// How much is here of each layer of the pending deployment, while it is being fetched.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fetching: Vec<BlobProgress>,
     /// How the last boot choice ended.
     pub last_boot: Option<LastBoot>,
     /// How the last install or update ended.
@@ -55,6 +60,7 @@ pub struct Installed {
 pub fn installed(system: &System) -> Result<Installed, DeployError> {
     let state: State = system.state()?;
     let named = state.named();
+    let fetching = incoming::progress(system, &state);
     let (whole, _) = deployment::list(system)?;
     Ok(Installed {
         current: state.current.map(DeploymentStatus::of),
@@ -64,6 +70,7 @@ pub fn installed(system: &System) -> Result<Installed, DeployError> {
         }),
         previous: state.previous.map(DeploymentStatus::of),
         unused: whole.into_iter().filter(|id| !named.contains(id)).collect(),
+        fetching,
         last_boot: state.last_boot,
         last_update: state.last_update,
         state_error: state.damage.map(|damage| damage.to_string()),

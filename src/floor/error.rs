@@ -1,11 +1,10 @@
 //! Errors of the floor.
 
-use std::io;
 use std::path::PathBuf;
 
 use uuid::Uuid;
 
-use super::digests::Name;
+use super::digests::{INDEX, Name};
 use crate::error::{Class, Classified, IoError};
 use crate::sys::tpm::{Tcti, TpmError};
 use crate::trust::{ConfigError, KeyError};
@@ -17,52 +16,16 @@ use crate::trust::{ConfigError, KeyError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FloorError {
-    /// The device has no TPM, or it cannot be reached.
-    #[error("no TPM answers at {tcti}: {source}")]
-    NoTpm {
-        /// Where mosfs looked for it.
-        tcti: Tcti,
-        /// The error of the operating system.
-        source: io::Error,
-    },
-    /// tpm2-tss is missing.
-    #[error("cannot load the TPM library: {message}")]
-    NoLibrary {
-        /// The message of the dynamic loader.
-        message: String,
-    },
-    /// The floor's index does not exist.
-    #[error("the TPM at {tcti} has no floor: NV index {index:#010x} does not exist")]
-    NotProvisioned {
+    /// There is no TPM, or it did not do what it was asked to do.
+    #[error(transparent)]
+    Tpm(#[from] TpmError),
+    /// The TPM works, but the floor in it cannot be used.
+    #[error("{}", problem.text(tcti))]
+    InTpm {
         /// Where the TPM is.
         tcti: Tcti,
-        /// The missing index.
-        index: u32,
-    },
-    /// The floor's index exists but was never written.
-    #[error(
-        "the floor in the TPM at {tcti} is not ready: NV index {index:#010x} was defined, but never written"
-    )]
-    ProvisionIncomplete {
-        /// Where the TPM is.
-        tcti: Tcti,
-        /// The index.
-        index: u32,
-    },
-    /// The floor's handle holds an index with other attributes, another policy or another size.
-    #[error(
-        "NV index {index:#010x} of the TPM at {tcti} is not this product's floor: \
-         its Name is {found}, expected {expected}"
-    )]
-    FloorIndexTampered {
-        /// Where the TPM is.
-        tcti: Tcti,
-        /// The index.
-        index: u32,
-        /// The Name that follows from the floor key and the product.
-        expected: Name,
-        /// The Name that the TPM returns, in hex digits.
-        found: String,
+        /// What is wrong with the floor.
+        problem: TpmFloorProblem,
     },
     /// The version is older than the floor.
     #[error("version {version} is below the floor: this device allows version {floor} and up")]
@@ -88,16 +51,6 @@ pub enum FloorError {
         /// The floor that was read after the refusal.
         floor: u64,
     },
-    /// The raise succeeded, but the floor reads lower.
-    #[error("the floor in the TPM at {tcti} reads {floor} after it was raised to {version}")]
-    NotRaised {
-        /// Where the TPM is.
-        tcti: Tcti,
-        /// The version that was written.
-        version: u64,
-        /// The floor that was read back.
-        floor: u64,
-    },
     /// A floor signature that the floor key did not make for this version and product.
     #[error("the floor signature is not the floor key's for version {version} of product {product}")]
     BadFloorSignature {
@@ -111,16 +64,6 @@ pub enum FloorError {
     NoFloorSignature {
         /// The version.
         version: u64,
-    },
-    /// The session does not satisfy the floor's policy.
-    #[error("the TPM at {tcti} does not take the policy for {what}: response {code:#x}")]
-    PolicyMismatch {
-        /// Where the TPM is.
-        tcti: Tcti,
-        /// What was to be written.
-        what: String,
-        /// The TPM's response code.
-        code: u32,
     },
     /// The provisioning key did not sign this session's nonce.
     #[error("the signature is not the provisioning key's over the nonce of this session")]
@@ -138,37 +81,12 @@ pub enum FloorError {
         /// What was found.
         found: String,
     },
-    /// The TPM has no room for the index.
-    #[error("the TPM at {tcti} has no room for NV index {index:#010x}")]
-    NvFull {
-        /// Where the TPM is.
-        tcti: Tcti,
-        /// The index.
-        index: u32,
-    },
     /// A floor already exists.
     #[error("{place} has its floor already")]
     AlreadyProvisioned {
         /// The TPM and the index, or the file.
         place: String,
     },
-    /// The owner hierarchy has an authorization value.
-    #[error(
-        "the TPM at {tcti} asks for the owner's authorization to define NV index {index:#010x}: \
-         expected an empty one"
-    )]
-    OwnerAuthNeeded {
-        /// Where the TPM is.
-        tcti: Tcti,
-        /// The index.
-        index: u32,
-    },
-    /// The TPM did not respond in time.
-    #[error("{0}")]
-    TpmBusy(#[source] TpmError),
-    /// Any other failure of the TPM.
-    #[error("{0}")]
-    Tpm(#[source] TpmError),
     /// The development floor's file does not hold a version.
     #[error("{}: expected a version and a newline, found `{found}`", path.display())]
     FileTampered {
@@ -202,18 +120,6 @@ pub enum FloorError {
     Io(#[from] IoError),
 }
 
-/// A TPM error that has no specific meaning at the place where it occurred.
-impl From<TpmError> for FloorError {
-    fn from(error: TpmError) -> Self {
-        match error {
-            TpmError::Absent { tcti, source } => FloorError::NoTpm { tcti, source },
-            TpmError::Library { message } => FloorError::NoLibrary { message },
-            busy @ (TpmError::Timeout { .. } | TpmError::Busy { .. }) => FloorError::TpmBusy(busy),
-            other => FloorError::Tpm(other),
-        }
-    }
-}
-
 impl Classified for FloorError {
     fn class(&self) -> Class {
         match self {
@@ -223,6 +129,114 @@ impl Classified for FloorError {
             FloorError::Key(error) => error.class(),
             FloorError::Io(error) => error.class(),
             _ => Class::Tpm,
+        }
+    }
+}
+
+/// What is wrong with the floor in a TPM. A TPM has at most one floor, at NV index 0x01500050.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TpmFloorProblem {
+    /// The floor's index does not exist.
+    NotProvisioned,
+    /// The floor's index exists but was never written.
+    ProvisionIncomplete,
+    /// The floor's handle holds an index with other attributes, another policy or another size.
+    IndexTampered {
+        /// The Name that follows from the floor key and the product.
+        expected: Name,
+        /// The Name that the TPM returns, in hex digits.
+        found: String,
+    },
+    /// The raise succeeded, but the floor reads lower.
+    NotRaised {
+        /// The version that was written.
+        version: u64,
+        /// The floor that was read back.
+        floor: u64,
+    },
+    /// The session does not satisfy the floor's policy.
+    PolicyMismatch {
+        /// What was to be written.
+        what: String,
+        /// The TPM's response code.
+        code: u32,
+    },
+    /// The TPM has no room for the index.
+    NvFull,
+    /// The owner hierarchy has an authorization value.
+    OwnerAuthNeeded,
+}
+
+impl TpmFloorProblem {
+    fn text(&self, tcti: &Tcti) -> String {
+        let index = format!("NV index {INDEX:#010x}");
+        match self {
+            Self::NotProvisioned => format!("the TPM at {tcti} has no floor: {index} does not exist"),
+            Self::ProvisionIncomplete => {
+                format!("the floor in the TPM at {tcti} is not ready: {index} was defined, but never written")
+            }
+            Self::IndexTampered { expected, found } => format!(
+                "{index} of the TPM at {tcti} is not this product's floor: its Name is {found}, expected {expected}"
+            ),
+            Self::NotRaised { version, floor } => {
+                format!("the floor in the TPM at {tcti} reads {floor} after it was raised to {version}")
+            }
+            Self::PolicyMismatch { what, code } => {
+                format!("the TPM at {tcti} does not take the policy for {what}: response {code:#x}")
+            }
+            Self::NvFull => format!("the TPM at {tcti} has no room for {index}"),
+            Self::OwnerAuthNeeded => format!(
+                "the TPM at {tcti} asks for the owner's authorization to define {index}: expected an empty one"
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Policy;
+    use super::*;
+    use crate::trust::p256::P256PrivateKey;
+
+    #[test]
+    fn each_problem_names_the_tpm_and_what_is_wrong() {
+        let key = *P256PrivateKey::generate().unwrap().public();
+        let expected = Policy::new(key, Uuid::nil()).name_written();
+        let tampered = format!(
+            "NV index 0x01500050 of the TPM at device:/dev/tpmrm0 is not this product's floor: \
+             its Name is 000b00, expected {expected}"
+        );
+        let what = "version 300".to_string();
+        for (problem, text) in [
+            (
+                TpmFloorProblem::NotProvisioned,
+                "the TPM at device:/dev/tpmrm0 has no floor: NV index 0x01500050 does not exist",
+            ),
+            (
+                TpmFloorProblem::ProvisionIncomplete,
+                "the floor in the TPM at device:/dev/tpmrm0 is not ready: NV index 0x01500050 was defined, \
+                 but never written",
+            ),
+            (TpmFloorProblem::IndexTampered { expected, found: "000b00".into() }, &tampered),
+            (
+                TpmFloorProblem::NotRaised { version: 300, floor: 299 },
+                "the floor in the TPM at device:/dev/tpmrm0 reads 299 after it was raised to 300",
+            ),
+            (
+                TpmFloorProblem::PolicyMismatch { what, code: 0x99d },
+                "the TPM at device:/dev/tpmrm0 does not take the policy for version 300: response 0x99d",
+            ),
+            (TpmFloorProblem::NvFull, "the TPM at device:/dev/tpmrm0 has no room for NV index 0x01500050"),
+            (
+                TpmFloorProblem::OwnerAuthNeeded,
+                "the TPM at device:/dev/tpmrm0 asks for the owner's authorization to define NV index \
+                 0x01500050: expected an empty one",
+            ),
+        ] {
+            let error = FloorError::InTpm { tcti: Tcti::Device("/dev/tpmrm0".into()), problem };
+            assert_eq!(error.to_string(), text);
+            assert_eq!(error.class(), Class::Tpm);
         }
     }
 }

@@ -38,7 +38,7 @@ use std::time::Duration;
 
 pub use config::{find_policy, policy, policy_of};
 pub use digests::Policy;
-pub use error::FloorError;
+pub use error::{FloorError, TpmFloorProblem};
 pub use file::FileFloor;
 pub use signature::{check_signature, sign_version};
 pub use tpm::TpmFloor;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Floor;
 use super::digests::{ATTRIBUTES, DATA_BYTES, INDEX, Name, Policy};
-use super::error::FloorError;
+use super::error::{FloorError, TpmFloorProblem};
 use super::signature::{check_provision, check_signature, provision_message};
 use crate::digest::hex;
 use crate::failpoint;
@@ -53,10 +53,13 @@ impl TpmFloor {
 
     /// Returns the public area of whatever is at the floor's index, for display.
     pub fn area(&mut self) -> Result<NvArea, FloorError> {
-        self.with(|here| here.find()?.area().map_err(FloorError::from))
+        self.with(|connection| connection.find()?.area().map_err(FloorError::from))
     }
 
-    fn with<T>(&mut self, act: impl FnOnce(&Here<'_>) -> Result<T, FloorError>) -> Result<T, FloorError> {
+    fn with<T>(
+        &mut self,
+        act: impl FnOnce(&Connection<'_>) -> Result<T, FloorError>,
+    ) -> Result<T, FloorError> {
         let tpm = match self.tpm.take() {
             Some(tpm) => {
                 tpm.restart_clock();
@@ -64,7 +67,7 @@ impl TpmFloor {
             }
             None => Tpm::open(&self.tcti, self.budget)?,
         };
-        let result = act(&Here { tpm: &tpm, policy: &self.policy, tcti: &self.tcti });
+        let result = act(&Connection { tpm: &tpm, policy: &self.policy, tcti: &self.tcti });
         if result.is_ok() {
             self.tpm = Some(tpm);
         }
@@ -76,8 +79,8 @@ impl TpmFloor {
     /// An index that an earlier, interrupted provisioning defined is reused.
     ///
     /// # Errors
-    /// [`FloorError::AlreadyProvisioned`], [`FloorError::FloorIndexTampered`], [`FloorError::NvFull`],
-    /// [`FloorError::OwnerAuthNeeded`], [`FloorError::FirstWriteNotAuthorized`].
+    /// [`FloorError::AlreadyProvisioned`], [`FloorError::FirstWriteNotAuthorized`], [`FloorError::InTpm`] with
+    /// [`TpmFloorProblem::IndexTampered`], [`TpmFloorProblem::NvFull`] or [`TpmFloorProblem::OwnerAuthNeeded`].
     pub fn provision(
         &self,
         provision_key: &P256PublicKey,
@@ -92,14 +95,18 @@ impl TpmFloor {
             });
         }
         let tpm = Tpm::open(&self.tcti, self.budget)?;
-        let here = Here { tpm: &tpm, policy: &self.policy, tcti: &self.tcti };
-        let (index, defined_here) = match here.find() {
-            Ok(index) => match here.check_name(&index) {
-                Ok(()) => return Err(here.already_provisioned()),
-                Err(FloorError::ProvisionIncomplete { .. }) => (index, false),
+        let connection = Connection { tpm: &tpm, policy: &self.policy, tcti: &self.tcti };
+        let (index, defined_here) = match connection.find() {
+            Ok(index) => match connection.check_name(&index) {
+                Ok(()) => return Err(connection.already_provisioned()),
+                Err(FloorError::InTpm { problem: TpmFloorProblem::ProvisionIncomplete, .. }) => {
+                    (index, false)
+                }
                 Err(error) => return Err(error),
             },
-            Err(FloorError::NotProvisioned { .. }) => (here.define()?, true),
+            Err(FloorError::InTpm { problem: TpmFloorProblem::NotProvisioned, .. }) => {
+                (connection.define()?, true)
+            }
             Err(error) => return Err(error),
         };
         failpoint::hit("floor.index.defined");
@@ -124,12 +131,12 @@ impl TpmFloor {
 
 impl Floor for TpmFloor {
     fn read(&mut self) -> Result<u64, FloorError> {
-        self.with(|here| here.read())
+        self.with(|connection| connection.read())
     }
 
     fn raise(&mut self, version: u64, signature: &[u8]) -> Result<(), FloorError> {
         let signature = check_signature(&self.policy, version, signature)?;
-        self.with(|here| here.raise(version, &signature))
+        self.with(|connection| connection.raise(version, &signature))
     }
 
     fn needs_signature(&self) -> bool {
@@ -141,22 +148,26 @@ impl Floor for TpmFloor {
     }
 }
 
-/// A connection, and the floor expected at its TPM.
-struct Here<'a> {
+/// A connection to a TPM, and the floor that it should hold.
+struct Connection<'a> {
     tpm: &'a Tpm,
     policy: &'a Policy,
     tcti: &'a Tcti,
 }
 
-impl Here<'_> {
+impl Connection<'_> {
+    fn problem(&self, problem: TpmFloorProblem) -> FloorError {
+        FloorError::InTpm { tcti: self.tcti.clone(), problem }
+    }
+
     fn already_provisioned(&self) -> FloorError {
         FloorError::AlreadyProvisioned { place: format!("the TPM at {} (NV index {INDEX:#010x})", self.tcti) }
     }
 
     fn find(&self) -> Result<NvIndex, FloorError> {
-        self.tpm.nv_index(INDEX).map_err(|error| match error.code() {
-            Some(RC_NO_HANDLE) => FloorError::NotProvisioned { tcti: self.tcti.clone(), index: INDEX },
-            _ => error.into(),
+        step(self.tpm.nv_index(INDEX), |code| match code {
+            RC_NO_HANDLE => Some(self.problem(TpmFloorProblem::NotProvisioned)),
+            _ => None,
         })
     }
 
@@ -167,23 +178,17 @@ impl Here<'_> {
         if is(self.policy.name_written()) {
             Ok(())
         } else if is(self.policy.name_unwritten()) {
-            Err(FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX })
+            Err(self.problem(TpmFloorProblem::ProvisionIncomplete))
         } else {
-            Err(FloorError::FloorIndexTampered {
-                tcti: self.tcti.clone(),
-                index: INDEX,
-                expected: self.policy.name_written(),
-                found: hex(&found),
-            })
+            let expected = self.policy.name_written();
+            Err(self.problem(TpmFloorProblem::IndexTampered { expected, found: hex(&found) }))
         }
     }
 
     fn read_index(&self, index: &NvIndex) -> Result<u64, FloorError> {
-        let data = index.read(DATA_BYTES).map_err(|error| match error.code() {
-            Some(RC_NV_UNINITIALIZED) => {
-                FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX }
-            }
-            _ => error.into(),
+        let data = step(index.read(DATA_BYTES), |code| match code {
+            RC_NV_UNINITIALIZED => Some(self.problem(TpmFloorProblem::ProvisionIncomplete)),
+            _ => None,
         })?;
         let data: [u8; 8] = data.as_slice().try_into().map_err(|_| {
             FloorError::Tpm(TpmError::Garbled {
@@ -240,7 +245,7 @@ impl Here<'_> {
         drop(index);
         let floor = self.read()?;
         if floor < version {
-            return Err(FloorError::NotRaised { tcti: self.tcti.clone(), version, floor });
+            return Err(self.problem(TpmFloorProblem::NotRaised { version, floor }));
         }
         Ok(())
     }
@@ -258,18 +263,17 @@ impl Here<'_> {
         let name = Name::of_key(key);
         let ticket = {
             let loaded = self.tpm.load_public(&point(key))?;
-            loaded.verify(&self.policy.to_sign(policy), signature).map_err(|error| match error.code() {
-                Some(RC_SIGNATURE_2) => bad_signature(),
-                _ => error.into(),
+            step(loaded.verify(&self.policy.to_sign(policy), signature), |code| match code {
+                RC_SIGNATURE_2 => Some(bad_signature()),
+                _ => None,
             })?
         };
-        session.policy_authorize(policy, self.policy.reference(), name.as_bytes(), &ticket).map_err(|error| {
-            match error.code() {
-                Some(code @ (RC_VALUE_1 | RC_VALUE_4)) => {
-                    FloorError::PolicyMismatch { tcti: self.tcti.clone(), what: what(), code }
-                }
-                _ => error.into(),
+        let authorized = session.policy_authorize(policy, self.policy.reference(), name.as_bytes(), &ticket);
+        step(authorized, |code| match code {
+            RC_VALUE_1 | RC_VALUE_4 => {
+                Some(self.problem(TpmFloorProblem::PolicyMismatch { what: what(), code }))
             }
+            _ => None,
         })
     }
 
@@ -280,11 +284,9 @@ impl Here<'_> {
         data: &[u8; 8],
         what: impl FnOnce() -> String,
     ) -> Result<(), FloorError> {
-        index.write(session, data).map_err(|error| match error.code() {
-            Some(code @ RC_POLICY_FAIL) => {
-                FloorError::PolicyMismatch { tcti: self.tcti.clone(), what: what(), code }
-            }
-            _ => error.into(),
+        step(index.write(session, data), |code| match code {
+            RC_POLICY_FAIL => Some(self.problem(TpmFloorProblem::PolicyMismatch { what: what(), code })),
+            _ => None,
         })
     }
 
@@ -295,13 +297,22 @@ impl Here<'_> {
             policy: self.policy.auth_policy().to_vec(),
             bytes: DATA_BYTES,
         };
-        self.tpm.nv_define(&area).map_err(|error| match error.code() {
-            Some(RC_NV_SPACE) => FloorError::NvFull { tcti: self.tcti.clone(), index: INDEX },
-            Some(RC_NV_DEFINED) => self.already_provisioned(),
-            Some(RC_BAD_AUTH) => FloorError::OwnerAuthNeeded { tcti: self.tcti.clone(), index: INDEX },
-            _ => error.into(),
+        step(self.tpm.nv_define(&area), |code| match code {
+            RC_NV_SPACE => Some(self.problem(TpmFloorProblem::NvFull)),
+            RC_NV_DEFINED => Some(self.already_provisioned()),
+            RC_BAD_AUTH => Some(self.problem(TpmFloorProblem::OwnerAuthNeeded)),
+            _ => None,
         })
     }
+}
+
+/// Ends a step of the protocol: `meaning` returns what a response code means at this step, if it means
+/// something there; any other failure is an error of the TPM.
+fn step<T>(
+    result: Result<T, TpmError>,
+    meaning: impl FnOnce(u32) -> Option<FloorError>,
+) -> Result<T, FloorError> {
+    result.map_err(|error| error.code().and_then(meaning).unwrap_or_else(|| error.into()))
 }
 
 fn point(key: &P256PublicKey) -> PublicPoint {
@@ -344,16 +355,16 @@ impl Provisioning {
     #[doc(hidden)]
     pub fn finish_unchecked(&mut self, signature: &Signature) -> Result<(), FloorError> {
         self.tpm.restart_clock();
-        let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
+        let connection = Connection { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
         let (Some(session), Some(index)) = (&self.session, &self.index) else {
-            return Err(FloorError::ProvisionIncomplete { tcti: self.tcti.clone(), index: INDEX });
+            return Err(connection.problem(TpmFloorProblem::ProvisionIncomplete));
         };
         session.policy_nv_unwritten()?;
         {
             let key = self.tpm.load_public(&point(&self.provision_key))?;
-            session.policy_signed(&key, &self.nonce, signature).map_err(|error| match error.code() {
-                Some(RC_SIGNATURE_5) => FloorError::BadProvisionSignature,
-                _ => error.into(),
+            step(session.policy_signed(&key, &self.nonce, signature), |code| match code {
+                RC_SIGNATURE_5 => Some(FloorError::BadProvisionSignature),
+                _ => None,
             })?;
         }
         session.policy_cp_hash(&self.policy.first_write_parameters())?;
@@ -363,15 +374,16 @@ impl Provisioning {
             found: "another signature".into(),
         };
         let policy = self.policy.first_write(&self.provision_key);
-        here.authorize(session, &policy, &self.authorization, not_authorized, || "the first write".into())?;
-        here.write(index, session, &[0; 8], || "the first write".into())?;
+        connection
+            .authorize(session, &policy, &self.authorization, not_authorized, || "the first write".into())?;
+        connection.write(index, session, &[0; 8], || "the first write".into())?;
         // The index is written: it is the floor now and stays.
         self.defined_here = false;
         failpoint::hit("floor.index.provisioned");
         self.index = None;
-        let here = Here { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
+        let connection = Connection { tpm: &self.tpm, policy: &self.policy, tcti: &self.tcti };
         // Rule (docs/design.md, provisioning): write 0, check the Name.
-        here.read().map(|_| ())
+        connection.read().map(|_| ())
     }
 }
 

@@ -64,7 +64,7 @@ pub struct BlobProgress {
     /// How many bytes are here.
     pub have: u64,
     /// `partial`; `complete`: it is in the store; `offline`: its source does not answer; `disk-full`: it cannot be
-    /// kept; `differs`: it is whole and has another digest.
+    /// kept; `differs`: it is whole and has another digest; `fetching`: it is part of a deployment that is pending.
     pub state: String,
     /// The last error of its source, if nothing has succeeded since.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -158,6 +158,17 @@ impl LayerFormat {
         TABLE.iter().find(|row| row.media_types.iter().any(|one| one.matches(media_type))).map(Self)
     }
 
+    /// Returns the format of the file system image that begins with `head`, and the image's size in bytes, both by
+    /// its magic; `None` for an unknown one.
+    ///
+    /// 4096 bytes are enough. If they are not verified, neither is the result.
+    pub fn of_image(head: &[u8]) -> Option<(Self, u64)> {
+        TABLE.iter().find_map(|row| match row.content {
+            Content::Image(format) => (format.data_bytes)(head).map(|bytes| (Self(row), bytes)),
+            _ => None,
+        })
+    }
+
     /// Returns whether a media type is that of a format's chunks, which belong to a layer but are not layers
     /// themselves.
     pub fn is_chunk(media_type: &str) -> bool {
@@ -211,10 +222,7 @@ impl fmt::Debug for LayerFormat {
 ///
 /// 4096 bytes are enough. They are not verified.
 pub fn image_bytes(head: &[u8]) -> Option<u64> {
-    TABLE.iter().find_map(|row| match row.content {
-        Content::Image(format) => (format.data_bytes)(head),
-        _ => None,
-    })
+    LayerFormat::of_image(head).map(|(_, bytes)| bytes)
 }
 
 fn at<const N: usize>(head: &[u8], offset: usize) -> Option<[u8; N]> {

@@ -11,6 +11,7 @@
 //! squashfs/     a reader; each format has a folder of its own: erofs/, puzzlefs/
 //! cache.rs      pieces of metadata that readers keep
 //! fields.rs     little-endian fields of their structures
+//! plain.rs      an image in a plain file, with its hash tree wherever it is
 //! overlay/      the merged view of layers
 //! files.rs      files of the merged view by their paths
 //! boot.rs       what the image of the target `boot` has in it
@@ -32,6 +33,7 @@ pub mod format;
 pub mod layer;
 pub mod oci;
 pub mod overlay;
+pub mod plain;
 pub mod platform;
 pub mod puzzlefs;
 pub mod source;

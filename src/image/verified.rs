@@ -95,7 +95,7 @@ impl<R: ReadAt> VerifiedSource<R> {
     /// it if the top of the tree does not match the root hash.
     pub fn open(bytes: R, root_hash: Digest) -> Result<Self, VerityError> {
         let found = locate(&bytes)?.required()?;
-        Self::open_located(bytes, found, root_hash, DEFAULT_CACHE_BYTES)
+        Self::open_found(bytes, found, root_hash, DEFAULT_CACHE_BYTES)
     }
 
     /// Opens an image file whose data area is known to have `data_bytes` bytes, with a cache of
@@ -112,10 +112,14 @@ impl<R: ReadAt> VerifiedSource<R> {
         cache_bytes: usize,
     ) -> Result<Self, VerityError> {
         let found = locate_behind(&bytes, data_bytes)?.required()?;
-        Self::open_located(bytes, found, root_hash, cache_bytes)
+        Self::open_found(bytes, found, root_hash, cache_bytes)
     }
 
-    fn open_located(
+    /// Opens an image whose verity data was found, with a cache of hash blocks of at most `cache_bytes` bytes.
+    ///
+    /// # Errors
+    /// As [`VerifiedSource::open`].
+    pub fn open_found(
         bytes: R,
         found: VerityData,
         root_hash: Digest,

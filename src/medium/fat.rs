@@ -303,7 +303,12 @@ fn tree(files: &BTreeMap<String, Vec<u8>>) -> io::Result<Vec<Node<'_>>> {
         let parts: Vec<&str> = path.split('/').collect();
         for (number, name) in parts.iter().enumerate() {
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_.+~".contains(c);
-            if name.is_empty() || name.len() > 255 || name.starts_with('.') || name.ends_with('.') || !name.chars().all(plain) {
+            if name.is_empty()
+                || name.len() > 255
+                || name.starts_with('.')
+                || name.ends_with('.')
+                || !name.chars().all(plain)
+            {
                 let why = format!("{path}: a name that mosfs does not write to FAT");
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
             }
@@ -366,7 +371,8 @@ fn entry(bytes: &mut Vec<u8>, name: &[u8; 11], kind: u8, first: u64, size: usize
 fn short_name(name: &str) -> Option<[u8; 11]> {
     let (base, extension) = name.split_once('.').unwrap_or((name, ""));
     let plain = |part: &str| {
-        part.bytes().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == b'-' || c == b'_' || c == b'~')
+        part.bytes()
+            .all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == b'-' || c == b'_' || c == b'~')
     };
     if base.len() > 8 || extension.len() > 3 || !plain(base) || !plain(extension) {
         return None;
@@ -387,7 +393,8 @@ fn made_up(name: &str, place: usize) -> [u8; 11] {
     short[..keep].copy_from_slice(&letters[..keep]);
     short[keep..keep + number.len()].copy_from_slice(number.as_bytes());
     let extension = name.rsplit_once('.').map_or("", |(_, extension)| extension);
-    let extension = extension.bytes().filter(u8::is_ascii_alphanumeric).take(3).map(|c| c.to_ascii_uppercase());
+    let extension =
+        extension.bytes().filter(u8::is_ascii_alphanumeric).take(3).map(|c| c.to_ascii_uppercase());
     for (at, c) in (8..).zip(extension) {
         short[at] = c;
     }
@@ -403,9 +410,10 @@ fn long_name(bytes: &mut Vec<u8>, name: &str, short: &[u8; 11]) {
         units.resize(units.len().next_multiple_of(13), 0xffff);
     }
     let parts: Vec<&[u16]> = units.chunks(13).collect();
-    for (number, part) in (1..).zip(&parts).rev() {
+    for (number, part) in parts.iter().enumerate().rev() {
         let mut entry = [0; ENTRY as usize];
-        entry[0] = number | if usize::from(number) == parts.len() { 0x40 } else { 0 };
+        // A name of 255 characters has 20 of them.
+        entry[0] = (number + 1) as u8 | if number + 1 == parts.len() { 0x40 } else { 0 };
         entry[11] = LONG_NAME;
         entry[13] = sum;
         let places = (1..11).step_by(2).chain((14..26).step_by(2)).chain((28..32).step_by(2));
@@ -450,7 +458,10 @@ mod tests {
         let mut image = Cursor::new(Vec::new());
         let volume = |mib: u64| Volume { size_bytes: mib << 20, sector_bytes: 512, id: 7 };
         for mib in [0, 2, 1 << 24] {
-            assert_eq!(write(&mut image, volume(mib), &tree()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(
+                write(&mut image, volume(mib), &tree()).unwrap_err().kind(),
+                io::ErrorKind::InvalidInput
+            );
         }
         let big = BTreeMap::from([("a".to_string(), vec![0; 9 << 20])]);
         assert_eq!(write(&mut image, volume(8), &big).unwrap_err().kind(), io::ErrorKind::StorageFull);
@@ -469,7 +480,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("esp");
         for (mib, sector_bytes) in [(8, 512), (40, 512), (512, 512), (512, 4096)] {
-            let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+            let file =
+                fs::File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
             file.set_len(mib << 20).unwrap();
             write(&file, Volume { size_bytes: mib << 20, sector_bytes, id: 7 }, &tree()).unwrap();
             let check = Command::new("fsck.fat").arg("-nv").arg(&path).output().expect("install dosfstools");

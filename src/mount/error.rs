@@ -9,6 +9,7 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::image::layer::LayerError;
 use crate::image::overlay::OverlayError;
+use crate::image::plain::PlainError;
 use crate::image::source::ReadError;
 use crate::image::verity::VerityError;
 
@@ -65,6 +66,9 @@ pub enum MountError {
         /// What is wrong.
         source: LayerError,
     },
+    /// A plain file cannot be opened as an image.
+    #[error(transparent)]
+    File(#[from] PlainError),
     /// The layers do not make a tree.
     #[error(transparent)]
     Tree(#[from] OverlayError),
@@ -187,6 +191,8 @@ impl Classified for MountError {
                 layer_class(source)
             }
             Self::Plan(source) => source.class(),
+            Self::File(source) => source.class(),
+            Self::Tree(OverlayError::Subdir { .. }) => Class::Input,
             Self::Root { .. } => Class::Verification,
             Self::NoReader { .. }
             | Self::Format { .. }

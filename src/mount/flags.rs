@@ -11,8 +11,23 @@ pub struct MountFlags {
     pub nodev: bool,
     /// No programs.
     pub noexec: bool,
-    /// All users may enter a mount that an ordinary user made (root's always are open to all).
+    /// All users may enter a mount that an ordinary user made (root's always are open to all, under
+    /// [`Access::Checked`]).
     pub allow_other: bool,
+    /// The user who mounts and root may enter.
+    pub allow_root: bool,
+    /// Who may read what.
+    pub access: Access,
+}
+
+/// Who may read what of a FUSE mount.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Access {
+    /// The kernel compares modes and owners, as on any file system.
+    #[default]
+    Checked,
+    /// Whoever may enter may read everything: the user who mounts, and others only as the flags allow.
+    Mounter,
 }
 
 impl MountFlags {

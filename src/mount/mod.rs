@@ -36,9 +36,9 @@ mod unmount;
 
 pub use backend::Backend;
 pub use error::MountError;
-pub use flags::MountFlags;
-pub use open::open as open_layers;
-pub use plan::{LayerBytes, MountPlan, PlanError, PlannedLayer, Verification};
+pub use flags::{Access, MountFlags};
+pub use open::open as open_tree;
+pub use plan::{LayerBytes, MountPlan, PlanError, Planned, PlannedLayer, Verification};
 pub use request::{Daemon, Mounted, Prepared, Request, Timing};
 pub use table::{Health, MountRecord, mounts};
 pub use unmount::{check_vacant, unmount, unmount_dead};

@@ -1,10 +1,10 @@
-//! Opens the layers of a plan for reading in this process.
+//! Opens what a plan has for reading in this process.
 
 use std::sync::Arc;
 
 use super::MountError;
 use super::kernel::through_device::through_device;
-use super::plan::{LayerBytes, MountPlan, PlannedLayer};
+use super::plan::{LayerBytes, MountPlan, Planned, PlannedLayer};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::image::blobs::Blob;
@@ -12,17 +12,35 @@ use crate::image::bytes::ReadAt;
 use crate::image::format::Content;
 use crate::image::layer::{Layer, LayerError};
 use crate::image::oci::Trust;
+use crate::image::overlay::Merged;
+use crate::image::plain;
 use crate::image::source::Source;
 use crate::image::verified::{PlainSource, VerifiedSource};
 use crate::image::verity::{BLOCK_BYTES, Geometry, VerityError};
 use crate::sys::file::{Links, open_regular};
 
-/// Opens all layers of a plan, the bottom one first.
+/// Opens all that a plan has, as one tree.
 ///
 /// # Errors
-/// A layer that cannot be opened or does not verify, or whose format has no reader here.
-pub fn open(plan: &MountPlan) -> Result<Vec<Arc<dyn Layer>>, MountError> {
-    plan.layers.iter().map(open_layer).collect()
+/// A layer or a file that cannot be opened or does not verify, or whose format has no reader here.
+pub fn open(plan: &MountPlan) -> Result<Merged, MountError> {
+    match &plan.content {
+        Planned::Image { layers, .. } => {
+            let layers = layers.iter().map(open_layer).collect::<Result<_, _>>()?;
+            Ok(Merged::new(layers)?)
+        }
+        Planned::File { file, shown } => Ok(Merged::plain(plain::open(file)?, shown.clone())?),
+    }
+}
+
+/// What the log calls the layers of a plan, the bottom one first.
+pub(super) fn names(plan: &MountPlan) -> Vec<String> {
+    match &plan.content {
+        Planned::Image { layers, .. } => {
+            layers.iter().map(|layer| format!("layer {}", layer.descriptor.digest)).collect()
+        }
+        Planned::File { file, .. } => vec![file.path.display().to_string()],
+    }
 }
 
 fn open_layer(layer: &PlannedLayer) -> Result<Arc<dyn Layer>, MountError> {

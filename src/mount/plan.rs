@@ -9,8 +9,10 @@ use crate::error::{Class, Classified};
 use crate::image::blobs::{Blob, Blobs};
 use crate::image::format::{ChunkedLayer, LayerFormat};
 use crate::image::oci::{LayerDescriptor, OciImage, Trust};
+use crate::image::overlay::Shown;
+use crate::image::plain::{Check, PlainFile};
 
-/// What is to be mounted, all of it from a manifest whose digest was checked.
+/// What is to be mounted.
 ///
 /// A target of a signed system is planned by [`plan_target`](crate::plan_target). Any other image:
 ///
@@ -36,14 +38,31 @@ use crate::image::oci::{LayerDescriptor, OciImage, Trust};
 /// ```
 #[derive(Debug, Clone)]
 pub struct MountPlan {
-    /// What the user asked for: a target's name or an OCI source.
+    /// What the user asked for: a target's name, an OCI source or a file.
     pub source: String,
-    /// Digest of the image's OCI manifest.
-    pub digest: Option<Digest>,
-    /// The layers, the bottom one first, none twice.
-    pub layers: Vec<PlannedLayer>,
-    /// Where their blobs are.
-    pub blobs: Arc<dyn Blobs>,
+    /// What that is.
+    pub content: Planned,
+}
+
+/// What a plan consists of.
+#[derive(Debug, Clone)]
+pub enum Planned {
+    /// An OCI image, all of it from a manifest whose digest was checked.
+    Image {
+        /// Digest of the image's OCI manifest.
+        digest: Option<Digest>,
+        /// The layers, the bottom one first, none twice.
+        layers: Vec<PlannedLayer>,
+        /// Where their blobs are.
+        blobs: Arc<dyn Blobs>,
+    },
+    /// An image in a plain file.
+    File {
+        /// The file, and what verifies it.
+        file: PlainFile,
+        /// How it is shown.
+        shown: Shown,
+    },
 }
 
 /// A layer of a plan.
@@ -108,12 +127,54 @@ impl MountPlan {
         };
         let layers = image.layers.iter().enumerate().map(plan).collect::<Result<_, PlanError>>()?;
         let layers = without_repeats(layers);
-        Ok(Self { source: source.to_string(), digest: Some(image.digest), layers, blobs: Arc::clone(blobs) })
+        Ok(Self::of_layers(source, Some(image.digest), layers, Arc::clone(blobs)))
     }
 
-    /// Whether all bytes of every layer will be verified.
+    /// The plan of layers, the bottom one first, none twice, whose blobs are in `blobs`.
+    pub fn of_layers(
+        source: &str,
+        digest: Option<Digest>,
+        layers: Vec<PlannedLayer>,
+        blobs: Arc<dyn Blobs>,
+    ) -> Self {
+        Self { source: source.to_string(), content: Planned::Image { digest, layers, blobs } }
+    }
+
+    /// Plans the mount of an image in a plain file.
+    pub fn of_file(file: PlainFile, shown: Shown) -> Self {
+        Self { source: file.path.display().to_string(), content: Planned::File { file, shown } }
+    }
+
+    /// The layers of an OCI image, the bottom one first; a plain file has none.
+    pub fn layers(&self) -> &[PlannedLayer] {
+        match &self.content {
+            Planned::Image { layers, .. } => layers,
+            Planned::File { .. } => &[],
+        }
+    }
+
+    /// Where the layers' blobs are, if that is another machine.
+    pub fn remote(&self) -> Option<&Arc<dyn Blobs>> {
+        match &self.content {
+            Planned::Image { blobs, .. } => Some(blobs).filter(|blobs| blobs.is_remote()),
+            Planned::File { .. } => None,
+        }
+    }
+
+    /// Digest of the OCI manifest, if it is known.
+    pub fn digest(&self) -> Option<Digest> {
+        match &self.content {
+            Planned::Image { digest, .. } => *digest,
+            Planned::File { .. } => None,
+        }
+    }
+
+    /// Whether all bytes will be verified.
     pub fn is_verified(&self) -> bool {
-        self.layers.iter().all(|layer| layer.descriptor.trust != Trust::None)
+        match &self.content {
+            Planned::Image { layers, .. } => layers.iter().all(|layer| layer.descriptor.trust != Trust::None),
+            Planned::File { file, .. } => file.check != Check::UnsafeNoVerity,
+        }
     }
 }
 

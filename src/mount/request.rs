@@ -21,7 +21,7 @@ use super::kernel::dm_verity::DmVerity;
 use super::kernel::overlay::Upper;
 use super::kernel::{self, mount_point};
 use super::log as daemon_log;
-use super::plan::{LayerBytes, MountPlan};
+use super::plan::{LayerBytes, MountPlan, Planned};
 use super::units::Unit;
 use crate::error::{Class, Classified};
 use crate::sys;
@@ -207,11 +207,14 @@ impl<'a> Request<'a> {
             if !is_root() {
                 return Err("it takes root".to_string());
             }
+            if matches!(self.plan.content, Planned::File { .. }) {
+                return Err("a plain file is mounted through FUSE alone".to_string());
+            }
             if !self.plan.is_verified() {
                 return Err("it always verifies, and a layer has no root hash".to_string());
             }
             // Not offered where it cannot be: a layer of many blobs, or of a blob that is elsewhere.
-            if let Some(layer) = self.plan.layers.iter().find(|layer| layer.file().is_none()) {
+            if let Some(layer) = self.plan.layers().iter().find(|layer| layer.file().is_none()) {
                 let why = match layer.bytes {
                     LayerBytes::Chunks(_) => "is made of chunks, which the kernel cannot mount",
                     LayerBytes::One(_) => "is fetched while it is read, which takes the fuse backend",

@@ -32,11 +32,12 @@ use serde::{Deserialize, Serialize};
 use super::backend::{DM_VERITY, FUSE_KIND, OVERLAY_SOURCE_PREFIX};
 use super::engine::trouble::Counts;
 use super::kernel::dm_verity;
-use super::plan::{MountPlan, PlannedLayer};
+use super::plan::{MountPlan, Planned, PlannedLayer};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::image::blobs::BlobProgress;
 use crate::image::oci::LayerDescriptor;
+use crate::image::plain::Check;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 use crate::sys::{self};
@@ -50,12 +51,12 @@ const MOST_BYTES: u64 = 1 << 20;
 pub struct MountRecord {
     /// Version of this format, 1.
     pub format: u32,
-    /// What was asked for, as the user wrote it: a target or an OCI source.
+    /// What was asked for, as the user wrote it: a target, an OCI source or a file.
     pub source: String,
     /// Where it is mounted. In JSON, bytes that are no UTF-8 and backslashes are `\\OOO`, in octal.
     #[serde(with = "path_text")]
     pub target: PathBuf,
-    /// Digest of the image's OCI manifest.
+    /// Digest of the image's OCI manifest; a plain file has none.
     pub digest: Option<Digest>,
     /// The layers, the bottom one first.
     pub layers: Vec<LayerRecord>,
@@ -76,8 +77,8 @@ pub struct MountRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerRecord {
-    /// Digest of the layer's blob.
-    pub digest: Digest,
+    /// Digest of the layer's blob; a plain file has none.
+    pub digest: Option<Digest>,
     /// Root hash of its tree; `None` where it is not verified, or verified by the digests of its blobs.
     pub root_hash: Option<Digest>,
 }
@@ -114,13 +115,22 @@ pub enum Health {
 }
 
 impl LayerRecord {
-    /// The records of a plan's layers.
+    /// The records of a plan's layers. A plain file is one.
     pub fn of(plan: &MountPlan) -> Vec<Self> {
         let of = |layer: &PlannedLayer| {
             let LayerDescriptor { digest, trust, .. } = &layer.descriptor;
-            Self { digest: *digest, root_hash: trust.root_hash() }
+            Self { digest: Some(*digest), root_hash: trust.root_hash() }
         };
-        plan.layers.iter().map(of).collect()
+        match &plan.content {
+            Planned::Image { layers, .. } => layers.iter().map(of).collect(),
+            Planned::File { file, .. } => {
+                let root_hash = match file.check {
+                    Check::RootHash { root_hash, .. } => Some(root_hash),
+                    Check::UnsafeNoVerity => None,
+                };
+                vec![Self { digest: None, root_hash }]
+            }
+        }
     }
 }
 
@@ -137,13 +147,13 @@ impl MountRecord {
             format: 1,
             source: plan.source.clone(),
             target: target.to_path_buf(),
-            digest: plan.digest,
+            digest: plan.digest(),
             layers: LayerRecord::of(plan),
             backend: backend.into(),
             verified: plan.is_verified(),
             device: format!("{major}:{minor}"),
             daemon,
-            lazy: plan.blobs.progress(),
+            lazy: plan.remote().map(|blobs| blobs.progress()).unwrap_or_default(),
         }
     }
 

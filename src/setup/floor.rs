@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::error::SetupError;
 use crate::error::AnyError;
 use crate::floor::signature::{self, find_authorization, sign_provision};
-use crate::floor::{self, FileFloor, Floor, FloorError, Place, Policy, TpmFloor};
+use crate::floor::{self, FileFloor, Floor, FloorError, Place, Policy, TpmFloor, TpmFloorProblem};
 use crate::sys::file::read_named;
 use crate::trust::Verified;
 use crate::trust::p256::{P256PrivateKey, Signature};
@@ -53,7 +53,10 @@ impl FloorPlan {
         let mut tpm = TpmFloor::new(policy.clone(), tcti.clone(), *budget);
         match floor::check(&mut tpm, version) {
             Ok(at) => plan.at = Some(at),
-            Err(FloorError::NotProvisioned { .. } | FloorError::ProvisionIncomplete { .. }) => {
+            Err(FloorError::InTpm {
+                problem: TpmFloorProblem::NotProvisioned | TpmFloorProblem::ProvisionIncomplete,
+                ..
+            }) => {
                 let file = key.ok_or(SetupError::NoFloor)?;
                 let key = P256PrivateKey::read(file)?;
                 let text = read_named(file, MAX_KEY_BYTES)?;

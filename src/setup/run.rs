@@ -409,8 +409,14 @@ fn install(request: &mut Request<'_>, partition: &Path) -> Result<(), AnyError> 
         None => FloorGate::Unprovisioned,
     };
     // The kernel is put onto its partition when everything else is there.
-    let options =
-        Options { again: false, read_blobs: true, esp: None, kernel: None, progress: request.progress };
+    let options = Options {
+        again: false,
+        read_blobs: true,
+        esp: None,
+        kernel: None,
+        source: None,
+        progress: request.progress,
+    };
     let offer = Accepted {
         artifact: request.offer.artifact.clone(),
         referrers: request.offer.referrers.clone(),

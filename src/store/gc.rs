@@ -154,6 +154,16 @@ impl Collector<'_> {
         }
         for folder in ["tmp", partial::FOLDER] {
             for (path, size) in files(&self.store.private(folder))? {
+                // The first bytes of a blob that something needs are kept for the next run.
+                let begins = path.file_name().and_then(|name| Digest::from_hex(name.to_str()?).ok());
+                let is_needed = |digest: &Digest| {
+                    folder == partial::FOLDER
+                        && marking.marked.contains(digest)
+                        && !self.store.blob_path(digest).exists()
+                };
+                if begins.as_ref().is_some_and(is_needed) {
+                    continue;
+                }
                 removal.files.push(path);
                 removal.bytes += size;
             }

@@ -49,6 +49,7 @@ pub mod view;
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -210,6 +211,18 @@ impl Store {
             Links::Followed => fs::metadata(path),
         };
         found.is_ok_and(|data| data.is_file() && data.len() == blob.size)
+    }
+
+    /// Returns how many bytes of a blob are here, in the store or received so far.
+    pub(crate) fn have_bytes(&self, blob: &Descriptor) -> u64 {
+        if self.has(blob) {
+            return blob.size;
+        }
+        let of = |folder| fs::symlink_metadata(self.private(folder).join(blob.digest.hex())).ok();
+        // A file of the one kind has no holes; those of the other are what is not here.
+        let received = of(partial::FOLDER).map_or(0, |data| data.len());
+        let read = of(lazy::FOLDER).map_or(0, |data| data.blocks().saturating_mul(512));
+        received.max(read).min(blob.size)
     }
 
     /// Reads a small blob whole, checked against its digest.

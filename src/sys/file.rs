@@ -34,9 +34,18 @@ pub enum Links {
 pub fn open_regular(path: &Path, links: Links) -> Result<(File, u64), IoError> {
     let mut options = OpenOptions::new();
     options.read(true);
-    let file = open_checked(path, links, &mut options)?;
+    let file = open_checked(path, links, Devices::Refused, &mut options)?;
     let length = file.metadata().on("stat", path)?.len();
     Ok((file, length))
+}
+
+/// Opens a file system image that the user names, for reading: a regular file or a block device. Follows
+/// links, and never blocks.
+///
+/// # Errors
+/// As [`open_regular`].
+pub fn open_image(path: &Path) -> Result<File, IoError> {
+    open_checked(path, Links::Followed, Devices::Block, OpenOptions::new().read(true))
 }
 
 /// Opens (or creates, mode 0600) an untrusted regular file for writing, to lock it. Follows no link.
@@ -46,7 +55,7 @@ pub fn open_regular(path: &Path, links: Links) -> Result<(File, u64), IoError> {
 pub fn open_lock_file(path: &Path) -> Result<File, IoError> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);
-    open_checked(path, Links::Refused, &mut options)
+    open_checked(path, Links::Refused, Devices::Refused, &mut options)
 }
 
 /// Opens (or makes, mode 0600) an untrusted regular file to read it, write to it and lock it. Follows no link.
@@ -56,7 +65,7 @@ pub fn open_lock_file(path: &Path) -> Result<File, IoError> {
 pub fn open_to_continue(path: &Path) -> Result<File, IoError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    open_checked(path, Links::Refused, &mut options)
+    open_checked(path, Links::Refused, Devices::Refused, &mut options)
 }
 
 /// Reads an untrusted regular file of at most `max_bytes`; a longer one is not read.
@@ -107,8 +116,35 @@ pub fn read_at_most(file: impl Read, path: &Path, max_bytes: u64) -> Result<Vec<
     Ok(bytes)
 }
 
+/// Whether a block device counts as a regular file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Devices {
+    Refused,
+    /// A block device may hold an image. Opening one has no side effect.
+    Block,
+}
+
+impl Devices {
+    fn allow(self, found: FileType) -> bool {
+        found.is_file() || self == Self::Block && found.is_block_device()
+    }
+
+    fn refuse(self, path: &Path, found: FileType) -> IoError {
+        let expected = match self {
+            Self::Refused => "a regular file",
+            Self::Block => "a regular file or a block device",
+        };
+        not_regular(path, expected, found)
+    }
+}
+
 /// Rule: an untrusted file must be a regular file, or it is not used.
-fn open_checked(path: &Path, links: Links, options: &mut OpenOptions) -> Result<File, IoError> {
+fn open_checked(
+    path: &Path,
+    links: Links,
+    devices: Devices,
+    options: &mut OpenOptions,
+) -> Result<File, IoError> {
     // Check the type first, because opening a device can have side effects (a watchdog, a tape) and opening a
     // socket fails without a clear reason.
     let found = match links {
@@ -116,9 +152,9 @@ fn open_checked(path: &Path, links: Links, options: &mut OpenOptions) -> Result<
         Links::Followed => fs::metadata(path),
     };
     if let Ok(found) = found
-        && !found.is_file()
+        && !devices.allow(found.file_type())
     {
-        return Err(not_regular(path, found.file_type()));
+        return Err(devices.refuse(path, found.file_type()));
     }
     // If it has been replaced since: do not wait for the other end of a pipe, and acquire no controlling
     // terminal.
@@ -126,10 +162,10 @@ fn open_checked(path: &Path, links: Links, options: &mut OpenOptions) -> Result<
     options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC | follow);
     let file = options.open(path).on("open", path)?;
     let found = file.metadata().on("stat", path)?.file_type();
-    if found.is_file() { Ok(file) } else { Err(not_regular(path, found)) }
+    if devices.allow(found) { Ok(file) } else { Err(devices.refuse(path, found)) }
 }
 
-fn not_regular(path: &Path, found: FileType) -> IoError {
+fn not_regular(path: &Path, expected: &str, found: FileType) -> IoError {
     let found = match found {
         found if found.is_dir() => "a folder",
         found if found.is_symlink() => "a symbolic link",
@@ -139,7 +175,7 @@ fn not_regular(path: &Path, found: FileType) -> IoError {
         found if found.is_char_device() => "a character device",
         _ => "something else",
     };
-    let why = format!("expected a regular file, found {found}");
+    let why = format!("expected {expected}, found {found}");
     IoError::new("open", path, io::Error::new(io::ErrorKind::InvalidData, why))
 }
 
@@ -184,7 +220,7 @@ pub fn create_folder(path: &Path, mode: u32) -> Result<(), IoError> {
 pub fn create_file(path: &Path, mode: u32) -> Result<File, IoError> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(mode);
-    let file = open_checked(path, Links::Refused, &mut options)?;
+    let file = open_checked(path, Links::Refused, Devices::Refused, &mut options)?;
     // A file system without modes keeps its own mode.
     let _ = add_bits(&file, mode);
     Ok(file)
@@ -276,7 +312,7 @@ pub fn open_regular_at(folder: &File, name: &str, links: Links) -> io::Result<Fi
     };
     let check = |file: File| {
         let found = file.metadata()?.file_type();
-        if found.is_file() { Ok(file) } else { Err(not_regular(Path::new(""), found).source) }
+        if found.is_file() { Ok(file) } else { Err(Devices::Refused.refuse(Path::new(""), found).source) }
     };
     // Looked at first, as in `open_checked`; O_PATH opens nothing.
     check(open(libc::O_PATH)?)?;

@@ -6,7 +6,7 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -14,6 +14,31 @@ use std::process::{Command, Stdio};
 pub fn open_device() -> io::Result<OwnedFd> {
     let mut options = std::fs::OpenOptions::new();
     Ok(options.read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse")?.into())
+}
+
+/// Takes over a connection to FUSE that was opened by whoever started this process, by its number.
+///
+/// # Errors
+/// `EBADF`; `InvalidInput` for a descriptor of something else.
+pub fn take_connection(number: RawFd) -> io::Result<OwnedFd> {
+    // A duplicate, so that no other value of this process can own it.
+    // SAFETY: F_DUPFD_CLOEXEC takes a number and no pointer; a wrong one is EBADF.
+    let fd = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor, and nothing else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: as above; the inherited one is not used by anything else in this process, and keeps the connection open.
+    unsafe { libc::close(number) };
+    let file = std::fs::File::from(fd);
+    let found = file.metadata()?;
+    // linux/miscdevice.h: MISC_MAJOR 10, FUSE_MINOR 229.
+    if !found.file_type().is_char_device() || found.rdev() != libc::makedev(10, 229) {
+        let why = format!("descriptor {number} is not one of /dev/fuse");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    Ok(file.into())
 }
 
 /// Whether a read of a connection would return at once, with a request or an error; poll(2) without waiting.

@@ -25,18 +25,21 @@ pub const DIGEST: usize = 32;
 ///
 /// # Panics
 /// If `data` is not `out.len()` blocks long: a bug in the caller.
-pub fn hash_blocks(salt: &[u8; DIGEST], data: &[u8], out: &mut [[u8; DIGEST]]) {
+pub fn hash_blocks(salt: &[u8], data: &[u8], out: &mut [[u8; DIGEST]]) {
     let (blocks, rest) = data.as_chunks::<BLOCK>();
     assert!(rest.is_empty() && blocks.len() == out.len(), "{} bytes for {} digests", data.len(), out.len());
+    // A salt of another length, which only a plain file may have, shifts the blocks in the message.
     #[cfg(target_arch = "x86_64")]
-    if x86::available() {
+    if let Ok(salt) = salt.try_into()
+        && x86::available()
+    {
         return x86::hash_blocks(salt, blocks, out);
     }
     portable(salt, blocks, out);
 }
 
 /// Does the same with the `sha2` crate.
-fn portable(salt: &[u8; DIGEST], blocks: &[[u8; BLOCK]], out: &mut [[u8; DIGEST]]) {
+fn portable(salt: &[u8], blocks: &[[u8; BLOCK]], out: &mut [[u8; DIGEST]]) {
     for (block, out) in blocks.iter().zip(out) {
         *out = Sha256::new().chain_update(salt).chain_update(block).finalize().into();
     }

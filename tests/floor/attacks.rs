@@ -123,7 +123,7 @@ fn an_index_that_was_deleted_and_made_again_is_no_floor_even_with_everything_rep
     // The owner's authorization is empty: whoever has root can do this.
     swtpm.tool_ok("tpm2_nvundefine", &["-C", "o", "0x01500050"]);
     let error = floor(&swtpm).read().unwrap_err();
-    assert!(matches!(error, FloorError::NotProvisioned { .. }), "{error}");
+    assert!(matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NotProvisioned, .. }), "{error}");
     // The same public area again, which gives the Name that an unwritten floor has.
     {
         let tpm = Tpm::open(&swtpm.tcti(), BUDGET).unwrap();
@@ -132,7 +132,10 @@ fn an_index_that_was_deleted_and_made_again_is_no_floor_even_with_everything_rep
             .unwrap();
     }
     let error = floor(&swtpm).read().unwrap_err();
-    assert!(matches!(error, FloorError::ProvisionIncomplete { .. }), "{error}");
+    assert!(
+        matches!(error, FloorError::InTpm { problem: TpmFloorProblem::ProvisionIncomplete, .. }),
+        "{error}"
+    );
     assert_eq!(error.class(), Class::Tpm);
     // The recorded first write: the session's nonce is another one now.
     let mut begun = floor(&swtpm).provision(provision_key().public(), &authorization()).unwrap();
@@ -146,7 +149,10 @@ fn an_index_that_was_deleted_and_made_again_is_no_floor_even_with_everything_rep
     // A recorded raise: PolicyNV cannot compare what was never written.
     assert_eq!(raw_raise(&swtpm, 200, 200, 200), Err(0x14a));
     let error = floor(&swtpm).read().unwrap_err();
-    assert!(matches!(error, FloorError::ProvisionIncomplete { .. }), "{error}");
+    assert!(
+        matches!(error, FloorError::InTpm { problem: TpmFloorProblem::ProvisionIncomplete, .. }),
+        "{error}"
+    );
     assert_nothing_left(&swtpm);
 }
 
@@ -207,7 +213,10 @@ fn a_look_alike_index_is_no_floor() {
             floor(&swtpm).raise(300, &signed(300)).unwrap_err(),
             provision(&swtpm).unwrap_err(),
         ] {
-            assert!(matches!(error, FloorError::FloorIndexTampered { .. }), "{look_alike:x?}: {error}");
+            assert!(
+                matches!(error, FloorError::InTpm { problem: TpmFloorProblem::IndexTampered { .. }, .. }),
+                "{look_alike:x?}: {error}"
+            );
             assert_eq!(error.class(), Class::Tpm);
         }
         assert_nothing_left(&swtpm);
@@ -230,7 +239,7 @@ fn a_written_look_alike_with_a_lower_version_is_no_floor() {
     let error = floor(&swtpm).read().unwrap_err();
     let expected = policy().name_written();
     assert!(
-        matches!(&error, FloorError::FloorIndexTampered { expected: e, .. } if *e == expected),
+        matches!(&error, FloorError::InTpm { problem: TpmFloorProblem::IndexTampered { expected: e, .. }, .. } if *e == expected),
         "{error}"
     );
     assert!(error.to_string().contains(&expected.to_string()), "{error}");
@@ -242,9 +251,15 @@ fn a_cleared_tpm_has_no_floor_and_gets_none_by_itself() {
     swtpm.tool_ok("tpm2_clear", &["-c", "p"]);
     for _ in 0..2 {
         let error = floor(&swtpm).read().unwrap_err();
-        assert!(matches!(error, FloorError::NotProvisioned { .. }), "{error}");
+        assert!(
+            matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NotProvisioned, .. }),
+            "{error}"
+        );
         let error = floor(&swtpm).raise(300, &signed(300)).unwrap_err();
-        assert!(matches!(error, FloorError::NotProvisioned { .. }), "{error}");
+        assert!(
+            matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NotProvisioned, .. }),
+            "{error}"
+        );
     }
     assert_eq!(swtpm.handles("handles-nv-index"), [""; 0]);
 }

@@ -37,7 +37,7 @@ impl Random {
 fn a_tpm_that_never_answers_is_busy_after_the_time_that_it_was_given() {
     let proxy = Proxy::start(None, |_, _| Do::Hang);
     let error = floor_within(proxy.tcti(), SHORT).read().unwrap_err();
-    assert!(matches!(error, FloorError::TpmBusy(TpmError::Timeout { .. })), "{error}");
+    assert!(matches!(error, FloorError::Tpm(TpmError::Timeout { .. })), "{error}");
     assert_eq!(error.class(), Class::Tpm);
 }
 
@@ -48,7 +48,7 @@ fn a_simulator_that_serves_somebody_else_is_busy() {
     assert_eq!(first.read().unwrap(), 200);
     // The first one keeps its connection, and swtpm serves one at a time without a word.
     let error = floor_within(swtpm.tcti(), SHORT).read().unwrap_err();
-    assert!(matches!(error, FloorError::TpmBusy(TpmError::Timeout { .. })), "{error}");
+    assert!(matches!(error, FloorError::Tpm(TpmError::Timeout { .. })), "{error}");
     drop(first);
     assert_eq!(floor(&swtpm).read().unwrap(), 200);
 }
@@ -86,7 +86,7 @@ fn a_tpm_that_stays_busy_is_given_up() {
         });
         let error = floor_within(proxy.tcti(), BUDGET).read().unwrap_err();
         assert!(
-            matches!(error, FloorError::TpmBusy(TpmError::Busy { code: c, .. }) if c == code),
+            matches!(error, FloorError::Tpm(TpmError::Busy { code: c, .. }) if c == code),
             "{code:#x}: {error}"
         );
         assert_eq!(error.class(), Class::Tpm);
@@ -131,11 +131,7 @@ fn answers_that_no_tpm_gives_are_errors() {
             floor_within(proxy.tcti(), SHORT).raise(300, &signed(300)).unwrap_err(),
         ] {
             let end = shown.len().min(20);
-            assert!(
-                matches!(error, FloorError::Tpm(_) | FloorError::TpmBusy(_)),
-                "{:x?}: {error}",
-                &shown[..end]
-            );
+            assert!(matches!(error, FloorError::Tpm(_)), "{:x?}: {error}", &shown[..end]);
             assert_eq!(error.class(), Class::Tpm);
         }
     }
@@ -205,13 +201,29 @@ fn the_response_codes_of_the_table_are_the_errors_of_the_table() {
     // (command, response code, what a raise makes of it)
     type Is = fn(&FloorError) -> bool;
     let table: [(u32, u32, Is); 8] = [
-        (0x169, 0x18b, |error| matches!(error, FloorError::NotProvisioned { .. })),
-        (0x14e, 0x14a, |error| matches!(error, FloorError::ProvisionIncomplete { .. })),
+        (0x169, 0x18b, |error| {
+            matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NotProvisioned, .. })
+        }),
+        (0x14e, 0x14a, |error| {
+            matches!(error, FloorError::InTpm { problem: TpmFloorProblem::ProvisionIncomplete, .. })
+        }),
         (0x149, 0x126, |error| matches!(error, FloorError::RaiseRefused { version: 300, floor: 200 })),
         (0x177, 0x2db, |error| matches!(error, FloorError::BadFloorSignature { version: 300, .. })),
-        (0x137, 0x99d, |error| matches!(error, FloorError::PolicyMismatch { code: 0x99d, .. })),
-        (0x16a, 0x1c4, |error| matches!(error, FloorError::PolicyMismatch { code: 0x1c4, .. })),
-        (0x137, 0x922, |error| matches!(error, FloorError::TpmBusy(_))),
+        (0x137, 0x99d, |error| {
+            matches!(
+                error,
+                FloorError::InTpm { problem: TpmFloorProblem::PolicyMismatch { code: 0x99d, .. }, .. }
+            )
+        }),
+        (0x16a, 0x1c4, |error| {
+            matches!(
+                error,
+                FloorError::InTpm { problem: TpmFloorProblem::PolicyMismatch { code: 0x1c4, .. }, .. }
+            )
+        }),
+        (0x137, 0x922, |error| {
+            matches!(error, FloorError::Tpm(TpmError::Timeout { .. } | TpmError::Busy { .. }))
+        }),
         (0x137, 0x921, |error| matches!(error, FloorError::Tpm(TpmError::Refused { code: 0x921, .. }))),
     ];
     let swtpm = provisioned(200);
@@ -227,11 +239,15 @@ fn the_response_codes_of_the_table_are_the_errors_of_the_table() {
     }
     let empty = Swtpm::start();
     let table: [(u32, u32, Is); 5] = [
-        (0x12a, 0x14b, |error| matches!(error, FloorError::NvFull { .. })),
+        (0x12a, 0x14b, |error| matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NvFull, .. })),
         (0x12a, 0x14c, |error| matches!(error, FloorError::AlreadyProvisioned { .. })),
-        (0x12a, 0x9a2, |error| matches!(error, FloorError::OwnerAuthNeeded { .. })),
+        (0x12a, 0x9a2, |error| {
+            matches!(error, FloorError::InTpm { problem: TpmFloorProblem::OwnerAuthNeeded, .. })
+        }),
         (0x160, 0x5db, |error| matches!(error, FloorError::BadProvisionSignature)),
-        (0x137, 0x99d, |error| matches!(error, FloorError::PolicyMismatch { .. })),
+        (0x137, 0x99d, |error| {
+            matches!(error, FloorError::InTpm { problem: TpmFloorProblem::PolicyMismatch { .. }, .. })
+        }),
     ];
     for (command, code, is) in table {
         let proxy = Proxy::start(Some(empty.port()), move |_, sent| {
@@ -289,7 +305,13 @@ fn a_raise_that_reads_back_lower_is_an_error() {
         Do::Forward
     });
     let error = floor_at(proxy.tcti()).raise(300, &signed(300)).unwrap_err();
-    assert!(matches!(error, FloorError::NotRaised { version: 300, floor: 299, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            FloorError::InTpm { problem: TpmFloorProblem::NotRaised { version: 300, floor: 299, .. }, .. }
+        ),
+        "{error}"
+    );
 }
 
 #[test]
@@ -334,10 +356,6 @@ fn a_file_that_is_no_tpm_is_an_error() {
     for path in [file.as_path(), Path::new("/dev/null"), Path::new("/dev/zero"), dir.path()] {
         let error = floor_within(Tcti::Device(path.into()), SHORT).read().unwrap_err();
         assert_eq!(error.class(), Class::Tpm, "{}: {error}", path.display());
-        assert!(
-            matches!(error, FloorError::Tpm(_) | FloorError::TpmBusy(_) | FloorError::NoTpm { .. }),
-            "{}: {error}",
-            path.display()
-        );
+        assert!(matches!(error, FloorError::Tpm(_)), "{}: {error}", path.display());
     }
 }

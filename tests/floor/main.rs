@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use mosfs::internals::floor::signature::{authorize, sign_provision};
-use mosfs::internals::floor::{Floor, FloorError, Policy, Tcti, TpmFloor, sign_version};
+use mosfs::internals::floor::{Floor, FloorError, Policy, Tcti, TpmFloor, TpmFloorProblem, sign_version};
 use mosfs::internals::trust::p256::{P256PrivateKey, Signature};
 use uuid::Uuid;
 

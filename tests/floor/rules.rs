@@ -4,6 +4,7 @@ use std::thread;
 
 use mosfs::internals::error::{Class, Classified};
 use mosfs::internals::floor::{FileFloor, check, check_update};
+use mosfs::internals::sys::tpm::TpmError;
 use tempfile::tempdir;
 
 use crate::*;
@@ -80,17 +81,17 @@ fn at_update_the_version_is_above_the_current_one_and_above_the_floor() {
 fn no_tpm_is_told_from_a_tpm_without_a_floor() {
     let swtpm = Swtpm::start();
     let error = floor(&swtpm).read().unwrap_err();
-    assert!(matches!(error, FloorError::NotProvisioned { index: 0x0150_0050, .. }), "{error}");
+    assert!(matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NotProvisioned, .. }), "{error}");
     assert_eq!(error.class(), Class::Tpm);
     let error = floor(&swtpm).raise(200, &signed(200)).unwrap_err();
-    assert!(matches!(error, FloorError::NotProvisioned { .. }), "{error}");
+    assert!(matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NotProvisioned, .. }), "{error}");
     let tcti = swtpm.tcti();
     drop(swtpm);
     let error = floor_at(tcti).read().unwrap_err();
-    assert!(matches!(error, FloorError::NoTpm { .. }), "{error}");
+    assert!(matches!(error, FloorError::Tpm(TpmError::Absent { .. })), "{error}");
     assert_eq!(error.class(), Class::Tpm);
     let error = floor_at(Tcti::Device("/dev/no-such-tpm".into())).read().unwrap_err();
-    assert!(matches!(error, FloorError::NoTpm { .. }), "{error}");
+    assert!(matches!(error, FloorError::Tpm(TpmError::Absent { .. })), "{error}");
     assert!(error.to_string().contains("/dev/no-such-tpm"), "{error}");
 }
 
@@ -112,7 +113,10 @@ fn an_interrupted_provisioning_is_told_and_can_be_finished() {
     swtpm.restart();
     drop(begun);
     let error = floor(&swtpm).read().unwrap_err();
-    assert!(matches!(error, FloorError::ProvisionIncomplete { .. }), "{error}");
+    assert!(
+        matches!(error, FloorError::InTpm { problem: TpmFloorProblem::ProvisionIncomplete, .. }),
+        "{error}"
+    );
     assert_eq!(error.class(), Class::Tpm);
     provision(&swtpm).expect("the same again");
     assert_eq!(floor(&swtpm).read().unwrap(), 0);
@@ -145,7 +149,7 @@ fn a_full_tpm_is_told() {
         }
     }
     let error = provision(&swtpm).unwrap_err();
-    assert!(matches!(error, FloorError::NvFull { index: 0x0150_0050, .. }), "{error}");
+    assert!(matches!(error, FloorError::InTpm { problem: TpmFloorProblem::NvFull, .. }), "{error}");
     assert_eq!(error.class(), Class::Tpm);
     assert_nothing_left(&swtpm);
 }
@@ -155,7 +159,7 @@ fn an_owner_authorization_stops_provisioning_but_not_a_floor_that_exists() {
     let swtpm = Swtpm::start();
     swtpm.tool_ok("tpm2_changeauth", &["-c", "owner", "secret"]);
     let error = provision(&swtpm).unwrap_err();
-    assert!(matches!(error, FloorError::OwnerAuthNeeded { index: 0x0150_0050, .. }), "{error}");
+    assert!(matches!(error, FloorError::InTpm { problem: TpmFloorProblem::OwnerAuthNeeded, .. }), "{error}");
     assert_eq!(error.class(), Class::Tpm);
     assert_nothing_left(&swtpm);
     swtpm.tool_ok("tpm2_changeauth", &["-c", "owner", "-p", "secret"]);

@@ -1,6 +1,13 @@
 //! Mounts whose image is fetched while it is read: what is fetched and when, what a network and a registry that
 //! fail, lie or go away do to a reader, and what a kill leaves.
 
+#[path = "../deploy/device.rs"]
+#[allow(dead_code, reason = "the tests of deployments use the rest")]
+mod device;
+#[path = "../common/swtpm.rs"]
+#[allow(dead_code, reason = "the floor's own tests use the rest")]
+mod swtpm;
+
 #[path = "../registry/debian.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod debian;
@@ -19,4 +26,6 @@ mod server;
 mod faults;
 mod fixture;
 mod reads;
+mod targets;
 mod trace;
+mod update;

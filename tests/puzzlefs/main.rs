@@ -1,5 +1,8 @@
 //! PuzzleFS images: those of another tool, hostile ones, and our own.
 
+#[path = "../registry/debian.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod debian;
 #[path = "../deploy/device.rs"]
 #[allow(dead_code, reason = "the tests of deployments use the rest")]
 mod device;

@@ -11,6 +11,7 @@ use mosfs::internals::store::Store;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::debian::{Config, Debian};
 use crate::device::{Device, text};
 use crate::publish::{PRODUCT, Publisher};
 use crate::tarball::Tarball;
@@ -274,4 +275,66 @@ fn a_damaged_chunk_is_not_installed() {
     bytes[100] ^= 1;
     fs::write(&path, &bytes).unwrap();
     device.ok(&install);
+}
+
+/// How many blobs a `push` or `pull` says it moved, and how many bytes.
+fn moved(said: &str, word: &str) -> u64 {
+    let before = said.split(word).next().unwrap().trim_end();
+    let number = before.rsplit(' ').next().unwrap();
+    number.parse().unwrap_or_else(|_| panic!("`{said}` names no number before `{word}`"))
+}
+
+/// The way of an image over Debian's docker-registry: pushed, read by skopeo, pulled, installed, updated, collected. What
+/// versions share is moved once.
+#[test]
+fn a_registry_holds_puzzlefs_images_and_moves_what_is_new_alone() {
+    let fixture = Fixture::new();
+    let registry = Debian::start(&Config::default());
+    fixture.image("v1", b"one");
+    fixture.image("v2", b"two");
+    let (store, place) = (fixture.path("store").display().to_string(), registry.source("fleet/puzzle"));
+    let device = Device::with_file_floor();
+    let _mounts = Mounts(device.dir.canonicalize().unwrap());
+    run(&mut fixture.build(200, "puzzlefs", &[("hostfs", "hostfs", "v1")], &[]));
+    let image = fixture.image_of("hostfs");
+    let first = moved(&device.ok(&["push", "--store", &store, &place]), "blobs sent");
+    assert!(first > image.manifest.layers.len() as u64, "{first}");
+
+    // skopeo copies the image out of the registry and into it: all chunks, the same manifest.
+    let from = format!("docker://{}/fleet/puzzle/mos/images/hostfs:{}", registry.host(), image.digest.hex());
+    let copy = format!("oci:{}:copy", fixture.path("copy").display());
+    run(Command::new("skopeo").args(["copy", "--quiet", "--src-tls-verify=false", &from, &copy]));
+    assert!(device.ok(&["verify", &copy]).contains("good"));
+    let to = format!("docker://{}/by/skopeo:1", registry.host());
+    run(Command::new("skopeo").args(["copy", "--quiet", "--dest-tls-verify=false", &copy, &to]));
+    let pulled = fixture.path("pulled").display().to_string();
+    device.ok(&["pull", "--image", &registry.source("by/skopeo:1"), "--store", &pulled]);
+    assert!(device.ok(&["verify", &format!("oci:{pulled}")]).contains("good"));
+
+    // The whole system, pulled and installed.
+    let mirror = fixture.path("mirror").display().to_string();
+    let fetched = moved(&device.ok(&["pull", &place, "--store", &mirror]), "blobs fetched");
+    assert!(fetched > image.manifest.layers.len() as u64, "{fetched}");
+    assert!(device.ok(&["verify", &format!("oci:{mirror}")]).contains("good"));
+    let ca = fixture.publisher.key("ca.pem");
+    device.ok(&["install", &place, "--ca", ca.to_str().unwrap(), "--product", PRODUCT]);
+
+    // The next version: a few chunks, the metadata and the documents of the system are new.
+    run(&mut fixture.build(201, "puzzlefs", &[("hostfs", "hostfs", "v2")], &[]));
+    let again = moved(&device.ok(&["push", "--store", &store, &place]), "blobs sent");
+    // Of the image: its metadata, its config, and the chunks at the change.
+    let documents = |all: u64| all - image.manifest.layers.len() as u64;
+    assert!(again <= documents(first) + 4, "{again} blobs were sent for a few bytes, {first} for all");
+    let again = moved(&device.ok(&["pull", &place, "--store", &mirror]), "blobs fetched");
+    assert!(again <= documents(fetched) + 4, "{again} blobs were fetched for a few bytes, {fetched} for all");
+    device.ok(&["update", &place]);
+    device.ok(&["commit"]);
+    let at = device.dir.join("at");
+    fs::create_dir(&at).unwrap();
+    device.ok(&["mount", "hostfs", at.to_str().unwrap()]);
+    assert_eq!(fs::read(at.join("etc/own")).unwrap(), b"two");
+    assert_eq!(fs::read(at.join("also-large")).unwrap(), words(1, 900_000));
+    device.ok(&["umount", at.to_str().unwrap()]);
+    device.ok(&["gc"]);
+    assert!(device.ok(&["verify"]).contains("good"));
 }

@@ -25,6 +25,10 @@
 //! seen (about 100 bytes each, never more than there are such folders). A folder that only one layer
 //! has is served straight from that layer, with that layer's cookies.
 //!
+//! # One plain image
+//! [`Merged::plain`] shows an image that is no layer as it is, without these rules: what a layer would mean as a
+//! whiteout is a file (plain.rs).
+//!
 //! # Listing a merged folder
 //! Layers list in the order of names, so a merged listing is a streaming merge; nothing is held but
 //! 32 entries a layer. Its cookie is the ordinal of the entry. Where each layer stood at an ordinal is
@@ -37,12 +41,15 @@
 mod cursor;
 mod links;
 pub mod names;
+mod plain;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use self::cursor::{CursorCache, Merge};
+pub use self::plain::Shown;
 use super::layer::{Attr, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs};
 
 use crate::sys::locks;
@@ -69,6 +76,14 @@ pub enum OverlayError {
     /// There must be 1 to 1000 layers.
     #[error("a merged view takes 1 to {MAX_LAYERS} layers, found {0}")]
     LayerCount(usize),
+    /// The folder that is to be shown as the root is not there.
+    #[error("the image has no folder `{}`: {why}", folder.display())]
+    Subdir {
+        /// The folder, as the user wrote it.
+        folder: PathBuf,
+        /// What was found instead.
+        why: String,
+    },
     /// The number does not belong to any layer.
     #[error("inode {0:#x} belongs to no layer")]
     NoSuchInode(u64),
@@ -126,8 +141,8 @@ struct MergedDir {
 /// # let (name, _) = store.names()?.into_iter().find(|(name, _)| name.starts_with("mos/images/")).unwrap();
 /// # let image = store.image(&store.resolve(&name)?.digest)?;
 /// # let plan = mosfs::MountPlan::new("web", &image, &store.blobs(), Default::default())?;
-/// // The layers of a MountPlan.
-/// let tree = Merged::new(open(&plan)?)?;
+/// // What a MountPlan has, merged where it has several layers.
+/// let tree: Merged = open(&plan)?;
 /// let (usr, attr) = tree.lookup(1, b"usr")?.ok_or("no such folder")?;
 /// assert_eq!(attr.kind, FileType::Directory);
 ///
@@ -148,6 +163,8 @@ pub struct Merged {
     hidden_links: OnceLock<HashMap<Part, u32>>,
     /// The first inode number of each layer, and one past the last of all.
     bases: OnceLock<Box<[u64]>>,
+    /// How the one image is shown that is no layer of a stack; `None` for layers.
+    plain: Option<Shown>,
 }
 
 /// What an inode number stands for.
@@ -167,7 +184,7 @@ impl Merged {
         if layers.is_empty() || layers.len() > MAX_LAYERS {
             return Err(OverlayError::LayerCount(layers.len()));
         }
-        let mut parts = Vec::new();
+        let mut parts: Vec<Part> = Vec::new();
         for (layer, image) in layers.iter().enumerate().rev() {
             let part = Part { layer, node: image.root() };
             parts.push(part);
@@ -175,16 +192,20 @@ impl Merged {
                 break;
             }
         }
-        let root =
-            Arc::new(MergedDir { parts: parts.into_boxed_slice(), parent: ROOT, nlink: AtomicU32::new(0) });
-        Ok(Self {
+        Ok(Self::with_root(layers, parts, None))
+    }
+
+    fn with_root(layers: Vec<Arc<dyn Layer>>, parts: Vec<Part>, plain: Option<Shown>) -> Self {
+        let parts = parts.into_boxed_slice();
+        Self {
             layers,
-            root,
+            root: Arc::new(MergedDir { parts, parent: ROOT, nlink: AtomicU32::new(0) }),
             dirs: RwLock::default(),
             cursors: Mutex::default(),
             hidden_links: OnceLock::new(),
             bases: OnceLock::new(),
-        })
+            plain,
+        }
     }
 
     /// The layers, bottom first.
@@ -305,6 +326,9 @@ impl Merged {
             return Ok(Vec::new());
         }
         let all = self.layers[part.layer].xattrs(part.node).map_err(|source| at(part, source))?;
+        if self.plain.is_some() {
+            return Ok(all);
+        }
         Ok(all.into_iter().filter_map(|(name, value)| Some((names::shown(name)?, value))).collect())
     }
 
@@ -403,7 +427,11 @@ impl Merged {
     }
 
     fn part_attr(&self, part: Part) -> Result<Attr, OverlayError> {
-        self.layers[part.layer].attr(part.node).map_err(|source| at(part, source))
+        let attr = self.layers[part.layer].attr(part.node).map_err(|source| at(part, source))?;
+        Ok(match &self.plain {
+            Some(shown) => shown.attr(attr),
+            None => attr,
+        })
     }
 
     fn part_lookup(&self, part: Part, name: &[u8]) -> Result<Option<DirEntry>, OverlayError> {
@@ -413,6 +441,9 @@ impl Merged {
     /// Whiteout: a character device with number 0:0, or an empty regular file with the attribute
     /// (overlayfs.rst, "whiteouts and opaque directories").
     fn is_whiteout(&self, part: Part, kind: FileType) -> Result<bool, OverlayError> {
+        if self.plain.is_some() {
+            return Ok(false);
+        }
         match kind {
             FileType::CharDevice => Ok(self.part_attr(part)?.rdev == 0),
             FileType::Regular if self.layers[part.layer].has_xattrs() => {

@@ -143,7 +143,7 @@ mod tests {
         file.set_len(16384).unwrap();
         assert!(matches!(locate(&file), Ok(Located::Absent { image_bytes: 8192, .. })));
         assert!(matches!(why(&file), VerityError::Superblock { field: "signature", .. }));
-        let superblock = Superblock { uuid: [0; 16], salt: [7; 32], data_blocks: 3 };
+        let superblock = Superblock { uuid: [0; 16], salt: vec![7; 32], data_blocks: 3 };
         file.write_all_at(&superblock.to_block(), 8192).unwrap();
         assert!(matches!(why(&file), VerityError::Superblock { field: "data_blocks", .. }));
         let superblock = Superblock { data_blocks: 2, ..superblock };
@@ -160,7 +160,7 @@ mod tests {
         file.set_len(16384).unwrap();
         file.write_all_at(b"hsqs", 0).unwrap();
         file.write_all_at(&8192u64.to_le_bytes(), 40).unwrap();
-        let superblock = Superblock { uuid: [0; 16], salt: [7; 32], data_blocks: 2 };
+        let superblock = Superblock { uuid: [0; 16], salt: vec![7; 32], data_blocks: 2 };
         file.write_all_at(&superblock.to_block(), 8192).unwrap();
         assert!(matches!(locate(&file), Ok(Located::Present(_))));
         for bytes in [16385, 16384 + 4096, 1 << 30, 16383, 12288, 8200] {

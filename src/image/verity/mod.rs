@@ -47,6 +47,8 @@ mod locate;
 pub(super) mod parallel;
 mod tree;
 
+use std::ops::RangeInclusive;
+
 use super::format::image_bytes;
 use super::source::ReadError;
 use crate::digest::{Digest, Hasher};
@@ -63,6 +65,12 @@ pub const BLOCK_BYTES: usize = 4096;
 
 /// Hashes in a hash block.
 pub const HASHES_PER_BLOCK: usize = 128;
+
+/// Bytes of the salt of a layer.
+pub const SALT_BYTES: usize = 32;
+
+/// Most bytes of a salt (cryptsetup's `struct verity_sb`).
+pub const SALT_BYTES_MAX: usize = 256;
 
 /// The signature at the start of a superblock.
 pub const SIGNATURE: &[u8; 8] = b"verity\0\0";
@@ -141,8 +149,8 @@ impl Classified for VerityError {
 pub struct Superblock {
     /// A name for people and udev; nothing depends on it.
     pub uuid: [u8; 16],
-    /// The salt, hashed before every block.
-    pub salt: [u8; 32],
+    /// The salt, hashed before every block: [`SALT_BYTES`] in a layer, at most [`SALT_BYTES_MAX`] anywhere.
+    pub salt: Vec<u8>,
     /// Number of data blocks.
     pub data_blocks: u64,
 }
@@ -160,7 +168,9 @@ mod field {
     pub(super) const HASH_BLOCK_SIZE: Range<usize> = 68..72;
     pub(super) const DATA_BLOCKS: Range<usize> = 72..80;
     pub(super) const SALT_SIZE: Range<usize> = 80..82;
-    pub(super) const SALT: Range<usize> = 88..120;
+    pub(super) const SALT: Range<usize> = 88..88 + super::SALT_BYTES_MAX;
+    /// The superblock ends here. `veritysetup` writes no more, and a layer has zeros up to the end of the block.
+    pub(super) const END: usize = 512;
 }
 
 impl Superblock {
@@ -177,22 +187,43 @@ impl Superblock {
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&derive(b"mosfs-verity-uuid-v1")[..16]);
         let uuid = uuid::Builder::from_custom_bytes(uuid).into_uuid().into_bytes();
-        Self { uuid, salt: derive(b"mosfs-verity-salt-v1"), data_blocks }
+        Self { uuid, salt: derive(b"mosfs-verity-salt-v1").to_vec(), data_blocks }
     }
 
-    /// Parses a superblock from its block.
+    /// Parses the superblock of a layer from its block.
     ///
     /// Every byte except UUID, salt and the number of data blocks must match what [`Superblock::to_block`]
-    /// writes.
+    /// writes for a salt of [`SALT_BYTES`].
     ///
     /// # Errors
     /// [`VerityError::Superblock`] names the first field that is wrong.
     pub fn parse(block: &[u8; BLOCK_BYTES]) -> Result<Self, VerityError> {
+        Self::parse_with(block, SALT_BYTES..=SALT_BYTES, BLOCK_BYTES)
+    }
+
+    /// Parses a superblock as `veritysetup format` writes it with SHA-256, hash type 1 and blocks of 4096
+    /// bytes: with any salt, or none, and whatever bytes between its end and the end of its block.
+    ///
+    /// # Errors
+    /// As [`Superblock::parse`].
+    pub fn parse_any_salt(block: &[u8; BLOCK_BYTES]) -> Result<Self, VerityError> {
+        Self::parse_with(block, 0..=SALT_BYTES_MAX, field::END)
+    }
+
+    /// `salts` are the lengths of a salt that are allowed, in bytes; `checked_bytes` is how much of the block
+    /// must be as [`Superblock::to_block`] writes it.
+    fn parse_with(
+        block: &[u8; BLOCK_BYTES],
+        salts: RangeInclusive<usize>,
+        checked_bytes: usize,
+    ) -> Result<Self, VerityError> {
         let wrong =
             |field, found: String, expected: String| VerityError::Superblock { field, found, expected };
+        let salt_bytes = usize::from(u16::from_le_bytes(bytes(block, field::SALT_SIZE)));
+        let salt = block[field::SALT].get(..salt_bytes).unwrap_or_default().to_vec();
         let parsed = Self {
             uuid: bytes(block, field::UUID),
-            salt: bytes(block, field::SALT),
+            salt,
             data_blocks: u64::from_le_bytes(bytes(block, field::DATA_BLOCKS)),
         };
         let only = parsed.to_block();
@@ -212,14 +243,16 @@ impl Superblock {
             }
         }
         if block[field::ALGORITHM] != only[field::ALGORITHM] {
-            let found = format!("`{}`", block[field::ALGORITHM].trim_ascii_end().escape_ascii());
+            let name = block[field::ALGORITHM].split(|&byte| byte == 0).next().unwrap_or_default();
+            let found = format!("`{}`", name.escape_ascii());
             return Err(wrong("algorithm", found, "`sha256`, filled up with zeros".to_string()));
         }
-        let salt_size = u16::from_le_bytes(bytes(block, field::SALT_SIZE));
-        if usize::from(salt_size) != parsed.salt.len() {
-            return Err(wrong("salt_size", salt_size.to_string(), parsed.salt.len().to_string()));
+        if !salts.contains(&salt_bytes) {
+            let (least, most) = (salts.start(), salts.end());
+            let expected = if least == most { most.to_string() } else { format!("{least} to {most}") };
+            return Err(wrong("salt_size", salt_bytes.to_string(), expected));
         }
-        if let Some(at) = (0..BLOCK_BYTES).find(|&at| block[at] != only[at]) {
+        if let Some(at) = (0..checked_bytes).find(|&at| block[at] != only[at]) {
             return Err(wrong("padding", format!("{:#04x} at byte {at}", block[at]), "zero".to_string()));
         }
         Ok(parsed)
@@ -248,8 +281,10 @@ impl Superblock {
         put(field::DATA_BLOCK_SIZE, &(BLOCK_BYTES as u32).to_le_bytes());
         put(field::HASH_BLOCK_SIZE, &(BLOCK_BYTES as u32).to_le_bytes());
         put(field::DATA_BLOCKS, &self.data_blocks.to_le_bytes());
-        put(field::SALT_SIZE, &(self.salt.len() as u16).to_le_bytes());
-        put(field::SALT, &self.salt);
+        // A longer one cannot be stored, and is not made or read.
+        let salt = self.salt.get(..SALT_BYTES_MAX).unwrap_or(&self.salt);
+        put(field::SALT_SIZE, &(salt.len() as u16).to_le_bytes());
+        put(field::SALT, salt);
         block
     }
 }
@@ -337,13 +372,30 @@ mod tests {
         for at in 0..BLOCK_BYTES {
             let mut block = good;
             block[at] ^= 0x20;
-            let free = [field::UUID, field::SALT, field::DATA_BLOCKS].iter().any(|range| range.contains(&at));
+            let salt = field::SALT.start..field::SALT.start + SALT_BYTES;
+            let free = [field::UUID, salt, field::DATA_BLOCKS].iter().any(|range| range.contains(&at));
             match Superblock::parse(&block) {
                 Ok(parsed) => assert!(free && parsed != sample(), "byte {at} was let through"),
                 Err(VerityError::Superblock { .. }) => assert!(!free, "byte {at} was refused"),
                 Err(other) => panic!("byte {at}: {other}"),
             }
         }
+    }
+
+    #[test]
+    fn a_plain_file_may_have_any_salt() {
+        for salt in [vec![], vec![1], vec![2; 32], vec![3; SALT_BYTES_MAX]] {
+            let superblock = Superblock { salt, ..sample() };
+            let mut block = superblock.to_block();
+            // What was in the file before.
+            block[field::END..].fill(0xee);
+            assert_eq!(Superblock::parse_any_salt(&block).unwrap(), superblock);
+            assert!(Superblock::parse(&block).is_err());
+        }
+        let mut block = sample().to_block();
+        block[field::SALT_SIZE].copy_from_slice(&257_u16.to_le_bytes());
+        let error = Superblock::parse_any_salt(&block).unwrap_err().to_string();
+        assert_eq!(error, "verity superblock: salt_size is 257, expected 0 to 256");
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl Tree {
     pub fn build(
         file: &File,
         geometry: &Geometry,
-        salt: &[u8; 32],
+        salt: &[u8],
         threads: NonZeroUsize,
         task: &Task,
     ) -> Result<Self, ReadError> {

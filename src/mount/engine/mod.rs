@@ -140,7 +140,7 @@ impl Engine {
                 self.troubles.report(*layer, ino, source);
                 EngineError::Io
             }
-            OverlayError::LayerCount(_) => EngineError::Io,
+            OverlayError::LayerCount(_) | OverlayError::Subdir { .. } => EngineError::Io,
         }
     }
 

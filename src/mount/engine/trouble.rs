@@ -142,7 +142,7 @@ impl Troubles {
         state.lines += 1;
         state.seen.insert((layer, place));
         let name = self.names.get(layer).map_or("?", String::as_str);
-        let line = format!("layer {name}: inode {ino:#x}: {error}");
+        let line = format!("{name}: inode {ino:#x}: {error}");
         log::error!("{line}");
         state.last = Some(line);
     }
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn each_place_is_logged_once_and_all_are_counted() {
-        let troubles = Troubles::new(vec!["sha256:aa".into()]);
+        let troubles = Troubles::new(vec!["layer sha256:aa".into()]);
         let bad = |block| {
             let (expected, found) = (crate::digest::Digest::of(b"a"), crate::digest::Digest::of(b"b"));
             LayerError::Read(ReadError::Verity { what: "data".into(), block, expected, found })
@@ -165,7 +165,7 @@ mod tests {
         let counts = troubles.counts();
         assert_eq!((counts.verity, counts.total(), troubles.total()), (10, 10, 10));
         let last = counts.last.unwrap();
-        for part in ["sha256:aa", "block 7", "expected", "hash"] {
+        for part in ["layer sha256:aa: inode", "block 7", "expected", "hash"] {
             assert!(last.contains(part), "{last}");
         }
         for block in 0..100_000 {

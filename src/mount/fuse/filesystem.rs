@@ -13,11 +13,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    AccessFlags, Errno, FileAttr, FileHandle, FileType as FuseType, Filesystem, Generation, INodeNo,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    AccessFlags, Errno, FileAttr, FileHandle, FileType as FuseType, Filesystem, FopenFlags, Generation,
+    INodeNo, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
+use super::idle::Opens;
 use super::lead::{self, Lead};
 use super::limits::{self, TTL};
 use super::pool::Pool;
@@ -39,6 +40,8 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 pub(super) struct Tree {
     pub view: Arc<View>,
     pub pulse: Arc<Pulse>,
+    /// Counts open files, where a timeout needs them.
+    pub opens: Option<Arc<Opens>>,
     pub lead: Arc<Lead>,
     /// Threads for requests that wait for another machine; none where all bytes are on this one.
     pub pool: Option<Arc<Pool>>,
@@ -60,6 +63,28 @@ impl Tree {
             let view = Arc::clone(&self.view);
             pool.submit(Box::new(move || drop(answer(&view, reply))));
         }
+    }
+
+    fn opened(&self, reply: ReplyOpen, flags: FopenFlags) {
+        match &self.opens {
+            // With NO_OPEN_SUPPORT and NO_OPENDIR_SUPPORT: the kernel opens files by itself from now on.
+            None => reply.error(Errno::ENOSYS),
+            Some(opens) => {
+                self.pulse.beat();
+                let _turn = self.lead.turn();
+                opens.opened();
+                reply.opened(FileHandle(0), flags);
+            }
+        }
+    }
+
+    fn released(&self, reply: ReplyEmpty) {
+        if let Some(opens) = &self.opens {
+            self.pulse.beat();
+            let _turn = self.lead.turn();
+            opens.released();
+        }
+        reply.ok();
     }
 }
 
@@ -222,12 +247,28 @@ impl Filesystem for Tree {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // With NO_OPEN_SUPPORT: the kernel opens files by itself from now on.
-        reply.error(Errno::ENOSYS);
+        self.opened(reply, FopenFlags::FOPEN_KEEP_CACHE);
     }
 
     fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.error(Errno::ENOSYS);
+        self.opened(reply, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR);
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.released(reply);
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, _: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.released(reply);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {

@@ -8,6 +8,7 @@
 //! prefill.rs      decoded bytes that nobody asked for yet, put into the page cache
 //! spin.rs         --spin
 //! lead.rs         which thread reads requests, and when it polls, where cores may not be kept awake
+//! idle.rs         unmounts what nobody uses
 //! ```
 //!
 //! # Life of a mount
@@ -25,6 +26,7 @@
 //!    it at once, and they get ENOTCONN.
 
 mod filesystem;
+mod idle;
 mod lead;
 mod limits;
 mod pool;
@@ -44,18 +46,19 @@ pub use limits::DEFAULT_CACHE_MIB;
 pub use spin::Spin;
 
 use self::filesystem::{Tree, View, check_root};
+use self::idle::Opens;
 use self::lead::Lead;
 use self::prefill::Siblings;
 use self::spin::Pulse;
 use self::started::{OnDemand, all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
-use super::open::open;
+use super::open::{names, open};
 use super::table::{self, DaemonRecord, MountRecord};
-use super::{MountError, MountFlags, MountPlan, log as daemon_log, source_name};
+use super::{Access, MountError, MountFlags, MountPlan, log as daemon_log, source_name};
 use crate::failpoint;
 use crate::image::blobs::Blobs;
-use crate::image::overlay::{Merged, ROOT};
+use crate::image::overlay::ROOT;
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
 use crate::sys::locks;
@@ -73,17 +76,28 @@ pub struct FuseOptions {
     pub cache_mib: Option<usize>,
     /// When to keep cores awake while requests come close together.
     pub spin: Spin,
+    /// Unmount after so long without a request and without an open file.
+    pub idle: Option<Duration>,
+    /// How long a signal waits before it unmounts, so that a program that was started just before it can open a file.
+    pub grace: Duration,
 }
 
 /// A connection to the kernel that has a mount and is not yet served.
 struct Connection {
     fd: OwnedFd,
-    /// The mount.
-    mount: OwnedFd,
-    /// Whether `fusermount3` has attached it to its target already.
-    by_helper: bool,
+    /// The mount, where it is still to be attached.
+    mount: Option<OwnedFd>,
+    place: Place,
+    acl: SessionACL,
+}
+
+/// Where a mount of ours is, or will be.
+#[derive(Debug, Clone)]
+struct Place {
     target: PathBuf,
     device: (u32, u32),
+    /// Whether `fusermount3` has attached it.
+    by_helper: bool,
 }
 
 impl Connection {
@@ -98,24 +112,40 @@ impl Connection {
     ) -> Result<Self, MountError> {
         let target = point.path().to_path_buf();
         let failed = |source: io::Error| MountError::Mount { target: target.clone(), source };
-        let by_helper = sys::daemon::effective_ids().0 != 0;
-        let (fd, mount) = if by_helper {
-            let fd = mount_by_helper(source, &target, flags)?;
-            match MountPoint::open(&target) {
-                Ok(mounted) => (fd, mounted.into()),
-                Err(source) => {
-                    let _ = sys::fuse::unmount_with_helper(&target, true);
-                    return Err(failed(source));
+        let fd = sys::fuse::open_device().map_err(MountError::Device)?;
+        // An ordinary user may have the capability, in a user namespace where fusermount3 is not setuid.
+        let (fd, mount, by_helper) = match mount_nowhere(source, engine, &fd, flags) {
+            Ok(mount) => (fd, mount, false),
+            Err(error) if is_for_helper(&error) => {
+                drop(fd);
+                let fd = mount_by_helper(source, &target, flags)?;
+                match MountPoint::open(&target) {
+                    Ok(mounted) => (fd, mounted.into(), true),
+                    Err(source) => {
+                        let _ = sys::fuse::unmount_with_helper(&target, true);
+                        return Err(failed(source));
+                    }
                 }
             }
-        } else {
-            let fd = sys::fuse::open_device().map_err(MountError::Device)?;
-            let mount = mount_nowhere(source, engine, &fd, flags).map_err(|error| failed(error.into()))?;
-            (fd, mount)
+            Err(error) => return Err(failed(error.into())),
         };
         let device = sys::fuse::device_of_fd(mount.as_fd()).map_err(failed)?;
-        Ok(Self { fd, mount, by_helper, target, device })
+        // Where it is attached already, a descriptor of it would keep it from being unmounted.
+        let mount = (!by_helper).then_some(mount);
+        Ok(Self { fd, mount, place: Place { target, device, by_helper }, acl: acl(flags) })
     }
+}
+
+/// Whether an ordinary user is to mount with `fusermount3`.
+fn is_for_helper(error: &mountapi::CallError) -> bool {
+    // ENOSYS: before Linux 5.2, or under a filter of system calls.
+    let is_refused = matches!(error.source.raw_os_error(), Some(libc::EPERM | libc::ENOSYS));
+    is_refused && sys::daemon::effective_ids().0 != 0
+}
+
+/// Who of those whom the kernel lets in is served. The kernel knows no mount for root and the mounter alone.
+fn acl(flags: &MountFlags) -> SessionACL {
+    if flags.allow_root && !flags.allow_other { SessionACL::RootAndOwner } else { SessionACL::All }
 }
 
 fn unmount_at(target: &Path, by_helper: bool, lazy: bool) -> io::Result<()> {
@@ -145,13 +175,24 @@ fn mount_nowhere(
     // In octal. The whole mode: an overlay may be made of the mount before somebody asks for it.
     let mode = engine.attr(ROOT).map_or(0, |attr| attr.permissions);
     let mode = format!("{:o}", libc::S_IFDIR | libc::mode_t::from(mode));
-    for (key, value) in
-        [("rootmode", mode.as_str()), ("user_id", "0"), ("group_id", "0"), ("max_read", read_bytes.as_str())]
-    {
+    let (user, group) = sys::daemon::effective_ids();
+    for (key, value) in [
+        ("rootmode", mode),
+        ("user_id", user.to_string()),
+        ("group_id", group.to_string()),
+        ("max_read", read_bytes),
+    ] {
         context.set_string(key, value.as_bytes())?;
     }
-    for key in ["default_permissions", "allow_other", "ro"] {
-        context.set_flag(key)?;
+    context.set_flag("ro")?;
+    let is_checked = flags.access == Access::Checked;
+    for (key, is_set) in [
+        ("default_permissions", is_checked),
+        ("allow_other", is_checked || flags.allow_other || flags.allow_root),
+    ] {
+        if is_set {
+            context.set_flag(key)?;
+        }
     }
     context.mount(libc::MOUNT_ATTR_RDONLY | flags.attributes())
 }
@@ -160,14 +201,14 @@ fn mount_by_helper(source: &str, target: &Path, flags: &MountFlags) -> Result<Ow
     // fusermount3 always sets nosuid and nodev for users.
     let source = source_name::cut(source, source_name::MOUNT_BYTES_MAX);
     let name = source.replace('\\', "\\\\").replace(',', "\\,");
-    let mut options = format!(
-        "ro,nosuid,nodev,default_permissions,subtype=mosfs,fsname={name},max_read={}",
-        limits::READ_BYTES
-    );
+    let mut options = format!("ro,nosuid,nodev,subtype=mosfs,fsname={name},max_read={}", limits::READ_BYTES);
+    if flags.access == Access::Checked {
+        options.push_str(",default_permissions");
+    }
     if flags.noexec {
         options.push_str(",noexec");
     }
-    if flags.allow_other {
+    if flags.allow_other || flags.allow_root {
         options.push_str(",allow_other");
     }
     sys::fuse::mount_with_helper(target, &options).map_err(|source| match source.kind() {
@@ -176,15 +217,14 @@ fn mount_by_helper(source: &str, target: &Path, flags: &MountFlags) -> Result<Ow
     })
 }
 
-/// Opens the layers of a plan, checks the root folder, and makes an engine of them.
+/// Opens what a plan has, checks the root folder, and makes an engine of it.
 pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountError> {
-    let view = Merged::new(open(plan)?)?;
-    if plan.blobs.is_remote() {
+    let view = open(plan)?;
+    if plan.remote().is_some() {
         view.number_files();
     }
-    let names = plan.layers.iter().map(|layer| layer.descriptor.digest.to_string()).collect();
     let cache_bytes = options.cache_mib.unwrap_or(DEFAULT_CACHE_MIB).saturating_mul(1 << 20);
-    let engine = Engine::new(view, names, cache_bytes);
+    let engine = Engine::new(view, names(plan), cache_bytes);
     if check_root(&engine).is_err() {
         let why = engine.troubles().counts().last.unwrap_or_else(|| "it is not a folder".into());
         return Err(MountError::Root { mount_source: plan.source.clone(), why });
@@ -257,8 +297,8 @@ pub fn start(
 ) -> Result<Served, MountError> {
     let connection = Connection::new(&plan.source, &engine, point, flags)?;
     failpoint::hit("fuse.tree.made");
-    let Connection { by_helper, device, .. } = connection;
-    let mut served = Served { mount: None, device, undo: by_helper.then(|| connection.target.clone()) };
+    let Place { by_helper, device, .. } = connection.place;
+    let mut served = Served { mount: None, device, undo: by_helper.then(|| connection.place.target.clone()) };
     let failed = |operation| move |source| MountError::System { operation, source };
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;
     match sys::daemon::fork().map_err(failed("fork"))? {
@@ -272,7 +312,7 @@ pub fn start(
             // The connection is the daemon's alone: if it dies, the mount must not hang on us.
             let Connection { mount, fd, .. } = connection;
             drop((writer, fd));
-            served.mount = (!by_helper).then_some(mount);
+            served.mount = mount;
             // Its pages are shared with the daemon: to free what is in them would copy them first.
             std::mem::forget(engine);
             wait_until_ready(reader, point.path())?;
@@ -295,16 +335,40 @@ pub fn serve_here(
     let connection = Connection::new(&plan.source, &engine, point, flags)?;
     let mut served = Some(Served {
         mount: None,
-        device: connection.device,
-        undo: connection.by_helper.then(|| connection.target.clone()),
+        device: connection.place.device,
+        undo: connection.place.by_helper.then(|| connection.place.target.clone()),
     });
-    let files = table::files_of(connection.device)?;
-    let record = enter(files.as_deref())?.then(|| record(plan, &connection, files.as_deref(), false));
-    serve(plan, connection, engine, options, record, &mut |mount| {
+    let Connection { fd, mut mount, place, acl } = connection;
+    let files = table::files_of(place.device)?;
+    let record = enter(files.as_deref())?.then(|| record(plan, &place, files.as_deref(), false));
+    serve(plan, Link { fd, place: Some(place), acl }, engine, options, record, &mut || {
         if let Some(mut served) = served.take() {
-            served.mount = mount;
+            served.mount = mount.take();
             served.attach(point)?;
         }
+        ready();
+        Ok(())
+    })
+}
+
+/// Serves a plan to a connection of FUSE that the caller has mounted, in this process, until the caller ends it. Calls
+/// `ready` when it is ready. There is no record of the mount: it is the caller's.
+///
+/// # Errors
+/// As [`prepare`], and a number that is no connection.
+pub fn serve_connection(
+    plan: &MountPlan,
+    number: RawFd,
+    flags: &MountFlags,
+    options: &FuseOptions,
+    terminal: Box<dyn Write + Send>,
+    ready: &mut dyn FnMut(),
+) -> Result<(), MountError> {
+    daemon_log::install(None, false, Some(terminal));
+    sys::daemon::lean_allocator();
+    let fd = sys::fuse::take_connection(number).map_err(MountError::Device)?;
+    let engine = prepare(plan, options)?;
+    serve(plan, Link { fd, place: None, acl: acl(flags) }, engine, options, None, &mut || {
         ready();
         Ok(())
     })
@@ -350,15 +414,16 @@ fn daemon(
     let done = sys::daemon::detach(foreign)
         .map_err(|source| MountError::System { operation: "detach from the terminal", source })
         .and_then(|()| {
-            let files = table::files_of(connection.device)?;
+            let Connection { fd, mut mount, place, acl } = connection;
+            let files = table::files_of(place.device)?;
             let is_recorded = enter(files.as_deref())?;
             let log = files.as_ref().map(|files| files.with_extension("log"));
             // By its name in that folder, which goes along when the root is switched.
             daemon_log::install(log.as_deref().and_then(Path::file_name).map(Path::new), true, None);
-            let record = is_recorded.then(|| record(plan, &connection, files.as_deref(), true));
-            serve(plan, connection, engine, options, record, &mut |mount| {
+            let record = is_recorded.then(|| record(plan, &place, files.as_deref(), true));
+            serve(plan, Link { fd, place: Some(place), acl }, engine, options, record, &mut || {
                 // The process that attaches it has a descriptor of its own; with this one nobody could unmount it.
-                drop(mount);
+                drop(mount.take());
                 match pipe.take() {
                     // Dropping the writing end is what lets the reader go on.
                     Some(mut pipe) => pipe.write_all(READY).map_err(|source| MountError::System {
@@ -382,30 +447,39 @@ fn daemon(
     std::process::exit(code)
 }
 
-fn record(plan: &MountPlan, connection: &Connection, files: Option<&Path>, has_log: bool) -> MountRecord {
+fn record(plan: &MountPlan, place: &Place, files: Option<&Path>, has_log: bool) -> MountRecord {
     let pid = std::process::id();
     let start_ticks = table::start_ticks(pid).unwrap_or(0);
     let file = |ending| files.map(|files| files.with_extension(ending));
     let (log, lock) = (has_log.then(|| file("log")).flatten(), file("lock"));
     let daemon = DaemonRecord { pid, start_ticks, log, lock, errors: Default::default() };
-    MountRecord::new(plan, &connection.target, FUSE, connection.device, Some(daemon))
+    MountRecord::new(plan, &place.target, FUSE, place.device, Some(daemon))
+}
+
+/// A connection that is to be served.
+struct Link {
+    fd: OwnedFd,
+    /// Where its mount is; `None` where the mount is the caller's own.
+    place: Option<Place>,
+    acl: SessionACL,
 }
 
 /// Serves a connection until its mount is gone, from the folder of records ([`table::enter`]) where there is a record.
 ///
-/// Calls `ready` when all threads run, with the mount where it is still to be attached. Its last error ends all.
+/// Calls `ready` when all threads run. Its last error ends all.
 ///
-/// Blocks SIGTERM, SIGINT and SIGHUP in this process; each of them triggers an unmount.
+/// Blocks SIGTERM, SIGINT and SIGHUP in this process; each of them triggers an unmount. Where the mount
+/// is the caller's own, a signal ends the process.
 fn serve(
     plan: &MountPlan,
-    connection: Connection,
+    link: Link,
     mut engine: Engine,
     options: &FuseOptions,
     record: Option<MountRecord>,
-    ready: &mut dyn FnMut(Option<OwnedFd>) -> Result<(), MountError>,
+    ready: &mut dyn FnMut() -> Result<(), MountError>,
 ) -> Result<(), MountError> {
     let failed = |operation| move |source| MountError::System { operation, source };
-    let Connection { fd, mount, target, device, by_helper } = connection;
+    let Link { fd, place, acl } = link;
     let signals = Signals::block().map_err(failed("block signals"))?;
     let (queue, store, news) = prefill::queue();
     engine.set_surplus(Box::new(queue));
@@ -416,16 +490,16 @@ fn serve(
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
     let turns = Arc::new(Lead::default());
     let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
-    let pool = plan.blobs.is_remote().then(Arc::default);
-    let tree = Tree { view, pulse: pulse.clone(), lead: turns.clone(), pool };
+    let pool = plan.remote().map(|_| Arc::default());
+    let opens = options.idle.map(|_| Arc::new(Opens::default()));
+    let tree = Tree { view, pulse: pulse.clone(), lead: turns.clone(), opens: opens.clone(), pool };
 
     let mut config = Config::default();
     config.n_threads = Some(threads);
     config.clone_fd = true;
     // Who may enter is the kernel's decision (allow_other); fuser need not decide again.
-    let session =
-        Session::from_fd(tree, fd, SessionACL::All, config).map_err(failed("answer the kernel's INIT"))?;
-    if !by_helper {
+    let session = Session::from_fd(tree, fd, acl, config).map_err(failed("answer the kernel's INIT"))?;
+    if let Some(Place { device, by_helper: false, .. }) = place {
         limits::raise_read_ahead(device);
     }
     let _alive = record.as_ref().map(table::register_here).transpose()?;
@@ -441,8 +515,8 @@ fn serve(
     let _ = store.set(OnDemand::new("store", move || {
         prefill::run(&news, &stored, &siblings, &notifier, &works);
     }));
-    let (fetched, blobs) = (kept.clone(), Arc::clone(&plan.blobs));
-    if blobs.is_remote() {
+    let fetched = kept.clone();
+    if let Some(blobs) = plan.remote().cloned() {
         spawn("progress", move || report_progress(blobs.as_ref(), &fetched))?;
     }
     let reporter = OnDemand::new("report", move || {
@@ -456,12 +530,24 @@ fn serve(
         spin::run(&beats, when);
         turns.begin(copy);
     }));
-    spawn("signals", move || obey(&signals, &target, device, by_helper))?;
-    plan.blobs.start().map_err(failed("start a thread"))?;
+    if let (Some(opens), Some(idle)) = (opens, options.idle) {
+        let (place, pulse) = (place.clone(), pulse.clone());
+        spawn("idle", move || {
+            idle::run(idle, &pulse, &opens, &mut || match &place {
+                Some(place) => place.unmount(false),
+                // The caller's mount ends with its connection.
+                None => std::process::exit(0),
+            })
+        })?;
+    }
+    let grace = options.grace;
+    spawn("signals", move || obey(&signals, place.as_ref(), grace))?;
+    if let Some(blobs) = plan.remote() {
+        blobs.start().map_err(failed("start a thread"))?;
+    }
     let serving = spawn("serve", move || session.run())?;
     if all_serve(threads, &serving) {
-        // Where it is attached already, a descriptor of it would keep it from being unmounted.
-        ready((!by_helper).then_some(mount))?;
+        ready()?;
     }
     match serving.join() {
         Ok(done) => done.map_err(failed("serve requests")),
@@ -484,33 +570,39 @@ impl Drop for Clean {
 struct Clean(Kept);
 
 /// Unmounts when a signal asks for it. See the module's comment.
-fn obey(signals: &Signals, target: &Path, device: (u32, u32), by_helper: bool) {
+fn obey(signals: &Signals, place: Option<&Place>, grace: Duration) {
     let mut asked = false;
     while let Ok(signal) = signals.wait() {
+        let Some(place) = place else { std::process::exit(0) };
         if asked {
             log::warn!("signal {signal} again: ending at once");
             std::process::exit(1);
         }
-        // Somebody may have mounted something else on top since.
-        match sys::fuse::device_of(target) {
-            Ok(found) if found == device => {}
-            _ => {
-                log::warn!(
-                    "signal {signal}: {} is not our mount any more, or another is on it",
-                    target.display()
-                );
-                continue;
-            }
-        }
         asked = true;
-        let done = unmount_at(target, by_helper, false).or_else(|_| {
-            log::info!("{} is in use: unmounting lazily", target.display());
-            unmount_at(target, by_helper, true)
+        std::thread::sleep(grace);
+        let done = place.unmount(false).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Err(error),
+            _ => {
+                log::info!("{} is in use: unmounting lazily", place.target.display());
+                place.unmount(true)
+            }
         });
         if let Err(error) = done {
-            log::error!("cannot unmount {}: {error}", target.display());
+            log::error!("signal {signal}: cannot unmount {}: {error}", place.target.display());
             asked = false;
         }
+    }
+}
+
+impl Place {
+    /// Unmounts what this process serves. `NotFound` where it is not there any more, or is below another mount.
+    fn unmount(&self, lazy: bool) -> io::Result<()> {
+        // Somebody may have mounted something else on top since.
+        if sys::fuse::device_of(&self.target).is_ok_and(|found| found == self.device) {
+            return unmount_at(&self.target, self.by_helper, lazy);
+        }
+        let why = "it is not our mount any more, or another is on it";
+        Err(io::Error::new(io::ErrorKind::NotFound, why))
     }
 }
 

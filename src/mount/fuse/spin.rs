@@ -76,6 +76,11 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
+    /// How many requests there were.
+    pub(super) fn beats(&self) -> u64 {
+        self.beats.load(Ordering::Relaxed)
+    }
+
     /// Starts `thread` with request number [`FIRST`].
     pub(super) fn on_first(&self, thread: OnDemand) {
         // Nobody sets it twice.

@@ -520,7 +520,7 @@ mod tests {
 
     #[test]
     fn the_table_is_what_veritysetup_would_load() {
-        let superblock = Superblock { uuid: [0; 16], salt: [0xab; 32], data_blocks: 3 };
+        let superblock = Superblock { uuid: [0; 16], salt: vec![0xab; 32], data_blocks: 3 };
         let data = VerityData { superblock, geometry: Geometry::new(3 * 4096).unwrap() };
         let target = target(&data, "7:5", &Digest::from_bytes([0x11; 32]));
         let (hash, salt) = ("11".repeat(32), "ab".repeat(32));

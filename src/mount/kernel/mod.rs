@@ -37,7 +37,7 @@ pub fn assemble(
 ) -> Result<(OwnedFd, Duration), MountError> {
     let source = format!("{OVERLAY_SOURCE_PREFIX}{}", plan.source);
     let begin = Instant::now();
-    let layers = backend.layers(&plan.layers)?;
+    let layers = backend.layers(plan.layers())?;
     let with_layers = begin.elapsed();
     let tree = dm_verity::assemble(&layers, upper, &source, flags.attributes())?;
     Ok((tree, with_layers))

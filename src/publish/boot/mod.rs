@@ -31,12 +31,10 @@ mod sign;
 
 use std::collections::BTreeMap;
 
-pub use cpio::CpioError;
-pub use elf::ElfError;
 pub use initramfs::InitramfsError;
 pub use kernel::KernelError;
-pub use modules::{ModulesError, REQUIRED, WANTED};
-pub use pe::{PeError, append, section};
+pub use modules::ModulesError;
+pub use pe::PeError;
 pub use sign::{EfiSignError, EfiSigner};
 
 use crate::convert::{ConvertError, Effort, TarLayer, convert_tar};

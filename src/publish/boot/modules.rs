@@ -10,11 +10,11 @@ use std::io::Read;
 use crate::image::files::{Files, FilesError};
 
 /// Modules without which no system can be mounted. Each must be a file or built into the kernel.
-pub const REQUIRED: &[&str] = &["loop", "dm_mod", "dm_verity", "squashfs", "overlay"];
+pub(super) const REQUIRED: &[&str] = &["loop", "dm_mod", "dm_verity", "squashfs", "overlay"];
 
 /// Modules that are taken where the kernel has them, in groups as docs/kernel.md lists them. The order is that of
 /// loading.
-pub const WANTED: &[(&str, &[&str])] = &[
+pub(super) const WANTED: &[(&str, &[&str])] = &[
     // Asked for by name when a file system is mounted, where no program would load them.
     (
         "checksums and ciphers",

@@ -217,7 +217,8 @@ pub(super) fn sections(program: &[u8]) -> Result<Vec<Section>, PeError> {
 ///
 /// # Errors
 /// [`PeError`] if it is not a whole EFI program.
-pub fn section<'a>(program: &'a [u8], name: &str) -> Result<Option<&'a [u8]>, PeError> {
+#[cfg_attr(not(test), expect(dead_code, reason = "what a kernel image holds is asked in tests"))]
+pub(super) fn section<'a>(program: &'a [u8], name: &str) -> Result<Option<&'a [u8]>, PeError> {
     let found = sections(program)?.into_iter().find(|section| section.name == name);
     found
         .map(|section| {
@@ -230,7 +231,7 @@ pub fn section<'a>(program: &'a [u8], name: &str) -> Result<Option<&'a [u8]>, Pe
 ///
 /// # Errors
 /// [`PeError`].
-pub fn append(stub: &[u8], new: &[(&str, &[u8])]) -> Result<Vec<u8>, PeError> {
+pub(super) fn append(stub: &[u8], new: &[(&str, &[u8])]) -> Result<Vec<u8>, PeError> {
     let headers = Headers::parse(stub)?;
     if let Some(at) = headers.certificates
         && u32_at(stub, at + 4, "the data directory")? != 0
