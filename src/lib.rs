@@ -43,6 +43,7 @@
 //! belief   manifest <- trust <- floor                 what is trusted, and why
 //!
 //! deploy (all three) <- boot          on a device
+//! deploy <- medium <- setup           on a device that is to become one
 //! publish (places, belief)            on the publisher's machine
 //! cli                                 parse, run, print
 //! ```

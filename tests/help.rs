@@ -39,6 +39,7 @@ const ORDER: &[&str] = &[
     "floor sign-provision",
     "install",
     "update",
+    "setup",
     "status",
     "store stats",
     "mount",
@@ -207,6 +208,7 @@ fn the_examples_work() {
     .unwrap();
     world.ok("head -c 32 /dev/urandom > nonce && head -c 4 /dev/zero >> nonce");
     world.ok("echo 'root=mosfs mosfs.backend=fuse mosfs.overlay=ro' > cmdline");
+    let disk = world.ok("truncate -s 640M disk && losetup --find --show --partscan disk");
     for command in ORDER {
         if *command == "mount" {
             // An image that can be mounted as it is: with verity data.
@@ -216,7 +218,7 @@ fn the_examples_work() {
         }
         for example in examples(command) {
             assert!(example.starts_with(&format!("mosfs {command}")), "{example}");
-            let said = world.ok(&example);
+            let said = world.ok(&example.replace("/dev/sdb", disk.trim()));
             if example.starts_with("mosfs mount ") {
                 assert_eq!(
                     fs::read_to_string(dir.path().join("mnt/etc/motd")).unwrap(),
@@ -230,10 +232,12 @@ fn the_examples_work() {
             }
             match *command {
                 "floor show" => assert!(said.contains('0'), "{said}"),
+                "setup" => assert!(said.contains("MOSFS-INSTALL-VERDICT: 0"), "{said}"),
                 "umount" => assert!(!dir.path().join("mnt/etc").exists()),
                 "commit" => assert!(world.ok("mosfs floor show").contains("200")),
                 _ => {}
             }
         }
     }
+    world.ok(&format!("losetup -d {disk}"));
 }

@@ -560,7 +560,7 @@ fn answers_choose_as_options_do() {
     let answers = machine.dir.path().join("answers.yaml");
     let file = answers.to_str().unwrap();
     fs::write(&answers, format!("disk: path:{}\nwhipe: yes\n", disk.device)).unwrap();
-    let why = format!("{file}:2:1: whipe: found an unknown field; allowed: disk, wipe, floor, after");
+    let why = format!("{file}:2:1: whipe: found an unknown field; allowed: disk, wipe");
     refused_untouched(&disk, &mut machine.setup(200, &["--answers", file]), 2, &why);
     sh(Path::new("/"), &format!("mke2fs -q -t ext4 {}", disk.device));
     fs::write(&answers, format!("disk: path:{}\n", disk.device)).unwrap();

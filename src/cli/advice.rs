@@ -2,7 +2,6 @@
 
 use super::kernel::KernelArgsError;
 use super::plain::FileArgsError;
-use super::setup::SetupUsage;
 use crate::convert::image::IngestError;
 use crate::convert::puzzlefs::PuzzlefsError;
 use crate::deploy::DeployError;
@@ -57,8 +56,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_file))
             .or_else(|| this.downcast_ref().and_then(for_mount))
             .or_else(|| this.downcast_ref().and_then(for_ingest))
-            .or_else(|| this.downcast_ref().and_then(for_setup))
-            .or_else(|| this.downcast_ref().and_then(for_setup_usage));
+            .or_else(|| this.downcast_ref().and_then(for_setup));
         if found.is_some() {
             return found;
         }
@@ -69,6 +67,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
 
 fn for_setup(error: &SetupError) -> Option<&'static str> {
     Some(match error {
+        SetupError::NotNamed => "name the disk with `--disk`, or in the answers file",
         SetupError::NotEmpty { .. } => {
             "if everything on it may be lost, name it with `--wipe DEVICE` as well"
         }
@@ -85,10 +84,6 @@ fn for_setup(error: &SetupError) -> Option<&'static str> {
         SetupError::Esp(error) => return for_esp(error),
         _ => return None,
     })
-}
-
-fn for_setup_usage(error: &SetupUsage) -> Option<&'static str> {
-    matches!(error, SetupUsage::NoDisk).then_some("name the disk with `--disk`, or in the answers file")
 }
 
 fn for_esp(error: &EspError) -> Option<&'static str> {

@@ -8,7 +8,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{FloorArgs, Global, RegistryArgs, offered, output, progress};
-use crate::error::{AnyError, Class, Classified, IoContext};
+use crate::error::{AnyError, IoContext};
 use crate::floor;
 use crate::setup::answers::Answers;
 use crate::setup::disk::{self, Choice, Disk};
@@ -39,7 +39,7 @@ pub(super) struct SetupArgs {
     /// Erase this disk. It must be the one to set up.
     #[arg(long, value_name = "DEVICE")]
     wipe: Option<PathBuf>,
-    /// Take the answers from this file (YAML: disk, wipe, floor, after). Options override it.
+    /// Take the answers from this file (YAML: disk, wipe). Options override it.
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
     /// The manifest CA of the system [default: that of CONFIG].
@@ -59,26 +59,6 @@ pub(super) struct SetupArgs {
     floor: FloorArgs,
     #[command(flatten)]
     registry: RegistryArgs,
-}
-
-/// What only the command line can get wrong.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum SetupUsage {
-    /// Nobody named a disk.
-    #[error("no disk was named, and nobody can be asked: standard input is no terminal")]
-    NoDisk,
-    /// The user stopped.
-    #[error("no disk was chosen; nothing was written")]
-    Stopped,
-}
-
-impl Classified for SetupUsage {
-    fn class(&self) -> Class {
-        match self {
-            Self::NoDisk => Class::Input,
-            Self::Stopped => Class::Failure,
-        }
-    }
 }
 
 /// Runs `mosfs setup`.
@@ -168,7 +148,7 @@ fn set_up(args: &SetupArgs, global: &Global) -> Result<Outcome, AnyError> {
 /// Lists the disks and asks for one; one that is not empty must be named again.
 fn ask(wipe: Wipe) -> Result<(Choice, Wipe), AnyError> {
     if !io::stdin().is_terminal() {
-        return Err(SetupUsage::NoDisk.into());
+        return Err(SetupError::NotNamed.into());
     }
     dialogue(&disk::list(None)?, wipe, &mut io::stdin().lock(), &|text| output::message(text))
 }
@@ -198,13 +178,13 @@ fn dialogue(
     say("type the number of the disk, or nothing to stop:");
     let chosen =
         answer()?.parse::<usize>().ok().and_then(|number| usable.get(number.checked_sub(1)?).copied());
-    let disk = chosen.ok_or(SetupUsage::Stopped)?;
+    let disk = chosen.ok_or(SetupError::NotChosen)?;
     let choice = Choice::Path(disk.path.clone());
     let Some(holds) = disk.holds.as_ref().filter(|_| wipe == Wipe::No) else { return Ok((choice, wipe)) };
     let word = if disk.serial.is_empty() { disk.name.as_str() } else { disk.serial.as_str() };
     say(&format!("{} holds {holds}. To erase all of it, type {word}:", disk.path.display()));
     if answer()? != word {
-        return Err(SetupUsage::Stopped.into());
+        return Err(SetupError::NotChosen.into());
     }
     Ok((choice, Wipe::Disk(disk.path.clone())))
 }

@@ -72,12 +72,6 @@ pub struct Volume {
     pub id: u32,
 }
 
-/// Returns a size that holds files of these sizes, in bytes: a multiple of 1 MiB.
-pub fn size_for(files: &BTreeMap<String, Vec<u8>>) -> u64 {
-    let content: u64 = files.values().map(|content| content.len() as u64 + 2 * CLUSTER).sum();
-    (content + content / 64 + (1 << 20)).next_multiple_of(1 << 20).max(6 << 20)
-}
-
 /// Makes a file system on a device, with these files.
 ///
 /// # Errors
@@ -405,7 +399,7 @@ fn made_up(name: &str, place: usize) -> [u8; 11] {
 fn long_name(bytes: &mut Vec<u8>, name: &str, short: &[u8; 11]) {
     let sum = short.iter().fold(0_u8, |sum, c| sum.rotate_right(1).wrapping_add(*c));
     let mut units: Vec<u16> = name.encode_utf16().collect();
-    if units.len() % 13 != 0 {
+    if !units.len().is_multiple_of(13) {
         units.push(0);
         units.resize(units.len().next_multiple_of(13), 0xffff);
     }
@@ -430,7 +424,7 @@ mod tests {
     use std::io::Cursor;
 
     fn tree() -> BTreeMap<String, Vec<u8>> {
-        let kernel: Vec<u8> = (0..3_000_000_u32).map(|i| (i * 7 >> 3) as u8).collect();
+        let kernel: Vec<u8> = (0..3_000_000_u32).map(|i| ((i * 7) >> 3) as u8).collect();
         BTreeMap::from([
             ("EFI/BOOT/BOOTX64.EFI".to_string(), b"loader".to_vec()),
             ("EFI/Linux/mosfs-200-0123456789ab.efi".to_string(), kernel),
@@ -470,7 +464,6 @@ mod tests {
             let error = write(&mut image, volume(8), &files).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name}");
         }
-        assert!(write(&mut image, Volume { size_bytes: size_for(&tree()), ..volume(0) }, &tree()).is_ok());
     }
 
     /// mtools and fsck.fat read it.

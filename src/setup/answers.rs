@@ -3,8 +3,6 @@
 //! ```yaml
 //! disk: only-empty        # or serial:S, wwn:W, path:/dev/disk/by-path/…
 //! wipe: no                # yes: the disk need not be empty
-//! floor: refuse           # what to do if the TPM has no floor: refuse, or key
-//! after: reboot           # or poweroff, wait
 //! ```
 //!
 //! Every field may be left out. The file is not signed: it can choose a disk, whose content is then lost.
@@ -18,27 +16,6 @@ use crate::manifest::tree::{Entry, Value};
 use crate::manifest::yaml;
 use crate::sys::file::read_named;
 
-/// What to do if the TPM has no floor.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum FloorAnswer {
-    /// Install nothing.
-    #[default]
-    Refuse,
-    /// Provision it with the key on the medium labelled MOSFS-PROVISION.
-    Key,
-}
-
-/// What follows an installation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum After {
-    /// The machine restarts.
-    Reboot,
-    /// The machine powers off.
-    PowerOff,
-    /// The machine waits for Enter.
-    Wait,
-}
-
 /// The answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Answers {
@@ -46,10 +23,6 @@ pub struct Answers {
     pub disk: Option<Choice>,
     /// Whether it may be erased.
     pub wipe: bool,
-    /// What to do if the TPM has no floor.
-    pub floor: FloorAnswer,
-    /// What follows.
-    pub after: Option<After>,
 }
 
 impl Answers {
@@ -114,22 +87,7 @@ impl Answers {
                     _ => return Err(wrong("yes or no")),
                 }
             }
-            "floor" => {
-                self.floor = match text {
-                    "refuse" => FloorAnswer::Refuse,
-                    "key" => FloorAnswer::Key,
-                    _ => return Err(wrong("refuse or key")),
-                }
-            }
-            "after" => {
-                self.after = Some(match text {
-                    "reboot" => After::Reboot,
-                    "poweroff" => After::PowerOff,
-                    "wait" => After::Wait,
-                    _ => return Err(wrong("reboot, poweroff or wait")),
-                })
-            }
-            _ => return Err(("an unknown field".into(), "disk, wipe, floor, after")),
+            _ => return Err(("an unknown field".into(), "disk, wipe")),
         }
         Ok(())
     }
@@ -142,34 +100,29 @@ mod tests {
 
     #[test]
     fn answers_are_read() {
-        let text = b"disk: serial:A1\nwipe: yes\nfloor: key\nafter: poweroff\n";
-        let answers = Answers::parse(text, "answers.yaml").unwrap();
-        let expected = Answers {
-            disk: Some(Choice::Serial("A1".into())),
-            wipe: true,
-            floor: FloorAnswer::Key,
-            after: Some(After::PowerOff),
-        };
+        let answers = Answers::parse(b"disk: serial:A1\nwipe: yes\n", "answers.yaml").unwrap();
+        let expected = Answers { disk: Some(Choice::Serial("A1".into())), wipe: true };
         assert_eq!(answers, expected);
         assert_eq!(Answers::parse(b"wipe: no\n", "a").unwrap(), Answers::default());
     }
 
     #[test]
     fn every_problem_is_named_with_its_place() {
-        let text = b"disk: sda\nwipe: maybe\nwhipe: yes\nwipe: no\nfloor: [key]\nafter: later\n";
+        let text = b"disk: sda\nwipe: maybe\nwhipe: yes\n";
         let error = Answers::parse(text, "answers.yaml").unwrap_err();
         assert_eq!(error.class(), Class::Input);
         let text = error.to_string();
         for line in [
             "answers.yaml:1:1: disk: found `sda`; allowed: only-empty, serial:S, wwn:W, or path:/dev/…",
             "answers.yaml:2:1: wipe: found `maybe`; allowed: yes or no",
-            "answers.yaml:3:1: whipe: found an unknown field; allowed: disk, wipe, floor, after",
-            "answers.yaml:5:1: floor: found a list or a mapping; allowed: one word",
-            "answers.yaml:6:1: after: found `later`; allowed: reboot, poweroff or wait",
+            "answers.yaml:3:1: whipe: found an unknown field; allowed: disk, wipe",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n---\n{text}");
         }
-        assert!(text.contains("wipe: found"), "{text}");
+        let error = Answers::parse(b"disk: [a]\n", "a").unwrap_err().to_string();
+        assert_eq!(error, "a:1:1: disk: found a list or a mapping; allowed: one word");
+        let error = Answers::parse(b"wipe: no\nwipe: yes\n", "a").unwrap_err().to_string();
+        assert!(error.starts_with("a:2:1: "), "{error}");
         assert!(Answers::parse(b"- a\n", "a").unwrap_err().to_string().contains("found no mapping"));
         assert!(Answers::parse(b"a: &x 1\n", "a").is_err());
         assert!(Answers::parse(&[0xff], "a").is_err());

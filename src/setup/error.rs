@@ -15,6 +15,12 @@ pub enum SetupError {
         /// Each with file, line and column.
         problems: Vec<String>,
     },
+    /// Nobody named a disk.
+    #[error("no disk was named, and nobody can be asked: standard input is no terminal")]
+    NotNamed,
+    /// Nobody chose a disk from the list.
+    #[error("no disk was chosen; nothing was written")]
+    NotChosen,
     /// A disk that is no disk.
     #[error("{}: expected a whole disk, found {found}", path.display())]
     NotADisk {
@@ -163,7 +169,9 @@ fn list(disks: &[String]) -> String {
 impl Classified for SetupError {
     fn class(&self) -> Class {
         match self {
-            Self::Answers { .. } | Self::NotADisk { .. } | Self::OtherWipe { .. } => Class::Input,
+            Self::Answers { .. } | Self::NotNamed | Self::NotADisk { .. } | Self::OtherWipe { .. } => {
+                Class::Input
+            }
             Self::NoFloor => Class::Tpm,
             Self::ReadBack { .. } | Self::NotGood { .. } => Class::Verification,
             Self::Esp(error) => error.class(),

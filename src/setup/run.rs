@@ -28,6 +28,7 @@ use crate::sys::blkid::{self, Content};
 use crate::sys::disk::{
     add_partition, lock, open_exclusive, open_to_read, read_partitions_again, sector_bytes,
 };
+use crate::sys::file;
 use crate::sys::mountapi::FsContext;
 use crate::transport::{OciDir, Transport};
 use crate::trust::Anchor;
@@ -268,11 +269,6 @@ impl Mounted {
 }
 
 impl Prepared<'_> {
-    /// The disk.
-    pub fn disk(&self) -> &Path {
-        &self.disk.path
-    }
-
     /// How it would end if nothing was done.
     pub fn planned(&self) -> Outcome {
         let already = self.found == OnDisk::Installed;
@@ -424,8 +420,8 @@ fn install(request: &mut Request<'_>, partition: &Path) -> Result<(), AnyError> 
     };
     let plan = plan::plan(&system, &state, request.from, offer, request.anchor, &mut gate, &options)?;
     apply::apply(&system, &lock, request.from, &plan, request.progress)?;
-    let folder = File::open(&mounted.path).on("open", partition)?;
-    crate::sys::file::sync_file_system(&folder).on("sync", partition)?;
+    let folder = file::open_folder(&mounted.path).on("open", partition)?;
+    file::sync_file_system(&folder).on("sync", partition)?;
     Ok(())
 }
 
@@ -455,7 +451,7 @@ fn kernels(
     let _lock = system.lock(|| {})?;
     let folder = mounted.path.join("esp.new");
     remove(&folder)?;
-    fs::create_dir(&folder).on("create", &folder)?;
+    file::create_folder(&folder, 0o700)?;
     let floor = request.floor.open(&mounted.path).and_then(|(mut floor, _)| floor.read().ok());
     esp::sync(&system, &Esp::at(&folder), None, floor)?.report();
     let files = fat::files(&folder)?;
