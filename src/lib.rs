@@ -91,7 +91,7 @@ pub use manifest::{
 
 // Signed systems, and what verifies them.
 pub use deploy::DeployError;
-pub use deploy::offer::{Accepted, Found as FoundSystem, Judge, find as find_system};
+pub use deploy::offer::{Accepted, FoundSystem, Judge, find as find_system};
 pub use deploy::target::plan as plan_target;
 pub use floor::{FloorError, Policy as FloorPolicy, TpmFloorProblem};
 pub use trust::config::CaFile;

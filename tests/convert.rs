@@ -14,7 +14,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use mosfs::internals::convert::{
-    Below, Codec, ConvertError, Converted, Effort, Meta, Packing, TarLayer, Under, convert_tar,
+    Codec, ConvertError, Converted, Effort, LowerEntry, LowerLookup, Meta, Packing, TarLayer, convert_tar,
 };
 use mosfs::internals::digest::Digest;
 use mosfs::internals::error::{Class, Classified};
@@ -40,7 +40,7 @@ fn convert_with(
     to: &Path,
     threads: usize,
 ) -> Result<Converted, ConvertError> {
-    convert_over(bytes, layer, to, threads, &mut |_| Ok(Under::Nothing))
+    convert_over(bytes, layer, to, threads, &mut |_| Ok(LowerEntry::Nothing))
 }
 
 /// Converts a layer; `below` is what the layers below it have.
@@ -49,7 +49,7 @@ fn convert_over(
     layer: &TarLayer,
     to: &Path,
     threads: usize,
-    below: &mut Below<'_>,
+    below: &mut LowerLookup<'_>,
 ) -> Result<Converted, ConvertError> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
     let packing = Packing::new(Codec::Zstd, Some(3), 128 << 10).unwrap();
@@ -220,14 +220,14 @@ fn the_bytes_are_those_of_the_last_version() {
 
 /// Converts a stream with nothing below it, mounts the image, and has it looked at.
 fn view(tar: &Tarball, check: impl FnOnce(&Path)) {
-    view_over(tar, &mut |_| Ok(Under::Nothing), |root, notes| {
+    view_over(tar, &mut |_| Ok(LowerEntry::Nothing), |root, notes| {
         assert_eq!(notes, [""; 0]);
         check(root);
     });
 }
 
 /// The same over other layers; the notes of the conversion are handed out too.
-fn view_over(tar: &Tarball, below: &mut Below<'_>, check: impl FnOnce(&Path, &[String])) {
+fn view_over(tar: &Tarball, below: &mut LowerLookup<'_>, check: impl FnOnce(&Path, &[String])) {
     let folder = TempDir::new().unwrap();
     let image = folder.path().join("image");
     let bytes = tar.end();
@@ -277,7 +277,7 @@ fn whiteouts_become_those_of_overlayfs() {
     tar.link(b'2', "now-link", "dir").file("now-link/.wh.middle", b"");
     tar.file(".wh..wh.aufs", b"").file(".wh..wh.plnk/1.2", b"");
     // The layers below have a folder wherever somebody asks.
-    view_over(&tar, &mut |_| Ok(Under::Folder(Meta::default())), |root, _| {
+    view_over(&tar, &mut |_| Ok(LowerEntry::Folder(Meta::default())), |root, _| {
         for name in ["before", "after", "early", "implied", "again", "again-2", "again-3"] {
             assert!(opaque(&root.join(name)), "{name}");
         }
@@ -359,11 +359,11 @@ fn deletes_make_no_folders() {
         assert!(!asked.starts_with("/opaque/") && !asked.starts_with("/nowhere/"), "{asked}");
         Ok(match asked {
             "" | "/there" | "/there/deep" | "/opaque" => {
-                Under::Folder(Meta { mode: 0o711, ..Meta::default() })
+                LowerEntry::Folder(Meta { mode: 0o711, ..Meta::default() })
             }
-            "/file" => Under::Other(FileType::Regular),
-            "/link" | "/link-2" => Under::Other(FileType::Symlink),
-            _ => Under::Nothing,
+            "/file" => LowerEntry::Other(FileType::Regular),
+            "/link" | "/link-2" => LowerEntry::Other(FileType::Symlink),
+            _ => LowerEntry::Nothing,
         })
     };
     view_over(&tar, &mut below, |root, notes| {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use mosfs::internals::convert::{Codec, Converted, Effort, Packing, TarLayer, Under, convert_tar};
+use mosfs::internals::convert::{Codec, Converted, Effort, LowerEntry, Packing, TarLayer, convert_tar};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::format::Compression;
 use mosfs::internals::image::oci::{SQUASHFS_LZ4, SQUASHFS_ZSTD};
@@ -73,7 +73,7 @@ fn convert(tar: &[u8], to: &Path, packing: Packing, threads: usize) -> Converted
     };
     let file = File::options().read(true).write(true).create(true).truncate(true).open(to).unwrap();
     let effort = Effort { threads: NonZeroUsize::new(threads).unwrap(), packing };
-    convert_tar(tar, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent()).unwrap()
+    convert_tar(tar, &layer, &file, effort, &mut |_| Ok(LowerEntry::Nothing), &Progress::silent()).unwrap()
 }
 
 #[test]

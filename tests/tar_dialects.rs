@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::Command;
 
 use mosfs::internals::convert::{
-    Codec, ConvertError, Converted, Effort, Packing, TarLayer, Under, convert_tar,
+    Codec, ConvertError, Converted, Effort, LowerEntry, Packing, TarLayer, convert_tar,
 };
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::format::Compression;
@@ -339,7 +339,7 @@ fn convert(bytes: &[u8], to: &Path) -> Result<Converted, ConvertError> {
         threads: NonZeroUsize::MIN,
         packing: Packing::new(Codec::Zstd, Some(1), 128 << 10).unwrap(),
     };
-    convert_tar(bytes, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent())
+    convert_tar(bytes, &layer, &file, effort, &mut |_| Ok(LowerEntry::Nothing), &Progress::silent())
 }
 
 /// What the kernel shows of an image.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use mosfs::internals::convert::{Effort, Packing, TarLayer, Under, convert_tar};
+use mosfs::internals::convert::{Effort, LowerEntry, Packing, TarLayer, convert_tar};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::format::Compression;
 use mosfs::internals::image::verity::BLOCK_BYTES;
@@ -281,7 +281,8 @@ fn convert(tar: &Path, image: &Path) -> Result<()> {
     };
     let effort = Effort { threads: std::thread::available_parallelism()?, packing: Packing::default() };
     let file = fs::File::options().read(true).write(true).create_new(true).open(image)?;
-    let made = convert_tar(&*bytes, &layer, &file, effort, &mut |_| Ok(Under::Nothing), &Progress::silent())?;
+    let made =
+        convert_tar(&*bytes, &layer, &file, effort, &mut |_| Ok(LowerEntry::Nothing), &Progress::silent())?;
     // Without its hash tree: the layout's images are all sealed in one way.
     file.set_len(made.sealed.superblock.data_blocks * BLOCK_BYTES as u64)?;
     Ok(())

@@ -52,7 +52,7 @@ use crate::deploy::{DeployError, DeploymentId, System, check_images, target};
 use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::failpoint;
-use crate::floor::{self, Floor, FloorError, Place};
+use crate::floor::{self, Floor, FloorError, FloorLocation};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::{Request, Timing};
 use crate::sys::file;
@@ -72,7 +72,7 @@ pub struct Setup {
     /// The folder of what lives as long as this boot (`/run/mosfs`).
     pub run_dir: PathBuf,
     /// Where the floor is.
-    pub floor: Place,
+    pub floor: FloorLocation,
     /// How long to wait for the TPM and the system partition.
     pub patience: Duration,
 }
@@ -206,7 +206,7 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
     }
     let floor_time = Cell::new(Duration::ZERO);
     let mut patient = PatientFloor { inner: floor.as_mut(), time: &floor_time, end: clock + setup.patience };
-    if matches!(setup.floor, Place::Tpm(..)) {
+    if matches!(setup.floor, FloorLocation::Tpm(..)) {
         // What cannot be trusted stops the boot, whatever is on the disks.
         patient.read()?;
     }
@@ -271,8 +271,8 @@ pub fn boot(setup: &Setup, options: &BootOptions, say: &dyn Fn(&str)) -> Result<
 ///
 /// # Errors
 /// Where the TPM did not take it.
-pub fn refuse(place: &Place, patience: Duration) -> Result<(), BootError> {
-    let Place::Tpm(tcti, budget) = place else { return Ok(()) };
+pub fn refuse(place: &FloorLocation, patience: Duration) -> Result<(), BootError> {
+    let FloorLocation::Tpm(tcti, budget) = place else { return Ok(()) };
     let end = Instant::now() + patience.min(REFUSE_WITHIN);
     loop {
         match measure::extend(tcti, (*budget).min(REFUSE_WITHIN), measure::REFUSED) {
@@ -429,7 +429,7 @@ fn start(
 
 /// Extends the PCR. The development floor stands for a machine without a TPM.
 fn measure(setup: &Setup, identity: &Identity<'_>, say: &dyn Fn(&str)) -> Result<(), BootError> {
-    let Place::Tpm(tcti, budget) = &setup.floor else { return Ok(()) };
+    let FloorLocation::Tpm(tcti, budget) = &setup.floor else { return Ok(()) };
     if let Some(error) = measure::extend(tcti, *budget, &identity.event())? {
         say(&format!("the measurement is not in the event log: {error}"));
     }

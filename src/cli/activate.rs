@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 
 use super::lazy_target::LazyTargets;
 use super::{FloorArgs, Global, RegistryArgs, device, mount, output};
-use crate::deploy::activate::{self, Action, ActivationPlan, Asked, Outcome, Taken, Ways};
+use crate::deploy::activate::{
+    self, Action, ActivationPlan, ActivationRequest, CompletedStep, MountOptions, Outcome,
+};
 use crate::deploy::{DeploymentId, booted, target};
 use crate::error::{AnyError, IoContext};
 use crate::image::oci::OciImage;
@@ -81,7 +83,8 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
         true => targets.blobs(&deployment, target, image, args.backend, true),
         false => Ok(None),
     };
-    let taken = activate::apply(plan, &run, &Ways { backend: args.backend, unit: &unit, blobs: &blobs })?;
+    let taken =
+        activate::apply(plan, &run, &MountOptions { backend: args.backend, unit: &unit, blobs: &blobs })?;
     let verdict = activate::verdict(&taken);
     if global.json {
         let targets: Vec<_> = taken.iter().map(taken_json).collect();
@@ -108,7 +111,7 @@ fn plan(args: &ActivateArgs, global: &Global, run: &Path) -> Result<ActivationPl
         true => targets.image(store, id, name, target),
         false => Ok(target::image_of(store, name, target)?),
     };
-    let asked = Asked { backend: args.backend, names: &args.targets, image: &image };
+    let asked = ActivationRequest { backend: args.backend, names: &args.targets, image: &image };
     Ok(activate::plan(&system, run, booted, &anchor, floor, &asked)?)
 }
 
@@ -138,7 +141,7 @@ fn plan_text(plan: &ActivationPlan) -> Vec<String> {
     if lines.is_empty() { vec!["nothing to do: the deployment has the root alone".into()] } else { lines }
 }
 
-fn taken_json(taken: &Taken) -> Value {
+fn taken_json(taken: &CompletedStep) -> Value {
     let mut value = json!({ "target": taken.target, "path": taken.path, "action": taken.action });
     let (outcome, key, what) = match &taken.outcome {
         Outcome::Done(backend) => ("done", "backend", json!(backend)),
@@ -150,8 +153,8 @@ fn taken_json(taken: &Taken) -> Value {
     value
 }
 
-fn done_text(taken: &Taken) -> String {
-    let Taken { target, path, action, outcome } = taken;
+fn done_text(taken: &CompletedStep) -> String {
+    let CompletedStep { target, path, action, outcome } = taken;
     let backend = match outcome {
         Outcome::Done(Some(backend)) => format!(" ({backend})"),
         _ => String::new(),

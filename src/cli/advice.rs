@@ -6,6 +6,7 @@ use crate::convert::image::IngestError;
 use crate::convert::puzzlefs::PuzzlefsError;
 use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;
+use crate::deploy::booted::BootRecordError;
 use crate::deploy::esp::EspError;
 use crate::error::{AnyError, Class, Classified};
 use crate::floor::{FloorError, TpmFloorProblem};
@@ -38,6 +39,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_floor))
             .or_else(|| this.downcast_ref().and_then(for_activation))
             .or_else(|| this.downcast_ref().and_then(for_deploy))
+            .or_else(|| this.downcast_ref().and_then(for_boot_record))
             .or_else(|| this.downcast_ref().and_then(for_store))
             .or_else(|| this.downcast_ref().and_then(for_transport))
             .or_else(|| this.downcast_ref().and_then(for_secret))
@@ -226,11 +228,16 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::NotSigned { .. } => {
             "copy the whole system: its signature and certificate are artifacts of their own"
         }
-        DeployError::State { .. } => {
-            "run the mosfs that wrote the file, or a later one; `mosfs repair` writes a damaged one anew"
-        }
+        DeployError::BootRecord(error) => return for_boot_record(error),
         _ => return None,
     })
+}
+
+fn for_boot_record(error: &BootRecordError) -> Option<&'static str> {
+    match error {
+        BootRecordError::Malformed { .. } => Some("`mosfs boot` writes it at each boot: restart the machine"),
+        BootRecordError::Io(_) => None,
+    }
 }
 
 fn for_secret(_: &SecretInPublic) -> Option<&'static str> {

@@ -17,7 +17,7 @@ use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as repro
 use crate::progress::Progress;
 use crate::publish::base::Base;
 use crate::publish::build::{Built, Signer, Sources, build, refuse_medium};
-use crate::publish::halves::{self, Made};
+use crate::publish::halves::{self, ExternalSignatures};
 use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::read_named;
@@ -268,7 +268,7 @@ fn second_half(
     for path in &args.floor_signature {
         floor_signatures.push((path.clone(), read_file(path, MAX_FLOOR_SIGNATURE)?));
     }
-    let made = Made {
+    let made = ExternalSignatures {
         signature: &signature,
         certificate,
         dates: Dates::check_now(),

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::esp::EspArgs;
 use super::{FloorArgs, Global, device, output};
 use crate::deploy::booted;
-use crate::deploy::commit::{self, Ran};
+use crate::deploy::commit::{self, RunningBoot};
 use crate::error::AnyError;
 use crate::trust::Anchor;
 
@@ -37,9 +37,9 @@ pub(super) fn run(args: &CommitArgs, global: &Global) -> Result<(), AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let mut floor = args.floor.open(global)?;
     let ran = match booted::deployment()? {
-        Some(deployment) => Ran::This(deployment),
+        Some(deployment) => RunningBoot::This(deployment),
         // The development floor can be lowered again, so that a guess can be undone.
-        None => Ran::Unknown { take_pending: args.unbooted || args.floor.in_file() },
+        None => RunningBoot::Unknown { take_pending: args.unbooted || args.floor.in_file() },
     };
     let system = device::system(global);
     let patience = Duration::from_secs(args.wait);

@@ -14,7 +14,7 @@ use super::{Global, output};
 use crate::digest::hex;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::floor::signature::{self, PROVISION_MESSAGE_BYTES};
-use crate::floor::{self, FileFloor, Floor, FloorError, Place, Tcti, TpmFloor};
+use crate::floor::{self, FileFloor, Floor, FloorError, FloorLocation, Tcti, TpmFloor};
 use crate::sys::{atomic, file};
 use crate::trust::config::ConfigPlan;
 use crate::trust::p256::{P256PrivateKey, P256PublicKey, Signature};
@@ -46,10 +46,10 @@ pub(super) enum Kind {
 
 impl FloorArgs {
     /// The place that the arguments name.
-    pub(super) fn place(&self, global: &Global) -> Place {
+    pub(super) fn place(&self, global: &Global) -> FloorLocation {
         match self.floor {
-            Kind::Tpm => Place::Tpm(self.tpm.clone(), Duration::from_secs(self.tpm_timeout)),
-            Kind::File => Place::File(global.system.join("floor")),
+            Kind::Tpm => FloorLocation::Tpm(self.tpm.clone(), Duration::from_secs(self.tpm_timeout)),
+            Kind::File => FloorLocation::File(global.system.join("floor")),
         }
     }
 
@@ -244,8 +244,8 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     let (floor_key, product) = (config.floor_key(floor_pub)?, config.product(args.product)?);
     let policy = floor::policy_of(&global.config, floor_key, product);
     let (tcti, budget) = match args.floor.place(global) {
-        Place::Tpm(tcti, budget) => (tcti, budget),
-        Place::File(path) => {
+        FloorLocation::Tpm(tcti, budget) => (tcti, budget),
+        FloorLocation::File(path) => {
             let floor = FileFloor::new(path, policy.ok());
             warn(&floor);
             config.apply()?;
@@ -298,7 +298,7 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
 
 fn show(args: &Show, global: &Global) -> Result<(), AnyError> {
     match args.floor.place(global) {
-        Place::File(path) => {
+        FloorLocation::File(path) => {
             let mut floor = FileFloor::new(path, floor::find_policy(&global.config)?);
             warn(&floor);
             let version = floor.read()?;
@@ -308,7 +308,7 @@ fn show(args: &Show, global: &Global) -> Result<(), AnyError> {
                 || format!("floor: {version} ({})", floor.place()),
             )
         }
-        Place::Tpm(tcti, budget) => {
+        FloorLocation::Tpm(tcti, budget) => {
             let policy = floor::policy(&global.config)?;
             let name = policy.name_written();
             let product = policy.product();

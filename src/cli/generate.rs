@@ -14,11 +14,11 @@ use crate::error::{AnyError, IoContext};
 #[derive(Debug, Args)]
 pub(super) struct Generate {
     #[command(subcommand)]
-    what: What,
+    what: Output,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
+enum Output {
     /// Print the completions of a shell.
     Completions {
         /// The shell.
@@ -37,13 +37,13 @@ enum What {
 /// Whatever writing the output gives.
 pub(super) fn run(args: &Generate, _: &Global) -> Result<(), AnyError> {
     match &args.what {
-        What::Completions { shell } => {
+        Output::Completions { shell } => {
             // Into memory first: clap_complete panics where its writer fails, and a pipe may.
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut help::command(), "mosfs", &mut text);
             output::document(&text)?;
         }
-        What::Man { dir } => {
+        Output::Man { dir } => {
             clap_mangen::generate_to(help::without_help_commands(), dir).on("write man pages in", dir)?
         }
     }

@@ -7,9 +7,9 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::esp::{ESP_PATIENCE, EspArgs};
-use super::offered::{Asked, failed_before, find, plan_update, print_plan, registry_of, say};
+use super::offered::{UpdateRequest, failed_before, find, plan_update, print_plan, registry_of, say};
 use super::{FloorArgs, Global, RegistryArgs, device, lazy_update, output, progress};
-use crate::deploy::plan::{self, Options, Verdict};
+use crate::deploy::plan::{self, PlanOptions, Verdict};
 use crate::deploy::{DeployError, System, apply, fetching};
 use crate::error::AnyError;
 use crate::transport::{SourceRef, Transport, TransportError};
@@ -97,7 +97,7 @@ pub(super) fn install(args: &InstallArgs, global: &Global) -> Result<(), AnyErro
     let place = args.esp.find(global, ESP_PATIENCE)?;
     device::with_gate(&args.floor, global, true, |gate| {
         let source = registry_of(&args.source);
-        let options = Options {
+        let options = PlanOptions {
             again: false,
             read_blobs: true,
             source: source.as_deref(),
@@ -155,7 +155,8 @@ pub(super) fn update(args: &UpdateArgs, global: &Global) -> Result<(), AnyError>
         return Err(DeployError::NothingInstalled { path: system.root().to_path_buf() }.into());
     }
     let lock = system.lock(device::waiting(global))?;
-    let asked = Asked { source, again: args.again, read_blobs: true, floor: &args.floor, esp: &args.esp };
+    let asked =
+        UpdateRequest { source, again: args.again, read_blobs: true, floor: &args.floor, esp: &args.esp };
     let outcome = plan_update(&asked, global, &system, from.as_ref(), |plan| {
         if args.dry_run {
             return print_plan(plan, global);
@@ -185,7 +186,8 @@ fn check(
         return Ok(unchanged);
     }
     let mut found = None;
-    let asked = Asked { source, again: args.again, read_blobs: false, floor: &args.floor, esp: &args.esp };
+    let asked =
+        UpdateRequest { source, again: args.again, read_blobs: false, floor: &args.floor, esp: &args.esp };
     plan_update(&asked, global, system, from, |plan| {
         found = Some((plan.verdict, plan.id.version));
         Ok(())

@@ -35,7 +35,7 @@ pub(super) struct LazyArgs {
 }
 
 /// What is to be mounted.
-pub(super) struct Found {
+pub(super) struct OpenedImage {
     pub(super) blobs: Arc<dyn Blobs>,
     pub(super) image: OciImage,
     /// Where the writes go for `--writable`.
@@ -45,7 +45,7 @@ pub(super) struct Found {
 }
 
 /// An image of a registry that is to be mounted.
-pub(super) struct Wanted<'a> {
+pub(super) struct RequestedImage<'a> {
     pub(super) source: &'a str,
     /// The root hashes that are required, one for each layer, or none.
     pub(super) root_hashes: &'a [Digest],
@@ -76,7 +76,7 @@ pub(super) fn default_store() -> PathBuf {
 }
 
 /// Opens an image of a registry. What its registry said of a digest before is not asked again.
-pub(super) fn open(args: &Wanted<'_>) -> Result<Found, AnyError> {
+pub(super) fn open(args: &RequestedImage<'_>) -> Result<OpenedImage, AnyError> {
     let source: SourceRef = args.source.parse()?;
     let patience = args.registry.quiet_access();
     let from = source.open(&access(&patience))?;
@@ -119,7 +119,7 @@ pub(super) fn open(args: &Wanted<'_>) -> Result<Found, AnyError> {
     lazy.warm();
     let digest = found.digest;
     let blobs: Arc<dyn Blobs> = Arc::new(lazy);
-    Ok(Found { blobs, image, scratch: Upper::Memory, pinned: Some(pinned(&source, &digest)) })
+    Ok(OpenedImage { blobs, image, scratch: Upper::Memory, pinned: Some(pinned(&source, &digest)) })
 }
 
 /// The same image by its digest: what a tag stands for may change.
@@ -156,7 +156,7 @@ fn find(store: &Store, from: &dyn Transport, source: &SourceRef) -> Result<(Desc
 ///
 /// One of a registry that cannot be read is left out: it is a hint.
 fn list(
-    args: &Wanted<'_>,
+    args: &RequestedImage<'_>,
     store: &Store,
     from: &dyn Transport,
     image: &OciImage,

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 
 use super::esp::EspArgs;
-use super::offered::{Asked, plan_update, say};
+use super::offered::{UpdateRequest, plan_update, say};
 use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::plan::Plan;
 use crate::deploy::{DeployError, DeploymentId, System, SystemLock, apply, fetching};
@@ -132,8 +132,13 @@ pub(super) fn finish(options: &Options<'_>, global: &Global, system: &System) ->
         Ok((source, from))
     };
     let outcome = open().and_then(|(source, from)| {
-        let asked =
-            Asked { source: &source, again: false, read_blobs: true, floor: options.floor, esp: options.esp };
+        let asked = UpdateRequest {
+            source: &source,
+            again: false,
+            read_blobs: true,
+            floor: options.floor,
+            esp: options.esp,
+        };
         rest(&asked, global, system, id, from.as_ref())
     });
     if let Err(error) = &outcome {
@@ -145,13 +150,13 @@ pub(super) fn finish(options: &Options<'_>, global: &Global, system: &System) ->
 
 /// Fetches the blobs of a deployment, then does what an ordinary update does, which finds nothing missing.
 fn rest(
-    asked: &Asked<'_>,
+    asked: &UpdateRequest<'_>,
     global: &Global,
     system: &System,
     id: DeploymentId,
     from: &dyn Transport,
 ) -> Result<(), AnyError> {
-    let by_size = Asked { read_blobs: false, ..*asked };
+    let by_size = UpdateRequest { read_blobs: false, ..*asked };
     plan_update(&by_size, global, system, from, |plan| {
         Ok(fetching::fetch(system, from, plan, &progress::of(global)?)?)
     })?;

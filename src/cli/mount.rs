@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::lazy::{Found, LazyArgs, Wanted};
+use super::lazy::{LazyArgs, OpenedImage, RequestedImage};
 use super::lazy_target::LazyTargets;
-use super::plain::{Asked, FileArgs, FileOptions};
+use super::plain::{FileArgs, FileOptions, MountSource};
 use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
@@ -98,7 +98,7 @@ pub(super) fn root_hash(text: &str) -> Result<Digest, String> {
 
 impl MountArgs {
     /// What is to be mounted.
-    pub(super) fn asked(&self) -> Asked<'_> {
+    pub(super) fn asked(&self) -> MountSource<'_> {
         self.file.asked(&self.source, !self.root_hash.is_empty() || self.unsafe_no_verity)
     }
 
@@ -117,7 +117,7 @@ impl MountArgs {
 /// Runs `mosfs mount`.
 pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
     match args.asked() {
-        Asked::Target(name) => mount(args, global, |verification, options| {
+        MountSource::Target(name) => mount(args, global, |verification, options| {
             args.file.refuse(options)?;
             let found = match args.lazy_target {
                 true => lazy_image_of_target(args, name, global)?,
@@ -125,9 +125,9 @@ pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
             };
             ToMount::image(name, found, verification)
         }),
-        Asked::Registry(source) => mount(args, global, |verification, options| {
+        MountSource::Registry(source) => mount(args, global, |verification, options| {
             args.file.refuse(options)?;
-            let wanted = Wanted {
+            let wanted = RequestedImage {
                 source,
                 root_hashes: &args.root_hash,
                 backend: args.backend,
@@ -137,24 +137,24 @@ pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
             };
             ToMount::image(source, lazy::open(&wanted)?, verification)
         }),
-        Asked::Image(source) => mount_image(args, source, global),
-        Asked::File(path) => mount_file(args, path, global),
+        MountSource::Image(source) => mount_image(args, source, global),
+        MountSource::File(path) => mount_file(args, path, global),
     }
 }
 
 /// The image of a target of the deployment that runs.
-pub(super) fn image_of_target(target: &str, global: &Global) -> Result<Found, AnyError> {
+pub(super) fn image_of_target(target: &str, global: &Global) -> Result<OpenedImage, AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let system = device::system(global);
     let booted = booted::deployment()?;
     let (store, image) = target::image(&system, booted, &anchor, target)?;
     let folder = system.scratch_dir(target);
     let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
-    Ok(Found { blobs: store.blobs(), image, scratch, pinned: None })
+    Ok(OpenedImage { blobs: store.blobs(), image, scratch, pinned: None })
 }
 
 /// The same, for a target whose blobs are not all in the store.
-fn lazy_image_of_target(args: &MountArgs, name: &str, global: &Global) -> Result<Found, AnyError> {
+fn lazy_image_of_target(args: &MountArgs, name: &str, global: &Global) -> Result<OpenedImage, AnyError> {
     let anchor = Anchor::load(&global.config)?;
     let system = device::system(global);
     let (id, verified) = target::running(&system, booted::deployment()?, &anchor)?;
@@ -166,7 +166,7 @@ fn lazy_image_of_target(args: &MountArgs, name: &str, global: &Global) -> Result
     let blobs = targets.blobs(&id, name, &image, args.backend, !args.lazy.no_fill)?;
     let folder = system.scratch_dir(name);
     let scratch = Upper::Folder { upper: folder.join("upper"), work: folder.join("work") };
-    Ok(Found { blobs: blobs.unwrap_or_else(|| store.blobs()), image, scratch, pinned: None })
+    Ok(OpenedImage { blobs: blobs.unwrap_or_else(|| store.blobs()), image, scratch, pinned: None })
 }
 
 /// Rule: what was asked for is used or refused. All of such an image or file is here.
@@ -200,13 +200,13 @@ pub(super) fn mount_file(args: &MountArgs, path: &Path, global: &Global) -> Resu
 }
 
 /// An image of a layout.
-pub(super) fn image_of_layout(source: &SourceRef) -> Result<Found, AnyError> {
+pub(super) fn image_of_layout(source: &SourceRef) -> Result<OpenedImage, AnyError> {
     // Not `SourceRef::open`: the start program must not hold the client of registries.
     let layout = source.layout()?;
     let transport: &dyn Transport = &layout;
     let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
     let image = transport.image(&found)?;
-    Ok(Found { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
+    Ok(OpenedImage { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
 }
 
 /// What is to be mounted.
@@ -219,8 +219,8 @@ struct ToMount {
 }
 
 impl ToMount {
-    fn image(source: &str, found: Found, verification: Verification<'_>) -> Result<Self, AnyError> {
-        let Found { blobs, image, scratch, pinned } = found;
+    fn image(source: &str, found: OpenedImage, verification: Verification<'_>) -> Result<Self, AnyError> {
+        let OpenedImage { blobs, image, scratch, pinned } = found;
         let plan = MountPlan::new(source, &image, &blobs, verification)?;
         Ok(Self { plan, scratch, pinned })
     }
@@ -246,12 +246,12 @@ fn mount(
 
 fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::Pipe) -> Result<(), AnyError> {
     // Rule (docs/mounts.md, setuid and devices): what nobody signed gets neither, unless it is asked for.
-    let is_signed = matches!(args.asked(), Asked::Target(_)) && !args.unsafe_no_verity;
+    let is_signed = matches!(args.asked(), MountSource::Target(_)) && !args.unsafe_no_verity;
     let mut flags = if is_signed { MountFlags::default() } else { MountFlags::untrusted() };
     let options = args.options(&mut flags)?;
     // Whatever is opened for an image of a registry is its daemon's.
-    let foreign =
-        (matches!(args.asked(), Asked::Registry(_)) || args.lazy_target).then(sys::daemon::open_descriptors);
+    let foreign = (matches!(args.asked(), MountSource::Registry(_)) || args.lazy_target)
+        .then(sys::daemon::open_descriptors);
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
     let ToMount { plan, scratch, pinned } = find(verification, &options)?;
     let upper = upper(args, scratch)?;
@@ -295,14 +295,14 @@ fn unit(
     let store = absolute(&args.lazy.store.clone().unwrap_or_else(lazy::default_store))?;
     let folder = |file: &Path| file.parent().unwrap_or(Path::new("/")).to_path_buf();
     let (source, needs): (OsString, _) = match args.asked() {
-        Asked::Target(name) => (name.into(), vec![system.clone()]),
-        Asked::Image(text) => {
+        MountSource::Target(name) => (name.into(), vec![system.clone()]),
+        MountSource::Image(text) => {
             let source: SourceRef = text.parse()?;
             let layout = absolute(Path::new(&source.location))?;
             (SourceRef::oci(&layout, source.name.as_deref()).to_string().into(), vec![layout])
         }
-        Asked::Registry(text) => (pinned.unwrap_or_else(|| text.into()).into(), vec![store.clone()]),
-        Asked::File(path) => {
+        MountSource::Registry(text) => (pinned.unwrap_or_else(|| text.into()).into(), vec![store.clone()]),
+        MountSource::File(path) => {
             let path = absolute(path)?;
             let hash_file = args.file.hash_file.as_deref().map(absolute).transpose()?;
             let needs = [folder(&path)].into_iter().chain(hash_file.as_deref().map(folder)).collect();
@@ -324,7 +324,7 @@ fn unit(
     if args.lazy_target {
         let lazy = LazyTargets::new(&global.system, args.from.as_ref(), &args.registry);
         lazy.arguments().into_iter().rev().for_each(|word| arguments.insert(1, word));
-    } else if matches!(args.asked(), Asked::Registry(_)) {
+    } else if matches!(args.asked(), MountSource::Registry(_)) {
         option("--store", Some(store.display().to_string()));
         args.registry.arguments().into_iter().for_each(|(name, value)| option(name, value));
         if args.lazy.no_fill {

@@ -4,8 +4,8 @@ use serde_json::json;
 
 use super::esp::{ESP_PATIENCE, EspArgs};
 use super::{FloorArgs, Global, device, output, progress};
-use crate::deploy::offer::{self, Accepted, Found, Judge};
-use crate::deploy::plan::{self, Options, Plan, Verdict};
+use crate::deploy::offer::{self, Accepted, FoundSystem, Judge};
+use crate::deploy::plan::{self, Plan, PlanOptions, Verdict};
 use crate::deploy::state::TRIES;
 use crate::deploy::{DeployError, State, System};
 use crate::error::AnyError;
@@ -14,7 +14,7 @@ use crate::transport::{SourceRef, Transport};
 use crate::trust::{Anchor, Dates};
 
 /// An update that is asked for.
-pub(super) struct Asked<'a> {
+pub(super) struct UpdateRequest<'a> {
     /// Where from.
     pub(super) source: &'a SourceRef,
     /// Whether a version that failed is tried again.
@@ -43,7 +43,7 @@ pub(super) fn find(
 ) -> Result<Accepted, AnyError> {
     let policy = floor::find_policy(&global.config)?;
     let judge = Judge { anchor, dates: Dates::check_now(), policy: policy.as_ref() };
-    let Found { taken, passed_over } = offer::find(from, source.name.as_deref(), &judge)?;
+    let FoundSystem { taken, passed_over } = offer::find(from, source.name.as_deref(), &judge)?;
     const SHOWN: usize = 10;
     for one in passed_over.iter().take(SHOWN) {
         output::note(format_args!("{} is passed over: {}", one.object, one.why));
@@ -56,7 +56,7 @@ pub(super) fn find(
 
 /// Plans an update to what a source offers, and hands the plan on.
 pub(super) fn plan_update(
-    asked: &Asked<'_>,
+    asked: &UpdateRequest<'_>,
     global: &Global,
     system: &System,
     from: &dyn Transport,
@@ -72,7 +72,7 @@ pub(super) fn plan_update(
     let registry = registry_of(asked.source);
     let place = asked.esp.find(global, ESP_PATIENCE)?;
     device::with_gate(asked.floor, global, false, |gate| {
-        let options = Options {
+        let options = PlanOptions {
             again: asked.again,
             read_blobs: asked.read_blobs,
             source: registry.as_deref(),

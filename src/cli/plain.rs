@@ -31,7 +31,7 @@ pub(super) struct FileArgs {
 
 /// What is asked to be mounted.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Asked<'a> {
+pub(super) enum MountSource<'a> {
     /// A target of the current deployment.
     Target(&'a str),
     /// An image of an OCI layout.
@@ -49,9 +49,9 @@ impl FileArgs {
 
     /// What `source` means. A path with a `/` is a file, unless a scheme stands before it. A bare name is a target; it is
     /// a file where a file has that name and the options say how to verify one, which nobody needs to say of a target.
-    pub(super) fn asked<'a>(&self, source: &'a OsStr, says_how_to_verify: bool) -> Asked<'a> {
+    pub(super) fn asked<'a>(&self, source: &'a OsStr, says_how_to_verify: bool) -> MountSource<'a> {
         let bytes = source.as_bytes();
-        let file = Asked::File(Path::new(source));
+        let file = MountSource::File(Path::new(source));
         let Some(text) = source.to_str() else { return file };
         if [&b"/"[..], b"./", b"../"].iter().any(|begin| bytes.starts_with(begin)) {
             return file;
@@ -59,7 +59,7 @@ impl FileArgs {
         // A source has a scheme; a target's name cannot hold a colon.
         if text.contains(':') {
             let is_registry = text.parse().is_ok_and(|source: SourceRef| source.is_registry());
-            return if is_registry { Asked::Registry(text) } else { Asked::Image(text) };
+            return if is_registry { MountSource::Registry(text) } else { MountSource::Image(text) };
         }
         let is_file = || {
             let kind = std::fs::metadata(source).map(|found| found.file_type());
@@ -68,7 +68,7 @@ impl FileArgs {
         if text.contains('/') || self.is_given() || says_how_to_verify && is_file() {
             return file;
         }
-        Asked::Target(text)
+        MountSource::Target(text)
     }
 
     /// The file to mount.
@@ -247,7 +247,7 @@ mod tests {
     fn a_bare_name_is_a_target_unless_the_options_are_those_of_a_file() {
         let none = FileArgs::default();
         let is_file = |args: &FileArgs, source: &str, verify| {
-            matches!(args.asked(OsStr::new(source), verify), Asked::File(_))
+            matches!(args.asked(OsStr::new(source), verify), MountSource::File(_))
         };
         for file in ["/a", "./a", "../a", "a/b", "/a:b", "./oci:x"] {
             assert!(is_file(&none, file, false), "{file}");
@@ -256,13 +256,13 @@ mod tests {
         assert!(is_file(&none, "Cargo.toml", true) && !is_file(&none, "Cargo.toml", false));
         assert!(!is_file(&none, "src", true) && !is_file(&none, "hostfs", true));
         assert!(is_file(&FileArgs { offset: Some(1), ..FileArgs::default() }, "hostfs", false));
-        assert!(matches!(none.asked(OsStr::new("oci:/a:b"), true), Asked::Image("oci:/a:b")));
+        assert!(matches!(none.asked(OsStr::new("oci:/a:b"), true), MountSource::Image("oci:/a:b")));
         let registry = "docker://registry.example/a:b";
         assert!(
-            matches!(none.asked(OsStr::new(registry), true), Asked::Registry(found) if found == registry)
+            matches!(none.asked(OsStr::new(registry), true), MountSource::Registry(found) if found == registry)
         );
         assert!(is_file(&none, "a/b", true));
-        assert!(matches!(none.asked(OsStr::from_bytes(b"\xff"), false), Asked::File(_)));
+        assert!(matches!(none.asked(OsStr::from_bytes(b"\xff"), false), MountSource::File(_)));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{FloorArgs, Global, RegistryArgs, device, output, progress};
 use crate::deploy::DeployError;
-use crate::deploy::repair::{self, Means};
+use crate::deploy::repair::{self, RepairInputs};
 use crate::error::AnyError;
 use crate::floor;
 use crate::transport::SourceRef;
@@ -38,7 +38,7 @@ pub(super) fn run(args: &RepairArgs, global: &Global) -> Result<(), AnyError> {
     let source = args.source.as_ref().map(|source| source.open(&args.registry.access(global))).transpose()?;
     let progress = progress::of(global)?;
     let lock = system.lock_as_it_is(device::waiting(global))?;
-    let means = Means {
+    let means = RepairInputs {
         anchor: &anchor,
         policy: policy.as_ref(),
         floor: device::floor_if_known(&args.floor, global),

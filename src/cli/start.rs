@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode};
 use clap::{Parser, Subcommand};
 
 use super::mount::MountArgs;
-use super::plain::Asked;
+use super::plain::MountSource;
 use super::{Global, mount, output, squashfuse};
 use crate::error::{AnyError, Class, Classified};
 
@@ -80,9 +80,9 @@ fn mount_unsigned(args: &[OsString]) -> Option<Result<(), AnyError>> {
     }
     let Start { global, command: StartCommand::Mount(mount) } = Start::try_parse_from(args).ok()?;
     match mount.asked() {
-        Asked::Image(source) => Some(mount::mount_image(&mount, source, &global)),
-        Asked::File(path) => Some(mount::mount_file(&mount, path, &global)),
-        Asked::Target(_) | Asked::Registry(_) => None,
+        MountSource::Image(source) => Some(mount::mount_image(&mount, source, &global)),
+        MountSource::File(path) => Some(mount::mount_file(&mount, path, &global)),
+        MountSource::Target(_) | MountSource::Registry(_) => None,
     }
 }
 

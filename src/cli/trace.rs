@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use clap::Args;
 
-use super::lazy::{Found, LazyArgs, Wanted};
+use super::lazy::{LazyArgs, OpenedImage, RequestedImage};
 use super::{Global, RegistryArgs, lazy, mount, output};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::image::oci::{Descriptor, MANIFEST};
@@ -72,10 +72,10 @@ pub(super) fn run(args: &TraceArgs, global: &Global) -> Result<(), AnyError> {
         let why = "expected the image of a registry, docker://HOST[:PORT]/NAME[:TAG], to push its list to";
         return Err(TransportError::BadSource { found: args.source.clone(), why }.into());
     }
-    let Found { blobs, image, .. } = match &source {
+    let OpenedImage { blobs, image, .. } = match &source {
         Some(source) if source.is_registry() => {
             let lazy = LazyArgs { store: args.store.clone(), no_fill: true, list: None };
-            lazy::open(&Wanted {
+            lazy::open(&RequestedImage {
                 source: &args.source,
                 root_hashes: &[],
                 backend: Backend::Fuse,

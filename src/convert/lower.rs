@@ -4,7 +4,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use super::puzzlefs::plan::Content;
-use super::{ConvertError, Meta, Under};
+use super::{ConvertError, LowerEntry, Meta};
 use crate::digest::Digest;
 use crate::image::oci::LayerDescriptor;
 use crate::image::overlay::{Merged, OverlayError, names};
@@ -28,13 +28,13 @@ impl<'a> Lower<'a> {
     }
 
     /// What is at a path.
-    pub(super) fn at(&mut self, path: &[u8]) -> Result<Under, ConvertError> {
+    pub(super) fn at(&mut self, path: &[u8]) -> Result<LowerEntry, ConvertError> {
         if self.view.is_none() {
             self.view = Some(View::open(self.store, self.layers)?);
         }
         match self.view.iter().flatten().next() {
             Some(view) => under(&view.tree, &view.digests, path),
-            None => Ok(Under::Nothing),
+            None => Ok(LowerEntry::Nothing),
         }
     }
 }
@@ -117,7 +117,7 @@ pub fn open_verified(store: &Store, layer: &LayerDescriptor) -> Result<Option<Ve
 }
 
 /// What a merged view of layers with these digests has at a path.
-pub(super) fn under(view: &Merged, digests: &[Digest], path: &[u8]) -> Result<Under, ConvertError> {
+pub(super) fn under(view: &Merged, digests: &[Digest], path: &[u8]) -> Result<LowerEntry, ConvertError> {
     find(view, path).map_err(|error| failed(error, digests))
 }
 
@@ -134,15 +134,15 @@ fn failed(error: OverlayError, digests: &[Digest]) -> ConvertError {
     }
 }
 
-fn find(view: &Merged, path: &[u8]) -> Result<Under, OverlayError> {
-    let Some((ino, attr)) = view.find(path)? else { return Ok(Under::Nothing) };
+fn find(view: &Merged, path: &[u8]) -> Result<LowerEntry, OverlayError> {
+    let Some((ino, attr)) = view.find(path)? else { return Ok(LowerEntry::Nothing) };
     if attr.kind != FileType::Directory {
-        return Ok(Under::Other(attr.kind));
+        return Ok(LowerEntry::Other(attr.kind));
     }
     let mut xattrs = view.xattrs(ino)?;
     // What was escaped would steer the overlay if it were stored as it is shown.
     xattrs.retain(|(name, _)| !names::steers(name));
     xattrs.sort();
     let mtime = attr.mtime.clamp(0, i64::from(u32::MAX)) as u32;
-    Ok(Under::Folder(Meta { mode: attr.permissions, uid: attr.uid, gid: attr.gid, mtime, xattrs }))
+    Ok(LowerEntry::Folder(Meta { mode: attr.permissions, uid: attr.uid, gid: attr.gid, mtime, xattrs }))
 }

@@ -38,7 +38,7 @@ use std::num::NonZeroUsize;
 pub use lower::{View, open_verified};
 pub use packing::{Codec, Packing, PackingError};
 pub use tar::{Problem, TarError};
-pub use tree::{Meta, Under};
+pub use tree::{LowerEntry, Meta};
 
 use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
@@ -84,7 +84,7 @@ pub struct Converted {
 }
 
 /// What the layers below have at a path (`/usr/lib`; the root is empty).
-pub type Below<'a> = dyn FnMut(&[u8]) -> Result<Under, ConvertError> + 'a;
+pub type LowerLookup<'a> = dyn FnMut(&[u8]) -> Result<LowerEntry, ConvertError> + 'a;
 
 /// Converts a tar layer into a squashfs image with a verity tree, in `to`, an empty file.
 ///
@@ -97,7 +97,7 @@ pub fn convert_tar(
     layer: &TarLayer,
     to: &File,
     effort: Effort,
-    below: &mut Below<'_>,
+    below: &mut LowerLookup<'_>,
     progress: &Progress,
 ) -> Result<Converted, ConvertError> {
     let (image_bytes, notes) = write_squashfs(from, layer, to, effort, below, progress)?;
@@ -111,7 +111,7 @@ fn write_squashfs(
     layer: &TarLayer,
     to: &File,
     effort: Effort,
-    below: &mut Below<'_>,
+    below: &mut LowerLookup<'_>,
     progress: &Progress,
 ) -> Result<(u64, Vec<String>), ConvertError> {
     let task = progress.task("convert", &layer.digest.to_string(), Some(layer.size));

@@ -121,7 +121,7 @@ struct Pending {
 
 /// What the layers below have at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Under {
+pub enum LowerEntry {
     /// Nothing.
     Nothing,
     /// A folder.
@@ -466,7 +466,7 @@ impl Tree {
     /// not speak of, takes away what hides nothing, and marks opaque folders.
     pub(super) fn finish(
         &mut self,
-        below: &mut dyn FnMut(&[u8]) -> Result<Under, ConvertError>,
+        below: &mut dyn FnMut(&[u8]) -> Result<LowerEntry, ConvertError>,
     ) -> Result<(), ConvertError> {
         self.resolve_links()?;
         let deletes = self.deletes();
@@ -480,8 +480,8 @@ impl Tree {
                 continue;
             };
             // Whether the layers below show anything through this folder.
-            let seen_through = matches!(under, Under::Folder(_)) && !*opaque;
-            if *implied && let Under::Folder(found) = under {
+            let seen_through = matches!(under, LowerEntry::Folder(_)) && !*opaque;
+            if *implied && let LowerEntry::Folder(found) = under {
                 *meta = found;
             }
             if *opaque {
@@ -503,12 +503,12 @@ impl Tree {
                     continue;
                 }
                 let path = [&path, &b"/"[..], &name].concat();
-                let under = if seen_through { below(&path)? } else { Under::Nothing };
+                let under = if seen_through { below(&path)? } else { LowerEntry::Nothing };
                 let only_deletes = deletes.get(child).copied().unwrap_or(false);
-                if implied && let Under::Other(kind) = under {
+                if implied && let LowerEntry::Other(kind) = under {
                     self.note_other(&path, kind, only_deletes);
                 }
-                if only_deletes && !matches!(under, Under::Folder(_)) {
+                if only_deletes && !matches!(under, LowerEntry::Folder(_)) {
                     if let Some(children) = self.children(index) {
                         children.remove(&name);
                     }

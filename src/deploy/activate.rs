@@ -44,7 +44,7 @@ use crate::image::oci::OciImage;
 use crate::manifest::ServiceType;
 use crate::manifest::system::Target;
 use crate::mount::holders::{self, Users};
-use crate::mount::table::{self, LayerRecord, MountRecord, Mounted};
+use crate::mount::table::{self, LayerRecord, MountRecord, MountinfoEntry};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request, Verification};
 use crate::store::Store;
@@ -82,7 +82,7 @@ pub enum Action {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Found {
     /// The topmost mount there.
-    pub mounted: Option<Mounted>,
+    pub mounted: Option<MountinfoEntry>,
     /// Its record.
     pub record: Option<MountRecord>,
     /// Its state, if there is a record.
@@ -126,7 +126,7 @@ pub enum Outcome {
 
 /// A completed step.
 #[derive(Debug)]
-pub struct Taken {
+pub struct CompletedStep {
     /// The target.
     pub target: String,
     /// Where it is mounted.
@@ -162,7 +162,7 @@ pub fn lock(run: &Path) -> Result<Lock, IoError> {
 }
 
 /// What is asked of an activation.
-pub struct Asked<'a> {
+pub struct ActivationRequest<'a> {
     /// The backend of the mounts.
     pub backend: Backend,
     /// The targets; all if none are named.
@@ -184,9 +184,9 @@ pub fn plan(
     booted: Option<DeploymentId>,
     anchor: &Anchor,
     floor: Option<&mut dyn Floor>,
-    asked: &Asked<'_>,
+    asked: &ActivationRequest<'_>,
 ) -> Result<ActivationPlan, DeployError> {
-    let Asked { backend, names, image } = *asked;
+    let ActivationRequest { backend, names, image } = *asked;
     let (id, verified) = target::running(system, booted, anchor)?;
     if let Some(floor) = floor {
         // Rule (docs/design.md, floor at boot): `version >= floor`.
@@ -246,7 +246,7 @@ pub fn plan(
     Ok(ActivationPlan { deployment: id, steps })
 }
 
-fn find(path: &Path, mounted: &[Mounted], register: &[MountRecord]) -> Found {
+fn find(path: &Path, mounted: &[MountinfoEntry], register: &[MountRecord]) -> Found {
     let mounted = mounted.iter().rfind(|one| one.target == path).cloned();
     let device = mounted.as_ref().map(|one| one.device.as_str());
     let record =
@@ -287,7 +287,7 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
 }
 
 /// How to mount targets.
-pub struct Ways<'a> {
+pub struct MountOptions<'a> {
     /// The backend.
     pub backend: Backend,
     /// The unit of the daemon of a target's FUSE mount, by name and mount point; none if it is forked.
@@ -299,17 +299,21 @@ pub struct Ways<'a> {
 /// Applies the plan, target by target; a failure of one does not stop the others.
 ///
 /// The caller holds the lock.
-pub fn apply(plan: ActivationPlan, run: &Path, ways: &Ways<'_>) -> Result<Vec<Taken>, IoError> {
+pub fn apply(
+    plan: ActivationPlan,
+    run: &Path,
+    options: &MountOptions<'_>,
+) -> Result<Vec<CompletedStep>, IoError> {
     let folder = targets_dir(run);
     file::create_folders(&folder)?;
     failpoint::hit("activate.plan.made");
     let take = |step: Step| {
         let Step { target, path, action, why, wanted } = step;
-        let outcome = match take(&target, &path, action, &why, wanted, &folder, ways) {
+        let outcome = match take(&target, &path, action, &why, wanted, &folder, options) {
             Ok(outcome) => outcome,
             Err(error) => Outcome::Failed(error),
         };
-        Taken { target, path, action, outcome }
+        CompletedStep { target, path, action, outcome }
     };
     Ok(plan.steps.into_iter().map(take).collect())
 }
@@ -321,11 +325,11 @@ fn take(
     why: &str,
     wanted: Result<Option<(OciImage, MountPlan)>, AnyError>,
     folder: &Path,
-    ways: &Ways<'_>,
+    options: &MountOptions<'_>,
 ) -> Result<Outcome, AnyError> {
     if action == Action::Refuse {
         let path = path.to_path_buf();
-        return Err(RefusedError { path, why: why.to_string() }.into());
+        return Err(ForeignMountError { path, why: why.to_string() }.into());
     }
     let wanted = wanted?;
     if action == Action::Keep {
@@ -340,7 +344,7 @@ fn take(
     let others = sys::daemon::open_descriptors();
     let mut foreign = None;
     let wanted = match wanted {
-        Some((image, plan)) => Some(match (ways.blobs)(target, &image)? {
+        Some((image, plan)) => Some(match (options.blobs)(target, &image)? {
             Some(blobs) => {
                 foreign = Some(others);
                 MountPlan::new(target, &image, &blobs, Verification::default())?
@@ -350,8 +354,8 @@ fn take(
         None => None,
     };
     let prepare = |plan| {
-        let daemon = (ways.unit)(target, &place).map_or(Daemon::Forked, Daemon::Unit);
-        let (backend, flags) = (ways.backend, flags());
+        let daemon = (options.unit)(target, &place).map_or(Daemon::Forked, Daemon::Unit);
+        let (backend, flags) = (options.backend, flags());
         Request { backend, flags, daemon, foreign, ..Request::new(plan, &place) }.prepare()
     };
     let prepared = wanted.as_ref().map(prepare).transpose()?;
@@ -413,12 +417,12 @@ fn clear(path: &Path, of_no_use: bool) -> Result<Option<Users>, MountError> {
 /// A foreign mount is at a target's path.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing is mounted at {}: {why}", path.display())]
-struct RefusedError {
+struct ForeignMountError {
     path: PathBuf,
     why: String,
 }
 
-impl Classified for RefusedError {
+impl Classified for ForeignMountError {
     fn class(&self) -> Class {
         Class::Failure
     }
@@ -428,7 +432,7 @@ impl Classified for RefusedError {
 ///
 /// # Errors
 /// [`NotActive`] with the class of the most serious reason.
-pub fn verdict(taken: &[Taken]) -> Result<(), NotActive> {
+pub fn verdict(taken: &[CompletedStep]) -> Result<(), NotActive> {
     let mut reasons = Vec::new();
     let mut classes = Vec::new();
     let mut only_busy = true;
@@ -488,7 +492,7 @@ mod tests {
             lazy: Vec::new(),
         };
         change(&mut record);
-        let mounted = Mounted {
+        let mounted = MountinfoEntry {
             device: "0:9".into(),
             target: "/t/app".into(),
             kind: "fuse.mosfs".into(),
@@ -523,8 +527,12 @@ mod tests {
 
     #[test]
     fn the_gravest_reason_is_the_exit_code() {
-        let taken =
-            |outcome| Taken { target: "a".into(), path: "/a".into(), action: Action::Remount, outcome };
+        let taken = |outcome| CompletedStep {
+            target: "a".into(),
+            path: "/a".into(),
+            action: Action::Remount,
+            outcome,
+        };
         assert!(verdict(&[taken(Outcome::Done(None))]).is_ok());
         let busy = verdict(&[taken(Outcome::Busy(Users::default()))]).unwrap_err();
         assert_eq!((busy.class(), busy.only_busy), (Class::Failure, true));

@@ -101,7 +101,7 @@ fn fetch_and_switch(
     }
     state.set_source(id, plan.source.as_deref());
     state.last_update = Some(LastUpdate::new(Some(id.version), None));
-    let Some(esp) = &plan.esp else { return state.save(&system.state_path()) };
+    let Some(esp) = &plan.esp else { return Ok(state.save(&system.state_path())?) };
     // Rule (docs/design.md, kernel of the system): a kernel is on the partition, whole and read back, before the state
     // file names its deployment; and it can be started only afterwards.
     let kernels = esp.plan(system, &state, booted, plan.floor, true)?;

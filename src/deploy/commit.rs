@@ -41,7 +41,7 @@ pub struct Committed {
 
 /// What is known about the running boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ran {
+pub enum RunningBoot {
     /// The record of this boot names the deployment that runs.
     This(DeploymentId),
     /// There is no record.
@@ -65,7 +65,7 @@ pub fn commit(
     system: &System,
     anchor: &Anchor,
     floor: &mut dyn Floor,
-    ran: Ran,
+    ran: RunningBoot,
     esp: Option<&Esp>,
     patience: Duration,
     waiting: impl FnOnce(),
@@ -76,8 +76,8 @@ pub fn commit(
     let _lock = system.lock_within(patience, waiting)?;
     let mut state = system.state()?;
     let (id, known) = match ran {
-        Ran::This(id) => (id, true),
-        Ran::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
+        RunningBoot::This(id) => (id, true),
+        RunningBoot::Unknown { take_pending } => (guess(system, &state, take_pending)?, false),
     };
     // Bless what is verified now, not what was verified at boot.
     let verified = deployment::verify(system, &id, anchor, Dates::LogOnly)?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::booted::BootRecordError;
 use super::esp_error::EspError;
 use super::id::{DeploymentId, Refusal};
 use crate::digest::Digest;
@@ -39,14 +40,9 @@ pub enum DeployError {
     /// A target's image cannot be mounted as it is signed.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The state file has an unknown format.
-    #[error("state file {}: {why}", path.display())]
-    State {
-        /// The file.
-        path: PathBuf,
-        /// What was expected and found.
-        why: String,
-    },
+    /// The record of this boot cannot be used.
+    #[error(transparent)]
+    BootRecord(#[from] BootRecordError),
     /// The manifest in a deployment's folder does not match the folder's name.
     #[error("deployment {id}: its manifest is version {version}, {digest}")]
     OtherManifest {
@@ -277,6 +273,7 @@ impl Classified for DeployError {
             Self::Trust(error) => error.class(),
             Self::Floor(error) => error.class(),
             Self::Plan(error) => error.class(),
+            Self::BootRecord(error) => error.class(),
             Self::Esp(error) => error.class(),
             Self::NoneLeft { class, .. } => *class,
             Self::OtherManifest { .. } | Self::OtherThanNamed { .. } | Self::OtherSize { .. } => {
@@ -290,8 +287,7 @@ impl Classified for DeployError {
             | Self::IsHostfs { .. }
             | Self::NotASystem { .. }
             | Self::VersionElsewhere { .. } => Class::Input,
-            Self::State { .. }
-            | Self::BootUnknown { .. }
+            Self::BootUnknown { .. }
             | Self::NoTriesLeft { .. }
             | Self::StillFetching { .. }
             | Self::NoSource { .. }

@@ -46,6 +46,7 @@ use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 use crate::sys::mountapi::{self, CallError, FsContext};
+use crate::trust::TrustError;
 
 /// Largest kernel image or loader that is written, in bytes.
 const MAX_FILE: u64 = 512 << 20;
@@ -453,8 +454,7 @@ fn wanted(
 fn kernel_of(system: &System, id: &DeploymentId) -> Result<Option<(Digest, OciImage)>, DeployError> {
     let signed = deployment::read(system, id)?;
     let digest = Digest::of(&signed.manifest);
-    let manifest = SystemManifest::parse(&signed.manifest)
-        .map_err(|error| DeployError::State { path: system.deployment_dir(id), why: error.to_string() })?;
+    let manifest = SystemManifest::parse(&signed.manifest).map_err(TrustError::from)?;
     if digest != id.digest {
         return Err(DeployError::OtherManifest { id: *id, version: manifest.version, digest });
     }

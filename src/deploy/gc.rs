@@ -62,7 +62,7 @@ impl Needs {
 
 /// A deployment to be removed from the state file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Dropped {
+pub struct DroppedDeployment {
     /// Which one.
     pub deployment: DeploymentId,
     /// Why, as a sentence.
@@ -73,7 +73,7 @@ pub struct Dropped {
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct GcPlan {
     /// The previous deployment, if it can no longer be used.
-    pub dropped: Vec<Dropped>,
+    pub dropped: Vec<DroppedDeployment>,
     /// Deployments that are not needed.
     pub deployments: Vec<DeploymentId>,
     /// Folders that crashes left behind.
@@ -100,7 +100,7 @@ pub fn plan(
     kept.extend(pending_to_keep(&state, needs));
     if let Some(previous) = state.previous.filter(|previous| !kept.contains(previous)) {
         match useless(system, &previous, needs) {
-            Some(why) => plan.dropped.push(Dropped { deployment: previous, why }),
+            Some(why) => plan.dropped.push(DroppedDeployment { deployment: previous, why }),
             None => {
                 kept.insert(previous);
             }

@@ -18,7 +18,7 @@ use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
 use crate::manifest::{SYSTEM_MEDIA_TYPE, SystemManifest};
 use crate::store::{SYSTEM_PREFIX, version_name};
 use crate::transport::{Transport, TransportError};
-use crate::trust::evidence::{MAX_ALTERNATIVES, Taken, verify_any};
+use crate::trust::evidence::{ChosenPair, MAX_ALTERNATIVES, verify_any};
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified, p256};
 
 /// Maximum size of a system manifest, in bytes.
@@ -75,7 +75,7 @@ pub struct Accepted {
 
 /// A system that was examined and skipped.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PassedOver {
+pub struct SkippedSystem {
     /// Its name at the source, or its digest.
     pub object: String,
     /// Why, as a sentence.
@@ -83,11 +83,11 @@ pub struct PassedOver {
 }
 
 /// The system chosen from a source.
-pub struct Found<T> {
+pub struct FoundSystem<T> {
     /// The chosen system.
     pub taken: T,
     /// The skipped systems.
-    pub passed_over: Vec<PassedOver>,
+    pub passed_over: Vec<SkippedSystem>,
 }
 
 /// Finds the system with the given name or, without a name, the highest version that verifies.
@@ -101,7 +101,7 @@ pub fn find(
     from: &dyn Transport,
     name: Option<&str>,
     judge: &Judge<'_>,
-) -> Result<Found<Accepted>, DeployError> {
+) -> Result<FoundSystem<Accepted>, DeployError> {
     look(from, name, &mut |offer| {
         offer.fetch_parts(from)?;
         offer.verify(judge)
@@ -175,7 +175,7 @@ fn look<T>(
     from: &dyn Transport,
     name: Option<&str>,
     judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError>,
-) -> Result<Found<T>, DeployError> {
+) -> Result<FoundSystem<T>, DeployError> {
     if name.is_none() && from.is_remote() {
         return look_by_tags(from, judge);
     }
@@ -231,18 +231,18 @@ fn look<T>(
             Ok(Some(taken)) => {
                 if candidate.claim().is_some_and(|claim| claim != taken.0) {
                     let why = format!("it is version {}, whatever its name says", taken.0);
-                    passed_over.push(PassedOver { object: candidate.object(), why });
+                    passed_over.push(SkippedSystem { object: candidate.object(), why });
                 }
                 best = Some(taken);
             }
             Err(error) => {
-                passed_over.push(PassedOver { object: candidate.object(), why: error.to_string() });
+                passed_over.push(SkippedSystem { object: candidate.object(), why: error.to_string() });
                 first = first.or(Some(error));
             }
         }
     }
     match (best, first) {
-        (Some((_, taken)), _) => Ok(Found { taken, passed_over }),
+        (Some((_, taken)), _) => Ok(FoundSystem { taken, passed_over }),
         (None, Some(error)) => Err(error),
         // Every candidate ended in one of the two.
         (None, None) => Err(DeployError::NotASystem {
@@ -258,7 +258,7 @@ fn look<T>(
 fn look_by_tags<T>(
     from: &dyn Transport,
     judge: &mut dyn FnMut(&mut Offer) -> Result<T, DeployError>,
-) -> Result<Found<T>, DeployError> {
+) -> Result<FoundSystem<T>, DeployError> {
     let mut versions: Vec<u64> =
         from.tags(SYSTEM_REPOSITORY)?.iter().filter_map(|tag| tag.parse().ok()).collect();
     versions.sort_unstable_by(|one, other| other.cmp(one));
@@ -267,14 +267,14 @@ fn look_by_tags<T>(
     let mut first = None;
     for version in versions.into_iter().take(LOOK_ON) {
         match look(from, Some(&version.to_string()), judge) {
-            Ok(Found { taken, passed_over: more }) => {
+            Ok(FoundSystem { taken, passed_over: more }) => {
                 passed_over.extend(more);
-                return Ok(Found { taken, passed_over });
+                return Ok(FoundSystem { taken, passed_over });
             }
             // The next one would fail as well, and an older system is not what was asked for.
             Err(DeployError::Transport(error)) if error.is_temporary() => return Err(error.into()),
             Err(error) => {
-                passed_over.push(PassedOver { object: version_name(version), why: error.to_string() });
+                passed_over.push(SkippedSystem { object: version_name(version), why: error.to_string() });
                 first = first.or(Some(error));
             }
         }
@@ -454,7 +454,8 @@ impl Offer {
         let floor_bytes = floor.map(|part| part.content.clone());
         let found =
             verify_any(&self.manifest, &signatures, &certificates, floor_bytes, judge.anchor, judge.dates)?;
-        let (verified, Taken { signature, certificate }) = found.ok_or_else(|| missing("certificate"))?;
+        let (verified, ChosenPair { signature, certificate }) =
+            found.ok_or_else(|| missing("certificate"))?;
         let used = [self.signatures.get(signature), self.certificates.get(certificate), floor];
         let referrers = used.into_iter().flatten().filter_map(|part| part.artifact.clone()).collect();
         if let Some(label) = certificates.get(certificate).and_then(|pem| crate::trust::pem::private_key(pem))

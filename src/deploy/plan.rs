@@ -92,15 +92,15 @@ pub struct Plan {
 
 impl Plan {
     /// The space that it needs.
-    pub(super) fn want(&self) -> space::Want {
+    pub(super) fn want(&self) -> space::SpaceNeeded {
         let keep = self.blobs.iter().map(|blob| blob.digest).collect();
-        space::Want { bytes: self.needed_bytes, keep, floor: self.floor }
+        space::SpaceNeeded { bytes: self.needed_bytes, keep, floor: self.floor }
     }
 }
 
 /// How thoroughly to plan.
 #[derive(Clone, Copy)]
-pub struct Options<'a> {
+pub struct PlanOptions<'a> {
     /// Try a version again that failed before.
     pub again: bool,
     /// Read the blobs in the store, rather than rely on their size.
@@ -128,7 +128,7 @@ pub fn plan(
     offer: Accepted,
     anchor: &Anchor,
     gate: &mut FloorGate<'_>,
-    options: &Options<'_>,
+    options: &PlanOptions<'_>,
 ) -> Result<Plan, DeployError> {
     let Accepted { artifact, referrers, verified } = offer;
     let id = DeploymentId { version: verified.manifest().version, digest: verified.digest() };
@@ -223,7 +223,12 @@ fn check_floor(
 
 /// Rule (docs/design.md, kernel of the system): the EFI system partition is asked for room before anything is fetched,
 /// and an update whose kernel could never be started is refused.
-fn check_kernel(plan: &Plan, system: &System, state: &State, options: &Options<'_>) -> Result<(), EspError> {
+fn check_kernel(
+    plan: &Plan,
+    system: &System,
+    state: &State,
+    options: &PlanOptions<'_>,
+) -> Result<(), EspError> {
     let version = plan.id.version;
     let id = plan.boot.as_ref().and_then(|image| boot::kernel_id(image).ok().flatten());
     let same =
@@ -243,7 +248,7 @@ fn plan_blobs(
     plan: &mut Plan,
     system: &System,
     from: &dyn Transport,
-    options: &Options<'_>,
+    options: &PlanOptions<'_>,
 ) -> Result<(), DeployError> {
     let mut needed: BTreeMap<_, Fetch> = BTreeMap::new();
     let mut order = Vec::new();

@@ -47,7 +47,7 @@ pub(super) fn write(state: &State, path: &Path) -> Result<(), DeployError> {
     if fs::hard_link(path, &kept).is_err() && path.is_dir() {
         let _ = fs::rename(path, &kept);
     }
-    state.save(path)
+    Ok(state.save(path)?)
 }
 
 /// What a boot finds if the state file cannot be read.

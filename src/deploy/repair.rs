@@ -44,7 +44,7 @@ pub struct Repaired {
 }
 
 /// The inputs of a repair.
-pub struct Means<'a> {
+pub struct RepairInputs<'a> {
     /// The device's trust anchor.
     pub anchor: &'a Anchor,
     /// What floor signatures are checked against, if the device has a floor.
@@ -61,7 +61,11 @@ pub struct Means<'a> {
 ///
 /// # Errors
 /// If nothing can be written, or nothing is installed. What cannot be repaired is in the result.
-pub fn repair(system: &System, _lock: &SystemLock, means: &Means<'_>) -> Result<Repaired, DeployError> {
+pub fn repair(
+    system: &System,
+    _lock: &SystemLock,
+    means: &RepairInputs<'_>,
+) -> Result<Repaired, DeployError> {
     let mut done = Repaired::default();
     let state = state(system, means, &mut done)?;
     let ids = check::of_state(&state);
@@ -87,7 +91,7 @@ pub fn repair(system: &System, _lock: &SystemLock, means: &Means<'_>) -> Result<
 }
 
 /// Returns the state, written anew if it cannot be read.
-fn state(system: &System, means: &Means<'_>, done: &mut Repaired) -> Result<State, DeployError> {
+fn state(system: &System, means: &RepairInputs<'_>, done: &mut Repaired) -> Result<State, DeployError> {
     let why = match State::read(&system.state_path()) {
         Ok(Some(state)) if state.current.is_some() => return Ok(state),
         Ok(_) => "it names no deployment".to_string(),
@@ -106,7 +110,7 @@ fn state(system: &System, means: &Means<'_>, done: &mut Repaired) -> Result<Stat
 
 /// Determines the current deployment without a state file: what runs, else the highest version that verifies
 /// and is not below the floor.
-fn best(system: &System, means: &Means<'_>) -> Result<Option<DeploymentId>, DeployError> {
+fn best(system: &System, means: &RepairInputs<'_>) -> Result<Option<DeploymentId>, DeployError> {
     let booted = booted::deployment().ok().flatten();
     let (mut ids, _) = deployment::list(system)?;
     ids.retain(|id| means.floor.is_none_or(|floor| id.version >= floor));
@@ -120,7 +124,7 @@ fn folder(
     system: &System,
     store: &Store,
     id: &DeploymentId,
-    means: &Means<'_>,
+    means: &RepairInputs<'_>,
     done: &mut Repaired,
 ) -> Result<Verified, DeployError> {
     let verified = deployment::verify(system, id, means.anchor, Dates::LogOnly);
@@ -154,7 +158,7 @@ fn gather(
     system: &System,
     store: &Store,
     id: &DeploymentId,
-    means: &Means<'_>,
+    means: &RepairInputs<'_>,
 ) -> Result<Accepted, DeployError> {
     let found = deployment::parts(system, id);
     let is_it = |bytes: &Vec<u8>| Digest::of(bytes) == id.digest;
@@ -198,7 +202,7 @@ fn images(
     writer: &Writer<'_>,
     id: &DeploymentId,
     verified: &Verified,
-    means: &Means<'_>,
+    means: &RepairInputs<'_>,
     done: &mut Repaired,
 ) -> Result<(), DeployError> {
     let store = writer.store();
@@ -253,7 +257,7 @@ fn image_blobs(
     writer: &Writer<'_>,
     target: &str,
     manifest: &Descriptor,
-    means: &Means<'_>,
+    means: &RepairInputs<'_>,
     done: &mut Repaired,
 ) -> Result<(), DeployError> {
     let store = writer.store();
@@ -269,7 +273,7 @@ fn mend(
     writer: &Writer<'_>,
     target: &str,
     blobs: &[Descriptor],
-    means: &Means<'_>,
+    means: &RepairInputs<'_>,
     done: &mut Repaired,
 ) -> Result<(), DeployError> {
     let lacking = fsck::lacking(writer.store(), blobs, super::threads(), means.progress);

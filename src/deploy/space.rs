@@ -16,7 +16,7 @@ use crate::sys::file;
 const RESERVE: u64 = 1 << 20;
 
 /// The space that a plan needs.
-pub(super) struct Want {
+pub(super) struct SpaceNeeded {
     /// The size of the blobs to fetch, in bytes.
     pub(super) bytes: u64,
     /// Blobs that must stay, because the plan relies on their presence in the store.
@@ -29,7 +29,7 @@ pub(super) struct Want {
 ///
 /// # Errors
 /// [`DeployError::NoSpace`].
-pub(super) fn check(system: &System, want: &Want) -> Result<(), DeployError> {
+pub(super) fn check(system: &System, want: &SpaceNeeded) -> Result<(), DeployError> {
     let available = available(system)?;
     if needed(want) <= available {
         return Ok(());
@@ -41,7 +41,7 @@ pub(super) fn check(system: &System, want: &Want) -> Result<(), DeployError> {
 ///
 /// # Errors
 /// [`DeployError::NoSpace`] if that is not enough.
-pub(super) fn make(system: &System, lock: &SystemLock, want: &Want) -> Result<(), DeployError> {
+pub(super) fn make(system: &System, lock: &SystemLock, want: &SpaceNeeded) -> Result<(), DeployError> {
     if needed(want) <= available(system)? {
         return Ok(());
     }
@@ -63,21 +63,21 @@ pub fn tidy(system: &System, lock: &SystemLock, needs: &Needs) -> Result<Vec<Str
 }
 
 /// Returns what must stay for a plan in addition to what runs: the blobs that it found in the store.
-fn needs(want: &Want) -> Result<Needs, DeployError> {
+fn needs(want: &SpaceNeeded) -> Result<Needs, DeployError> {
     Ok(Needs { floor: want.floor, keep: want.keep.clone(), ..Needs::of_this_boot()? })
 }
 
-fn reclaimable(system: &System, want: &Want) -> Result<u64, DeployError> {
+fn reclaimable(system: &System, want: &SpaceNeeded) -> Result<u64, DeployError> {
     let store = system.store()?;
     let collector = store.collector()?;
     Ok(gc::plan(system, &collector, &store, &needs(want)?)?.store.bytes)
 }
 
-fn needed(want: &Want) -> u64 {
+fn needed(want: &SpaceNeeded) -> u64 {
     want.bytes.saturating_add(RESERVE)
 }
 
-fn require(system: &System, want: &Want, available: u64) -> Result<(), DeployError> {
+fn require(system: &System, want: &SpaceNeeded, available: u64) -> Result<(), DeployError> {
     let needed = needed(want);
     if needed > available {
         return Err(DeployError::NoSpace { path: system.root().to_path_buf(), needed, available });

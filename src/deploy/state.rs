@@ -27,9 +27,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::error::DeployError;
 pub use super::id::{DeploymentId, Refusal};
-use crate::error::IoContext;
+use crate::error::{IoContext, IoError};
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 
@@ -180,11 +179,11 @@ impl State {
     }
 
     /// Writes the state by atomic replace, synced. The caller holds the system's exclusive lock.
-    pub fn save(&self, path: &Path) -> Result<(), DeployError> {
+    pub fn save(&self, path: &Path) -> Result<(), IoError> {
         // A state is plain data: serializing strings, numbers and options cannot fail.
         let mut bytes = serde_json::to_vec(self).expect("plain data");
         bytes.push(b'\n');
-        Ok(atomic::replace(path, &bytes, 0o644, "deploy.state").on("replace", path)?)
+        atomic::replace(path, &bytes, 0o644, "deploy.state").on("replace", path)
     }
 
     /// Returns every deployment that the state names: those that `gc` must keep. If the file could not be

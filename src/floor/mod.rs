@@ -74,7 +74,7 @@ pub trait Floor {
 
 /// Where a floor is stored, as given on the command line.
 #[derive(Debug, Clone)]
-pub enum Place {
+pub enum FloorLocation {
     /// In a TPM; the budget bounds each use of it.
     Tpm(Tcti, Duration),
     /// In a file, for development; it protects nothing.
@@ -85,10 +85,12 @@ pub enum Place {
 ///
 /// # Errors
 /// [`FloorError::NotConfigured`] if CONFIG lacks the TPM floor's key or product; [`FloorError::Config`].
-pub fn open(place: &Place, config: &Path) -> Result<Box<dyn Floor>, FloorError> {
+pub fn open(place: &FloorLocation, config: &Path) -> Result<Box<dyn Floor>, FloorError> {
     match place {
-        Place::Tpm(tcti, budget) => Ok(Box::new(TpmFloor::new(policy(config)?, tcti.clone(), *budget))),
-        Place::File(path) => Ok(Box::new(FileFloor::new(path.clone(), find_policy(config)?))),
+        FloorLocation::Tpm(tcti, budget) => {
+            Ok(Box::new(TpmFloor::new(policy(config)?, tcti.clone(), *budget)))
+        }
+        FloorLocation::File(path) => Ok(Box::new(FileFloor::new(path.clone(), find_policy(config)?))),
     }
 }
 

@@ -99,14 +99,14 @@ pub struct Timing {
 /// A mount that is checked, and as far made as it can be without its mount point.
 pub struct Prepared<'a> {
     request: Request<'a>,
-    made: Made,
+    made: Backing,
     /// How long that took.
     timing: Timing,
     not_dm_verity: Option<String>,
 }
 
 /// What was made.
-enum Made {
+enum Backing {
     /// The kernel's tree, attached nowhere.
     Tree(OwnedFd),
     /// The engine of a FUSE mount, and the descriptors that its daemon must not keep.
@@ -160,7 +160,7 @@ impl<'a> Request<'a> {
             Chosen::Fuse { not_dm_verity } => (None, not_dm_verity),
         };
         let (made, layers) = match tree {
-            Some((tree, layers)) => (Made::Tree(tree), layers),
+            Some((tree, layers)) => (Backing::Tree(tree), layers),
             None => {
                 // What is open now was opened by others: the daemon lives long, and must not keep it. What the engine
                 // opens is its own.
@@ -168,7 +168,7 @@ impl<'a> Request<'a> {
                 // Before the first large buffer: how the allocator keeps memory cannot be changed for what it has.
                 sys::daemon::lean_allocator();
                 let engine = fuse::prepare(self.plan, &self.fuse)?;
-                (Made::Engine(Box::new(engine), foreign), begin.elapsed())
+                (Backing::Engine(Box::new(engine), foreign), begin.elapsed())
             }
         };
         let timing = Timing { layers, tree: begin.elapsed().saturating_sub(layers) };
@@ -260,21 +260,21 @@ impl Prepared<'_> {
         // Held from here on: whatever its path leads to later, this folder is mounted at.
         let point = mount_point(target)?;
         let (name, more_for_layers) = match (made, daemon, upper) {
-            (Made::Tree(tree), _, _) => {
+            (Backing::Tree(tree), _, _) => {
                 kernel::attach(tree, plan, &point)?;
                 (backend::DM_VERITY, Duration::ZERO)
             }
             // The daemon opens the layers itself: what was opened here has shown that it can.
-            (Made::Engine(engine, _), Daemon::Unit(unit), None) => {
+            (Backing::Engine(engine, _), Daemon::Unit(unit), None) => {
                 drop((engine, point));
                 unit.start()?;
                 (backend::FUSE, begin.elapsed())
             }
-            (Made::Engine(engine, _), Daemon::Foreground { ready, .. }, None) => {
+            (Backing::Engine(engine, _), Daemon::Foreground { ready, .. }, None) => {
                 fuse::serve_here(plan, *engine, &point, &flags, &options, ready)?;
                 (backend::FUSE, begin.elapsed())
             }
-            (Made::Engine(engine, foreign), _, upper) => {
+            (Backing::Engine(engine, foreign), _, upper) => {
                 let served = fuse::start(plan, *engine, &point, &flags, &options, &foreign)?;
                 let with_layers = begin.elapsed();
                 match upper {

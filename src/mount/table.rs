@@ -484,7 +484,7 @@ mod path_text {
 
 /// One line of /proc/self/mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mounted {
+pub struct MountinfoEntry {
     /// Device number, `MAJOR:MINOR`.
     pub device: String,
     /// Where it is mounted.
@@ -495,7 +495,7 @@ pub struct Mounted {
     pub source: String,
 }
 
-impl Mounted {
+impl MountinfoEntry {
     /// Whether it looks like a mount that mosfs made, whatever the register says.
     pub fn is_ours(&self) -> bool {
         self.kind == FUSE_KIND || self.kind == "overlay" && self.source.starts_with(OVERLAY_SOURCE_PREFIX)
@@ -503,20 +503,20 @@ impl Mounted {
 }
 
 /// What the kernel lists as mounted in this process' name space.
-pub fn mounted() -> Result<Vec<Mounted>, IoError> {
+pub fn mounted() -> Result<Vec<MountinfoEntry>, IoError> {
     let path = "/proc/self/mountinfo";
     let text = fs::read(path).on("read", path)?;
     Ok(text.split(|&byte| byte == b'\n').filter_map(parse_mountinfo).collect())
 }
 
 /// The topmost mount at `target`.
-pub fn mounted_at(target: &Path) -> Result<Option<Mounted>, IoError> {
+pub fn mounted_at(target: &Path) -> Result<Option<MountinfoEntry>, IoError> {
     Ok(listed([target])?.into_iter().rfind(|one| one.target == target))
 }
 
 /// What the kernel lists as mounted. Without /proc (a bare chroot), the topmost mounts at these targets, whose type and
 /// source are then not known.
-fn listed<'a>(targets: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Mounted>, IoError> {
+fn listed<'a>(targets: impl IntoIterator<Item = &'a Path>) -> Result<Vec<MountinfoEntry>, IoError> {
     match mounted() {
         Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
         result => return result,
@@ -525,13 +525,13 @@ fn listed<'a>(targets: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Mounted
         let found = sys::fuse::identity_of(target).ok().filter(|found| found.is_mount_root == Some(true))?;
         let (major, minor) = found.device;
         let (kind, source) = (String::new(), String::new());
-        Some(Mounted { device: format!("{major}:{minor}"), target: target.into(), kind, source })
+        Some(MountinfoEntry { device: format!("{major}:{minor}"), target: target.into(), kind, source })
     };
     Ok(targets.into_iter().filter_map(look).collect())
 }
 
 /// Reads a line of mountinfo (proc(5)): id, parent, device, root, target, options, …, `-`, type, source, options.
-fn parse_mountinfo(line: &[u8]) -> Option<Mounted> {
+fn parse_mountinfo(line: &[u8]) -> Option<MountinfoEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
     let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
     let target = unescape(fields.nth(1)?);
@@ -539,7 +539,7 @@ fn parse_mountinfo(line: &[u8]) -> Option<Mounted> {
     rest.next()?;
     let kind = String::from_utf8(rest.next()?.to_vec()).ok()?;
     let source = String::from_utf8_lossy(&unescape(rest.next()?)).into_owned();
-    Some(Mounted { device, target: PathBuf::from(OsString::from_vec(target)), kind, source })
+    Some(MountinfoEntry { device, target: PathBuf::from(OsString::from_vec(target)), kind, source })
 }
 
 /// Undoes the octal escapes of mountinfo: `\040` for a space.
@@ -575,7 +575,7 @@ mod tests {
         let line = b"36 35 98:0 /mnt1 /a\\040b\\134\xff rw,noatime master:1 shared:2 - fuse.mosfs oci:x rw";
         let target = OsString::from_vec(b"/a b\\\xff".to_vec()).into();
         let (kind, source) = ("fuse.mosfs".into(), "oci:x".into());
-        let expected = Mounted { device: "98:0".into(), target, kind, source };
+        let expected = MountinfoEntry { device: "98:0".into(), target, kind, source };
         assert!(expected.is_ours());
         assert_eq!(parse_mountinfo(line), Some(expected));
         assert_eq!(parse_mountinfo(b"36 35"), None);

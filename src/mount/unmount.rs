@@ -41,7 +41,7 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<(), MountError> {
     let record = table::mounts()?.into_iter().find(|record| {
         record.target == target && found.as_ref().is_some_and(|found| found.device == record.device)
     });
-    if !found.as_ref().is_some_and(table::Mounted::is_ours) && record.is_none() {
+    if !found.as_ref().is_some_and(table::MountinfoEntry::is_ours) && record.is_none() {
         return Err(MountError::NotOurs { target, found: found.map(|found| found.kind) });
     }
     let as_root = sys::daemon::effective_ids().0 == 0;
@@ -100,7 +100,7 @@ pub fn unmount_dead(target: &Path) -> Result<bool, MountError> {
     Ok(is_dead)
 }
 
-fn is_dead(target: &Path, found: &table::Mounted) -> Result<bool, MountError> {
+fn is_dead(target: &Path, found: &table::MountinfoEntry) -> Result<bool, MountError> {
     let record = table::mounts()?.into_iter().find(|one| one.target == target && one.device == found.device);
     Ok(match record {
         Some(record) => record.health() == Health::DaemonDead,

@@ -84,7 +84,7 @@ pub struct Sources<'a> {
 }
 
 /// An image that was found.
-struct Found {
+struct FoundImage {
     from: Box<dyn Transport>,
     descriptor: Descriptor,
 }
@@ -115,7 +115,7 @@ struct Found {
 ///     floor_keys: &[],
 /// };
 /// let effort = Effort { threads: std::thread::available_parallelism()?, packing: Packing::default() };
-/// let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine() };
+/// let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine(), boot: None };
 /// let built = build(&import, store, &signer, effort, &sources, &Progress::silent())?;
 ///
 /// let image = store.image(&built.manifest.targets["web"].digest)?;
@@ -328,7 +328,7 @@ fn find(
     name: &TargetName,
     target: &ImportTarget,
     sources: &Sources<'_>,
-) -> Result<(Found, Resolved), BuildError> {
+) -> Result<(FoundImage, Resolved), BuildError> {
     let wrong = |source| BuildError::Source { target: name.clone(), url: target.url.to_string(), source };
     let source = source_of(&target.url).map_err(wrong)?;
     let from = source.open(sources.access).map_err(wrong)?;
@@ -337,7 +337,7 @@ fn find(
     import.check_pins(name, &resolved)?;
     let image = from.image(&descriptor).map_err(wrong)?;
     check_layers(&image).map_err(|source| BuildError::Image { target: name.clone(), source })?;
-    Ok((Found { from, descriptor }, resolved))
+    Ok((FoundImage { from, descriptor }, resolved))
 }
 
 /// Returns the place that a URL of an import manifest names.

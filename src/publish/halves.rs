@@ -55,7 +55,7 @@ pub fn prepare(
 }
 
 /// The signatures made elsewhere.
-pub struct Made<'a> {
+pub struct ExternalSignatures<'a> {
     /// The signature over what [`prepare`] wrote.
     pub signature: &'a [u8],
     /// The signer's certificate, with the intermediates up to the CA.
@@ -75,7 +75,7 @@ pub struct Made<'a> {
 pub fn finish(
     import: &ImportManifest,
     store: &Store,
-    made: &Made<'_>,
+    made: &ExternalSignatures<'_>,
     effort: Effort,
     sources: &Sources<'_>,
     progress: &Progress,
@@ -95,7 +95,7 @@ pub fn finish(
 pub fn finish_prepared(
     manifest: SystemManifest,
     store: &Store,
-    made: &Made<'_>,
+    made: &ExternalSignatures<'_>,
 ) -> Result<Built, BuildError> {
     let writer = store.writer()?;
     let mut names = Vec::new();
@@ -124,7 +124,7 @@ fn join(
     writer: &Writer<'_>,
     manifest: &SystemManifest,
     names: Vec<(String, Descriptor)>,
-    made: &Made<'_>,
+    made: &ExternalSignatures<'_>,
 ) -> Result<(), BuildError> {
     let signed = Signed::attach(manifest, made.signature, made.certificate, made.dates)?;
     let mut floor_signatures = Vec::new();

@@ -191,7 +191,7 @@ impl Report {
 
 /// What the entries reach, each object once.
 #[derive(Default)]
-struct Reached {
+struct ReachableObjects {
     blobs: BTreeSet<Digest>,
     /// By digest; a layer of many blobs also by its manifest, whose list of chunks is checked with it.
     layers: BTreeMap<(Digest, Option<Digest>), ReachedLayer>,
@@ -240,7 +240,7 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
 
     // A first pass determines the expected sizes of blobs: one of another size is wrong and need not be read,
     // however long it claims to be.
-    let mut known = Reached::default();
+    let mut known = ReachableObjects::default();
     for entry in &entries {
         follow(layout, entry, "", &BTreeSet::new(), &mut known, &mut Vec::new());
     }
@@ -250,7 +250,7 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
     let broken: BTreeSet<Digest> = bad.iter().map(|(digest, _)| *digest).collect();
     report.problems.extend(bad.into_iter().map(|(_, problem)| problem));
 
-    let mut reached = Reached::default();
+    let mut reached = ReachableObjects::default();
     for entry in &entries {
         let object = match entry.ref_name() {
             Some(name) => {
@@ -279,7 +279,7 @@ pub fn check_image(
     progress: &Progress,
 ) -> Result<Report, AnyError> {
     let mut report = Report { names: 1, ..Report::default() };
-    let mut reached = Reached::default();
+    let mut reached = ReachableObjects::default();
     let none = BTreeSet::new();
     follow(layout, manifest, object, &none, &mut reached, &mut report.problems);
     let mut blobs = Vec::new();
@@ -387,7 +387,7 @@ fn follow(
     entry: &Descriptor,
     object: &str,
     broken: &BTreeSet<Digest>,
-    reached: &mut Reached,
+    reached: &mut ReachableObjects,
     problems: &mut Vec<Problem>,
 ) {
     let mut todo = vec![(entry.clone(), 0)];
@@ -448,7 +448,7 @@ fn reach(
     blob: &Descriptor,
     object: &str,
     optional: bool,
-    reached: &mut Reached,
+    reached: &mut ReachableObjects,
     problems: &mut Vec<Problem>,
 ) -> bool {
     reached.blobs.insert(blob.digest);
@@ -471,7 +471,7 @@ fn reach(
 /// Reads every layer that has a tree through it, and decodes every layer of many blobs.
 fn check_layers(
     layout: &OciDir,
-    reached: &Reached,
+    reached: &ReachableObjects,
     skip: &BTreeSet<Digest>,
     threads: NonZeroUsize,
     progress: &Progress,

@@ -89,7 +89,8 @@ impl Collector<'_> {
             let object = format!("{}: {name}", self.store.transport().location());
             return Err(TransportError::UnreadableEntry { object, why: entry.why() }.into());
         }
-        let mut marking = Marking { marked: roots.iter().copied().collect(), ..Marking::default() };
+        let mut marking =
+            MarkedObjects { marked: roots.iter().copied().collect(), ..MarkedObjects::default() };
         let mut unnamed = Vec::new();
         for entry in entries {
             match entry.ref_name() {
@@ -213,7 +214,7 @@ impl Collector<'_> {
     }
 
     /// Marks a descriptor and all that it reaches. Not recursive: pending descriptors are in a list.
-    fn mark(&self, from: &Descriptor, marking: &mut Marking) {
+    fn mark(&self, from: &Descriptor, marking: &mut MarkedObjects) {
         let mut todo = vec![from.clone()];
         let mut seen = BTreeSet::new();
         while let Some(entry) = todo.pop() {
@@ -238,14 +239,14 @@ impl Collector<'_> {
         }
     }
 
-    fn manifest(&self, entry: &Descriptor, marking: &mut Marking) -> Option<Manifest> {
+    fn manifest(&self, entry: &Descriptor, marking: &mut MarkedObjects) -> Option<Manifest> {
         let bytes = self.bytes(entry, marking)?;
         Manifest::parse(&bytes).inspect_err(|error| marking.damage(entry, error)).ok()
     }
 
     /// Returns a document; `None` if it is missing, such as that of a platform that was not copied, or if it
     /// is damaged.
-    fn bytes(&self, entry: &Descriptor, marking: &mut Marking) -> Option<Vec<u8>> {
+    fn bytes(&self, entry: &Descriptor, marking: &mut MarkedObjects) -> Option<Vec<u8>> {
         match self.store.transport().fetch(entry, MAX_MANIFEST_BYTES) {
             Ok(bytes) => Some(bytes),
             Err(TransportError::BlobMissing { .. }) => None,
@@ -264,7 +265,7 @@ impl Collector<'_> {
 }
 
 /// The objects reached so far.
-struct Marking {
+struct MarkedObjects {
     marked: BTreeSet<Digest>,
     /// Referenced objects that cannot be read.
     damaged: BTreeSet<String>,
@@ -272,13 +273,13 @@ struct Marking {
     whole: bool,
 }
 
-impl Default for Marking {
+impl Default for MarkedObjects {
     fn default() -> Self {
         Self { marked: BTreeSet::new(), damaged: BTreeSet::new(), whole: true }
     }
 }
 
-impl Marking {
+impl MarkedObjects {
     fn manifest(&mut self, manifest: &Manifest) {
         self.marked.insert(manifest.config.digest);
         self.marked.extend(manifest.layers.iter().map(|layer| layer.digest));

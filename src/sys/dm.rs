@@ -99,7 +99,7 @@ pub struct Target {
 
 /// A device in the list of all devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listed {
+pub struct ListedDevice {
     /// Device number, as `st_rdev` has it.
     pub dev: u64,
     /// Its name.
@@ -198,7 +198,7 @@ impl Control {
     }
 
     /// Lists all devices of the machine.
-    pub fn list(&self) -> io::Result<Vec<Listed>> {
+    pub fn list(&self) -> io::Result<Vec<ListedDevice>> {
         parse_names(&self.call(Command::ListDevices, &Request::default())?)
     }
 
@@ -344,12 +344,12 @@ fn parse_targets(reply: &Reply) -> io::Result<Vec<Target>> {
 }
 
 /// Reads the records after a LIST_DEVICES; `next` counts from the record itself (dm_name_list).
-fn parse_names(reply: &Reply) -> io::Result<Vec<Listed>> {
+fn parse_names(reply: &Reply) -> io::Result<Vec<ListedDevice>> {
     let mut at = reply.u32_at(16)? as usize;
     let mut names = Vec::new();
     // A device number 0 in the first record means that there are no devices.
     while reply.u64_at(at)? != 0 {
-        names.push(Listed {
+        names.push(ListedDevice {
             dev: decode_dev(reply.u64_at(at)?),
             name: reply.text_at(at.saturating_add(12), NAME_BYTES)?,
         });

@@ -300,14 +300,14 @@ pub struct SourceRef {
 }
 
 /// A place, and a name there.
-type Place = (String, Option<String>);
+type NamedLocation = (String, Option<String>);
 
 /// One kind of source.
 struct Scheme {
     /// What a reference begins with.
     name: &'static str,
     /// Splits what follows `name:` into place and name; what is wrong with it otherwise.
-    split: fn(&str) -> Result<Place, &'static str>,
+    split: fn(&str) -> Result<NamedLocation, &'static str>,
 }
 
 /// The scheme of OCI layouts.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::{Blob, Place, Transport, TransportError, names_of};
+use super::{Blob, NamedLocation, Transport, TransportError, names_of};
 use crate::digest::{Digest, split_pin};
 use crate::error::IoContext;
 use crate::image::blobs::{BlobFolder, Blobs};
@@ -41,7 +41,7 @@ struct LayoutFile {
 
 /// Splits `DIR[:NAME]` or `DIR@sha256:HEX`; the folder ends at the first `:` (docs/design.md, source words), or at
 /// the `@` before a digest. The name by digest is `@sha256:HEX`.
-pub(super) fn split(rest: &str) -> Result<Place, &'static str> {
+pub(super) fn split(rest: &str) -> Result<NamedLocation, &'static str> {
     let rest = rest.strip_prefix("//").unwrap_or(rest);
     if let Some((dir, digest)) = split_pin(rest)
         && !dir.contains(':')

@@ -217,7 +217,7 @@ fn is_repository_part(part: &str) -> bool {
 /// Splits what follows `docker:` of a source into `HOST[:PORT]/REPOSITORY` and a tag or digest.
 ///
 /// A tag cannot hold the `+` of a version such as `1.2+3`. It stands as `_`, as Helm has it.
-pub(super) fn split(rest: &str) -> Result<super::Place, &'static str> {
+pub(super) fn split(rest: &str) -> Result<super::NamedLocation, &'static str> {
     let rest = rest.strip_prefix("//").ok_or(Malformed::NoRepository.allowed())?;
     let reference = match rest.contains('@') {
         true => Reference::parse(rest),

@@ -15,7 +15,7 @@ const MAX_SIGNERS: usize = 16;
 
 /// Which signature and which certificate were used, as positions in the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Taken {
+pub struct ChosenPair {
     /// The position of the signature.
     pub signature: usize,
     /// The position of the certificate.
@@ -36,7 +36,7 @@ pub fn verify_any(
     floor_signature: Option<Vec<u8>>,
     anchor: &Anchor,
     dates: Dates,
-) -> Result<Option<(Verified, Taken)>, TrustError> {
+) -> Result<Option<(Verified, ChosenPair)>, TrustError> {
     let mut first = None;
     let mut signers = Vec::new();
     for (at, pem) in certificates.iter().take(MAX_ALTERNATIVES).enumerate() {
@@ -68,7 +68,7 @@ pub fn verify_any(
             };
             // The verification loop makes the final decision.
             let verified = signed.verify(anchor, dates)?;
-            return Ok(Some((verified, Taken { signature: which, certificate: *at })));
+            return Ok(Some((verified, ChosenPair { signature: which, certificate: *at })));
         }
     }
     match first {

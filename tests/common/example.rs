@@ -46,7 +46,7 @@ impl Example {
             floor_keys: &[],
         };
         let effort = Effort { threads: std::num::NonZeroUsize::MIN, packing: Packing::default() };
-        let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine() };
+        let sources = BuildSources { access: &Access::default(), platform: &Platform::this_machine(), boot: None };
         build(&import, &store, &signer, effort, &sources, &Progress::silent())?;
 
         let config = path("config");

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use mosfs::internals::deploy::booted::BootRecord;
 use mosfs::internals::deploy::choice::{Booted, Role, choose};
 use mosfs::internals::deploy::{DeployError, DeploymentId, State, System, check_images};
-use mosfs::internals::floor::{self, Floor, Place, Tcti};
+use mosfs::internals::floor::{self, Floor, FloorLocation, Tcti};
 use mosfs::internals::manifest::ServiceType;
 use mosfs::internals::manifest::system::Target;
 use mosfs::internals::trust::Anchor;
@@ -125,9 +125,9 @@ impl Device {
         let place = match self.floor.as_slice() {
             [flag, tcti] if flag == "--tpm" => {
                 let tcti: Tcti = tcti.parse().expect("a TCTI");
-                Place::Tpm(tcti, std::time::Duration::from_secs(30))
+                FloorLocation::Tpm(tcti, std::time::Duration::from_secs(30))
             }
-            _ => Place::File(self.system().join("floor")),
+            _ => FloorLocation::File(self.system().join("floor")),
         };
         floor::open(&place, &self.config()).expect("a floor")
     }

@@ -1,4 +1,4 @@
-//! The rules of section 5, on the development floor, where no TPM is needed.
+//! The rules of deployments (docs/design.md), on the development floor, where no TPM is needed.
 
 use std::fs;
 
@@ -301,6 +301,23 @@ fn the_development_floor_says_each_time_that_it_protects_nothing() {
         let output = device.run(&["commit"]);
         assert!(output.status.success());
         assert!(text(&output.stderr).contains("protects nothing"), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn a_record_of_this_boot_that_is_none_is_named() {
+    let device = Device::with_file_floor();
+    let (_dir, publisher) = published(&[200]);
+    device.install(&publisher, 200);
+    fs::create_dir_all(device.boot_record().parent().unwrap()).unwrap();
+    for (text, why) in
+        [("{}", "missing field `deployment`"), ("", "EOF while parsing"), ("[]", "invalid length 0")]
+    {
+        fs::write(device.boot_record(), text).unwrap();
+        let file = format!("{} is not a record of a boot: {why}", device.boot_record().display());
+        for command in ["commit", "gc"] {
+            device.refused(&[command], 1, &[&file, "hint: `mosfs boot` writes it at each boot"]);
+        }
     }
 }
 

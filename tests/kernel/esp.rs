@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use mosfs::internals::deploy::System;
 use mosfs::internals::deploy::choice::{Role, choose};
 use mosfs::internals::digest::Digest;
-use mosfs::internals::floor::{self, Place};
+use mosfs::internals::floor::{self, FloorLocation};
 use mosfs::internals::trust::Anchor;
 use tempfile::TempDir;
 
@@ -136,7 +136,7 @@ impl Device {
         let system = System::at(self.system());
         let config = self.dir.path().join("config");
         let anchor = Anchor::load(&config).unwrap();
-        let mut floor = floor::open(&Place::File(self.system().join("floor")), &config).unwrap();
+        let mut floor = floor::open(&FloorLocation::File(self.system().join("floor")), &config).unwrap();
         let booted = choose(&system, &anchor, floor.as_mut(), kernel, |_, _| Ok(()));
         booted.map(|booted| (booted.deployment.version, booted.role)).map_err(|error| error.to_string())
     }

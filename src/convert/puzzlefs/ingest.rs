@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::{Limits, PuzzlefsError, pack};
 use crate::convert::image::{Ingest, IngestError, Ingested, diff_ids, in_layer, with_diff_ids, with_layers};
-use crate::convert::{ConvertError, Effort, Packing, TarLayer, Under, examine, lower, write_squashfs};
+use crate::convert::{ConvertError, Effort, LowerEntry, Packing, TarLayer, examine, lower, write_squashfs};
 use crate::digest::Digest;
 use crate::error::IoContext;
 use crate::failpoint;
@@ -126,7 +126,7 @@ fn open_layer(
             let digests: Vec<Digest> = lower_layers.iter().map(|layer| layer.digest).collect();
             let mut below = |path: &[u8]| match &view {
                 Some(view) => lower::under(view, &digests, path),
-                None => Ok(Under::Nothing),
+                None => Ok(LowerEntry::Nothing),
             };
             let (_, notes) =
                 write_squashfs(from, &tar, &temp.file, effort, &mut below, job.progress).map_err(wrong)?;

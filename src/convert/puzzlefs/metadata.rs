@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::plan::{Plan, Planned, What};
+use super::plan::{FileKind, Plan, Planned};
 use super::{Chunk, PuzzlefsError};
 use crate::digest::Digest;
 use crate::image::puzzlefs::{MANIFEST_VERSION, MAX_METADATA_BYTES};
@@ -86,24 +86,24 @@ pub(super) fn write(plan: &Plan, chunks: &[Chunk]) -> Result<Vec<u8>, PuzzlefsEr
 
 fn inode(segment: &mut Segment, at: usize, ino: u64, planned: &Planned, stream: &mut Stream<'_>) {
     let tag: u64 = match &planned.what {
-        What::Fifo => 1,
-        What::Char(_) => 2,
-        What::Dir(_) => 3,
-        What::Block(_) => 4,
-        What::File(_) => 5,
-        What::Symlink(_) => 6,
-        What::Socket => 7,
+        FileKind::Fifo => 1,
+        FileKind::Char(_) => 2,
+        FileKind::Dir(_) => 3,
+        FileKind::Block(_) => 4,
+        FileKind::File(_) => 5,
+        FileKind::Symlink(_) => 6,
+        FileKind::Socket => 7,
     };
     segment.set(at, ino);
     segment.set(at + 1, tag | u64::from(planned.permissions) << 16 | u64::from(planned.uid) << 32);
     segment.set(at + 2, planned.gid.into());
     match &planned.what {
-        What::Char(rdev) | What::Block(rdev) => {
+        FileKind::Char(rdev) | FileKind::Block(rdev) => {
             let numbers = segment.structure(at + 3, 2, 0);
             segment.set(numbers, (rdev >> 8 & 0xfff).into());
             segment.set(numbers + 1, (rdev & 0xff | rdev >> 12 & 0xf_ff00).into());
         }
-        What::Dir(entries) => {
+        FileKind::Dir(entries) => {
             let dir = segment.structure(at + 3, 1, 1);
             let list = segment.list(dir + 1, entries.len(), 1, 1);
             for (number, (name, child)) in entries.iter().enumerate() {
@@ -111,7 +111,7 @@ fn inode(segment: &mut Segment, at: usize, ino: u64, planned: &Planned, stream: 
                 segment.bytes(list + number * 2 + 1, name);
             }
         }
-        What::File(size) => {
+        FileKind::File(size) => {
             let parts = stream.take(*size);
             let list = segment.list(at + 3, parts.len(), 1, 1);
             for (number, part) in parts.iter().enumerate() {
@@ -122,10 +122,10 @@ fn inode(segment: &mut Segment, at: usize, ino: u64, planned: &Planned, stream: 
                 segment.bytes(blob + 2, part.chunk.digest.as_bytes());
             }
         }
-        What::Fifo | What::Socket | What::Symlink(_) => {}
+        FileKind::Fifo | FileKind::Socket | FileKind::Symlink(_) => {}
     }
     let target: &[u8] = match &planned.what {
-        What::Symlink(target) => target,
+        FileKind::Symlink(target) => target,
         _ => &[],
     };
     if planned.xattrs.is_empty() && target.is_empty() {

@@ -14,7 +14,7 @@ use crate::image::overlay::{Merged, ROOT};
 
 /// A file of the image. Its number is its place in [`Plan::inodes`], and 1.
 pub(crate) struct Planned {
-    pub what: What,
+    pub what: FileKind,
     pub permissions: u16,
     pub uid: u32,
     pub gid: u32,
@@ -23,7 +23,7 @@ pub(crate) struct Planned {
 }
 
 /// What a file is.
-pub(crate) enum What {
+pub(crate) enum FileKind {
     /// Names and the places of their files in [`Plan::inodes`].
     Dir(Vec<(Box<[u8]>, u32)>),
     /// The size in bytes.
@@ -83,7 +83,7 @@ impl Plan {
             }
             // The last one of a stack comes first.
             todo[first..].reverse();
-            if let Some(Planned { what: What::Dir(place), .. }) = plan.inodes.get_mut(number as usize) {
+            if let Some(Planned { what: FileKind::Dir(place), .. }) = plan.inodes.get_mut(number as usize) {
                 *place = entries;
             }
         }
@@ -93,13 +93,13 @@ impl Plan {
     fn add(&mut self, view: &Merged, ino: u64) -> Result<(), PuzzlefsError> {
         let attr = view.attr(ino)?;
         let what = match attr.kind {
-            FileType::Directory => What::Dir(Vec::new()),
-            FileType::Regular => What::File(attr.size_bytes),
-            FileType::Symlink => What::Symlink(view.read_link(ino)?),
-            FileType::CharDevice => What::Char(attr.rdev),
-            FileType::BlockDevice => What::Block(attr.rdev),
-            FileType::Fifo => What::Fifo,
-            FileType::Socket => What::Socket,
+            FileType::Directory => FileKind::Dir(Vec::new()),
+            FileType::Regular => FileKind::File(attr.size_bytes),
+            FileType::Symlink => FileKind::Symlink(view.read_link(ino)?),
+            FileType::CharDevice => FileKind::Char(attr.rdev),
+            FileType::BlockDevice => FileKind::Block(attr.rdev),
+            FileType::Fifo => FileKind::Fifo,
+            FileType::Socket => FileKind::Socket,
         };
         if attr.kind == FileType::Regular && attr.size_bytes > 0 {
             self.files.push_back((ino, attr.size_bytes));

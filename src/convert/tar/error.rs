@@ -10,7 +10,7 @@ use super::show;
 #[error("tar: {place}: {problem}")]
 pub struct TarError {
     /// Where in the stream.
-    pub place: Place,
+    pub place: TarPosition,
     /// What is wrong there.
     #[source]
     pub problem: Problem,
@@ -18,7 +18,7 @@ pub struct TarError {
 
 /// Where in a stream. Offsets are in the uncompressed stream, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum TarPosition {
     /// At an entry of that name.
     Entry(Vec<u8>),
     /// At a header whose entry is not known yet.
@@ -30,7 +30,7 @@ pub enum Place {
     },
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for TarPosition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Entry(path) => write!(f, "`{}`", show(path)),

@@ -33,7 +33,7 @@ mod sparse;
 
 use std::io::{self, Read};
 
-use error::Place;
+use error::TarPosition;
 pub use error::{Problem, TarError};
 
 use self::field::{bad_number, check_sum, cut, decimal, field, number, seconds};
@@ -121,7 +121,7 @@ pub(super) struct TarReader<R> {
     size: u64,
     global: Global,
     /// Where the reader is, for errors.
-    place: Place,
+    place: TarPosition,
     notes: Vec<String>,
     buffer: Vec<u8>,
 }
@@ -168,7 +168,7 @@ impl<R: Read> TarReader<R> {
             pieces: None,
             size: 0,
             global: Global::default(),
-            place: Place::Header { offset: 0, after: None },
+            place: TarPosition::Header { offset: 0, after: None },
             notes: Vec::new(),
             buffer: vec![0; 64 * 1024],
         }
@@ -196,13 +196,13 @@ impl<R: Read> TarReader<R> {
 
     fn read_entry(&mut self) -> Result<Option<Entry>, Problem> {
         self.skip("content")?;
-        let after = match std::mem::replace(&mut self.place, Place::Header { offset: 0, after: None }) {
-            Place::Entry(path) => Some(path),
-            Place::Header { after, .. } => after,
+        let after = match std::mem::replace(&mut self.place, TarPosition::Header { offset: 0, after: None }) {
+            TarPosition::Entry(path) => Some(path),
+            TarPosition::Header { after, .. } => after,
         };
         let mut special = Special::default();
         loop {
-            self.place = Place::Header { offset: self.offset, after: after.clone() };
+            self.place = TarPosition::Header { offset: self.offset, after: after.clone() };
             let Some(header) = self.header()? else { return Ok(None) };
             check_sum(&header)?;
             let stored = || {
@@ -228,8 +228,8 @@ impl<R: Read> TarReader<R> {
                 // A hard link has no content, whatever its size says.
                 b'1' => return self.entry(&header, 0, special).map(Some),
                 _ => {
-                    let stored =
-                        stored().inspect_err(|_| self.place = Place::Entry(cut(&header[..100]).to_vec()))?;
+                    let stored = stored()
+                        .inspect_err(|_| self.place = TarPosition::Entry(cut(&header[..100]).to_vec()))?;
                     return self.entry(&header, stored, special).map(Some);
                 }
             }
@@ -347,7 +347,7 @@ impl<R: Read> TarReader<R> {
             }
         };
         let path = records.get(b"GNU.sparse.name").map_or(path, <[u8]>::to_vec);
-        self.place = Place::Entry(path.clone());
+        self.place = TarPosition::Entry(path.clone());
         let link = match (records.get(b"linkpath"), &special.long_link) {
             (Some(link), _) => link.to_vec(),
             (None, Some(link)) => link.clone(),

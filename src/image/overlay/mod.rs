@@ -168,7 +168,7 @@ pub struct Merged {
 }
 
 /// What an inode number stands for.
-enum Place {
+enum Inode {
     /// A file, or a folder that one layer has alone.
     Alone(Part),
     /// A folder with parts in several layers.
@@ -226,14 +226,14 @@ impl Merged {
     /// What stat(2) shows of a file, with the link count of the merged view.
     pub fn attr(&self, ino: u64) -> Result<Attr, OverlayError> {
         match self.place(ino)? {
-            Place::Alone(part) => {
+            Inode::Alone(part) => {
                 let attr = self.part_attr(part)?;
                 if attr.kind == FileType::Directory {
                     return Ok(attr);
                 }
                 Ok(Attr { nlink: self.visible_links(part, attr.nlink)?, ..attr })
             }
-            Place::Several(dir) => {
+            Inode::Several(dir) => {
                 let Some(&top) = dir.parts.first() else { return Err(OverlayError::NoSuchInode(ino)) };
                 let attr = self.part_attr(top)?;
                 Ok(Attr { nlink: self.dir_links(&dir)?, ..attr })
@@ -259,7 +259,7 @@ impl Merged {
     /// The file of that name in a folder.
     pub fn lookup(&self, dir: u64, name: &[u8]) -> Result<Option<(u64, Attr)>, OverlayError> {
         let ino = match self.place(dir)? {
-            Place::Alone(part) => {
+            Inode::Alone(part) => {
                 let Some(entry) = self.part_lookup(part, name)? else { return Ok(None) };
                 let found = Part { layer: part.layer, node: entry.node };
                 if self.is_whiteout(found, entry.kind)? {
@@ -267,7 +267,7 @@ impl Merged {
                 }
                 self.number(found)?
             }
-            Place::Several(merged) => {
+            Inode::Several(merged) => {
                 let mut chain = Chain::default();
                 for &part in &merged.parts {
                     if let Some(entry) = self.part_lookup(part, name)?
@@ -299,8 +299,8 @@ impl Merged {
         each: &mut dyn FnMut(Entry) -> bool,
     ) -> Result<(), OverlayError> {
         match self.place(dir)? {
-            Place::Alone(part) => self.read_single(part, cookie, each),
-            Place::Several(merged) => self.read_merged(dir, &merged, cookie, each),
+            Inode::Alone(part) => self.read_single(part, cookie, each),
+            Inode::Several(merged) => self.read_merged(dir, &merged, cookie, each),
         }
     }
 
@@ -308,8 +308,8 @@ impl Merged {
     /// root, or several layers have it.
     pub fn parent(&self, dir: u64) -> Option<u64> {
         match self.place(dir).ok()? {
-            Place::Several(merged) => Some(merged.parent),
-            Place::Alone(_) => (dir == ROOT).then_some(ROOT),
+            Inode::Several(merged) => Some(merged.parent),
+            Inode::Alone(_) => (dir == ROOT).then_some(ROOT),
         }
     }
 
@@ -406,24 +406,24 @@ impl Merged {
         Ok(self.bases()[part.layer] + number)
     }
 
-    fn place(&self, ino: u64) -> Result<Place, OverlayError> {
+    fn place(&self, ino: u64) -> Result<Inode, OverlayError> {
         let part = self.part(ino)?;
         if self.layers.len() == 1 {
-            return Ok(Place::Alone(part));
+            return Ok(Inode::Alone(part));
         }
         if ino == ROOT {
             return Ok(match *self.root.parts {
-                [_] => Place::Alone(part),
-                _ => Place::Several(self.root.clone()),
+                [_] => Inode::Alone(part),
+                _ => Inode::Several(self.root.clone()),
             });
         }
         // The bottom layer is never the topmost part of several.
         if part.layer > 0
             && let Some(dir) = locks::read(&self.dirs).get(&ino)
         {
-            return Ok(Place::Several(dir.clone()));
+            return Ok(Inode::Several(dir.clone()));
         }
-        Ok(Place::Alone(part))
+        Ok(Inode::Alone(part))
     }
 
     fn part_attr(&self, part: Part) -> Result<Attr, OverlayError> {

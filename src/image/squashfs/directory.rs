@@ -18,7 +18,7 @@
 
 use super::error::corrupt;
 use super::inode::{Data, Directory, Inode, file_type};
-use super::metadata::{Cursor, METADATA_BYTES, PLACES, Place, Position, Region};
+use super::metadata::{CachedPosition, Cursor, METADATA_BYTES, PLACES, Position, Region};
 use super::{NodeId, Squashfs};
 use crate::image::fields::{u16_at, u32_at};
 use crate::image::{DirEntry, FileType, LayerError};
@@ -95,12 +95,12 @@ pub(super) struct Walk<'a> {
     /// Whether there is a previous name.
     any: bool,
     /// Where runs begin, if the folder is large: at least `step` bytes apart.
-    places: Vec<Place>,
+    places: Vec<CachedPosition>,
     step: u32,
     last_place: u32,
     /// Where this run begins. It is cached only once its first name has been checked against the previous
     /// one: a walk that starts there cannot see the previous name.
-    place: Option<Place>,
+    place: Option<CachedPosition>,
 }
 
 impl<'a> Walk<'a> {
@@ -148,7 +148,8 @@ impl<'a> Walk<'a> {
 
     fn run(&mut self) -> Result<(), LayerError> {
         if self.at - self.last_place >= self.step {
-            self.place = Some(Place { item: self.at.into(), position: self.cursor.position(), data: 0 });
+            self.place =
+                Some(CachedPosition { item: self.at.into(), position: self.cursor.position(), data: 0 });
             self.last_place = self.at;
         }
         self.forward(RUN_BYTES)?;

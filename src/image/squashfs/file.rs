@@ -11,10 +11,10 @@
 
 use super::error::corrupt;
 use super::inode::{self, Data, File, NONE};
-use super::metadata::{Cursor, PLACES, Place};
+use super::metadata::{CachedPosition, Cursor, PLACES};
 use super::{NodeId, Squashfs};
 use crate::image::fields::{u32_at, u64_at};
-use crate::image::layer::{BlockId, Extent, Place as Held};
+use crate::image::layer::{BlockId, Extent, Place};
 use crate::image::{LayerError, ReadError};
 
 /// The name of a block of a file in errors.
@@ -66,13 +66,17 @@ impl BlockList<'_> {
     }
 
     /// Advances to block `index`, and collects a position after each `step` blocks.
-    fn go_to(&mut self, index: u64, step: u64, places: &mut Vec<Place>) -> Result<(), LayerError> {
+    fn go_to(&mut self, index: u64, step: u64, places: &mut Vec<CachedPosition>) -> Result<(), LayerError> {
         while self.index < index {
             // Positions are always at multiples of `step`.
             let stop = (self.index / step + 1).saturating_mul(step).min(index);
             self.skip(stop - self.index)?;
             if self.index.is_multiple_of(step) {
-                places.push(Place { item: self.index, position: self.cursor.position(), data: self.data });
+                places.push(CachedPosition {
+                    item: self.index,
+                    position: self.cursor.position(),
+                    data: self.data,
+                });
             }
         }
         Ok(())
@@ -201,11 +205,11 @@ impl Squashfs {
             let max = u64::from(u32::MAX >> log) - 1;
             let holes = 1 + list.holes(max)?;
             let len = (file.size - file_offset).min(holes << log);
-            return Ok(Extent { file_offset, len: len as u32, place: Held::Hole });
+            return Ok(Extent { file_offset, len: len as u32, place: Place::Hole });
         }
         let len = (file.size - file_offset).min(1 << log) as u32;
         let block = self.stored(TABLE, start, word, len)?;
-        Ok(Extent { file_offset, len, place: Held::Block(block) })
+        Ok(Extent { file_offset, len, place: Place::Block(block) })
     }
 
     /// Returns the extent of a file that is in a fragment block.
@@ -225,7 +229,7 @@ impl Squashfs {
             ));
         }
         let block = self.fragment(file.fragment)?;
-        let place = Held::Shared { block, offset: file.fragment_offset };
+        let place = Place::Shared { block, offset: file.fragment_offset };
         Ok(Extent { file_offset: file.size >> log << log, len, place })
     }
 

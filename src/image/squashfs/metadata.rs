@@ -285,7 +285,7 @@ impl Cursor<'_> {
 
 /// A position worth caching.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct CachedPosition {
     /// The item at that position: the number of a block of the file, or the offset in the listing, in bytes.
     pub item: u64,
     /// The position in the table.
@@ -313,7 +313,7 @@ pub(super) struct Places {
 
 #[derive(Default)]
 struct PlaceSet {
-    nodes: Vec<(u64, Vec<Place>)>,
+    nodes: Vec<(u64, Vec<CachedPosition>)>,
     next: usize,
 }
 
@@ -323,7 +323,7 @@ impl Places {
     }
 
     /// Returns the last position of that node at or before `item`.
-    pub(super) fn before(&self, node: u64, item: u64) -> Option<Place> {
+    pub(super) fn before(&self, node: u64, item: u64) -> Option<CachedPosition> {
         let set = locks::lock(self.set(node));
         let (_, places) = set.nodes.iter().find(|(id, _)| *id == node)?;
         let count = places.partition_point(|place| place.item <= item);
@@ -331,7 +331,7 @@ impl Places {
     }
 
     /// Caches positions of that node, in ascending order; those not after the known ones are ignored.
-    pub(super) fn remember(&self, node: u64, found: &[Place]) {
+    pub(super) fn remember(&self, node: u64, found: &[CachedPosition]) {
         if found.is_empty() {
             return;
         }
@@ -366,7 +366,7 @@ mod tests {
     #[test]
     fn places_are_bounded_and_sorted() {
         let places = Places::default();
-        let place = |item| Place { item, position: Position { at: item, offset: 0 }, data: 0 };
+        let place = |item| CachedPosition { item, position: Position { at: item, offset: 0 }, data: 0 };
         places.remember(7, &[place(10), place(20)]);
         places.remember(7, &[place(15), place(30)]);
         assert!(places.before(7, 9).is_none());

@@ -119,7 +119,7 @@ pub struct Squashfs {
     fragments: Table,
     export: Option<Table>,
     xattr_table: OnceLock<XattrTable>,
-    starts: OnceLock<numbers::Starts>,
+    starts: OnceLock<numbers::BlockStarts>,
 }
 
 impl Squashfs {

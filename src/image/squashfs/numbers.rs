@@ -36,14 +36,14 @@ const STORED: u16 = 1 << 15;
 const REFERENCES: u64 = 1 << 48;
 
 /// Where the metadata blocks of the inode table begin, as offsets in it; `None` where that is not known.
-pub(super) type Starts = Option<Box<[u32]>>;
+pub(super) type BlockStarts = Option<Box<[u32]>>;
 
 impl Squashfs {
     fn starts(&self) -> Option<&[u32]> {
         self.starts.get_or_init(|| self.walk_headers()).as_deref()
     }
 
-    fn walk_headers(&self) -> Starts {
+    fn walk_headers(&self) -> BlockStarts {
         let (begin, end) = (self.superblock.inode_table, self.superblock.directory_table);
         if end - begin > TABLE_BYTES_MAX {
             return None;

@@ -75,7 +75,7 @@ type Outcome = Result<Arc<Block>, EngineError>;
 
 /// A decode in flight.
 #[derive(Default)]
-struct Flight {
+struct PendingDecode {
     /// Whether the thread that decodes may wait for another machine.
     may_wait: bool,
     outcome: Mutex<Option<Outcome>>,
@@ -83,7 +83,7 @@ struct Flight {
 }
 
 enum Slot {
-    Decoding(Arc<Flight>),
+    Decoding(Arc<PendingDecode>),
     Ready { block: Arc<Block>, used: AtomicBool },
 }
 
@@ -166,9 +166,9 @@ impl BlockCache {
                     Slot::Decoding(flight) => flight.clone(),
                 },
                 Entry::Vacant(slot) => {
-                    slot.insert(Slot::Decoding(Arc::new(Flight {
+                    slot.insert(Slot::Decoding(Arc::new(PendingDecode {
                         may_wait: may_wait(),
-                        ..Flight::default()
+                        ..PendingDecode::default()
                     })));
                     break;
                 }
@@ -183,7 +183,7 @@ impl BlockCache {
             }
         }
         // Lands the flight even if `decode` panics, so that no thread waits forever.
-        let mut landing = Landing { shard, most, key, outcome: Err(EngineError::Io) };
+        let mut landing = DecodeGuard { shard, most, key, outcome: Err(EngineError::Io) };
         let mut bytes = self.pool.take();
         match decode(&mut bytes) {
             Ok(()) => landing.outcome = Ok(Arc::new(Block { bytes, pool: self.pool.clone() })),
@@ -212,7 +212,7 @@ impl BlockCache {
     }
 }
 
-impl Flight {
+impl PendingDecode {
     fn wait(&self) -> Outcome {
         let mut outcome = locks::lock(&self.outcome);
         loop {
@@ -225,14 +225,14 @@ impl Flight {
 }
 
 /// Stores the result of a decode in its shard and wakes the threads that wait for it.
-struct Landing<'a> {
+struct DecodeGuard<'a> {
     shard: &'a Mutex<Shard>,
     most: usize,
     key: Key,
     outcome: Outcome,
 }
 
-impl Drop for Landing<'_> {
+impl Drop for DecodeGuard<'_> {
     fn drop(&mut self) {
         let mut leaving = Vec::new();
         let mut shard = locks::lock(self.shard);

@@ -221,8 +221,12 @@ impl Engine {
                 }
             } else {
                 let asked = (offset, end);
-                held =
-                    self.cached(share, layer, id, || Asked { ino, size: attr.size_bytes, extent, asked })?;
+                held = self.cached(share, layer, id, || PartialRead {
+                    ino,
+                    size: attr.size_bytes,
+                    extent,
+                    asked,
+                })?;
                 held.bytes()
             };
             let Some(part) = start.checked_add(to).and_then(|to| bytes.get(start + from..to)) else {
@@ -263,7 +267,7 @@ impl Engine {
         share: Share,
         layer: usize,
         id: BlockId,
-        asked: impl FnOnce() -> Asked,
+        asked: impl FnOnce() -> PartialRead,
     ) -> Result<Arc<Block>, EngineError> {
         let mut fresh = false;
         let mut who = None;
@@ -272,7 +276,8 @@ impl Engine {
             let asked = who.insert(asked());
             self.decode(layer, asked.ino, id, out)
         })?;
-        if fresh && let (Some(surplus), Some(Asked { ino, size, extent, asked })) = (&self.surplus, who) {
+        if fresh && let (Some(surplus), Some(PartialRead { ino, size, extent, asked })) = (&self.surplus, who)
+        {
             surplus.decoded(Decoded {
                 layer,
                 id,
@@ -318,7 +323,7 @@ impl Engine {
 }
 
 /// The read that requested a part of a block.
-struct Asked {
+struct PartialRead {
     ino: u64,
     size: u64,
     extent: Extent,

@@ -23,7 +23,7 @@ use super::lead::{self, Lead};
 use super::limits::{self, TTL};
 use super::pool::Pool;
 use super::prefill::Siblings;
-use super::spin::Pulse;
+use super::spin::RequestCounter;
 use crate::image::bytes::{may_wait, without_waiting};
 use crate::image::layer::{Attr, FileType};
 use crate::image::overlay::{Entry, OverlayError, ROOT};
@@ -39,7 +39,7 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 /// A merged view as a FUSE file system.
 pub(super) struct Tree {
     pub view: Arc<View>,
-    pub pulse: Arc<Pulse>,
+    pub pulse: Arc<RequestCounter>,
     /// Counts open files, where a timeout needs them.
     pub opens: Option<Arc<Opens>>,
     pub lead: Arc<Lead>,

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::spin::Pulse;
+use super::spin::RequestCounter;
 
 /// How often it is looked at, at the most.
 const LOOK: Duration = Duration::from_millis(500);
@@ -31,7 +31,7 @@ impl Opens {
 /// Waits until nobody has used the mount for `limit`, and unmounts it; ends when it is done or is not needed.
 pub(super) fn run(
     limit: Duration,
-    pulse: &Pulse,
+    pulse: &RequestCounter,
     opens: &Opens,
     unmount: &mut dyn FnMut() -> io::Result<()>,
 ) {

@@ -49,7 +49,7 @@ use self::filesystem::{Tree, View, check_root};
 use self::idle::Opens;
 use self::lead::Lead;
 use self::prefill::Siblings;
-use self::spin::Pulse;
+use self::spin::RequestCounter;
 use self::started::{OnDemand, all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
@@ -87,13 +87,13 @@ struct Connection {
     fd: OwnedFd,
     /// The mount, where it is still to be attached.
     mount: Option<OwnedFd>,
-    place: Place,
+    place: Attachment,
     acl: SessionACL,
 }
 
 /// Where a mount of ours is, or will be.
 #[derive(Debug, Clone)]
-struct Place {
+struct Attachment {
     target: PathBuf,
     device: (u32, u32),
     /// Whether `fusermount3` has attached it.
@@ -132,7 +132,7 @@ impl Connection {
         let device = sys::fuse::device_of_fd(mount.as_fd()).map_err(failed)?;
         // Where it is attached already, a descriptor of it would keep it from being unmounted.
         let mount = (!by_helper).then_some(mount);
-        Ok(Self { fd, mount, place: Place { target, device, by_helper }, acl: acl(flags) })
+        Ok(Self { fd, mount, place: Attachment { target, device, by_helper }, acl: acl(flags) })
     }
 }
 
@@ -297,7 +297,7 @@ pub fn start(
 ) -> Result<Served, MountError> {
     let connection = Connection::new(&plan.source, &engine, point, flags)?;
     failpoint::hit("fuse.tree.made");
-    let Place { by_helper, device, .. } = connection.place;
+    let Attachment { by_helper, device, .. } = connection.place;
     let mut served = Served { mount: None, device, undo: by_helper.then(|| connection.place.target.clone()) };
     let failed = |operation| move |source| MountError::System { operation, source };
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;
@@ -447,7 +447,7 @@ fn daemon(
     std::process::exit(code)
 }
 
-fn record(plan: &MountPlan, place: &Place, files: Option<&Path>, has_log: bool) -> MountRecord {
+fn record(plan: &MountPlan, place: &Attachment, files: Option<&Path>, has_log: bool) -> MountRecord {
     let pid = std::process::id();
     let start_ticks = table::start_ticks(pid).unwrap_or(0);
     let file = |ending| files.map(|files| files.with_extension(ending));
@@ -460,7 +460,7 @@ fn record(plan: &MountPlan, place: &Place, files: Option<&Path>, has_log: bool) 
 struct Link {
     fd: OwnedFd,
     /// Where its mount is; `None` where the mount is the caller's own.
-    place: Option<Place>,
+    place: Option<Attachment>,
     acl: SessionACL,
 }
 
@@ -486,7 +486,7 @@ fn serve(
     engine.set_before_decoding(lead::decoding);
     let engine = Arc::new(engine);
     let siblings = Arc::new(Siblings::default());
-    let (pulse, when) = (Arc::new(Pulse::default()), options.spin);
+    let (pulse, when) = (Arc::new(RequestCounter::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
     let turns = Arc::new(Lead::default());
     let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
@@ -499,12 +499,12 @@ fn serve(
     config.clone_fd = true;
     // Who may enter is the kernel's decision (allow_other); fuser need not decide again.
     let session = Session::from_fd(tree, fd, acl, config).map_err(failed("answer the kernel's INIT"))?;
-    if let Some(Place { device, by_helper: false, .. }) = place {
+    if let Some(Attachment { device, by_helper: false, .. }) = place {
         limits::raise_read_ahead(device);
     }
     let _alive = record.as_ref().map(table::register_here).transpose()?;
-    let kept = Kept(Arc::new(Mutex::new(record)));
-    let _clean = Clean(kept.clone());
+    let kept = SharedRecord(Arc::new(Mutex::new(record)));
+    let _clean = RemoveOnDrop(kept.clone());
 
     // But for the one that serves, none of these threads is waited for: they end with the process. Those on demand
     // are not there while nobody uses the mount.
@@ -557,9 +557,9 @@ fn serve(
 
 /// The record of a mount while it lasts; removed, once and for all, when this is dropped.
 #[derive(Clone)]
-struct Kept(Arc<Mutex<Option<MountRecord>>>);
+struct SharedRecord(Arc<Mutex<Option<MountRecord>>>);
 
-impl Drop for Clean {
+impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
         if let Some(record) = locks::lock(&self.0.0).take() {
             table::remove_here(&record);
@@ -567,10 +567,10 @@ impl Drop for Clean {
     }
 }
 
-struct Clean(Kept);
+struct RemoveOnDrop(SharedRecord);
 
 /// Unmounts when a signal asks for it. See the module's comment.
-fn obey(signals: &Signals, place: Option<&Place>, grace: Duration) {
+fn obey(signals: &Signals, place: Option<&Attachment>, grace: Duration) {
     let mut asked = false;
     while let Ok(signal) = signals.wait() {
         let Some(place) = place else { std::process::exit(0) };
@@ -594,7 +594,7 @@ fn obey(signals: &Signals, place: Option<&Place>, grace: Duration) {
     }
 }
 
-impl Place {
+impl Attachment {
     /// Unmounts what this process serves. `NotFound` where it is not there any more, or is below another mount.
     fn unmount(&self, lazy: bool) -> io::Result<()> {
         // Somebody may have mounted something else on top since.
@@ -607,7 +607,7 @@ impl Place {
 }
 
 /// Keeps the record up to date on how much is here of what comes from another machine.
-fn report_progress(blobs: &dyn Blobs, kept: &Kept) {
+fn report_progress(blobs: &dyn Blobs, kept: &SharedRecord) {
     loop {
         let progress = blobs.progress();
         let is_whole = progress.iter().all(|one| one.state == "complete");
@@ -627,7 +627,7 @@ fn report_progress(blobs: &dyn Blobs, kept: &Kept) {
 }
 
 /// Keeps the error counts of the mount's record up to date.
-fn report(engine: &Engine, kept: &Kept) {
+fn report(engine: &Engine, kept: &SharedRecord) {
     let mut told = 0;
     loop {
         engine.troubles().wait_beyond(told);

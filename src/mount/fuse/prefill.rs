@@ -161,7 +161,7 @@ pub(super) fn run(
     notifier: &Notifier,
     lead: &Lead,
 ) {
-    let mut ahead = Ahead::default();
+    let mut ahead = Readahead::default();
     loop {
         let next = match ahead.left {
             0 => receiver.recv().map_err(|_| TryRecvError::Disconnected),
@@ -193,14 +193,14 @@ pub(super) fn run(
 
 /// How far the reading of shared blocks of a layer has advanced.
 #[derive(Default)]
-struct Ahead {
+struct Readahead {
     /// The next block, if blocks are read in order.
     next: Option<Key>,
     /// How many more blocks to decode ahead.
     left: usize,
 }
 
-impl Ahead {
+impl Readahead {
     /// A reader had to wait for a block.
     fn asked(&mut self, key: Key, siblings: &Siblings) {
         match self.next {
@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn blocks_asked_for_in_their_order_are_decoded_ahead() {
         let siblings = table((0..20).map(|start| key(1, start * 10)).chain([key(2, 500)]));
-        let mut ahead = Ahead::default();
+        let mut ahead = Readahead::default();
         ahead.asked(key(1, 0), &siblings);
         assert_eq!(ahead.left, 0, "one block is no order");
         ahead.asked(key(1, 10), &siblings);

@@ -63,11 +63,11 @@ const DENSE: u64 = 4;
 /// The request with which the thread starts: a mount with fewer is not in use.
 const FIRST: u64 = 16;
 /// "No latency request" for /dev/cpu_dma_latency, in µs (PM_QOS_CPU_LATENCY_DEFAULT_VALUE in linux/pm_qos.h).
-const NO_WISH: i32 = 2_000_000_000;
+const NO_LATENCY_REQUEST: i32 = 2_000_000_000;
 
 /// Counts requests, and wakes the thread that keeps cores awake when requests begin to arrive.
 #[derive(Default)]
-pub(super) struct Pulse {
+pub(super) struct RequestCounter {
     beats: AtomicU64,
     asleep: AtomicBool,
     lock: Mutex<bool>,
@@ -75,7 +75,7 @@ pub(super) struct Pulse {
     thread: OnceLock<OnDemand>,
 }
 
-impl Pulse {
+impl RequestCounter {
     /// How many requests there were.
     pub(super) fn beats(&self) -> u64 {
         self.beats.load(Ordering::Relaxed)
@@ -117,9 +117,9 @@ const LATENCY: &str = "/dev/cpu_dma_latency";
 const IDLE_DRIVER: &str = "/sys/devices/system/cpu/cpuidle/current_driver";
 
 /// The latency request.
-struct Wish(File);
+struct LatencyRequest(File);
 
-impl Wish {
+impl LatencyRequest {
     /// Opens the PM QoS file if `when` requires it. Returns an error only if cores must always be kept awake.
     fn new(when: Spin) -> io::Result<Option<Self>> {
         match when {
@@ -132,26 +132,26 @@ impl Wish {
             }
             Spin::Auto | Spin::Always => {}
         }
-        let mut wish = match OpenOptions::new().write(true).open(LATENCY) {
+        let mut request = match OpenOptions::new().write(true).open(LATENCY) {
             Ok(file) => Self(file),
             Err(_) if when == Spin::Auto => return Ok(None),
             Err(error) => return Err(error),
         };
         // Opening the file without writing a value already requests the lowest latency.
-        wish.keep_awake(false)?;
-        Ok(Some(wish))
+        request.keep_awake(false)?;
+        Ok(Some(request))
     }
 
     fn keep_awake(&mut self, awake: bool) -> io::Result<()> {
-        let micros: i32 = if awake { 0 } else { NO_WISH };
+        let micros: i32 = if awake { 0 } else { NO_LATENCY_REQUEST };
         self.0.write_all(&micros.to_ne_bytes())
     }
 }
 
 /// Keeps cores awake while `pulse` beats; returns only if that may not be.
-pub(super) fn run(pulse: &Pulse, when: Spin) {
-    let mut wish = match Wish::new(when) {
-        Ok(Some(wish)) => wish,
+pub(super) fn run(pulse: &RequestCounter, when: Spin) {
+    let mut request = match LatencyRequest::new(when) {
+        Ok(Some(request)) => request,
         Ok(None) => return,
         Err(error) => return log::warn!("--spin has no effect: cannot use {LATENCY}: {error}"),
     };
@@ -166,12 +166,12 @@ pub(super) fn run(pulse: &Pulse, when: Spin) {
             let dense = now.wrapping_sub(before) >= DENSE;
             before = now;
             if dense && !awake {
-                awake = wish.keep_awake(true).is_ok();
+                awake = request.keep_awake(true).is_ok();
             }
             quiet = if dense { Duration::ZERO } else { quiet + LOOK };
         }
         if awake {
-            let _ = wish.keep_awake(false);
+            let _ = request.keep_awake(false);
         }
     }
 }

@@ -289,7 +289,7 @@ pub fn store(
         diff_id: None,
     };
     let temp = writer.temp()?;
-    let below = &mut |_: &[u8]| Ok(crate::convert::Under::Nothing);
+    let below = &mut |_: &[u8]| Ok(crate::convert::LowerEntry::Nothing);
     let sealed = convert_tar(tar.as_slice(), &layer, &temp.file, effort, below, progress)?.sealed;
     writer.commit(temp, &sealed.digest)?;
     let trust = Trust::RootHash(sealed.root_hash);

@@ -66,13 +66,13 @@ pub(super) struct Client {
 struct Granted {
     challenge: Option<Challenge>,
     /// By scopes; of Basic, which knows no scopes, by repository.
-    passes: HashMap<String, Pass>,
+    passes: HashMap<String, Authorization>,
     count: u64,
 }
 
 /// The value of an `Authorization` header.
 #[derive(Clone)]
-struct Pass {
+struct Authorization {
     value: Secret,
     until: Option<Instant>,
     /// Tells a pass from the one that took its place.
@@ -186,7 +186,7 @@ impl Client {
         endpoint: &Endpoint,
         url: &Url,
         ask: &Ask<'_>,
-        pass: Option<&Pass>,
+        pass: Option<&Authorization>,
     ) -> Result<Answer, RegistryError> {
         let mut url = url.clone();
         for _ in 0..=MAX_REDIRECTS {
@@ -241,7 +241,7 @@ impl Client {
     }
 
     /// The pass that the registry accepted for this before, if it has not ended.
-    fn pass(&self, endpoint: &Endpoint, scope: &Scope) -> Option<Pass> {
+    fn pass(&self, endpoint: &Endpoint, scope: &Scope) -> Option<Authorization> {
         let granted = locks::lock(&self.granted);
         let pass = granted.get(&endpoint.origin)?.passes.get(&key(endpoint, scope))?;
         pass.until.is_none_or(|until| Instant::now() < until).then(|| pass.clone())
@@ -253,8 +253,8 @@ impl Client {
         endpoint: &Endpoint,
         scope: &Scope,
         answer: Answer,
-        refused: Option<&Pass>,
-    ) -> Result<Pass, RegistryError> {
+        refused: Option<&Authorization>,
+    ) -> Result<Authorization, RegistryError> {
         let mut all = locks::lock(&self.granted);
         let granted = all.entry(endpoint.origin.clone()).or_default();
         let key = key(endpoint, scope);
@@ -294,7 +294,8 @@ impl Client {
             }
         };
         granted.count += 1;
-        let pass = Pass { value, until: life.map(|life| Instant::now() + life), number: granted.count };
+        let pass =
+            Authorization { value, until: life.map(|life| Instant::now() + life), number: granted.count };
         granted.passes.insert(key, pass.clone());
         granted.challenge = Some(challenge);
         Ok(pass)

@@ -52,7 +52,7 @@ pub(super) enum Credential {
 }
 
 /// A credential and where it is from.
-pub(super) struct Found {
+pub(super) struct FoundCredential {
     /// The credential, if there is one.
     pub credential: Option<Credential>,
     /// For messages: `credentials of FILE` or `no credentials in FILE, FILE`.
@@ -79,13 +79,13 @@ struct Entry {
 ///
 /// # Errors
 /// [`RegistryError::Config`] for a file that cannot be read or is not JSON; [`RegistryError::Helper`].
-pub(super) fn find(access: &Access, host: &str, repository: &str) -> Result<Found, RegistryError> {
+pub(super) fn find(access: &Access, host: &str, repository: &str) -> Result<FoundCredential, RegistryError> {
     let (paths, required) = files(access);
     let mut looked = Vec::new();
     for path in &paths {
         let Some(file) = load(path, required)? else { continue };
         if let Some(credential) = look_up(&file, path, host, repository)? {
-            return Ok(Found {
+            return Ok(FoundCredential {
                 credential: Some(credential),
                 origin: format!("with the credentials of {}", path.display()),
             });
@@ -96,7 +96,7 @@ pub(super) fn find(access: &Access, host: &str, repository: &str) -> Result<Foun
         true => "without credentials: there is no file of any".to_string(),
         false => format!("without credentials: there are none for {host} in {}", looked.join(", ")),
     };
-    Ok(Found { credential: None, origin })
+    Ok(FoundCredential { credential: None, origin })
 }
 
 /// The files to look into, and whether they must be there.
