@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::error::SetupError;
 use crate::error::AnyError;
 use crate::floor::signature::{self, find_authorization, sign_provision};
-use crate::floor::{self, FileFloor, Floor, FloorError, Place, Policy, TpmFloor, TpmFloorProblem};
+use crate::floor::{self, FileFloor, Floor, FloorError, FloorLocation, Policy, TpmFloor, TpmFloorProblem};
 use crate::sys::file::read_named;
 use crate::trust::Verified;
 use crate::trust::p256::{P256PrivateKey, Signature};
@@ -19,7 +19,7 @@ const MAX_KEY_BYTES: u64 = 1 << 20;
 /// What is known of the floor before anything is written.
 pub struct FloorPlan {
     policy: Option<Policy>,
-    place: Place,
+    place: FloorLocation,
     /// The version that the floor is at, if there is one.
     at: Option<u64>,
     provision: Option<Provision>,
@@ -39,7 +39,7 @@ impl FloorPlan {
     /// key; [`FloorError::NoFloorSignature`] if the system could never raise it; whatever else the floor says.
     pub fn new(
         policy: Option<Policy>,
-        place: Place,
+        place: FloorLocation,
         key: Option<&Path>,
         verified: &Verified,
     ) -> Result<Self, AnyError> {
@@ -49,7 +49,7 @@ impl FloorPlan {
         // Rule (docs/design.md, floor signature): a device with a floor refuses a system without one.
         let floor_signature = verified.floor_signature().ok_or(FloorError::NoFloorSignature { version })?;
         floor::check_signature(policy, version, floor_signature)?;
-        let Place::Tpm(tcti, budget) = &plan.place else { return Ok(plan) };
+        let FloorLocation::Tpm(tcti, budget) = &plan.place else { return Ok(plan) };
         let mut tpm = TpmFloor::new(policy.clone(), tcti.clone(), *budget);
         match floor::check(&mut tpm, version) {
             Ok(at) => plan.at = Some(at),
@@ -86,7 +86,7 @@ impl FloorPlan {
     /// # Errors
     /// [`FloorError`].
     pub(super) fn provision(&mut self) -> Result<(), AnyError> {
-        let (Some(policy), Some(provision), Place::Tpm(tcti, budget)) =
+        let (Some(policy), Some(provision), FloorLocation::Tpm(tcti, budget)) =
             (&self.policy, self.provision.take(), &self.place)
         else {
             return Ok(());
@@ -104,8 +104,10 @@ impl FloorPlan {
     pub(super) fn open(&self, system: &Path) -> Option<(Box<dyn Floor>, Policy)> {
         let policy = self.policy.clone()?;
         let floor: Box<dyn Floor> = match &self.place {
-            Place::Tpm(tcti, budget) => Box::new(TpmFloor::new(policy.clone(), tcti.clone(), *budget)),
-            Place::File(_) => Box::new(FileFloor::new(system.join("floor"), Some(policy.clone()))),
+            FloorLocation::Tpm(tcti, budget) => {
+                Box::new(TpmFloor::new(policy.clone(), tcti.clone(), *budget))
+            }
+            FloorLocation::File(_) => Box::new(FileFloor::new(system.join("floor"), Some(policy.clone()))),
         };
         Some((floor, policy))
     }

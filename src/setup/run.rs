@@ -16,7 +16,7 @@ use super::floor::FloorPlan;
 use super::layout::{self, ESP_AT, ESP_BYTES, SYSTEM_AT, TAIL_BYTES};
 use crate::deploy::esp::{self, Esp};
 use crate::deploy::offer::Accepted;
-use crate::deploy::plan::{self, Options};
+use crate::deploy::plan::{self, PlanOptions};
 use crate::deploy::{DeploymentId, FloorGate, System, apply, check};
 use crate::error::{AnyError, IoContext, IoError};
 use crate::failpoint;
@@ -405,7 +405,7 @@ fn install(request: &mut Request<'_>, partition: &Path) -> Result<(), AnyError> 
         None => FloorGate::Unprovisioned,
     };
     // The kernel is put onto its partition when everything else is there.
-    let options = Options {
+    let options = PlanOptions {
         again: false,
         read_blobs: true,
         esp: None,
