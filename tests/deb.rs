@@ -69,6 +69,27 @@ fn the_versions_agree() {
     );
 }
 
+/// How many bytes a program may have as it is installed, without symbols. Both are part of an initramfs. `mosfs` has the
+/// C library in it, some 800,000 bytes.
+const LIMITS: [(&str, u64); 2] = [("usr/bin/mosfs", 2_750_000), ("usr/libexec/mosfs/mosfs-full", 6_000_000)];
+
+fn check_sizes(packages: &[std::path::PathBuf]) {
+    let place = tempfile::tempdir().unwrap();
+    for package in packages {
+        let output = run(Command::new("dpkg-deb").arg("--extract").arg(package).arg(place.path()));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    for (program, limit) in LIMITS {
+        let bytes = fs::metadata(place.path().join(program)).unwrap().len();
+        println!("{program}: {bytes} bytes");
+        // readelf prints `(NEEDED)` for each shared library that a program loads.
+        let elf = run(Command::new("readelf").arg("-d").arg(place.path().join(program)));
+        let is_static = !String::from_utf8_lossy(&elf.stdout).contains("(NEEDED)");
+        assert_eq!(is_static, program == "usr/bin/mosfs", "{program} loads shared libraries: {}", !is_static);
+        assert!(bytes <= limit, "{program} has {bytes} bytes, which is more than {limit}");
+    }
+}
+
 #[test]
 #[cfg_attr(not(feature = "campaign"), ignore = "builds a release and two Debians")]
 fn packages_are_made_used_and_purged_on_debian_12_and_13() {
@@ -78,6 +99,7 @@ fn packages_are_made_used_and_purged_on_debian_12_and_13() {
         fs::read_dir(source("target/debian")).unwrap().map(|entry| entry.unwrap().path()).collect();
     packages.retain(|path| path.extension().is_some_and(|ending| ending == "deb"));
     assert_eq!(packages.len(), 2, "{packages:?}");
+    check_sizes(&packages);
     let output = run(Command::new("lintian").args(["--fail-on", "error"]).args(&packages));
     let said = String::from_utf8_lossy(&output.stdout);
     println!("{said}");

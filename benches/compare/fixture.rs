@@ -4,14 +4,16 @@
 //! DIR/tree.tar            from Debian's packages, by mmdebstrap
 //! DIR/tree/               the same, unpacked: what every mount must show
 //! DIR/squashfs.img        zstd, 128 KiB blocks: the kernel's and squashfuse_ll's
-//! DIR/erofs.img           lz4hc
-//! DIR/erofs-layers/       layout with the erofs image + verity: tag erofs
+//! DIR/erofs-16k.img       lz4hc, clusters of 16 KiB
+//! DIR/erofs-16k-layers/   layout with the erofs image + verity: tag erofs
 //! DIR/layers/             layout with squashfs + verity layers: tags one, three, twenty
+//! DIR/lz4-layers/         the same in lz4hc: tag three
 //! DIR/tars/               layout with tar layers: tag three; and the tars beside it
 //! ```
 //!
 //! Each is made under another name and renamed when it is whole.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -20,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use mosfs::internals::digest::Digest;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::Result;
@@ -31,6 +34,7 @@ const PACKAGES: &str = "build-essential,python3-dev,python3-setuptools,git,cmake
 const SQUASHFS: &[&str] = &["-comp", "zstd", "-b", "131072", "-noappend", "-no-progress", "-quiet"];
 
 /// A path of the tree.
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Entry {
     /// Its path below the root of the tree.
     pub path: PathBuf,
@@ -38,6 +42,9 @@ pub struct Entry {
     pub is_file: bool,
     /// Its size in bytes.
     pub size: u64,
+    /// Whether whoever measures may read it: true of all of them for root.
+    pub readable: bool,
+    mode: u32,
     dev_inode: (u64, u64),
     links: u64,
 }
@@ -78,7 +85,7 @@ impl Fixture {
             shell(&format!("mksquashfs '{tree}' '{}' {}", to.display(), SQUASHFS.join(" ")))
         })?;
         once(&fixture.erofs(), |to| {
-            shell(&format!("mkfs.erofs --quiet -zlz4hc '{}' '{tree}'", to.display()))
+            shell(&format!("mkfs.erofs --quiet -zlz4hc -C16384 '{}' '{tree}'", to.display()))
         })?;
         once(&fixture.erofs_layers(), |to| {
             let image = to.join("erofs.img");
@@ -86,9 +93,27 @@ impl Fixture {
             fs::copy(fixture.erofs(), &image)?;
             new_layout(to, &[("erofs", vec![image])])
         })?;
-        once(&fixture.dir.join("layers"), |to| fixture.make_layers(to))?;
+        once(&fixture.layers(), |to| {
+            fs::copy(fixture.squashfs(), one_image(to)?)?;
+            fixture.make_layers(to, "zstd", &[("three", 3), ("twenty", 20)])
+        })?;
+        once(&fixture.lz4_layers(), |to| fixture.make_layers(to, "lz4 -Xhc", &[("three", 3)]))?;
         once(&fixture.dir.join("tars"), |to| fixture.make_tars(to))?;
         Ok(fixture)
+    }
+
+    /// The entries that a user sees who owns none of them, and which of these are readable for that user.
+    pub fn for_others(&self) -> Vec<Entry> {
+        let closed = |entry: &Entry| match entry.mode & 0o170_000 {
+            0o040_000 => entry.mode & 0o005 != 0o005,
+            0o100_000 => entry.mode & 0o004 == 0,
+            _ => false,
+        };
+        let folders: HashSet<&Path> =
+            self.entries.iter().filter(|e| !e.is_file && closed(e)).map(|e| e.path.as_path()).collect();
+        let hidden = |entry: &Entry| entry.path.ancestors().skip(1).any(|path| folders.contains(path));
+        let seen = self.entries.iter().filter(|entry| !hidden(entry));
+        seen.map(|entry| Entry { readable: !closed(entry), ..entry.clone() }).collect()
     }
 
     /// The tree as plain files.
@@ -103,17 +128,22 @@ impl Fixture {
 
     /// The erofs image of the whole tree.
     pub fn erofs(&self) -> PathBuf {
-        self.dir.join("erofs.img")
+        self.dir.join("erofs-16k.img")
     }
 
     /// The layout with an erofs + verity layer.
     pub fn erofs_layers(&self) -> PathBuf {
-        self.dir.join("erofs-layers")
+        self.dir.join("erofs-16k-layers")
     }
 
     /// The layout with squashfs + verity layers.
     pub fn layers(&self) -> PathBuf {
         self.dir.join("layers")
+    }
+
+    /// The layout with layers in lz4hc, tag `three`.
+    pub fn lz4_layers(&self) -> PathBuf {
+        self.dir.join("lz4-layers")
     }
 
     /// The layout with tar layers, tag `three`.
@@ -237,13 +267,13 @@ impl Fixture {
         Ok(tars)
     }
 
-    /// The layout for mosfs: the image of all as one layer, three layers, and twenty.
-    fn make_layers(&self, to: &Path) -> Result<()> {
+    /// A layout for mosfs: the image of all as one layer where it is there, and the tree in as many layers as each tag
+    /// has. `codec` is what sqfstar gets after `-comp`.
+    fn make_layers(&self, to: &Path, codec: &str, cuts: &[(&'static str, usize)]) -> Result<()> {
         fs::create_dir_all(to)?;
-        let one = to.join("one.img");
-        fs::copy(self.squashfs(), &one)?;
-        let mut tags = vec![("one", vec![one])];
-        for (name, count) in [("three", 3), ("twenty", 20)] {
+        let one = one_image(to)?;
+        let mut tags = if one.exists() { vec![("one", vec![one])] } else { Vec::new() };
+        for &(name, count) in cuts {
             let work = to.join(name);
             fs::create_dir_all(&work)?;
             // A whiteout of an image layer is a character device 0:0.
@@ -254,7 +284,11 @@ impl Fixture {
             let mut images = Vec::new();
             for (number, tar) in tars.iter().enumerate() {
                 let image = to.join(format!("{name}-{number}.img"));
-                shell(&format!("sqfstar {SQUASHFS_TAR} '{}' <'{}'", image.display(), tar.display()))?;
+                shell(&format!(
+                    "sqfstar -comp {codec} {SQUASHFS_TAR} '{}' <'{}'",
+                    image.display(),
+                    tar.display()
+                ))?;
                 images.push(image);
             }
             fs::remove_dir_all(&work)?;
@@ -281,8 +315,14 @@ impl Fixture {
     }
 }
 
-/// [`SQUASHFS`] for sqfstar, which knows no `-noappend`.
-const SQUASHFS_TAR: &str = "-comp zstd -b 131072 -no-progress -quiet";
+/// The image of the whole tree, in a folder that is to become a layout.
+fn one_image(layout: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(layout)?;
+    Ok(layout.join("one.img"))
+}
+
+/// [`SQUASHFS`] without the codec, for sqfstar, which knows no `-noappend`.
+const SQUASHFS_TAR: &str = "-b 131072 -no-progress -quiet";
 
 /// Makes an OCI layout of squashfs images in `layout`, which become verity layers and are moved there.
 /// Each tag has its images, lowest layer first.
@@ -391,6 +431,8 @@ fn walk(root: &Path, below: &Path, entries: &mut Vec<Entry>) -> Result<()> {
             path,
             is_file: meta.is_file(),
             size: meta.len(),
+            readable: true,
+            mode: meta.mode(),
             dev_inode: (meta.dev(), meta.ino()),
             links: meta.nlink(),
         });

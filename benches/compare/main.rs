@@ -3,14 +3,18 @@
 //! Writes `report.html` (one page, complete in itself) and `report.json`, and prints a table. The peers are
 //! in `benches/peers.conf`. Needs root, because the kernel's file systems do.
 
+mod apart;
 mod fixture;
 mod machine;
+mod mounts;
 mod page;
 mod peers;
 mod report;
 mod rows;
 mod scale;
 mod stats;
+mod system;
+mod table;
 mod work;
 
 use std::collections::BTreeMap;
@@ -21,6 +25,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use apart::Apart;
 use fixture::Fixture;
 use report::{Figures, RowFigures};
 use rows::{Files, Row, Who};
@@ -69,6 +74,9 @@ struct Args {
     /// List the rows.
     #[arg(long)]
     list: bool,
+    /// Do what stdin says, as a part of another run.
+    #[arg(long, hide = true)]
+    apart: bool,
     /// Said by cargo bench.
     #[arg(long, hide = true)]
     bench: bool,
@@ -85,8 +93,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    if args.apart {
+        return apart::answer();
+    }
     if args.list {
-        for row in rows::ROWS {
+        for row in table::all() {
             println!("{:<10} {}", row.id, row.title);
         }
         return Ok(());
@@ -95,7 +106,7 @@ fn run(args: &Args) -> Result<()> {
         fs::create_dir_all(&args.output)?;
         return scale::run(&args.dir, &args.output, &args.mosfs, &args.rows);
     }
-    if let Some(unknown) = args.rows.iter().find(|id| !rows::ROWS.iter().any(|row| row.id == **id)) {
+    if let Some(unknown) = args.rows.iter().find(|id| !table::all().any(|row| row.id == **id)) {
         return Err(format!("no row '{unknown}'; --list shows them").into());
     }
     fs::create_dir_all(&args.output)?;
@@ -127,30 +138,29 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         ("one", image("one")),
         ("three", image("three")),
         ("twenty", image("twenty")),
+        ("lz4", format!("oci:{}:three", fixture.lz4_layers().display())),
         ("mosfs", args.mosfs.display().to_string()),
     ]);
-    let chosen: Vec<&Row> = rows::ROWS
-        .iter()
-        .filter(|row| args.rows.is_empty() || args.rows.iter().any(|id| id == row.id))
-        .collect();
-    let (peers, unusable) = peers::load(&args.config, &words, &mnt, |name, only| {
+    let chosen: Vec<&Row> =
+        table::all().filter(|row| args.rows.is_empty() || args.rows.iter().any(|id| id == row.id)).collect();
+    let user = Apart::as_user(&args.dir.canonicalize()?, &fixture.for_others())?;
+    let one_core = Apart::on_one_core(&args.dir.canonicalize()?, &mnt, &fixture.entries)?;
+    let wanted = |name: &str, only: &Option<Vec<String>>| {
         (args.peers.is_empty() || args.peers.iter().any(|n| n == name))
             && only.as_ref().is_none_or(|ids| chosen.iter().any(|row| ids.iter().any(|id| id == row.id)))
+    };
+    let (peers, unusable) = peers::load(&args.config, &words, user.mnt(), wanted, |peer| {
+        if peer.as_user { user.check(peer) } else { apart::check(peer, &mnt, &fixture.entries) }
     })?;
     for peer in &unusable {
         eprintln!("left out: {}: {}", peer.name, peer.why);
     }
-    for peer in peers.iter().filter(|peer| peer.runs != Some(1)) {
-        peer.mount(&mnt)?;
-        let right = work::check(&peer.tree(&mnt), &fixture.entries);
-        peer.unmount(&mnt)?;
-        right.map_err(|e| format!("{} does not show the tree: {e}", peer.name))?;
-    }
-    let files = Files::of(fixture);
+    let files = Files::of(&fixture.entries);
     let runs = if args.quick { args.runs.min(3) } else { args.runs };
     let mut figures = Figures {
         machine: machine::describe(),
         tree: fixture.describe(),
+        holds_for: peers.iter().map(|peer| (peer.name.clone(), peer.holds_for())).collect(),
         left_out: unusable.into_iter().map(|peer| (peer.name, peer.why)).collect(),
         rows: Vec::new(),
     };
@@ -159,15 +169,17 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         // Cold means a fresh mount of an image that is in memory.
         work::warm(&fixture.squashfs())?;
         work::warm(&fixture.erofs())?;
-        for layout in [fixture.layers(), fixture.erofs_layers()] {
+        for layout in [fixture.layers(), fixture.lz4_layers(), fixture.erofs_layers()] {
             for blob in fs::read_dir(layout.join("blobs/sha256"))? {
                 work::warm(&blob?.path())?;
             }
         }
         let ticks = machine::Ticks::now();
         let samples = if row.who == Who::Programs {
-            let programs: Vec<_> = rows::programs(row).iter().map(|name| (name.to_string(), runs)).collect();
-            interleave(&programs, runs.min(3), |n| rows::run_program(&programs[n].0, fixture, &args.mosfs))?
+            let programs: Vec<_> = table::programs(row).iter().map(|name| (name.to_string(), runs)).collect();
+            interleave(&programs, runs.min(3), |n| {
+                table::run_program(row, &programs[n].0, fixture, &args.mosfs)
+            })?
         } else {
             let named =
                 |peer: &&peers::Peer| peer.rows.as_ref().is_some_and(|ids| ids.iter().any(|id| id == row.id));
@@ -182,7 +194,15 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
                 .collect();
             let names: Vec<_> =
                 part.iter().map(|peer| (peer.name.clone(), peer.runs.unwrap_or(usize::MAX))).collect();
-            interleave(&names, runs * row.times, |n| rows::measure(row, part[n], &mnt, &files))?
+            interleave(&names, runs * row.times, |n| {
+                if part[n].as_user {
+                    user.measure(row.id, part[n])
+                } else if row.id == rows::ONE_CORE {
+                    one_core.measure(row.id, part[n])
+                } else {
+                    rows::measure(row, part[n], &mnt, &files)
+                }
+            })?
         };
         figures.rows.push(RowFigures {
             id: row.id.into(),

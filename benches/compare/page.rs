@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::report::{Figures, RowFigures, Verdict, digits, goal_text, value};
-use crate::rows::{KERNEL, OURS, SQUASHFUSE, Unit};
+use crate::rows::{KERNEL, OURS, SQUASHFUSE, USER, Unit};
 
 /// Text made safe to stand in HTML.
 fn escape(text: &str) -> String {
@@ -73,6 +73,11 @@ fn header(page: &mut String, figures: &Figures) {
         text(&machine["date"]),
         text(&machine["commit"]),
     );
+    page.push_str(
+        "<p class=\"soft\">Every figure says for whom it holds. Where it says nothing else, root mounts and reads; mosfs then keeps \
+         idle cores awake while requests come in quick succession, where that pays (<code>--spin=auto</code>). With <code>--spin=never</code>, \
+         and for an ordinary user, it does not. Goals are for root; those for a user begin with the name.</p>\n",
+    );
     let tools: Vec<String> = machine["tools"]
         .as_object()
         .into_iter()
@@ -87,11 +92,13 @@ fn header(page: &mut String, figures: &Figures) {
 }
 
 /// The peers of the glance, and how they are drawn.
-const GLANCE: &[(&str, &str)] = &[(OURS, "ours"), (SQUASHFUSE, "hollow"), ("kernel erofs", "solid")];
+const GLANCE: &[(&str, &str)] =
+    &[(OURS, "ours"), (USER, "ours hollow"), (SQUASHFUSE, "hollow"), ("kernel erofs", "solid")];
 
 fn mark(out: &mut String, kind: &str, x: f64, y: f64) {
     let _ = match kind {
         "ours" => write!(out, "<circle class=\"ours\" cx=\"{x:.1}\" cy=\"{y}\" r=\"6\"/>"),
+        "ours hollow" => write!(out, "<circle class=\"user\" cx=\"{x:.1}\" cy=\"{y}\" r=\"5\"/>"),
         "hollow" => write!(out, "<circle class=\"hollow\" cx=\"{x:.1}\" cy=\"{y}\" r=\"4.5\"/>"),
         _ => write!(
             out,
@@ -104,7 +111,12 @@ fn mark(out: &mut String, kind: &str, x: f64, y: f64) {
 
 /// All rows that have the kernel in them, as time in terms of the kernel's, on a logarithmic axis.
 fn overview(page: &mut String, figures: &Figures) {
-    let rows: Vec<&RowFigures> = figures.rows.iter().filter(|row| row.median(KERNEL).is_some()).collect();
+    let rows: Vec<&RowFigures> = figures
+        .rows
+        .iter()
+        .filter(|row| matches!(row.row().unit, Unit::Seconds | Unit::CpuSeconds | Unit::PerSecond))
+        .filter(|row| row.median(KERNEL).is_some())
+        .collect();
     if rows.is_empty() {
         return;
     }
@@ -160,7 +172,15 @@ fn overview(page: &mut String, figures: &Figures) {
     for (name, kind) in GLANCE {
         page.push_str("<span><svg viewBox=\"0 0 14 12\">");
         mark(page, kind, 7.0, 6.0);
-        let _ = write!(page, "</svg>{}</span>", escape(if *name == OURS { "mosfs, verified" } else { name }));
+        let _ = write!(
+            page,
+            "</svg>{}</span>",
+            escape(match *name {
+                OURS => "mosfs, verified, root",
+                USER => "mosfs, verified, an ordinary user",
+                name => name,
+            })
+        );
     }
     let _ = writeln!(page, "</div><div class=\"scroll\">{svg}</div></div>");
 }
@@ -285,18 +305,19 @@ fn bars(page: &mut String, figures: &RowFigures) {
 }
 
 fn table(page: &mut String, figures: &Figures) {
-    page.push_str("<h2>Figures</h2>\n<div class=\"card scroll\"><table><tr><th>Row</th><th>Peer</th><th>Median</th><th>Min</th><th>Max</th><th>Runs</th><th>× kernel</th><th>× squashfuse_ll</th><th>Stolen</th></tr>\n");
+    page.push_str("<h2>Figures</h2>\n<div class=\"card scroll\"><table><tr><th>Row</th><th>Peer</th><th>For</th><th>Median</th><th>Min</th><th>Max</th><th>Runs</th><th>× kernel</th><th>× squashfuse_ll</th><th>Stolen</th></tr>\n");
     for row in &figures.rows {
         let unit = row.row().unit;
         for (n, (name, sample)) in row.samples.iter().enumerate() {
             let (Some(median), Some((min, max))) = (sample.median(), sample.range()) else { continue };
-            let times = |peer: &str| row.median(peer).map_or(String::new(), |base| digits(median / base));
+            let times = |peer: &str| row.times(median, peer);
             let _ = writeln!(
                 page,
-                "<tr><td>{}</td><td class=\"{}\">{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+                "<tr><td>{}</td><td class=\"{}\">{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
                 if n == 0 { escape(row.row().title) } else { String::new() },
                 if name.starts_with(OURS) { "ours" } else { "" },
                 escape(name),
+                escape(figures.who(row.row(), name)),
                 value(median, unit),
                 value(min, unit),
                 value(max, unit),

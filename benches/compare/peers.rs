@@ -7,10 +7,12 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Result;
 
 /// A file system to compare.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Peer {
     /// Its name in the report.
     pub name: String,
@@ -23,6 +25,8 @@ pub struct Peer {
     pub rows: Option<Vec<String>>,
     /// The most runs that are made of it.
     pub runs: Option<usize>,
+    /// Whether an ordinary user mounts it and reads it.
+    pub as_user: bool,
 }
 
 /// A line that cannot be used on this machine, and why.
@@ -35,12 +39,14 @@ pub struct Unusable {
 
 /// Reads the configuration; `words` are the values of what stands in braces.
 ///
-/// A peer is tried once, on `mnt`: one that does not mount is left out with the reason.
+/// `user_mnt` is `{mnt}` for peers of a user. A peer is tried once: one that does not mount, or does not show the tree, is
+/// left out with the reason that `attempt` has found.
 pub fn load(
     path: &Path,
     words: &BTreeMap<&str, String>,
-    mnt: &Path,
+    user_mnt: &Path,
     wanted: impl Fn(&str, &Option<Vec<String>>) -> bool,
+    attempt: impl Fn(&Peer) -> Result<()>,
 ) -> Result<(Vec<Peer>, Vec<Unusable>)> {
     let text = fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
     let (mut peers, mut unusable) = (Vec::new(), Vec::new());
@@ -58,12 +64,7 @@ pub fn load(
             [name, mount, unmount, options] => (name, mount, unmount, options),
             _ => return Err(format!("{}: expected NAME | MOUNT | UNMOUNT [| OPTIONS]", at()).into()),
         };
-        let command = |text: &str| -> Result<Vec<String>> {
-            text.split_whitespace()
-                .map(|word| fill(word, words).map_err(|e| format!("{}: {e}", at()).into()))
-                .collect()
-        };
-        let (mut root, mut rows, mut runs) = (PathBuf::new(), None, None);
+        let (mut root, mut rows, mut runs, mut as_user) = (PathBuf::new(), None, None, false);
         for option in options.split_whitespace() {
             match option.split_once('=') {
                 Some(("root", value)) => root = value.into(),
@@ -71,12 +72,22 @@ pub fn load(
                 Some(("runs", value)) => {
                     runs = Some(value.parse().map_err(|_| format!("{}: runs={value}", at()))?)
                 }
+                Some(("as", "user")) => as_user = true,
                 _ => return Err(format!("{}: unknown option '{option}'", at()).into()),
             }
         }
         if !wanted(name, &rows) {
             continue;
         }
+        let mut words = words.clone();
+        if as_user {
+            words.insert("mnt", user_mnt.display().to_string());
+        }
+        let command = |text: &str| -> Result<Vec<String>> {
+            text.split_whitespace()
+                .map(|word| fill(word, &words).map_err(|e| format!("{}: {e}", at()).into()))
+                .collect()
+        };
         let alternatives: Vec<Vec<String>> = mount.split('\u{1}').map(command).collect::<Result<_>>()?;
         let unmount = command(unmount)?;
         let mut why = String::from("no command");
@@ -89,13 +100,14 @@ pub fn load(
                 root: root.clone(),
                 rows: rows.clone(),
                 runs,
+                as_user,
             };
             // What takes long is not tried just for that.
             if peer.runs == Some(1) {
                 usable = Some(peer);
                 break;
             }
-            match peer.mount(mnt).and_then(|()| peer.unmount(mnt)) {
+            match attempt(&peer) {
                 Ok(()) => {
                     usable = Some(peer);
                     break;
@@ -137,6 +149,17 @@ impl Peer {
             }
         }
         Err(last.unwrap_or_else(|| "no try was made".into()))
+    }
+
+    /// For whom its figures hold: who mounts and reads it, and whether mosfs keeps cores awake for it.
+    pub fn holds_for(&self) -> String {
+        let spin = self.mount.iter().find(|word| word.starts_with("--spin"));
+        match spin {
+            _ if self.as_user => "user".into(),
+            Some(spin) => format!("root, {spin}"),
+            None if self.name.starts_with("mosfs") => "root, --spin=auto".into(),
+            None => "root".into(),
+        }
     }
 
     /// Where the tree is while it is mounted.
@@ -192,7 +215,17 @@ pub fn cpu_seconds(pid: u32) -> Option<f64> {
 
 /// Anonymous memory of a process, in bytes.
 pub fn anonymous_bytes(pid: u32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    field_bytes(&format!("/proc/{pid}/status"), "RssAnon:")
+}
+
+/// The same, where pages that processes share since a fork are divided among them.
+pub fn anonymous_part_bytes(pid: u32) -> Option<u64> {
+    field_bytes(&format!("/proc/{pid}/smaps_rollup"), "Pss_Anon:")
+}
+
+/// A field of a file of /proc that is in KiB.
+fn field_bytes(path: &str, field: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }

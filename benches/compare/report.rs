@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::rows::{Goal, KERNEL, ROWS, Row, SQUASHFUSE, Unit};
+use crate::rows::{Goal, KERNEL, Row, SQUASHFUSE, Unit, Who};
 use crate::stats::Sample;
+use crate::table;
 
 /// All that was measured.
 pub struct Figures {
@@ -12,6 +13,8 @@ pub struct Figures {
     pub machine: Value,
     /// The tree in a line.
     pub tree: String,
+    /// For whom the figures of a peer hold: its name, and who mounts it and reads it.
+    pub holds_for: Vec<(String, String)>,
     /// Peers that did not work here, and why.
     pub left_out: Vec<(String, String)>,
     /// The rows that were measured.
@@ -73,7 +76,7 @@ impl Verdict {
 impl RowFigures {
     /// The row's definition.
     pub fn row(&self) -> &'static Row {
-        ROWS.iter().find(|row| row.id == self.id).expect("rows come from the table")
+        table::all().find(|row| row.id == self.id).expect("rows come from the table")
     }
 
     /// The median of a peer.
@@ -81,29 +84,35 @@ impl RowFigures {
         self.samples.iter().find(|(n, _)| n == name)?.1.median()
     }
 
-    /// What our figure is, in terms of the peer `against`.
-    pub fn ratio(&self, against: &str) -> Option<f64> {
-        Some(self.median(self.row().ours)? / self.median(against)?)
+    /// A median in terms of a peer's, in digits; nothing where that has none, or took nothing.
+    pub fn times(&self, median: f64, peer: &str) -> String {
+        self.median(peer).filter(|&base| base > 0.0).map_or(String::new(), |base| digits(median / base))
+    }
+
+    /// What the figure of `name` is, in terms of the peer `against`.
+    pub fn ratio(&self, name: &str, against: &str) -> Option<f64> {
+        Some(self.median(name)? / self.median(against)?)
     }
 
     /// The same for each round: the runs of a round are made one after the other.
-    fn ratios(&self, against: &str) -> Option<Sample> {
+    fn ratios(&self, name: &str, against: &str) -> Option<Sample> {
         let runs = |name: &str| self.samples.iter().find(|(n, _)| n == name).map(|(_, sample)| &sample.runs);
-        let (ours, theirs) = (runs(self.row().ours)?, runs(against)?);
+        let (ours, theirs) = (runs(name)?, runs(against)?);
         Some(Sample { runs: ours.iter().zip(theirs).map(|(a, b)| a / b).collect() })
     }
 
     /// The goals that can be judged with what was measured.
     pub fn judged(&self) -> Vec<Judged> {
         let row = self.row();
-        let more_is_better = row.unit == Unit::PerSecond;
+        let more_is_better = row.unit.more_is_better();
         row.goals
             .iter()
             .filter_map(|&goal| {
+                let of = goal.of.unwrap_or(row.ours);
                 let (value, spread) = match goal.against {
-                    Some(peer) => (self.ratio(peer)?, self.ratios(peer)?),
+                    Some(peer) => (self.ratio(of, peer)?, self.ratios(of, peer)?),
                     None => {
-                        let (_, sample) = self.samples.iter().find(|(name, _)| name == row.ours)?;
+                        let (_, sample) = self.samples.iter().find(|(name, _)| name == of)?;
                         (sample.median()?, sample.clone())
                     }
                 };
@@ -115,6 +124,14 @@ impl RowFigures {
 }
 
 impl Figures {
+    /// For whom the figures of a peer hold in a row; nothing for a program.
+    pub fn who(&self, row: &Row, name: &str) -> &str {
+        if row.who == Who::Programs {
+            return "";
+        }
+        self.holds_for.iter().find(|(n, _)| n == name).map_or("", |(_, who)| who)
+    }
+
     /// All of it, as report.json holds it.
     pub fn to_json(&self) -> Value {
         let rows: Vec<Value> = self
@@ -139,7 +156,7 @@ impl Figures {
                 let goals: Vec<Value> = figures
                     .judged()
                     .iter()
-                    .map(|j| json!({"against": j.goal.against, "limit": j.goal.limit, "value": j.value, "verdict": j.verdict.mark()}))
+                    .map(|j| json!({"of": j.goal.of.unwrap_or(row.ours), "against": j.goal.against, "limit": j.goal.limit, "value": j.value, "verdict": j.verdict.mark()}))
                     .collect();
                 json!({
                     "id": figures.id,
@@ -153,7 +170,11 @@ impl Figures {
             })
             .collect();
         let left_out: Vec<Value> = self.left_out.iter().map(|(n, w)| json!({"name": n, "why": w})).collect();
-        json!({"version": 1, "machine": self.machine, "tree": self.tree, "left_out": left_out, "rows": rows})
+        let holds: Vec<Value> = self.holds_for.iter().map(|(n, w)| json!({"name": n, "who": w})).collect();
+        json!({
+            "version": 1, "machine": self.machine, "tree": self.tree, "holds_for": holds, "left_out": left_out,
+            "rows": rows,
+        })
     }
 
     /// Reads what [`Figures::to_json`] wrote. Rows that exist no longer are dropped.
@@ -162,7 +183,7 @@ impl Figures {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
         let rows = list(&value["rows"])
             .iter()
-            .filter(|row| ROWS.iter().any(|known| row["id"] == known.id))
+            .filter(|row| table::all().any(|known| row["id"] == known.id))
             .map(|row| RowFigures {
                 id: text(&row["id"]),
                 samples: list(&row["peers"])
@@ -181,6 +202,10 @@ impl Figures {
         Ok(Self {
             machine: value["machine"].clone(),
             tree: text(&value["tree"]),
+            holds_for: list(&value["holds_for"])
+                .iter()
+                .map(|h| (text(&h["name"]), text(&h["who"])))
+                .collect(),
             left_out: list(&value["left_out"]).iter().map(|l| (text(&l["name"]), text(&l["why"]))).collect(),
             rows,
         })
@@ -193,6 +218,8 @@ fn unit_name(unit: Unit) -> &'static str {
         Unit::CpuSeconds => "CPU seconds",
         Unit::PerSecond => "reads per second",
         Unit::Megabytes => "megabytes",
+        Unit::Count => "count",
+        Unit::Percent => "percent",
     }
 }
 
@@ -204,6 +231,8 @@ pub fn value(value: f64, unit: Unit) -> String {
         Unit::PerSecond if value >= 1e3 => format!("{}k/s", digits(value / 1e3)),
         Unit::PerSecond => format!("{}/s", digits(value)),
         Unit::Megabytes => format!("{} MB", digits(value)),
+        Unit::Count => digits(value),
+        Unit::Percent => format!("{}\u{202f}%", digits(value)),
     }
 }
 
@@ -219,18 +248,19 @@ pub fn digits(value: f64) -> String {
 /// Prints the table.
 pub fn print(figures: &Figures) {
     println!(
-        "\n{:<28}{:<20}{:>10}  {:<19}{:>9}{:>12}",
-        "", "", "median", "min .. max", "× kernel", "× squashfuse"
+        "\n{:<32}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
+        "", "", "for", "median", "min .. max", "× kernel", "× squashfuse"
     );
     for row in &figures.rows {
         let unit = row.row().unit;
         for (n, (name, sample)) in row.samples.iter().enumerate() {
             let (Some(median), Some((min, max))) = (sample.median(), sample.range()) else { continue };
-            let times = |peer: &str| row.median(peer).map_or(String::new(), |base| digits(median / base));
+            let times = |peer: &str| row.times(median, peer);
             println!(
-                "{:<28}{:<20}{:>10}  {:<19}{:>9}{:>12}",
+                "{:<32}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
                 if n == 0 { row.row().title } else { "" },
                 name,
+                figures.who(row.row(), name),
                 value(median, unit),
                 format!("{} .. {}", value(min, unit), value(max, unit)),
                 times(KERNEL),
@@ -238,7 +268,7 @@ pub fn print(figures: &Figures) {
             );
         }
         for judged in row.judged() {
-            println!("{:<28}{}", "", goal_text(&judged, unit));
+            println!("{:<32}{}", "", goal_text(&judged, unit));
         }
     }
     for (name, why) in &figures.left_out {
@@ -248,8 +278,9 @@ pub fn print(figures: &Figures) {
 
 /// A goal in words.
 pub fn goal_text(judged: &Judged, unit: Unit) -> String {
-    let sign = if unit == Unit::PerSecond { "≥" } else { "≤" };
-    let mark = judged.verdict.mark();
+    let sign = if unit.more_is_better() { "≥" } else { "≤" };
+    let mark =
+        judged.verdict.mark().to_string() + &judged.goal.of.map_or(String::new(), |of| format!(" {of}:"));
     match judged.goal.against {
         Some(peer) => {
             format!("{mark} {} of {peer} (goal {sign} {})", digits(judged.value), digits(judged.goal.limit))

@@ -1,9 +1,10 @@
 //! What is done on a mounted tree. Each piece of work checks that it saw all that it should have seen.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -15,30 +16,45 @@ use crate::stats::Random;
 /// Bytes of one read(2), as tar and cp do.
 const READ: usize = 128 * 1024;
 
-/// `find -printf` over the tree.
-pub fn find(tree: &Path) -> Result<()> {
-    quiet(Command::new("find").arg(tree).args(["-printf", "%p %y %m %s %T@ %U %G\\n"]))
+/// `find -printf` over the tree, in which no more than `denied` folders may be closed to the reader.
+pub fn find(tree: &Path, denied: usize) -> Result<()> {
+    quiet(Command::new("find").arg(tree).args(["-printf", "%p %y %m %s %T@ %U %G\\n"]), denied)
 }
 
-/// `ls -lR` over the tree.
-pub fn ls(tree: &Path) -> Result<()> {
-    quiet(Command::new("ls").args(["-lR", "--color=never"]).arg(tree))
+/// `ls -lR` over the tree; `denied` as for [`find`].
+pub fn ls(tree: &Path, denied: usize) -> Result<()> {
+    quiet(Command::new("ls").args(["-lR", "--color=never"]).arg(tree), denied)
 }
 
-/// Python with a few modules, from inside of the tree.
+/// Python with a few modules, from inside of the tree. A user changes the root in a user namespace.
 pub fn python(tree: &Path) -> Result<()> {
-    quiet(Command::new("chroot").arg(tree).args(["/usr/bin/python3", "-c", "import json,ssl,asyncio,email"]))
+    let mut command = if is_root() {
+        Command::new("chroot")
+    } else {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--user", "--map-root-user", "chroot"]);
+        unshare
+    };
+    quiet(command.arg(tree).args(["/usr/bin/python3", "-c", "import json,ssl,asyncio,email"]), 0)
 }
 
-/// `tar` of the tree into a pipe; `at_least` bytes must come through.
-pub fn tar(tree: &Path, at_least: u64) -> Result<()> {
+/// Whether this process runs as root.
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
+}
+
+/// `tar` of the tree into a pipe; `at_least` bytes must come through, and no more than `denied` files and folders
+/// may be closed to the reader.
+pub fn tar(tree: &Path, at_least: u64, denied: usize) -> Result<()> {
+    let said = tempfile::tempfile()?;
     let mut child = Command::new("tar")
         .arg("-C")
         .arg(tree)
         .args(["-cf", "-", "."])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(said.try_clone()?)
+        .env("LC_ALL", "C")
         .spawn()?;
     let mut out = child.stdout.take().ok_or("tar has no output")?;
     let (mut buffer, mut bytes) = (vec![0; READ], 0);
@@ -49,10 +65,18 @@ pub fn tar(tree: &Path, at_least: u64) -> Result<()> {
         }
     }
     let status = child.wait()?;
-    if !status.success() || bytes < at_least {
+    if bytes < at_least {
         return Err(format!("tar {status} after {bytes} bytes of at least {at_least}").into());
     }
-    Ok(())
+    let mut text = String::new();
+    (&said).seek(SeekFrom::Start(0))?;
+    (&said).read_to_string(&mut text)?;
+    ended(
+        status.success(),
+        &text.replace("tar: Exiting with failure status due to previous errors\n", ""),
+        denied,
+    )
+    .map_err(|line| format!("tar {status}: {line}").into())
 }
 
 /// Reads files from begin to end, in their order, with `readers` threads that take the next one each.
@@ -122,19 +146,21 @@ pub fn warm(path: &Path) -> io::Result<()> {
     io::copy(&mut File::open(path)?, &mut io::sink()).map(|_| ())
 }
 
-/// Checks that a mounted tree has exactly the entries it should have: paths, sizes of files.
+/// Checks that a mounted tree has exactly the entries it should have: paths, sizes of files. Folders that are closed
+/// to the reader are not looked into.
 pub fn check(tree: &Path, entries: &[Entry]) -> Result<()> {
-    fn count(dir: &Path) -> io::Result<usize> {
+    fn count(dir: &Path, closed: &HashSet<PathBuf>) -> io::Result<usize> {
         let mut entries = 0;
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
             entries += 1;
-            if entry.file_type()?.is_dir() {
-                entries += count(&entry.path())?;
+            if entry.file_type()?.is_dir() && !closed.contains(&entry.path()) {
+                entries += count(&entry.path(), closed)?;
             }
         }
         Ok(entries)
     }
+    let closed = entries.iter().filter(|e| !e.readable).map(|e| tree.join(&e.path)).collect();
     for entry in entries {
         let path = tree.join(&entry.path);
         let meta = fs::symlink_metadata(&path).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -142,7 +168,7 @@ pub fn check(tree: &Path, entries: &[Entry]) -> Result<()> {
             return Err(format!("{} is not what it should be: {meta:?}", path.display()).into());
         }
     }
-    let found = count(tree)?;
+    let found = count(tree, &closed)?;
     if found == entries.len() {
         Ok(())
     } else {
@@ -150,13 +176,28 @@ pub fn check(tree: &Path, entries: &[Entry]) -> Result<()> {
     }
 }
 
-fn quiet(command: &mut Command) -> Result<()> {
-    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output()?;
-    if output.status.success() {
-        return Ok(());
+/// Runs a command, which may be refused `denied` files and folders.
+fn quiet(command: &mut Command, denied: usize) -> Result<()> {
+    let output = command
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()?;
+    ended(output.status.success(), &String::from_utf8_lossy(&output.stderr), denied)
+        .map_err(|line| format!("{command:?} {}: {line}", output.status).into())
+}
+
+/// Whether a command did its work: it succeeded, or all that it complains about are files and folders that the
+/// reader may not read, of which the tree has `denied`. Returns the line that says otherwise.
+fn ended(success: bool, said: &str, denied: usize) -> std::result::Result<(), String> {
+    let other = said.lines().find(|line| !line.ends_with(": Permission denied"));
+    match other {
+        _ if success => Ok(()),
+        Some(line) => Err(line.into()),
+        None if (1..=denied).contains(&said.lines().count()) => Ok(()),
+        None => Err(format!("{} permissions denied, expected at most {denied}", said.lines().count())),
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{command:?} {}: {}", output.status, said.lines().next().unwrap_or("")).into())
 }
 
 fn in_threads<T: Send>(threads: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {

@@ -48,9 +48,9 @@ fn portable(salt: &[u8], blocks: &[[u8; BLOCK]], out: &mut [[u8; DIGEST]]) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m128i, _mm_add_epi32, _mm_alignr_epi8, _mm_blend_epi16, _mm_loadu_si128, _mm_set_epi64x,
-        _mm_setr_epi8, _mm_setr_epi32, _mm_sha256msg1_epu32, _mm_sha256msg2_epu32, _mm_sha256rnds2_epu32,
-        _mm_shuffle_epi8, _mm_shuffle_epi32, _mm_storeu_si128,
+        __m128i, _mm_add_epi32, _mm_alignr_epi8, _mm_blend_epi16, _mm_loadu_si128, _mm_setr_epi8,
+        _mm_setr_epi32, _mm_sha256msg1_epu32, _mm_sha256msg2_epu32, _mm_sha256rnds2_epu32, _mm_shuffle_epi8,
+        _mm_shuffle_epi32, _mm_storeu_si128,
     };
 
     use super::{BLOCK, DIGEST};
@@ -105,32 +105,36 @@ mod x86 {
         }
     }
 
-    /// Returns the digests of `N` messages, computed in an interleaved way.
+    /// Returns the digests of `N` messages, one or two, computed in an interleaved way.
+    ///
+    /// The package is compiled for size. So [`compress`] is called in one place, where the compiler then puts it, and
+    /// nothing here is a loop or a closure that it could leave as one: states and words stay in registers.
     #[target_feature(enable = "sha,sse4.1,ssse3")]
     fn streams<const N: usize>(salt: &[u8; DIGEST], blocks: [&[u8; BLOCK]; N]) -> [[u8; DIGEST]; N] {
+        const { assert!(N == 1 || N == 2) };
+        const LAST: usize = BLOCK / 64;
         let mut state = [initial_state(); N];
-        let salt = [load(&salt[..16]), load(&salt[16..])];
-        compress(
-            &mut state,
-            blocks.map(|block| [salt[0], salt[1], load(&block[..16]), load(&block[16..32])]),
-        );
-        for at in (32..BLOCK - 32).step_by(64) {
-            compress(
-                &mut state,
-                blocks.map(|block| {
-                    let part = &block[at..at + 64];
-                    [load(&part[..16]), load(&part[16..32]), load(&part[32..48]), load(&part[48..])]
-                }),
-            );
+        for number in 0..=LAST {
+            let at = 64 * number;
+            // The salt comes before the block, the padding after it: one bit, zeros, and the length in bits as a
+            // 64-bit number, as big-endian words.
+            macro_rules! words {
+                ($block:expr) => {{
+                    let before: &[u8] = if number == 0 { salt } else { &$block[at - 32..at] };
+                    let (third, fourth) = if number == LAST {
+                        (_mm_setr_epi32(i32::MIN, 0, 0, 0), _mm_setr_epi32(0, 0, 0, MESSAGE_BITS))
+                    } else {
+                        (load(&$block[at..at + 16]), load(&$block[at + 16..at + 32]))
+                    };
+                    [load(&before[..16]), load(&before[16..]), third, fourth]
+                }};
+            }
+            let mut words = [words!(blocks[0]); N];
+            if N == 2 {
+                words[N - 1] = words!(blocks[N - 1]);
+            }
+            compress(&mut state, words);
         }
-        // The padding: one bit, zeros, and the length in bits as a 64-bit number, as big-endian words.
-        let padding = [_mm_setr_epi32(i32::MIN, 0, 0, 0), _mm_setr_epi32(0, 0, 0, MESSAGE_BITS)];
-        let end = BLOCK - 32;
-        compress(
-            &mut state,
-            blocks
-                .map(|block| [load(&block[end..end + 16]), load(&block[end + 16..]), padding[0], padding[1]]),
-        );
         state.map(|state| digest(state))
     }
 
@@ -174,29 +178,47 @@ mod x86 {
         _mm_shuffle_epi8(words, _mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12))
     }
 
-    /// One compression of each of `N` messages, interleaved four rounds at a time.
+    /// One compression of each of `N` messages, one or two, interleaved four rounds at a time.
+    ///
+    /// It is written out, by a macro: the package is compiled for size, and a loop that the compiler leaves in keeps the
+    /// states in memory, which takes nearly twice the time.
     #[inline]
     #[target_feature(enable = "sha,sse4.1,ssse3")]
     fn compress<const N: usize>(state: &mut [[__m128i; 2]; N], mut words: [[__m128i; 4]; N]) {
         let before = *state;
-        for (group, k) in K.iter().enumerate() {
-            let [k0, k1, k2, k3] = k.map(u32::cast_signed);
-            let k = _mm_setr_epi32(k0, k1, k2, k3);
-            for ([abef, cdgh], words) in state.iter_mut().zip(&mut words) {
-                let rounds = _mm_add_epi32(words[0], k);
+        macro_rules! four_rounds {
+            ($group:literal, $k:ident, $message:expr) => {
+                let words = &mut words[$message];
+                let [abef, cdgh] = &mut state[$message];
+                let rounds = _mm_add_epi32(words[$group % 4], $k);
                 *cdgh = _mm_sha256rnds2_epu32(*cdgh, *abef, rounds);
                 *abef = _mm_sha256rnds2_epu32(*abef, *cdgh, _mm_shuffle_epi32::<0x0e>(rounds));
                 // The message schedule, four groups ahead; the last four groups need no more.
-                let [w0, w1, w2, w3] = *words;
-                let next = if group < 12 {
+                if $group < 12 {
+                    let [w0, w1, w2, w3] = [
+                        words[$group % 4],
+                        words[($group + 1) % 4],
+                        words[($group + 2) % 4],
+                        words[($group + 3) % 4],
+                    ];
                     let sum = _mm_add_epi32(_mm_sha256msg1_epu32(w0, w1), _mm_alignr_epi8::<4>(w3, w2));
-                    _mm_sha256msg2_epu32(sum, w3)
-                } else {
-                    _mm_set_epi64x(0, 0)
-                };
-                *words = [w1, w2, w3, next];
-            }
+                    words[$group % 4] = _mm_sha256msg2_epu32(sum, w3);
+                }
+            };
         }
+        macro_rules! rounds {
+            ($($group:literal)*) => {
+                $(
+                    let [k0, k1, k2, k3] = K[$group].map(u32::cast_signed);
+                    let k = _mm_setr_epi32(k0, k1, k2, k3);
+                    four_rounds!($group, k, 0);
+                    if N == 2 {
+                        four_rounds!($group, k, N - 1);
+                    }
+                )*
+            };
+        }
+        rounds!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
         for ([abef, cdgh], [abef_before, cdgh_before]) in state.iter_mut().zip(before) {
             *abef = _mm_add_epi32(*abef, abef_before);
             *cdgh = _mm_add_epi32(*cdgh, cdgh_before);

@@ -1,0 +1,35 @@
+//! All rows of the report, from the modules that have them.
+
+use std::path::Path;
+
+use crate::Result;
+use crate::fixture::Fixture;
+use crate::rows::{self, Row};
+use crate::{mounts, system};
+
+/// All rows, in the order of the report.
+pub fn all() -> impl Iterator<Item = &'static Row> {
+    rows::ROWS.iter().chain(mounts::ROWS).chain(system::ROWS)
+}
+
+/// The programs of a row that compares no file systems.
+pub fn programs(row: &Row) -> &'static [&'static str] {
+    if mounts::has(row) {
+        mounts::programs(row)
+    } else if system::has(row) {
+        system::programs(row)
+    } else {
+        rows::programs(row)
+    }
+}
+
+/// One run of a program of such a row. None where it is not installed.
+pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Result<Option<f64>> {
+    if mounts::has(row) {
+        mounts::run(row, name, fixture, mosfs)
+    } else if system::has(row) {
+        system::run(row, name, fixture, mosfs)
+    } else {
+        rows::run_program(row, name, fixture, mosfs)
+    }
+}
