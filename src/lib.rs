@@ -125,6 +125,7 @@ pub use mount::{
 /// [`open`](layers::open) opens what a [`MountPlan`] has, each layer with the reader of its format, and shows it as one
 /// tree, [`Merged`](layers::Merged).
 pub mod layers {
+    pub use crate::convert::ImageKind;
     pub use crate::image::blobs::{Blob, BlobError, BlobProgress, Blobs};
     pub use crate::image::bytes::ReadAt;
     pub use crate::image::erofs::Erofs;
@@ -140,6 +141,7 @@ pub mod layers {
     pub use crate::image::{
         Attr, DirEntry, FileType, Layer, LayerError, MemorySource, NodeId, ReadError, Source,
     };
+    pub use crate::manifest::LayerKind;
     pub use crate::mount::{LayerBytes, Planned, PlannedLayer, open_tree as open};
 }
 

@@ -5,6 +5,9 @@
 
 #[path = "common/whole/mod.rs"]
 mod common;
+#[path = "common/mkfs_erofs.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod mkfs_erofs;
 #[path = "common/program.rs"]
 mod program;
 
@@ -218,6 +221,28 @@ fn a_debian_root_is_the_same_in_puzzlefs() {
     import_manifest(&manifest, &url(&image.layout, "debian"));
     let found = as_puzzlefs(&manifest, &dir.path().join("puzzlefs"), &keys);
     assert_same(&without_times(&scan(&image.unpacked)), &found, "the PuzzleFS image");
+}
+
+/// All of a real root file system is in erofs layers.
+#[test]
+fn a_debian_root_is_the_same_in_erofs_layers() {
+    let image = debian::image();
+    let dir = scratch();
+    let keys = keys(dir.path());
+    let (manifest, store) = (dir.path().join("import.yaml"), dir.path().join("store"));
+    import_manifest(&manifest, &url(&image.layout, "debian"));
+    let mut build = build(&manifest, &store, &keys);
+    build.env("PATH", mkfs_erofs::path_with(&mkfs_erofs::mkfs_erofs()));
+    run(build.args(["--layer-format", "erofs", "--level", "3"]));
+    let opened = Store::open(&store).expect("the store");
+    let name = image_name(&store);
+    let built = opened.image(&opened.resolve(&name).expect("a name").digest).expect("an image");
+    assert!(built.layers.len() > 3, "one erofs layer for each layer of the source");
+    assert!(built.layers.iter().all(|layer| layer.format().is_ok_and(|format| format.name() == "erofs")));
+    run(mosfs().arg("verify").arg(join(Path::new("oci:"), "", &store.to_string_lossy())));
+    let mounted = Mounted::new(&source(&store, &name), &dir.path().join("mnt"));
+    assert_same(&scan(&image.unpacked), &scan(mounted.dir()), "the erofs layers");
+    mounted.unmount();
 }
 
 /// Deletes, opaque folders and changes of type over three layers, in orders that tools do not use.

@@ -336,7 +336,7 @@ fn what_contradicts_is_refused() {
             "16K, 32K, 64K, 128K, 256K, 512K, 1M",
         ),
         ("layer: {level: 3}", "9:13: targets.app.layer.level", "compression, block_size"),
-        ("layer: lz4", "9:12: targets.app.layer", "a mapping with compression, block_size"),
+        ("layer: lz4", "9:12: targets.app.layer", "a mapping with format, compression, block_size"),
     ] {
         publisher.import("", &[("app", layer)]);
         let (code, _, said) = publisher.build("store", &[]);

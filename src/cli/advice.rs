@@ -2,6 +2,8 @@
 
 use super::kernel::KernelArgsError;
 use super::plain::FileArgsError;
+use crate::convert::ConvertError;
+use crate::convert::erofs::ErofsError;
 use crate::convert::image::IngestError;
 use crate::convert::puzzlefs::PuzzlefsError;
 use crate::deploy::DeployError;
@@ -58,6 +60,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_file))
             .or_else(|| this.downcast_ref().and_then(for_mount))
             .or_else(|| this.downcast_ref().and_then(for_ingest))
+            .or_else(|| this.downcast_ref().and_then(for_convert))
             .or_else(|| this.downcast_ref().and_then(for_setup));
         if found.is_some() {
             return found;
@@ -124,6 +127,20 @@ fn for_ingest(error: &IngestError) -> Option<&'static str> {
     match error {
         IngestError::Puzzlefs(PuzzlefsError::TooLarge { .. } | PuzzlefsError::Metadata { .. }) => {
             Some("split the target, or use squashfs: `storage_type: atomfs`")
+        }
+        _ => None,
+    }
+}
+
+fn for_convert(error: &ConvertError) -> Option<&'static str> {
+    let ConvertError::Erofs(error) = error else { return None };
+    match error {
+        ErofsError::Program(_) | ErofsError::Version { .. } => Some(
+            "install erofs-utils 1.8 or newer (Debian 13 has 1.8.6), or pack squashfs layers: `--layer-format squashfs`, \
+             `layer: {format: squashfs}`",
+        ),
+        ErofsError::Differs { .. } => {
+            Some("this version of mkfs.erofs has a fault: take another one, or pack squashfs layers")
         }
         _ => None,
     }

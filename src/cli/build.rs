@@ -9,8 +9,7 @@ use serde_json::json;
 
 use super::kernel::KernelArgs;
 use super::{Global, RegistryArgs, output, progress};
-use crate::convert::packing::DEFAULT_BLOCK_BYTES;
-use crate::convert::{Codec, Effort, Packing};
+use crate::convert::{Codec, Effort, ImageKind, Packing};
 use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as reproducible, rules, yaml};
@@ -85,22 +84,32 @@ pub(super) struct Build {
     /// Number of worker threads [default: one for each processor].
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
-    /// Compress new squashfs layers with zstd (smaller, the default) or lz4 (faster to read). A target's `layer` in the
-    /// import manifest overrides this and --block-size. Each choice produces another digest.
+    /// Pack new layers as squashfs (default) or erofs, which requires mkfs.erofs 1.8 or newer. A target's `layer` in the
+    /// import manifest overrides this, --compression and --block-size. Each choice produces another digest.
+    #[arg(long, value_name = "NAME", value_enum, hide_possible_values = true, help_heading = "Layers")]
+    layer_format: Option<Format>,
+    /// Compress new layers with zstd (smaller, the default of squashfs) or lz4 (faster to read, the default of erofs).
     #[arg(long, value_name = "NAME", value_enum, hide_possible_values = true, help_heading = "Layers")]
     compression: Option<Compression>,
-    /// Size of the blocks of new squashfs layers: 16K, 32K, 64K, 128K (default), 256K, 512K or 1M. Small blocks are
-    /// faster to read at random, large ones take less space.
+    /// Size of the blocks of new squashfs layers, or of the clusters of erofs: 16K, 32K, 64K (default of erofs), 128K
+    /// (default of squashfs), 256K, 512K or 1M. Small ones are faster to read at random, large ones take less space.
     #[arg(long, value_name = "SIZE", value_parser = rules::block_size, help_heading = "Layers")]
     block_size: Option<u32>,
-    /// Compression level: 1 to 22 for zstd (default 15), 1 to 12 for lz4 (default 12). A target whose `layer` names the
-    /// other compression uses its default level.
+    /// Compression level: 1 to 22 for zstd (default 15, of erofs 3), 1 to 12 for lz4 (default 12, of erofs 9). A target
+    /// whose `layer` names another format or compression uses its default level.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22), help_heading = "Layers")]
     level: Option<i32>,
     #[command(flatten)]
     kernel: KernelArgs,
     #[command(flatten)]
     registry: RegistryArgs,
+}
+
+/// The format of new layers.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    Squashfs,
+    Erofs,
 }
 
 /// What compresses new layers.
@@ -113,11 +122,12 @@ enum Compression {
 /// Options that the import manifest contradicts.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "--compression and --block-size apply to squashfs layers; the import manifest has storage_type: puzzlefs"
+    "--layer-format, --compression and --block-size apply to squashfs and erofs layers; the import manifest has \
+     storage_type: puzzlefs"
 )]
-struct NoSquashfs;
+struct NoLayers;
 
-impl Classified for NoSquashfs {
+impl Classified for NoLayers {
     fn class(&self) -> Class {
         Class::Input
     }
@@ -188,11 +198,15 @@ pub(super) fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
 }
 
 fn effort(args: &Build) -> Result<Effort, AnyError> {
-    let codec = match args.compression {
-        None | Some(Compression::Zstd) => Codec::Zstd,
-        Some(Compression::Lz4) => Codec::Lz4,
+    let codec = args.compression.map(|compression| match compression {
+        Compression::Zstd => Codec::Zstd,
+        Compression::Lz4 => Codec::Lz4,
+    });
+    let kind = match args.layer_format {
+        None | Some(Format::Squashfs) => ImageKind::Squashfs,
+        Some(Format::Erofs) => ImageKind::Erofs,
     };
-    let packing = Packing::new(codec, args.level, args.block_size.unwrap_or(DEFAULT_BLOCK_BYTES))?;
+    let packing = Packing::of(kind, codec, args.level, args.block_size)?;
     Ok(Effort { threads: args.jobs.unwrap_or_else(threads), packing })
 }
 
@@ -204,9 +218,9 @@ fn parse_import(args: &Build, bytes: &[u8]) -> Result<ImportManifest, AnyError> 
     let import = ImportManifest::parse(&args.file, bytes)?;
     refuse_medium(&import)?;
     if import.storage_type() == StorageType::Puzzlefs
-        && (args.compression.is_some() || args.block_size.is_some())
+        && (args.layer_format.is_some() || args.compression.is_some() || args.block_size.is_some())
     {
-        return Err(NoSquashfs.into());
+        return Err(NoLayers.into());
     }
     Ok(import)
 }

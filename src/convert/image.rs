@@ -16,14 +16,18 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
+use super::erofs::{self, Scratch};
 use super::lower::Lower;
 use super::puzzlefs::PuzzlefsError;
-use super::{ConvertError, Effort, Packing, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs};
+use super::{
+    ConvertError, Effort, ImageKind, Packing, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs,
+};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
@@ -118,6 +122,12 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         return puzzlefs::ingest::convert(job, &image, config);
     }
     let diff_ids = diff_ids(&image, &config)?;
+    if job.effort.packing.kind() == ImageKind::Erofs
+        && let Some(at) = image.layers.iter().position(|layer| layer.image().is_none())
+    {
+        // Before anything is fetched.
+        erofs::check_program().map_err(|source| in_layer(&image, at, source.into()))?;
+    }
 
     let (mut layers, kept) = images(job, &image)?;
     let mut notes: Vec<String> = other_platform(&config, job.platform).into_iter().collect();
@@ -133,20 +143,23 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
         let temp = job.writer.temp()?;
         let (below, _) = layers.split_at(at);
         let mut lower = Lower::new(job.writer.store(), below);
-        let converted = convert_tar(
-            job.from.open(&layer.to_descriptor(), 0)?,
-            &tar,
-            &temp.file,
-            job.effort,
-            &mut |path| lower.at(path),
-            job.progress,
-        )
+        let mut below = |path: &[u8]| lower.at(path);
+        let from = job.from.open(&layer.to_descriptor(), 0)?;
+        let converted = match job.effort.packing.kind() {
+            ImageKind::Squashfs => convert_tar(from, &tar, &temp.file, job.effort, &mut below, job.progress),
+            ImageKind::Erofs => {
+                let other = job.writer.temp()?;
+                let folder = other.path().parent().unwrap_or(Path::new("/tmp"));
+                let scratch = Scratch { file: &other.file, folder };
+                erofs::convert_tar(from, &tar, &temp.file, scratch, job.effort, &mut below, job.progress)
+            }
+        }
         .map_err(|source| in_layer(&image, at, source))?;
         job.writer.commit(temp, &converted.sealed.digest)?;
         failpoint::hit("build.layer.stored");
         notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
-            *place = sealed_layer(job.effort.packing.codec().media_type(), &converted.sealed);
+            *place = sealed_layer(job.effort.packing.media_type(), &converted.sealed);
         }
     }
 
@@ -233,18 +246,22 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<(Vec<LayerDescriptor>, V
 /// What to say of an image that is packed otherwise than the publisher chose. `superblock` is that of a squashfs image.
 fn kept(layer: &LayerDescriptor, superblock: Option<Superblock>, chosen: Packing) -> Option<String> {
     let default = Packing::default();
-    if (chosen.codec(), chosen.block_bytes()) == (default.codec(), default.block_bytes()) {
+    let choice = |packing: Packing| (packing.kind(), packing.codec(), packing.block_bytes());
+    if choice(chosen) == choice(default) {
         return None;
     }
     let found = match superblock {
         Some(found) => {
-            let same = (found.compressor.name(), found.block_bytes as usize);
-            if same == (chosen.codec().name(), chosen.block_bytes()) {
+            let same = (ImageKind::Squashfs, found.compressor.name(), found.block_bytes as usize);
+            if same == (chosen.kind(), chosen.codec().name(), chosen.block_bytes()) {
                 return None;
             }
             format!("squashfs with {} and blocks of {} KiB", found.compressor.name(), found.block_bytes >> 10)
         }
-        None => layer.format().map_or("an image", LayerFormat::name).to_string(),
+        None => match layer.format().map_or("an image", LayerFormat::name) {
+            "erofs" if chosen.kind() == ImageKind::Erofs => return None,
+            other => other.to_string(),
+        },
     };
     Some(format!("layer {} is already {found}: it is kept as it is", layer.digest))
 }

@@ -15,11 +15,12 @@
 //! (fixed after 4.6.1); `tar2sqfs` refuses a second entry of a name. Both give other bytes with another
 //! version of the tool.
 //!
-//! With `storage_type: puzzlefs` the layers are merged and packed instead: see [`puzzlefs`].
+//! As erofs images they are packed by a program: see [`erofs`]. With `storage_type: puzzlefs` the layers are merged and packed instead: see [`puzzlefs`].
 //!
 //! Digest of the compressed blob and of the uncompressed stream (`diff_id`) are checked on the way;
 //! what was written before a mismatch shows never leaves its temporary file.
 
+pub mod erofs;
 pub mod image;
 mod inspect;
 mod lower;
@@ -36,7 +37,7 @@ use std::io::{self, BufReader, Read};
 use std::num::NonZeroUsize;
 
 pub use lower::{View, open_verified};
-pub use packing::{Codec, Packing, PackingError};
+pub use packing::{Codec, ImageKind, Packing, PackingError};
 pub use tar::{Problem, TarError};
 pub use tree::{LowerEntry, Meta};
 
@@ -398,6 +399,9 @@ pub enum ConvertError {
         /// What is wrong with it.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The image of a layer cannot be packed as erofs.
+    #[error(transparent)]
+    Erofs(#[from] erofs::ErofsError),
     /// The tree of a new image cannot be made.
     #[error("cannot append the verity tree: {0}")]
     Seal(#[from] VerityError),
@@ -437,6 +441,7 @@ impl Classified for ConvertError {
             | Self::Unreadable { .. }
             | Self::NotForKernel { .. }
             | Self::Steers { .. } => Class::Input,
+            Self::Erofs(error) => error.class(),
             Self::Below { .. } | Self::Seal(_) | Self::Write(_) | Self::Io(_) => Class::Failure,
         }
     }

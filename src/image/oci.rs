@@ -56,6 +56,10 @@ pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.lis
 pub const SQUASHFS_ZSTD: &str = "application/vnd.stacker.image.layer.squashfs+zstd";
 /// Media type of those that are compressed with lz4.
 pub const SQUASHFS_LZ4: &str = "application/vnd.stacker.image.layer.squashfs+lz4";
+/// Media type of the erofs layers that mosfs creates, compressed with zstd.
+pub const EROFS_ZSTD: &str = "application/vnd.stacker.image.layer.erofs+zstd";
+/// Media type of those that are compressed with lz4's high-compression mode.
+pub const EROFS_LZ4: &str = "application/vnd.stacker.image.layer.erofs+lz4hc";
 
 /// Annotation of a descriptor in `index.json` that names it.
 pub const REF_NAME: &str = oci_spec::image::ANNOTATION_REF_NAME;

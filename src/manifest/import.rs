@@ -18,7 +18,10 @@
 //!       ports: [{host: 80, container: 5000, protocol: tcp}]    # protocol: tcp (default) | udp
 //!     nsgroup: ""
 //!     mounts: [{destination: /data, source: /srv/data, type: bind, options: [rbind, ro]}]
-//!     layer: {compression: lz4, block_size: 64K}   # how tar layers are packed: zstd | lz4, 16K to 1M
+//!     layer:                           # how tar layers are packed
+//!       format: squashfs               # squashfs | erofs
+//!       compression: lz4               # zstd | lz4
+//!       block_size: 64K                # 16K to 1M
 //!     digest: sha256:…             # pins: the expected image at the URL
 //!     size: 3993
 //! ```

@@ -55,7 +55,7 @@ use std::str::FromStr;
 
 pub use decode::{Problem, ProblemKind};
 pub use import::{ImportError, ImportErrors, ImportManifest, ImportTarget, Pin, Resolved};
-pub use layer::{LayerChoice, LayerCompression};
+pub use layer::{LayerChoice, LayerCompression, LayerKind};
 pub use rules::Refused;
 pub use system::{SystemError, SystemManifest, Target};
 pub use tree::Position;

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use super::boot::{self, BootTargetError};
 use super::kernels::{self, KernelsError};
 use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
-use crate::convert::{Codec, Effort, PackingError};
+use crate::convert::{Codec, Effort, ImageKind, PackingError};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
@@ -28,7 +28,7 @@ use crate::image::boot as boot_image;
 use crate::image::oci::{Descriptor, MANIFEST, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
-    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, Network,
+    ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, LayerKind, Network,
     SYSTEM_MEDIA_TYPE, ServiceType, StorageType, SystemManifest, Target, TargetName,
 };
 use crate::progress::Progress;
@@ -281,7 +281,11 @@ fn effort_for(target: Option<&ImportTarget>, effort: Effort) -> Result<Effort, P
         LayerCompression::Zstd => Codec::Zstd,
         LayerCompression::Lz4 => Codec::Lz4,
     });
-    Ok(Effort { packing: effort.packing.with(codec, choice.block_bytes)?, ..effort })
+    let kind = choice.format.map(|format| match format {
+        LayerKind::Squashfs => ImageKind::Squashfs,
+        LayerKind::Erofs => ImageKind::Erofs,
+    });
+    Ok(Effort { packing: effort.packing.with(kind, codec, choice.block_bytes)?, ..effort })
 }
 
 /// Stores a signed system and names it, in one step. Its images are already in the store.

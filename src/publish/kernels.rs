@@ -1,9 +1,9 @@
 //! What the kernels of a system cannot mount of it.
 //!
-//! dm-verity hands blocks to the kernel's squashfs, which decodes only what it was built for: `CONFIG_SQUASHFS_LZ4` and
-//! its like. Every kernel that mounts squashfs layers has zstd and zlib; of other codecs each target gets a note where
-//! a kernel of the system cannot decode them, or where no kernel's configuration is there to look into. FUSE decodes
-//! them all.
+//! dm-verity hands blocks to the kernel's squashfs or erofs, which decodes only what it was built for:
+//! `CONFIG_SQUASHFS_LZ4`, `CONFIG_EROFS_FS_ZIP_ZSTD` and their like. Every kernel that mounts squashfs layers has zstd and
+//! zlib, every kernel with erofs lz4; of others each target gets a note where a kernel of the system cannot decode them,
+//! or where no kernel's configuration is there to look into. FUSE decodes them all.
 //!
 //! ```text
 //! /boot/config-RELEASE              Debian and its relatives
@@ -11,9 +11,11 @@
 //! ```
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::convert::{ConvertError, View, open_verified};
 use crate::error::{Class, Classified};
+use crate::image::erofs::{Algorithm, Erofs};
 use crate::image::oci::LayerDescriptor;
 use crate::image::squashfs::{Compressor, Squashfs};
 use crate::manifest::{SystemManifest, TargetName};
@@ -71,12 +73,12 @@ pub(super) fn notes(
     for (name, target) in &manifest.targets {
         images.push((name, store.image(&target.digest)?.layers));
     }
-    let mut codecs = Vec::new();
+    let mut needs = Vec::new();
     for (name, layers) in &images {
         let found = uncommon(store, layers).map_err(|source| failed(name, source))?;
-        codecs.extend(found.into_iter().map(|codec| (*name, codec)));
+        needs.extend(found.into_iter().map(|need| (*name, need)));
     }
-    if codecs.is_empty() {
+    if needs.is_empty() {
         return Ok(Vec::new());
     }
     let mut kernels = Vec::new();
@@ -85,32 +87,67 @@ pub(super) fn notes(
             look(&view, name, &mut kernels).map_err(|source| failed(name, source))?;
         }
     }
-    Ok(codecs.into_iter().filter_map(|(name, codec)| Some((name.clone(), note(codec, &kernels)?))).collect())
+    Ok(needs.into_iter().filter_map(|(name, need)| Some((name.clone(), note(need, &kernels)?))).collect())
 }
 
 fn failed(target: &TargetName, source: ConvertError) -> KernelsError {
     KernelsError::Layer { target: target.clone(), source }
 }
 
-/// The kernel's option for a codec that not every kernel with squashfs has.
-fn option(codec: Compressor) -> Option<&'static str> {
-    match codec {
-        Compressor::Lz4 => Some("CONFIG_SQUASHFS_LZ4"),
-        Compressor::Lzo => Some("CONFIG_SQUASHFS_LZO"),
-        Compressor::Xz => Some("CONFIG_SQUASHFS_XZ"),
-        // The default of kernels, the default of mosfs, and what no kernel has.
-        Compressor::Gzip | Compressor::Zstd | Compressor::Lzma => None,
-    }
+/// What a kernel needs to mount a layer, and not every kernel with verified layers has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Need {
+    /// What the layers are called.
+    layers: &'static str,
+    /// The kernel's option.
+    option: &'static str,
 }
 
-/// The codecs of an image's layers that have an [`option`].
-fn uncommon(store: &Store, layers: &[LayerDescriptor]) -> Result<BTreeSet<Compressor>, ConvertError> {
+/// What squashfs layers with a codec need.
+fn need_of_squashfs(codec: Compressor) -> Option<Need> {
+    let option = match codec {
+        Compressor::Lz4 => "CONFIG_SQUASHFS_LZ4",
+        Compressor::Lzo => "CONFIG_SQUASHFS_LZO",
+        Compressor::Xz => "CONFIG_SQUASHFS_XZ",
+        // The default of kernels, the default of mosfs, and what no kernel has.
+        Compressor::Gzip | Compressor::Zstd | Compressor::Lzma => return None,
+    };
+    Some(Need { layers: codec.name(), option })
+}
+
+/// What erofs layers need, besides what clusters with each algorithm need.
+const EROFS: Need = Need { layers: "erofs", option: "CONFIG_EROFS_FS" };
+
+/// What erofs layers with an algorithm need.
+fn need_of_erofs(algorithm: Algorithm) -> Option<Need> {
+    Some(match algorithm {
+        // fs/erofs/Kconfig: EROFS_FS_ZIP is on by default, and brings lz4.
+        Algorithm::Lz4 => return None,
+        Algorithm::Lzma => Need { layers: "erofs lzma", option: "CONFIG_EROFS_FS_ZIP_LZMA" },
+        Algorithm::Deflate => Need { layers: "erofs deflate", option: "CONFIG_EROFS_FS_ZIP_DEFLATE" },
+        Algorithm::Zstd => Need { layers: "erofs zstd", option: "CONFIG_EROFS_FS_ZIP_ZSTD" },
+    })
+}
+
+/// What the layers of an image need.
+fn uncommon(store: &Store, layers: &[LayerDescriptor]) -> Result<BTreeSet<Need>, ConvertError> {
     let mut found = BTreeSet::new();
-    for layer in layers.iter().filter(|layer| layer.image().is_some_and(|image| image.kernel == "squashfs")) {
+    for layer in layers {
+        let Some(kernel) = layer.image().map(|image| image.kernel) else { continue };
         let Some(source) = open_verified(store, layer)? else { continue };
-        let superblock = Squashfs::read_superblock(&source)
-            .map_err(|source| ConvertError::Below { layer: layer.digest, source: Box::new(source) })?;
-        found.extend(option(superblock.compressor).map(|_| superblock.compressor));
+        let below = |source| ConvertError::Below { layer: layer.digest, source: Box::new(source) };
+        match kernel {
+            "squashfs" => {
+                let superblock = Squashfs::read_superblock(&source).map_err(below)?;
+                found.extend(need_of_squashfs(superblock.compressor));
+            }
+            "erofs" => {
+                let image = Erofs::open(Arc::new(source)).map_err(below)?;
+                found.insert(EROFS);
+                found.extend(image.algorithms().filter_map(need_of_erofs));
+            }
+            _ => {}
+        }
     }
     Ok(found)
 }
@@ -143,17 +180,18 @@ fn look(view: &View, target: &TargetName, kernels: &mut Vec<Kernel>) -> Result<(
     Ok(())
 }
 
-/// What to say of a codec, if anything.
-fn note(codec: Compressor, kernels: &[Kernel]) -> Option<String> {
-    let option = option(codec)?;
-    let name = codec.name();
+/// What to say of a need, if anything.
+fn note(Need { layers: name, option }: Need, kernels: &[Kernel]) -> Option<String> {
     if kernels.is_empty() {
         return Some(format!(
             "{name} layers: dm-verity requires a kernel with {option}; no image of the system contains a kernel configuration to check"
         ));
     }
     let has = |kernel: &&Kernel| {
-        kernel.config.lines().any(|line| line.strip_prefix(option).is_some_and(|value| value == "=y"))
+        kernel
+            .config
+            .lines()
+            .any(|line| line.strip_prefix(option).is_some_and(|value| matches!(value, "=y" | "=m")))
     };
     let without: Vec<String> = kernels
         .iter()
@@ -180,6 +218,7 @@ mod tests {
     fn a_note_names_the_kernel_that_lacks_the_codec() {
         let (with, without) =
             (kernel("CONFIG_SQUASHFS_LZ4=y\n"), kernel("# CONFIG_SQUASHFS_LZ4 is not set\n"));
+        let note = |codec, kernels: &[Kernel]| need_of_squashfs(codec).and_then(|need| note(need, kernels));
         assert_eq!(note(Compressor::Lz4, &[kernel("CONFIG_SQUASHFS_LZ4=y")]), None);
         assert_eq!(note(Compressor::Zstd, &[]), None);
         let said = note(Compressor::Lz4, &[with, without]).unwrap();
@@ -187,5 +226,18 @@ mod tests {
         // Another option that begins alike does not count.
         assert!(note(Compressor::Xz, &[kernel("CONFIG_SQUASHFS_XZ_FAST=y\n")]).is_some());
         assert!(note(Compressor::Lzo, &[]).unwrap().contains("CONFIG_SQUASHFS_LZO"));
+    }
+
+    #[test]
+    fn erofs_needs_a_kernel_with_it_and_with_its_algorithm() {
+        let debian_12 =
+            kernel("CONFIG_EROFS_FS=m\nCONFIG_EROFS_FS_ZIP=y\n# CONFIG_EROFS_FS_ZIP_LZMA is not set\n");
+        assert_eq!(note(EROFS, std::slice::from_ref(&debian_12)), None);
+        assert_eq!(need_of_erofs(Algorithm::Lz4), None);
+        let said = note(need_of_erofs(Algorithm::Zstd).unwrap(), &[debian_12]).unwrap();
+        assert!(
+            said.contains("erofs zstd layers: kernel 6.1.0 of target `os` lacks CONFIG_EROFS_FS_ZIP_ZSTD"),
+            "{said}"
+        );
     }
 }

@@ -49,6 +49,19 @@ use metadata::{PAGE_BYTES, Space};
 use superblock::Superblock;
 pub use superblock::image_bytes;
 
+/// How a cluster is compressed. Their order is that of the superblock's bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Algorithm {
+    /// lz4, also of its high-compression mode.
+    Lz4,
+    /// MicroLZMA.
+    Lzma,
+    /// Raw deflate.
+    Deflate,
+    /// zstd.
+    Zstd,
+}
+
 /// Options for reading an image.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
@@ -124,6 +137,16 @@ impl Erofs {
             return Err(root.corrupt(format!("the root is of type {:?}, expected Directory", root.kind)));
         }
         Ok(image)
+    }
+
+    /// The algorithms that clusters of the image may have.
+    pub fn algorithms(&self) -> impl Iterator<Item = Algorithm> {
+        const ALL: [Algorithm; 4] = [Algorithm::Lz4, Algorithm::Lzma, Algorithm::Deflate, Algorithm::Zstd];
+        let bits = self.superblock.algorithms;
+        ALL.into_iter()
+            .enumerate()
+            .filter(move |(bit, _)| bits >> bit & 1 != 0)
+            .map(|(_, algorithm)| algorithm)
     }
 
     /// Returns the inode of a file that the superblock names; it is not in the metabox.

@@ -288,13 +288,14 @@ pub fn store(
         compression: Compression::None,
         diff_id: None,
     };
+    // The firmware's programs are packed by mosfs itself, whatever was chosen for the targets.
+    let effort = Effort { packing: effort.packing.squashfs(), ..effort };
     let temp = writer.temp()?;
     let below = &mut |_: &[u8]| Ok(crate::convert::LowerEntry::Nothing);
     let sealed = convert_tar(tar.as_slice(), &layer, &temp.file, effort, below, progress)?.sealed;
     writer.commit(temp, &sealed.digest)?;
     let trust = Trust::RootHash(sealed.root_hash);
-    let layer =
-        LayerDescriptor::new(effort.packing.codec().media_type(), sealed.digest, sealed.size_bytes, trust);
+    let layer = LayerDescriptor::new(effort.packing.media_type(), sealed.digest, sealed.size_bytes, trust);
     let annotations = [
         (KERNEL_ID, kernel_id.to_string()),
         (KERNEL_RELEASE, release.clone()),
