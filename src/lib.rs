@@ -43,6 +43,7 @@
 //! belief   manifest <- trust <- floor                 what is trusted, and why
 //!
 //! deploy (all three) <- boot, run     on a device
+//! deploy <- medium <- setup           on a device that is to become one
 //! publish (places, belief)            on the publisher's machine
 //! cli                                 parse, run, print
 //! ```
@@ -62,10 +63,12 @@ mod failpoint;
 mod floor;
 mod image;
 mod manifest;
+mod medium;
 mod mount;
 mod progress;
 mod publish;
 mod run;
+mod setup;
 mod store;
 #[allow(unsafe_code)]
 mod sys;
@@ -163,7 +166,7 @@ pub mod internals {
     }
 
     modules! {
-        boot cli convert deploy digest error failpoint floor image manifest mount progress publish run store sys
-        text transport trust
+        boot cli convert deploy digest error failpoint floor image manifest medium mount progress publish run setup
+        store sys text transport trust
     }
 }

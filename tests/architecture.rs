@@ -29,6 +29,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("deploy", &["image", "mount", "transport", "store", "manifest", "trust", "floor"]),
     ("publish", &["image", "transport", "store", "convert", "manifest", "trust", "floor"]),
     ("run", &["image", "mount", "store", "manifest", "deploy"]),
+    ("medium", &["image", "transport", "store", "manifest", "trust", "floor", "deploy"]),
+    ("setup", &["image", "transport", "store", "manifest", "trust", "floor", "deploy", "medium"]),
     ("boot", &["mount", "store", "manifest", "trust", "floor", "deploy"]),
     (
         "cli",
@@ -44,6 +46,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "deploy",
             "publish",
             "run",
+            "medium",
+            "setup",
             "boot",
         ],
     ),

@@ -40,6 +40,7 @@ const ORDER: &[&str] = &[
     "floor sign-provision",
     "install",
     "update",
+    "setup",
     "status",
     "store stats",
     "mount",
@@ -234,6 +235,7 @@ fn the_examples_work() {
     .unwrap();
     world.ok("head -c 32 /dev/urandom > nonce && head -c 4 /dev/zero >> nonce");
     world.ok("echo 'root=mosfs mosfs.backend=fuse mosfs.overlay=ro' > cmdline");
+    let disk = world.ok("truncate -s 640M disk && losetup --find --show --partscan disk");
     for command in ORDER {
         if *command == "mount" {
             // An image that can be mounted as it is: with verity data.
@@ -252,7 +254,7 @@ fn the_examples_work() {
             } else if ["run-target", "exec"].contains(command) {
                 world.ok(&format!("{UNIFIED} {example}"))
             } else {
-                world.ok(&example)
+                world.ok(&example.replace("/dev/sdb", disk.trim()))
             };
             if example.starts_with("mosfs mount ") {
                 assert_eq!(
@@ -269,6 +271,7 @@ fn the_examples_work() {
                 "exec" if example.contains("id") => assert!(said.contains("uid=1000(app)"), "{said}"),
                 "ps" => assert!(said.contains("web"), "{said}"),
                 "floor show" => assert!(said.contains('0'), "{said}"),
+                "setup" => assert!(said.contains("MOSFS-INSTALL-VERDICT: 0"), "{said}"),
                 "umount" => assert!(!dir.path().join("mnt/etc").exists()),
                 "commit" => assert!(world.ok("mosfs floor show").contains("200")),
                 _ => {}
@@ -278,6 +281,7 @@ fn the_examples_work() {
             stop(running);
         }
     }
+    world.ok(&format!("losetup -d {disk}"));
 }
 
 /// Stops a container as systemd does: by a signal to its runtime.

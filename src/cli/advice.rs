@@ -20,6 +20,7 @@ use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
 use crate::publish::keys::GenerateError;
 use crate::run::RunError;
+use crate::setup::SetupError;
 use crate::store::StoreError;
 use crate::store::fsck::NotWhole;
 use crate::sys::tpm::TpmError;
@@ -61,13 +62,35 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_mount))
             .or_else(|| this.downcast_ref().and_then(for_run))
             .or_else(|| this.downcast_ref().and_then(for_ingest))
-            .or_else(|| this.downcast_ref().and_then(for_convert));
+            .or_else(|| this.downcast_ref().and_then(for_convert))
+            .or_else(|| this.downcast_ref().and_then(for_setup));
         if found.is_some() {
             return found;
         }
         cause = this.source();
     }
     None
+}
+
+fn for_setup(error: &SetupError) -> Option<&'static str> {
+    Some(match error {
+        SetupError::NotNamed => "name the disk with `--disk`, or in the answers file",
+        SetupError::NotEmpty { .. } => {
+            "if everything on it may be lost, name it with `--wipe DEVICE` as well"
+        }
+        SetupError::Several { .. } => "name one with `--disk`: its path, serial:S or wwn:W",
+        SetupError::NoMatch { .. } => {
+            "name one with `--disk`; one that is not empty also requires `--wipe DEVICE`"
+        }
+        SetupError::InUse { .. } => "unmount it and close what uses it, or choose another disk",
+        SetupError::NotADisk { .. } => "name the whole disk, such as /dev/sda or /dev/nvme0n1",
+        SetupError::NoFloor => {
+            "give the provisioning key with `--provision-key`, or provision the TPM with `mosfs floor provision` first"
+        }
+        SetupError::Program { .. } => "install e2fsprogs, which has mke2fs",
+        SetupError::Esp(error) => return for_esp(error),
+        _ => return None,
+    })
 }
 
 fn for_esp(error: &EspError) -> Option<&'static str> {

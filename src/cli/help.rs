@@ -112,6 +112,15 @@ const PAGES: &[Page] = &[
         &["system", "config", "json", "progress_fd"],
         &["mosfs update oci:store --check", "mosfs update oci:store"],
     ),
+    page(
+        "setup",
+        Group::Device,
+        &["config", "json", "progress_fd"],
+        &[
+            "mosfs setup oci:store --disk /dev/sdb --ca keys/ca.pem --product de6c82c5-2e01-4c92-949b-a6545d30fc06 --dry-run",
+            "mosfs setup oci:store --disk /dev/sdb --provision-key keys/provision.key",
+        ],
+    ),
     page("status", Group::Device, &["system", "config", "json"], &["mosfs status", "mosfs status --json"]),
     page(
         "activate",

@@ -36,6 +36,7 @@ mod push;
 mod registry;
 mod repair;
 mod run_target;
+mod setup;
 mod squashfuse;
 pub mod start;
 mod status;
@@ -77,6 +78,7 @@ enum Command {
     Pull(push::PullArgs),
     Install(install::InstallArgs),
     Update(install::UpdateArgs),
+    Setup(Box<setup::SetupArgs>),
     Commit(commit::CommitArgs),
     Status(status::StatusArgs),
     Floor(floor::FloorCommand),
@@ -131,6 +133,7 @@ fn run(cli: &Cli) -> Result<(), AnyError> {
         Command::Pull(args) => push::pull(args, &cli.global),
         Command::Install(args) => install::install(args, &cli.global),
         Command::Update(args) => install::update(args, &cli.global),
+        Command::Setup(args) => setup::run(args, &cli.global),
         Command::Commit(args) => commit::run(args, &cli.global),
         Command::Status(args) => status::run(args, &cli.global),
         Command::Floor(args) => floor::run(args, &cli.global),

@@ -7,6 +7,7 @@
 pub mod atomic;
 pub mod blkid;
 pub mod daemon;
+pub mod disk;
 pub mod dm;
 pub mod file;
 pub mod flock;

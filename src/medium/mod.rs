@@ -1,0 +1,3 @@
+//! Install media.
+
+pub mod fat;

@@ -1,0 +1,22 @@
+//! Sets up a disk: partitions, file systems, the system, its kernel.
+//!
+//! ```text
+//! answers.rs  what is to be done, from a file
+//! disk.rs     the disks of the machine, what is on them, which one is meant
+//! layout.rs   the mark of a setup under way, and the partition table
+//! floor.rs    the floor of the machine's TPM, and how it comes to one
+//! run.rs      everything that can be refused; then the steps
+//! ```
+//!
+//! Invariants: whatever can be refused is refused before the first write to the disk ([`prepare`]); a setup that was
+//! interrupted at any moment is continued, or begun again, by the next one with the same source.
+
+pub mod answers;
+pub mod disk;
+mod error;
+pub mod floor;
+mod layout;
+mod run;
+
+pub use error::SetupError;
+pub use run::{Outcome, Request, Wipe, prepare};
