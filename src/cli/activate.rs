@@ -42,7 +42,7 @@ pub(super) struct ActivateArgs {
     /// system came from, verified and kept, and the rest is fetched in the background. Uses the FUSE backend for them.
     #[arg(long)]
     lazy: bool,
-    /// The registry for `--lazy`, docker://HOST[:PORT]/PREFIX [default: the one that the system was installed from].
+    /// The registry for `--lazy`, `docker://HOST[:PORT]/PREFIX` [default: the one that the system was installed from].
     #[arg(long, value_name = "SOURCE", requires = "lazy")]
     from: Option<SourceRef>,
     /// Only print what would be done.

@@ -32,7 +32,7 @@ pub(super) struct ExecArgs {
     /// Give the command a terminal.
     #[arg(short, long)]
     tty: bool,
-    /// Run as another user: USER[:GROUP], by name or number.
+    /// Run as another user: `USER[:GROUP]`, by name or number.
     #[arg(long, value_name = "USER")]
     user: Option<String>,
     /// The target.

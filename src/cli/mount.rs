@@ -82,7 +82,7 @@ pub(super) struct MountArgs {
     /// image of a registry is always mounted in this way.
     #[arg(long = "lazy")]
     lazy_target: bool,
-    /// The registry for `--lazy`, docker://HOST[:PORT]/PREFIX, if the target's system came from elsewhere.
+    /// The registry for `--lazy`, `docker://HOST[:PORT]/PREFIX`, if the target's system came from elsewhere.
     #[arg(long, value_name = "SOURCE", requires = "lazy_target")]
     from: Option<SourceRef>,
     #[command(flatten)]

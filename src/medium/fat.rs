@@ -88,10 +88,10 @@ pub fn write(
     device.flush()
 }
 
-/// Returns whether a device has exactly the file system that [`write`] makes.
+/// Returns whether a device has exactly the file system that [`write()`] makes.
 ///
 /// # Errors
-/// Those of the device, and of [`write`].
+/// Those of the device, and of [`write()`].
 pub fn is_on(
     mut device: impl Read + Seek,
     volume: Volume,

@@ -108,7 +108,7 @@ pub fn rules(addresses: &Addresses, published: &[Published]) -> String {
     text
 }
 
-/// Runs a program of [`PROGRAMS`] with this text on its standard input.
+/// Runs ip or nft with this text on its standard input.
 fn feed(program: &str, arguments: &[&str], text: &str) -> Result<(), String> {
     let path = programs::find(program).ok_or_else(|| format!("the program {program} is not installed"))?;
     let mut command = Command::new(path);

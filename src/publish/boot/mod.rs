@@ -14,7 +14,7 @@
 //!
 //! **The kernel id** is SHA-256 over the list of all that the unified kernel image is made of, but for the file that
 //! holds the id itself ([`kernel_id`]). The running kernel has it in CONFIG (`kernel`), the image's OCI manifest as an
-//! annotation ([`KERNEL_ID`](crate::image::boot::KERNEL_ID)), which the signed system manifest covers by its digest.
+//! annotation ([`KERNEL_ID`]), which the signed system manifest covers by its digest.
 //! `mosfs boot` starts a system only under the kernel that it names (docs/design.md, kernel of the system).
 //!
 //! **A signature for Secure Boot** has the time of signing in it, so two signatures differ. A program that the store
