@@ -215,11 +215,23 @@ struct IndexDocument {
     extra: BTreeMap<String, Value>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 #[serde(untagged)]
 enum IndexEntry {
     Read(Box<Descriptor>),
     Unread(UnreadEntry),
+}
+
+impl<'de> Deserialize<'de> for IndexEntry {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        // From the value that would be written back, in which a field that was given twice has its last value: so an
+        // entry that cannot be read now cannot be read after it was written either.
+        let entry = Value::deserialize(from)?;
+        Ok(match Descriptor::deserialize(&entry) {
+            Ok(descriptor) => Self::Read(Box::new(descriptor)),
+            Err(_) => Self::Unread(UnreadEntry(entry)),
+        })
+    }
 }
 
 impl From<IndexDocument> for Index {
@@ -740,5 +752,15 @@ mod tests {
         let back = Index::parse(&index.to_bytes(), MAX_INDEX_BYTES).unwrap();
         assert_eq!(back, index);
         assert!(String::from_utf8(index.to_bytes()).unwrap().contains(odd));
+    }
+
+    #[test]
+    fn an_entry_with_a_field_twice_reads_the_same_after_it_was_written() {
+        let twice = format!(r#"{{"digest":"sha512:00","mediaType":"m","size":2,"digest":"{D}"}}"#);
+        let text = format!(r#"{{"schemaVersion":2,"manifests":[7,{twice}]}}"#);
+        let index = Index::parse(text.as_bytes(), MAX_INDEX_BYTES).unwrap();
+        assert_eq!((index.manifests.len(), index.unread.len()), (1, 1));
+        assert_eq!(index.manifests[0].digest.to_string(), D);
+        assert_eq!(Index::parse(&index.to_bytes(), MAX_INDEX_BYTES).unwrap(), index);
     }
 }
