@@ -9,6 +9,7 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -45,6 +46,8 @@ pub(super) struct Tree {
     pub lead: Arc<Lead>,
     /// Threads for requests that wait for another machine; none where all bytes are on this one.
     pub pool: Option<Arc<Pool>>,
+    /// Whether the mount may be mounted again with its ids mapped.
+    pub maps_ids: bool,
 }
 
 impl Tree {
@@ -204,9 +207,19 @@ fn bare_attr(ino: u64, file_type: FileType) -> FileAttr {
     }
 }
 
+/// Whether a process of root has made a request.
+fn is_of_root(request: &Request) -> bool {
+    match request.uid() {
+        // FUSE_INVALID_UIDGID (linux/fs/fuse/fuse_i.h): where ids may be mapped, the kernel sends none with requests that
+        // create nothing. The owner of a process's folder in /proc is its effective user (proc(5)).
+        u32::MAX => std::fs::metadata(format!("/proc/{}", request.pid())).is_ok_and(|found| found.uid() == 0),
+        user => user == 0,
+    }
+}
+
 impl Filesystem for Tree {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        limits::negotiate(config, self.view.engine.view().may_have_acls());
+        limits::negotiate(config, self.view.engine.view().may_have_acls(), self.maps_ids);
         Ok(())
     }
 
@@ -378,7 +391,7 @@ impl Filesystem for Tree {
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        let is_root = request.uid() == 0;
+        let is_root = is_of_root(request);
         self.answer(reply, move |view, reply| {
             match view.engine.view().xattrs(ino.0) {
                 Ok(all) => {

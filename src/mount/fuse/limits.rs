@@ -38,7 +38,7 @@ pub(super) fn default_threads() -> usize {
 pub const DEFAULT_CACHE_MIB: usize = 6;
 
 /// The capabilities to request from the kernel, and why.
-const WANTED: [(InitFlags, &str); 8] = [
+const WANTED: [(InitFlags, &str); 7] = [
     (InitFlags::FUSE_DO_READDIRPLUS, "attributes with each listing: find needs no other requests"),
     // Deliberately without READDIRPLUS_AUTO: with it the kernel returns to plain readdir when it sees no
     // look-ups, and find became 10 times slower.
@@ -47,15 +47,16 @@ const WANTED: [(InitFlags, &str); 8] = [
     (InitFlags::FUSE_CACHE_SYMLINKS, "each link's target is requested once"),
     (InitFlags::FUSE_PARALLEL_DIROPS, "several look-ups in one folder at once"),
     (InitFlags::FUSE_ASYNC_READ, "read-ahead in several requests at once"),
-    (
-        InitFlags::FUSE_ALLOW_IDMAP,
-        "containers with ids of their own mount the tree with its ids mapped (Linux 6.12)",
-    ),
     (InitFlags::FUSE_EXPLICIT_INVAL_DATA, "pages stay cached when attributes are requested again"),
 ];
 
-/// Chooses capabilities and limits for a new connection. `acls`: whether files may have POSIX ACLs.
-pub(super) fn negotiate(config: &mut KernelConfig, acls: bool) {
+/// Chooses capabilities and limits for a new connection. `acls`: whether files may have POSIX ACLs. `maps_ids`: whether the
+/// mount may be mounted again with its ids mapped, which requires `default_permissions`.
+pub(super) fn negotiate(config: &mut KernelConfig, acls: bool, maps_ids: bool) {
+    if maps_ids {
+        // Containers with ids of their own do that (Linux 6.12). Without `default_permissions`, Linux ends the connection.
+        let _ = config.add_capabilities(InitFlags::FUSE_ALLOW_IDMAP);
+    }
     if acls {
         // The kernel then checks ACLs as on any file system: without it the group's bits of a mode, which hold
         // an ACL's mask, would allow the group more than the ACL does. It costs a request for each file that

@@ -89,6 +89,8 @@ struct Connection {
     mount: Option<OwnedFd>,
     place: Attachment,
     acl: SessionACL,
+    /// Whether the kernel compares modes and owners, which it must where ids may be mapped.
+    is_checked: bool,
 }
 
 /// Where a mount of ours is, or will be.
@@ -132,7 +134,8 @@ impl Connection {
         let device = sys::fuse::device_of_fd(mount.as_fd()).map_err(failed)?;
         // Where it is attached already, a descriptor of it would keep it from being unmounted.
         let mount = (!by_helper).then_some(mount);
-        Ok(Self { fd, mount, place: Attachment { target, device, by_helper }, acl: acl(flags) })
+        let is_checked = flags.access == Access::Checked;
+        Ok(Self { fd, mount, place: Attachment { target, device, by_helper }, acl: acl(flags), is_checked })
     }
 }
 
@@ -338,10 +341,10 @@ pub fn serve_here(
         device: connection.place.device,
         undo: connection.place.by_helper.then(|| connection.place.target.clone()),
     });
-    let Connection { fd, mut mount, place, acl } = connection;
+    let Connection { fd, mut mount, place, acl, is_checked } = connection;
     let files = table::files_of(place.device)?;
     let record = enter(files.as_deref())?.then(|| record(plan, &place, files.as_deref(), false));
-    serve(plan, Link { fd, place: Some(place), acl }, engine, options, record, &mut || {
+    serve(plan, Link { fd, place: Some(place), acl, is_checked }, engine, options, record, &mut || {
         if let Some(mut served) = served.take() {
             served.mount = mount.take();
             served.attach(point)?;
@@ -368,7 +371,9 @@ pub fn serve_connection(
     sys::daemon::lean_allocator();
     let fd = sys::fuse::take_connection(number).map_err(MountError::Device)?;
     let engine = prepare(plan, options)?;
-    serve(plan, Link { fd, place: None, acl: acl(flags) }, engine, options, None, &mut || {
+    // With what options the caller has mounted it is not known here.
+    let link = Link { fd, place: None, acl: acl(flags), is_checked: false };
+    serve(plan, link, engine, options, None, &mut || {
         ready();
         Ok(())
     })
@@ -414,25 +419,32 @@ fn daemon(
     let done = sys::daemon::detach(foreign)
         .map_err(|source| MountError::System { operation: "detach from the terminal", source })
         .and_then(|()| {
-            let Connection { fd, mut mount, place, acl } = connection;
+            let Connection { fd, mut mount, place, acl, is_checked } = connection;
             let files = table::files_of(place.device)?;
             let is_recorded = enter(files.as_deref())?;
             let log = files.as_ref().map(|files| files.with_extension("log"));
             // By its name in that folder, which goes along when the root is switched.
             daemon_log::install(log.as_deref().and_then(Path::file_name).map(Path::new), true, None);
             let record = is_recorded.then(|| record(plan, &place, files.as_deref(), true));
-            serve(plan, Link { fd, place: Some(place), acl }, engine, options, record, &mut || {
-                // The process that attaches it has a descriptor of its own; with this one nobody could unmount it.
-                drop(mount.take());
-                match pipe.take() {
-                    // Dropping the writing end is what lets the reader go on.
-                    Some(mut pipe) => pipe.write_all(READY).map_err(|source| MountError::System {
-                        operation: "say that the mount is ready",
-                        source,
-                    }),
-                    None => Ok(()),
-                }
-            })
+            serve(
+                plan,
+                Link { fd, place: Some(place), acl, is_checked },
+                engine,
+                options,
+                record,
+                &mut || {
+                    // The process that attaches it has a descriptor of its own; with this one nobody could unmount it.
+                    drop(mount.take());
+                    match pipe.take() {
+                        // Dropping the writing end is what lets the reader go on.
+                        Some(mut pipe) => pipe.write_all(READY).map_err(|source| MountError::System {
+                            operation: "say that the mount is ready",
+                            source,
+                        }),
+                        None => Ok(()),
+                    }
+                },
+            )
         });
     let code = match done {
         Ok(()) => 0,
@@ -462,6 +474,7 @@ struct Link {
     /// Where its mount is; `None` where the mount is the caller's own.
     place: Option<Attachment>,
     acl: SessionACL,
+    is_checked: bool,
 }
 
 /// Serves a connection until its mount is gone, from the folder of records ([`table::enter`]) where there is a record.
@@ -479,7 +492,7 @@ fn serve(
     ready: &mut dyn FnMut() -> Result<(), MountError>,
 ) -> Result<(), MountError> {
     let failed = |operation| move |source| MountError::System { operation, source };
-    let Link { fd, place, acl } = link;
+    let Link { fd, place, acl, is_checked } = link;
     let signals = Signals::block().map_err(failed("block signals"))?;
     let (queue, store, news) = prefill::queue();
     engine.set_surplus(Box::new(queue));
@@ -492,7 +505,14 @@ fn serve(
     let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
     let pool = plan.remote().map(|_| Arc::default());
     let opens = options.idle.map(|_| Arc::new(Opens::default()));
-    let tree = Tree { view, pulse: pulse.clone(), lead: turns.clone(), opens: opens.clone(), pool };
+    let tree = Tree {
+        view,
+        pulse: pulse.clone(),
+        lead: turns.clone(),
+        opens: opens.clone(),
+        pool,
+        maps_ids: is_checked,
+    };
 
     let mut config = Config::default();
     config.n_threads = Some(threads);
