@@ -12,6 +12,8 @@ mod publish;
 #[path = "common/swtpm.rs"]
 #[allow(dead_code, reason = "the floor's own tests use the rest")]
 mod swtpm;
+#[path = "common/tar_images.rs"]
+mod tar_images;
 #[path = "common/tarball.rs"]
 mod tarball;
 #[path = "common/tools.rs"]
@@ -21,36 +23,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mosfs::internals::image::oci::{EROFS_LZ4, EROFS_ZSTD, OciImage, SQUASHFS_ZSTD};
+use mosfs::internals::image::oci::{EROFS_LZ4, EROFS_ZSTD, SQUASHFS_ZSTD};
 use mosfs::internals::store::Store;
 use serde_json::Value;
-use tempfile::TempDir;
 
 use device::{Device, text};
 use mkfs_erofs::{mkfs_erofs, path_with, program};
-use publish::{PRODUCT, Publisher};
+use tar_images::Fixture;
 use tarball::Tarball;
-use tools::{need_root, run, run_any, sh};
-
-/// A publisher with keys and an image of two layers.
-struct Fixture {
-    dir: TempDir,
-    publisher: Publisher,
-}
+use tools::{run, run_any};
 
 impl Fixture {
-    fn new() -> Self {
-        need_root();
-        let dir = TempDir::new().unwrap();
-        let publisher = Publisher::new(dir.path());
-        sh(dir.path(), "umoci init --layout images");
-        Self { dir, publisher }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     /// Makes an image of two layers: the second deletes a file of the first, hides a folder, and has `own`.
     fn image(&self, name: &str, own: &[u8]) {
         let large: Vec<u8> = (0..900_000u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
@@ -66,16 +49,7 @@ impl Fixture {
         let mut top = Tarball::default();
         top.dir("etc").file("etc/.wh.gone", b"").file("etc/own", own);
         top.dir("hidden").file("hidden/.wh..wh..opq", b"").file("hidden/new", b"new");
-        for (number, tar) in [bottom, top].iter().enumerate() {
-            fs::write(self.path(&format!("{number}.tar")), tar.end()).unwrap();
-        }
-        sh(
-            self.dir.path(),
-            &format!(
-                "umoci new --image images:{name}; umoci raw add-layer --image images:{name} 0.tar; \
-                 umoci raw add-layer --image images:{name} 1.tar"
-            ),
-        );
+        self.image_of_layers(name, &[bottom, top]);
     }
 
     /// `mosfs build` into a store, with the program `mkfs.erofs` of that folder. Each target has an image, and more lines.
@@ -87,27 +61,10 @@ impl Fixture {
         targets: &[(&str, &str, &str, &str)],
         options: &[&str],
     ) -> Command {
-        let mut text = format!("version: {version}\nproduct: {PRODUCT}\ntargets:\n");
-        for (name, service, image, more) in targets {
-            text += &format!(
-                "  {name}:\n    url: \"oci:images:{image}\"\n    version: 1.0.0\n    service_type: {service}\n    \
-                 network: {{type: host}}\n{more}"
-            );
-        }
-        fs::write(self.path("import.yaml"), text).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mosfs"));
-        command.current_dir(self.dir.path()).args(["build", "import.yaml", "--store", store]);
-        command.args(["--key", "keys/signer.key", "--cert", "keys/signer.pem"]);
-        command.args(["--floor-key", "keys/floor.key"]).args(options).env("PATH", path_with(bin));
+        self.import(version, "", targets);
+        let mut command = self.build_into(store);
+        command.args(options).env("PATH", path_with(bin));
         command
-    }
-
-    fn image_of(&self, store: &str, target: &str) -> OciImage {
-        let store = Store::open(&self.path(store)).unwrap();
-        let prefix = format!("mos/images/{target}:");
-        let names = store.names().unwrap();
-        let (_, found) = names.iter().find(|(name, _)| name.starts_with(&prefix)).unwrap();
-        store.image(&found.digest).unwrap()
     }
 }
 
@@ -129,7 +86,7 @@ fn layers_are_what_was_chosen_and_the_same_each_time() {
     };
     let first = digest("store", &["--jobs", "1"], "UTC");
     for (target, media_type) in [("hostfs", EROFS_LZ4), ("small", EROFS_ZSTD), ("usual", SQUASHFS_ZSTD)] {
-        let image = fixture.image_of("store", target);
+        let image = fixture.image_in("store", target);
         assert_eq!(image.layers.len(), 2);
         for layer in &image.layers {
             assert_eq!(layer.media_type(), media_type, "{target}");
@@ -138,14 +95,14 @@ fn layers_are_what_was_chosen_and_the_same_each_time() {
     }
     assert_eq!(digest("again", &["--jobs", "3"], "Asia/Tokyo"), first);
     // What is erofs already stays as it is.
-    let image = fixture.image_of("store", "hostfs");
+    let image = fixture.image_in("store", "hostfs");
     let manifest = fs::read_to_string(fixture.path("import.yaml")).unwrap();
     let name = format!("oci:store:mos/images/hostfs:sha256/{}", image.digest.hex());
     fs::write(fixture.path("kept.yaml"), manifest.replace("oci:images:v1", &name)).unwrap();
     let mut kept = Command::new(env!("CARGO_BIN_EXE_mosfs"));
     kept.current_dir(fixture.dir.path()).args(["build", "kept.yaml", "--store", "kept"]);
     run(kept.args(["--key", "keys/signer.key", "--cert", "keys/signer.pem"]));
-    assert_eq!(fixture.image_of("kept", "small").digest, image.digest);
+    assert_eq!(fixture.image_in("kept", "small").digest, image.digest);
 }
 
 /// A program that is not there, is too old, fails, or makes an image that is not what it was given.

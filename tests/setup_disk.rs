@@ -19,7 +19,7 @@ use std::sync::OnceLock;
 use mosfs::internals::digest::{Digest, Hasher};
 use mosfs::internals::sys::file::next_data;
 
-use fixture::{MOSFS, PRODUCT, Publisher};
+use fixture::{MOSFS, PRODUCT, Publisher, generate_keys};
 use swtpm::Swtpm;
 use tempfile::TempDir;
 use tools::{need_root, run, run_any, sh};
@@ -418,13 +418,7 @@ fn what_is_not_as_it_was_signed_never_gets_as_far_as_the_disk() {
     // A system of somebody else.
     fresh();
     let others = TempDir::new().unwrap();
-    run(Command::new(MOSFS).current_dir(others.path()).args([
-        "keys",
-        "generate",
-        "keys",
-        "--product",
-        PRODUCT,
-    ]));
+    generate_keys(others.path(), "keys");
     let mut command = setup();
     command.env("MOSFS_CONFIG", others.path().join("config")).args(["--product", PRODUCT, "--ca"]);
     refused_untouched(&disk, command.arg(others.path().join("keys/ca.pem")), 3, "CA");
@@ -443,13 +437,7 @@ fn the_floor_of_the_tpm_is_asked_before_the_disk_is_written() {
     );
     // A key that the floor key has not authorized.
     let others = TempDir::new().unwrap();
-    run(Command::new(MOSFS).current_dir(others.path()).args([
-        "keys",
-        "generate",
-        "keys",
-        "--product",
-        PRODUCT,
-    ]));
+    generate_keys(others.path(), "keys");
     let key = others.path().join("keys/provision.key");
     let mut command = machine.setup(200, &words);
     refused_untouched(

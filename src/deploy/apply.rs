@@ -33,13 +33,8 @@ pub fn apply(
         Verdict::FailedBefore => Ok(()),
         _ => fetch_and_switch(system, lock, from, plan, progress),
     };
-    if outcome.as_ref().is_err_and(may_go_on) {
-        return outcome;
-    }
-    match tidy(system, lock, plan) {
-        Ok(problems) => problems.iter().for_each(|problem| log::warn!("{problem}")),
-        // The next command that collects garbage removes the rest.
-        Err(error) => log::warn!("what nothing needs is not removed: {error}"),
+    if !outcome.as_ref().is_err_and(may_go_on) {
+        tidy(system, lock, plan);
     }
     outcome
 }
@@ -54,11 +49,18 @@ pub(super) fn may_go_on(error: &DeployError) -> bool {
     }
 }
 
-pub(super) fn tidy(system: &System, lock: &SystemLock, plan: &Plan) -> Result<Vec<String>, DeployError> {
+/// Removes what nothing needs after a plan was carried out, or failed. Problems are logged: the next command that collects
+/// garbage removes the rest.
+pub(super) fn tidy(system: &System, lock: &SystemLock, plan: &Plan) {
     if !system.store_dir().join("oci-layout").exists() {
-        return Ok(Vec::new());
+        return;
     }
-    space::tidy(system, lock, &Needs { floor: plan.floor, ..Needs::of_this_boot()? })
+    let tidied = Needs::of_this_boot()
+        .and_then(|needs| space::tidy(system, lock, &Needs { floor: plan.floor, ..needs }));
+    match tidied {
+        Ok(problems) => problems.iter().for_each(|problem| log::warn!("{problem}")),
+        Err(error) => log::warn!("what nothing needs is not removed: {error}"),
+    }
 }
 
 fn fetch_and_switch(

@@ -41,10 +41,8 @@ pub fn begin(
     progress: &Progress,
 ) -> Result<(), DeployError> {
     let begun = note(system, lock, from, plan, progress);
-    if begun.as_ref().is_err_and(|error| !may_go_on(error))
-        && let Err(error) = tidy(system, lock, plan)
-    {
-        log::warn!("what nothing needs is not removed: {error}");
+    if begun.as_ref().is_err_and(|error| !may_go_on(error)) {
+        tidy(system, lock, plan);
     }
     begun
 }

@@ -38,7 +38,7 @@ use super::system::{SystemManifest, Target};
 use super::tree::{Entry, Node, Position, Value};
 use super::{
     IMPORT_MEDIA_TYPE, ImageType, ImageUrl, LayerChoice, Mount, Network, ServiceType, StorageType,
-    TargetName, Workload, json, layer, rules, yaml,
+    TargetName, Workload, json, layer, rules, workload, yaml,
 };
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
@@ -175,25 +175,8 @@ impl Classified for ImportErrors {
 }
 
 const FIELDS: &[&str] = &["version", "mediatype", "image_type", "product", "storage_type", "targets"];
-const TARGET_FIELDS: &[&str] = &[
-    "url",
-    "version",
-    "service_type",
-    "network",
-    "nsgroup",
-    "mounts",
-    "layer",
-    "digest",
-    "size",
-    "needs",
-    "health",
-    "ready",
-    "run",
-    "resources",
-    "capabilities",
-    "devices",
-    "secrets",
-];
+const TARGET_FIELDS: &[&str] =
+    &["url", "version", "service_type", "network", "nsgroup", "mounts", "layer", "digest", "size"];
 
 impl ImportManifest {
     /// Parses and checks a manifest. `file` is its name, for messages; nothing is opened.
@@ -387,7 +370,7 @@ fn agree(
 }
 
 fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<ImportTarget> {
-    let fields = decoder.fields(&entry.node, entry.at, path, TARGET_FIELDS)?;
+    let fields = decoder.fields(&entry.node, entry.at, path, &[TARGET_FIELDS, &workload::FIELDS].concat())?;
     let url = decoder
         .required(&fields, path, "url", "oci:PATH[:REF] or docker://HOST[:PORT]/NAME[:TAG|@DIGEST]")
         .and_then(|node| {

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::decode::{Decoder, Dialect, Path, Problem, service_tree};
 use super::tree::{Entry, Node, Position, Value};
-use super::{Mount, Network, SYSTEM_MEDIA_TYPE, ServiceType, TargetName, Workload, json, rules};
+use super::{Mount, Network, SYSTEM_MEDIA_TYPE, ServiceType, TargetName, Workload, json, rules, workload};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 
@@ -106,23 +106,7 @@ impl Classified for SystemError {
 }
 
 const FIELDS: &[&str] = &["mediatype", "product", "targets", "version"];
-const TARGET_FIELDS: &[&str] = &[
-    "digest",
-    "mounts",
-    "network",
-    "nsgroup",
-    "service_type",
-    "size",
-    "version",
-    "needs",
-    "health",
-    "ready",
-    "run",
-    "resources",
-    "capabilities",
-    "devices",
-    "secrets",
-];
+const TARGET_FIELDS: &[&str] = &["digest", "mounts", "network", "nsgroup", "service_type", "size", "version"];
 
 impl SystemManifest {
     /// Parses a manifest from its signed bytes. Call it on verified bytes ([`crate::trust::Signed::verify`])
@@ -208,7 +192,7 @@ fn decode(decoder: &mut Decoder, root: &Node<'_>) -> Option<SystemManifest> {
 }
 
 fn target(decoder: &mut Decoder, entry: &Entry<'_>, path: &Path<'_>) -> Option<Target> {
-    let fields = decoder.fields(&entry.node, entry.at, path, TARGET_FIELDS)?;
+    let fields = decoder.fields(&entry.node, entry.at, path, &[TARGET_FIELDS, &workload::FIELDS].concat())?;
     let digest = decoder
         .required(&fields, path, "digest", "the digest of the OCI manifest")
         .and_then(|node| decoder.text_as(node, &path.field("digest"), rules::digest));

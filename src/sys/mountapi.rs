@@ -302,22 +302,7 @@ fn copy_mounts(path: &Path, flags: libc::c_uint) -> Result<OwnedFd, CallError> {
 /// mount_setattr(2) on a mount that is held by descriptor. Linux 5.12.
 pub fn set_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> Result<(), CallError> {
     let attributes = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
-    // SAFETY: the path is a NUL-terminated string, the struct is ours and has the given size.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &attributes as *const libc::mount_attr,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(CallError::last(format!("mount_setattr({}, set {set:#x}, clear {clear:#x})", mount.as_raw_fd())))
-    }
+    mount_setattr(mount, &attributes, || format!("set {set:#x}, clear {clear:#x}"))
 }
 
 /// Maps the ids of a mount that is attached nowhere, as the user namespace does (mount_setattr(2), ID-mapped mounts):
@@ -329,21 +314,30 @@ pub fn map_ids(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> Result<
         propagation: 0,
         userns_fd: user_namespace.as_raw_fd() as u64,
     };
-    // SAFETY: the path is a NUL-terminated string, the struct is ours and has the given size.
+    mount_setattr(mount, &attributes, || "MOUNT_ATTR_IDMAP".into())
+}
+
+/// mount_setattr(2); `what` says for an error what was to be set.
+fn mount_setattr(
+    mount: BorrowedFd<'_>,
+    attributes: &libc::mount_attr,
+    what: impl FnOnce() -> String,
+) -> Result<(), CallError> {
+    // SAFETY: the path is a NUL-terminated string, the struct is borrowed for the call and has the given size.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH,
-            &attributes as *const libc::mount_attr,
+            attributes as *const libc::mount_attr,
             size_of::<libc::mount_attr>(),
         )
     };
     if result == 0 {
         Ok(())
     } else {
-        Err(CallError::last(format!("mount_setattr({}, MOUNT_ATTR_IDMAP)", mount.as_raw_fd())))
+        Err(CallError::last(format!("mount_setattr({}, {})", mount.as_raw_fd(), what())))
     }
 }
 

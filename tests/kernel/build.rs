@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use super::fixture::{MOSFS, Publisher, RELEASE, kernel, refused};
+use super::fixture::{MOSFS, Publisher, RELEASE, generate_keys, kernel, refused};
 use super::tools::{run, sh};
 
 /// The sections of a unified kernel image, as objcopy of binutils reads them.
@@ -259,41 +259,17 @@ fn a_kernel_that_could_never_boot_its_system_is_not_made() {
     let (dir, _) = unpack_initrd(&section(&files.join("mosfs.efi"), ".initrd"));
     assert_eq!(fs::read(dir.path().join("files/etc/mosfs/on-failure")).unwrap(), b"halt\n");
     // A signer whom the kernel would not trust.
-    run(Command::new(MOSFS).current_dir(publisher.dir()).args([
-        "keys",
-        "generate",
-        "others",
-        "--product",
-        super::fixture::PRODUCT,
-    ]));
+    generate_keys(publisher.dir(), "others");
     publisher.import(201, "");
     let mut command = publisher.command("store", &["--ca", "others/ca.pem"]);
     let text = refused(&mut command, 2);
     assert!(text.contains("--ca"), "{text}");
-    let mut command = Command::new(MOSFS);
-    command.current_dir(publisher.dir()).args([
-        "build",
-        "import.yaml",
-        "--store",
-        "store",
-        "--key",
-        "keys/signer.key",
-    ]);
-    let command =
-        command.args(["--cert", "keys/signer.pem", "--floor-key", "keys/floor.key", "--ca", "others/ca.pem"]);
-    let text = refused(command, 2);
+    let mut command = publisher.signed_by("keys", "store");
+    let text = refused(command.args(["--floor-key", "keys/floor.key", "--ca", "others/ca.pem"]), 2);
     assert!(text.contains("than the manifest CA"), "{text}");
     // Without the floor key a boot is refused.
-    let mut command = Command::new(MOSFS);
-    command.current_dir(publisher.dir()).args([
-        "build",
-        "import.yaml",
-        "--store",
-        "store",
-        "--key",
-        "keys/signer.key",
-    ]);
-    let text = refused(command.args(["--cert", "keys/signer.pem", "--ca", "keys/ca.pem"]), 2);
+    let mut command = publisher.signed_by("keys", "store");
+    let text = refused(command.args(["--ca", "keys/ca.pem"]), 2);
     assert!(text.contains("the kernel needs the floor key to check the floor; found none"), "{text}");
     // A target of that name is the publisher's own.
     publisher.import(202, "  boot:\n    url: \"oci:images:v1\"\n    version: 0.0.1\n    service_type: fs-only\n    network: {type: none}\n");

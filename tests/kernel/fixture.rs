@@ -27,6 +27,11 @@ pub fn kernel(release: &str, content: &str) -> Vec<u8> {
     kernel
 }
 
+/// Makes a folder of keys of the product.
+pub fn generate_keys(dir: &Path, name: &str) {
+    run(Command::new(MOSFS).current_dir(dir).args(["keys", "generate", name, "--product", PRODUCT]));
+}
+
 /// Who builds systems: keys, an image, a store.
 pub struct Publisher {
     dir: TempDir,
@@ -36,13 +41,7 @@ impl Publisher {
     /// A publisher whose hostfs has one kernel.
     pub fn new() -> Self {
         let this = Self { dir: TempDir::new().unwrap() };
-        run(Command::new(MOSFS).current_dir(this.dir()).args([
-            "keys",
-            "generate",
-            "keys",
-            "--product",
-            PRODUCT,
-        ]));
+        generate_keys(this.dir(), "keys");
         this.put_root();
         this.image();
         this
@@ -125,18 +124,17 @@ impl Publisher {
 
     /// `mosfs build` of the import manifest, with a kernel.
     pub fn command(&self, store: &str, more: &[&str]) -> Command {
+        let mut command = self.signed_by("keys", store);
+        command.args(["--floor-key", "keys/floor.key", "--ca", "keys/ca.pem"]).args(more);
+        command
+    }
+
+    /// `mosfs build` of the import manifest, signed with the keys in a folder. Says nothing of the kernel.
+    pub fn signed_by(&self, keys: &str, store: &str) -> Command {
         let mut command = Command::new(MOSFS);
         command.current_dir(self.dir()).env_remove("MOSFS_FAILPOINT");
         command.args(["build", "import.yaml", "--store", store, "--level", "1"]);
-        command.args([
-            "--key",
-            "keys/signer.key",
-            "--cert",
-            "keys/signer.pem",
-            "--floor-key",
-            "keys/floor.key",
-        ]);
-        command.args(["--ca", "keys/ca.pem"]).args(more);
+        command.args(["--key", &format!("{keys}/signer.key"), "--cert", &format!("{keys}/signer.pem")]);
         command
     }
 

@@ -14,7 +14,7 @@ use mosfs::internals::trust::Anchor;
 use tempfile::TempDir;
 
 use super::build::{section, unpack_initrd};
-use super::fixture::{MOSFS, PRODUCT, Publisher, refused};
+use super::fixture::{MOSFS, PRODUCT, Publisher, generate_keys, refused};
 use super::tools::{run, sh};
 
 /// A device that runs a kernel.
@@ -72,27 +72,12 @@ impl Device<'_> {
 #[test]
 fn an_update_replaces_the_manifest_ca_in_two_steps() {
     let publisher = Publisher::new();
-    run(Command::new(MOSFS).current_dir(publisher.dir()).args([
-        "keys",
-        "generate",
-        "new",
-        "--product",
-        PRODUCT,
-    ]));
+    generate_keys(publisher.dir(), "new");
     sh(publisher.dir(), "cat keys/ca.pem new/ca.pem >both.pem");
     // Who signs, and what the kernel of that version trusts. The floor key stays.
     let build = |version: u64, signer: &str, ca: &str| {
         publisher.import(version, "");
-        let mut command = Command::new(MOSFS);
-        command.current_dir(publisher.dir()).args([
-            "build",
-            "import.yaml",
-            "--store",
-            "store",
-            "--level",
-            "1",
-        ]);
-        command.args(["--key", &format!("{signer}/signer.key"), "--cert", &format!("{signer}/signer.pem")]);
+        let mut command = publisher.signed_by(signer, "store");
         command.args(["--floor-key", "keys/floor.key", "--ca", ca]);
         command
     };

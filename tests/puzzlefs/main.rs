@@ -17,6 +17,8 @@ mod scan;
 #[path = "../common/swtpm.rs"]
 #[allow(dead_code, reason = "the floor's own tests use the rest")]
 mod swtpm;
+#[path = "../common/tar_images.rs"]
+mod tar_images;
 #[path = "../common/tarball.rs"]
 mod tarball;
 #[path = "../common/tools.rs"]

@@ -9,19 +9,13 @@ use mosfs::internals::image::oci::{CONFIG, OciImage};
 use mosfs::internals::image::puzzlefs::ROOTFS;
 use mosfs::internals::store::Store;
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::debian::{Config, Debian};
 use crate::device::{Device, text};
-use crate::publish::{PRODUCT, Publisher};
+use crate::publish::PRODUCT;
+use crate::tar_images::Fixture;
 use crate::tarball::Tarball;
-use crate::tools::{need_root, run, run_any, sh};
-
-/// A publisher with keys, images that umoci makes, and a store.
-struct Fixture {
-    dir: TempDir,
-    publisher: Publisher,
-}
+use crate::tools::{run, run_any, sh};
 
 /// Text that compresses and has no repeats that are as long as a chunk.
 fn words(seed: u64, len: usize) -> Vec<u8> {
@@ -38,18 +32,6 @@ fn words(seed: u64, len: usize) -> Vec<u8> {
 }
 
 impl Fixture {
-    fn new() -> Self {
-        need_root();
-        let dir = TempDir::new().unwrap();
-        let publisher = Publisher::new(dir.path());
-        sh(dir.path(), "umoci init --layout images");
-        Self { dir, publisher }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     /// Makes an image of two layers: the second deletes a file of the first, and has `own` as its content.
     fn image(&self, name: &str, own: &[u8]) {
         let mut bottom = Tarball::default();
@@ -61,42 +43,27 @@ impl Fixture {
             .link(b'2', "etc/link", "../large");
         let mut top = Tarball::default();
         top.dir("etc").file("etc/.wh.gone", b"").file("etc/own", own);
-        for (number, tar) in [bottom, top].iter().enumerate() {
-            fs::write(self.path(&format!("{number}.tar")), tar.end()).unwrap();
-        }
+        self.image_of_layers(name, &[bottom, top]);
         sh(
             self.dir.path(),
             &format!(
-                "umoci new --image images:{name}; umoci raw add-layer --image images:{name} 0.tar; \
-                 umoci raw add-layer --image images:{name} 1.tar; \
-                 umoci config --image images:{name} --config.entrypoint /bin/app --config.env A=b --config.user 7:8"
+                "umoci config --image images:{name} --config.entrypoint /bin/app --config.env A=b --config.user 7:8"
             ),
         );
     }
 
     /// `mosfs build` of a system of these targets: name, service type, image.
     fn build(&self, version: u64, storage: &str, targets: &[(&str, &str, &str)], more: &[&str]) -> Command {
-        let mut text = format!("version: {version}\nproduct: {PRODUCT}\nstorage_type: {storage}\ntargets:\n");
-        for (name, service, image) in targets {
-            text += &format!(
-                "  {name}:\n    url: \"oci:images:{image}\"\n    version: 1.0.0\n    service_type: {service}\n    \
-                 network: {{type: host}}\n"
-            );
-        }
-        fs::write(self.path("import.yaml"), text).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mosfs"));
-        command.current_dir(self.dir.path()).args(["build", "import.yaml", "--store", "store"]);
-        command.args(["--key", "keys/signer.key", "--cert", "keys/signer.pem"]);
-        command.args(["--floor-key", "keys/floor.key", "--level", "1"]).args(more);
+        let targets: Vec<_> =
+            targets.iter().map(|&(name, service, image)| (name, service, image, "")).collect();
+        self.import(version, &format!("storage_type: {storage}\n"), &targets);
+        let mut command = self.build_into("store");
+        command.args(["--level", "1"]).args(more);
         command
     }
 
     fn image_of(&self, target: &str) -> OciImage {
-        let store = Store::open(&self.path("store")).unwrap();
-        let prefix = format!("mos/images/{target}:");
-        let names = store.names().unwrap();
-        let (_, found) = names.iter().find(|(name, _)| name.starts_with(&prefix)).unwrap();
-        store.image(&found.digest).unwrap()
+        self.image_in("store", target)
     }
 
     fn stats(&self) -> Value {
