@@ -155,12 +155,12 @@ pub enum RunError {
         found: &'static str,
     },
     /// The verified tree is not mounted.
-    #[error("target {target}: its image {} is not mounted at {}: {why}", digest, path.display())]
+    #[error("target {target}: its image {image} is not mounted at {}: {why}", path.display())]
     NotMounted {
         /// The target.
         target: String,
-        /// Its image.
-        digest: Digest,
+        /// Its image: the digest, or what it was mounted from.
+        image: String,
         /// Where it should be.
         path: PathBuf,
         /// What is there.

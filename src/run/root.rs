@@ -34,10 +34,9 @@ pub fn trees(
     ids: Option<BorrowedFd<'_>>,
 ) -> Result<Vec<OwnedFd>, RunError> {
     let not_mounted = |why: &str| {
-        let digest = plan.digest().unwrap_or_else(|| crate::digest::Digest::of(b""));
         Err(RunError::NotMounted {
             target: target.into(),
-            digest,
+            image: plan.digest().map_or_else(|| plan.source.clone(), |digest| digest.to_string()),
             path: place.to_path_buf(),
             why: why.into(),
         })
