@@ -331,7 +331,8 @@ impl Blobs for LazyImage {
                 }
             })
             .collect();
-        if !shared.chunks.is_empty() {
+        // All chunks are one row, under the digest of the first.
+        if let Some(&digest) = shared.chunks.keys().next() {
             let (mut size, mut have) = (0, 0);
             for chunk in shared.chunks.values() {
                 size += chunk.size;
@@ -342,7 +343,6 @@ impl Blobs for LazyImage {
                 () if shared.link.is_broken() => "offline",
                 () => "partial",
             };
-            let digest = shared.chunks.keys().next().copied().unwrap_or_else(|| Digest::of(b""));
             let error = error.filter(|_| have < size);
             all.push(BlobProgress { digest, size, have, state: state.into(), error });
         }
