@@ -171,12 +171,13 @@ fn target(number: usize) -> String {
     format!("t{number:02}")
 }
 
-/// Builds what `import.yaml` in `to` says into the store there, with new keys where there are none.
-fn build(to: &Path, mosfs: &Path, version: u64, targets: &str) -> Result<()> {
+/// Builds a system of `targets` into `store` in `to`, with new keys where there are none. `options` are more lines of the
+/// import manifest.
+pub fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str) -> Result<()> {
     let (mosfs, dir) = (mosfs.display(), to.display());
     fs::write(
         to.join("import.yaml"),
-        format!("version: {version}\nproduct: {PRODUCT}\ntargets:\n{targets}"),
+        format!("version: {version}\nproduct: {PRODUCT}\n{options}targets:\n{targets}"),
     )?;
     if !to.join("keys").exists() {
         shell(&format!("'{mosfs}' keys generate '{dir}/keys' --product {PRODUCT}"))?;
@@ -220,7 +221,7 @@ fn make_targets(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
             "  {name}: {{url: \"oci:{dir}/images:{name}\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}"
         )?;
     }
-    build(to, mosfs, 1, &targets)?;
+    build(to, mosfs, 1, "", &targets)?;
     install(to, mosfs)
 }
 
@@ -405,7 +406,7 @@ fn make_update(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
         let target = format!(
             "  os: {{url: \"oci:{dir}/images:v{version}\", version: 1.0.{version}, service_type: fs-only, network: {{type: none}}}}\n"
         );
-        build(to, mosfs, version, &target)?;
+        build(to, mosfs, version, "", &target)?;
         if version == 1 {
             install(to, mosfs)?;
         }
