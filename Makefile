@@ -47,9 +47,12 @@ build: ## Build mosfs (target/release/mosfs)
 # Both programs, with what is needed already there. The start of a program that loads no shared library takes half a
 # millisecond less, so mosfs, which starts the mounts, is linked statically. It uses nothing of the TPM's libraries, of
 # which Debian has no static ones: empty archives stand in for them. Both are part of an initramfs, so they have no
-# tables for unwinding (a panic ends them) and no debugging symbols, and their relocations are packed.
+# debugging symbols, no unwind tables of C code, and, where the linker can, packed relocations and each function once.
+LINK = $(shell for args in '-C link-arg=-Wl,-z,pack-relative-relocs' '-C link-arg=-Wl,--icf=all'; do \
+	echo 'fn main() {}' | rustc $$args -o "$${TMPDIR:-/tmp}/mosfs-link.$$$$" - 2>/dev/null && echo "$$args"; \
+	rm -f "$${TMPDIR:-/tmp}/mosfs-link.$$$$"; done)
 PROGRAMS = CARGO_PROFILE_RELEASE_DEBUG=false CFLAGS='-fno-asynchronous-unwind-tables -fno-unwind-tables' \
-	RUSTFLAGS='-C force-unwind-tables=no -C link-arg=-Wl,-z,pack-relative-relocs' $(CARGO)
+	RUSTFLAGS='$(LINK)' $(CARGO)
 
 programs:
 	$(PROGRAMS) build --release --locked --bin mosfs-full
