@@ -26,7 +26,7 @@ use mosfs::internals::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{Result, system};
+use crate::Result;
 
 /// Packages on top of Debian's minimal base: compilers, headers, Python. 500 MB and 20,000 files, or more.
 const PACKAGES: &str = "build-essential,python3-dev,python3-setuptools,git,cmake,gdb,libssl-dev,libboost-dev,perl,openssl,ca-certificates";
@@ -58,8 +58,8 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// Makes what is missing in `dir`; the PuzzleFS image by `mosfs`.
-    pub fn make(dir: &Path, mosfs: &Path) -> Result<Self> {
+    /// Makes what is missing in `dir`, but for what mosfs makes.
+    pub fn make(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let dir = dir.canonicalize()?;
         once(&dir.join("tree.tar"), |to| {
@@ -100,7 +100,6 @@ impl Fixture {
         })?;
         once(&fixture.lz4_layers(), |to| fixture.make_layers(to, "lz4 -Xhc", &[("three", 3)]))?;
         once(&fixture.dir.join("tars"), |to| fixture.make_tars(to))?;
-        once(&fixture.puzzlefs(), |to| fixture.make_puzzlefs(to, mosfs))?;
         Ok(fixture)
     }
 
@@ -318,31 +317,6 @@ impl Fixture {
         for tar in tars {
             shell(&format!("umoci raw add-layer --image '{layout}:three' '{}'", tar.display()))?;
         }
-        Ok(())
-    }
-
-    /// Builds a system of one PuzzleFS target, and copies its image into a layout of its own, which is what the puzzlefs
-    /// tool mounts.
-    fn make_puzzlefs(&self, to: &Path, mosfs: &Path) -> Result<()> {
-        let work = self.dir.join("puzzlefs-work");
-        if work.exists() {
-            fs::remove_dir_all(&work)?;
-        }
-        fs::create_dir(&work)?;
-        let tree = format!(
-            "  tree: {{url: \"oci:{}:three\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}\n",
-            self.tar_layout().display()
-        );
-        system::build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
-        let store = work.join("store");
-        let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
-        let names = index["manifests"].as_array().into_iter().flatten();
-        let mut names =
-            names.filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
-        let image =
-            names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
-        shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
-        fs::remove_dir_all(&work)?;
         Ok(())
     }
 }

@@ -114,7 +114,8 @@ fn run(args: &Args) -> Result<()> {
         let text = fs::read(args.output.join("report.json"))?;
         return page::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
     }
-    let fixture = Fixture::make(&args.dir, &args.mosfs)?;
+    let fixture = Fixture::make(&args.dir)?;
+    system::make_puzzlefs(&fixture, &args.mosfs)?;
     if args.prepare {
         return Ok(());
     }
