@@ -267,7 +267,7 @@ fn whole(
     let key = SigningKey::load(key)?;
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| P256PrivateKey::read(path)).collect::<Result<_, _>>()?;
-    let boot = args.kernel.spec(import.product, &floor_keys, floor_pub)?;
+    let boot = args.kernel.spec(import.product, Some(certificate), &floor_keys, floor_pub)?;
     if args.iso.is_some()
         && boot.is_none()
         && !import.targets.keys().any(|name| name.as_str() == boot::TARGET)
@@ -290,7 +290,7 @@ fn first_half(
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
-    let boot = args.kernel.spec(import.product, &[], floor_pub)?;
+    let boot = args.kernel.spec(import.product, certificate, &[], floor_pub)?;
     let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort, sources, progress)?;
