@@ -244,6 +244,8 @@ fn the_examples_work() {
     world.ok("echo 'root=mosfs mosfs.backend=fuse mosfs.overlay=ro' > cmdline");
     // A system with a kernel of its own, for a medium.
     let kernels = Publisher::new();
+    kernels.put("usr/sbin/mke2fs", fs::read("/bin/true").unwrap());
+    kernels.image();
     kernels.build(200, "store", &[]);
     let disk = world.ok("truncate -s 640M disk && losetup --find --show --partscan disk");
     for command in ORDER {

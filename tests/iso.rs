@@ -23,11 +23,19 @@ const ISO: &str = "image_type: iso\n";
 fn publisher() -> &'static Publisher {
     static PUBLISHER: OnceLock<Publisher> = OnceLock::new();
     PUBLISHER.get_or_init(|| {
-        let publisher = Publisher::new();
+        let publisher = new_publisher();
         publisher.import(200, ISO);
         run(&mut publisher.command("store", &["--iso", "install.iso"]));
         publisher
     })
+}
+
+/// A publisher whose hostfs has what sets up a disk.
+fn new_publisher() -> Publisher {
+    let publisher = Publisher::new();
+    publisher.put("usr/sbin/mke2fs", fs::read("/bin/true").unwrap());
+    publisher.image();
+    publisher
 }
 
 fn mosfs(dir: &Path, words: &[&str]) -> Command {
@@ -163,7 +171,8 @@ fn names_and_modes_are_those_of_rock_ridge() {
 fn a_medium_is_hardly_larger_than_its_store_and_its_kernel() {
     let size = |path: &Path| fs::metadata(path).unwrap().len();
     let iso = size(&publisher().path("install.iso"));
-    let store: u64 = sh(&publisher().path("store"), "cat blobs/sha256/* | wc -c").trim().parse().unwrap();
+    let folder = publisher().path("store");
+    let store: u64 = sh(&folder, "cat blobs/sha256/* | wc -c").trim().parse().unwrap();
     let kernel = size(&publisher().unpack("store", 200, "boot-size").join("mosfs.efi"));
     // FAT16 has a smallest size; the partition begins at a whole MiB, and the medium ends with 300 KiB of zeros.
     let esp = (kernel + kernel / 50 + (2 << 20)).max(6 << 20);
@@ -190,7 +199,7 @@ fn as_nobody(dir: &Path, program: &Path, words: &[&str]) -> Command {
 #[test]
 fn the_same_system_is_the_same_medium() {
     need_root();
-    let publisher = Publisher::new();
+    let publisher = new_publisher();
     publisher.import(200, ISO);
     run(&mut publisher.command("store", &["--iso", "one.iso"]));
     let dir = TempDir::new().unwrap();
@@ -305,7 +314,7 @@ fn answers_and_keys_are_on_the_medium_and_private_keys_never() {
 
 #[test]
 fn a_medium_that_cannot_be_is_refused_before_anything_is_written() {
-    let publisher = Publisher::new();
+    let publisher = new_publisher();
     publisher.import(200, ISO);
     let said = refused(&mut publisher.command("store", &[]), 2);
     assert!(said.contains("import.yaml: image_type: `iso` requires an install medium"), "{said}");
@@ -333,8 +342,18 @@ fn a_medium_that_cannot_be_is_refused_before_anything_is_written() {
     publisher.import(200, "");
     run(publisher.signed_by("keys", "plain").args(["--floor-key", "keys/floor.key"]));
     let said = refused(&mut mosfs(publisher.dir(), &["iso", "oci:plain", "-o", "x"]), 2);
-    assert!(said.contains("version 200 has no kernel of its own, which an install medium starts"), "{said}");
+    assert!(
+        said.contains(
+            "version 200 has no kernel that an install medium could start: it has no target `boot`"
+        ),
+        "{said}"
+    );
     assert!(said.contains("`mosfs build --ca`"), "{said}");
+    // One whose kernel could not install it.
+    let other = Publisher::new();
+    other.build(200, "store", &[]);
+    let said = refused(&mut mosfs(other.dir(), &["iso", "oci:store", "-o", "x"]), 2);
+    assert!(said.contains("its hostfs had no mke2fs"), "{said}");
     let said = refused(&mut mosfs(publisher.dir(), &["iso", "oci:plain:7", "-o", "x"]), 2);
     assert!(said.contains('7'), "{said}");
     refused(&mut mosfs(publisher.dir(), &["iso", "oci:plain"]), 2);
@@ -371,9 +390,10 @@ fn a_medium_that_cannot_be_is_refused_before_anything_is_written() {
 /// A blob that is damaged in the store is not copied to a medium.
 #[test]
 fn what_is_not_as_it_was_signed_does_not_get_onto_a_medium() {
-    let publisher = Publisher::new();
+    let publisher = new_publisher();
     publisher.build(200, "store", &[]);
-    let largest = sh(&publisher.path("store"), "ls -S blobs/sha256 | head -1");
+    let folder = publisher.path("store");
+    let largest = sh(&folder, "ls -S blobs/sha256 | head -1");
     let blob = publisher.path("store").join("blobs/sha256").join(largest.trim());
     flip(&blob, fs::metadata(&blob).unwrap().len() / 2);
     let iso = || mosfs(publisher.dir(), &["iso", "oci:store", "-o", "x.iso"]);
@@ -608,7 +628,7 @@ fn a_medium_that_ends_early_or_holds_more_is_refused() {
 /// A system is signed with a target `boot` whose kernel has another id than it says.
 #[test]
 fn a_kernel_id_is_computed_again() {
-    let publisher = Publisher::new();
+    let publisher = new_publisher();
     publisher.build(200, "store", &[]);
     let layout = publisher.path("store");
     let mut boot = publisher.boot("store", 200);
@@ -637,7 +657,7 @@ fn a_kernel_id_is_computed_again() {
 
 #[test]
 fn without_a_name_the_highest_version_is_on_the_medium() {
-    let publisher = Publisher::new();
+    let publisher = new_publisher();
     publisher.build(200, "store", &[]);
     publisher.put_kernel("two");
     publisher.build(201, "store", &[]);
@@ -651,7 +671,7 @@ fn without_a_name_the_highest_version_is_on_the_medium() {
 /// Every commit point of a medium.
 #[test]
 fn a_crash_leaves_the_old_medium_or_the_new_one() {
-    let publisher = Publisher::new();
+    let publisher = new_publisher();
     publisher.build(200, "store", &[]);
     let iso = || mosfs(publisher.dir(), &["iso", "oci:store", "-o", "x.iso"]);
     fs::write(publisher.path("x.iso"), "old").unwrap();

@@ -101,7 +101,8 @@ fn for_setup(error: &SetupError) -> Option<&'static str> {
 fn for_medium(error: &MediumError) -> Option<&'static str> {
     Some(match error {
         MediumError::NoKernel { .. } => {
-            "`mosfs build --ca` makes the target `boot` from the kernel in the hostfs image"
+            "`mosfs build --ca` makes the target `boot` from the kernel in the hostfs image, which must have mke2fs \
+             (Debian: e2fsprogs)"
         }
         MediumError::Output { found: "a block device", .. } => {
             "write the medium to a file, and copy it to the stick: `dd if=FILE of=DEVICE bs=4M conv=fsync`"

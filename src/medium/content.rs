@@ -57,6 +57,9 @@ impl Content {
             let image = Descriptor::new(MANIFEST, target.digest, target.size);
             let read = from.image(&image)?;
             if name.as_str() == boot::TARGET && boot::kernel_id(&read).is_ok_and(|id| id.is_some()) {
+                if !read.manifest.annotations.contains_key(boot::INSTALLS) {
+                    return Err(no_kernel("it could not set up a disk, since its hostfs had no mke2fs"));
+                }
                 boot = Some(image.clone());
             }
             for blob in read.manifest.layers.iter().chain([&read.manifest.config, &image]) {

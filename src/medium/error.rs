@@ -16,7 +16,7 @@ use crate::trust::pem::SecretInPublic;
 #[derive(Debug, thiserror::Error)]
 pub enum MediumError {
     /// The system has no kernel that a medium could start.
-    #[error("version {version} has no kernel of its own, which an install medium starts: {why}")]
+    #[error("version {version} has no kernel that an install medium could start: {why}")]
     NoKernel {
         /// The version of the system.
         version: u64,
