@@ -31,7 +31,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("run", &["image", "mount", "store", "manifest", "deploy"]),
     ("medium", &["image", "transport", "store", "manifest", "trust", "floor", "deploy"]),
     ("setup", &["image", "transport", "store", "manifest", "trust", "floor", "deploy", "medium"]),
-    ("boot", &["mount", "store", "manifest", "trust", "floor", "deploy"]),
+    // The first process of a machine installs instead, if it was started from a medium.
+    ("boot", &["mount", "store", "manifest", "trust", "floor", "deploy", "setup"]),
     (
         "cli",
         &[

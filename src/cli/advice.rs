@@ -76,16 +76,19 @@ fn for_setup(error: &SetupError) -> Option<&'static str> {
     Some(match error {
         SetupError::NotNamed => "name the disk with `--disk`, or in the answers file",
         SetupError::NotEmpty { .. } => {
-            "if everything on it may be lost, name it with `--wipe DEVICE` as well"
+            "if everything on it may be lost, name it with `--wipe DEVICE` as well, or say `wipe: yes` in the answers file"
         }
-        SetupError::Several { .. } => "name one with `--disk`: its path, serial:S or wwn:W",
+        SetupError::Several { .. } => {
+            "name one with `--disk`, or in the answers file: its path, serial:S or wwn:W"
+        }
         SetupError::NoMatch { .. } => {
-            "name one with `--disk`; one that is not empty also requires `--wipe DEVICE`"
+            "name one with `--disk`; one that is not empty also requires `--wipe DEVICE`, or `wipe: yes` in the answers file"
         }
         SetupError::InUse { .. } => "unmount it and close what uses it, or choose another disk",
         SetupError::NotADisk { .. } => "name the whole disk, such as /dev/sda or /dev/nvme0n1",
         SetupError::NoFloor => {
-            "give the provisioning key with `--provision-key`, or provision the TPM with `mosfs floor provision` first"
+            "give the provisioning key with `--provision-key` (an install medium takes it from a medium labelled \
+             MOSFS-PROVISION), or provision the TPM with `mosfs floor provision` first"
         }
         SetupError::Program { .. } => "install e2fsprogs, which has mke2fs",
         SetupError::Esp(error) => return for_esp(error),

@@ -240,7 +240,7 @@ fn whole(
     let key = SigningKey::load(key)?;
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| P256PrivateKey::read(path)).collect::<Result<_, _>>()?;
-    let boot = args.kernel.spec(import.product, &floor_keys, floor_pub)?;
+    let boot = args.kernel.spec(import.product, Some(certificate), &floor_keys, floor_pub)?;
     let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
@@ -257,7 +257,7 @@ fn first_half(
     progress: &Progress,
 ) -> Result<Built, AnyError> {
     let import = import(args)?;
-    let boot = args.kernel.spec(import.product, &[], floor_pub)?;
+    let boot = args.kernel.spec(import.product, certificate, &[], floor_pub)?;
     let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let built = halves::prepare(&import, &store, certificate, Dates::check_now(), effort, sources, progress)?;
