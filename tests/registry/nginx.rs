@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -20,7 +21,7 @@ pub struct Nginx {
 impl Nginx {
     /// A cache of the registry at `origin`, `http://HOST:PORT`.
     pub fn before(origin: &str) -> Self {
-        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/registries.md");
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/registries.md");
         let page = fs::read_to_string(page).expect("the page");
         let (_, server) = page.split_once("```nginx\n").expect("a configuration");
         let (server, _) = server.split_once("```").expect("its end");
