@@ -213,9 +213,16 @@ fn for_transport(error: &TransportError) -> Option<&'static str> {
 
 #[cfg(feature = "registry")]
 fn for_registry(error: &RegistryError) -> Option<&'static str> {
-    Some(match *error {
+    Some(match error {
         RegistryError::Denied { .. } => {
             "log in with `podman login` or `docker login`, or give --authfile (docs/registries.md, credentials)"
+        }
+        RegistryError::Tls { why, .. } if why.contains("plain HTTP") => {
+            "give --plain-http if you trust the network in between (docs/registries.md, certificates)"
+        }
+        // As a server of HTTPS answers plain HTTP.
+        RegistryError::Status { status: 400, request, .. } if request.contains(" http://") => {
+            "if this server speaks HTTPS, put its CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
         }
         RegistryError::Tls { .. } => {
             "put the registry's CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
