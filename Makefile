@@ -47,20 +47,25 @@ build: ## Build mosfs (target/release/mosfs)
 # Both programs, with what is needed already there. The start of a program that loads no shared library takes half a
 # millisecond less, so mosfs, which starts the mounts, is linked statically. It uses nothing of the TPM's libraries, of
 # which Debian has no static ones: empty archives stand in for them. Both are part of an initramfs, so they have no
-# debugging symbols, no unwind tables of C code, and, where the linker can, packed relocations and each function once.
-LINK = $(shell for args in '-C link-arg=-Wl,-z,pack-relative-relocs' '-C link-arg=-Wl,--icf=all'; do \
-	echo 'fn main() {}' | rustc $$args -o "$${TMPDIR:-/tmp}/mosfs-link.$$$$" - 2>/dev/null && echo "$$args"; \
-	rm -f "$${TMPDIR:-/tmp}/mosfs-link.$$$$"; done)
-PROGRAMS = CARGO_PROFILE_RELEASE_DEBUG=false CFLAGS='-fno-asynchronous-unwind-tables -fno-unwind-tables' \
-	RUSTFLAGS='$(LINK)' $(CARGO)
-
+# debugging symbols and no unwind tables (a panic ends them), and, where the linker can, packed relocations and each
+# function once.
 programs:
-	$(PROGRAMS) build --release --locked --bin mosfs-full
 	mkdir -p target/static
 	for library in esys mu rc sys tctildr; do
 		ar rc "target/static/libtss2-$$library.a"
 	done
-	$(PROGRAMS) rustc --release --locked --bin mosfs -- \
+	echo 'SECTIONS { /DISCARD/ : { *(.eh_frame .eh_frame_hdr .gcc_except_table*) } } INSERT AFTER .text;' \
+		>target/static/no-unwind.ld
+	link=()
+	for argument in -Wl,-T,target/static/no-unwind.ld -Wl,-z,pack-relative-relocs -Wl,--icf=all; do
+		if rustc -C panic=abort -C "link-arg=$$argument" -o target/static/try - <<<'fn main() {}' 2>/dev/null &&
+			target/static/try; then
+			link+=(-C "link-arg=$$argument")
+		fi
+	done
+	export CARGO_PROFILE_RELEASE_DEBUG=false
+	$(CARGO) rustc --release --locked --bin mosfs-full -- "$${link[@]}"
+	$(CARGO) rustc --release --locked --bin mosfs -- "$${link[@]}" \
 		-C target-feature=+crt-static -C relocation-model=static -L native=target/static
 
 demo: ## Go the whole way once on a real Debian root file system, and explain it
