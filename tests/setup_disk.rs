@@ -12,9 +12,11 @@ mod tools;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use mosfs::internals::digest::{Digest, Hasher};
 use mosfs::internals::sys::file::next_data;
@@ -354,7 +356,7 @@ fn a_disk_that_cannot_be_used_is_refused() {
         1,
         "no disk matches `serial:none-such`",
     );
-    refused(machine.setup(200, &[]).stdin(std::process::Stdio::null()), 2, "no disk was named");
+    refused(machine.setup(200, &[]).stdin(Stdio::null()), 2, "no disk was named");
     // In use: a partition that is mounted, a program that has the disk for itself.
     sh(
         Path::new("/"),
@@ -469,6 +471,33 @@ fn the_floor_of_the_tpm_is_asked_before_the_disk_is_written() {
     disk.expect_installed(201);
 }
 
+/// Acceptance: an index of somebody else, and the floor of another product.
+#[test]
+fn a_tpm_with_the_floor_of_others_is_refused() {
+    let (disk, machine) = (Disk::new(), Machine::new());
+    let key = publisher().path("keys/provision.key");
+    let words = ["--disk", &disk.device, "--provision-key", key.to_str().unwrap()];
+    machine.tpm.tool_ok(
+        "tpm2_nvdefine",
+        &["0x01500050", "-C", "o", "-s", "8", "-a", "authwrite|authread|ownerread|no_da"],
+    );
+    refused_untouched(&disk, &mut machine.setup(200, &words), 5, "0x01500050");
+    let machine = Machine::new();
+    let others = TempDir::new().unwrap();
+    generate_keys(others.path(), "keys");
+    let mut command = machine.mosfs(&["floor", "provision", "--config"]);
+    command.arg(others.path().join("config")).args(["--product", PRODUCT, "--provision-key"]);
+    command.arg(others.path().join("keys/provision.key")).arg("--floor-pub");
+    run(command.arg(others.path().join("keys/floor.pub")));
+    refused_untouched(&disk, &mut machine.setup(200, &words), 5, "0x01500050");
+    // A TPM that was cleared has no floor.
+    let machine = Machine::provisioned();
+    machine.tpm.tool_ok("tpm2_nvundefine", &["-C", "o", "0x01500050"]);
+    refused_untouched(&disk, &mut machine.setup(200, &words[..2]), 5, "the TPM has no floor yet");
+    machine.ok(200, &words);
+    disk.expect_installed(200);
+}
+
 fn current(system: &Path) -> String {
     let state: serde_json::Value =
         serde_json::from_slice(&fs::read(system.join("state.json")).unwrap()).unwrap();
@@ -508,6 +537,81 @@ fn a_setup_that_crashed_anywhere_is_continued_without_a_word() {
         assert!(said.contains(word), "{point}: {said}");
         assert_eq!(machine.floor(), 0, "{point}");
     }
+}
+
+/// `kill -9` at random moments, of the setup and of what it runs; with `make campaign`, at fifty.
+#[test]
+fn a_setup_that_was_killed_at_any_moment_is_continued_without_a_word() {
+    let campaign = std::env::var("MOSFS_CAMPAIGN").is_ok_and(|value| value == "long");
+    let key = publisher().path("keys/provision.key");
+    let setup = |machine: &Machine, disk: &Disk| {
+        machine.setup(200, &["--disk", &disk.device, "--provision-key", key.to_str().unwrap()])
+    };
+    let (disk, machine) = (Disk::new(), Machine::new());
+    let begin = Instant::now();
+    run(&mut setup(&machine, &disk));
+    let whole = begin.elapsed();
+    let mut seed = std::env::var("MOSFS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7_u64);
+    for _ in 0..if campaign { 50 } else { 4 } {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let moment = whole.mul_f64((seed >> 40) as f64 / (1_u64 << 24) as f64);
+        let (disk, machine) = (Disk::new(), Machine::new());
+        let mut command = setup(&machine, &disk);
+        let mut child = command.process_group(0).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(moment);
+        let _ = Command::new("kill").args(["-9", "--", &format!("-{}", child.id())]).output().unwrap();
+        child.wait().unwrap();
+        let said = run(&mut setup(&machine, &disk));
+        assert!(said.contains("MOSFS-INSTALL-VERDICT: 0 "), "{moment:?} of {whole:?}: {said}");
+        disk.expect_installed(200);
+        assert_eq!(machine.floor(), 0);
+    }
+}
+
+/// Rule: the disk that the medium is on is never taken.
+#[test]
+fn the_disk_that_the_system_comes_from_is_never_taken() {
+    let (disk, machine) = (Disk::new(), Machine::provisioned());
+    let place = TempDir::new().unwrap();
+    let store = publisher().path("store");
+    sh(
+        Path::new("/"),
+        &format!(
+            "mke2fs -q -t ext4 {0} && mount {0} {1} && cp -a {2} {1}/store && mount -o remount,ro {1}",
+            disk.device,
+            place.path().display(),
+            store.display()
+        ),
+    );
+    for words in [vec!["--disk", &disk.device], vec!["--disk", &disk.device, "--wipe", &disk.device]] {
+        let mut command = machine.mosfs(&["setup"]);
+        command.arg(format!("oci:{}/store:200", place.path().display())).args(words);
+        let why = format!("{} holds the medium that the system is installed from", disk.device);
+        refused_untouched(&disk, &mut command, 1, &why);
+    }
+    run(Command::new("umount").arg(place.path()));
+}
+
+/// The verdict is also in a file, and questions can be answered by a program.
+#[test]
+fn a_program_reads_the_report_and_answers_questions() {
+    let (disk, machine) = (Disk::new(), Machine::provisioned());
+    let report = machine.dir.path().join("report.json");
+    let read = || -> serde_json::Value { serde_json::from_slice(&fs::read(&report).unwrap()).unwrap() };
+    let words = ["--disk", &disk.device, "--report", report.to_str().unwrap()];
+    machine.ok(200, &words);
+    assert_eq!((&read()["already"], &read()["version"]), (&false.into(), &200.into()));
+    machine.ok(200, &words);
+    assert_eq!((&read()["already"], &read()["exit_code"]), (&true.into(), &0.into()));
+    refused(&mut machine.setup(201, &words), 1, "is not empty");
+    assert_eq!(read()["exit_code"], 1, "{}", read());
+    // Nobody chooses; loop devices are not in the list.
+    let mut command = machine.setup(200, &["--ask"]);
+    let Output { status, stdout, stderr } = run_any(command.stdin(Stdio::null()));
+    let (out, said) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(!said.contains("standard input is no terminal") && !said.contains(&disk.device), "{said}");
+    assert!(out.starts_with("MOSFS-INSTALL-VERDICT: 1 no disk "), "{out}");
 }
 
 /// A mark is of the table that is to come: whoever has put something else onto the disk since has made it theirs.

@@ -3,6 +3,7 @@
 //! ```text
 //! mount /proc, /sys, /dev, /run
 //! load the modules of /usr/lib/mosfs/modules/order
+//! if the firmware started the machine from an install medium: install, and end the machine (crate::setup::installer)
 //! run `mosfs boot` as a process of its own, with an empty environment
 //! move the mounts to the new root, free the initramfs, make /sysroot the root, run its init
 //! ```
@@ -19,10 +20,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::settings::{OnFailure, Settings};
+use crate::deploy::esp;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::setup::installer::{self, Installer};
+use crate::setup::media;
 use crate::sys::file;
 use crate::sys::init::{self as calls, End};
-use crate::sys::mountapi::{CallError, mount_legacy};
+use crate::sys::mountapi::{self, CallError, mount_legacy};
 
 /// The path that Linux starts in an initramfs.
 pub const PATH: &str = "/init";
@@ -41,6 +45,9 @@ const MOUNTS: [(&str, &str, &str); 4] = [
     ("devtmpfs", "/dev", "mode=755"),
     ("tmpfs", "/run", "mode=755"),
 ];
+/// What is there if the firmware is UEFI, and where its variables are mounted.
+const UEFI: &str = "/sys/firmware/efi";
+const VARIABLES: &str = "/sys/firmware/efi/efivars";
 /// Longest list of modules, or kernel command line, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
 /// What Linux itself looks for, less the shell (init/main.c, kernel_init).
@@ -115,6 +122,11 @@ pub fn fail(say: &dyn Fn(&str)) -> ! {
             End::Restart
         }
     };
+    finish(end, say)
+}
+
+/// Ends the machine. It does not return.
+fn finish(end: End, say: &dyn Fn(&str)) -> ! {
     say(&format!("the kernel does not end this machine: {}", calls::end(end)));
     // A first process that ends is a panic of the kernel, which restarts.
     std::process::exit(1)
@@ -132,6 +144,9 @@ fn start(say: &dyn Fn(&str)) -> Result<Never, InitError> {
         }
     }
     load_modules(say)?;
+    if let Some(end) = install(say) {
+        finish(end, say);
+    }
     // Words of the kernel command line that nobody knows become environment variables of the first process.
     let status = Command::new(PROGRAM)
         .arg0("mosfs")
@@ -145,6 +160,30 @@ fn start(say: &dyn Fn(&str)) -> Result<Never, InitError> {
         return Err(InitError::NotBooted { code: status.code().unwrap_or(-1) });
     }
     switch_root()
+}
+
+/// Installs, if the firmware started this machine from an install medium. Returns how the machine is to end then.
+///
+/// Rule: only where the machine was started from decides. Whatever cannot be found out, the machine boots.
+fn install(say: &dyn Fn(&str)) -> Option<End> {
+    // A kernel that mosfs made is started by UEFI alone.
+    if !Path::new(UEFI).exists() {
+        return None;
+    }
+    let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    if let Err(error) = mount_legacy("efivarfs", Path::new(VARIABLES), "efivarfs", flags, "")
+        && error.errno() != libc::EBUSY
+    {
+        say(&format!("the firmware's variables cannot be read, so no install medium is looked for: {error}"));
+        return None;
+    }
+    let partition = esp::loader_partition();
+    // The init of the system mounts them as it likes.
+    if let Err(error) = mountapi::unmount(Path::new(VARIABLES), true) {
+        say(&error.to_string());
+    }
+    let medium = media::find(partition.as_deref(), say)?;
+    installer::run(&medium, &Installer { program: Path::new(PROGRAM), config: Path::new(CONFIG) }, say)
 }
 
 /// Loads the modules of the list, in its order. One that fails is no reason to stop: most are for other machines.

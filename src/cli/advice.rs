@@ -15,6 +15,7 @@ use crate::floor::{FloorError, TpmFloorProblem};
 use crate::image::plain::PlainError;
 use crate::image::verity::VerityError;
 use crate::manifest::{ImportErrors, SystemError};
+use crate::medium::MediumError;
 use crate::mount::MountError;
 use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
@@ -63,6 +64,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_run))
             .or_else(|| this.downcast_ref().and_then(for_ingest))
             .or_else(|| this.downcast_ref().and_then(for_convert))
+            .or_else(|| this.downcast_ref().and_then(for_medium))
             .or_else(|| this.downcast_ref().and_then(for_setup));
         if found.is_some() {
             return found;
@@ -76,19 +78,39 @@ fn for_setup(error: &SetupError) -> Option<&'static str> {
     Some(match error {
         SetupError::NotNamed => "name the disk with `--disk`, or in the answers file",
         SetupError::NotEmpty { .. } => {
-            "if everything on it may be lost, name it with `--wipe DEVICE` as well"
+            "if everything on it may be lost, name it with `--wipe DEVICE` as well, or say `wipe: yes` in the answers file"
         }
-        SetupError::Several { .. } => "name one with `--disk`: its path, serial:S or wwn:W",
+        SetupError::Several { .. } => {
+            "name one with `--disk`, or in the answers file: its path, serial:S or wwn:W"
+        }
         SetupError::NoMatch { .. } => {
-            "name one with `--disk`; one that is not empty also requires `--wipe DEVICE`"
+            "name one with `--disk`; one that is not empty also requires `--wipe DEVICE`, or `wipe: yes` in the answers file"
         }
         SetupError::InUse { .. } => "unmount it and close what uses it, or choose another disk",
         SetupError::NotADisk { .. } => "name the whole disk, such as /dev/sda or /dev/nvme0n1",
         SetupError::NoFloor => {
-            "give the provisioning key with `--provision-key`, or provision the TPM with `mosfs floor provision` first"
+            "give the provisioning key with `--provision-key` (an install medium takes it from a medium labelled \
+             MOSFS-PROVISION), or provision the TPM with `mosfs floor provision` first"
         }
         SetupError::Program { .. } => "install e2fsprogs, which has mke2fs",
         SetupError::Esp(error) => return for_esp(error),
+        _ => return None,
+    })
+}
+
+fn for_medium(error: &MediumError) -> Option<&'static str> {
+    Some(match error {
+        MediumError::NoKernel { .. } => {
+            "`mosfs build --ca` makes the target `boot` from the kernel in the hostfs image, which must have mke2fs \
+             (Debian: e2fsprogs)"
+        }
+        MediumError::Output { found: "a block device", .. } => {
+            "write the medium to a file, and copy it to the stick: `dd if=FILE of=DEVICE bs=4M conv=fsync`"
+        }
+        MediumError::Deploy(error) => return for_deploy(error),
+        MediumError::Store(error) => return for_store(error),
+        MediumError::Transport(error) => return for_transport(error),
+        MediumError::Secret(error) => return for_secret(error),
         _ => return None,
     })
 }
@@ -119,7 +141,7 @@ fn for_build(error: &BuildError) -> Option<&'static str> {
             Some("install systemd's stub and boot loader in the hostfs image (Debian: systemd-boot-efi)")
         }
         BuildError::NoMedium { .. } => {
-            Some("remove `image_type` from the import manifest to build the system alone")
+            Some("name the file with `--iso`, or remove `image_type` to build the system alone")
         }
         BuildError::NoIpv6 { .. } => {
             Some("remove `ipv6` from the target, or use `network: {type: host}` to have the host's addresses")
@@ -191,9 +213,16 @@ fn for_transport(error: &TransportError) -> Option<&'static str> {
 
 #[cfg(feature = "registry")]
 fn for_registry(error: &RegistryError) -> Option<&'static str> {
-    Some(match *error {
+    Some(match error {
         RegistryError::Denied { .. } => {
             "log in with `podman login` or `docker login`, or give --authfile (docs/registries.md, credentials)"
+        }
+        RegistryError::Tls { why, .. } if why.contains("plain HTTP") => {
+            "give --plain-http if you trust the network in between (docs/registries.md, certificates)"
+        }
+        // As a server of HTTPS answers plain HTTP.
+        RegistryError::Status { status: 400, request, .. } if request.contains(" http://") => {
+            "if this server speaks HTTPS, put its CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
         }
         RegistryError::Tls { .. } => {
             "put the registry's CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"

@@ -10,12 +10,13 @@ use uuid::Uuid;
 use crate::boot::cmdline::{self, CmdlineError};
 use crate::boot::settings::{ON_FAILURE_FILE, OVERLAY_FILE, OnFailure, ROOT_TARGET_FILE, Settings};
 use crate::error::{AnyError, Class, Classified};
+use crate::image::boot::CLOCK_FILE;
 use crate::publish::boot::{EfiSigner, Spec};
 use crate::sys::file::{self, Links};
-use crate::trust::Anchor;
 use crate::trust::config::{CA_FILE, CaFile, FLOOR_KEY_FILE, PRODUCT_FILE};
 use crate::trust::crl::CRL_FILE;
 use crate::trust::p256::{P256PrivateKey, P256PublicKey};
+use crate::trust::{Anchor, Certificate};
 
 /// Largest file of CONFIG, in bytes.
 const MAX_CONFIG_FILE: u64 = 1 << 20;
@@ -83,10 +84,11 @@ impl Classified for KernelArgsError {
 }
 
 impl KernelArgs {
-    /// Returns what the target `boot` is to be, if there is to be one.
+    /// Returns what the target `boot` is to be, if there is to be one. `certificate` is that of the signer, if it is known.
     pub(super) fn spec(
         &self,
         product: Uuid,
+        certificate: Option<&[u8]>,
         floor_keys: &[P256PrivateKey],
         floor_pub: &[P256PublicKey],
     ) -> Result<Option<Spec>, AnyError> {
@@ -110,11 +112,16 @@ impl KernelArgs {
         };
         let ca_file = CaFile::load(ca)?;
         let ca_pem = ca_file.to_pem().map_err(|error| file_error(ca, error))?;
+        let mut clock = ca_file.valid_from().map_err(|error| file_error(ca, error))?;
+        if let Some(pem) = certificate {
+            clock = clock.max(Certificate::from_pem(pem)?.valid_from()?);
+        }
         let mut anchor = Anchor::new(ca_file, product);
         let mut config = BTreeMap::from([
             (CA_FILE.to_string(), ca_pem),
             (PRODUCT_FILE.to_string(), format!("{product}\n").into_bytes()),
             (FLOOR_KEY_FILE.to_string(), floor_key.to_pem()?),
+            (CLOCK_FILE.to_string(), format!("{clock}\n").into_bytes()),
         ]);
         if let Some(folder) = &self.boot_config {
             // What makes no sense is an error now, not at every boot.
@@ -145,5 +152,5 @@ impl KernelArgs {
 }
 
 fn file_error(path: &Path, error: openssl::error::ErrorStack) -> AnyError {
-    crate::error::IoError::new("write", path, std::io::Error::other(error)).into()
+    crate::error::IoError::new("read", path, std::io::Error::other(error)).into()
 }

@@ -13,7 +13,8 @@ use crate::floor;
 use crate::setup::answers::Answers;
 use crate::setup::disk::{self, Choice, Disk};
 use crate::setup::floor::FloorPlan;
-use crate::setup::{Outcome, Request, SetupError, Wipe, prepare};
+use crate::setup::{Outcome, Request, SetupError, Wipe, prepare, verdict};
+use crate::sys::atomic;
 use crate::transport::SourceRef;
 use crate::trust::Anchor;
 use crate::trust::config::CaFile;
@@ -39,7 +40,7 @@ pub(super) struct SetupArgs {
     /// Erase this disk. It must be the one to set up.
     #[arg(long, value_name = "DEVICE")]
     wipe: Option<PathBuf>,
-    /// Take the answers from this file (YAML: disk, wipe). Options override it.
+    /// Take the answers from this file (YAML: disk, wipe, and what an install medium asks). Options override it.
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
     /// The manifest CA of the system [default: that of CONFIG].
@@ -52,9 +53,15 @@ pub(super) struct SetupArgs {
     /// authorization.
     #[arg(long, value_name = "FILE")]
     provision_key: Option<PathBuf>,
+    /// If no disk is named, ask on standard input even if it is not a terminal.
+    #[arg(long)]
+    ask: bool,
     /// Print what would be done, and change nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Also write the answer to this file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     #[command(flatten)]
     floor: FloorArgs,
     #[command(flatten)]
@@ -68,18 +75,18 @@ pub(super) fn run(args: &SetupArgs, global: &Global) -> Result<(), AnyError> {
         Ok(outcome) => (0, sentence(outcome, args.dry_run)),
         Err(error) => (error.class().exit_code(), error.chain()),
     };
-    let verdict = || format!("MOSFS-INSTALL-VERDICT: {code} {reason}");
-    output::answer(
-        global,
-        || match &result {
-            Ok(outcome) => json!({
-                "disk": outcome.disk, "version": outcome.id.version, "deployment": outcome.id,
-                "already": outcome.already, "exit_code": code, "reason": reason,
-            }),
-            Err(_) => json!({ "exit_code": code, "reason": reason }),
-        },
-        verdict,
-    )?;
+    let answer = || match &result {
+        Ok(outcome) => json!({
+            "disk": outcome.disk, "version": outcome.id.version, "deployment": outcome.id,
+            "already": outcome.already, "exit_code": code, "reason": reason,
+        }),
+        Err(_) => json!({ "exit_code": code, "reason": reason }),
+    };
+    if let Some(path) = &args.report {
+        let text = format!("{}\n", answer());
+        atomic::replace(path, text.as_bytes(), 0o644, "setup.report").on("write", path)?;
+    }
+    output::answer(global, answer, || verdict(code, &reason))?;
     result.map(|_| ())
 }
 
@@ -101,6 +108,8 @@ fn set_up(args: &SetupArgs, global: &Global) -> Result<Outcome, AnyError> {
     let progress = progress::of(global)?;
     let from = args.source.open(&args.registry.access(global))?;
     let layout = args.source.layout().ok();
+    // Rule: the disk that the medium is on is never taken.
+    let medium = layout.as_ref().and_then(|layout| disk::of_folder(layout.dir()));
     let policy = floor::find_policy(&global.config)?;
     if policy.is_none() {
         output::warning(
@@ -116,7 +125,7 @@ fn set_up(args: &SetupArgs, global: &Global) -> Result<Outcome, AnyError> {
     };
     let (choice, wipe) = match (args.disk.clone().or(answers.disk), wipe) {
         (Some(choice), wipe) => (choice, wipe),
-        (None, wipe) => ask(wipe)?,
+        (None, wipe) => ask(args, medium.as_deref(), wipe)?,
     };
     let floor =
         FloorPlan::new(policy, args.floor.place(global), args.provision_key.as_deref(), &offer.verified)?;
@@ -135,7 +144,7 @@ fn set_up(args: &SetupArgs, global: &Global) -> Result<Outcome, AnyError> {
         floor,
         choice,
         wipe,
-        medium: None,
+        medium,
         progress: &progress,
     };
     let prepared = prepare(request, &say)?;
@@ -146,11 +155,11 @@ fn set_up(args: &SetupArgs, global: &Global) -> Result<Outcome, AnyError> {
 }
 
 /// Lists the disks and asks for one; one that is not empty must be named again.
-fn ask(wipe: Wipe) -> Result<(Choice, Wipe), AnyError> {
-    if !io::stdin().is_terminal() {
+fn ask(args: &SetupArgs, medium: Option<&str>, wipe: Wipe) -> Result<(Choice, Wipe), AnyError> {
+    if !args.ask && !io::stdin().is_terminal() {
         return Err(SetupError::NotNamed.into());
     }
-    dialogue(&disk::list(None)?, wipe, &mut io::stdin().lock(), &|text| output::message(text))
+    dialogue(&disk::list(medium)?, wipe, &mut io::stdin().lock(), &|text| output::message(text))
 }
 
 /// The questions, and what the answers mean.

@@ -533,8 +533,9 @@ fn wait_for_device(device: PathBuf, patience: Duration) -> Result<PathBuf, EspEr
     Ok(device)
 }
 
-/// The UUID in the boot loader's variable, in lower case.
-fn loader_partition() -> Option<String> {
+/// Returns the UUID of the partition that the boot loader was started from, in lower case; `None` if it does not say so,
+/// as after a start from a CD.
+pub fn loader_partition() -> Option<String> {
     // Four bytes of attributes, then UTF-16 with a zero at its end.
     let bytes = file::read_named(Path::new(LOADER_VARIABLE), 1 << 10).ok()?;
     let units = bytes.get(4..)?.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));

@@ -3,9 +3,14 @@
 //! ```yaml
 //! disk: only-empty        # or serial:S, wwn:W, path:/dev/disk/by-path/…
 //! wipe: no                # yes: the disk need not be empty
+//! floor: key              # ask: wait at the console for the medium with the provisioning key
+//! after: reboot           # or poweroff, or wait for Enter
+//! console: ttyS0          # one more console
 //! ```
 //!
-//! Every field may be left out. The file is not signed: it can choose a disk, whose content is then lost.
+//! Every field may be left out. The last three are for an install medium ([`crate::setup::installer`]); a setup on a host
+//! has options for the floor, and does not end the machine. The file is not signed: it can choose a disk, whose content
+//! is then lost.
 
 use std::path::Path;
 use std::str::FromStr;
@@ -16,6 +21,27 @@ use crate::manifest::tree::{Entry, Value};
 use crate::manifest::yaml;
 use crate::sys::file::read_named;
 
+/// Where the provisioning key comes from if the TPM has no floor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum FloorWay {
+    /// From the medium for it, if there is one.
+    #[default]
+    Key,
+    /// The same; if there is none, it is waited for at the console.
+    Ask,
+}
+
+/// What the machine does after an installation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// It starts again.
+    Reboot,
+    /// It is switched off.
+    PowerOff,
+    /// It starts again when somebody has removed the medium, or pressed Enter.
+    Wait,
+}
+
 /// The answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Answers {
@@ -23,6 +49,12 @@ pub struct Answers {
     pub disk: Option<Choice>,
     /// Whether it may be erased.
     pub wipe: bool,
+    /// Where the provisioning key comes from.
+    pub floor: FloorWay,
+    /// What the machine does after an installation; `None` leaves it to the kind of medium.
+    pub after: Option<After>,
+    /// One more console, such as `ttyS0`.
+    pub console: Option<String>,
 }
 
 impl Answers {
@@ -87,7 +119,29 @@ impl Answers {
                     _ => return Err(wrong("yes or no")),
                 }
             }
-            _ => return Err(("an unknown field".into(), "disk, wipe")),
+            "floor" => {
+                self.floor = match text {
+                    "key" => FloorWay::Key,
+                    "ask" => FloorWay::Ask,
+                    _ => return Err(wrong("key or ask")),
+                }
+            }
+            "after" => {
+                self.after = Some(match text {
+                    "reboot" => After::Reboot,
+                    "poweroff" => After::PowerOff,
+                    "wait" => After::Wait,
+                    _ => return Err(wrong("reboot, poweroff or wait")),
+                })
+            }
+            "console" => {
+                let plain = text.bytes().all(|c| c.is_ascii_alphanumeric());
+                if text.is_empty() || !plain {
+                    return Err(wrong("the name of a terminal, such as ttyS0"));
+                }
+                self.console = Some(text.to_string());
+            }
+            _ => return Err(("an unknown field".into(), "disk, wipe, floor, after, console")),
         }
         Ok(())
     }
@@ -100,22 +154,35 @@ mod tests {
 
     #[test]
     fn answers_are_read() {
-        let answers = Answers::parse(b"disk: serial:A1\nwipe: yes\n", "answers.yaml").unwrap();
-        let expected = Answers { disk: Some(Choice::Serial("A1".into())), wipe: true };
-        assert_eq!(answers, expected);
+        let text = b"disk: serial:A1\nwipe: yes\nfloor: ask\nafter: poweroff\nconsole: ttyS1\n";
+        let expected = Answers {
+            disk: Some(Choice::Serial("A1".into())),
+            wipe: true,
+            floor: FloorWay::Ask,
+            after: Some(After::PowerOff),
+            console: Some("ttyS1".into()),
+        };
+        assert_eq!(Answers::parse(text, "answers.yaml").unwrap(), expected);
+        for (word, after) in [("reboot", After::Reboot), ("wait", After::Wait)] {
+            let answers = Answers::parse(format!("after: {word}\nfloor: key\n").as_bytes(), "a").unwrap();
+            assert_eq!(answers, Answers { after: Some(after), ..Answers::default() });
+        }
         assert_eq!(Answers::parse(b"wipe: no\n", "a").unwrap(), Answers::default());
     }
 
     #[test]
     fn every_problem_is_named_with_its_place() {
-        let text = b"disk: sda\nwipe: maybe\nwhipe: yes\n";
+        let text = b"disk: sda\nwipe: maybe\nwhipe: yes\nfloor: remote\nafter: halt\nconsole: ../sda\n";
         let error = Answers::parse(text, "answers.yaml").unwrap_err();
         assert_eq!(error.class(), Class::Input);
         let text = error.to_string();
         for line in [
             "answers.yaml:1:1: disk: found `sda`; allowed: only-empty, serial:S, wwn:W, or path:/dev/…",
             "answers.yaml:2:1: wipe: found `maybe`; allowed: yes or no",
-            "answers.yaml:3:1: whipe: found an unknown field; allowed: disk, wipe",
+            "answers.yaml:3:1: whipe: found an unknown field; allowed: disk, wipe, floor, after, console",
+            "answers.yaml:4:1: floor: found `remote`; allowed: key or ask",
+            "answers.yaml:5:1: after: found `halt`; allowed: reboot, poweroff or wait",
+            "answers.yaml:6:1: console: found `../sda`; allowed: the name of a terminal, such as ttyS0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n---\n{text}");
         }

@@ -127,11 +127,17 @@ pub fn size(bytes: u64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// Returns all disks that a system could be installed on, in the order of their names.
+/// Returns the kernel's name of the disk that a folder is on; `None` if it is on none, or on several.
+pub fn of_folder(folder: &Path) -> Option<String> {
+    names(fs::metadata(folder).ok()?.dev()).ok().map(|(_, disk)| disk)
+}
+
+/// Returns all disks that a system could be installed on, in the order of their names. `medium` is the name of the one
+/// that the system comes from.
 ///
 /// # Errors
 /// If the kernel does not list them.
-pub fn list(medium: Option<&Path>) -> Result<Vec<Disk>, SetupError> {
+pub fn list(medium: Option<&str>) -> Result<Vec<Disk>, SetupError> {
     let folder = Path::new("/sys/block");
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).on("list", folder)? {
@@ -155,7 +161,7 @@ pub fn list(medium: Option<&Path>) -> Result<Vec<Disk>, SetupError> {
 ///
 /// # Errors
 /// [`SetupError::NoMatch`], [`SetupError::Several`], [`SetupError::NotADisk`].
-pub fn choose(choice: &Choice, medium: Option<&Path>) -> Result<Disk, SetupError> {
+pub fn choose(choice: &Choice, medium: Option<&str>) -> Result<Disk, SetupError> {
     if let Choice::Path(path) = choice {
         return Disk::read(&name_of(path)?, medium);
     }
@@ -219,12 +225,10 @@ fn sysfs(name: &str, file: &str) -> String {
 
 impl Disk {
     /// Looks at a disk. Nothing is written, and it may be in use.
-    fn read(name: &str, medium: Option<&Path>) -> Result<Self, SetupError> {
+    fn read(name: &str, medium: Option<&str>) -> Result<Self, SetupError> {
         let path = Path::new("/dev").join(name);
         let device = disk::open_to_read(&path).on("open", &path)?;
         let size_bytes = disk::size_bytes(&device).on("measure", &path)?;
-        let medium = medium.and_then(|medium| fs::metadata(medium).ok());
-        let is_medium = medium.is_some_and(|medium| names(medium.rdev()).is_ok_and(|(_, disk)| disk == name));
         let first = |files: &[&str]| {
             files.iter().map(|file| sysfs(name, file)).find(|text| !text.is_empty()).unwrap_or_default()
         };
@@ -248,7 +252,7 @@ impl Disk {
             size_bytes,
             serial,
             holds,
-            is_medium,
+            is_medium: medium == Some(name),
         })
     }
 

@@ -15,6 +15,24 @@ pub enum SetupError {
         /// Each with file, line and column.
         problems: Vec<String>,
     },
+    /// Two media of one kind.
+    #[error("{} media are labelled {label}: {}; expected one", devices.len(), devices.join(", "))]
+    SeveralMedia {
+        /// The label.
+        label: String,
+        /// Their devices.
+        devices: Vec<String>,
+    },
+    /// A medium without what it is for.
+    #[error("{}, labelled {label}, has no /{name}", device.display())]
+    NotOnMedium {
+        /// Its device.
+        device: PathBuf,
+        /// Its label.
+        label: String,
+        /// The file.
+        name: String,
+    },
     /// Nobody named a disk.
     #[error("no disk was named, and nobody can be asked: standard input is no terminal")]
     NotNamed,
@@ -169,9 +187,12 @@ fn list(disks: &[String]) -> String {
 impl Classified for SetupError {
     fn class(&self) -> Class {
         match self {
-            Self::Answers { .. } | Self::NotNamed | Self::NotADisk { .. } | Self::OtherWipe { .. } => {
-                Class::Input
-            }
+            Self::Answers { .. }
+            | Self::SeveralMedia { .. }
+            | Self::NotOnMedium { .. }
+            | Self::NotNamed
+            | Self::NotADisk { .. }
+            | Self::OtherWipe { .. } => Class::Input,
             Self::NoFloor => Class::Tpm,
             Self::ReadBack { .. } | Self::NotGood { .. } => Class::Verification,
             Self::Esp(error) => error.class(),

@@ -72,8 +72,8 @@ pub struct Request<'a> {
     pub choice: Choice,
     /// Whether it may be erased.
     pub wipe: Wipe,
-    /// The device of the medium, if the system comes from one.
-    pub medium: Option<PathBuf>,
+    /// The kernel's name of the disk that the system comes from, if it comes from one.
+    pub medium: Option<String>,
     /// Where to report progress.
     pub progress: &'a Progress,
 }

@@ -20,6 +20,9 @@ const NAME: &CStr = c"libblkid.so.1";
 /// `BLKID_SUBLKS_LABEL | BLKID_SUBLKS_UUID | BLKID_SUBLKS_TYPE | BLKID_SUBLKS_USAGE` (blkid.h).
 const SUPERBLOCK_FLAGS: c_int = 1 << 1 | 1 << 3 | 1 << 5 | 1 << 7;
 
+/// `BLKID_PARTS_ENTRY_DETAILS` (blkid.h).
+const PARTITION_FLAGS: c_int = 1 << 2;
+
 /// Maximum length of a value that is copied, in bytes.
 const MAX_VALUE: usize = 1 << 10;
 
@@ -68,6 +71,7 @@ struct Library {
     enable_superblocks: SetFlags,
     set_superblocks_flags: SetFlags,
     enable_partitions: SetFlags,
+    set_partitions_flags: SetFlags,
     do_safeprobe: SafeProbe,
     lookup_value: LookUp,
 }
@@ -102,6 +106,9 @@ impl Library {
                 )?),
                 enable_partitions: std::mem::transmute::<*mut libc::c_void, SetFlags>(symbol(
                     c"blkid_probe_enable_partitions",
+                )?),
+                set_partitions_flags: std::mem::transmute::<*mut libc::c_void, SetFlags>(symbol(
+                    c"blkid_probe_set_partitions_flags",
                 )?),
                 do_safeprobe: std::mem::transmute::<*mut libc::c_void, SafeProbe>(symbol(
                     c"blkid_do_safeprobe",
@@ -203,6 +210,37 @@ pub fn probe(device: &File) -> io::Result<Content> {
         }
         1 => Ok(Content::Nothing),
         -2 => Ok(Content::Ambiguous),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Returns the UUID that the partition table names for a partition, in lower case; `None` if it names none, or if the
+/// device is no partition.
+///
+/// # Errors
+/// If libblkid cannot be loaded, or the disk cannot be read.
+pub fn partition_uuid(device: &File) -> io::Result<Option<String>> {
+    let library = library()?;
+    // SAFETY: no arguments.
+    let probe = unsafe { (library.new_probe)() };
+    if probe.is_null() {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    let probe = OwnedProbe(library, probe);
+    // SAFETY: the probe is live, and the descriptor stays open for as long as the probe: both are dropped here.
+    let ready = unsafe {
+        (library.set_device)(probe.1, device.as_raw_fd(), 0, 0) == 0
+            && (library.enable_superblocks)(probe.1, 0) == 0
+            && (library.enable_partitions)(probe.1, 1) == 0
+            && (library.set_partitions_flags)(probe.1, PARTITION_FLAGS) == 0
+    };
+    if !ready {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the probe is live and has a device.
+    match unsafe { (library.do_safeprobe)(probe.1) } {
+        0 => Ok(Some(probe.value("PART_ENTRY_UUID").to_ascii_lowercase()).filter(|uuid| !uuid.is_empty())),
+        1 | -2 => Ok(None),
         _ => Err(io::Error::last_os_error()),
     }
 }

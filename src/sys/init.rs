@@ -1,4 +1,4 @@
-//! What the first process of a machine does: load modules of the kernel, move mounts, restart the machine.
+//! What the first process of a machine does: load modules of the kernel, move mounts, set the clock, restart the machine.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -33,6 +33,8 @@ pub enum End {
     Restart,
     /// It stops, and stays on where it cannot be switched off.
     Halt,
+    /// It is switched off.
+    PowerOff,
 }
 
 /// Writes everything to the disks and ends the machine. Returns only if the kernel refuses.
@@ -40,6 +42,7 @@ pub fn end(end: End) -> io::Error {
     let command = match end {
         End::Restart => libc::RB_AUTOBOOT,
         End::Halt => libc::RB_HALT_SYSTEM,
+        End::PowerOff => libc::RB_POWER_OFF,
     };
     // SAFETY: sync(2) and reboot(2) take no pointers.
     unsafe {
@@ -47,4 +50,18 @@ pub fn end(end: End) -> io::Error {
         libc::reboot(command);
     }
     io::Error::last_os_error()
+}
+
+/// Sets the clock of the system to a time in seconds since 1970: clock_settime(2). The machine's own clock keeps its
+/// time.
+///
+/// # Errors
+/// Those of the call.
+pub fn set_clock(seconds: i64) -> io::Result<()> {
+    let time = libc::timespec { tv_sec: seconds, tv_nsec: 0 };
+    // SAFETY: `time` is a valid timespec for the length of the call.
+    match unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

@@ -22,6 +22,7 @@ pub mod notify;
 pub mod process;
 pub mod sha256;
 pub mod streams;
+pub mod terminal;
 pub mod tpm;
 
 /// The folder of files that last as long as this boot (locks, records, mount points): `$MOSFS_RUN`, or

@@ -56,6 +56,17 @@ pub(super) fn read_pem(pem: &[u8]) -> Result<Vec<X509>, String> {
     Ok(certificates)
 }
 
+/// When the last of these certificates becomes valid, in seconds since 1970; 0 if there are none.
+pub(super) fn valid_from<'a>(certificates: impl Iterator<Item = &'a X509>) -> Result<i64, ErrorStack> {
+    let zero = Asn1Time::from_unix(0)?;
+    let mut latest = 0;
+    for certificate in certificates {
+        let since = zero.diff(certificate.not_before())?;
+        latest = latest.max(i64::from(since.days) * 86_400 + i64::from(since.secs));
+    }
+    Ok(latest)
+}
+
 /// The last reason of an OpenSSL error, in words.
 pub(super) fn reason(error: &ErrorStack) -> String {
     let reason = error.errors().last().and_then(|error| error.reason());
@@ -167,6 +178,15 @@ impl Certificate {
             .collect::<Result<Vec<_>, _>>()
             .map(|all| all.concat())
             .map_err(|source| TrustError::Openssl { operation: "write a certificate", source })
+    }
+
+    /// Returns when the last of its certificates becomes valid, in seconds since 1970.
+    ///
+    /// # Errors
+    /// [`TrustError::Openssl`] if a date makes no sense.
+    pub fn valid_from(&self) -> Result<i64, TrustError> {
+        valid_from(std::iter::once(&self.leaf).chain(&self.others))
+            .map_err(|source| TrustError::Openssl { operation: "read a date", source })
     }
 
     /// Compares which of two expires later; incomparable ones count as equal.

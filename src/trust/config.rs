@@ -305,6 +305,11 @@ impl CaFile {
         })
     }
 
+    /// Returns when the last of the certificates becomes valid, in seconds since 1970.
+    pub(crate) fn valid_from(&self) -> Result<i64, ErrorStack> {
+        super::certificate::valid_from(self.certificates.iter())
+    }
+
     /// Identifies a file by the digests of its certificates, in any order.
     fn digests(&self) -> Vec<Digest> {
         let mut all: Vec<_> = self.der.iter().map(|der| Digest::of(der)).collect();

@@ -32,6 +32,7 @@ pub mod signature;
 
 use std::time::SystemTime;
 
+use openssl::asn1::Asn1Time;
 use openssl::error::ErrorStack;
 use uuid::Uuid;
 
@@ -55,6 +56,11 @@ pub const FLOOR_SIGNATURE_TYPE: &str = "application/vnd.mos.system.floor-signatu
 pub const MAX_CERTIFICATE_BYTES: usize = 64 << 10;
 /// Maximum size of a signature, in bytes; an RSA signature of 16384 bits has 2048.
 pub const MAX_SIGNATURE_BYTES: usize = 4 << 10;
+
+/// Returns a time in seconds since 1970 as a date for people, in UTC.
+pub fn date(seconds: i64) -> String {
+    Asn1Time::from_unix(seconds).map_or_else(|_| format!("{seconds} s since 1970"), |time| time.to_string())
+}
 
 /// How to treat validity dates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -126,6 +126,16 @@ pub struct Machine {
     pub uefi: Option<PathBuf>,
     /// Whether that firmware enforces Secure Boot.
     pub secure_boot: bool,
+    /// An install medium, and how it is attached: `cd`, `disk` or `usb`.
+    pub medium: Option<(PathBuf, &'static str)>,
+    /// Whether the firmware tries the medium before the disk.
+    pub medium_first: bool,
+    /// More disks, whose changes are lost.
+    pub second: Vec<PathBuf>,
+    /// What is typed on the console: after which text, and which line.
+    pub typed: Vec<(&'static str, &'static str)>,
+    /// What the machine's clock says at its start.
+    pub rtc: Option<&'static str>,
     /// The series of the kernel.
     pub kernel: &'static str,
     /// More words for the kernel.
@@ -149,6 +159,11 @@ impl Machine {
             tpm: None,
             uefi: None,
             secure_boot: false,
+            medium: None,
+            medium_first: false,
+            second: Vec::new(),
+            typed: Vec::new(),
+            rtc: None,
             kernel: "6.12",
             cmdline: String::new(),
             timeout: Duration::from_secs(1800),
@@ -194,6 +209,21 @@ impl Machine {
         ];
         if self.secure_boot {
             command.args(["--secure-boot", "yes"]);
+        }
+        if let Some((path, kind)) = &self.medium {
+            command.arg("--medium").arg(path).args(["--medium-as", kind]);
+        }
+        for disk in &self.second {
+            command.arg("--second").arg(disk);
+        }
+        for (after, line) in &self.typed {
+            command.args(["--type-after", after, "--type", line]);
+        }
+        if self.medium_first {
+            command.args(["--medium-first", "yes"]);
+        }
+        if let Some(rtc) = self.rtc {
+            command.args(["--rtc", rtc]);
         }
         for (option, path) in paths {
             if let Some(path) = path {

@@ -71,10 +71,48 @@ fn a_kernel_image_holds_the_kernel_its_modules_and_what_the_boot_trusts() {
     assert_eq!(read("etc/mosfs/floor.pub"), fs::read_to_string(publisher.path("keys/floor.pub")).unwrap());
     assert_eq!(read("etc/mosfs/kernel"), format!("sha256:{}\n", publisher.kernel_id("store", 200)));
     assert!(read("etc/mosfs/manifestCA.pem").starts_with("-----BEGIN CERTIFICATE-----"));
-    assert_eq!(list.keys().filter(|path| path.starts_with("etc/mosfs/")).count(), 4);
+    let clock = sh(
+        publisher.dir(),
+        "for file in keys/ca.pem keys/signer.pem; do
+             date -d \"$(openssl x509 -noout -startdate -in $file | cut -d= -f2)\" +%s
+         done | sort -n | tail -n 1",
+    );
+    assert_eq!(read("etc/mosfs/clock"), clock);
+    assert_eq!(list.keys().filter(|path| path.starts_with("etc/mosfs/")).count(), 5);
+    // This image has no mke2fs, so the kernel installs nothing.
+    assert!(!list.contains_key("usr/sbin/mke2fs"));
+    assert!(publisher.boot("store", 200)["annotations"].get("vnd.mos.boot.installs").is_none());
     // A device takes it as any other target.
     let verified = run(Command::new(MOSFS).current_dir(publisher.dir()).args(["verify", "oci:store"]));
     assert!(!verified.is_empty());
+}
+
+/// Debian's own is the one in the medium's kernel, with the libraries that it names.
+#[test]
+fn an_image_with_mke2fs_has_a_kernel_that_sets_up_disks() {
+    let publisher = Publisher::new();
+    let program = fs::read("/sbin/mke2fs").unwrap();
+    publisher.put("usr/sbin/mke2fs", &program);
+    publisher.image();
+    let text = publisher.refused(2, &[]);
+    assert!(text.contains(", which /usr/sbin/mke2fs needs"), "{text}");
+    let libraries = sh(Path::new("/"), "ldd /sbin/mke2fs | sed -n 's/.*=> \\([^ ]*\\) .*/\\1/p'");
+    for library in libraries.lines() {
+        let name = library.rsplit('/').next().unwrap();
+        publisher.put(&format!("usr/lib/x86_64-linux-gnu/{name}"), fs::read(library).unwrap());
+    }
+    publisher.image();
+    publisher.build(200, "store", &[]);
+    assert_eq!(publisher.boot("store", 200)["annotations"]["vnd.mos.boot.installs"], "ext4");
+    let uki = publisher.unpack("store", 200, "boot").join("mosfs.efi");
+    let (dir, list) = unpack_initrd(&section(&uki, ".initrd"));
+    assert_eq!(list["usr/sbin/mke2fs"], "-rwxr-xr-x");
+    assert_eq!(fs::read(dir.path().join("files/usr/sbin/mke2fs")).unwrap(), program);
+    let names: Vec<_> = libraries.lines().filter_map(|path| path.rsplit('/').next()).collect();
+    assert!(names.contains(&"libext2fs.so.2"), "{names:?}");
+    for name in names {
+        assert!(list.contains_key(&format!("usr/lib/x86_64-linux-gnu/{name}")), "{name}");
+    }
 }
 
 #[test]

@@ -1,13 +1,17 @@
 //! An image in a registry that can be spoiled, and mounts of it.
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mosfs::internals::convert::puzzlefs::{Limits, pack};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::oci::Descriptor;
+use mosfs::internals::mount::{MountPlan, Verification, open_tree};
+use mosfs::internals::progress::Progress;
 use serde_json::Value;
 
 use crate::place::{Place, display, layers_of, load, noise, system_of, text};
@@ -33,10 +37,31 @@ impl Lazy {
     }
 
     pub fn served_by(options: Options) -> Self {
+        Self::of_layers(options, |place| {
+            let low = place.publisher.add_image(&squashfs(place, "low", 0..FILES / 2));
+            let high = place.publisher.add_image(&squashfs(place, "high", FILES / 2..FILES));
+            vec![low, high]
+        })
+    }
+
+    /// The same files as chunks (PuzzleFS): the blob of metadata, then the chunks.
+    pub fn chunked() -> Self {
+        Self::of_layers(Options::default(), |place| {
+            let layer = place.publisher.add_image(&squashfs(place, "all", 0..FILES));
+            let digest = place.publisher.publish_layers(199, vec![layer], true);
+            let store = place.publisher.store();
+            assert!(store.resolve(&format!("mos/system/system:sha256/{}", digest.hex())).is_ok());
+            let image = system_of(&store, 199).1.remove(0).1;
+            let plan = MountPlan::new("image", &image, &store.blobs(), Verification::default()).unwrap();
+            let (view, writer) = (open_tree(&plan).unwrap(), store.writer().unwrap());
+            pack(&view, &writer, Limits::default(), NonZeroUsize::MIN, &Progress::silent()).unwrap().layers
+        })
+    }
+
+    fn of_layers(options: Options, make: impl FnOnce(&Place) -> Vec<Descriptor>) -> Self {
         let (place, server) = (Place::new(), Server::start(options));
-        let low = place.publisher.add_image(&squashfs(&place, "low", 0..FILES / 2));
-        let high = place.publisher.add_image(&squashfs(&place, "high", FILES / 2..FILES));
-        place.publisher.publish_layers(200, vec![low, high], true);
+        let layers = make(&place);
+        place.publisher.publish_layers(200, layers, true);
         let store = place.publisher.store();
         load(&store, 200, "p", &server);
         let layers = layers_of(&store, 200);
@@ -78,8 +103,18 @@ impl Lazy {
         if !options.contains(&"--net-timeout") {
             all.extend(["--net-timeout", "2"]);
         }
-        let output = self.command(&self.source(), at, &all).output().unwrap();
+        self.mount_of(&self.source(), at, &all)
+    }
+
+    /// Mounts the image from another place.
+    pub fn mount_of(&self, source: &str, at: &str, options: &[&str]) -> Mount<'_> {
+        let output = self.command(source, at, options).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
+        self.mounted(at)
+    }
+
+    /// What was mounted at a folder of the test's.
+    pub fn mounted(&self, at: &str) -> Mount<'_> {
         Mount { lazy: self, at: self.place.path(at).canonicalize().unwrap() }
     }
 
@@ -110,7 +145,12 @@ impl Lazy {
 
     /// Whether a layer is a blob of the cache.
     pub fn is_whole(&self, layer: usize) -> bool {
-        self.cache().join("blobs/sha256").join(self.layers[layer].digest.hex()).exists()
+        self.blob(&self.layers[layer].digest).exists()
+    }
+
+    /// A blob of the cache.
+    pub fn blob(&self, digest: &Digest) -> PathBuf {
+        self.cache().join("blobs/sha256").join(digest.hex())
     }
 }
 
@@ -193,7 +233,7 @@ pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-fn name(number: usize) -> String {
+pub fn name(number: usize) -> String {
     format!("d{}/f{number}", number % 4)
 }
 

@@ -23,8 +23,10 @@ mod publish;
 #[allow(dead_code, reason = "other tests use the rest")]
 mod server;
 
+mod away;
 mod faults;
 mod fixture;
+mod formats;
 mod reads;
 mod targets;
 mod trace;

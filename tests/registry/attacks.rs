@@ -14,7 +14,7 @@ use crate::place::{Place, display, load, refused, text};
 use crate::server::{Fault, Options, Server};
 
 /// A pull that may not take more than 400 MB of address space.
-fn pull_bounded(place: &Place, source: &str) -> Output {
+pub fn pull_bounded(place: &Place, source: &str) -> Output {
     let command = place.command(&["pull", source, "--store", &display(&place.path("bad"))]);
     let mut bounded = Command::new("sh");
     bounded

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use listening::listens;
+pub use listening::listens;
 
 /// A running registry; it ends when it is dropped.
 pub struct Debian {
@@ -69,17 +69,30 @@ impl Debian {
                         "cannot run docker-registry: {error}; install the Debian package `docker-registry`"
                     )
                 });
-            loop {
-                if let Ok(Some(_)) = child.try_wait() {
-                    break;
-                }
-                if listens(child.id(), port) {
-                    return Self { child, port, dir };
-                }
-                thread::sleep(Duration::from_millis(10));
+            if is_up(&mut child, port) {
+                return Self { child, port, dir };
             }
         }
         panic!("docker-registry does not start");
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Starts it again after [`Debian::kill`], at the same address and with what it had.
+    #[allow(dead_code, reason = "the tests of lazy mounts use it")]
+    pub fn start_again(&mut self) {
+        self.child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(self.config())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("docker-registry runs");
+        assert!(is_up(&mut self.child, self.port), "docker-registry does not start again");
     }
 
     /// `127.0.0.1:PORT`.
@@ -100,7 +113,19 @@ impl Debian {
 
 impl Drop for Debian {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
+    }
+}
+
+/// Waits until a process listens on a port; whether it does, or has ended.
+fn is_up(child: &mut Child, port: u16) -> bool {
+    loop {
+        if let Ok(Some(_)) = child.try_wait() {
+            return false;
+        }
+        if listens(child.id(), port) {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(10));
     }
 }

@@ -24,11 +24,11 @@ pub fn served(options: Options, layer_bytes: usize) -> (Place, Server, Descripto
 }
 
 /// What was asked of a blob.
-fn asked<'a>(log: &'a [Seen], digest: &Digest) -> Vec<&'a Seen> {
+pub fn asked<'a>(log: &'a [Seen], digest: &Digest) -> Vec<&'a Seen> {
     log.iter().filter(|seen| seen.gets(digest)).collect()
 }
 
-fn whole(place: &Place, name: &str) {
+pub fn whole(place: &Place, name: &str) {
     let store = Store::open(&place.path(name)).unwrap();
     store.resolve(&version_name(200)).unwrap();
     place.ok(&["verify", &format!("oci:{}", display(&place.path(name)))]);

@@ -1,9 +1,10 @@
-//! Kills in the middle of a pull, an install, an update and a push: the next run finishes, and no blob that
-//! was complete is fetched again. Then many devices through one cache.
+//! Kills in the middle of a pull, an install, an update and a push: the next run finishes, and nothing that an
+//! earlier run has kept is fetched again.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -12,18 +13,17 @@ use mosfs::internals::digest::Digest;
 use mosfs::internals::image::oci::Descriptor;
 use mosfs::internals::store::Store;
 
-use crate::debian::{Config, Debian};
 use crate::place::{Place, display, layers_of, load, text};
-use crate::server::{Options, Server};
+use crate::server::{Fault, Options, Server};
 
-fn is_long() -> bool {
+pub fn is_long() -> bool {
     std::env::var("MOSFS_CAMPAIGN").is_ok_and(|value| value == "long")
 }
 
 const SIGKILL: i32 = 9;
 
 /// A registry with version 200 of several layers.
-fn served(layers: &[usize]) -> (Place, Server, Vec<Descriptor>) {
+pub fn served(layers: &[usize]) -> (Place, Server, Vec<Descriptor>) {
     let (place, server) = (Place::new(), Server::start(Options::default()));
     place.publish(200, layers);
     let store = place.publisher.store();
@@ -33,13 +33,13 @@ fn served(layers: &[usize]) -> (Place, Server, Vec<Descriptor>) {
 }
 
 /// The blobs that are complete in a store.
-fn complete(store: &std::path::Path) -> BTreeSet<String> {
+fn complete(store: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(store.join("blobs/sha256")).into_iter().flatten();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 /// How much of a blob an interrupted run has left.
-fn part(store: &std::path::Path, digest: &Digest) -> u64 {
+fn part(store: &Path, digest: &Digest) -> u64 {
     fs::metadata(store.join(".mosfs/partial").join(digest.hex())).map_or(0, |data| data.len())
 }
 
@@ -148,92 +148,131 @@ fn a_push_that_is_killed_is_invisible_and_the_next_one_finishes() {
     place.pull(&to, "copy");
 }
 
-/// Real kills at any moment: a few always, a hundred in a campaign.
-#[test]
-fn kills_at_any_moment() {
-    let (place, server, layers) = served(&[1_500_000, 1_000_000, 500_000, 250_000]);
-    let (source, store) = (server.source("p"), place.path("copy"));
-    let wanted = if is_long() { 100 } else { 5 };
-    // So slow that a run takes half a second.
-    server.script(|seen, _| seen.path.contains("/blobs/").then_some(crate::server::Fault::Slow(3_000_000)));
-    let (mut kills, mut round) = (0u64, 0u64);
-    while kills < wanted {
-        let before = complete(&store);
-        server.take_log();
-        let mut child = place
-            .command(&["pull", &source, "--store", &display(&store)])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        // A different moment each time; how many kills there are does not depend on it.
-        thread::sleep(Duration::from_millis(20 + round * 37 % 400));
-        round += 1;
-        let running = child.try_wait().unwrap().is_none();
-        let _ = child.kill();
-        child.wait().unwrap();
-        for seen in server.take_log() {
-            let again =
-                layers.iter().any(|layer| seen.gets(&layer.digest) && before.contains(&layer.digest.hex()));
-            assert!(!again, "a complete blob is asked for again: {seen:?}");
-        }
-        if running {
-            kills += 1;
-        } else {
-            place.ok(&["verify", &format!("oci:{}", display(&store))]);
-            fs::remove_dir_all(&store).unwrap();
-        }
-    }
-    server.heal();
-    place.pull(&source, "copy");
-    place.ok(&["verify", &format!("oci:{}", display(&store))]);
+/// How many bytes of each layer a store has.
+fn kept(store: &Path, layers: &[Descriptor]) -> Vec<u64> {
+    let complete = complete(store);
+    let bytes_of = |layer: &Descriptor| match complete.contains(&layer.digest.hex()) {
+        true => layer.size,
+        false => part(store, &layer.digest),
+    };
+    layers.iter().map(bytes_of).collect()
 }
 
-/// Debian's registry as a cache: once it has a blob, the origin does not send it again, however many
-/// devices update.
-#[test]
-fn many_devices_through_one_cache() {
-    let devices = if is_long() { 50 } else { 6 };
-    let (place, origin, layers) = served(&[300_000, 200_000]);
-    let cache = Debian::start(&Config { proxy_of: Some(origin.url()), ..Config::default() });
-    let conf = format!(
-        "[[registry]]\nlocation = \"{}\"\n[[registry.mirror]]\nlocation = \"{}\"\n",
-        origin.host(),
-        cache.host()
-    );
-    fs::write(place.path("registries.conf"), conf).unwrap();
-    let source = origin.source("p");
-    let sent = |log: &[crate::server::Seen]| {
-        log.iter().filter(|seen| layers.iter().any(|layer| seen.gets(&layer.digest))).count()
-    };
-    // Devices come until the cache has everything. For its first client it fetches a blob twice: once to
-    // send it on, and once for itself, which it finishes later.
-    let mut warm = 0;
-    loop {
-        place.pull(&source, &format!("warm-{warm}"));
-        warm += 1;
-        if sent(&origin.take_log()) == 0 {
-            break;
+/// No layer that was complete is asked for, and of one that was here in part only the rest.
+fn assert_nothing_twice(server: &Server, layers: &[Descriptor], before: &[u64]) {
+    let log = server.take_log();
+    for (layer, kept) in layers.iter().zip(before) {
+        let asked: Vec<_> = log.iter().filter(|seen| seen.gets(&layer.digest)).collect();
+        let rest = (*kept > 0).then(|| format!("bytes={kept}-"));
+        assert!(asked.len() <= usize::from(*kept < layer.size), "{kept} of {}: {asked:?}", layer.size);
+        assert!(asked.iter().all(|seen| seen.header("range") == rest.as_deref()), "{kept}: {asked:?}");
+    }
+}
+
+pub fn copy(from: &Path, to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+}
+
+/// Kills a command again and again, at other moments, and goes on with what the killed runs have left. After each kill,
+/// a run on a copy of that finishes, and is sent exactly the bytes that the killed ones have not kept. `folder` is what
+/// the command writes, and `store` is the store in it.
+fn kill_again_and_again(
+    place: &Place,
+    server: &Server,
+    layers: &[Descriptor],
+    folder: &str,
+    store: &str,
+    command: &dyn Fn(&Path) -> Command,
+) {
+    let wanted = if is_long() { 50 } else { 3 };
+    let (folder, spare, next) = (place.path(folder), place.path("spare"), place.path("next"));
+    if folder.exists() {
+        copy(&folder, &spare);
+    }
+    let all: u64 = layers.iter().map(|layer| layer.size).sum();
+    let sent = || layers.iter().map(|layer| server.sent(&layer.digest)).collect::<Vec<_>>();
+    let (mut kills, mut runs, mut complete_at_kill, mut to_the_end) = (0, 0, 0, 0);
+    while kills < wanted {
+        // So slow that a run takes half a second.
+        server.script(|seen, _| seen.path.contains("/blobs/").then_some(Fault::Slow(3_000_000)));
+        let before = kept(&folder.join(store), layers);
+        server.settle();
+        server.take_log();
+        let mut child =
+            command(&folder).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("mosfs runs");
+        // After another part of the rest each time, and now and then after all of it.
+        let rest: u64 = layers.iter().zip(&before).map(|(layer, kept)| layer.size - kept).sum();
+        let begin: u64 = sent().iter().sum();
+        while sent().iter().sum::<u64>() - begin < rest * (runs * 37 % 105) / 100
+            && child.try_wait().unwrap().is_none()
+        {
+            thread::sleep(Duration::from_millis(1));
         }
-        assert!(warm < 50, "the cache does not fill");
-        thread::sleep(Duration::from_millis(100));
-    }
-    let install = place.install_args(&source);
-    let children: Vec<_> = (0..devices)
-        .map(|at| {
-            let mut command = place.command(&install.iter().map(String::as_str).collect::<Vec<_>>());
-            let folder = place.path(&format!("device-{at}"));
-            command.env("MOSFS_SYSTEM", folder.join("system")).env("MOSFS_CONFIG", folder.join("config"));
-            command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
-        })
-        .collect();
-    for child in children {
+        thread::sleep(Duration::from_millis(runs * 13 % 40));
+        runs += 1;
+        let _ = child.kill();
         let output = child.wait_with_output().unwrap();
+        server.settle();
+        assert_nothing_twice(server, layers, &before);
+        if output.status.signal() != Some(SIGKILL) {
+            // It was faster: from the start again.
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            match spare.exists() {
+                true => copy(&spare, &folder),
+                false => fs::remove_dir_all(&folder).unwrap(),
+            }
+            continue;
+        }
+        kills += 1;
+        server.heal();
+        match folder.exists() {
+            true => copy(&folder, &next),
+            false => drop(fs::remove_dir_all(&next)),
+        }
+        let (before, sent_before) = (kept(&next.join(store), layers), sent());
+        complete_at_kill += before.iter().zip(layers).filter(|(kept, layer)| **kept == layer.size).count();
+        let output = command(&next).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
+        server.settle();
+        assert_nothing_twice(server, layers, &before);
+        for (at, layer) in layers.iter().enumerate() {
+            let now = server.sent(&layer.digest) - sent_before[at];
+            assert_eq!(now, layer.size - before[at], "{} of {} were kept", before[at], layer.size);
+            to_the_end += now;
+        }
+        place.ok(&["verify", &format!("oci:{}", display(&next.join(store)))]);
+        assert!(kept(&next.join(store), layers).iter().zip(layers).all(|(kept, layer)| *kept == layer.size));
     }
-    assert_eq!(sent(&origin.take_log()), 0, "the cache sends what it has");
-    for at in 0..devices {
-        let store = Store::open(&place.path(&format!("device-{at}/system/store"))).unwrap();
-        assert!(layers.iter().all(|layer| store.has(layer)));
-    }
+    println!(
+        "{kills} kills in {runs} runs, which left {complete_at_kill} of {} layers complete; the runs after them were \
+         sent {to_the_end} of {} bytes, the rest was here",
+        kills * layers.len(),
+        all * kills as u64
+    );
+}
+
+/// Real kills at any moment: a few always, a hundred of both commands in a campaign.
+#[test]
+fn pulls_that_are_killed_at_any_moment_finish_on_the_next_run() {
+    let (place, server, layers) = served(&[1_500_000, 1_000_000, 500_000, 250_000]);
+    let source = server.source("p");
+    kill_again_and_again(&place, &server, &layers, "copy", "", &|folder| {
+        place.command(&["pull", &source, "--store", &display(folder)])
+    });
+}
+
+#[test]
+fn updates_that_are_killed_at_any_moment_finish_on_the_next_run() {
+    let (place, server, layers) = served(&[1_500_000, 1_000_000, 500_000, 250_000]);
+    // A device that runs a version before it.
+    place.publish(199, &[1000]);
+    load(&place.publisher.store(), 199, "old", &server);
+    place.install(&server.source("old"));
+    let source = server.source("p");
+    kill_again_and_again(&place, &server, &layers, "system", "store", &|folder| {
+        let mut command = place.command(&["update", &source]);
+        command.env("MOSFS_SYSTEM", folder);
+        command
+    });
 }

@@ -159,6 +159,9 @@ fn plain_http_needs_a_word_where_the_registry_is_not_this_machine() {
     let source = format!("docker://{}/p", server.host().replace("127.0.0.1", "0.0.0.0"));
     let store = display(&place.path("copy"));
     place.refused(&pull(&source, &store, &[]), 1, &["https://0.0.0.0", "TLS"]);
+    let debian = Debian::start(&Config::default());
+    let other = format!("docker://0.0.0.0:{}/p", debian.port);
+    place.refused(&pull(&other, &store, &[]), 1, &["speak plain HTTP?", "hint: give --plain-http"]);
     assert!(server.take_log().is_empty());
     place.ok(&pull(&source, &store, &["--plain-http"]));
 }
@@ -275,7 +278,8 @@ fn passwords_and_tokens_are_found_and_never_shown() {
                 seen.path.contains("/blobs/") && count.fetch_add(1, std::sync::atomic::Ordering::SeqCst) < 2;
             cut.then_some(Fault::Cut(10))
         });
-        let output = place.run(&pull(&source, &store, &["-vv", "--authfile", &right]));
+        let output = place.run(&pull(&source, &store, &["-vv", "--authfile", &right, "--progress-fd", "1"]));
+        assert!(text(&output.stdout).contains(r#""event":"done""#), "{}", text(&output.stdout));
         assert!(output.status.success(), "{}", text(&output.stderr));
         said += &text(&output.stderr);
         said += &text(&output.stdout);
@@ -358,6 +362,12 @@ fn debians_registry_lets_in_who_has_the_password() {
     let registry = Debian::start(&config);
     let trusted = certificates.folder("trusted", &[("ca.crt", "ca.crt")]);
     let (to, store, copy) = (registry.source("p"), display(&place.store()), display(&place.path("copy")));
+    // On this machine plain HTTP is spoken, as long as there is no folder of certificates for the registry.
+    place.refused(
+        &["push", "--store", &store, &to],
+        1,
+        &["the server answers 400", "hint: if this server speaks HTTPS, put its CA into certs.d"],
+    );
     place.refused(&["push", "--store", &store, &to, "--cert-dir", &trusted], 1, &["access denied (401"]);
     let right = auth_file(&place, "right.json", &registry.host(), "u:hunter2");
     place.ok(&["push", "--store", &store, &to, "--cert-dir", &trusted, "--authfile", &right]);

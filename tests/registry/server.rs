@@ -1,8 +1,10 @@
 //! A registry on a thread, whose answers a test can spoil.
 //!
 //! It speaks the distribution-spec from memory: manifests, blobs with ranges, tags, uploads, mounts and
-//! referrers. Each request is noted ([`Seen`]). A test's [`Script`] looks at a request before it is
-//! answered and says what is to go wrong ([`Fault`]).
+//! referrers. Each request is noted ([`Seen`]), and the bytes of each blob that were sent are counted
+//! ([`Server::sent`]). A test's [`Script`] looks at a request before it is answered and says what is to go
+//! wrong ([`Fault`]). After a client was killed, [`Server::settle`] waits until nothing of its requests is
+//! still being answered.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -24,10 +26,11 @@ pub struct Seen {
     pub path: String,
     /// Names in lower case.
     pub headers: BTreeMap<String, String>,
-    /// The status of the answer.
+    /// The status of the answer, and how many bytes of a body were sent; 0 until the answer has ended.
     pub status: u16,
-    /// How many bytes of a body were sent.
     pub sent: u64,
+    /// How many requests came before it.
+    number: usize,
 }
 
 impl Seen {
@@ -68,12 +71,14 @@ pub enum Fault {
     Raw(Vec<u8>),
     /// These bytes again and again, until the client goes away.
     RawForever(Vec<u8>),
+    /// Headers one byte at a time, each after this time, until the client goes away.
+    DripHead(Duration),
     /// The connection ends after this many bytes of the request's body were read.
     CutRequest(u64),
 }
 
 /// Looks at a request, with how many were seen before it, and says what is to go wrong.
-pub type Script = Box<dyn Fn(&Seen, usize) -> Option<Fault> + Send + Sync>;
+pub type Script = Arc<dyn Fn(&Seen, usize) -> Option<Fault> + Send + Sync>;
 
 /// What the registry is made to be.
 #[derive(Clone, Default)]
@@ -101,6 +106,10 @@ struct State {
     log: Mutex<Vec<Seen>>,
     script: Mutex<Option<Script>>,
     count: AtomicU64,
+    /// The bytes of each blob's content that were sent, by digest, since the start.
+    sent: Mutex<HashMap<String, u64>>,
+    /// Connections that were accepted and have not ended.
+    open: AtomicU64,
     tokens: Mutex<Vec<String>>,
     stop: AtomicBool,
 }
@@ -151,6 +160,8 @@ impl Server {
             log: Mutex::default(),
             script: Mutex::default(),
             count: AtomicU64::new(0),
+            sent: Mutex::default(),
+            open: AtomicU64::new(0),
             tokens: Mutex::default(),
             stop: AtomicBool::new(false),
         });
@@ -161,7 +172,11 @@ impl Server {
                     return;
                 }
                 let (Ok(stream), shared) = (stream, shared.clone()) else { continue };
-                thread::spawn(move || serve(&shared, stream));
+                shared.open.fetch_add(1, Ordering::SeqCst);
+                thread::spawn(move || {
+                    serve(&shared, stream);
+                    shared.open.fetch_sub(1, Ordering::SeqCst);
+                });
             }
         });
         Self { state, port }
@@ -184,7 +199,7 @@ impl Server {
 
     /// Says what is to go wrong from now on.
     pub fn script(&self, script: impl Fn(&Seen, usize) -> Option<Fault> + Send + Sync + 'static) {
-        *lock(&self.state.script) = Some(Box::new(script));
+        *lock(&self.state.script) = Some(Arc::new(script));
     }
 
     /// Nothing goes wrong from now on.
@@ -195,6 +210,24 @@ impl Server {
     /// The requests so far, and forgets them.
     pub fn take_log(&self) -> Vec<Seen> {
         std::mem::take(&mut *lock(&self.state.log))
+    }
+
+    /// The bytes of a blob's content that were sent since the start, whatever was taken from the log. What a
+    /// client that was killed did not read is counted too. It grows while an answer is sent.
+    pub fn sent(&self, digest: &Digest) -> u64 {
+        lock(&self.state.sent).get(&digest.to_string()).copied().unwrap_or(0)
+    }
+
+    /// Waits until every client's connection has ended, as those of a process end that has exited or was killed.
+    /// From then on nothing is added to the log or to the counters.
+    pub fn settle(&self) {
+        // Connections are accepted in order: once this one has, all before it have been.
+        let mut last = TcpStream::connect(("127.0.0.1", self.port)).expect("a connection");
+        last.shutdown(Shutdown::Write).expect("an end");
+        let _ = last.read_to_end(&mut Vec::new());
+        while self.state.open.load(Ordering::SeqCst) > 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub fn put_blob(&self, repository: &str, bytes: &[u8]) -> Digest {
@@ -252,22 +285,26 @@ fn talk(state: &State, stream: impl Stream) -> io::Result<()> {
         }
         let mut words = line.split_ascii_whitespace();
         let (Some(method), Some(path)) = (words.next(), words.next()) else { return Ok(()) };
-        let mut seen =
-            Seen { method: method.into(), path: path.into(), headers: BTreeMap::new(), status: 0, sent: 0 };
+        let number = state.count.fetch_add(1, Ordering::SeqCst) as usize;
+        let mut seen = Seen {
+            method: method.into(),
+            path: path.into(),
+            headers: BTreeMap::new(),
+            status: 0,
+            sent: 0,
+            number,
+        };
         loop {
             let mut line = String::new();
             stream.read_line(&mut line)?;
             let Some((name, value)) = line.trim_end().split_once(':') else { break };
             seen.headers.insert(name.to_ascii_lowercase(), value.trim().to_string());
         }
-        let number = state.count.fetch_add(1, Ordering::SeqCst) as usize;
-        let fault = lock(&state.script).as_ref().and_then(|script| script(&seen, number));
+        // It may wait for other requests.
+        let script = lock(&state.script).clone();
+        let fault = script.and_then(|script| script(&seen, number));
         let length = seen.header("content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
-        let at = {
-            let mut log = lock(&state.log);
-            log.push(seen.clone());
-            log.len() - 1
-        };
+        lock(&state.log).push(seen.clone());
         let most = if let Some(Fault::CutRequest(most)) = fault { most } else { length };
         let mut body = Vec::new();
         (&mut stream).take(most.min(length)).read_to_end(&mut body)?;
@@ -283,8 +320,15 @@ fn talk(state: &State, stream: impl Stream) -> io::Result<()> {
         };
         let status = reply.status;
         let head_only = seen.method == "HEAD";
-        let (sent, open) = send(stream.get_mut(), reply, fault, head_only);
-        if let Some(entry) = lock(&state.log).get_mut(at).filter(|entry| entry.path == seen.path) {
+        let of_blob = seen.path.rsplit_once("/blobs/").map(|(_, digest)| digest).filter(|_| status < 300);
+        let count = |bytes: u64| {
+            if let Some(digest) = of_blob {
+                *lock(&state.sent).entry(digest.to_string()).or_default() += bytes;
+            }
+        };
+        let (sent, open) = send(stream.get_mut(), reply, fault, head_only, &count);
+        // Unless it was taken meanwhile.
+        if let Some(entry) = lock(&state.log).iter_mut().find(|entry| entry.number == number) {
             (entry.status, entry.sent) = (status, sent);
         }
         if !open {
@@ -294,8 +338,41 @@ fn talk(state: &State, stream: impl Stream) -> io::Result<()> {
     }
 }
 
+/// The body of an answer on its way; what was handed to the connection is counted as it goes.
+struct Body<'a, S> {
+    stream: &'a mut S,
+    sent: u64,
+    count: &'a dyn Fn(u64),
+}
+
+impl<S: Stream> Body<'_, S> {
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        for piece in bytes.chunks(16 << 10) {
+            self.stream.write_all(piece)?;
+            self.sent += piece.len() as u64;
+            (self.count)(piece.len() as u64);
+        }
+        self.stream.flush()
+    }
+
+    fn put_chunk(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        write!(self.stream, "{:x}\r\n", bytes.len())?;
+        self.put(bytes)?;
+        self.stream.write_all(b"\r\n")
+    }
+}
+
 /// Sends an answer; how many bytes of the body, and whether the connection is still good.
-fn send(stream: &mut impl Stream, mut reply: Reply, fault: Option<Fault>, head_only: bool) -> (u64, bool) {
+fn send(
+    stream: &mut impl Stream,
+    mut reply: Reply,
+    fault: Option<Fault>,
+    head_only: bool,
+    count: &dyn Fn(u64),
+) -> (u64, bool) {
     let mut chunked = false;
     match &fault {
         Some(Fault::Header(name, value)) => {
@@ -325,6 +402,16 @@ fn send(stream: &mut impl Stream, mut reply: Reply, fault: Option<Fault>, head_o
             while stream.write_all(bytes).is_ok() {}
             return (0, false);
         }
+        Some(Fault::DripHead(pause)) => {
+            let endless = b"HTTP/1.1 200 OK\r\nX: ".iter().chain(std::iter::repeat(&b'y'));
+            for byte in endless {
+                if stream.write_all(&[*byte]).and_then(|()| stream.flush()).is_err() {
+                    break;
+                }
+                thread::sleep(*pause);
+            }
+            return (0, false);
+        }
         _ => {}
     }
     let mut head = format!("HTTP/1.1 {} x\r\n", reply.status);
@@ -346,67 +433,43 @@ fn send(stream: &mut impl Stream, mut reply: Reply, fault: Option<Fault>, head_o
     }
     let body = reply.body;
     let first = |most: u64| &body[..(most as usize).min(body.len())];
-    match fault {
+    let mut out = Body { stream, sent: 0, count };
+    let open = match fault {
         Some(Fault::Cut(most)) => {
-            let sent = first(most);
-            let _ = stream.write_all(sent).and_then(|()| stream.flush());
-            (sent.len() as u64, false)
+            let _ = out.put(first(most));
+            false
         }
         Some(Fault::Stall(most)) => {
-            let sent = first(most);
-            let _ = stream.write_all(sent).and_then(|()| stream.flush());
+            let _ = out.put(first(most));
             // Until the client has had enough.
-            let _ = stream.read(&mut [0; 1]);
-            (sent.len() as u64, false)
+            let _ = out.stream.read(&mut [0; 1]);
+            false
         }
         Some(Fault::Drip(most, pause)) => {
-            let mut sent = first(most).len();
-            let _ = stream.write_all(first(most));
-            for byte in &body[sent..] {
-                if stream.write_all(&[*byte]).and_then(|()| stream.flush()).is_err() {
-                    return (sent as u64, false);
-                }
-                sent += 1;
-                thread::sleep(pause);
-            }
-            (sent as u64, true)
+            let head = first(most);
+            out.put(head).is_ok()
+                && body[head.len()..].chunks(1).all(|byte| {
+                    let sent = out.put(byte).is_ok();
+                    thread::sleep(pause);
+                    sent
+                })
         }
-        Some(Fault::Slow(rate)) => {
-            let piece = 16 << 10;
-            let mut sent = 0;
-            for bytes in body.chunks(piece) {
-                if stream.write_all(bytes).is_err() {
-                    return (sent, false);
-                }
-                sent += bytes.len() as u64;
-                thread::sleep(Duration::from_secs_f64(bytes.len() as f64 / rate as f64));
-            }
-            (sent, true)
-        }
+        Some(Fault::Slow(rate)) => body.chunks(16 << 10).all(|bytes| {
+            let sent = out.put(bytes).is_ok();
+            thread::sleep(Duration::from_secs_f64(bytes.len() as f64 / rate as f64));
+            sent
+        }),
         _ if chunked => {
             let endless = matches!(fault, Some(Fault::Longer(u64::MAX)));
-            let mut sent = 0;
-            let mut chunk = |bytes: &[u8]| {
-                if bytes.is_empty() {
-                    return Ok(());
-                }
-                sent += bytes.len() as u64;
-                write!(stream, "{:x}\r\n", bytes.len())?;
-                stream.write_all(bytes)?;
-                stream.write_all(b"\r\n")
-            };
-            let mut outcome = chunk(&body);
+            let mut outcome = out.put_chunk(&body);
             while endless && outcome.is_ok() {
-                outcome = chunk(&[b'x'; 65536]);
+                outcome = out.put_chunk(&[b'x'; 65536]);
             }
-            let open = outcome.and_then(|()| stream.write_all(b"0\r\n\r\n")).is_ok();
-            (sent, open)
+            outcome.and_then(|()| out.stream.write_all(b"0\r\n\r\n")).is_ok()
         }
-        _ => {
-            let outcome = stream.write_all(&body).and_then(|()| stream.flush());
-            (body.len() as u64, outcome.is_ok())
-        }
-    }
+        _ => out.put(&body).is_ok(),
+    };
+    (out.sent, open)
 }
 
 fn error(status: u16, code: &str) -> Reply {

@@ -3,7 +3,8 @@
 //! ```text
 //! /init                       a link to /usr/bin/mosfs, which mounts, loads, boots and switches (crate::boot::init)
 //! /usr/bin/mosfs              the image's /usr/libexec/mosfs/mosfs-full
-//! /usr/lib/…, /lib64/…        its libraries and the dynamic loader, at the paths that they have in the image
+//! /usr/sbin/mke2fs            the image's, if it has one: the kernel image then also sets up disks
+//! /usr/lib/…, /lib64/…        their libraries and the dynamic loader, at the paths that they have in the image
 //! /usr/lib/mosfs/modules/*.ko modules of the kernel, decompressed
 //! /usr/lib/mosfs/modules/order their names in the order of loading, one a line
 //! /etc/mosfs/*                CONFIG: what the boot trusts; the file `kernel` is the kernel's id
@@ -20,6 +21,10 @@ use crate::image::files::{Files, FilesError};
 
 /// The full program, where `make install` and the package put it.
 pub(super) const PROGRAM: &str = "usr/libexec/mosfs/mosfs-full";
+/// What makes the file system of a disk that is set up: in the image, and in the initramfs.
+const MKE2FS: &str = "usr/sbin/mke2fs";
+/// Where else an image may have it.
+const MKE2FS_ELSEWHERE: [&str; 3] = ["sbin/mke2fs", "usr/bin/mke2fs", "bin/mke2fs"];
 /// The folder of the modules in the initramfs.
 pub(super) const MODULES: &str = "usr/lib/mosfs/modules";
 /// The folder of CONFIG in the initramfs.
@@ -69,7 +74,16 @@ pub enum InitramfsError {
     },
 }
 
-/// Makes the initramfs, without the file that holds the kernel's id.
+/// An initramfs, without the file that holds the kernel's id.
+#[derive(Debug)]
+pub(super) struct Initramfs {
+    /// Its files.
+    pub archive: Archive,
+    /// Whether it has what sets up a disk.
+    pub installs: bool,
+}
+
+/// Makes the initramfs.
 ///
 /// # Errors
 /// [`InitramfsError`].
@@ -77,7 +91,7 @@ pub(super) fn collect(
     files: &Files,
     modules: &[Module],
     config: &BTreeMap<String, Vec<u8>>,
-) -> Result<Archive, InitramfsError> {
+) -> Result<Initramfs, InitramfsError> {
     let mut archive = Archive::default();
     for folder in ["dev", "proc", "run", "sys", "sysroot", "tmp", "usr/bin", "usr/lib"] {
         archive.folder(folder)?;
@@ -98,6 +112,15 @@ pub(super) fn collect(
     for library in LOADED_LATER {
         libraries.todo.push((library.to_string(), format!("/{PROGRAM}")));
     }
+    let mut installs = false;
+    for path in [MKE2FS].into_iter().chain(MKE2FS_ELSEWHERE) {
+        if let Some(program) = files.read(path, MAX_PROGRAM)? {
+            libraries.needs(path, &program)?;
+            libraries.archive.file(MKE2FS, 0o755, program)?;
+            installs = true;
+            break;
+        }
+    }
     libraries.add_all()?;
     let mut archive = libraries.archive;
     archive.link("init", "usr/bin/mosfs")?;
@@ -111,7 +134,7 @@ pub(super) fn collect(
     for (name, content) in config {
         archive.file(&format!("{CONFIG}/{name}"), 0o644, content.clone())?;
     }
-    Ok(archive)
+    Ok(Initramfs { archive, installs })
 }
 
 /// Libraries on their way into an archive.

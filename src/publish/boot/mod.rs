@@ -24,6 +24,7 @@
 mod cpio;
 mod elf;
 mod initramfs;
+mod inspect;
 mod kernel;
 mod modules;
 mod pe;
@@ -32,6 +33,7 @@ mod sign;
 use std::collections::BTreeMap;
 
 pub use initramfs::InitramfsError;
+pub use inspect::{InspectError, inspect};
 pub use kernel::KernelError;
 pub use modules::ModulesError;
 pub use pe::PeError;
@@ -40,7 +42,7 @@ pub use sign::{EfiSignError, EfiSigner};
 use crate::convert::{ConvertError, Effort, TarLayer, convert_tar};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
-use crate::image::boot::{ARTIFACT_TYPE, BYTES, KERNEL_ID, KERNEL_RELEASE, LOADER, UKI};
+use crate::image::boot::{ARTIFACT_TYPE, BYTES, INSTALLS, KERNEL_ID, KERNEL_RELEASE, LOADER, UKI};
 use crate::image::files::{Files, FilesError};
 use crate::image::format::Compression;
 use crate::image::oci::{Descriptor, EMPTY, EMPTY_BYTES, LayerDescriptor, MANIFEST, Manifest, Trust};
@@ -171,6 +173,8 @@ pub struct Programs {
     pub release: String,
     /// The kernel id.
     pub kernel_id: Digest,
+    /// Whether the kernel image can set up a disk.
+    pub installs: bool,
 }
 
 /// The target `boot` in a store.
@@ -210,7 +214,7 @@ pub fn programs(files: &Files, spec: &Spec) -> Result<Programs, BootTargetError>
     // The boot loader's menu shows the name; it has no version, so that the same kernel is the same image.
     let os_release = format!("ID=mosfs\nPRETTY_NAME=\"mosfs, Linux {}\"\n", kernel.release);
     let modules = modules::collect(files, &kernel.modules, &kernel.release)?;
-    let mut archive = initramfs::collect(files, &modules, &spec.config)?;
+    let initramfs::Initramfs { mut archive, installs } = initramfs::collect(files, &modules, &spec.config)?;
     let kernel_id = kernel_id(
         &[
             ("stub", &stub),
@@ -233,7 +237,7 @@ pub fn programs(files: &Files, spec: &Spec) -> Result<Programs, BootTargetError>
     ];
     let uki =
         pe::append(&stub, &sections).map_err(|source| BootTargetError::Stub { path: STUB.into(), source })?;
-    Ok(Programs { uki, loader, release: kernel.release, kernel_id })
+    Ok(Programs { uki, loader, release: kernel.release, kernel_id, installs })
 }
 
 /// SHA-256 over a list, one line for each part and then for each file of the initramfs:
@@ -259,7 +263,7 @@ pub fn store(
     effort: Effort,
     progress: &Progress,
 ) -> Result<Stored, BootTargetError> {
-    let Programs { mut uki, mut loader, release, kernel_id } = programs;
+    let Programs { mut uki, mut loader, release, kernel_id, installs } = programs;
     let mut unsigned = Hasher::new();
     for program in [&uki, &loader] {
         unsigned.update(Digest::of(program).as_bytes());
@@ -296,12 +300,15 @@ pub fn store(
     writer.commit(temp, &sealed.digest)?;
     let trust = Trust::RootHash(sealed.root_hash);
     let layer = LayerDescriptor::new(effort.packing.media_type(), sealed.digest, sealed.size_bytes, trust);
-    let annotations = [
+    let mut annotations = vec![
         (KERNEL_ID, kernel_id.to_string()),
         (KERNEL_RELEASE, release.clone()),
         (UNSIGNED, unsigned),
         (BYTES, (uki.len() + loader.len()).to_string()),
     ];
+    if installs {
+        annotations.push((INSTALLS, "ext4".to_string()));
+    }
     let manifest = Manifest {
         schema_version: 2,
         media_type: Some(MANIFEST.into()),

@@ -5,7 +5,7 @@
 //! a limit for each read alone would let pass. Redirects are not followed here, statuses are not
 //! errors, and nothing is decompressed: `identity` is asked for, and all else is refused.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -41,6 +41,8 @@ const AFTER_UPLOAD: u32 = 10;
 const LEAST_RATE: u64 = 1 << 10;
 /// Connections to one server that are kept open.
 const IDLE: usize = 8;
+/// The most warnings of servers that a command reports.
+const MAX_WARNINGS: usize = 8;
 
 /// What is sent with a request. It can be sent again.
 #[derive(Clone, Copy)]
@@ -81,12 +83,14 @@ impl Ask<'_> {
 pub(super) struct Http {
     access: Access,
     agents: Mutex<HashMap<Origin, Agent>>,
+    /// The warnings that were reported.
+    warnings: Mutex<HashSet<(Origin, String)>>,
 }
 
 impl Http {
     /// A client that has not connected to anything.
     pub(super) fn new(access: Access) -> Self {
-        Self { access, agents: Mutex::new(HashMap::new()) }
+        Self { access, agents: Mutex::default(), warnings: Mutex::default() }
     }
 
     /// How the user reaches registries.
@@ -139,9 +143,21 @@ impl Http {
         if encoding.is_some_and(|encoding| !encoding.is_empty() && encoding != b"identity") {
             return Err(protocol("the answer is compressed, though it was asked for as it is".into()));
         }
+        self.report_warnings(&url.origin, &parts.headers);
         let rate = Rate::new(silence);
         let body = Reader { body: body.into_reader(), rate, request, silence };
         Ok(Answer { status: parts.status.as_u16(), headers: parts.headers, url: url.clone(), body })
+    }
+
+    /// Reports what a server warns of, each warning once. Rule: nothing else follows from one.
+    fn report_warnings(&self, origin: &Origin, headers: &HeaderMap) {
+        for value in headers.get_all(header::WARNING) {
+            let Some(text) = value.to_str().ok().and_then(text::of_warning) else { continue };
+            let mut reported = locks::lock(&self.warnings);
+            if reported.len() < MAX_WARNINGS && reported.insert((origin.clone(), text.clone())) {
+                log::warn!("{origin} warns: {text}");
+            }
+        }
     }
 
     fn run(

@@ -16,6 +16,17 @@ pub(super) fn shown(text: &str) -> String {
     }
 }
 
+/// The text of a `Warning` header (distribution-spec, "Warnings": `299 - "TEXT"`); `None` where it is another kind.
+pub(super) fn of_warning(header: &str) -> Option<String> {
+    let quoted = header.trim().strip_prefix("299 - \"")?.strip_suffix('"')?;
+    let mut text = String::new();
+    let mut chars = quoted.chars();
+    while let Some(c) = chars.next() {
+        text.push(if c == '\\' { chars.next()? } else { c });
+    }
+    Some(shown(&text)).filter(|text| !text.is_empty())
+}
+
 /// What the body of an error says (distribution-spec, "Error Codes"): `CODE: message`, or its
 /// first words where it is of another kind.
 ///
@@ -49,6 +60,28 @@ mod tests {
         assert_eq!(shown("a\x1b[31m\r\nb"), "a\\u{1b}[31m\\r\\nb");
         assert_eq!(shown("a\u{202e}b"), "a\\u{202e}b");
         assert_eq!(shown(&"x".repeat(1000)).chars().count(), SHOWN + 1);
+    }
+
+    #[test]
+    fn warnings_have_one_form() {
+        let text = |text: &str| Some(text.to_string());
+        assert_eq!(of_warning(r#"299 - "it is \"old\"""#), text(r#"it is "old""#));
+        assert_eq!(of_warning("299 - \"a\u{1b}b\""), text("a\\u{1b}b"));
+        for other in [
+            "",
+            "299",
+            "299 -",
+            "299 - x",
+            "299 - \"",
+            "299 - \"\"",
+            "299 - \"\\\"",
+            "199 - \"x\"",
+            "299 h \"x\"",
+        ] {
+            assert_eq!(of_warning(other), None, "{other}");
+        }
+        let long = format!("299 - \"{}\"", "x".repeat(5000));
+        assert_eq!(of_warning(&long).map(|text| text.chars().count()), Some(SHOWN + 1));
     }
 
     #[test]

@@ -1,0 +1,19 @@
+//! Install media: a machine that UEFI firmware starts from one installs, and starts the system that it installed.
+//!
+//! ```text
+//! real.rs      a small root with a real kernel and the real mosfs, and media of it
+//! install.rs   from an empty disk to a committed system
+//! ```
+//!
+//! The root is busybox: its init does what `/action` in the image says, once `mosfs boot` has started it.
+
+#[path = "../kernel/fixture.rs"]
+#[allow(dead_code)]
+mod fixture;
+#[path = "../common/machine.rs"]
+mod machine;
+#[path = "../common/tools.rs"]
+mod tools;
+
+mod install;
+mod real;

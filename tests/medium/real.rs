@@ -1,0 +1,185 @@
+//! A publisher whose hostfs has a real kernel and boots, install media of it, and a machine to install on.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::fixture::{MOSFS, PRODUCT, Publisher};
+use super::machine::{Machine, script, script_path, tool};
+use super::tools::{run, sh};
+
+/// The kernel command line of a system that a test does not try others with.
+pub const CMDLINE: &str = "console=ttyS0 no_timer_check quiet";
+
+/// There is no udev: the link that it would make is made here.
+const INIT: &str = r#"#!/bin/busybox sh
+export PATH=/usr/bin:/bin MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
+end() { sync; echo "MOSFS-VM-VERDICT: $1"; poweroff -f; }
+esp() { mount -t vfat -o ro /dev/vda1 /tmp && ls /tmp/EFI/Linux | sed 's/^/vm: on the ESP: /'; umount /tmp; }
+mount -t efivarfs efivarfs /sys/firmware/efi/efivars || end 20
+cat /sys/firmware/efi/efivars/LoaderDevicePartUUID-* >/run/variable || end 21
+mkdir -p /dev/disk/by-partuuid
+ln -s ../../vda1 /dev/disk/by-partuuid/$(tail -c +5 /run/variable | tr -d '\0' | tr A-F a-f)
+echo "vm: version $(cat /version)"
+. /action
+end 0
+"#;
+
+/// Copies a program and its libraries into the root.
+fn put_program(publisher: &Publisher, program: &Path, to: &str) {
+    publisher.put(to, fs::read(program).unwrap());
+    executable(&publisher.path("root").join(to));
+    for line in sh(Path::new("/"), &format!("ldd {} || true", program.display())).lines() {
+        let mut words = line.split_whitespace().filter(|word| word.starts_with('/'));
+        if let Some(library) = words.next() {
+            let name = Path::new(library).file_name().unwrap().to_str().unwrap();
+            let folder = if name.starts_with("ld-") { "usr/lib64" } else { "usr/lib/x86_64-linux-gnu" };
+            let to = format!("{folder}/{name}");
+            publisher.put(&to, fs::read(library).unwrap());
+            // The dynamic loader is executed.
+            executable(&publisher.path("root").join(to));
+        }
+    }
+}
+
+fn executable(path: &Path) {
+    fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+/// A publisher whose hostfs boots, and does this then. `flavour` is that of Debian's kernel: `cloud` or `full`.
+pub fn publisher(flavour: &str, action: &str) -> Publisher {
+    let publisher = Publisher::new();
+    let root = publisher.path("root");
+    for made_up in ["boot", "usr/lib/modules", "usr/lib/x86_64-linux-gnu", "usr/lib64"] {
+        fs::remove_dir_all(root.join(made_up)).unwrap();
+    }
+    let kernel = script_path(script("kernel").args(["6.12", flavour]));
+    let copy = format!("cp -r boot/vmlinuz-* {0}/boot/ && cp -rL lib/modules {0}/usr/lib/", root.display());
+    fs::create_dir_all(root.join("boot")).unwrap();
+    sh(&kernel, &copy);
+    put_program(&publisher, Path::new(MOSFS), "usr/libexec/mosfs/mosfs-full");
+    tool("binutils", Command::new("strip").arg(root.join("usr/libexec/mosfs/mosfs-full")));
+    fs::create_dir_all(root.join("usr/bin")).unwrap();
+    symlink("../libexec/mosfs/mosfs-full", root.join("usr/bin/mosfs")).unwrap();
+    // What mosfs loads when it runs.
+    for name in ["libblkid.so.1", "libtss2-esys.so.0", "libtss2-sys.so.1", "libtss2-mu.so.0"] {
+        let library = sh(Path::new("/"), &format!("ls /usr/lib/*/{name} | head -n 1"));
+        put_program(&publisher, Path::new(library.trim()), &format!("usr/lib/x86_64-linux-gnu/{name}"));
+    }
+    put_program(&publisher, Path::new("/sbin/mke2fs"), "usr/sbin/mke2fs");
+    put_program(&publisher, Path::new("/bin/busybox"), "usr/bin/busybox");
+    for applet in [
+        "sh", "mount", "umount", "ln", "mkdir", "cat", "ls", "sed", "sync", "poweroff", "reboot", "grep",
+        "tail", "tr", "date",
+    ] {
+        symlink("busybox", root.join("usr/bin").join(applet)).unwrap();
+    }
+    publisher.put("usr/sbin/init", INIT);
+    executable(&root.join("usr/sbin/init"));
+    publisher.put("action", action);
+    symlink("usr/sbin", root.join("sbin")).unwrap();
+    for folder in ["proc", "sys", "dev", "run", "tmp", "etc/mosfs", "var/lib/mosfs"] {
+        fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    publisher
+}
+
+/// A system in a store of its own.
+pub struct System {
+    pub version: u64,
+    digest: String,
+    store: String,
+}
+
+/// Builds a version into a store of its own.
+pub fn build(publisher: &Publisher, version: u64, more: &[&str]) -> System {
+    publisher.put("version", format!("{version}\n"));
+    publisher.image();
+    let store = format!("store-{version}");
+    let digest = publisher.build(version, &store, more);
+    System { version, digest, store }
+}
+
+/// Makes an install medium of a system, in a folder of this name. `more` are files and folders of the medium: the path
+/// there, and what it is.
+pub fn medium(publisher: &Publisher, system: &System, name: &str, more: &[(&str, &Path)]) -> PathBuf {
+    let System { version, digest, store } = system;
+    let folder = publisher.path(name);
+    fs::create_dir_all(folder.join("tree/mosfs")).unwrap();
+    let boot = publisher.unpack(store, *version, &format!("{name}/boot"));
+    let text = format!(r#"{{"format":1,"product":"{PRODUCT}","system":"{digest}","version":{version}}}"#);
+    fs::write(folder.join("tree/mosfs/medium.json"), text).unwrap();
+    for (to, from) in more {
+        run(Command::new("cp").arg("-aT").arg(from).arg(folder.join("tree").join(to)));
+    }
+    let script = format!(
+        "mkdir tree/store; cp -a ../{store}/blobs ../{store}/index.json ../{store}/oci-layout tree/store/
+         size=$(($(stat -c %s {uki}) / 1048576 + 4)); truncate -s ${{size}}M esp.img
+         mkfs.vfat --invariant -i 4d4f5346 esp.img >/dev/null
+         mmd -i esp.img ::EFI ::EFI/BOOT; mcopy -i esp.img {uki} ::EFI/BOOT/BOOTX64.EFI
+         xorriso -as mkisofs -quiet -iso-level 3 -r -V MOSFS-INSTALL -o medium.iso \
+             -append_partition 2 C12A7328-F81F-11D2-BA4B-00A0C93EC93B esp.img -appended_part_as_gpt \
+             -eltorito-alt-boot -e --interval:appended_partition_2:all:: -no-emul-boot tree
+         rm -r tree esp.img",
+        uki = boot.join("mosfs.efi").display(),
+    );
+    sh(&folder, &script);
+    folder.join("medium.iso")
+}
+
+/// Writes a file of a medium.
+pub fn file(publisher: &Publisher, name: &str, content: &str) -> PathBuf {
+    publisher.put(&format!("../{name}"), content);
+    publisher.path(name)
+}
+
+/// A machine with an empty disk, a TPM without a floor, and the firmware's variables; beside it the medium with the
+/// provisioning key.
+pub struct Device {
+    dir: tempfile::TempDir,
+}
+
+impl Device {
+    pub fn new(publisher: &Publisher) -> Self {
+        let this = Self { dir: tempfile::tempdir().unwrap() };
+        fs::create_dir(this.path("tpm")).unwrap();
+        sh(this.dir.path(), "qemu-img create -q -f qcow2 disk.qcow2 1G");
+        let key = fs::read_to_string(publisher.path("keys/provision.key")).unwrap();
+        fat(&this.path("provision.img"), "MOSFS-PROVI", "provision.key", &key);
+        this
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The machine with a medium in it, attached as `cd`, `disk` or `usb`.
+    pub fn machine(&self, medium: &Path, kind: &'static str) -> Machine {
+        let mut machine = Machine::new(Path::new("/dev/null"));
+        machine.disk = Some(self.path("disk.qcow2"));
+        machine.tpm = Some(self.path("tpm"));
+        machine.uefi = Some(self.path("vars.fd"));
+        machine.second = vec![self.path("provision.img")];
+        machine.medium = Some((medium.into(), kind));
+        machine.memory = 1024;
+        machine
+    }
+}
+
+/// Makes a small FAT file system with this label and one file.
+pub fn fat(image: &Path, label: &str, name: &str, content: &str) {
+    let text = image.with_extension("txt");
+    fs::write(&text, content).unwrap();
+    let (image, text) = (image.display(), text.display());
+    let script = format!(
+        "truncate -s 4M {image}; mkfs.vfat -n {label} {image} >/dev/null; mcopy -i {image} {text} ::{name}"
+    );
+    sh(Path::new("/"), &script);
+}
+
+/// The lines of a console that begin so, in order and without what is before.
+pub fn steps<'a>(console: &'a str, words: &[&str]) -> Vec<&'a str> {
+    let find = |line: &'a str| words.iter().find_map(|word| line.find(word).map(|at| line[at..].trim_end()));
+    console.lines().filter_map(find).collect()
+}
