@@ -39,6 +39,7 @@ use crate::error::{IoContext, IoError};
 use crate::image::blobs::BlobProgress;
 use crate::image::oci::LayerDescriptor;
 use crate::image::plain::Check;
+use crate::sorting;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 use crate::sys::{self};
@@ -453,7 +454,7 @@ pub fn mounts() -> Result<Vec<MountRecord>, IoError> {
         }
         live
     });
-    all.sort_by(|a, b| a.target.cmp(&b.target));
+    sorting::sort_by(&mut all, |a, b| a.target.cmp(&b.target));
     Ok(all)
 }
 
