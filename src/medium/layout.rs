@@ -51,8 +51,6 @@ pub const OTHER_ANSWERS: &str = "answers.yaml";
 /// The provisioning key on a medium labelled [`PROVISION_LABEL`].
 pub const PROVISION_KEY: &str = "provision.key";
 
-/// The number of the EFI system partition in the partition table.
-pub const ESP_NUMBER: u32 = 2;
 /// What the firmware starts from the EFI system partition.
 pub const ESP_BOOT: &str = "EFI/BOOT/BOOTX64.EFI";
 /// The kernel on the EFI system partition of a medium that enrolls keys, where [`ESP_BOOT`] is systemd-boot.

@@ -21,6 +21,6 @@ pub mod read;
 mod view;
 mod write;
 
-pub use check::{Checked, NotAsWritten, Problem, check};
+pub use check::check;
 pub use error::MediumError;
 pub use write::{Extras, Written, check_output, write};

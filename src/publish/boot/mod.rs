@@ -33,7 +33,7 @@ mod sign;
 use std::collections::BTreeMap;
 
 pub use initramfs::InitramfsError;
-pub use inspect::{InspectError, inspect};
+pub use inspect::inspect;
 pub use kernel::KernelError;
 pub use modules::ModulesError;
 pub use pe::PeError;
