@@ -24,6 +24,7 @@
 mod cpio;
 mod elf;
 mod initramfs;
+mod inspect;
 mod kernel;
 mod modules;
 mod pe;
@@ -32,6 +33,7 @@ mod sign;
 use std::collections::BTreeMap;
 
 pub use initramfs::InitramfsError;
+pub use inspect::{InspectError, inspect};
 pub use kernel::KernelError;
 pub use modules::ModulesError;
 pub use pe::PeError;
