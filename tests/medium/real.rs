@@ -5,8 +5,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::fixture::{MOSFS, PRODUCT, Publisher};
-use super::machine::{Machine, script, script_path, tool};
+use super::fixture::{MOSFS, Publisher};
+use super::machine::{Cut, Ended, Machine, script, script_path, tool};
 use super::tools::{run, sh};
 
 /// The kernel command line of a system that a test does not try others with.
@@ -47,14 +47,14 @@ fn executable(path: &Path) {
     fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
 }
 
-/// A publisher whose hostfs boots, and does this then. `flavour` is that of Debian's kernel: `cloud` or `full`.
-pub fn publisher(flavour: &str, action: &str) -> Publisher {
+/// A publisher whose hostfs boots, and does this then.
+pub fn publisher(action: &str) -> Publisher {
     let publisher = Publisher::new();
     let root = publisher.path("root");
     for made_up in ["boot", "usr/lib/modules", "usr/lib/x86_64-linux-gnu", "usr/lib64"] {
         fs::remove_dir_all(root.join(made_up)).unwrap();
     }
-    let kernel = script_path(script("kernel").args(["6.12", flavour]));
+    let kernel = script_path(script("kernel").arg("6.12"));
     let copy = format!("cp -r boot/vmlinuz-* {0}/boot/ && cp -rL lib/modules {0}/usr/lib/", root.display());
     fs::create_dir_all(root.join("boot")).unwrap();
     sh(&kernel, &copy);
@@ -87,9 +87,7 @@ pub fn publisher(flavour: &str, action: &str) -> Publisher {
 
 /// A system in a store of its own.
 pub struct System {
-    pub version: u64,
-    digest: String,
-    store: String,
+    pub store: String,
 }
 
 /// Builds a version into a store of its own.
@@ -97,41 +95,27 @@ pub fn build(publisher: &Publisher, version: u64, more: &[&str]) -> System {
     publisher.put("version", format!("{version}\n"));
     publisher.image();
     let store = format!("store-{version}");
-    let digest = publisher.build(version, &store, more);
-    System { version, digest, store }
+    publisher.build(version, &store, more);
+    System { store }
 }
 
-/// Makes an install medium of a system, in a folder of this name. `more` are files and folders of the medium: the path
-/// there, and what it is.
-pub fn medium(publisher: &Publisher, system: &System, name: &str, more: &[(&str, &Path)]) -> PathBuf {
-    let System { version, digest, store } = system;
-    let folder = publisher.path(name);
-    fs::create_dir_all(folder.join("tree/mosfs")).unwrap();
-    let boot = publisher.unpack(store, *version, &format!("{name}/boot"));
-    let text = format!(r#"{{"format":1,"product":"{PRODUCT}","system":"{digest}","version":{version}}}"#);
-    fs::write(folder.join("tree/mosfs/medium.json"), text).unwrap();
-    for (to, from) in more {
-        run(Command::new("cp").arg("-aT").arg(from).arg(folder.join("tree").join(to)));
+/// Makes an install medium of a system, a file of this name, with answers.
+pub fn medium(publisher: &Publisher, system: &System, name: &str, answers: Option<&str>) -> PathBuf {
+    let image = publisher.path(&format!("{name}.iso"));
+    let mut command = Command::new(MOSFS);
+    command
+        .current_dir(publisher.dir())
+        .arg("iso")
+        .arg(format!("oci:{}", system.store))
+        .arg("-o")
+        .arg(&image);
+    if let Some(answers) = answers {
+        let file = publisher.path(&format!("{name}.yaml"));
+        fs::write(&file, answers).unwrap();
+        command.arg("--answers").arg(file);
     }
-    let script = format!(
-        "mkdir tree/store; cp -a ../{store}/blobs ../{store}/index.json ../{store}/oci-layout tree/store/
-         size=$(($(stat -c %s {uki}) / 1048576 + 4)); truncate -s ${{size}}M esp.img
-         mkfs.vfat --invariant -i 4d4f5346 esp.img >/dev/null
-         mmd -i esp.img ::EFI ::EFI/BOOT; mcopy -i esp.img {uki} ::EFI/BOOT/BOOTX64.EFI
-         xorriso -as mkisofs -quiet -iso-level 3 -r -V MOSFS-INSTALL -o medium.iso \
-             -append_partition 2 C12A7328-F81F-11D2-BA4B-00A0C93EC93B esp.img -appended_part_as_gpt \
-             -eltorito-alt-boot -e --interval:appended_partition_2:all:: -no-emul-boot tree
-         rm -r tree esp.img",
-        uki = boot.join("mosfs.efi").display(),
-    );
-    sh(&folder, &script);
-    folder.join("medium.iso")
-}
-
-/// Writes a file of a medium.
-pub fn file(publisher: &Publisher, name: &str, content: &str) -> PathBuf {
-    publisher.put(&format!("../{name}"), content);
-    publisher.path(name)
+    run(&mut command);
+    image
 }
 
 /// A machine with an empty disk, a TPM without a floor, and the firmware's variables; beside it the medium with the
@@ -165,6 +149,11 @@ impl Device {
         machine.memory = 1024;
         machine
     }
+
+    /// What is on the disk, as a digest.
+    pub fn disk(&self) -> String {
+        sh(self.dir.path(), "qemu-img convert -O raw disk.qcow2 disk.raw; sha256sum <disk.raw; rm disk.raw")
+    }
 }
 
 /// Makes a small FAT file system with this label and one file.
@@ -176,6 +165,14 @@ pub fn fat(image: &Path, label: &str, name: &str, content: &str) {
         "truncate -s 4M {image}; mkfs.vfat -n {label} {image} >/dev/null; mcopy -i {image} {text} ::{name}"
     );
     sh(Path::new("/"), &script);
+}
+
+/// Runs a machine until its console shows a text.
+pub fn run_until(machine: &Machine, text: &str) -> Ended {
+    let cut = Cut::After(text.into(), std::time::Duration::from_secs(1));
+    let ended = Machine { cut: Some(cut), ..machine.clone() }.run();
+    ended.expect(137, &[text]);
+    ended
 }
 
 /// The lines of a console that begin so, in order and without what is before.
