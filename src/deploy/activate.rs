@@ -47,6 +47,7 @@ use crate::mount::holders::{self, Users};
 use crate::mount::table::{self, LayerRecord, MountRecord, MountinfoEntry};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request, Verification};
+use crate::sorting;
 use crate::store::Store;
 use crate::sys::flock::Lock;
 use crate::sys::{self, file};
@@ -235,7 +236,7 @@ pub fn plan(
             .filter_map(|one| Some((one.target.file_name()?.to_str()?.to_string(), one.target.clone())))
             .filter(|(name, _)| !known(name))
             .collect();
-        gone.sort();
+        sorting::sort(&mut gone);
         gone.dedup();
         for (target, path) in gone {
             let found = find(&path, &mounted, &register);

@@ -38,6 +38,7 @@ use crate::error::{IoContext, IoError};
 use crate::image::blobs::BlobProgress;
 use crate::image::oci::LayerDescriptor;
 use crate::image::plain::Check;
+use crate::sorting;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 use crate::sys::{self};
@@ -448,7 +449,7 @@ pub fn mounts() -> Result<Vec<MountRecord>, IoError> {
         }
         live
     });
-    all.sort_by(|a, b| a.target.cmp(&b.target));
+    sorting::sort_by(&mut all, |a, b| a.target.cmp(&b.target));
     Ok(all)
 }
 

@@ -20,6 +20,7 @@ use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::manifest::workload::{Ready, Restart};
+use crate::sorting;
 use crate::sys::atomic;
 use crate::sys::file;
 
@@ -309,7 +310,7 @@ pub fn known() -> Result<Vec<String>, IoError> {
     };
     let names = list.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let mut targets: Vec<String> = names.filter_map(|name| target_of(&name).map(str::to_string)).collect();
-    targets.sort();
+    sorting::sort(&mut targets);
     Ok(targets)
 }
 
