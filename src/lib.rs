@@ -69,6 +69,7 @@ mod progress;
 mod publish;
 mod run;
 mod setup;
+mod sorting;
 mod store;
 #[allow(unsafe_code)]
 mod sys;
@@ -166,7 +167,7 @@ pub mod internals {
     }
 
     modules! {
-        boot cli convert deploy digest error failpoint floor image manifest medium mount progress publish run setup
+        boot cli convert deploy digest error failpoint floor image manifest medium mount progress publish run setup sorting
         store sys text transport trust
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, iter};
 
 /// The modules that every module may use; they use each other alone.
-const BASE: &[&str] = &["digest", "error", "progress", "failpoint", "sys", "text"];
+const BASE: &[&str] = &["digest", "error", "progress", "failpoint", "sorting", "sys", "text"];
 
 /// The other modules, and which of them each may use: three pillars, and what stands on them.
 ///
@@ -29,7 +29,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("deploy", &["image", "mount", "transport", "store", "manifest", "trust", "floor"]),
     ("publish", &["image", "transport", "store", "convert", "manifest", "trust", "floor"]),
     ("run", &["image", "mount", "store", "manifest", "deploy"]),
-    ("medium", &["image", "transport", "store", "manifest", "trust", "floor", "deploy"]),
+    ("medium", &["image", "transport", "store", "manifest", "trust", "floor", "deploy", "publish"]),
     ("setup", &["image", "transport", "store", "manifest", "trust", "floor", "deploy", "medium"]),
     // The first process of a machine installs instead, if it was started from a medium.
     ("boot", &["mount", "store", "manifest", "trust", "floor", "deploy", "setup"]),

@@ -6,8 +6,13 @@
 #[path = "registry/debian.rs"]
 mod debian;
 #[allow(dead_code)]
+#[path = "kernel/fixture.rs"]
+mod fixture;
+#[allow(dead_code)]
 #[path = "common/swtpm.rs"]
 mod swtpm;
+#[path = "common/tools.rs"]
+mod tools;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,6 +22,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use debian::{Config, Debian};
+use fixture::Publisher;
 use swtpm::Swtpm;
 
 const FULL: &str = env!("CARGO_BIN_EXE_mosfs-full");
@@ -31,6 +37,7 @@ const ORDER: &[&str] = &[
     "manifest canonical",
     "manifest sign",
     "manifest verify",
+    "iso",
     "push",
     "pull",
     "floor sign",
@@ -235,6 +242,11 @@ fn the_examples_work() {
     .unwrap();
     world.ok("head -c 32 /dev/urandom > nonce && head -c 4 /dev/zero >> nonce");
     world.ok("echo 'root=mosfs mosfs.backend=fuse mosfs.overlay=ro' > cmdline");
+    // A system with a kernel of its own, for a medium.
+    let kernels = Publisher::new();
+    kernels.put("usr/sbin/mke2fs", fs::read("/bin/true").unwrap());
+    kernels.image();
+    kernels.build(200, "store", &[]);
     let disk = world.ok("truncate -s 640M disk && losetup --find --show --partscan disk");
     for command in ORDER {
         if *command == "mount" {
@@ -253,6 +265,8 @@ fn the_examples_work() {
                 String::new()
             } else if ["run-target", "exec"].contains(command) {
                 world.ok(&format!("{UNIFIED} {example}"))
+            } else if *command == "iso" {
+                world.ok(&format!("cd {} && {example}", kernels.dir().display()))
             } else {
                 world.ok(&example.replace("/dev/sdb", disk.trim()))
             };

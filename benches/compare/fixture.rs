@@ -8,6 +8,7 @@
 //! DIR/erofs-16k-layers/   layout with the erofs image + verity: tag erofs
 //! DIR/layers/             layout with squashfs + verity layers: tags one, three, twenty
 //! DIR/lz4-layers/         the same in lz4hc: tag three
+//! DIR/puzzlefs/           layout with the three tar layers as one PuzzleFS image, zstd: tag tree
 //! DIR/tars/               layout with tar layers: tag three; and the tars beside it
 //! ```
 //!
@@ -57,7 +58,7 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// Makes what is missing in `dir`.
+    /// Makes what is missing in `dir`, but for what mosfs makes.
     pub fn make(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let dir = dir.canonicalize()?;
@@ -144,6 +145,11 @@ impl Fixture {
     /// The layout with layers in lz4hc, tag `three`.
     pub fn lz4_layers(&self) -> PathBuf {
         self.dir.join("lz4-layers")
+    }
+
+    /// The layout with a PuzzleFS image, tag `tree`.
+    pub fn puzzlefs(&self) -> PathBuf {
+        self.dir.join("puzzlefs")
     }
 
     /// The layout with tar layers, tag `three`.

@@ -115,6 +115,7 @@ fn run(args: &Args) -> Result<()> {
         return page::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
     }
     let fixture = Fixture::make(&args.dir)?;
+    system::make_puzzlefs(&fixture, &args.mosfs)?;
     if args.prepare {
         return Ok(());
     }
@@ -139,6 +140,7 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         ("three", image("three")),
         ("twenty", image("twenty")),
         ("lz4", format!("oci:{}:three", fixture.lz4_layers().display())),
+        ("puzzlefs", format!("{}:tree", fixture.puzzlefs().display())),
         ("mosfs", args.mosfs.display().to_string()),
     ]);
     let chosen: Vec<&Row> =
@@ -169,7 +171,7 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
         // Cold means a fresh mount of an image that is in memory.
         work::warm(&fixture.squashfs())?;
         work::warm(&fixture.erofs())?;
-        for layout in [fixture.layers(), fixture.lz4_layers(), fixture.erofs_layers()] {
+        for layout in [fixture.layers(), fixture.lz4_layers(), fixture.erofs_layers(), fixture.puzzlefs()] {
             for blob in fs::read_dir(layout.join("blobs/sha256"))? {
                 work::warm(&blob?.path())?;
             }

@@ -171,12 +171,13 @@ fn target(number: usize) -> String {
     format!("t{number:02}")
 }
 
-/// Builds what `import.yaml` in `to` says into the store there, with new keys where there are none.
-fn build(to: &Path, mosfs: &Path, version: u64, targets: &str) -> Result<()> {
+/// Builds a system of `targets` into `store` in `to`, with new keys where there are none. `options` are more lines of the
+/// import manifest.
+fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str) -> Result<()> {
     let (mosfs, dir) = (mosfs.display(), to.display());
     fs::write(
         to.join("import.yaml"),
-        format!("version: {version}\nproduct: {PRODUCT}\ntargets:\n{targets}"),
+        format!("version: {version}\nproduct: {PRODUCT}\n{options}targets:\n{targets}"),
     )?;
     if !to.join("keys").exists() {
         shell(&format!("'{mosfs}' keys generate '{dir}/keys' --product {PRODUCT}"))?;
@@ -185,6 +186,35 @@ fn build(to: &Path, mosfs: &Path, version: u64, targets: &str) -> Result<()> {
         "'{mosfs}' build '{dir}/import.yaml' --store '{dir}/store' --key '{dir}/keys/signer.key' --cert '{dir}/keys/signer.pem' \
          --floor-key '{dir}/keys/floor.key'"
     ))
+}
+
+/// Makes the layout with the tree as one PuzzleFS image, if it is missing. It has nothing else, which the puzzlefs tool
+/// expects.
+pub fn make_puzzlefs(fixture: &Fixture, mosfs: &Path) -> Result<()> {
+    once(&fixture.puzzlefs(), |to| {
+        let work = fixture.scratch().with_file_name("puzzlefs-work");
+        if work.exists() {
+            fs::remove_dir_all(&work)?;
+        }
+        fs::create_dir(&work)?;
+        let tree = format!(
+            "  tree: {{url: \"oci:{}:three\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}\n",
+            fixture.tar_layout().display()
+        );
+        build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
+        let store = work.join("store");
+        let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
+        let mut names = index["manifests"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
+        let image =
+            names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
+        shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
+        fs::remove_dir_all(&work)?;
+        Ok(())
+    })
 }
 
 fn install(to: &Path, mosfs: &Path) -> Result<()> {
@@ -220,7 +250,7 @@ fn make_targets(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
             "  {name}: {{url: \"oci:{dir}/images:{name}\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}"
         )?;
     }
-    build(to, mosfs, 1, &targets)?;
+    build(to, mosfs, 1, "", &targets)?;
     install(to, mosfs)
 }
 
@@ -405,7 +435,7 @@ fn make_update(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
         let target = format!(
             "  os: {{url: \"oci:{dir}/images:v{version}\", version: 1.0.{version}, service_type: fs-only, network: {{type: none}}}}\n"
         );
-        build(to, mosfs, version, &target)?;
+        build(to, mosfs, version, "", &target)?;
         if version == 1 {
             install(to, mosfs)?;
         }

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::cmdline::Partition;
+use crate::sorting;
 use crate::sys::blkid::{self, Content};
 use crate::sys::file::{self, Links};
 use crate::sys::helper::Helper;
@@ -325,7 +326,7 @@ impl Iterator for Search {
             let mut is_asking = false;
             let mut found = None;
             let mut in_order: Vec<_> = self.known.iter().collect();
-            in_order.sort_by_key(|(device, _)| device.order());
+            sorting::sort_by_key(&mut in_order, |(device, _)| device.order());
             for (device, knowledge) in in_order {
                 match knowledge {
                     Knowledge::Asked(helper) => {

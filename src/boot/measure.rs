@@ -28,6 +28,7 @@ use super::cmdline::Overlay;
 use super::event_log;
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
+use crate::sorting;
 use crate::sys::file::{self, Links};
 use crate::sys::tpm::{BankAlgorithm, BankDigest, Tcti, Tpm, TpmError};
 
@@ -119,7 +120,7 @@ pub fn config_digest(config: &Path) -> Result<Digest, IoError> {
         let content = file::read_regular(&path, Links::Followed, MAX_CONFIG_FILE)?;
         files.push((name, Digest::of(&content)));
     }
-    files.sort();
+    sorting::sort(&mut files);
     let mut list = Vec::new();
     for (name, digest) in files {
         list.extend_from_slice(digest.hex().as_bytes());

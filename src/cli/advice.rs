@@ -15,6 +15,7 @@ use crate::floor::{FloorError, TpmFloorProblem};
 use crate::image::plain::PlainError;
 use crate::image::verity::VerityError;
 use crate::manifest::{ImportErrors, SystemError};
+use crate::medium::MediumError;
 use crate::mount::MountError;
 use crate::publish::boot::{BootTargetError, InitramfsError, KernelError};
 use crate::publish::build::BuildError;
@@ -63,6 +64,7 @@ pub(super) fn of(error: &AnyError) -> Option<&'static str> {
             .or_else(|| this.downcast_ref().and_then(for_run))
             .or_else(|| this.downcast_ref().and_then(for_ingest))
             .or_else(|| this.downcast_ref().and_then(for_convert))
+            .or_else(|| this.downcast_ref().and_then(for_medium))
             .or_else(|| this.downcast_ref().and_then(for_setup));
         if found.is_some() {
             return found;
@@ -96,6 +98,23 @@ fn for_setup(error: &SetupError) -> Option<&'static str> {
     })
 }
 
+fn for_medium(error: &MediumError) -> Option<&'static str> {
+    Some(match error {
+        MediumError::NoKernel { .. } => {
+            "`mosfs build --ca` makes the target `boot` from the kernel in the hostfs image, which must have mke2fs \
+             (Debian: e2fsprogs)"
+        }
+        MediumError::Output { found: "a block device", .. } => {
+            "write the medium to a file, and copy it to the stick: `dd if=FILE of=DEVICE bs=4M conv=fsync`"
+        }
+        MediumError::Deploy(error) => return for_deploy(error),
+        MediumError::Store(error) => return for_store(error),
+        MediumError::Transport(error) => return for_transport(error),
+        MediumError::Secret(error) => return for_secret(error),
+        _ => return None,
+    })
+}
+
 fn for_esp(error: &EspError) -> Option<&'static str> {
     match error {
         EspError::NoSpace { .. } => Some(
@@ -122,7 +141,7 @@ fn for_build(error: &BuildError) -> Option<&'static str> {
             Some("install systemd's stub and boot loader in the hostfs image (Debian: systemd-boot-efi)")
         }
         BuildError::NoMedium { .. } => {
-            Some("remove `image_type` from the import manifest to build the system alone")
+            Some("name the file with `--iso`, or remove `image_type` to build the system alone")
         }
         BuildError::NoIpv6 { .. } => {
             Some("remove `ipv6` from the target, or use `network: {type: host}` to have the host's addresses")
@@ -134,8 +153,8 @@ fn for_build(error: &BuildError) -> Option<&'static str> {
 fn for_run(error: &RunError) -> Option<&'static str> {
     match error {
         RunError::NoIdMap { .. } => Some(
-            "run Linux 6.12 or newer, or write `nsgroup: \"\"` for the target: it then has the host's ids, as without \
-             a user namespace",
+            "run mosfs activate: before Linux 6.12, it mounts images with other ids for containers. A volume requires a \
+             file system whose ids the kernel maps, such as ext4, xfs or btrfs",
         ),
         RunError::NotMounted { .. } => Some("run mosfs activate"),
         RunError::NoProgram { .. } => {

@@ -8,14 +8,16 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::kernel::KernelArgs;
-use super::{Global, RegistryArgs, output, progress};
+use super::{Global, RegistryArgs, iso, output, progress};
 use crate::convert::{Codec, Effort, ImageKind, Packing};
 use crate::error::{AnyError, Class, Classified, IoContext};
+use crate::image::boot;
 use crate::image::oci::Platform;
 use crate::manifest::{ImportManifest, StorageType, SystemManifest, json as reproducible, rules, yaml};
+use crate::medium::{self, Written};
 use crate::progress::Progress;
 use crate::publish::base::Base;
-use crate::publish::build::{Built, Signer, Sources, build, refuse_ipv6, refuse_medium};
+use crate::publish::build::{Built, Signer, Sources, build, check_medium, refuse_ipv6};
 use crate::publish::halves::{self, ExternalSignatures};
 use crate::store::Store;
 use crate::sys::atomic;
@@ -81,6 +83,9 @@ pub(super) struct Build {
     /// An earlier version or another name in the store: report how much of each target it already holds.
     #[arg(long, value_name = "NAME")]
     base: Option<String>,
+    /// Also write an install medium of the system, as `mosfs iso` does. It requires --ca.
+    #[arg(long, value_name = "FILE", conflicts_with = "to_sign")]
+    iso: Option<PathBuf>,
     /// Number of worker threads [default: one for each processor].
     #[arg(long, short, value_name = "N")]
     jobs: Option<NonZeroUsize>,
@@ -133,6 +138,19 @@ impl Classified for NoLayers {
     }
 }
 
+/// A medium of a system that nothing starts.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "--iso requires a system with a kernel of its own; --ca and a floor key make one of the kernel in the hostfs"
+)]
+struct NoKernel;
+
+impl Classified for NoKernel {
+    fn class(&self) -> Class {
+        Class::Input
+    }
+}
+
 /// A key that is named by a URI.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: keys in a token are not used directly; `--to-sign` writes what they have to sign", key.display())]
@@ -157,6 +175,9 @@ pub(super) fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
         args.cert.as_deref().map(|path| read_file(path, trust::MAX_CERTIFICATE_BYTES)).transpose()?;
     let floor_pub: Vec<_> =
         args.floor_pub.iter().map(|path| P256PublicKey::read(path)).collect::<Result<_, _>>()?;
+    if let Some(file) = &args.iso {
+        medium::check_output(file)?;
+    }
     let effort = effort(args)?;
     let progress = progress::of(global)?;
     let access = args.registry.access(global);
@@ -194,7 +215,12 @@ pub(super) fn run(args: &Build, global: &Global) -> Result<(), AnyError> {
             }
         }
     }
-    print(&built, global)
+    let written = match &args.iso {
+        Some(file) => Some((iso::write_built(&args.store, built.manifest.version, file, &progress)?, file)),
+        None => None,
+    };
+    let medium = written.as_ref().map(|(written, file)| (written, file.as_path()));
+    print(&built, medium, global)
 }
 
 fn effort(args: &Build) -> Result<Effort, AnyError> {
@@ -216,7 +242,8 @@ fn import(args: &Build) -> Result<ImportManifest, AnyError> {
 
 fn parse_import(args: &Build, bytes: &[u8]) -> Result<ImportManifest, AnyError> {
     let import = ImportManifest::parse(&args.file, bytes)?;
-    refuse_medium(&import)?;
+    // The first half of a build signs nothing yet, so nothing can start.
+    check_medium(&import, args.iso.is_some() || args.to_sign.is_some())?;
     refuse_ipv6(&import)?;
     if import.storage_type() == StorageType::Puzzlefs
         && (args.layer_format.is_some() || args.compression.is_some() || args.block_size.is_some())
@@ -241,6 +268,12 @@ fn whole(
     let floor_keys: Vec<_> =
         args.floor_key.iter().map(|path| P256PrivateKey::read(path)).collect::<Result<_, _>>()?;
     let boot = args.kernel.spec(import.product, Some(certificate), &floor_keys, floor_pub)?;
+    if args.iso.is_some()
+        && boot.is_none()
+        && !import.targets.keys().any(|name| name.as_str() == boot::TARGET)
+    {
+        return Err(NoKernel.into());
+    }
     let sources = &Sources { boot: boot.as_ref(), ..*sources };
     let store = Store::create(&args.store)?;
     let signer = Signer { key: &key, certificate, dates: Dates::check_now(), floor_keys: &floor_keys };
@@ -299,7 +332,7 @@ fn second_half(
     Ok(halves::finish(&import, &Store::create(&args.store)?, &made, effort, sources, progress)?)
 }
 
-fn print(built: &Built, global: &Global) -> Result<(), AnyError> {
+fn print(built: &Built, medium: Option<(&Written, &Path)>, global: &Global) -> Result<(), AnyError> {
     for (name, target) in &built.targets {
         target.notes.iter().for_each(|note| output::note(format_args!("target `{name}`: {note}")));
     }
@@ -313,10 +346,17 @@ fn print(built: &Built, global: &Global) -> Result<(), AnyError> {
                 (name.to_string(), value)
             })
             .collect();
-        return output::json(&json!({
+        let mut answer = json!({
             "digest": built.digest.to_string(), "version": built.manifest.version,
             "product": built.manifest.product, "targets": targets,
-        }));
+        });
+        if let Some((written, file)) = medium {
+            answer["medium"] = iso::to_json(written, file);
+        }
+        return output::json(&answer);
+    }
+    if let Some((written, file)) = medium {
+        output::note(iso::to_text(written, file));
     }
     output::line(format_args!("{}", built.digest))
 }

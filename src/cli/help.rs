@@ -89,6 +89,15 @@ const PAGES: &[Page] = &[
         ],
     ),
     page(
+        "iso",
+        Group::Publisher,
+        &["config", "json", "progress_fd"],
+        &[
+            "mosfs iso oci:store --output install.iso",
+            "mosfs iso --verify install.iso --ca keys/ca.pem --product de6c82c5-2e01-4c92-949b-a6545d30fc06",
+        ],
+    ),
+    page(
         "push",
         Group::Publisher,
         &["json", "progress_fd"],

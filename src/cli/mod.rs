@@ -18,6 +18,7 @@ mod global;
 mod help;
 mod init;
 mod install;
+mod iso;
 mod kernel;
 mod keys;
 mod lazy;
@@ -37,6 +38,7 @@ mod registry;
 mod repair;
 mod run_target;
 mod setup;
+mod shifted_unit;
 mod squashfuse;
 pub mod start;
 mod status;
@@ -70,6 +72,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Build(Box<build::Build>),
+    Iso(Box<iso::IsoArgs>),
     Keys(keys::Keys),
     Manifest(manifest::Manifest),
     #[cfg(feature = "registry")]
@@ -125,6 +128,7 @@ pub fn run_with(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: &Cli) -> Result<(), AnyError> {
     match &cli.command {
         Command::Build(args) => build::run(args, &cli.global),
+        Command::Iso(args) => iso::run(args, &cli.global),
         Command::Keys(args) => keys::run(args, &cli.global),
         Command::Manifest(args) => manifest::run(args, &cli.global),
         #[cfg(feature = "registry")]

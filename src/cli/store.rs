@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 
 use super::{Global, device, output};
 use crate::error::AnyError;
+use crate::sorting;
 use crate::store::Store;
 
 /// Examine a store.
@@ -47,8 +48,7 @@ fn stats(args: &StatsArgs, global: &Global) -> Result<(), AnyError> {
         return output::json(&serde_json::json!(stats));
     }
     for target in &stats.targets {
-        let formats: std::collections::BTreeSet<_> =
-            target.images.iter().flat_map(|image| image.formats.iter().copied()).collect();
+        let formats = sorting::set(target.images.iter().flat_map(|image| image.formats.iter().copied()));
         let formats: Vec<_> = formats.into_iter().collect();
         output::line(format_args!(
             "{}: {} images ({}): {} bytes, stored in {}; versions share {}, other targets {}",

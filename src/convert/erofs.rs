@@ -36,6 +36,7 @@ use crate::image::verified::PlainSource;
 use crate::image::verity;
 use crate::image::{Attr, FileType, LayerError};
 use crate::progress::Progress;
+use crate::sorting;
 
 /// The program.
 const PROGRAM: &str = "mkfs.erofs";
@@ -465,7 +466,7 @@ fn compare_attr(
     }
     let sorted = |tree: &Merged, ino| -> Result<Vec<_>, ErofsError> {
         let mut all = tree.xattrs(ino)?;
-        all.sort();
+        sorting::sort(&mut all);
         Ok(all)
     };
     let (one, other) = (sorted(given, ino)?, sorted(made, found_ino)?);

@@ -47,6 +47,7 @@ use crate::mount::holders::{self, Users};
 use crate::mount::table::{self, LayerRecord, MountRecord, MountinfoEntry};
 use crate::mount::units::{self, Unit};
 use crate::mount::{self, Backend, Daemon, Health, MountError, MountFlags, MountPlan, Request, Verification};
+use crate::sorting;
 use crate::store::Store;
 use crate::sys::flock::Lock;
 use crate::sys::{self, file};
@@ -235,7 +236,7 @@ pub fn plan(
             .filter_map(|one| Some((one.target.file_name()?.to_str()?.to_string(), one.target.clone())))
             .filter(|(name, _)| !known(name))
             .collect();
-        gone.sort();
+        sorting::sort(&mut gone);
         gone.dedup();
         for (target, path) in gone {
             let found = find(&path, &mounted, &register);
@@ -276,6 +277,9 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
     if record.digest != wanted.digest() || record.layers != LayerRecord::of(wanted) || !record.verified {
         let old = record.digest.map_or("another image".into(), |digest| digest.to_string());
         return (Action::Remount, format!("{old} is mounted"));
+    }
+    if record.shift.is_some() {
+        return (Action::Remount, "it is mounted with other ids".into());
     }
     let other = Backend::NAMES.iter().find(|(_, one)| *one == backend && backend != Backend::Auto);
     match other {
@@ -489,6 +493,7 @@ mod tests {
             verified: true,
             device: "0:9".into(),
             daemon: None,
+            shift: None,
             lazy: Vec::new(),
         };
         change(&mut record);

@@ -22,6 +22,7 @@ use super::id::DeploymentId;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::floor::{self, Policy};
+use crate::sorting;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 use crate::trust::{Anchor, Dates, Signed, Verified};
@@ -216,8 +217,8 @@ pub fn list(system: &System) -> Result<(Vec<DeploymentId>, Vec<PathBuf>), Deploy
             _ => {}
         }
     }
-    whole.sort();
-    left.sort();
+    sorting::sort(&mut whole);
+    sorting::sort(&mut left);
     Ok((whole, left))
 }
 

@@ -42,6 +42,7 @@ use crate::failpoint;
 use crate::image::boot::{self, LOADER, UKI};
 use crate::image::oci::OciImage;
 use crate::manifest::SystemManifest;
+use crate::sorting;
 use crate::store::Store;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};
@@ -189,7 +190,7 @@ impl Esp {
         for entry in entries {
             names.extend(entry.on("list", &folder)?.file_name().into_string());
         }
-        names.sort();
+        sorting::sort(&mut names);
         Ok(names)
     }
 
@@ -275,7 +276,7 @@ impl Esp {
         }
         let mut kernels: Vec<_> =
             self.names()?.into_iter().map(|name| (name.clone(), self.size(&name))).collect();
-        kernels.sort_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
+        sorting::sort_by(&mut kernels, |one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
         Err(EspError::NoSpace { path: self.root.clone(), needed, available, version, kernels })
     }
 
@@ -446,7 +447,7 @@ fn wanted(
             .or_insert(one);
     }
     let mut wanted: Vec<Wanted> = kernels.into_values().collect();
-    wanted.sort_by_key(|one| std::cmp::Reverse(one.version));
+    sorting::sort_by_key(&mut wanted, |one| std::cmp::Reverse(one.version));
     Ok(wanted)
 }
 

@@ -32,6 +32,7 @@ use crate::digest::Digest;
 use crate::failpoint;
 use crate::manifest::SystemManifest;
 use crate::mount::table;
+use crate::sorting;
 use crate::store::gc::{Collector, Removal};
 use crate::store::{Store, image_name, system_name, version_name};
 
@@ -96,7 +97,7 @@ pub fn plan(
 ) -> Result<GcPlan, DeployError> {
     let state = system.state()?;
     let mut plan = GcPlan::default();
-    let mut kept: BTreeSet<DeploymentId> = needs.booted.into_iter().chain(state.current).collect();
+    let mut kept = sorting::set(needs.booted.into_iter().chain(state.current));
     kept.extend(pending_to_keep(&state, needs));
     if let Some(previous) = state.previous.filter(|previous| !kept.contains(previous)) {
         match useless(system, &previous, needs) {

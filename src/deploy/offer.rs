@@ -16,6 +16,7 @@ use crate::digest::Digest;
 use crate::floor::{self, Policy};
 use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
 use crate::manifest::{SYSTEM_MEDIA_TYPE, SystemManifest};
+use crate::sorting;
 use crate::store::{SYSTEM_PREFIX, version_name};
 use crate::transport::{Transport, TransportError};
 use crate::trust::evidence::{ChosenPair, MAX_ALTERNATIVES, verify_any};
@@ -261,7 +262,7 @@ fn look_by_tags<T>(
 ) -> Result<FoundSystem<T>, DeployError> {
     let mut versions: Vec<u64> =
         from.tags(SYSTEM_REPOSITORY)?.iter().filter_map(|tag| tag.parse().ok()).collect();
-    versions.sort_unstable_by(|one, other| other.cmp(one));
+    sorting::sort_by(&mut versions, |one, other| other.cmp(one));
     versions.dedup();
     let mut passed_over = Vec::new();
     let mut first = None;
@@ -317,9 +318,11 @@ fn candidates(from: &dyn Transport, wanted: Option<&str>) -> Result<Vec<Candidat
     let mut all: Vec<Candidate> = found.into_values().collect();
     for candidate in &mut all {
         // The version first: it is the name that people know.
-        candidate.names.sort_by_key(|name| (std::cmp::Reverse(version_of(name)), name.clone()));
+        sorting::sort_by_key(&mut candidate.names, |name| {
+            (std::cmp::Reverse(version_of(name)), name.clone())
+        });
     }
-    all.sort_by_key(|candidate| std::cmp::Reverse(candidate.claim()));
+    sorting::sort_by_key(&mut all, |candidate| std::cmp::Reverse(candidate.claim()));
     Ok(all)
 }
 
@@ -384,7 +387,7 @@ impl Offer {
         let from = place.as_ref();
         let of_type = |artifact_type: &str| -> Result<Vec<Part>, DeployError> {
             let mut found = from.referrers(&self.artifact.digest, Some(artifact_type))?;
-            found.sort_by_key(|one| one.digest);
+            sorting::sort_by_key(&mut found, |one| one.digest);
             found.dedup_by_key(|one| one.digest);
             if found.len() > MAX_ALTERNATIVES {
                 log::warn!(

@@ -23,6 +23,7 @@ use crate::failpoint;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, SYSTEM_REPOSITORY};
 use crate::manifest::SystemManifest;
 use crate::progress::{ALL, Progress};
+use crate::sorting;
 use crate::store::{Store, StoreError, image_repository};
 use crate::sys::locks;
 use crate::transport::registry::{Registry, RegistryError, Uploaded};
@@ -123,7 +124,7 @@ impl Push<'_> {
     fn manifest(&self, to: &Registry, descriptor: &Descriptor, bytes: &[u8]) -> Result<bool, DeployError> {
         let manifest = Manifest::parse(bytes)?;
         let mut blobs: Vec<&Descriptor> = manifest.layers.iter().chain([&manifest.config]).collect();
-        blobs.sort_by_key(|blob| blob.digest);
+        sorting::sort_by_key(&mut blobs, |blob| blob.digest);
         blobs.dedup_by_key(|blob| blob.digest);
         let all = blobs.iter().map(|blob| blob.size).sum();
         let whole = Arc::new(self.progress.task("push", ALL, Some(all)));

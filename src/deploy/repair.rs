@@ -30,6 +30,7 @@ use crate::floor::Policy;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
 use crate::manifest::SYSTEM_MEDIA_TYPE;
 use crate::progress::Progress;
+use crate::sorting;
 use crate::store::{Store, StoreError, Writer, fsck, image_name, image_repository, system_name};
 use crate::transport::Transport;
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
@@ -115,7 +116,7 @@ fn best(system: &System, means: &RepairInputs<'_>) -> Result<Option<DeploymentId
     let (mut ids, _) = deployment::list(system)?;
     ids.retain(|id| means.floor.is_none_or(|floor| id.version >= floor));
     // What runs first, then the highest version.
-    ids.sort_by_key(|id| (Some(*id) == booted, id.version));
+    sorting::sort_by_key(&mut ids, |id| (Some(*id) == booted, id.version));
     Ok(ids.into_iter().rev().find(|id| deployment::verify(system, id, means.anchor, Dates::LogOnly).is_ok()))
 }
 

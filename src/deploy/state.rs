@@ -29,6 +29,7 @@ use serde_json::{Map, Value};
 
 pub use super::id::{DeploymentId, Refusal};
 use crate::error::{IoContext, IoError};
+use crate::sorting;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links};
 
@@ -192,7 +193,7 @@ impl State {
         let pending = self.pending.as_ref().map(|pending| pending.deployment);
         let mut all: Vec<_> = [self.current, pending, self.previous].into_iter().flatten().collect();
         all.extend(&self.found);
-        all.sort();
+        sorting::sort(&mut all);
         all.dedup();
         all
     }

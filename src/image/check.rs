@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::layer::{BlockId, FileType, Layer, LayerError, NodeId, Place};
 use crate::progress::Progress;
+use crate::sorting;
 use crate::sys::locks;
 
 /// Reads, verifies and decodes every stored block that a file of the layer uses, on up to `threads` threads.
@@ -39,7 +40,7 @@ pub fn content(layer: &dyn Layer, threads: NonZeroUsize, progress: &Progress) ->
         work();
     });
     let mut bad = locks::into_inner(bad);
-    bad.sort_by_key(|(number, _)| *number);
+    sorting::sort_by_key(&mut bad, |(number, _)| *number);
     bad.into_iter().map(|(_, error)| error).collect()
 }
 

@@ -37,6 +37,7 @@ use super::verity::{
 };
 use crate::digest::Digest;
 use crate::progress::Progress;
+use crate::sorting;
 use crate::sys::locks;
 use crate::sys::sha256::hash_blocks;
 
@@ -317,7 +318,7 @@ impl<R: ReadAt> VerifiedSource<R> {
 
         let mut report = locks::into_inner(report);
         report.unknown_blocks = unknown_blocks.into_inner();
-        report.bad.sort_by_key(place);
+        sorting::sort_by_key(&mut report.bad, place);
         report
     }
 

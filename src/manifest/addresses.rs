@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use super::{Network, TargetName};
+use crate::sorting;
 
 /// The subnet of targets that write no prefix length: 10.0.3.0/24.
 const DEFAULT: Subnet = Subnet { network: Ipv4Addr::new(10, 0, 3, 0), bits: 24 };
@@ -127,8 +128,7 @@ pub fn assign<'a>(
         }
         taken.insert(address, name);
     }
-    let mut of: BTreeMap<TargetName, Ipv4Addr> =
-        taken.iter().map(|(address, name)| ((*name).clone(), *address)).collect();
+    let mut of = sorting::map(taken.iter().map(|(address, name)| ((*name).clone(), *address)));
     let mut next = u32::from(subnet.gateway()) + 1;
     for name in open {
         while taken.contains_key(&Ipv4Addr::from(next)) {

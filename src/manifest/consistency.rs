@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::addresses;
 use super::rules;
 use super::{ImportTarget, Mount, Network, Protocol, ServiceType, Target, TargetName, Workload};
+use crate::sorting;
 
 /// What is checked of a target.
 #[derive(Debug, Clone, Copy)]
@@ -76,7 +77,7 @@ impl Finding {
 
 /// Returns all broken rules, in the order of names.
 pub fn check<'a>(targets: impl Iterator<Item = (&'a TargetName, View<'a>)>) -> Vec<Finding> {
-    let targets: BTreeMap<&TargetName, View<'_>> = targets.collect();
+    let targets: BTreeMap<&TargetName, View<'_>> = sorting::map(targets);
     let mut findings = Vec::new();
     let mut find = |target: &TargetName, path: Vec<Step>, found: String, allowed: String| {
         findings.push(Finding { target: target.clone(), path, found, allowed });
@@ -101,7 +102,7 @@ pub fn check<'a>(targets: impl Iterator<Item = (&'a TargetName, View<'a>)>) -> V
             }
         }
     }
-    findings.sort_by(|a, b| a.target.cmp(&b.target));
+    sorting::sort_by(&mut findings, |a, b| a.target.cmp(&b.target));
     findings
 }
 

@@ -8,6 +8,7 @@ use super::rules::{self, Refused};
 use super::tree::{Entry, Node, Position, Value};
 use super::workload::{self, Workload};
 use super::{MAX_INTEGER, Mount, Network, Port, Protocol, ServiceType, TargetName};
+use crate::sorting;
 
 /// The kinds of problem of a manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -191,7 +192,7 @@ impl Decoder {
 
     /// Returns the problems so far, in the order of the file.
     pub fn into_problems(mut self) -> Vec<Problem> {
-        self.problems.sort_by_key(|problem| (problem.at.line, problem.at.column));
+        sorting::sort_by_key(&mut self.problems, |problem| (problem.at.line, problem.at.column));
         self.problems
     }
 
@@ -246,7 +247,7 @@ impl Decoder {
             let allowed = former.map_or_else(|| known.join(", "), |(_, instead)| (*instead).to_string());
             self.problem(ProblemKind::UnknownField, entry.at, &path.field(key), found, allowed)
         });
-        Some(Fields { at, entries: entries.collect() })
+        Some(Fields { at, entries: sorting::map(entries) })
     }
 
     /// Returns the entries of a mapping by key. Of duplicate keys the first one counts.
@@ -430,7 +431,7 @@ impl Decoder {
                 None => good = false,
             }
         }
-        let targets = targets.into_iter().filter_map(|(name, target)| Some((name, target?))).collect();
+        let targets = sorting::map(targets.into_iter().filter_map(|(name, target)| Some((name, target?))));
         good.then_some(targets)
     }
 

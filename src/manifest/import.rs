@@ -42,6 +42,7 @@ use super::{
 };
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
+use crate::sorting;
 
 /// A validated import manifest.
 ///
@@ -188,7 +189,7 @@ impl ImportManifest {
         let mut decoder = Decoder::new(Dialect::Yaml);
         let manifest = root.and_then(|root| decode(&mut decoder, &root, file));
         problems.extend(decoder.into_problems());
-        problems.sort_by_key(|problem| (problem.at.line, problem.at.column));
+        sorting::sort_by_key(&mut problems, |problem| (problem.at.line, problem.at.column));
         match manifest {
             Some(manifest) if problems.is_empty() => Ok(manifest),
             _ => Err(ImportErrors::new(file, problems)),

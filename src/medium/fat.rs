@@ -217,7 +217,7 @@ struct Node<'a> {
 }
 
 /// Every part of the file system that is not free, with its place in bytes.
-fn pieces(volume: Volume, files: &BTreeMap<String, Vec<u8>>) -> io::Result<Vec<(u64, Vec<u8>)>> {
+pub(super) fn pieces(volume: Volume, files: &BTreeMap<String, Vec<u8>>) -> io::Result<Vec<(u64, Vec<u8>)>> {
     let shape = Shape::new(volume)?;
     let mut nodes = tree(files)?;
     let mut next = 2;

@@ -149,7 +149,7 @@ impl Medium {
     }
 
     /// Returns the file's bytes: `{"format":1,"product":UUID,"system":"sha256:HEX","version":N}`, reproducible JSON.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    pub fn to_bytes(self) -> Vec<u8> {
         let (product, system) = (self.product.to_string(), self.system.to_string());
         let root = Value::map([
             ("format", Some(Value::integer(FORMAT))),

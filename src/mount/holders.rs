@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::table;
+use crate::sorting;
 
 /// A process that keeps a mount busy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -62,7 +63,7 @@ pub fn of(target: &Path) -> Users {
             Some(Holder { pid, command, what, path })
         })
         .collect();
-    processes.sort_by_key(|holder| holder.pid);
+    sorting::sort_by_key(&mut processes, |holder| holder.pid);
     let below = |path: &Path| path.starts_with(target) && path != target;
     let mounts = table::mounted().unwrap_or_default();
     let mounts = mounts.into_iter().map(|one| one.target).filter(|path| below(path)).collect();

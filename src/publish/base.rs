@@ -4,12 +4,13 @@
 //! fetched, and each target's note states how much of it the base already has: what a device that runs the
 //! base does not have to fetch.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use crate::digest::Digest;
 use crate::image::oci::{Descriptor, MAX_MANIFEST_BYTES, Manifest};
 use crate::manifest::SYSTEM_MEDIA_TYPE;
 use crate::manifest::system::SystemManifest;
+use crate::sorting;
 use crate::store::{Store, StoreError, version_name};
 
 /// An earlier system or image.
@@ -48,7 +49,7 @@ impl Base {
 
     /// How much of these layers or chunks the base has, for people.
     pub fn note(&self, layers: &[Descriptor]) -> String {
-        let all: BTreeMap<_, _> = layers.iter().map(|layer| (layer.digest, layer.size)).collect();
+        let all = sorting::map(layers.iter().map(|layer| (layer.digest, layer.size)));
         let shared = all.iter().filter(|(digest, _)| self.blobs.contains(digest));
         let (count, bytes) = shared.fold((0, 0), |(count, bytes), (_, size)| (count + 1, bytes + size));
         format!(

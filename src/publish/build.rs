@@ -155,15 +155,15 @@ pub fn build(
     Ok(Built { digest: manifest.digest(), manifest: assembled.manifest, targets: assembled.targets })
 }
 
-/// Refuses an import manifest that asks for an install medium. One that was asked for and silently not made would be
-/// missed on the day of the installation.
+/// Refuses an import manifest that asks for an install medium where none is to be written. One that was asked for and
+/// silently not made would be missed on the day of the installation.
 ///
 /// # Errors
 /// [`BuildError::NoMedium`].
-pub fn refuse_medium(import: &ImportManifest) -> Result<(), BuildError> {
+pub fn check_medium(import: &ImportManifest, is_written: bool) -> Result<(), BuildError> {
     match import.image_type {
-        Some(ImageType::Iso) => Err(BuildError::NoMedium { file: import.file.clone() }),
-        None => Ok(()),
+        Some(ImageType::Iso) if !is_written => Err(BuildError::NoMedium { file: import.file.clone() }),
+        _ => Ok(()),
     }
 }
 
@@ -387,11 +387,8 @@ pub enum BuildError {
     /// The import manifest, or a pin in it, is wrong.
     #[error(transparent)]
     Import(#[from] ImportErrors),
-    /// The import manifest asks for an install medium.
-    #[error(
-        "{}: image_type: `iso` requires an install medium, which mosfs build does not make yet",
-        file.display()
-    )]
+    /// The import manifest asks for an install medium, and nobody said where to write it.
+    #[error("{}: image_type: `iso` requires an install medium, and there is no file to write it to", file.display())]
     NoMedium {
         /// The import manifest.
         file: PathBuf,

@@ -18,10 +18,11 @@ use super::ids;
 use super::seccomp;
 use super::user::User;
 use crate::manifest::{Network, Target, TargetName};
+use crate::sorting;
 
 /// The version of this configuration: part of the run key, so that a container is restarted when another version of
 /// mosfs would start it in another way. Raise it with each change that a running container should get.
-pub const GENERATION: u32 = 1;
+pub const GENERATION: u32 = 2;
 
 /// The capabilities of a container that runs as root.
 pub const CAPABILITIES: [&str; 7] =
@@ -138,7 +139,7 @@ pub fn process(
     let added: Vec<&str> = target.workload.capabilities.iter().flatten().map(String::as_str).collect();
     let named = |names: &[&str]| -> Vec<String> {
         let mut all: Vec<String> = names.iter().map(|name| format!("CAP_{name}")).collect();
-        all.sort();
+        sorting::sort(&mut all);
         all.dedup();
         all
     };
@@ -194,7 +195,7 @@ pub fn config(bundle: &Bundle<'_>) -> Value {
         environment.push(format!("NOTIFY_SOCKET={NOTIFY}"));
     }
     // A mount comes after the one that it is below.
-    own.sort_by(|a, b| a.destination.cmp(&b.destination));
+    sorting::sort_by(&mut own, |a, b| a.destination.cmp(&b.destination));
     for one in own {
         let (kind, source) = match &one.source {
             Some(source) => ("bind", source.display().to_string()),

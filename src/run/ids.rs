@@ -11,9 +11,8 @@
 //!
 //! Nothing on disk has these ids: images and volumes keep theirs, and are mounted with the map.
 
-use std::collections::BTreeSet;
-
 use crate::manifest::{ServiceType, SystemManifest, Target, TargetName};
+use crate::sorting;
 
 /// The first id of the host that a group has.
 pub const FIRST: u32 = 0x8_0000;
@@ -41,7 +40,7 @@ fn group<'a>(name: &'a TargetName, target: &'a Target) -> Option<(&'a str, bool)
 pub fn base(manifest: &SystemManifest, name: &TargetName, target: &Target) -> Result<Option<u32>, usize> {
     let Some(own) = group(name, target) else { return Ok(None) };
     let containers = manifest.targets.iter().filter(|(_, one)| one.service_type == ServiceType::Container);
-    let groups: BTreeSet<_> = containers.filter_map(|(name, one)| group(name, one)).collect();
+    let groups = sorting::set(containers.filter_map(|(name, one)| group(name, one)));
     if groups.len() > MOST_GROUPS {
         return Err(groups.len());
     }

@@ -7,6 +7,7 @@ use std::io::Read;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
+use crate::sorting;
 use crate::sys::namespace;
 
 /// Most bytes of a file of users or groups.
@@ -95,7 +96,7 @@ fn resolve(text: &str, passwd: &str, group: &str) -> Result<User, String> {
             };
             let mut more: Vec<u32> =
                 groups().filter(member).filter_map(|line| id(line[2])).filter(|more| *more != gid).collect();
-            more.sort_unstable();
+            sorting::sort(&mut more);
             more.dedup();
             (gid, more)
         }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::SetupError;
 use crate::error::{IoContext, IoError};
+use crate::sorting;
 use crate::sys::blkid::{self, Content};
 use crate::sys::disk::{self, numbers};
 use crate::sys::file::read_named;
@@ -143,7 +144,7 @@ pub fn list(medium: Option<&str>) -> Result<Vec<Disk>, SetupError> {
     for entry in fs::read_dir(folder).on("list", folder)? {
         names.extend(entry.on("list", folder)?.file_name().into_string());
     }
-    names.sort();
+    sorting::sort(&mut names);
     names.retain(|name| !NOT_OFFERED.iter().any(|other| name.starts_with(other)));
     let mut disks = Vec::new();
     for name in names {
@@ -278,7 +279,7 @@ fn user(name: &str) -> Result<Option<String>, IoError> {
             parts.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
         }
     }
-    parts.sort();
+    sorting::sort(&mut parts);
     let mounts = read_named(Path::new("/proc/self/mountinfo"), MAX_TEXT)?;
     let mounts = String::from_utf8_lossy(&mounts);
     let swaps = read_named(Path::new("/proc/swaps"), MAX_TEXT).unwrap_or_default();

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::SetupError;
 use crate::medium::layout;
+use crate::sorting;
 use crate::sys::blkid::{self, Content};
 use crate::sys::disk::open_to_read;
 use crate::sys::file::{self, Links};
@@ -173,7 +174,7 @@ fn search(
 fn devices() -> Vec<String> {
     let Ok(entries) = fs::read_dir(SYSFS) else { return Vec::new() };
     let mut names: Vec<_> = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
-    names.sort();
+    sorting::sort(&mut names);
     names
 }
 

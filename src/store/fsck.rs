@@ -29,6 +29,7 @@ use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{Located, VerityError, locate};
 use crate::progress::{Progress, Task};
+use crate::sorting;
 use crate::transport::{OciDir, Transport, TransportError};
 
 /// How deep indexes may nest.
@@ -234,7 +235,7 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
     for folder in ["tmp", partial::FOLDER] {
         report.extra_files.extend(files(&store.private(folder))?.into_iter().map(|(path, _)| path));
     }
-    blobs.sort();
+    sorting::sort(&mut blobs);
     report.blobs = blobs.len();
     report.bytes = total(&blobs);
 
@@ -247,7 +248,7 @@ pub fn check(store: &Store, threads: NonZeroUsize, progress: &Progress) -> Resul
     let worth: Vec<_> =
         blobs.iter().copied().filter(|blob| is_worth_reading(layout, blob, &known.sizes)).collect();
     let bad = hash_blobs(layout, &worth, threads, progress);
-    let broken: BTreeSet<Digest> = bad.iter().map(|(digest, _)| *digest).collect();
+    let broken = sorting::set(bad.iter().map(|(digest, _)| *digest));
     report.problems.extend(bad.into_iter().map(|(_, problem)| problem));
 
     let mut reached = ReachableObjects::default();
@@ -338,7 +339,7 @@ fn hash_blobs(
     progress: &Progress,
 ) -> Vec<(Digest, Problem)> {
     let mut order: Vec<_> = blobs.to_vec();
-    order.sort_by_key(|(digest, size)| (std::cmp::Reverse(*size), *digest));
+    sorting::sort_by_key(&mut order, |(digest, size)| (std::cmp::Reverse(*size), *digest));
     let total = total(blobs);
     let task = progress.task("verify", &layout.location(), Some(total));
     let (next, bad) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -361,7 +362,7 @@ fn hash_blobs(
         work();
     });
     let mut bad = bad.into_inner().unwrap_or_default();
-    bad.sort_by_key(|(digest, _)| *digest);
+    sorting::sort_by_key(&mut bad, |(digest, _)| *digest);
     bad
 }
 

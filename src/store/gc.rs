@@ -22,6 +22,7 @@ use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Index, MAX_MANIFEST_BYTES, Manifest};
+use crate::sorting;
 use crate::sys::atomic::sync_folder;
 use crate::sys::flock::Lock;
 use crate::transport::{Transport, TransportError};
@@ -174,8 +175,8 @@ impl Collector<'_> {
             removal.files.push(path);
             removal.bytes += size;
         }
-        removal.blobs.sort();
-        removal.files.sort();
+        sorting::sort(&mut removal.blobs);
+        sorting::sort(&mut removal.files);
         removal.damaged = marking.damaged.into_iter().collect();
         Ok(removal)
     }

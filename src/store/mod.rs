@@ -59,6 +59,7 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::image::blobs::Blobs;
 use crate::image::oci::{Descriptor, OciError, OciImage};
+use crate::sorting;
 use crate::sys::atomic::sync_folder;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
@@ -246,7 +247,7 @@ impl Store {
         let entries = self.layout.entries()?;
         let mut names: Vec<_> =
             entries.into_iter().filter_map(|one| Some((one.ref_name()?.to_string(), one))).collect();
-        names.sort_by(|a, b| a.0.cmp(&b.0));
+        sorting::sort_by(&mut names, |a, b| a.0.cmp(&b.0));
         Ok(names)
     }
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{Store, StoreError, files};
 use crate::digest::Digest;
 use crate::image::oci::{CONFIG, Descriptor, MAX_MANIFEST_BYTES, OciImage};
+use crate::sorting;
 use crate::transport::{Transport, TransportError};
 
 /// Names of targets' images begin so.
@@ -109,15 +110,13 @@ impl Store {
             Err(error) => return Err(error.into()),
         };
         let image = OciImage::parse(&bytes)?;
-        let formats: BTreeSet<_> =
-            image.layers.iter().filter_map(|layer| Some(layer.format().ok()?.name())).collect();
+        let formats = sorting::set(image.layers.iter().filter_map(|layer| Some(layer.format().ok()?.name())));
         let config = &image.manifest.config;
         let is_image = matches!(config.media_type.as_str(), CONFIG | DOCKER_CONFIG) || !formats.is_empty();
         if !is_image {
             return Ok(None);
         }
-        let mut blobs: BTreeMap<_, _> =
-            image.manifest.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
+        let mut blobs = sorting::map(image.manifest.layers.iter().map(|layer| (layer.digest, layer.size)));
         blobs.insert(config.digest, config.size);
         blobs.insert(entry.digest, entry.size);
         Ok(Some(Image { target, digest: entry.digest, formats, blobs }))
@@ -139,7 +138,7 @@ fn count(images: &[Image], present: &BTreeMap<Digest, u64>) -> Stats {
     let mut stats = Stats { images: images.len(), ..Stats::default() };
     let mut all: BTreeMap<Digest, u64> = BTreeMap::new();
     for (target, mut images) in targets {
-        images.sort_by_key(|image| image.digest);
+        sorting::sort_by_key(&mut images, |image| image.digest);
         let mut once: BTreeMap<Digest, u64> = BTreeMap::new();
         let mut sum_bytes = 0;
         let mut list = Vec::new();

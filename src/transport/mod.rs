@@ -20,6 +20,7 @@ use std::time::Instant;
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::image::oci::{Descriptor, Index, Manifest, OciError, OciImage, Platform};
+use crate::sorting;
 
 pub use access::Access;
 pub use ocidir::OciDir;
@@ -268,7 +269,7 @@ impl dyn Transport + '_ {
 /// The names of descriptors, sorted, each once.
 pub fn names_of(entries: &[Descriptor]) -> Vec<String> {
     let mut names: Vec<_> = entries.iter().filter_map(|one| one.ref_name()).map(str::to_string).collect();
-    names.sort();
+    sorting::sort(&mut names);
     names.dedup();
     names
 }

@@ -7,6 +7,7 @@
 
 use super::{Anchor, Certificate, Dates, Signed, TrustError, Verified, at_most, signature};
 use super::{MAX_CERTIFICATE_BYTES, MAX_SIGNATURE_BYTES};
+use crate::sorting;
 
 /// Maximum number of signatures, and of certificates, that are examined.
 pub const MAX_ALTERNATIVES: usize = 1024;
@@ -46,7 +47,7 @@ pub fn verify_any(
         }
     }
     // A stable sort: of two that expire together, the first one given comes first.
-    signers.sort_by(|(_, one), (_, other)| other.compare_end(one));
+    sorting::sort_by(&mut signers, |(_, one), (_, other)| other.compare_end(one));
     signers.truncate(MAX_SIGNERS);
     if !signers.is_empty() {
         // Errors of untrusted certificates do not matter if there is a trusted one.

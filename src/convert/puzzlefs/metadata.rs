@@ -3,12 +3,10 @@
 //! The schema is that of `image/puzzlefs/table.rs`. One list of inodes, entries of folders in the order of their
 //! names, attributes in the order of theirs, no whiteouts: the canonical form.
 
-use std::collections::BTreeMap;
-
 use super::plan::{FileKind, Plan, Planned};
 use super::{Chunk, PuzzlefsError};
-use crate::digest::Digest;
 use crate::image::puzzlefs::{MANIFEST_VERSION, MAX_METADATA_BYTES};
+use crate::sorting;
 
 /// Bytes of a word.
 const WORD: usize = 8;
@@ -71,7 +69,7 @@ pub(super) fn write(plan: &Plan, chunks: &[Chunk]) -> Result<Vec<u8>, PuzzlefsEr
             return Err(PuzzlefsError::Metadata { max: MAX_METADATA_BYTES });
         }
     }
-    let verity: BTreeMap<Digest, Digest> = chunks.iter().map(|chunk| (chunk.digest, chunk.verity)).collect();
+    let verity = sorting::map(chunks.iter().map(|chunk| (chunk.digest, chunk.verity)));
     let list = segment.list(root + 2, verity.len(), 0, 2);
     for (number, (digest, verity)) in verity.iter().enumerate() {
         segment.bytes(list + number * 2, digest.as_bytes());

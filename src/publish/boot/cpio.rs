@@ -10,6 +10,7 @@
 //! entries are in the order of their names, owned by root, with the time 0; folders come before what is in them.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 
 use crate::digest::{Digest, Hasher};
 
@@ -41,6 +42,17 @@ pub enum CpioError {
     /// zstd failed.
     #[error("cannot compress the initramfs: {0}")]
     Compress(String),
+    /// It is not zstd, or larger than is read.
+    #[error("cannot decompress it: {0}")]
+    Decompress(String),
+    /// It is not an archive that mosfs writes.
+    #[error("at byte {at}: {what}, expected an archive as mosfs writes it")]
+    NotOurs {
+        /// Where, in bytes.
+        at: usize,
+        /// What is there.
+        what: &'static str,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,6 +109,61 @@ impl Archive {
             Some(_) => return Err(CpioError::Twice { path: path.to_string() }),
         }
         Ok(())
+    }
+
+    /// Reads a compressed archive of at most `max` bytes that [`Archive::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// [`CpioError::Decompress`]; [`CpioError::NotOurs`] for any other archive, however good.
+    pub(super) fn from_zstd(compressed: &[u8], max: usize) -> Result<Self, CpioError> {
+        let failed = |error: std::io::Error| CpioError::Decompress(error.to_string());
+        let mut bytes = Vec::new();
+        let decoder = zstd::Decoder::new(compressed).map_err(failed)?;
+        decoder.take(max as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+        if bytes.len() > max {
+            return Err(CpioError::Decompress(format!("it has more than {max} bytes")));
+        }
+        let archive = Self::parse(&bytes)?;
+        // Numbers, owners, times and padding have one form.
+        if archive.to_bytes()? != bytes {
+            return Err(CpioError::NotOurs { at: 0, what: "another form of the same files" });
+        }
+        Ok(archive)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, CpioError> {
+        let mut archive = Self::default();
+        let mut at = 0;
+        loop {
+            let wrong = |what| CpioError::NotOurs { at, what };
+            let header = bytes.get(at..at + 110).ok_or_else(|| wrong("the end"))?;
+            let number = |index: usize| {
+                let digits = header.get(6 + 8 * index..14 + 8 * index).unwrap_or_default();
+                let text = std::str::from_utf8(digits).ok()?;
+                u32::from_str_radix(text, 16).ok().map(|number| number as usize)
+            };
+            let (Some(mode), Some(size), Some(name_size)) = (number(1), number(6), number(11)) else {
+                return Err(wrong("no numbers"));
+            };
+            let name_at = at + 110;
+            let name =
+                bytes.get(name_at..name_at.saturating_add(name_size)).ok_or_else(|| wrong("the end"))?;
+            let path = name.strip_suffix(b"\0").and_then(|name| std::str::from_utf8(name).ok());
+            let path = path.ok_or_else(|| wrong("a name that is no text"))?;
+            if path == "TRAILER!!!" {
+                return Ok(archive);
+            }
+            let content_at = (name_at + name_size).next_multiple_of(4);
+            let content =
+                bytes.get(content_at..content_at.saturating_add(size)).ok_or_else(|| wrong("the end"))?;
+            archive.add(path, Entry { mode: mode as u32, content: content.to_vec() })?;
+            at = (content_at + size).next_multiple_of(4);
+        }
+    }
+
+    /// Takes a file out, and returns its content.
+    pub(super) fn take(&mut self, path: &str) -> Option<Vec<u8>> {
+        self.entries.remove(path).map(|entry| entry.content)
     }
 
     /// Describes every entry, one a line: digest of the content, mode in octal, path.
@@ -173,6 +240,31 @@ mod tests {
             archive.to_zstd().unwrap()
         };
         assert_eq!(make(&["b/c", "a", "b/a"]), make(&["a", "b/a", "b/c", "a"]));
+    }
+
+    #[test]
+    fn an_archive_is_read_back_and_no_other_form_of_it() {
+        let mut archive = Archive::default();
+        archive.file("etc/a", 0o644, b"hello".to_vec()).unwrap();
+        archive.link("init", "usr/bin/mosfs").unwrap();
+        let zstd = |bytes: &[u8]| zstd::bulk::compress(bytes, 1).unwrap();
+        let bytes = archive.to_bytes().unwrap();
+        let mut read = Archive::from_zstd(&zstd(&bytes), bytes.len()).unwrap();
+        assert_eq!(read.entries, archive.entries);
+        assert_eq!(read.take("etc/a").as_deref(), Some(&b"hello"[..]));
+        assert_eq!(read.take("etc/a"), None);
+        let error = Archive::from_zstd(&zstd(&bytes), bytes.len() - 1).unwrap_err();
+        assert!(matches!(error, CpioError::Decompress(_)), "{error}");
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 0x10;
+            if let Ok(read) = Archive::from_zstd(&zstd(&changed), bytes.len()) {
+                assert_ne!(read.entries, archive.entries, "byte {at}");
+            }
+            assert!(Archive::from_zstd(&zstd(&bytes[..at]), bytes.len()).is_err(), "{at} bytes");
+        }
+        assert!(Archive::from_zstd(&zstd(&[bytes, vec![0; 4]].concat()), 1 << 20).is_err());
+        assert!(Archive::from_zstd(b"no zstd", 1 << 20).is_err());
     }
 
     #[test]

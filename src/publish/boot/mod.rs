@@ -24,6 +24,7 @@
 mod cpio;
 mod elf;
 mod initramfs;
+mod inspect;
 mod kernel;
 mod modules;
 mod pe;
@@ -32,6 +33,7 @@ mod sign;
 use std::collections::BTreeMap;
 
 pub use initramfs::InitramfsError;
+pub use inspect::{InspectError, inspect};
 pub use kernel::KernelError;
 pub use modules::ModulesError;
 pub use pe::PeError;
@@ -46,6 +48,7 @@ use crate::image::format::Compression;
 use crate::image::oci::{Descriptor, EMPTY, EMPTY_BYTES, LayerDescriptor, MANIFEST, Manifest, Trust};
 use crate::manifest::rules;
 use crate::progress::Progress;
+use crate::sorting;
 use crate::store::view::ViewError;
 use crate::store::{StoreError, Writer};
 use crate::trust::Anchor;
@@ -314,7 +317,7 @@ pub fn store(
         config: writer.put_bytes(EMPTY, EMPTY_BYTES)?,
         layers: vec![layer.to_descriptor()],
         subject: None,
-        annotations: annotations.into_iter().map(|(name, value)| (name.to_string(), value)).collect(),
+        annotations: sorting::map(annotations.into_iter().map(|(name, value)| (name.to_string(), value))),
         extra: BTreeMap::new(),
     };
     let manifest = writer.put_bytes(MANIFEST, &manifest.to_bytes())?;

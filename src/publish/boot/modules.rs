@@ -4,10 +4,11 @@
 //! ([`WANTED`]), so that one image boots on machines that its publisher has not seen. `modules.dep` names what each
 //! of them needs; a module comes after all that it needs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::Read;
 
 use crate::image::files::{Files, FilesError};
+use crate::sorting;
 
 /// Modules without which no system can be mounted. Each must be a file or built into the kernel.
 pub(super) const REQUIRED: &[&str] = &["loop", "dm_mod", "dm_verity", "squashfs", "overlay"];
@@ -163,8 +164,8 @@ fn order(dependencies: &str, builtin: &str, release: &str, path: &str) -> Result
         let (module, needed) = text.split_once(':').ok_or_else(list)?;
         needs.insert(module, needed.split_whitespace().collect());
     }
-    let by_name: BTreeMap<String, &str> = needs.keys().map(|path| (name(path), *path)).collect();
-    let builtin: BTreeSet<String> = builtin.lines().map(|line| name(line.trim())).collect();
+    let by_name: BTreeMap<String, &str> = sorting::map(needs.keys().map(|path| (name(path), *path)));
+    let builtin = sorting::set(builtin.lines().map(|line| name(line.trim())));
     for module in REQUIRED {
         if !by_name.contains_key(*module) && !builtin.contains(*module) {
             return Err(ModulesError::Required { release: release.into(), module: (*module).into() });

@@ -217,7 +217,6 @@ pub(super) fn sections(program: &[u8]) -> Result<Vec<Section>, PeError> {
 ///
 /// # Errors
 /// [`PeError`] if it is not a whole EFI program.
-#[cfg_attr(not(test), expect(dead_code, reason = "what a kernel image holds is asked in tests"))]
 pub(super) fn section<'a>(program: &'a [u8], name: &str) -> Result<Option<&'a [u8]>, PeError> {
     let found = sections(program)?.into_iter().find(|section| section.name == name);
     found

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::RegistryError;
 use super::tls::Certificates;
+use crate::sorting;
 use crate::transport::reference::Host;
 
 /// The certificates for a registry.
@@ -51,7 +52,7 @@ fn read(folder: &Path) -> Result<Option<Certificates>, RegistryError> {
     for entry in entries {
         paths.push(entry.map_err(|error| wrong(folder, error.to_string()))?.path());
     }
-    paths.sort();
+    sorting::sort(&mut paths);
     let with = |extension: &str| {
         paths
             .iter()

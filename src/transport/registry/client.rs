@@ -21,6 +21,7 @@ use super::http::{Answer, Ask, Http, Payload};
 use super::secret::Secret;
 use super::settings::Endpoint;
 use super::url::{Origin, Url, escape};
+use crate::sorting;
 use crate::sys::locks;
 use crate::transport::access::Access;
 
@@ -265,7 +266,7 @@ impl Client {
             return Ok(pass.clone());
         }
         let mut offered = auth::challenges(answer.headers(&header::WWW_AUTHENTICATE));
-        offered.sort_by_key(|challenge| matches!(challenge, Challenge::Basic));
+        sorting::sort_by_key(&mut offered, |challenge| matches!(challenge, Challenge::Basic));
         // A 403 names no challenge: the one of the last 401 still holds.
         let Some(challenge) = offered.into_iter().next().or_else(|| granted.challenge.clone()) else {
             return Err(denied(answer, "and it names no way to log in that this client knows".into()));

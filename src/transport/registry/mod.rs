@@ -58,6 +58,7 @@ use super::reference::{Host, Malformed, Reference, TagOrDigest, is_repository, i
 use super::{Access, Blob, RangeAsk, Transport, TransportError};
 use crate::digest::Digest;
 use crate::image::oci::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, INDEX, MANIFEST, MAX_MANIFEST_BYTES};
+use crate::sorting;
 use crate::sys::locks;
 
 /// The most bytes of a page of tags or referrers.
@@ -299,7 +300,7 @@ impl Registry {
                 let mut available = self.list_tags().unwrap_or_default();
                 // Names of digests say nothing to a person, and there are many.
                 available.retain(|tag| !tag.starts_with("sha256-") && !is_of_digest(tag));
-                available.sort();
+                sorting::sort(&mut available);
                 let tag = match name.strip_prefix("sha256:") {
                     Some(_) => name,
                     None => name.rsplit_once(':').map_or(name, |(_, tag)| tag),

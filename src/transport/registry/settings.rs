@@ -24,6 +24,7 @@ use serde::Deserialize;
 use super::error::RegistryError;
 use super::home;
 use super::url::Origin;
+use crate::sorting;
 use crate::sys::file::{self, Links};
 use crate::transport::reference::{Host, is_repository};
 
@@ -108,7 +109,7 @@ impl Settings {
             more.extend(entries.flatten().map(|entry| entry.path()));
         }
         more.retain(|path| path.extension().is_some_and(|extension| extension == "conf"));
-        more.sort();
+        sorting::sort(&mut more);
         let mut settings = Self::default();
         for path in std::iter::once(main).chain(more) {
             match file::find_regular(&path, Links::Followed, MAX_FILE) {

@@ -5,6 +5,7 @@
 pub mod build;
 pub mod erofs;
 pub mod manifest;
+pub mod medium;
 pub mod puzzlefs;
 pub mod registry;
 pub mod squashfs;
@@ -27,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     ("erofs_cluster", erofs::cluster),
     ("manifest_import", manifest::import),
     ("manifest_system", manifest::system),
+    ("medium_image", medium::image),
     ("puzzlefs_metadata", puzzlefs::metadata),
     ("puzzlefs_chunk", puzzlefs::chunk),
     ("registry_headers", registry::headers),
