@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::fixture::{MOSFS, PRODUCT, Publisher};
+use super::fixture::{MOSFS, Publisher};
 use super::machine::{Machine, script, script_path, tool};
 use super::tools::{run, sh};
 
@@ -88,7 +88,6 @@ pub fn publisher(flavour: &str, action: &str) -> Publisher {
 /// A system in a store of its own.
 pub struct System {
     pub version: u64,
-    digest: String,
     store: String,
 }
 
@@ -97,35 +96,25 @@ pub fn build(publisher: &Publisher, version: u64, more: &[&str]) -> System {
     publisher.put("version", format!("{version}\n"));
     publisher.image();
     let store = format!("store-{version}");
-    let digest = publisher.build(version, &store, more);
-    System { version, digest, store }
+    publisher.build(version, &store, more);
+    System { version, store }
 }
 
-/// Makes an install medium of a system, in a folder of this name. `more` are files and folders of the medium: the path
-/// there, and what it is.
+/// Makes an install medium of a system, in a folder of this name. `more` are files of the medium: the path there, and what
+/// it is.
 pub fn medium(publisher: &Publisher, system: &System, name: &str, more: &[(&str, &Path)]) -> PathBuf {
-    let System { version, digest, store } = system;
     let folder = publisher.path(name);
-    fs::create_dir_all(folder.join("tree/mosfs")).unwrap();
-    let boot = publisher.unpack(store, *version, &format!("{name}/boot"));
-    let text = format!(r#"{{"format":1,"product":"{PRODUCT}","system":"{digest}","version":{version}}}"#);
-    fs::write(folder.join("tree/mosfs/medium.json"), text).unwrap();
-    for (to, from) in more {
-        run(Command::new("cp").arg("-aT").arg(from).arg(folder.join("tree").join(to)));
+    fs::create_dir_all(&folder).unwrap();
+    let medium = folder.join("medium.iso");
+    let source = format!("oci:{}:{}", system.store, system.version);
+    let mut command = Command::new(MOSFS);
+    command.current_dir(publisher.dir()).args(["iso", &source, "--output"]).arg(&medium);
+    for (path, file) in more {
+        assert_eq!(*path, "mosfs/answers.yaml", "what else is on a medium");
+        command.arg("--answers").arg(file);
     }
-    let script = format!(
-        "mkdir tree/store; cp -a ../{store}/blobs ../{store}/index.json ../{store}/oci-layout tree/store/
-         size=$(($(stat -c %s {uki}) / 1048576 + 4)); truncate -s ${{size}}M esp.img
-         mkfs.vfat --invariant -i 4d4f5346 esp.img >/dev/null
-         mmd -i esp.img ::EFI ::EFI/BOOT; mcopy -i esp.img {uki} ::EFI/BOOT/BOOTX64.EFI
-         xorriso -as mkisofs -quiet -iso-level 3 -r -V MOSFS-INSTALL -o medium.iso \
-             -append_partition 2 C12A7328-F81F-11D2-BA4B-00A0C93EC93B esp.img -appended_part_as_gpt \
-             -eltorito-alt-boot -e --interval:appended_partition_2:all:: -no-emul-boot tree
-         rm -r tree esp.img",
-        uki = boot.join("mosfs.efi").display(),
-    );
-    sh(&folder, &script);
-    folder.join("medium.iso")
+    run(&mut command);
+    medium
 }
 
 /// Writes a file of a medium.
