@@ -9,6 +9,8 @@ mod common;
 #[path = "fuzz/src/erofs.rs"]
 #[allow(dead_code)]
 mod fuzz;
+#[path = "common/idmap.rs"]
+mod idmap;
 #[path = "common/layout.rs"]
 mod layout;
 #[path = "common/mounted.rs"]
@@ -360,6 +362,11 @@ struct Both {
 
 impl Both {
     fn new(tree: &Path, options: &str) -> Self {
+        Self::with(tree, options, &[])
+    }
+
+    /// The same with options of `mosfs mount`.
+    fn with(tree: &Path, options: &str, of_mount: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         open_to_all(folder.path());
         let image = folder.path().join("image");
@@ -368,7 +375,7 @@ impl Both {
         let layer = layout.erofs_layer(&image);
         layout.image("all", std::slice::from_ref(&layer.descriptor));
         let kernel = Mounted::of("erofs", &image, folder.path().join("kernel"));
-        let ours = OurMount::new(&layout.source("all"), &folder.path().join("ours"), &[]);
+        let ours = OurMount::new(&layout.source("all"), &folder.path().join("ours"), of_mount);
         Self { kernel, ours, _folder: folder }
     }
 }
@@ -378,12 +385,16 @@ fn a_mount_shows_what_the_kernel_shows() {
     for options in ["", "-zlz4hc -C65536 -Eztailpacking"] {
         let both = Both::new(tree(), options);
         let mut expected = scan::scan(&both.kernel.0);
-        // Whiteouts and the overlay's own attributes are what the merged view hides.
-        assert!(expected.remove(b"dev/whiteout".as_slice()).is_some());
-        for node in expected.values_mut() {
-            node.xattrs.retain(|name, _| !name.starts_with(b"trusted.overlay."));
-        }
+        hide_overlay(&mut expected);
         scan::assert_same(&expected, &scan::scan(&both.ours.at), options);
+    }
+}
+
+/// Whiteouts and the overlay's own attributes are what the merged view hides.
+fn hide_overlay(seen: &mut scan::Tree) {
+    assert!(seen.remove(b"dev/whiteout".as_slice()).is_some());
+    for node in seen.values_mut() {
+        node.xattrs.retain(|name, _| !name.starts_with(b"trusted.overlay."));
     }
 }
 
@@ -474,6 +485,41 @@ fn acls_hold() {
     assert!(!reads(&both.ours.at, 1002, 0, "group"), "the mask is not the group's right");
     let shown = |at: &Path| run("acl", "getfacl", &args("-c -n -p", &[&at.join("group")]));
     assert_eq!(shown(&both.ours.at), shown(&both.kernel.0));
+}
+
+/// A mount with shifted ids is what the kernel shows of the image with mapped ids: owners, ACLs, capabilities.
+#[test]
+fn shifted_ids_are_those_that_the_kernel_maps() {
+    const FIRST: u32 = 100_000;
+    common::need_root();
+    let folder = tempfile::tempdir().unwrap();
+    let tree = folder.path().join("tree");
+    run("coreutils", "cp", &args("-a", &[self::tree(), &tree]));
+    for (name, uid, gid) in
+        [("owned", 1000, 33), ("last", 65_535, 65_535), ("beyond", 65_536, 7), ("far", 70_000, 70_000)]
+    {
+        fs::write(tree.join(name), name).unwrap();
+        std::os::unix::fs::chown(tree.join(name), Some(uid), Some(gid)).unwrap();
+    }
+    run("acl", "setfacl", &args("-m u:1001:rw-,g:99:r--", &[&tree.join("owned")]));
+    fs::copy("/bin/true", tree.join("program")).unwrap();
+    run("libcap2-bin", "setcap", &args("cap_net_raw+ep", &[&tree.join("program")]));
+    let both = Both::with(&tree, "-zlz4", &["--shift-ids", "100000:65536"]);
+    let mapped = folder.path().join("mapped");
+    fs::create_dir(&mapped).unwrap();
+    idmap::mount_mapped(&both.kernel.0, &mapped, FIRST, 65_536);
+    let mapped = Mounted(mapped);
+    let (mut expected, found) = (scan::scan(&mapped.0), scan::scan(&both.ours.at));
+    hide_overlay(&mut expected);
+    scan::assert_same(&expected, &found, "shifted");
+    assert_eq!((found[&b"owned"[..]].uid, found[&b"owned"[..]].gid), (FIRST + 1000, FIRST + 33));
+    // What is outside of the range is shown as the overflow id, and is nobody's.
+    assert_eq!((found[&b"beyond"[..]].uid, found[&b"beyond"[..]].gid), (65_534, FIRST + 7));
+    let shown = |at: &Path| run("acl", "getfacl", &args("-c -n -p", &[&at.join("owned")]));
+    assert!(String::from_utf8_lossy(&shown(&both.ours.at)).contains("user:101001:rw-"));
+    assert_eq!(shown(&both.ours.at), shown(&mapped.0));
+    let record = both.ours.record().unwrap();
+    assert_eq!(record.shift.map(|shift| shift.to_string()).as_deref(), Some("100000:65536"));
 }
 
 /// Every byte of a layer that a read needs is verified.

@@ -136,6 +136,39 @@ fn the_tree_is_what_the_kernel_shows_of_the_image() {
     }
 }
 
+#[test]
+fn ids_are_shifted_through_fuse_alone_to_a_range_that_there_is() {
+    let fixture = fixture();
+    let (source, at) = (fixture.layout.source("all"), fixture.path("m"));
+    fs::create_dir_all(&at).unwrap();
+    let with = |options: &[&str]| {
+        let mut words: Vec<&OsStr> = vec!["mount".as_ref()];
+        words.extend(options.iter().map(OsStr::new));
+        words.extend([OsStr::new(&source), at.as_os_str()]);
+        words.into_iter().map(OsString::from).collect::<Vec<_>>()
+    };
+    for (options, code, said) in [
+        (&["--shift-ids", "100000"][..], 2, "FIRST:COUNT"),
+        (&["--shift-ids", "4294967295:2"], 2, "FIRST:COUNT"),
+        (
+            &["--shift-ids", "1:65536", "--backend", "dm-verity"],
+            1,
+            "ids are shifted by the fuse backend alone",
+        ),
+        (&["--shift-ids", "1:65536", "--writable"], 1, "ids of a writable mount cannot be shifted"),
+    ] {
+        let words = with(options);
+        let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
+        let found = refused(&words, code);
+        assert!(found.contains(said), "{options:?}: {found}");
+    }
+    // `auto` means FUSE then.
+    let mount = fixture.mount(&["--shift-ids", "100000:65536"]);
+    assert_eq!(mount.record().unwrap().backend, "fuse");
+    assert_eq!(fs::metadata(&mount.at).unwrap().uid(), 100_000);
+    end(mount);
+}
+
 /// Unmounts and waits until nothing is left.
 fn end(mount: OurMount) {
     let pid = mount.pid();

@@ -4,6 +4,8 @@
 
 #[path = "common/container.rs"]
 mod container;
+#[path = "common/idmap.rs"]
+mod idmap;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -108,16 +110,22 @@ fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() 
     });
     world.image("empty", &json!({}), |root| fs::write(root.join("content"), "x").unwrap());
     world.image("stranger", &json!({ "Cmd": ["/x"], "User": "nobody-here" }), |root| busybox(root, |_| ()));
+    world.image("nothing", &json!({ "Entrypoint": [], "Cmd": [""] }), |root| busybox(root, |_| ()));
+    world.image("unset", &json!({ "Cmd": ["/x"], "Env": ["PATH"] }), |root| busybox(root, |_| ()));
+    world.image("three", &json!({ "Cmd": ["/x"], "User": "app:audio:x" }), |root| busybox(root, |_| ()));
     world.image("odd", &json!({ "Cmd": ["/x"], "WorkingDir": "../x" }), |root| busybox(root, |_| ()));
     world.install(&[
         ("empty", "empty", ""),
         ("file", "file", ""),
         ("large", "stranger", "run: {command: [/bin/true]}"),
         ("link", "link", ""),
+        ("no-program", "nothing", ""),
         ("odd", "odd", ""),
         ("only-files", "empty", "service_type: fs-only"),
         ("scratch", "scratch", ""),
         ("stranger", "stranger", ""),
+        ("three", "three", ""),
+        ("unset", "unset", ""),
     ]);
     let status = world.ok(&["run-target", "scratch"]);
     // CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID and NET_BIND_SERVICE (capability.h).
@@ -128,10 +136,13 @@ fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() 
         ("file", &["target file", "/proc of its image is no folder"]),
         ("empty", &["target empty has no command", "Entrypoint", "run.command"]),
         ("stranger", &["user `nobody-here`", "the image has no user"]),
+        ("no-program", &["target no-program has no command"]),
+        ("unset", &["\"PATH\" in Env is no NAME=VALUE"]),
+        ("three", &["target three: user `app:audio:x`", "the image has no group `audio:x`"]),
         ("odd", &["WorkingDir", "the configuration sha256:"]),
     ] {
-        world.refused(&["run-target", target], 1, words);
-        world.refused(&["run-target", target, "--print"], 1, words);
+        world.refused(&["run-target", target], 2, words);
+        world.refused(&["run-target", target, "--print"], 2, words);
     }
     world.refused(&["run-target", "only-files"], 2, &["service_type fs-only", "only a container runs"]);
     world.refused(&["run-target", "hostfs"], 2, &["service_type hostfs"]);
@@ -467,4 +478,221 @@ fn a_flipped_byte_is_an_error_in_the_container_and_never_another_byte() {
         assert!(size < 8 << 20, "{text}");
     }
     assert_eq!(found["alive"], "yes");
+}
+
+#[test]
+fn files_of_the_host_keep_their_owner_when_they_are_the_standard_streams() {
+    let mut world = World::new();
+    let config = json!({ "User": "app", "Cmd": ["/bin/sh", "-c", "cat; echo \"error\" >&2; id -u; exit 3"] });
+    world.image("app", &config, |root| busybox(root, |_| ()));
+    let wait = json!({ "User": "app", "Cmd": ["/bin/sh", "-c", "while :; do sleep 0.1; done"] });
+    world.image("wait", &wait, |root| busybox(root, |_| ()));
+    world.install(&[
+        ("app", "app", ""),
+        ("host", "app", "nsgroup: ''"),
+        ("host-wait", "wait", "nsgroup: ''"),
+        ("wait", "wait", ""),
+    ]);
+    let owner = |path: &std::path::Path| {
+        let metadata = fs::metadata(path).unwrap();
+        (metadata.uid(), metadata.gid(), metadata.mode())
+    };
+    // A null device of the test's own.
+    let null = world.path("null");
+    let made = std::process::Command::new("mknod").arg(&null).args(["c", "1", "3"]).status().unwrap();
+    assert!(made.success());
+    let open_null = || fs::File::options().read(true).write(true).open(&null).unwrap();
+    let before = owner(&null);
+    assert_eq!((before.0, before.1), (0, 0));
+    let file = |name: &str, text: &str| {
+        let path = world.path(name);
+        fs::write(&path, text).unwrap();
+        fs::File::options().read(true).append(true).open(path).unwrap()
+    };
+    for target in ["app", "host"] {
+        let mut command = world.command(&["run-target", target]);
+        let name = |stream: &str| format!("{target}.{stream}");
+        command.stdin(file(&name("in"), "given\n"));
+        command.stdout(file(&name("out"), "before\n")).stderr(file(&name("err"), ""));
+        assert_eq!(command.status().unwrap().code(), Some(3), "the container's exit code");
+        assert_eq!(fs::read_to_string(world.path(&name("out"))).unwrap(), "before\ngiven\n1000\n");
+        assert_eq!(fs::read_to_string(world.path(&name("err"))).unwrap(), "error\n");
+        for stream in ["in", "out", "err"] {
+            assert_eq!(owner(&world.path(&name(stream))), (0, 0, 0o100_644), "{target}: {stream}");
+        }
+        // The null device in the place of each.
+        let mut command = world.command(&["run-target", target]);
+        command.stdin(open_null()).stdout(open_null()).stderr(open_null());
+        assert_eq!(command.status().unwrap().code(), Some(3));
+        assert_eq!(owner(&null), before);
+    }
+    for target in ["wait", "host-wait"] {
+        let mut running = world.command(&["run-target", target]).stdin(open_null()).spawn().unwrap();
+        let output = file(&format!("{target}.exec"), "");
+        let words = ["exec", target, "--", "sh", "-c", "cat; id -u; exit 5"];
+        let exec = || {
+            let mut command = world.command(&words);
+            command.stdin(file(&format!("{target}.given"), "given\n")).stdout(output.try_clone().unwrap());
+            command.stderr(open_null());
+            command.status().unwrap().code()
+        };
+        // Until it runs.
+        while !world.run(&["exec", target, "--", "true"]).status.success() {
+            assert!(running.try_wait().unwrap().is_none(), "{target} has ended");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(exec(), Some(1));
+        let written = world.path(&format!("{target}.exec"));
+        assert_eq!(fs::read_to_string(&written).unwrap(), "given\n1000\n");
+        assert_eq!(owner(&written), (0, 0, 0o100_644), "{target}");
+        assert_eq!(owner(&world.path(&format!("{target}.given"))), (0, 0, 0o100_644), "{target}");
+        assert_eq!(owner(&null), before);
+        world.refused(&["exec", "--tty", target, "--", "true"], 2, &["--tty", "terminal"]);
+        end(&world, target, &mut running);
+    }
+}
+
+/// Ends a container whose program has no handler for a signal.
+fn end(world: &World, target: &str, running: &mut std::process::Child) {
+    let mut crun = std::process::Command::new("crun");
+    crun.args(["--cgroup-manager=disabled", "--root"]).arg(world.path("run/crun"));
+    // The runtime that runs removes the state, too.
+    let _ = crun.args(["delete", "--force", target]).stderr(Stdio::null()).status().unwrap();
+    running.wait().unwrap();
+}
+
+#[test]
+fn a_signal_reaches_a_container_whose_output_goes_to_a_file() {
+    let mut world = World::new();
+    world.script("app", "trap 'echo asked; exit 4' TERM; echo up; while :; do sleep 0.1; done");
+    world.install(&[("app", "app", "")]);
+    let log = world.path("log");
+    let mut command = world.command(&["run-target", "app"]);
+    let mut running = command.stdin(Stdio::null()).stdout(fs::File::create(&log).unwrap()).spawn().unwrap();
+    while fs::read_to_string(&log).unwrap() != "up\n" {
+        assert!(running.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(std::process::Command::new("kill").arg(running.id().to_string()).status().unwrap().success());
+    assert_eq!(running.wait().unwrap().code(), Some(4));
+    assert_eq!(fs::read_to_string(&log).unwrap(), "up\nasked\n");
+}
+
+/// Puts a mount over a target's whose ids the kernel cannot map: they are mapped already, each to itself.
+fn forbid_id_maps(world: &World, target: &str) {
+    let place = world.path(&format!("run/targets/{target}"));
+    idmap::mount_mapped(&place, &place, 0, 100_000);
+}
+
+#[test]
+fn where_the_kernel_maps_no_ids_a_container_runs_on_a_tree_whose_ids_are_moved() {
+    let mut world = World::new();
+    let look = "echo \"secret=$(cat /home/app/secret)\"; stat -c 'owner=%u:%g' /home/app/secret /bin/busybox; \
+                echo \"map=$(cat /proc/self/uid_map)\"; echo \"shared=$(stat -c %u:%g /shared/content)\"; \
+                echo \"other=$(cat /other 2>&1)\"; touch /data/x && stat -c 'data=%u:%g' /data/x";
+    world.image("app", &json!({ "User": "app", "Cmd": ["/bin/sh", "-c", look] }), |root| {
+        busybox(root, |root| {
+            fs::write(root.join("other"), "beyond the group\n").unwrap();
+            fs::set_permissions(root.join("other"), fs::Permissions::from_mode(0o600)).unwrap();
+            chown(root.join("other"), Some(70_000), Some(70_000)).unwrap();
+            fs::create_dir(root.join("data")).unwrap();
+            chown(root.join("data"), Some(1000), Some(1000)).unwrap();
+        });
+    });
+    world.image("files", &json!({}), |root| {
+        fs::write(root.join("content"), "shared\n").unwrap();
+        chown(root.join("content"), Some(33), Some(34)).unwrap();
+    });
+    let mounts = "mounts: [{destination: /shared, type: target, source: files}, \
+                  {destination: /data, type: volume, source: data}]";
+    world.install(&[("app", "app", mounts), ("files", "files", "service_type: fs-only")]);
+    let plain = world.ok(&["run-target", "app"]);
+    assert!(!world.path("run/shifted").exists(), "the kernel of this machine maps ids");
+    for target in ["app", "files"] {
+        forbid_id_maps(&world, target);
+    }
+    // To look mounts nothing.
+    world.ok(&["run-target", "app", "--print"]);
+    assert!(!world.path("run/shifted").exists());
+    // By itself, in a mount namespace that goes with it; and with what is mounted already.
+    assert_eq!(world.ok(&["run-target", "app"]), plain, "the container sees no difference");
+    world.ok(&["run-target", "app", "--mount-shifted"]);
+    assert_eq!(world.ok(&["run-target", "app"]), plain);
+    let found = values(&plain);
+    assert_eq!((found["secret"], found["shared"], found["data"]), ("mine", "33:34", "1000:1000"));
+    assert!(found["other"].to_lowercase().contains("permission denied"), "{plain}");
+    let place = world.path("run/shifted/524288/app");
+    let owner = |name: &str| {
+        let metadata = fs::metadata(place.join(name)).unwrap();
+        (metadata.uid(), metadata.gid())
+    };
+    assert_eq!(owner("home/app/secret"), (525_288, 525_288));
+    assert_eq!(owner("bin/busybox"), (524_288, 524_288));
+    // None of the group's: the kernel shows its overflow id.
+    assert_eq!(owner("other"), (65_534, 65_534));
+    let status: Value = serde_json::from_str(&world.ok(&["status", "--json", "--floor", "file"])).unwrap();
+    let all = status["mounts"].as_array().unwrap();
+    let shifted: Vec<_> = all.iter().filter(|mount| mount["shift"].is_object()).collect();
+    assert_eq!(shifted.len(), 2, "{status:#}");
+    assert!(shifted.iter().all(|mount| mount["verified"] == true && mount["shift"]["first"] == 524_288));
+    // A tree of other ids, or of no image that is signed, is not run.
+    let umount = |path: &std::path::Path| {
+        assert!(std::process::Command::new("umount").arg(path).status().unwrap().success());
+    };
+    umount(&place);
+    world.ok(&[
+        "mount",
+        "--backend",
+        "fuse",
+        "--shift-ids",
+        "100000:65536",
+        "app",
+        &place.display().to_string(),
+    ]);
+    world.ok(&["run-target", "app", "--mount-shifted"]);
+    assert_eq!(owner("bin/busybox"), (524_288, 524_288));
+    assert_eq!(world.ok(&["run-target", "app"]), plain);
+}
+
+#[test]
+fn what_the_host_unmounts_is_not_kept_in_use_by_a_container() {
+    let mut world = World::new();
+    world.script("app", "while :; do sleep 0.1; done");
+    world.install(&[("app", "app", "")]);
+    let run = |line: &str| {
+        let output = std::process::Command::new("sh").args(["-ec", line]).output().unwrap();
+        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    // A disk that is mounted where mounts are shared, as systemd makes all of them.
+    let (shared, image) = (world.dir("shared"), world.dir("image"));
+    run(&format!(
+        "mkdir -p {shared} {shared}.content && mksquashfs {shared}.content {image} -quiet -no-progress && \
+         mount --bind {shared} {shared} && mount --make-shared {shared} && mkdir {shared}/disk && \
+         mount -t squashfs -o loop,ro {image} {shared}/disk"
+    ));
+    let mut running = world.command(&["run-target", "app"]).stdin(Stdio::null()).spawn().unwrap();
+    while !world.run(&["exec", "app", "--", "true"]).status.success() {
+        assert!(running.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_ne!(run(&format!("losetup --associated {image}")), "");
+    run(&format!("umount {shared}/disk"));
+    let end_of_disk = std::time::Instant::now() + Duration::from_secs(60);
+    while !run(&format!("losetup --associated {image}")).is_empty() {
+        assert!(std::time::Instant::now() < end_of_disk, "the disk is still in use");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(world.run(&["exec", "app", "--", "true"]).status.success(), "and the container goes on");
+    end(&world, "app", &mut running);
+}
+
+#[test]
+fn a_target_may_have_the_name_of_what_is_noted_of_another() {
+    let mut world = World::new();
+    world.script("app", "echo run");
+    world.install(&[("web", "app", ""), ("web.error", "app", ""), ("web.key", "app", "")]);
+    for target in ["web", "web.key", "web.error", "web", "web.key"] {
+        assert_eq!(world.ok(&["run-target", target]), "run\n");
+    }
 }

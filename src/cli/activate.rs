@@ -16,6 +16,7 @@ use crate::image::oci::OciImage;
 use crate::manifest::system::Target;
 use crate::mount::Backend;
 use crate::mount::units::{self, Keeper, Unit};
+use crate::run::shifted;
 use crate::store::Store;
 use crate::transport::SourceRef;
 use crate::trust::Anchor;
@@ -195,5 +196,7 @@ fn done_text(taken: &CompletedStep) -> String {
 pub(super) fn is_target(path: &Path) -> bool {
     let folder = activate::targets_dir(&booted::run_dir());
     let folder: PathBuf = folder.canonicalize().unwrap_or(folder);
-    path.parent() == Some(&folder)
+    let shifted = shifted::folder(&booted::run_dir());
+    let shifted: PathBuf = shifted.canonicalize().unwrap_or(shifted);
+    path.parent() == Some(&folder) || path.ancestors().nth(2) == Some(&shifted)
 }

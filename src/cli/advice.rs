@@ -153,8 +153,8 @@ fn for_build(error: &BuildError) -> Option<&'static str> {
 fn for_run(error: &RunError) -> Option<&'static str> {
     match error {
         RunError::NoIdMap { .. } => Some(
-            "run Linux 6.12 or newer, or write `nsgroup: \"\"` for the target: it then has the host's ids, as without \
-             a user namespace",
+            "run mosfs activate: before Linux 6.12, it mounts images with other ids for containers. A volume requires a \
+             file system whose ids the kernel maps, such as ext4, xfs or btrfs",
         ),
         RunError::NotMounted { .. } => Some("run mosfs activate"),
         RunError::NoProgram { .. } => {

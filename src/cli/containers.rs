@@ -1,5 +1,6 @@
 //! `mosfs ps`, `exec` and `logs`: the containers of this device; and what `mosfs activate` and `mosfs commit` do with them.
 
+use std::io::IsTerminal;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
@@ -7,15 +8,15 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Global, device, output, run_target};
+use super::{Global, device, output, run_target, shifted_unit};
 use crate::deploy::{booted, target};
 use crate::error::{AnyError, Class, Classified};
 use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
 use crate::mount::{table, units as daemons};
 use crate::run::health::{self, Other};
-use crate::run::start::Places;
+use crate::run::places::Places;
 use crate::run::units::{self, Action, Settings, State};
-use crate::run::{self, Container, RunError, network, programs};
+use crate::run::{self, Container, RunError, network, programs, shifted};
 use crate::store::Store;
 use crate::sys;
 use crate::trust::Anchor;
@@ -78,6 +79,38 @@ pub(super) fn ps(_: &PsArgs, global: &Global) -> Result<(), AnyError> {
     )
 }
 
+/// The containers of the running deployment, for `mosfs status`.
+pub(super) struct Containers(Vec<Row>);
+
+impl Containers {
+    /// Looks at all of them.
+    pub(super) fn of(global: &Global) -> Result<Self, AnyError> {
+        rows(global).map(Self)
+    }
+
+    /// As `mosfs ps --json` shows them.
+    pub(super) fn json(&self) -> Value {
+        self.0.iter().map(row_json).collect()
+    }
+
+    /// One line each.
+    pub(super) fn lines(&self) -> Vec<String> {
+        self.0.iter().map(row_line).collect()
+    }
+}
+
+fn row_line(row: &Row) -> String {
+    let Row { name, version, state, unit, ports, error, .. } = row;
+    let restarts = match unit.restarts {
+        0 => String::new(),
+        1 => ", restarted once".to_string(),
+        n => format!(", restarted {n} times"),
+    };
+    let ports = if ports.is_empty() { String::new() } else { format!(", {}", ports.join(", ")) };
+    let error = error.as_ref().map_or(String::new(), |error| format!(" ({error})"));
+    format!("{name} {version}: {state}{restarts}{ports}{error}")
+}
+
 fn rows(global: &Global) -> Result<Vec<Row>, AnyError> {
     let places = run_target::places(global)?;
     let (store, manifest) = running(global)?;
@@ -94,8 +127,11 @@ fn rows(global: &Global) -> Result<Vec<Row>, AnyError> {
                 address = assigned.map(ToString::to_string);
                 ports = written.iter().flatten().map(port_text).collect();
             }
-            let failed =
-                || units::last_error(&places, name.as_str()).filter(|_| !matches!(state, "running" | "done"));
+            let failed = || match state {
+                "running" | "outdated" | "done" => None,
+                "unhealthy" => units::last_unhealthy(&places, name.as_str()),
+                _ => units::last_error(&places, name.as_str()),
+            };
             let error = container.err().map(|error| error.to_string()).or_else(failed);
             Ok(Row {
                 name: name.clone(),
@@ -120,6 +156,7 @@ fn word(places: &Places, name: &TargetName, unit: &State, container: Option<&Con
     let started = units::started_key(places, name.as_str());
     match unit.active.as_str() {
         "active" | "reloading" if container.is_some_and(|one| started != Some(one.key)) => "outdated",
+        "active" | "reloading" if units::last_unhealthy(places, name.as_str()).is_some() => "unhealthy",
         "active" | "reloading" => "running",
         "activating" if unit.sub == "auto-restart" => "restarting",
         "activating" => "starting",
@@ -184,8 +221,22 @@ impl Classified for Ended {
     }
 }
 
+/// A terminal was asked for where there is none.
+#[derive(Debug, thiserror::Error)]
+#[error("--tty requires a terminal, and standard input is none")]
+struct NoTerminal;
+
+impl Classified for NoTerminal {
+    fn class(&self) -> Class {
+        Class::Input
+    }
+}
+
 /// Runs `mosfs exec`.
 pub(super) fn exec(args: &ExecArgs, global: &Global) -> Result<(), AnyError> {
+    if args.tty && !std::io::stdin().is_terminal() {
+        return Err(NoTerminal.into());
+    }
     let places = run_target::places(global)?;
     let container = run_target::container(&args.target, global)?;
     let other = Other { command: &args.command, user: args.user.as_deref(), terminal: args.tty };
@@ -291,6 +342,17 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
     }
     let places = run_target::places(global)?;
     let config = std::path::absolute(&global.config).unwrap_or_else(|_| global.config.clone());
+    let in_unit = shifted_unit::of(true, global)?;
+    for step in &mut steps {
+        let Some(Ok(container)) = &step.container else { continue };
+        let is_there = || shifted::places_of(container, &places.run).iter().any(|place| place.exists());
+        // What runs and is kept has none, or has those that are there.
+        if (step.action != Action::Keep || is_there())
+            && let Err(error) = shifted::ensure(container, &places, &in_unit)
+        {
+            step.container = Some(Err(error.into()));
+        }
+    }
     let program = own_program();
     let run_dir = std::env::var_os("MOSFS_RUN");
     let mut texts = Vec::new();
@@ -325,6 +387,7 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
     networks(&steps, global)?;
     // One job for all that is new, so that systemd orders them by what they need.
     units::run("restart", &[restart, start].concat())?;
+    tidy_shifted(&steps, &places, global)?;
     let done = steps.into_iter().map(|step| {
         let outcome = match step.container {
             None => Ok(State::default()),
@@ -353,6 +416,22 @@ fn networks(steps: &[Step], global: &Global) -> Result<(), AnyError> {
         && let Err(why) = network::tear_down()
     {
         output::note(format_args!("the network of containers is not removed: {why}"));
+    }
+    Ok(())
+}
+
+/// Unmounts trees that no container of the deployment is made of any more.
+fn tidy_shifted(steps: &[Step], places: &Places, global: &Global) -> Result<(), AnyError> {
+    if !shifted::folder(&places.run).exists() {
+        return Ok(());
+    }
+    let (_, manifest) = running(global)?;
+    let all = manifest.targets.values().filter(|one| one.service_type == ServiceType::Container).count();
+    let known: Vec<_> = steps.iter().filter_map(|step| step.container.as_ref()?.as_ref().ok()).collect();
+    // What one that cannot run now is made of is not known.
+    if known.len() == all {
+        let wanted: Vec<_> = known.iter().flat_map(|one| shifted::places_of(one, &places.run)).collect();
+        shifted::tidy(&places.run, &wanted);
     }
     Ok(())
 }
@@ -399,8 +478,10 @@ fn daemons_of(container: &Container, places: &Places) -> Result<Vec<String>, Any
     let folder = folder.canonicalize().unwrap_or(folder);
     let records = table::mounts()?;
     let mut found = Vec::new();
-    for name in std::iter::once(container.name.as_str()).chain(container.mounted.keys().map(String::as_str)) {
-        let place = folder.join(name);
+    let names = std::iter::once(container.name.as_str()).chain(container.mounted.keys().map(String::as_str));
+    let shifted = shifted::places_of(container, &places.run);
+    let shifted = shifted.into_iter().map(|place| place.canonicalize().unwrap_or(place));
+    for place in names.map(|name| folder.join(name)).chain(shifted) {
         let daemon =
             records.iter().find(|record| record.target == place).and_then(|record| record.daemon.as_ref());
         if let Some(daemon) = daemon
@@ -471,6 +552,9 @@ pub(super) fn check_health(global: &Global) -> Result<(), AnyError> {
             if state.restarts > first.restarts {
                 let why = "it was started again while `mosfs commit` waited".to_string();
                 return Err(RunError::Unit { target: target.into(), why }.into());
+            }
+            if state.active == "active" {
+                health::ask(&container, &places)?;
             }
             Ok(())
         };

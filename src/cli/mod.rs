@@ -38,6 +38,7 @@ mod registry;
 mod repair;
 mod run_target;
 mod setup;
+mod shifted_unit;
 mod squashfuse;
 pub mod start;
 mod status;

@@ -18,7 +18,7 @@ use crate::image::plain::PlainFile;
 use crate::mount::fuse::{FuseOptions, Spin};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
-use crate::mount::{Backend, Daemon, MountFlags, MountPlan, Request, Verification};
+use crate::mount::{Backend, Daemon, IdShift, MountFlags, MountPlan, Request, Verification};
 use crate::sys;
 use crate::transport::{SourceRef, Transport, TransportError};
 use crate::trust::Anchor;
@@ -70,6 +70,10 @@ pub(super) struct MountArgs {
     /// Size limit of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     cache_mib: Option<u32>,
+    /// Show user and group ids 0 to COUNT-1 as FIRST to FIRST+COUNT-1, for a user namespace with that range; files of other
+    /// ids belong to nobody. Uses the FUSE backend.
+    #[arg(long, value_name = "FIRST:COUNT")]
+    shift_ids: Option<IdShift>,
     /// Keep idle cores awake while requests come in quick succession: small files are read faster, more power is used.
     /// Requires root. auto: only in virtual machines that hand idle cores back to the host at once; always; never.
     #[arg(long, value_name = "WHEN", default_value = "auto", default_missing_value = "always")]
@@ -273,6 +277,7 @@ fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::P
         threads: args.threads.map_or(0, usize::from),
         cache_mib: args.cache_mib.map(|mib| mib as usize),
         spin: args.spin,
+        shift: args.shift_ids,
         idle: options.idle,
         ..FuseOptions::default()
     };
@@ -318,6 +323,7 @@ fn unit(
     args.threads.iter().for_each(|threads| option("--threads", Some(threads.to_string())));
     args.cache_mib.iter().for_each(|mib| option("--cache-mib", Some(mib.to_string())));
     option("--spin", Some(args.spin.name().to_string()));
+    args.shift_ids.iter().for_each(|shift| option("--shift-ids", Some(shift.to_string())));
     if args.unsafe_no_verity {
         option("--unsafe-no-verity", None);
     }

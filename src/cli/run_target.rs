@@ -1,13 +1,18 @@
 //! `mosfs run-target`: a container in the place of this process.
 
+use std::process::{Command, Stdio};
+
 use clap::Args;
 
-use super::{Global, device, output};
+use super::{Global, device, output, shifted_unit};
 use crate::deploy::{booted, target};
 use crate::error::{AnyError, IoContext};
 use crate::manifest::TargetName;
-use crate::run::start::{self, Places};
-use crate::run::{self, Container, RunError, health, network, units};
+use crate::mount::units as daemons;
+use crate::run::places::Places;
+use crate::run::start;
+use crate::run::{self, Container, RunError, health, network, root, shifted, units};
+use crate::sys;
 use crate::trust::Anchor;
 
 /// Run a container target of the running deployment in the foreground.
@@ -25,6 +30,12 @@ pub(super) struct RunTargetArgs {
     /// Wait until the running container is healthy. For its unit.
     #[arg(long, hide = true, conflicts_with = "print")]
     wait_healthy: bool,
+    /// Repeat the health command of a container as long as its unit runs. For its unit.
+    #[arg(long, hide = true, conflicts_with_all = ["print", "wait_healthy"])]
+    watch_health: bool,
+    /// Mount the trees of a container whose ids the kernel cannot map. For a start without its unit.
+    #[arg(long, hide = true, conflicts_with_all = ["print", "wait_healthy", "watch_health"])]
+    mount_shifted: bool,
     /// Connect the network of a container that is being made. For the runtime.
     #[arg(long, hide = true, value_name = "ADDRESS,GATEWAY", conflicts_with_all = ["print", "wait_healthy"])]
     connect: Option<String>,
@@ -59,11 +70,51 @@ pub(super) fn run(args: &RunTargetArgs, global: &Global) -> Result<(), AnyError>
 /// Starts the target in the place of this process, or waits until it is healthy.
 fn start(args: &RunTargetArgs, global: &Global, places: &Places) -> Result<(), AnyError> {
     let container = container(&args.target, global)?;
+    if args.watch_health {
+        super::log::show(global);
+        health::watch(&container, places);
+        return Ok(());
+    }
     if args.wait_healthy {
         let main = std::env::var("MAINPID").ok().and_then(|text| text.parse().ok());
-        return Ok(health::wait(&container, places, main)?);
+        health::wait(&container, places, main)?;
+        if container.target.workload.health.is_some() && std::env::var_os("NOTIFY_SOCKET").is_some() {
+            start_watch(&container, places, global)?;
+        }
+        return Ok(());
     }
-    Err(start::exec(&container, places).into())
+    if args.mount_shifted {
+        let unit = shifted_unit::of(daemons::available().is_ok(), global)?;
+        return Ok(shifted::ensure(&container, places, &unit)?);
+    }
+    let mount_shifted = || {
+        let mut mount = again(places, global, "--mount-shifted", &args.target);
+        let done = match mount.stdout(Stdio::null()).status() {
+            Ok(status) if status.success() => return Ok(()),
+            // It has said why.
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        Err(root::step(&args.target, "mount its image with the ids of its group")(done))
+    };
+    Err(start::exec(&container, places, &mount_shifted).into())
+}
+
+/// This command with another option.
+fn again(places: &Places, global: &Global, option: &str, target: &str) -> Command {
+    let mut command = Command::new(sys::process::own_program().unwrap_or_else(|| "/usr/bin/mosfs".into()));
+    command.arg("--system").arg(&places.system).arg("--config").arg(&global.config);
+    command.args(["run-target", option, target]).stdin(Stdio::null());
+    command
+}
+
+/// Starts the process of a unit that repeats its health command.
+fn start_watch(container: &Container, places: &Places, global: &Global) -> Result<(), AnyError> {
+    let target = container.name.as_str();
+    let mut watch = again(places, global, "--watch-health", target);
+    // It stays in the unit's control group, and ends with it.
+    watch.spawn().map_err(root::step(target, "start the watch of its health"))?;
+    Ok(())
 }
 
 /// The folders of this device, absolute.

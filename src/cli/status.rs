@@ -3,6 +3,7 @@
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::containers::Containers;
 use super::{FloorArgs, Global, device, output};
 use crate::deploy::state::TRIES;
 use crate::deploy::status::{self, DeploymentStatus, Installed};
@@ -12,7 +13,7 @@ use crate::mount;
 use crate::mount::table::{DaemonRecord, Health, MountRecord};
 use crate::mount::units;
 
-/// Show deployments, versions, floor, mounts and their health.
+/// Show deployments, versions, floor, mounts and containers, and their health.
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
     #[command(flatten)]
@@ -21,11 +22,15 @@ pub(super) struct StatusArgs {
 
 /// Runs `mosfs status`.
 ///
-/// It reports what it can: a floor that cannot be read is one line of the output and does not end it.
+/// It reports what it can: a floor that cannot be read, or a deployment that does not verify, is one line of the output and
+/// does not end it.
 pub(super) fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
     let installed = status::installed(&device::system(global))?;
     let floor = floor(args, global);
     let mounts = mount::table::mounts()?;
+    // Without a deployment, there are none.
+    let containers =
+        installed.current.as_ref().or(installed.pending.as_ref()).map(|_| Containers::of(global));
     output::answer(
         global,
         || {
@@ -34,10 +39,37 @@ pub(super) fn run(args: &StatusArgs, global: &Global) -> Result<(), AnyError> {
                 "previous": installed.previous, "unused": installed.unused, "fetching": installed.fetching,
                 "last_boot": installed.last_boot, "last_update": installed.last_update,
                 "floor": floor, "mounts": mounts.iter().map(mount_json).collect::<Vec<_>>(),
+                "containers": containers_json(containers.as_ref()),
             })
         },
-        || text(&installed, &floor, &mounts, global),
+        || {
+            let mut lines = text(&installed, &floor, &mounts, global);
+            lines.extend(containers_text(containers.as_ref()));
+            lines
+        },
     )
+}
+
+/// The containers as the answer shows them: a list, or `{"error":…,"exit_code":…}`.
+fn containers_json(containers: Option<&Result<Containers, AnyError>>) -> Value {
+    match containers {
+        None => json!([]),
+        Some(Ok(containers)) => containers.json(),
+        Some(Err(error)) => json!({ "error": error.chain(), "exit_code": error.class().exit_code() }),
+    }
+}
+
+/// No line where the deployment has no containers.
+fn containers_text(containers: Option<&Result<Containers, AnyError>>) -> Vec<String> {
+    match containers {
+        None => Vec::new(),
+        Some(Ok(containers)) => {
+            let each = containers.lines();
+            let count = (!each.is_empty()).then(|| format!("containers {}", each.len()));
+            count.into_iter().chain(each.into_iter().map(|line| format!("          {line}"))).collect()
+        }
+        Some(Err(error)) => vec![format!("containers unknown: {}", error.chain())],
+    }
 }
 
 /// The floor as the answer shows it: `{"version":N,"place":…}` or `{"error":…,"exit_code":…}`.

@@ -278,6 +278,9 @@ fn decide(wanted: Option<&MountPlan>, found: &Found, backend: Backend) -> (Actio
         let old = record.digest.map_or("another image".into(), |digest| digest.to_string());
         return (Action::Remount, format!("{old} is mounted"));
     }
+    if record.shift.is_some() {
+        return (Action::Remount, "it is mounted with other ids".into());
+    }
     let other = Backend::NAMES.iter().find(|(_, one)| *one == backend && backend != Backend::Auto);
     match other {
         Some((name, _)) if *name != record.backend => {
@@ -490,6 +493,7 @@ mod tests {
             verified: true,
             device: "0:9".into(),
             daemon: None,
+            shift: None,
             lazy: Vec::new(),
         };
         change(&mut record);

@@ -9,6 +9,7 @@
 //! kernel/       backend: dm-verity layers under the kernel's overlayfs
 //! backend.rs    the backends, and their names in records and in the kernel's lists
 //! flags.rs      nosuid, nodev, ...
+//! ids.rs        user and group ids moved to another range
 //! units.rs      daemons in units of systemd
 //! unmount.rs    ends a mount
 //! table.rs      /run/mosfs/mounts: what is mounted, by whom, how it is
@@ -24,6 +25,7 @@ mod error;
 mod flags;
 pub mod fuse;
 pub mod holders;
+mod ids;
 pub mod kernel;
 mod log;
 mod open;
@@ -37,6 +39,7 @@ mod unmount;
 pub use backend::Backend;
 pub use error::MountError;
 pub use flags::{Access, MountFlags};
+pub use ids::IdShift;
 pub use open::open as open_tree;
 pub use plan::{LayerBytes, MountPlan, PlanError, Planned, PlannedLayer, Verification};
 pub use request::{Daemon, Mounted, Prepared, Request, Timing};

@@ -186,6 +186,12 @@ impl<'a> Request<'a> {
                 backend::DM_VERITY,
                 "a mount of the kernel has no process that could stay in the foreground",
             ),
+            (_, Some(_)) if self.fuse.shift.is_some() => {
+                no("overlayfs", "ids of a writable mount cannot be shifted")
+            }
+            (_, None) if self.fuse.shift.is_some() && self.backend == Backend::DmVerity => {
+                no(backend::DM_VERITY, "ids are shifted by the fuse backend alone")
+            }
             (Daemon::Unit(_), Some(_)) => {
                 Err(MountError::NoUnit { why: "a writable mount has its daemon below an overlay".into() })
             }
@@ -200,7 +206,7 @@ impl<'a> Request<'a> {
     /// formats, else FUSE. Both verify every block.
     fn choose(&self) -> Result<Chosen, MountError> {
         let foreground = matches!(self.daemon, Daemon::Foreground { .. });
-        if self.backend == Backend::Fuse || foreground {
+        if self.backend == Backend::Fuse || foreground || self.fuse.shift.is_some() {
             return Ok(Chosen::Fuse { not_dm_verity: None });
         }
         let kernel = || {

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use super::backend::{DM_VERITY, FUSE_KIND, OVERLAY_SOURCE_PREFIX};
 use super::engine::trouble::Counts;
+use super::ids::IdShift;
 use super::kernel::dm_verity;
 use super::plan::{MountPlan, Planned, PlannedLayer};
 use crate::digest::Digest;
@@ -69,6 +70,9 @@ pub struct MountRecord {
     pub device: String,
     /// The daemon that serves it, if it has one.
     pub daemon: Option<DaemonRecord>,
+    /// Where user and group ids are moved to, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shift: Option<IdShift>,
     /// How much is here of the layers that come from another machine, if any do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lazy: Vec<BlobProgress>,
@@ -154,6 +158,7 @@ impl MountRecord {
             verified: plan.is_verified(),
             device: format!("{major}:{minor}"),
             daemon,
+            shift: None,
             lazy: plan.remote().map(|blobs| blobs.progress()).unwrap_or_default(),
         }
     }

@@ -1,23 +1,33 @@
 //! Commands inside a running container: `mosfs exec`, and the health of a target.
 //!
 //! A target is healthy when its container runs and, if the manifest has `health`, when that command has succeeded once.
-//! Its unit is active from then on, and what needs it is started.
+//! Its unit is active from then on, and what needs it is started. The command is then repeated by a process of the unit
+//! ([`watch`]), which keeps the unit's watchdog (WatchdogSec= in systemd.service(5)) from acting as long as the command succeeds:
+//!
+//! ```text
+//! success            WATCHDOG=1          RUN/notes/NAME.unhealthy is removed
+//! failure            WATCHDOG=1          ... has the reason
+//! `retries` in a row WATCHDOG=trigger    systemd sends the stop signal, and starts the target again as `restart` says
+//! no process of ours                     the watchdog acts by itself, some time later
+//! ```
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
+use super::places::Places;
 use super::root::step;
-use super::start::{Places, runtime};
-use super::{Container, RunError, bundle, user};
-use crate::manifest::workload::Restart;
-use crate::sys::file;
+use super::start::runtime;
+use super::{Container, RunError, bundle, stdio, units, user};
+use crate::manifest::workload::{Health, Restart};
+use crate::sys::{file, locks, notify};
 
 /// Time between two looks at something that has no event to wait for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -34,6 +44,10 @@ struct RuntimeState {
 
 /// The process 1 of a running container, as the host numbers it.
 pub fn pid(places: &Places, target: &str) -> Option<u32> {
+    // Without it, the runtime would make the folder and those above it, closed to all others.
+    if !places.runtime().join(target).exists() {
+        return None;
+    }
     let mut command = runtime(places);
     command.args(["state", target]).stdin(Stdio::null()).stderr(Stdio::null());
     let output = command.output().ok()?;
@@ -129,9 +143,9 @@ impl Drop for ProcessFile {
 pub fn run(container: &Container, places: &Places, other: &Other<'_>) -> Result<i32, RunError> {
     let target = container.name.as_str();
     let (mut command, _file) = command(container, places, other)?;
-    let status = command.arg(target).status().map_err(step(target, "run crun exec"))?;
-    let signal = std::os::unix::process::ExitStatusExt::signal(&status);
-    Ok(status.code().unwrap_or_else(|| 128 + signal.unwrap_or(0)))
+    command.arg(target);
+    let status = stdio::run(command).map_err(step(target, "run crun exec"))?;
+    Ok(stdio::exit_code(status))
 }
 
 /// Waits until a target is healthy: called by its unit after the container was started.
@@ -157,6 +171,7 @@ pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result
         if is_gone() {
             return ended();
         }
+        say("WATCHDOG=1");
         std::thread::sleep(LOOK);
     }
     let Some(health) = &container.target.workload.health else { return Ok(()) };
@@ -166,8 +181,8 @@ pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result
         if is_gone() {
             return ended();
         }
-        let other = Other { command: &health.command, user: None, terminal: false };
-        match attempt(container, places, &other, health.timeout()) {
+        say("WATCHDOG=1");
+        match ask_once(container, places, health) {
             Ok(()) => return Ok(()),
             Err(why) => {
                 let starting = begin.elapsed() < health.start();
@@ -189,6 +204,115 @@ pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result
     }
 }
 
+/// Repeats the command of `health` of a target that has been healthy, as long as its unit runs. Ends with the unit.
+///
+/// Returns at once where there is nothing to repeat.
+pub fn watch(container: &Container, places: &Places) {
+    let target = container.name.as_str();
+    let Some(health) = &container.target.workload.health else { return };
+    let note = places.unhealthy(target);
+    let mut failures = 0;
+    loop {
+        std::thread::sleep(health.interval());
+        // It is stopping, or systemd is about to start it again: neither is a matter of its health.
+        if pid(places, target).is_none() {
+            continue;
+        }
+        let Err(why) = ask_once(container, places, health) else {
+            failures = 0;
+            let _ = fs::remove_file(&note);
+            say("WATCHDOG=1");
+            continue;
+        };
+        failures += 1;
+        let why = format!("it is not healthy: failure {failures} of {} in a row: {why}", health.retries());
+        log::warn!("target {target}: {why}");
+        if let Err(error) = fs::write(&note, &why) {
+            log::warn!("cannot write {}: {error}", note.display());
+        }
+        if failures >= health.retries() {
+            let error = RunError::Unit { target: target.into(), why };
+            units::note_error(places, target, &error.to_string());
+            say("WATCHDOG=trigger");
+            // The signal comes to all of the unit.
+            failures = 0;
+        } else {
+            say("WATCHDOG=1");
+        }
+    }
+}
+
+/// Requires that a target that runs is healthy now: that one of `retries` attempts succeeds.
+///
+/// # Errors
+/// [`RunError::Unit`] with the reason of the last attempt.
+pub fn ask(container: &Container, places: &Places) -> Result<(), RunError> {
+    let Some(health) = &container.target.workload.health else { return Ok(()) };
+    let mut attempt = 1;
+    loop {
+        let Err(why) = ask_once(container, places, health) else { return Ok(()) };
+        if attempt >= health.retries() {
+            let why = format!("it is not healthy: {attempt} failures in a row; the last: {why}");
+            return Err(RunError::Unit { target: container.name.to_string(), why });
+        }
+        attempt += 1;
+        std::thread::sleep(health.interval());
+    }
+}
+
+fn ask_once(container: &Container, places: &Places, health: &Health) -> Result<(), String> {
+    let other = Other { command: &health.command, user: None, terminal: false };
+    attempt(container, places, &other, health.timeout())
+}
+
+/// Sends the service manager a state, if there is one.
+fn say(state: &str) {
+    if let Err(error) = notify::service_says(state) {
+        log::warn!("cannot send {state} to the service manager: {error}");
+    }
+}
+
+/// Most bytes of a health command's output that are kept: the last ones.
+const MOST_SAID: usize = 512;
+
+/// The end of what a command writes, which a thread reads.
+#[derive(Debug)]
+struct Said {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Said {
+    /// Reads all that a command writes to both of its outputs. Its input is at its end.
+    fn of(command: &mut Command) -> std::io::Result<Self> {
+        let (mut reader, writer) = std::io::pipe()?;
+        command.stdin(stdio::ended()?).stdout(writer.try_clone()?).stderr(writer);
+        let bytes: Arc<Mutex<Vec<u8>>> = Arc::default();
+        let kept = Arc::clone(&bytes);
+        let thread = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = reader.read(&mut buffer) {
+                let mut kept = locks::lock(&kept);
+                kept.extend_from_slice(buffer.get(..length).unwrap_or_default());
+                let surplus = kept.len().saturating_sub(MOST_SAID);
+                kept.drain(..surplus);
+            }
+        });
+        Ok(Self { bytes, thread })
+    }
+
+    /// The last line, for a reason; empty if there is none. What the command has left running is not waited for.
+    fn last_line(&self) -> String {
+        let begin = Instant::now();
+        while !self.thread.is_finished() && begin.elapsed() < LOOK * 4 {
+            std::thread::sleep(LOOK / 10);
+        }
+        let text = String::from_utf8_lossy(&locks::lock(&self.bytes)).into_owned();
+        let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty());
+        line.map(|line| format!(" ({line})")).unwrap_or_default()
+    }
+}
+
 /// Runs the command of `health` once.
 fn attempt(
     container: &Container,
@@ -201,8 +325,11 @@ fn attempt(
     // The process in the container, which does not end with the runtime that started it.
     let pid_file = file.path.with_extension("pid");
     let _ = fs::remove_file(&pid_file);
-    command.arg("--pid-file").arg(&pid_file).arg(target).stdin(Stdio::null());
+    command.arg("--pid-file").arg(&pid_file).arg(target);
+    let said = Said::of(&mut command).map_err(|error| format!("cannot make a pipe: {error}"))?;
     let mut child = command.spawn().map_err(|error| format!("cannot run crun exec: {error}"))?;
+    // It holds the writing ends.
+    drop(command);
     let outcome = wait_for(&mut child, timeout);
     if outcome.is_none() {
         end(&mut child, &pid_file);
@@ -210,8 +337,10 @@ fn attempt(
     let _ = fs::remove_file(&pid_file);
     match outcome {
         Some(status) if status.success() => Ok(()),
-        Some(status) => Err(format!("its health command ended with {status}")),
-        None => Err(format!("its health command took longer than {} s", timeout.as_secs())),
+        Some(status) => Err(format!("its health command ended with {status}{}", said.last_line())),
+        None => {
+            Err(format!("its health command took longer than {} s{}", timeout.as_secs(), said.last_line()))
+        }
     }
 }
 

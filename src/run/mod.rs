@@ -9,10 +9,13 @@
 //! ```
 //! ```text
 //! RUN/targets/NAME           the verified tree, mounted by activation
+//! RUN/shifted/FIRST/NAME     the same with the ids of a group, where the kernel cannot map them (shifted.rs)
 //! RUN/containers/NAME/       a tmpfs in the mount namespace of the container's process alone: root, mounts, config.json
-//! RUN/containers/NAME.key    the run key that the container was started with
-//! RUN/containers/NAME.result how its last run ended, in systemd's word
-//! RUN/containers/NAME.error  why its last start failed
+//! RUN/notes/NAME.key         the run key that the container was started with
+//! RUN/notes/NAME.result      how its last run ended, in systemd's word
+//! RUN/notes/NAME.error       why its last start failed
+//! RUN/notes/NAME.unhealthy   why the last attempt at its health failed
+//! RUN/notes/NAME.network     is there while the container uses the bridge
 //! RUN/crun/                  the state of the runtime, by target
 //! /run/systemd/system/mosfs-target@NAME.service
 //! SYSTEM/volumes/NAME        data that survives updates; in SYSTEM/volumes, mode 0700
@@ -30,10 +33,13 @@ pub mod health;
 pub mod ids;
 pub mod mounts;
 pub mod network;
+pub mod places;
 pub mod programs;
 pub mod root;
 pub mod seccomp;
+pub mod shifted;
 pub mod start;
+pub mod stdio;
 pub mod units;
 pub mod user;
 
@@ -224,7 +230,13 @@ impl Classified for RunError {
             RunError::Deploy(error) => error.class(),
             RunError::Store(error) => error.class(),
             RunError::Mount(error) => error.class(),
-            RunError::NoContainer { .. } | RunError::Name { .. } => Class::Input,
+            RunError::NoContainer { .. }
+            | RunError::Name { .. }
+            | RunError::Manifest(_)
+            | RunError::Config { .. }
+            | RunError::NoCommand { .. }
+            | RunError::User { .. }
+            | RunError::NoFolder { .. } => Class::Input,
             _ => Class::Failure,
         }
     }
@@ -276,7 +288,7 @@ pub fn container(store: &Store, manifest: &SystemManifest, name: &TargetName) ->
     let descriptor = &image.manifest.config;
     let bytes = store.get(&descriptor.digest, config::MAX_BYTES)?;
     let config = ImageConfig::parse(name, &descriptor.digest, &bytes)?;
-    if bundle::command(target, &config).is_empty() {
+    if bundle::command(target, &config).first().is_none_or(String::is_empty) {
         return Err(RunError::NoCommand { target: label });
     }
     let tree = deploy::target::plan(store, &label, target)?;

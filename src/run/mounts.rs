@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use super::bundle::Prepared;
 use super::root::{self, Place, step};
 use super::user::User;
-use super::{Container, RunError};
+use super::{Container, RunError, shifted};
 use crate::manifest::{Mount, Network};
 use crate::sys::file;
 use crate::sys::{mountapi, namespace};
@@ -32,6 +32,8 @@ pub struct Folders<'a> {
     pub work: &'a Path,
     /// Where the targets are mounted.
     pub targets: &'a Path,
+    /// `/run/mosfs`.
+    pub run: &'a Path,
     /// Where the volumes are.
     pub volumes: &'a Path,
     /// The credentials that systemd has loaded for the unit.
@@ -85,7 +87,10 @@ pub fn prepare(
                 let plan = container.mounted.get(source).ok_or_else(|| {
                     failed("find a target to mount")(io::Error::other(format!("`{source}` is no target")))
                 })?;
-                let trees = root::trees(target, plan, &folders.targets.join(source), ids)?;
+                let group = container.base.zip(ids);
+                let shifted = shifted::place(folders.run, container.base.unwrap_or(0), source);
+                let trees =
+                    shifted::trees_of_group(target, plan, &folders.targets.join(source), &shifted, group)?;
                 Some(root::read_only(&format!("mosfs:{source}"), &trees)?)
             }
             _ => {

@@ -6,7 +6,8 @@
 //! inet mosfs     one table of nftables: published ports, the way out, and no other way in
 //! ```
 //! The table has the rules of all targets, and is replaced whole in one transaction: no rule is ever left of what was.
-//! It has a table of its own, so that others may flush theirs. The link ends with the container's network namespace,
+//! It has a table of its own, so that others may flush theirs. Bridge and table go with the last unit of a container that
+//! uses them (`RUN/notes/NAME.network` marks one). The link ends with the container's network namespace,
 //! and so with the container, however it ends.
 
 use std::fmt::Write as _;
@@ -18,11 +19,13 @@ use std::process::{Command, Stdio};
 use serde::Deserialize;
 
 use super::RunError;
+use super::places::Places;
 use super::programs;
 use super::root::step;
 use crate::digest::Digest;
 use crate::manifest::addresses::Addresses;
 use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
+use crate::sys::flock::Lock;
 use crate::sys::namespace;
 
 /// The bridge.
@@ -158,6 +161,45 @@ pub fn set_up(addresses: &Addresses, published: &[Published]) -> Result<(), Stri
         std::fs::write(&path, "1").map_err(|error| format!("cannot write {path}: {error}"))?;
     }
     feed("nft", &["-f", "-"], &rules(addresses, published))
+}
+
+/// Makes bridge and table for a container that is about to start, and marks that it uses them.
+///
+/// # Errors
+/// As [`set_up`].
+pub fn join(
+    places: &Places,
+    target: &str,
+    addresses: &Addresses,
+    published: &[Published],
+) -> Result<(), String> {
+    let _lock = lock(places)?;
+    let mark = places.network(target);
+    std::fs::write(&mark, b"").map_err(|error| format!("cannot write {}: {error}", mark.display()))?;
+    set_up(addresses, published)
+}
+
+/// Notes that a container has ended; removes bridge and table with the last one that used them.
+///
+/// # Errors
+/// As [`tear_down`].
+pub fn leave(places: &Places, target: &str) -> Result<(), String> {
+    let mark = places.network(target);
+    if !mark.exists() {
+        return Ok(());
+    }
+    let _lock = lock(places)?;
+    let _ = std::fs::remove_file(&mark);
+    let folder = mark.parent().unwrap_or(&mark);
+    let others = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_mark = |entry: std::fs::DirEntry| Path::new(&entry.file_name()).extension() == mark.extension();
+    if others.into_iter().any(is_mark) { Ok(()) } else { tear_down() }
+}
+
+/// So that none joins while the last one leaves.
+fn lock(places: &Places) -> Result<Lock, String> {
+    let path = places.run.join("network.lock");
+    Lock::exclusive(&path).map_err(|error| format!("cannot lock {}: {error}", path.display()))
 }
 
 /// Removes bridge and table, where no target has network `simple`.

@@ -51,6 +51,9 @@ pub fn trees(
     if record.digest != plan.digest() || record.layers != LayerRecord::of(plan) || !record.verified {
         return not_mounted("another image is mounted there");
     }
+    if record.shift.is_some() {
+        return not_mounted("it is mounted with other ids");
+    }
     if record.health() == Health::DaemonDead {
         return not_mounted("the daemon of its mount has died");
     }

@@ -1,16 +1,20 @@
 //! `mosfs run-target NAME`: starts a container, in the place of this process.
 //!
 //! ```text
-//! own mount namespace   nothing that is mounted from here on shows on the host, and all of it goes with the last process
+//! own mount namespace   nothing that is mounted from here on shows on the host, and all of it goes with the last process;
+//!                       what the host unmounts is unmounted here, too
 //! root, mounts          root.rs, mounts.rs
 //! config.json           in the tmpfs of that namespace
 //! exec crun run         in the control group of this process: limits of its unit hold for the container
 //! ```
 //!
-//! The runtime stays in the foreground: it forwards signals, and ends with the exit code of the container.
+//! The runtime stays in the foreground: it forwards signals, and ends with the exit code of the container. Where a
+//! standard stream is a file, this process stays too, and copies (stdio.rs).
 
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,8 +23,9 @@ use serde_json::Value;
 
 use super::bundle::{self, Bundle};
 use super::mounts::{self, Folders};
+use super::places::Places;
 use super::root::{self, step};
-use super::{Container, RunError, ids, network, programs, user};
+use super::{Container, RunError, ids, network, programs, shifted, stdio, user};
 use crate::error::IoContext;
 use crate::manifest::rules;
 use crate::manifest::workload::Writable;
@@ -29,47 +34,6 @@ use crate::sys::{self, file, namespace};
 
 /// Where Debian's packages put a small init, the first that is there: tini-static, catatonit.
 const INITS: [&str; 3] = ["/usr/bin/tini-static", "/usr/bin/catatonit", "/usr/libexec/podman/catatonit"];
-
-/// Where a container is started from.
-#[derive(Debug, Clone)]
-pub struct Places {
-    /// `/run/mosfs`.
-    pub run: PathBuf,
-    /// SYSTEM.
-    pub system: PathBuf,
-}
-
-impl Places {
-    /// The folder of what runs.
-    fn containers(&self) -> PathBuf {
-        self.run.join("containers")
-    }
-
-    /// The work folder of a container, which is empty outside of its mount namespace.
-    fn work(&self, name: &str) -> PathBuf {
-        self.containers().join(name)
-    }
-
-    /// The file with the run key that a container was started with.
-    pub fn key(&self, name: &str) -> PathBuf {
-        self.containers().join(format!("{name}.key"))
-    }
-
-    /// The file that says how the last run of a container ended.
-    pub fn result(&self, name: &str) -> PathBuf {
-        self.containers().join(format!("{name}.result"))
-    }
-
-    /// The file that says why the last start of a container failed.
-    pub fn error(&self, name: &str) -> PathBuf {
-        self.containers().join(format!("{name}.error"))
-    }
-
-    /// The state of the runtime.
-    pub fn runtime(&self) -> PathBuf {
-        self.run.join("crun")
-    }
-}
 
 /// Returns the runtime with the options of each of its commands.
 pub fn runtime(places: &Places) -> Command {
@@ -87,25 +51,40 @@ pub fn print(container: &Container, places: &Places) -> Result<Value, RunError> 
     Ok(make(container, places, false)?.0)
 }
 
+/// Mounts the trees of a container whose ids the kernel cannot map, in another process than this one.
+pub type MountShifted<'a> = &'a dyn Fn() -> Result<(), RunError>;
+
 /// Starts a container in the place of this process; returns only what went wrong.
 ///
-/// Only for a process with one thread, as root.
-pub fn exec(container: &Container, places: &Places) -> RunError {
-    match replace(container, places) {
+/// Only for a process with one thread and without children, as root: the runtime would wait for them.
+pub fn exec(container: &Container, places: &Places, mount_shifted: MountShifted<'_>) -> RunError {
+    match replace(container, places, mount_shifted) {
         Err(error) => error,
         Ok(never) => match never {},
     }
 }
 
-fn replace(container: &Container, places: &Places) -> Result<std::convert::Infallible, RunError> {
+fn replace(
+    container: &Container,
+    places: &Places,
+    mount_shifted: MountShifted<'_>,
+) -> Result<std::convert::Infallible, RunError> {
     let target = container.name.as_str();
     programs::check(container)?;
-    let (config, work) = make(container, places, true)?;
+    places.make_notes()?;
+    let (config, work) = match make(container, places, true) {
+        // It is found before anything is made.
+        Err(RunError::NoIdMap { .. }) => {
+            mount_shifted()?;
+            make(container, places, true)
+        }
+        made => made,
+    }?;
     let config = serde_json::to_vec_pretty(&config).map_err(step(target, "write the configuration"))?;
     let path = work.join("config.json");
     fs::write(&path, config).on("write", &path)?;
     if let Network::Simple { .. } = container.target.network {
-        network::set_up(&container.addresses, &container.published)
+        network::join(places, target, &container.addresses, &container.published)
             .map_err(step(target, "set up its network"))?;
     }
     // What a runtime that was killed has left: the next start would call it a container that exists.
@@ -116,14 +95,32 @@ fn replace(container: &Container, places: &Places) -> Result<std::convert::Infal
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     delete.status().map_err(step(target, "run crun delete"))?;
-    for old in [places.result(target), places.error(target)] {
+    for old in [places.result(target), places.error(target), places.unhealthy(target)] {
         let _ = fs::remove_file(old);
     }
     let key = places.key(target);
     fs::write(&key, format!("{}\n", container.key)).on("write", &key)?;
     let mut run = runtime(places);
     run.args(["run", "--bundle"]).arg(&work).arg(target);
+    if !stdio::can_be_replaced() {
+        let status = stdio::run(run).map_err(step(target, "run crun"))?;
+        std::process::exit(stdio::exit_code(status));
+    }
+    stdio::replace_null(&mut run, &|| null(target, &work)).map_err(step(target, "make a null device"))?;
     Err(step(target, "run crun")(run.exec()))
+}
+
+/// Opens a null device that is the container's own.
+fn null(target: &str, work: &Path) -> io::Result<fs::File> {
+    let folder = work.join("null");
+    let node = folder.join("null");
+    if !node.exists() {
+        file::create_folder(&folder, 0o711).map_err(|error| error.source)?;
+        root::mount_devices(target, &folder).map_err(io::Error::other)?;
+        file::create_device(&node, stdio::null_device(), (0, 0))?;
+        fs::set_permissions(&node, fs::Permissions::from_mode(0o666))?;
+    }
+    fs::File::options().read(true).write(true).open(&node)
 }
 
 /// Makes root, mounts and configuration, in a mount namespace of its own.
@@ -141,8 +138,11 @@ fn make(container: &Container, places: &Places, for_real: bool) -> Result<(Value
         .map_err(step(target, "make a user namespace"))?;
     let mapped = ids.as_ref().map(AsFd::as_fd);
     let targets = crate::deploy::activate::targets_dir(&places.run);
+    // To print, nothing is mounted: then the ids are those of the image.
+    let group = container.base.zip(mapped).filter(|_| for_real);
     // From the host's mounts, which the namespace only has copies of.
-    let trees = root::trees(target, &container.tree, &targets.join(target), mapped)?;
+    let shifted = shifted::place(&places.run, container.base.unwrap_or(0), target);
+    let trees = shifted::trees_of_group(target, &container.tree, &targets.join(target), &shifted, group)?;
     namespace::enter_mount_namespace().map_err(step(target, "make a mount namespace"))?;
     root::mount_tmpfs(target, &work, "0711", None)?;
     let size = match &run.writable {
@@ -168,9 +168,15 @@ fn make(container: &Container, places: &Places, for_real: bool) -> Result<(Value
     }
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     let volumes = places.system.join("volumes");
-    let folders =
-        Folders { work: &work, targets: &targets, volumes: &volumes, credentials: credentials.as_deref() };
-    let prepared = mounts::prepare(container, &folders, &root, &user, mapped, for_real)?;
+    let folders = Folders {
+        work: &work,
+        targets: &targets,
+        run: &places.run,
+        volumes: &volumes,
+        credentials: credentials.as_deref(),
+    };
+    let ids = mapped.filter(|_| for_real);
+    let prepared = mounts::prepare(container, &folders, &root, &user, ids, for_real)?;
     let init = init(target, run.init)?;
     let notify = match container.target.workload.ready {
         Some(Ready::Notify) => notify_socket(target, for_real)?,

@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::start::Places;
+use super::places::Places;
 use super::{Container, RunError};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError};
@@ -114,22 +114,33 @@ pub fn text(container: &Container, settings: &Settings<'_>) -> String {
         Some(Ready::Notify) => unit += "Type=notify\nNotifyAccess=all\n",
         None => unit += "Type=exec\n",
     }
+    let signal = container.image.stop_signal().unwrap_or_else(|| "SIGTERM".into());
+    let stop_seconds = run.stop_seconds.unwrap_or(STOP_SECONDS);
+    // All attempts at its health that may fail in a row.
+    let attempts = workload
+        .health
+        .as_ref()
+        .map_or(0, |health| health.retries() * (health.interval().as_secs() + health.timeout().as_secs()));
+    if workload.health.is_some() {
+        // `mosfs run-target --watch-health` triggers it; the time is for when that does not run any more.
+        let _ = writeln!(
+            unit,
+            "NotifyAccess=all\nWatchdogSec={}\nWatchdogSignal={signal}\nTimeoutAbortSec={stop_seconds}",
+            START_SECONDS + 2 * attempts
+        );
+    }
     let _ = writeln!(unit, "ExecStart={}", mosfs(""));
     // The start is done when the container runs and is healthy: what needs it waits for that.
     let _ = writeln!(unit, "ExecStartPost={}", mosfs("--wait-healthy "));
     let _ = writeln!(unit, "ExecStopPost=-{}", mosfs("--clean "));
-    let signal = container.image.stop_signal().unwrap_or_else(|| "SIGTERM".into());
     let _ = writeln!(unit, "KillMode=mixed\nKillSignal={signal}");
     if let Some(number) = container.image.stop_signal_number() {
         // The runtime ends with 128 and the number of the signal that ended the container.
         let _ = writeln!(unit, "SuccessExitStatus={}", 128 + number);
     }
-    let _ = writeln!(unit, "TimeoutStopSec={}", run.stop_seconds.unwrap_or(STOP_SECONDS));
-    let patience = workload.health.as_ref().map_or(0, |health| {
-        let attempt = health.interval().as_secs() + health.timeout().as_secs();
-        health.start().as_secs() + health.retries() * attempt
-    });
-    let _ = writeln!(unit, "TimeoutStartSec={}", START_SECONDS + patience);
+    let _ = writeln!(unit, "TimeoutStopSec={stop_seconds}");
+    let start = workload.health.as_ref().map_or(0, |health| health.start().as_secs());
+    let _ = writeln!(unit, "TimeoutStartSec={}", START_SECONDS + start + attempts);
     let _ = writeln!(unit, "Restart={}\nRestartSec=1", run.restart.unwrap_or(Restart::Always));
     let resources = workload.resources.clone().unwrap_or_default();
     if let Some(memory) = &resources.memory {
@@ -232,6 +243,8 @@ const MAX_ERROR: u64 = 4 << 10;
 
 /// Notes why the start of a container failed, for `mosfs activate` and `mosfs ps`.
 pub fn note_error(places: &Places, target: &str, error: &str) {
+    // Where it cannot be made, the file says so.
+    let _ = places.make_notes();
     let error: String = error.chars().take(1000).collect();
     if let Err(error) = fs::write(places.error(target), error) {
         log::warn!("cannot write {}: {error}", places.error(target).display());
@@ -240,7 +253,16 @@ pub fn note_error(places: &Places, target: &str, error: &str) {
 
 /// Why the last start of a container failed, if it did.
 pub fn last_error(places: &Places, target: &str) -> Option<String> {
-    let text = file::find_regular(&places.error(target), file::Links::Refused, MAX_ERROR).ok()??;
+    read_note(&places.error(target))
+}
+
+/// Why the last attempt at the health of a container that runs failed, if it did.
+pub fn last_unhealthy(places: &Places, target: &str) -> Option<String> {
+    read_note(&places.unhealthy(target))
+}
+
+fn read_note(path: &Path) -> Option<String> {
+    let text = file::find_regular(path, file::Links::Refused, MAX_ERROR).ok()??;
     Some(String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -253,6 +275,10 @@ pub fn clean(places: &Places, target: &str, result: &str) -> Result<(), RunError
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let _ = delete.status();
+    if let Err(why) = super::network::leave(places, target) {
+        log::warn!("target {target}: {why}");
+    }
+    places.make_notes()?;
     let path = places.result(target);
     Ok(atomic::replace(&path, format!("{result}\n").as_bytes(), 0o644, "run.result").on("write", &path)?)
 }
@@ -318,7 +344,7 @@ fn path(target: &str) -> PathBuf {
     Path::new(UNITS).join(name(target))
 }
 
-/// Writes the units that differ; returns whether systemd must read them.
+/// Writes the units that differ; returns whether systemd must read units.
 pub fn write(units: &[(&str, String)]) -> Result<bool, IoError> {
     let mut changed = false;
     for (target, text) in units {
@@ -330,7 +356,17 @@ pub fn write(units: &[(&str, String)]) -> Result<bool, IoError> {
         }
     }
     failpoint::hit("run.units.written");
-    Ok(changed)
+    Ok(changed || is_reload_needed(units.iter().map(|(target, _)| *target))?)
+}
+
+/// Whether systemd has not read the unit of one of these targets as it is now: an earlier activation was killed before.
+fn is_reload_needed<'a>(targets: impl Iterator<Item = &'a str>) -> Result<bool, IoError> {
+    let units: Vec<String> = targets.map(name).collect();
+    if units.is_empty() {
+        return Ok(false);
+    }
+    let output = systemctl(&["show", "--property=NeedDaemonReload"], &units)?;
+    Ok(String::from_utf8_lossy(&output.stdout).lines().any(|line| line == "NeedDaemonReload=yes"))
 }
 
 /// Has systemd read changed units.
@@ -352,7 +388,8 @@ pub fn stop(places: &Places, targets: &[&str]) -> Result<(), IoError> {
     let units: Vec<String> = targets.iter().map(|target| name(target)).collect();
     systemctl(&["--quiet", "stop"], &units)?;
     for target in targets {
-        for file in [path(target), places.key(target), places.result(target), places.error(target)] {
+        let notes = [places.result(target), places.error(target), places.unhealthy(target)];
+        for file in [path(target), places.key(target)].into_iter().chain(notes) {
             let _ = fs::remove_file(file);
         }
     }
@@ -466,6 +503,11 @@ mod tests {
             "LoadCredential=token",
             // 60 for the start itself, 60 in which failures do not count, 4 attempts of 3 s.
             "TimeoutStartSec=132",
+            // What would not be healthy any more is asked to stop, and restarted as `restart` says.
+            "WatchdogSec=84",
+            "WatchdogSignal=SIGQUIT",
+            "TimeoutAbortSec=7",
+            "NotifyAccess=all",
         ] {
             assert!(text.lines().any(|one| one == line), "no `{line}` in\n{text}");
         }
@@ -475,7 +517,7 @@ mod tests {
         {
             assert!(plain.lines().any(|one| one == line), "no `{line}` in\n{plain}");
         }
-        assert!(!plain.contains("MemoryMax"));
+        assert!(!plain.contains("MemoryMax") && !plain.contains("Watchdog"));
     }
 
     #[test]

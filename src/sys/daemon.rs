@@ -98,13 +98,18 @@ pub struct Signals(libc::sigset_t);
 impl Signals {
     /// Blocks SIGTERM, SIGINT and SIGHUP in this thread and in all threads that it starts from now on.
     pub fn block() -> io::Result<Self> {
+        Self::block_these(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
+    }
+
+    /// Blocks these signals in the same way.
+    pub fn block_these(signals: &[i32]) -> io::Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: sigemptyset initialises the set before it is used.
         let set = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
             set.assume_init_mut();
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
-                libc::sigaddset(set.as_mut_ptr(), signal);
+            for signal in signals {
+                libc::sigaddset(set.as_mut_ptr(), *signal);
             }
             set.assume_init()
         };
@@ -117,11 +122,25 @@ impl Signals {
 
     /// Waits for one of them, and returns which.
     pub fn wait(&self) -> io::Result<i32> {
-        let mut signal = 0;
-        // SAFETY: the set is initialised and `signal` has room for the result.
-        match unsafe { libc::sigwait(&self.0, &mut signal) } {
-            0 => Ok(signal),
-            error => Err(io::Error::from_raw_os_error(error)),
+        self.wait_from().map(|(signal, _)| signal)
+    }
+
+    /// Waits for one of them, and returns which, and whether a process has sent it and not the kernel (a terminal).
+    pub fn wait_from(&self) -> io::Result<(i32, bool)> {
+        let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+        loop {
+            // SAFETY: the set is initialised, and `info` has room for the result.
+            let signal = unsafe { libc::sigwaitinfo(&self.0, info.as_mut_ptr()) };
+            if signal > 0 {
+                // SAFETY: sigwaitinfo has filled it.
+                let code = unsafe { info.assume_init_ref() }.si_code;
+                // sigaction(2): SI_USER and other codes of processes are not above 0.
+                return Ok((signal, code <= 0));
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod namespace;
 pub mod notify;
 pub mod process;
 pub mod sha256;
+pub mod streams;
 pub mod terminal;
 pub mod tpm;
 

@@ -411,7 +411,7 @@ fn enter_private_namespace() -> Result<OwnedFd, CallError> {
     if unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) } != 0 {
         return Err(CallError::last("unshare(CLONE_FS|CLONE_NEWNS)".into()));
     }
-    make_all_mounts_private()?;
+    end_exchange(libc::MS_PRIVATE)?;
     let context = FsContext::open("tmpfs")?;
     context.set_string("size", b"1m")?;
     context.set_string("mode", b"0700")?;
@@ -426,13 +426,14 @@ fn enter_private_namespace() -> Result<OwnedFd, CallError> {
     Ok(folder)
 }
 
-/// Ends the exchange of mounts between the calling thread's own mount namespace and all others.
+/// Ends the exchange of mounts between the calling thread's own mount namespace and all others. With `MS_PRIVATE` in both
+/// directions; with `MS_SLAVE`, what is unmounted or mounted elsewhere still is here.
 ///
 /// The kernel changes the propagation of a mount point only. In a chroot whose root folder is not one, `/` is
 /// refused, and no path below it leads to the mount that contains it. There the thread goes to the root of its
 /// namespace, which is always a mount point, and comes back.
-pub(super) fn make_all_mounts_private() -> Result<(), CallError> {
-    match make_tree_private() {
+pub(super) fn end_exchange(kind: libc::c_ulong) -> Result<(), CallError> {
+    match set_propagation(kind) {
         Err(error) if error.errno() == libc::EINVAL => {}
         result => return result,
     }
@@ -451,7 +452,7 @@ pub(super) fn make_all_mounts_private() -> Result<(), CallError> {
     if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS) } != 0 {
         return Err(CallError::last("setns(/proc/thread-self/ns/mnt, CLONE_NEWNS)".into()));
     }
-    let made_private = make_tree_private();
+    let made = set_propagation(kind);
     // SAFETY: fchdir takes no pointers; the descriptor is open.
     if unsafe { libc::fchdir(root.as_raw_fd()) } != 0 {
         return Err(CallError::last("fchdir(\"/\")".into()));
@@ -460,26 +461,20 @@ pub(super) fn make_all_mounts_private() -> Result<(), CallError> {
     if unsafe { libc::chroot(c".".as_ptr()) } != 0 {
         return Err(CallError::last("chroot(\".\")".into()));
     }
-    made_private
+    made
 }
 
-/// Makes the mount at `/` and all below it private (mount_namespaces(7)).
-fn make_tree_private() -> Result<(), CallError> {
+/// Sets the propagation of the mount at `/` and of all below it (mount_namespaces(7)).
+fn set_propagation(kind: libc::c_ulong) -> Result<(), CallError> {
     // SAFETY: constant NUL-terminated strings; source, type and data may be null for a change of
     // propagation (mount(2)).
     let result = unsafe {
-        libc::mount(
-            std::ptr::null(),
-            c"/".as_ptr(),
-            std::ptr::null(),
-            libc::MS_REC | libc::MS_PRIVATE,
-            std::ptr::null(),
-        )
+        libc::mount(std::ptr::null(), c"/".as_ptr(), std::ptr::null(), libc::MS_REC | kind, std::ptr::null())
     };
     if result == 0 {
         Ok(())
     } else {
-        Err(CallError::last("mount(NULL, \"/\", NULL, MS_REC|MS_PRIVATE, NULL)".into()))
+        Err(CallError::last(format!("mount(NULL, \"/\", NULL, MS_REC|{kind:#x}, NULL)")))
     }
 }
 

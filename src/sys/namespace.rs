@@ -65,13 +65,16 @@ fn pipe() -> io::Result<(File, File)> {
     Ok(unsafe { (File::from_raw_fd(ends[0]), File::from_raw_fd(ends[1])) })
 }
 
-/// Moves the calling thread to a mount namespace of its own, which exchanges no mounts with others.
+/// Moves the calling thread to a mount namespace of its own, whose mounts no other one gets.
+///
+/// What is unmounted elsewhere is unmounted here, too, where mounts are shared (systemd sees to that): else the copies here
+/// would keep disks and devices of the host in use as long as the namespace lasts.
 pub fn enter_mount_namespace() -> Result<(), CallError> {
     // SAFETY: no pointers. CLONE_FS makes root and working folder the thread's own.
     if unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) } != 0 {
         return Err(CallError::last("unshare(CLONE_FS|CLONE_NEWNS)".into()));
     }
-    mountapi::make_all_mounts_private()
+    mountapi::end_exchange(libc::MS_SLAVE)
 }
 
 /// Opens a path below a folder as if the folder were the root: links, `..` and mounts cannot lead out of it.

@@ -14,12 +14,17 @@ use std::time::{Duration, Instant};
 ///
 /// Returns whether a notification was sent.
 pub fn service_is_ready() -> io::Result<bool> {
+    service_says("READY=1")
+}
+
+/// Sends the service manager a state (sd_notify(3)), such as `WATCHDOG=1`; returns whether there is one to send it to.
+pub fn service_says(state: &str) -> io::Result<bool> {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(false) };
     let address = match name.as_bytes() {
         [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
         path => SocketAddr::from_pathname(Path::new(std::ffi::OsStr::from_bytes(path)))?,
     };
-    UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address)?;
+    UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
     Ok(true)
 }
 

@@ -16,9 +16,14 @@ pub fn kill_self() -> ! {
 
 /// Sends SIGKILL to a process. One that has ended meanwhile is no error.
 pub fn kill(pid: u32) {
+    signal(pid, libc::SIGKILL);
+}
+
+/// Sends a signal to a process. One that has ended meanwhile is no error.
+pub fn signal(pid: u32, signal: i32) {
     if let Ok(pid @ 1..) = libc::pid_t::try_from(pid) {
         // SAFETY: no pointers.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
+        unsafe { libc::kill(pid, signal) };
     }
 }
 

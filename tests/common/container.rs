@@ -189,8 +189,9 @@ impl World {
 
     /// Runs `mosfs`.
     pub fn run(&self, args: &[&str]) -> Output {
-        // Mounts of activation must stay: not in a namespace of their own.
-        let mut command = if args[0] == "activate" { self.plain(args) } else { self.command(args) };
+        // Mounts that must stay: not in a namespace of their own.
+        let stays = ["activate", "mount"].contains(&args[0]) || args.contains(&"--mount-shifted");
+        let mut command = if stays { self.plain(args) } else { self.command(args) };
         command.output().expect("mosfs runs")
     }
 

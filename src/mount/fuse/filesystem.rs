@@ -29,6 +29,7 @@ use crate::image::bytes::{may_wait, without_waiting};
 use crate::image::layer::{Attr, FileType};
 use crate::image::overlay::{Entry, OverlayError, ROOT};
 use crate::mount::engine::{Engine, EngineError};
+use crate::mount::ids::IdShift;
 
 const GENERATION: Generation = Generation(0);
 /// The kernel's offsets of the entries after `.` and after `..`; those of the view follow.
@@ -95,9 +96,20 @@ impl Tree {
 pub(super) struct View {
     pub engine: Arc<Engine>,
     pub siblings: Arc<Siblings>,
+    /// Where user and group ids are moved to, if they are.
+    pub shift: Option<IdShift>,
 }
 
 impl View {
+    /// The attributes of a file as the kernel gets them.
+    fn file_attr(&self, ino: u64, attr: &Attr) -> FileAttr {
+        let shown = file_attr(ino, attr);
+        match self.shift {
+            None => shown,
+            Some(shift) => FileAttr { uid: shift.id(shown.uid), gid: shift.id(shown.gid), ..shown },
+        }
+    }
+
     fn failed(&self, ino: u64, error: &OverlayError) -> EngineError {
         self.engine.failed(ino, error)
     }
@@ -229,7 +241,7 @@ impl Filesystem for Tree {
             match view.engine.view().lookup(parent.0, &name) {
                 Ok(Some((ino, attr))) => {
                     view.siblings.seen(&view.engine, ino, &attr);
-                    reply.entry(&TTL, &file_attr(ino, &attr), GENERATION);
+                    reply.entry(&TTL, &view.file_attr(ino, &attr), GENERATION);
                 }
                 // Inode 0 with a time to live: the kernel remembers that there is no such name.
                 Ok(None) => reply.entry(&TTL, &bare_attr(0, FileType::Regular), GENERATION),
@@ -242,7 +254,7 @@ impl Filesystem for Tree {
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         self.answer(reply, move |view, reply| {
             match view.engine.attr(ino.0) {
-                Ok(attr) => reply.attr(&TTL, &file_attr(ino.0, &attr)),
+                Ok(attr) => reply.attr(&TTL, &view.file_attr(ino.0, &attr)),
                 Err(error) => return refuse(error, reply, ReplyAttr::error),
             }
             None
@@ -346,7 +358,7 @@ impl Filesystem for Tree {
                     match view.engine.attr(child) {
                         Ok(attr) => {
                             view.siblings.seen(&view.engine, child, &attr);
-                            (TTL, file_attr(child, &attr))
+                            (TTL, view.file_attr(child, &attr))
                         }
                         Err(EngineError::NotHere) if !may_wait() => {
                             is_here = false;
@@ -381,7 +393,10 @@ impl Filesystem for Tree {
             // file system without attributes, and say so. An image without any has none on this file: ENODATA.
             match view.engine.view().xattrs(ino.0) {
                 Ok(all) => match all.iter().find(|(key, _)| *key == name) {
-                    Some((_, value)) => answer_xattr(value, size, reply),
+                    Some((key, value)) => match view.shift {
+                        None => answer_xattr(value, size, reply),
+                        Some(shift) => answer_xattr(&shift.xattr(key, value), size, reply),
+                    },
                     None => reply.error(Errno::ENODATA),
                 },
                 Err(error) => return refuse(view.failed(ino.0, &error), reply, ReplyXattr::error),

@@ -55,7 +55,7 @@ use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::{names, open};
 use super::table::{self, DaemonRecord, MountRecord};
-use super::{Access, MountError, MountFlags, MountPlan, log as daemon_log, source_name};
+use super::{Access, IdShift, MountError, MountFlags, MountPlan, log as daemon_log, source_name};
 use crate::failpoint;
 use crate::image::blobs::Blobs;
 use crate::image::overlay::ROOT;
@@ -76,6 +76,8 @@ pub struct FuseOptions {
     pub cache_mib: Option<usize>,
     /// When to keep cores awake while requests come close together.
     pub spin: Spin,
+    /// Show user and group ids moved to this range.
+    pub shift: Option<IdShift>,
     /// Unmount after so long without a request and without an open file.
     pub idle: Option<Duration>,
     /// How long a signal waits before it unmounts, so that a program that was started just before it can open a file.
@@ -343,7 +345,7 @@ pub fn serve_here(
     });
     let Connection { fd, mut mount, place, acl, is_checked } = connection;
     let files = table::files_of(place.device)?;
-    let record = enter(files.as_deref())?.then(|| record(plan, &place, files.as_deref(), false));
+    let record = enter(files.as_deref())?.then(|| record(plan, &place, options, files.as_deref(), false));
     serve(plan, Link { fd, place: Some(place), acl, is_checked }, engine, options, record, &mut || {
         if let Some(mut served) = served.take() {
             served.mount = mount.take();
@@ -425,7 +427,7 @@ fn daemon(
             let log = files.as_ref().map(|files| files.with_extension("log"));
             // By its name in that folder, which goes along when the root is switched.
             daemon_log::install(log.as_deref().and_then(Path::file_name).map(Path::new), true, None);
-            let record = is_recorded.then(|| record(plan, &place, files.as_deref(), true));
+            let record = is_recorded.then(|| record(plan, &place, options, files.as_deref(), true));
             serve(
                 plan,
                 Link { fd, place: Some(place), acl, is_checked },
@@ -459,13 +461,20 @@ fn daemon(
     std::process::exit(code)
 }
 
-fn record(plan: &MountPlan, place: &Attachment, files: Option<&Path>, has_log: bool) -> MountRecord {
+fn record(
+    plan: &MountPlan,
+    place: &Attachment,
+    options: &FuseOptions,
+    files: Option<&Path>,
+    has_log: bool,
+) -> MountRecord {
     let pid = std::process::id();
     let start_ticks = table::start_ticks(pid).unwrap_or(0);
     let file = |ending| files.map(|files| files.with_extension(ending));
     let (log, lock) = (has_log.then(|| file("log")).flatten(), file("lock"));
     let daemon = DaemonRecord { pid, start_ticks, log, lock, errors: Default::default() };
-    MountRecord::new(plan, &place.target, FUSE, place.device, Some(daemon))
+    let record = MountRecord::new(plan, &place.target, FUSE, place.device, Some(daemon));
+    MountRecord { shift: options.shift, ..record }
 }
 
 /// A connection that is to be served.
@@ -502,7 +511,7 @@ fn serve(
     let (pulse, when) = (Arc::new(RequestCounter::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
     let turns = Arc::new(Lead::default());
-    let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone() });
+    let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone(), shift: options.shift });
     let pool = plan.remote().map(|_| Arc::default());
     let opens = options.idle.map(|_| Arc::new(Opens::default()));
     let tree = Tree {
@@ -511,7 +520,8 @@ fn serve(
         lead: turns.clone(),
         opens: opens.clone(),
         pool,
-        maps_ids: is_checked,
+        // Ids that are moved already are not for another map.
+        maps_ids: is_checked && options.shift.is_none(),
     };
 
     let mut config = Config::default();

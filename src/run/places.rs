@@ -1,0 +1,70 @@
+//! Where the files of containers are (the module's page lists them).
+
+use std::path::PathBuf;
+
+use crate::error::IoError;
+use crate::sys::file;
+
+/// Where a container is started from.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// `/run/mosfs`.
+    pub run: PathBuf,
+    /// SYSTEM.
+    pub system: PathBuf,
+}
+
+impl Places {
+    /// The folder of what runs.
+    pub fn containers(&self) -> PathBuf {
+        self.run.join("containers")
+    }
+
+    /// The folder of what is known of containers. Not that of their work folders: `web.key` may be a target too.
+    fn notes(&self) -> PathBuf {
+        self.run.join("notes")
+    }
+
+    /// Makes the folder of what is known of containers.
+    ///
+    /// # Errors
+    /// [`IoError`] of mkdir(2).
+    pub fn make_notes(&self) -> Result<(), IoError> {
+        file::create_folders(&self.notes())
+    }
+
+    /// The work folder of a container, which is empty outside of its mount namespace.
+    pub fn work(&self, name: &str) -> PathBuf {
+        self.containers().join(name)
+    }
+
+    /// The file with the run key that a container was started with.
+    pub fn key(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.key"))
+    }
+
+    /// The file that says how the last run of a container ended.
+    pub fn result(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.result"))
+    }
+
+    /// The file that says why the last start of a container failed.
+    pub fn error(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.error"))
+    }
+
+    /// The file that says why the last attempt at the health of a container failed.
+    pub fn unhealthy(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.unhealthy"))
+    }
+
+    /// The file that marks that a container uses the bridge.
+    pub fn network(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.network"))
+    }
+
+    /// The state of the runtime.
+    pub fn runtime(&self) -> PathBuf {
+        self.run.join("crun")
+    }
+}
