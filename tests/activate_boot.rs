@@ -520,18 +520,23 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
     };
     web("command: [/bin/cat, /tmp/up], interval: 1s");
     // Both wait until they are asked.
-    let asked = |then: &str| shell(&format!("until test -e /go/go; do sleep 1; done; {then}"));
-    let volume =
-        "run: {restart: no, stop_seconds: 1}, mounts: [{destination: /go, type: volume, source: go}]";
+    let asked = "until test -e /go/go; do sleep 1; done";
+    let volume = "mounts: [{destination: /go, type: volume, source: go}]";
     publisher.container(
         "hog",
-        &format!("network: {{type: none}}, {volume}, resources: {{memory: 32M}}"),
-        &asked("exec /bin/busybox tail /dev/zero"),
+        &format!(
+            "network: {{type: none}}, run: {{restart: no, stop_seconds: 5}}, {volume}, resources: {{memory: 32M}}"
+        ),
+        &shell(&format!("{asked}; exec /bin/busybox tail /dev/zero")),
     );
     let bomb = |port: u16| {
         let ports = format!("ports: [{{host: {}, container: {port}}}]", port - 8000);
-        let fields = format!("network: {{type: simple, {ports}}}, {volume}, resources: {{tasks: 30}}");
-        publisher.container("bomb", &fields, &asked("while :; do sleep 1000 & done"));
+        let fields = format!(
+            "network: {{type: simple, {ports}}}, run: {{restart: no}}, {volume}, resources: {{tasks: 30}}"
+        );
+        // When it is stopped it has not done its work, and is started again.
+        let script = format!("trap 'exit 9' TERM; {asked}; while :; do sleep 1000 & done");
+        publisher.container("bomb", &fields, &shell(&script));
     };
     bomb(8081);
     publisher.container("job", "network: {type: none}, run: {restart: no}", &shell("echo done; sleep 1"));
