@@ -300,6 +300,46 @@ await is_again web "$web"
 journalctl --no-pager -b -o cat -u mosfs-target@web | grep -F 'it is not healthy: failure 3 of 3 in a row' ||
     fail "the journal says why"
 want test "$(property NRestarts mosfs-target@web.service)" -ge 1
+
+step 28 "an update restarts what has changed alone, and what is replaced serves to its end"
+# As after a reboot, without one: boot.json says which version runs.
+becomes() { sed -i "s/\"deployment\":\"[^\"]*\"/\"deployment\":\"$(cd $MOSFS_SYSTEM/deployments && ls -d $1-*)\"/" /run/mosfs/boot.json; }
+counts >/tmp/before
+db=$(since db) web=$(since web) hog=$(since hog) bomb=$(since bomb)
+mosfs exec hog -- /bin/sh -c 'while :; do /bin/busybox md5sum /bin/busybox; done' | cat >/tmp/sums &
+await test -s /tmp/sums
+want mosfs update "oci:/run/mosfs/system/vm-source:NEXT"
+want becomes NEXT
+want mosfs activate
+want test "$(since db) $(since web)" = "$db $web"
+want is_again hog "$hog"
+want is_again bomb "$bomb"
+want test "$(mosfs exec hog -- cat /content)" = second
+want test "$(mosfs ps | awk '$1 == "bomb" {print $5}')" = '82->8082/tcp'
+want test "$(grep -c . /tmp/sums)" -ge 1
+test "$(grep '^.*  /bin/busybox$' /tmp/sums | sort -u | wc -l)" = 1 || fail "the old image served other bytes"
+# No mount, namespace or device of the old one, and no rule for its port.
+is_as_before() { counts | sed 's/8082/8081/; s/dport 82 /dport 81 /' >/tmp/after; diff /tmp/before /tmp/after; }
+await is_as_before
+
+step 29 "a version that does not get healthy is not committed"
+floor=$(mosfs floor show --json)
+want mosfs update "oci:/run/mosfs/system/vm-source:SICK"
+want becomes SICK
+mosfs activate >/tmp/said 2>&1
+want test $? = 1
+want grep -F 'target web' /tmp/said
+want grep -F 'it is not healthy' /tmp/said
+mosfs ps | grep -F 'web: ' | grep -F 'it is not healthy' || fail "ps says why"
+mosfs commit >/tmp/said 2>&1
+want test $? = 1
+want grep -F 'target web' /tmp/said
+want test "$(mosfs floor show --json)" = "$floor"
+want becomes VERSION
+want mosfs activate
+for name in db web hog bomb; do want is_state $name running; done
+want test "$(page 80)" = "this is web"
+
 "#;
 
 /// The same through FUSE: a daemon that dies takes what runs on it along, and both come back.
@@ -318,10 +358,46 @@ step 31 "all stops, and nothing is left"
 want systemctl stop 'mosfs-target@*.service'
 want test -z "$(ls /run/mosfs/crun)"
 want test -z "$(grep -lx crun /proc/[0-9]*/comm)"
+kill $outside
+await test ! -e /sys/class/net/out0
+for kind in net pid user ipc; do want test "$(lsns --noheadings --type $kind --output NS | wc -l)" = 1; done
+ls /sys/class/net | grep mosfs && fail "an interface is left"
+nft list tables | grep mosfs && fail "a rule of the firewall is left"
+find /sys/fs/cgroup -name 'mosfs-target@*' | grep . && fail "a control group is left"
+for place in $targets/* /mnt/early /mnt/late; do want mosfs umount "$place"; done
+await sh -c "! systemctl --no-legend list-units 'mosfs-fuse@*' | grep ."
+"#;
+
+/// Containers before Linux 6.12, whose kernel maps no ids of FUSE and squashfs.
+const SHIFTED: &str = r#"
+step 40 "containers run on trees whose ids their daemons move, where the kernel cannot map them"
+case $(uname -r) in 6.1.*) ;; *) fail "this is Linux $(uname -r)" ;; esac
+for name in db web; do want is_state $name running; done
+mosfs status | grep -F /run/mosfs/shifted | sed 's/^/vm: /'
+shifted=$(ls -d /run/mosfs/shifted/*/web)
+want test "$(stat -c %u:%g $shifted/bin/busybox)" = "$(basename "$(dirname "$shifted")"):$(basename "$(dirname "$shifted")")"
+want test "$(mosfs exec web -- /bin/busybox stat -c %u:%g /bin/busybox /set/content | sort -u)" = 0:0
+want test "$(mosfs exec web -- cat /proc/self/uid_map | awk '{print $2}')" -ge 524288
+want test "$(mosfs exec web -- cat /set/content)" = shared
+want test "$(stat -c %u /run/mosfs/system/volumes/web/starts)" = 0
+want systemctl is-active "$(unit_of "$shifted")"
+
+step 41 "and follow them when they die"
+web=$(since web) db=$(since db)
+want kill -KILL "$(property MainPID "$(unit_of "$shifted")")"
+await is_again web "$web"
+want test "$(since db)" = "$db"
+want mosfs exec web -- cat /set/content
+want mosfs activate
+want test "$(since db)" = "$db"
 "#;
 
 /// The version that is published and booted.
 const VERSION: u64 = 200;
+/// The version after it, in which one target has another image and one another port.
+const NEXT: u64 = 201;
+/// A version with a target that does not get healthy.
+const SICK: u64 = 202;
 
 /// The folders of modules that containers with network `simple` require.
 const MODULES: [&str; 9] = [
@@ -354,7 +430,7 @@ fn put_modules(kernel: &str, top: &Path) {
     }
 }
 
-/// Publishes Debian with what `make install` installs, and targets. Files are made in `dir`.
+/// Publishes Debian with what `make install` installs, targets, and two later versions of them. Files are made in `dir`.
 fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
     let top = &dir.join("top");
     let stripped = dir.join("mosfs");
@@ -444,22 +520,36 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
     };
     web("command: [/bin/cat, /tmp/up], interval: 1s");
     // Both wait until they are asked.
-    let asked = |then: &str| shell(&format!("until test -e /go/go; do sleep 1; done; {then}"));
-    let volume =
-        "run: {restart: no, stop_seconds: 1}, mounts: [{destination: /go, type: volume, source: go}]";
+    let asked = "until test -e /go/go; do sleep 1; done";
+    let volume = "mounts: [{destination: /go, type: volume, source: go}]";
     publisher.container(
         "hog",
-        &format!("network: {{type: none}}, {volume}, resources: {{memory: 32M}}"),
-        &asked("exec /bin/busybox tail /dev/zero"),
+        &format!(
+            "network: {{type: none}}, run: {{restart: no, stop_seconds: 5}}, {volume}, resources: {{memory: 32M}}"
+        ),
+        &shell(&format!("{asked}; exec /bin/busybox tail /dev/zero")),
     );
     let bomb = |port: u16| {
         let ports = format!("ports: [{{host: {}, container: {port}}}]", port - 8000);
-        let fields = format!("network: {{type: simple, {ports}}}, {volume}, resources: {{tasks: 30}}");
-        publisher.container("bomb", &fields, &asked("while :; do sleep 1000 & done"));
+        let fields = format!(
+            "network: {{type: simple, {ports}}}, run: {{restart: no}}, {volume}, resources: {{tasks: 30}}"
+        );
+        // When it is stopped it has not done its work, and is started again.
+        let script = format!("trap 'exit 9' TERM; {asked}; while :; do sleep 1000 & done");
+        publisher.container("bomb", &fields, &shell(&script));
     };
     bomb(8081);
     publisher.container("job", "network: {type: none}, run: {restart: no}", &shell("echo done; sleep 1"));
     publisher.publish_targets(VERSION, &targets, true);
+    bomb(8082);
+    let changed = |(name, kind, layers): &(&'static str, &'static str, Vec<_>)| match *name {
+        "hog" => (*name, *kind, [&busybox[..], &target("second")].concat()),
+        _ => (*name, *kind, layers.clone()),
+    };
+    publisher.publish_targets(NEXT, &targets.iter().map(changed).collect::<Vec<_>>(), true);
+    bomb(8081);
+    web("command: [/bin/false], interval: 1s, start: 1s, retries: 1");
+    publisher.publish_targets(SICK, &targets, true);
 }
 
 /// Boots a device with this kernel whose system does `steps`; wants verdict 0 and these words on the console.
@@ -468,12 +558,24 @@ fn boots(kernel: &'static str, steps: &str, cmdline: &str, words: &[&str]) -> En
     let publisher = Publisher::new(dir.path());
     publish(&publisher, dir.path(), kernel, steps);
     let device = Device::of(publisher, VERSION);
+    carry_targets(&dir.path().join("store"), &device);
     let initrd = device.path("initrd");
     let mut machine = Machine { kernel, ..device.machine_with(&initrd) };
     make_initrd(&initrd, "initramfs-tools", machine.kernel, device.config());
     machine.cmdline += &format!(" loglevel=6 {cmdline}");
     machine.timeout *= if is_long() { 8 } else { 1 };
     machine.expect(0, words)
+}
+
+/// Puts the publisher's store onto the partition, for updates in the machine, but for the large blobs that it has.
+fn carry_targets(store: &Path, device: &Device) {
+    let to = device.system().join("vm-source");
+    tool("coreutils", Command::new("cp").arg("-rT").args([store, &to]));
+    for entry in fs::read_dir(to.join("blobs/sha256")).unwrap().map(|entry| entry.unwrap()) {
+        if entry.metadata().unwrap().len() > 4 << 20 {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
 }
 
 /// Whether campaigns are long (`make campaign`).
@@ -488,10 +590,13 @@ const IN_ORDER: &str = "reboot: Power down";
 fn targets_are_active_at_boot_and_their_daemons_come_back() {
     let first = "grep -q '^mosfs:' /proc/self/mounts || exit 3\n\
          test $(grep -c ' /run/mosfs/targets/[^ ]* overlay ro,nosuid,nodev' /proc/self/mounts) = 8 || exit 4\n";
-    let words = ["vm: step 27", "vm: step 18", "vm: step 31", "data-set (fuse): verified", IN_ORDER];
+    let words = ["vm: step 29", "vm: step 18", "vm: step 31", "data-set (fuse): verified", IN_ORDER];
     // Restarts, with an activation after each fifth one.
     let rounds = if is_long() { "500" } else { "5" };
-    let containers = CONTAINERS.replace("ROUNDS", rounds);
+    let mut containers = CONTAINERS.replace("ROUNDS", rounds);
+    for (name, version) in [("NEXT", NEXT), ("SICK", SICK), ("VERSION", VERSION)] {
+        containers = containers.replace(name, &version.to_string());
+    }
     let steps = format!("{first}{HELPERS}{containers}{STEPS}{THROUGH_FUSE}");
     let ended = boots("6.12", &steps, "", &words);
     ended.without(&["I/O error"]);
@@ -507,8 +612,10 @@ fn a_root_through_fuse_serves_to_the_end_of_an_orderly_shutdown() {
          test -n \"$pid\" || exit 4\n\
          echo \"vm: the root's daemon is $pid: $(tr '\\0' ' ' </proc/$pid/cmdline)\"\n\
          test \"$(cat /run/mosfs/targets/app/content)\" = app || exit 5\n";
-    let words = ["vm: the root's daemon is ", IN_ORDER];
-    let ended = boots("6.12", root, "mosfs.backend=fuse", &words);
+    let steps = format!("{HELPERS}{SHIFTED}{root}");
+    let words = ["vm: step 41", "vm: the root's daemon is ", IN_ORDER];
+    // Debian 12's own kernel.
+    let ended = boots("6.1", &steps, "mosfs.backend=fuse", &words);
     // A root whose daemon was killed would have said so here.
     ended.without(&[
         "Transport endpoint is not connected",

@@ -110,16 +110,22 @@ fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() 
     });
     world.image("empty", &json!({}), |root| fs::write(root.join("content"), "x").unwrap());
     world.image("stranger", &json!({ "Cmd": ["/x"], "User": "nobody-here" }), |root| busybox(root, |_| ()));
+    world.image("nothing", &json!({ "Entrypoint": [], "Cmd": [""] }), |root| busybox(root, |_| ()));
+    world.image("unset", &json!({ "Cmd": ["/x"], "Env": ["PATH"] }), |root| busybox(root, |_| ()));
+    world.image("three", &json!({ "Cmd": ["/x"], "User": "app:audio:x" }), |root| busybox(root, |_| ()));
     world.image("odd", &json!({ "Cmd": ["/x"], "WorkingDir": "../x" }), |root| busybox(root, |_| ()));
     world.install(&[
         ("empty", "empty", ""),
         ("file", "file", ""),
         ("large", "stranger", "run: {command: [/bin/true]}"),
         ("link", "link", ""),
+        ("no-program", "nothing", ""),
         ("odd", "odd", ""),
         ("only-files", "empty", "service_type: fs-only"),
         ("scratch", "scratch", ""),
         ("stranger", "stranger", ""),
+        ("three", "three", ""),
+        ("unset", "unset", ""),
     ]);
     let status = world.ok(&["run-target", "scratch"]);
     // CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID and NET_BIND_SERVICE (capability.h).
@@ -130,10 +136,13 @@ fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() 
         ("file", &["target file", "/proc of its image is no folder"]),
         ("empty", &["target empty has no command", "Entrypoint", "run.command"]),
         ("stranger", &["user `nobody-here`", "the image has no user"]),
+        ("no-program", &["target no-program has no command"]),
+        ("unset", &["\"PATH\" in Env is no NAME=VALUE"]),
+        ("three", &["target three: user `app:audio:x`", "the image has no group `audio:x`"]),
         ("odd", &["WorkingDir", "the configuration sha256:"]),
     ] {
-        world.refused(&["run-target", target], 1, words);
-        world.refused(&["run-target", target, "--print"], 1, words);
+        world.refused(&["run-target", target], 2, words);
+        world.refused(&["run-target", target, "--print"], 2, words);
     }
     world.refused(&["run-target", "only-files"], 2, &["service_type fs-only", "only a container runs"]);
     world.refused(&["run-target", "hostfs"], 2, &["service_type hostfs"]);

@@ -5,10 +5,12 @@
 
 mod apart;
 mod fixture;
+mod link;
 mod machine;
 mod mounts;
 mod page;
 mod peers;
+mod registry;
 mod report;
 mod rows;
 mod scale;

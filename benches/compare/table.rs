@@ -5,11 +5,11 @@ use std::path::Path;
 use crate::Result;
 use crate::fixture::Fixture;
 use crate::rows::{self, Row};
-use crate::{mounts, system};
+use crate::{mounts, registry, system};
 
 /// All rows, in the order of the report.
 pub fn all() -> impl Iterator<Item = &'static Row> {
-    rows::ROWS.iter().chain(mounts::ROWS).chain(system::ROWS)
+    rows::ROWS.iter().chain(mounts::ROWS).chain(system::ROWS).chain(registry::ROWS)
 }
 
 /// The programs of a row that compares no file systems.
@@ -18,6 +18,8 @@ pub fn programs(row: &Row) -> &'static [&'static str] {
         mounts::programs(row)
     } else if system::has(row) {
         system::programs(row)
+    } else if registry::has(row) {
+        registry::programs(row)
     } else {
         rows::programs(row)
     }
@@ -29,6 +31,8 @@ pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Re
         mounts::run(row, name, fixture, mosfs)
     } else if system::has(row) {
         system::run(row, name, fixture, mosfs)
+    } else if registry::has(row) {
+        registry::run(row, name, fixture, mosfs)
     } else {
         rows::run_program(row, name, fixture, mosfs)
     }

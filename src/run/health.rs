@@ -214,6 +214,10 @@ pub fn watch(container: &Container, places: &Places) {
     let mut failures = 0;
     loop {
         std::thread::sleep(health.interval());
+        // It is stopping, or systemd is about to start it again: neither is a matter of its health.
+        if pid(places, target).is_none() {
+            continue;
+        }
         let Err(why) = ask_once(container, places, health) else {
             failures = 0;
             let _ = fs::remove_file(&note);

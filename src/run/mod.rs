@@ -230,7 +230,13 @@ impl Classified for RunError {
             RunError::Deploy(error) => error.class(),
             RunError::Store(error) => error.class(),
             RunError::Mount(error) => error.class(),
-            RunError::NoContainer { .. } | RunError::Name { .. } => Class::Input,
+            RunError::NoContainer { .. }
+            | RunError::Name { .. }
+            | RunError::Manifest(_)
+            | RunError::Config { .. }
+            | RunError::NoCommand { .. }
+            | RunError::User { .. }
+            | RunError::NoFolder { .. } => Class::Input,
             _ => Class::Failure,
         }
     }
@@ -282,7 +288,7 @@ pub fn container(store: &Store, manifest: &SystemManifest, name: &TargetName) ->
     let descriptor = &image.manifest.config;
     let bytes = store.get(&descriptor.digest, config::MAX_BYTES)?;
     let config = ImageConfig::parse(name, &descriptor.digest, &bytes)?;
-    if bundle::command(target, &config).is_empty() {
+    if bundle::command(target, &config).first().is_none_or(String::is_empty) {
         return Err(RunError::NoCommand { target: label });
     }
     let tree = deploy::target::plan(store, &label, target)?;

@@ -1,6 +1,7 @@
 //! The disks of a machine, what is on them, and which one is meant.
 //!
-//! Rules: a disk is taken only if it was named, or if it is the only one that is empty and `only-empty` was asked for.
+//! Rules: a disk is taken only if it was named, or if it is the only one that is empty and `only-empty` was asked for; one
+//! on which a setup of the same system has begun, or was done, still counts then, and comes first.
 //! One that is in use, read-only, or the medium's own is never taken. One that is not empty is taken only if it is
 //! named as the one to erase.
 //!
@@ -158,21 +159,32 @@ pub fn list(medium: Option<&str>) -> Result<Vec<Disk>, SetupError> {
     Ok(disks)
 }
 
-/// Finds the disk that is meant. It is not opened.
+/// Finds the disk that is meant. `is_ours` says whether a disk that is not empty holds what a setup of this system made.
 ///
 /// # Errors
 /// [`SetupError::NoMatch`], [`SetupError::Several`], [`SetupError::NotADisk`].
-pub fn choose(choice: &Choice, medium: Option<&str>) -> Result<Disk, SetupError> {
+pub fn choose(
+    choice: &Choice,
+    medium: Option<&str>,
+    is_ours: impl Fn(&Disk) -> bool,
+) -> Result<Disk, SetupError> {
     if let Choice::Path(path) = choice {
         return Disk::read(&name_of(path)?, medium);
     }
-    pick(choice, list(medium)?)
+    pick(choice, list(medium)?, is_ours)
 }
 
 /// The one disk of a list that a choice other than a path means.
-fn pick(choice: &Choice, disks: Vec<Disk>) -> Result<Disk, SetupError> {
+fn pick(choice: &Choice, disks: Vec<Disk>, is_ours: impl Fn(&Disk) -> bool) -> Result<Disk, SetupError> {
     let all: Vec<String> = disks.iter().map(ToString::to_string).collect();
     let usable = |disk: &Disk| !disk.is_medium && disk.used_by.is_none() && !disk.read_only;
+    if *choice == Choice::OnlyEmpty {
+        // It was empty when a setup began: that one is continued, or there is nothing to do.
+        let mut ours = disks.iter().filter(|disk| usable(disk) && disk.holds.is_some() && is_ours(disk));
+        if let (Some(one), None) = (ours.next(), ours.next()) {
+            return Ok(one.clone());
+        }
+    }
     let mut found: Vec<Disk> = disks
         .into_iter()
         .filter(|disk| match choice {
@@ -373,7 +385,8 @@ mod tests {
         let medium = Disk { is_medium: true, ..disk("sdc") };
         let locked = Disk { read_only: true, ..disk("sdd") };
         let others = vec![full, used, medium, locked];
-        let with = |more: &[Disk]| pick(&Choice::OnlyEmpty, [others.clone(), more.to_vec()].concat());
+        let with =
+            |more: &[Disk]| pick(&Choice::OnlyEmpty, [others.clone(), more.to_vec()].concat(), |_| false);
         assert_eq!(with(&[disk("sde")]).unwrap().name, "sde");
         let error = with(&[]).unwrap_err().to_string();
         assert_eq!(
@@ -391,16 +404,37 @@ mod tests {
     }
 
     #[test]
+    fn the_only_empty_disk_is_still_meant_when_a_setup_has_begun_on_it() {
+        let begun = |name: &str| Disk { holds: Some("a GPT partition table".into()), ..disk(name) };
+        let is_ours = |disk: &Disk| disk.name != "sda";
+        let pick = |disks: &[Disk]| pick(&Choice::OnlyEmpty, disks.to_vec(), is_ours);
+        assert_eq!(pick(&[begun("sda"), begun("sdb")]).unwrap().name, "sdb");
+        assert_eq!(pick(&[begun("sda"), begun("sdb"), disk("sdc")]).unwrap().name, "sdb");
+        // Two of them: neither, and never one that cannot be used.
+        assert!(matches!(pick(&[begun("sdb"), begun("sdc")]), Err(SetupError::NoMatch { .. })));
+        let medium = Disk { is_medium: true, ..begun("sdb") };
+        assert!(matches!(pick(&[begun("sda"), medium]), Err(SetupError::NoMatch { .. })));
+        let used = Disk { used_by: Some("/dev/sdb1 is mounted at /".into()), ..begun("sdb") };
+        assert!(matches!(pick(&[begun("sda"), used]), Err(SetupError::NoMatch { .. })));
+    }
+
+    #[test]
     fn a_serial_number_or_name_means_one_disk_in_any_order() {
         let disks = vec![disk("sda"), disk("sdb")];
         let reversed: Vec<_> = disks.iter().rev().cloned().collect();
         for list in [disks.clone(), reversed] {
-            assert_eq!(pick(&Choice::Serial("S-sdb".into()), list.clone()).unwrap().name, "sdb");
-            assert_eq!(pick(&Choice::Wwn("naa.sda".into()), list.clone()).unwrap().name, "sda");
-            assert!(matches!(pick(&Choice::Serial("S-sd".into()), list), Err(SetupError::NoMatch { .. })));
+            assert_eq!(pick(&Choice::Serial("S-sdb".into()), list.clone(), |_| true).unwrap().name, "sdb");
+            assert_eq!(pick(&Choice::Wwn("naa.sda".into()), list.clone(), |_| true).unwrap().name, "sda");
+            assert!(matches!(
+                pick(&Choice::Serial("S-sd".into()), list, |_| true),
+                Err(SetupError::NoMatch { .. })
+            ));
         }
         let twins = vec![disk("sda"), Disk { serial: "S-sda".into(), ..disk("sdb") }];
-        assert!(matches!(pick(&Choice::Serial("S-sda".into()), twins), Err(SetupError::Several { .. })));
+        assert!(matches!(
+            pick(&Choice::Serial("S-sda".into()), twins, |_| true),
+            Err(SetupError::Several { .. })
+        ));
     }
 
     #[test]

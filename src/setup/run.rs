@@ -121,7 +121,8 @@ pub fn prepare<'a>(request: Request<'a>, say: &dyn Fn(&str, &str)) -> Result<Pre
     let checked = if request.layout.is_some() { ", every block verified" } else { "" };
     let text = format!("version {} ({}), {}{checked}", id.version, id.digest, disk::size(bytes));
     say("medium", &text);
-    let disk = disk::choose(&request.choice, request.medium.as_deref())?;
+    let is_ours = |disk: &Disk| matches!(on_disk(disk, &id), Ok((Some(_), _)));
+    let disk = disk::choose(&request.choice, request.medium.as_deref(), is_ours)?;
     let found = check_disk(&request, &disk, &id, bytes)?;
     let what = match found {
         OnDisk::Free => disk

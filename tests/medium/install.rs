@@ -1,10 +1,14 @@
 //! From a medium and an empty disk to a committed system.
 
+use std::fs;
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use super::fixture::Publisher;
-use super::real::{CMDLINE, Device, System, build, file, medium, publisher, steps};
+use super::machine::Cut;
+use super::real::{CMDLINE, Device, System, build, fat, medium, publisher, run_until, steps};
+use super::tools::sh;
 
 /// What a system does once it is up: it is committed, which raises the floor.
 const COMMIT: &str = "mosfs commit || end 9\nmosfs floor show\nesp\n";
@@ -26,7 +30,7 @@ const STEPS: [&str; 10] = [
 fn published() -> &'static (Publisher, System) {
     static PUBLISHED: OnceLock<(Publisher, System)> = OnceLock::new();
     PUBLISHED.get_or_init(|| {
-        let publisher = publisher("cloud", COMMIT);
+        let publisher = publisher(COMMIT);
         let system = build(&publisher, 200, &["--cmdline", CMDLINE]);
         (publisher, system)
     })
@@ -35,8 +39,7 @@ fn published() -> &'static (Publisher, System) {
 /// A medium of it with these answers. `name` is of the test's own.
 fn with_answers(name: &str, answers: &str) -> PathBuf {
     let (publisher, system) = published();
-    let answers = file(publisher, &format!("{name}.yaml"), answers);
-    medium(publisher, system, name, &[("mosfs/answers.yaml", &answers)])
+    medium(publisher, system, name, Some(answers))
 }
 
 #[test]
@@ -68,4 +71,153 @@ fn a_cd_installs_on_an_empty_disk_which_then_starts_by_itself() {
     for (step, expected) in steps.iter().zip(expected) {
         assert!(step.starts_with(expected), "{step}: expected {expected}");
     }
+}
+
+/// What every installation ends with: the system is up and committed.
+const UP: [&str; 4] = [
+    "MOSFS-INSTALL-VERDICT: 0 installed version 200 on /dev/vda",
+    "This machine restarts.",
+    "vm: version 200",
+    "the floor rose from 0 to 200",
+];
+
+/// A medium on a disk, which the firmware prefers: it starts again after the installation, and must not loop. The answers
+/// are on a medium of their own, which wins.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn a_medium_that_stays_in_makes_no_loop() {
+    let (publisher, _) = published();
+    let medium = with_answers("loop", "disk: serial:none-such\n");
+    let device = Device::new(publisher);
+    let mut machine = device.machine(&medium, "disk");
+    machine.medium_first = true;
+    fat(&device.path("answers.img"), "MOSFS-ANSWE", "answers.yaml", "disk: only-empty\nafter: reboot\n");
+    machine.second.push(device.path("answers.img"));
+    let ended = run_until(&machine, "to restart this machine.");
+    let installed = "MOSFS-INSTALL-VERDICT: 0 installed version 200 on /dev/vda";
+    ended.expect(137, &[installed, "Version 200 was on the disk already."]);
+    assert_eq!(ended.console.matches(installed).count(), 1, "{}", ended.console);
+    // Without the medium the disk starts.
+    machine.medium = None;
+    machine.expect(0, &["vm: version 200", "the floor rose from 0 to 200"]);
+}
+
+/// Acceptance: a power cut at any moment of an installation, and the same medium installs without `wipe`.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn an_installation_that_was_cut_off_is_finished_by_the_same_medium() {
+    let (publisher, _) = published();
+    let medium = with_answers("cut", "disk: only-empty\n");
+    for (step, milliseconds) in [("partition: ", 0), ("install: ", 1500), ("esp: ", 0)] {
+        let device = Device::new(publisher);
+        let mut machine = device.machine(&medium, "cd");
+        machine.cut = Some(Cut::After(step.into(), Duration::from_millis(milliseconds)));
+        machine.run();
+        machine.cut = None;
+        // Where everything was on the disk, the firmware may start it without the medium.
+        machine.expect(0, &["vm: version 200", "the floor rose from 0 to 200"]);
+    }
+}
+
+/// Without answers the console is asked: a choice that is none, then the disk, and its serial number because it is not
+/// empty; then the medium is waited for.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn without_answers_the_console_is_asked() {
+    let (publisher, system) = published();
+    let medium = medium(publisher, system, "asked", None);
+    let device = Device::new(publisher);
+    sh(
+        &device.path("."),
+        "qemu-img create -q -f raw raw 1G; mke2fs -q -t ext4 -L data raw; qemu-img convert -O qcow2 raw disk.qcow2; rm raw",
+    );
+    let mut machine = device.machine(&medium, "disk");
+    machine.medium_first = true;
+    machine.typed = vec![
+        ("type the number of the disk", "9"),
+        ("Press Enter to try again.", ""),
+        ("type the number of the disk", "1"),
+        ("To erase all of it, type mosfs:", "mosfs"),
+    ];
+    let ended = run_until(&machine, "Remove the medium, or press Enter to restart this machine.");
+    ended.expect(
+        137,
+        &[
+            "MOSFS-INSTALL-VERDICT: 1 no disk was chosen; nothing was written",
+            "/dev/vda (1 GiB, serial mosfs, ext4 labelled data)",
+            "MOSFS-INSTALL-VERDICT: 0 installed version 200 on /dev/vda",
+        ],
+    );
+    // The medium is not in the list.
+    ended.without(&["STICK"]);
+    machine.medium = None;
+    machine.expect(0, &["vm: version 200"]);
+}
+
+/// Acceptance: whatever is refused leaves the disk as it is.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn what_a_medium_refuses_leaves_the_disk_as_it_is() {
+    let (publisher, _) = published();
+    let good = with_answers("refused", "disk: path:/dev/vda\n");
+    // A disk that is not empty.
+    let device = Device::new(publisher);
+    sh(
+        &device.path("."),
+        "truncate -s 1G raw; printf 'label: gpt\\n,100M\\n' | sfdisk -q raw; qemu-img convert -O qcow2 raw disk.qcow2; rm raw",
+    );
+    let before = device.disk();
+    let machine = device.machine(&good, "cd");
+    run_until(&machine, "MOSFS-INSTALL-VERDICT: 1 /dev/vda is not empty: it holds a GPT partition table");
+    assert_eq!(device.disk(), before);
+    // One bit of a layer on the medium.
+    let device = Device::new(publisher);
+    let before = device.disk();
+    let store = publisher.path("store-200/blobs/sha256");
+    let layer = store.join(sh(&store, "ls -S | head -n 1").trim());
+    let layer = fs::read(layer).unwrap();
+    let part = &layer[layer.len() / 2..][..64];
+    let mut bytes = fs::read(&good).unwrap();
+    let at = bytes.windows(64).position(|window| window == part).expect("the layer on the medium");
+    bytes[at] ^= 1;
+    let flipped = device.path("flipped.iso");
+    fs::write(&flipped, bytes).unwrap();
+    let machine = device.machine(&flipped, "cd");
+    let ended = run_until(&machine, "MOSFS-INSTALL-VERDICT: 3 ");
+    ended.expect(137, &["its content has digest"]);
+    assert_eq!(device.disk(), before);
+    // No floor, and no key.
+    let mut machine = device.machine(&good, "cd");
+    machine.second.clear();
+    run_until(&machine, "MOSFS-INSTALL-VERDICT: 5 the TPM has no floor yet");
+    assert_eq!(device.disk(), before);
+    // The machine is switched off by itself.
+    let ended = machine.run();
+    ended.expect(125, &["This machine is switched off in 60 seconds."]);
+    assert_eq!(device.disk(), before);
+}
+
+/// Debian's package ovmf has a key for tests, and variables of a firmware that trusts it.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn with_secure_boot_only_a_signed_medium_starts() {
+    let publisher = publisher(COMMIT);
+    let key = "/usr/share/ovmf/PkKek-1-snakeoil";
+    sh(publisher.dir(), &format!("openssl rsa -in {key}.key -passin pass:snakeoil -out db.key 2>/dev/null"));
+    let pem = format!("{key}.pem");
+    let signed = build(&publisher, 200, &["--cmdline", CMDLINE, "--sb-key", "db.key", "--sb-cert", &pem]);
+    let answers = Some("disk: only-empty\n");
+    let good = medium(&publisher, &signed, "signed", answers);
+    let device = Device::new(&publisher);
+    let mut machine = device.machine(&good, "cd");
+    machine.secure_boot = true;
+    fs::copy("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd", device.path("vars.fd")).unwrap();
+    machine.expect(0, &UP);
+    // The same, unsigned.
+    let device = Device::new(&publisher);
+    let unsigned = build(&publisher, 201, &["--cmdline", CMDLINE]);
+    let mut machine = device.machine(&medium(&publisher, &unsigned, "unsigned", answers), "cd");
+    machine.secure_boot = true;
+    fs::copy("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd", device.path("vars.fd")).unwrap();
+    run_until(&machine, "Access Denied").without(&["MOSFS-INSTALL-VERDICT", "Linux version"]);
 }

@@ -2,7 +2,9 @@
 //!
 //! ```text
 //! real.rs      a small root with a real kernel and the real mosfs, and media of it
-//! install.rs   from an empty disk to a committed system
+//! install.rs   from an empty disk to a committed system; with `make campaign`, a medium that stays in, Secure Boot, power
+//!              cuts, questions at the console, and what is refused
+//! kernels.rs   with `make campaign`: a new kernel is tried, committed, and given up on where it panics
 //! ```
 //!
 //! The root is busybox: its init does what `/action` in the image says, once `mosfs boot` has started it.
@@ -16,4 +18,5 @@ mod machine;
 mod tools;
 
 mod install;
+mod kernels;
 mod real;

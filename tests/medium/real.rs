@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::fixture::{MOSFS, Publisher};
-use super::machine::{Machine, script, script_path, tool};
+use super::machine::{Cut, Ended, Machine, script, script_path, tool};
 use super::tools::{run, sh};
 
 /// The kernel command line of a system that a test does not try others with.
@@ -47,14 +47,14 @@ fn executable(path: &Path) {
     fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
 }
 
-/// A publisher whose hostfs boots, and does this then. `flavour` is that of Debian's kernel: `cloud` or `full`.
-pub fn publisher(flavour: &str, action: &str) -> Publisher {
+/// A publisher whose hostfs boots, and does this then.
+pub fn publisher(action: &str) -> Publisher {
     let publisher = Publisher::new();
     let root = publisher.path("root");
     for made_up in ["boot", "usr/lib/modules", "usr/lib/x86_64-linux-gnu", "usr/lib64"] {
         fs::remove_dir_all(root.join(made_up)).unwrap();
     }
-    let kernel = script_path(script("kernel").args(["6.12", flavour]));
+    let kernel = script_path(script("kernel").arg("6.12"));
     let copy = format!("cp -r boot/vmlinuz-* {0}/boot/ && cp -rL lib/modules {0}/usr/lib/", root.display());
     fs::create_dir_all(root.join("boot")).unwrap();
     sh(&kernel, &copy);
@@ -87,8 +87,7 @@ pub fn publisher(flavour: &str, action: &str) -> Publisher {
 
 /// A system in a store of its own.
 pub struct System {
-    pub version: u64,
-    store: String,
+    pub store: String,
 }
 
 /// Builds a version into a store of its own.
@@ -97,30 +96,26 @@ pub fn build(publisher: &Publisher, version: u64, more: &[&str]) -> System {
     publisher.image();
     let store = format!("store-{version}");
     publisher.build(version, &store, more);
-    System { version, store }
+    System { store }
 }
 
-/// Makes an install medium of a system, in a folder of this name. `more` are files of the medium: the path there, and what
-/// it is.
-pub fn medium(publisher: &Publisher, system: &System, name: &str, more: &[(&str, &Path)]) -> PathBuf {
-    let folder = publisher.path(name);
-    fs::create_dir_all(&folder).unwrap();
-    let medium = folder.join("medium.iso");
-    let source = format!("oci:{}:{}", system.store, system.version);
+/// Makes an install medium of a system, a file of this name, with answers.
+pub fn medium(publisher: &Publisher, system: &System, name: &str, answers: Option<&str>) -> PathBuf {
+    let image = publisher.path(&format!("{name}.iso"));
     let mut command = Command::new(MOSFS);
-    command.current_dir(publisher.dir()).args(["iso", &source, "--output"]).arg(&medium);
-    for (path, file) in more {
-        assert_eq!(*path, "mosfs/answers.yaml", "what else is on a medium");
+    command
+        .current_dir(publisher.dir())
+        .arg("iso")
+        .arg(format!("oci:{}", system.store))
+        .arg("-o")
+        .arg(&image);
+    if let Some(answers) = answers {
+        let file = publisher.path(&format!("{name}.yaml"));
+        fs::write(&file, answers).unwrap();
         command.arg("--answers").arg(file);
     }
     run(&mut command);
-    medium
-}
-
-/// Writes a file of a medium.
-pub fn file(publisher: &Publisher, name: &str, content: &str) -> PathBuf {
-    publisher.put(&format!("../{name}"), content);
-    publisher.path(name)
+    image
 }
 
 /// A machine with an empty disk, a TPM without a floor, and the firmware's variables; beside it the medium with the
@@ -154,6 +149,11 @@ impl Device {
         machine.memory = 1024;
         machine
     }
+
+    /// What is on the disk, as a digest.
+    pub fn disk(&self) -> String {
+        sh(self.dir.path(), "qemu-img convert -O raw disk.qcow2 disk.raw; sha256sum <disk.raw; rm disk.raw")
+    }
 }
 
 /// Makes a small FAT file system with this label and one file.
@@ -165,6 +165,14 @@ pub fn fat(image: &Path, label: &str, name: &str, content: &str) {
         "truncate -s 4M {image}; mkfs.vfat -n {label} {image} >/dev/null; mcopy -i {image} {text} ::{name}"
     );
     sh(Path::new("/"), &script);
+}
+
+/// Runs a machine until its console shows a text.
+pub fn run_until(machine: &Machine, text: &str) -> Ended {
+    let cut = Cut::After(text.into(), std::time::Duration::from_secs(1));
+    let ended = Machine { cut: Some(cut), ..machine.clone() }.run();
+    ended.expect(137, &[text]);
+    ended
 }
 
 /// The lines of a console that begin so, in order and without what is before.

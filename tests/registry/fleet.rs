@@ -58,13 +58,14 @@ impl Fleet {
         self.layers.iter().map(|layer| self.origin.sent(&layer.digest)).sum()
     }
 
-    /// All devices at once; each of them must finish.
+    /// All devices at once; each of them must finish. A cache that is busy is waited for: who loses patience asks the
+    /// registry itself.
     fn update(&self, devices: std::ops::Range<usize>) {
         let source = self.origin.source("p");
         let children: Vec<_> = devices
             .clone()
             .map(|at| {
-                let mut command = self.place.command(&["update", &source]);
+                let mut command = self.place.command(&["update", &source, "--net-timeout", "120"]);
                 let folder = self.place.path(&format!("device-{at}"));
                 command.env("MOSFS_SYSTEM", folder.join("system")).env("MOSFS_CONFIG", folder.join("config"));
                 command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()

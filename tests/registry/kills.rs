@@ -190,12 +190,19 @@ fn kill_again_and_again(
     if folder.exists() {
         copy(&folder, &spare);
     }
+    let begin_again = || match spare.exists() {
+        true => copy(&spare, &folder),
+        false => fs::remove_dir_all(&folder).unwrap(),
+    };
     let all: u64 = layers.iter().map(|layer| layer.size).sum();
     let sent = || layers.iter().map(|layer| server.sent(&layer.digest)).collect::<Vec<_>>();
     let (mut kills, mut runs, mut complete_at_kill, mut to_the_end) = (0, 0, 0, 0);
     while kills < wanted {
         // So slow that a run takes half a second.
         server.script(|seen, _| seen.path.contains("/blobs/").then_some(Fault::Slow(3_000_000)));
+        if kept(&folder.join(store), layers).iter().sum::<u64>() == all {
+            begin_again();
+        }
         let before = kept(&folder.join(store), layers);
         server.settle();
         server.take_log();
@@ -218,10 +225,7 @@ fn kill_again_and_again(
         if output.status.signal() != Some(SIGKILL) {
             // It was faster: from the start again.
             assert!(output.status.success(), "{}", text(&output.stderr));
-            match spare.exists() {
-                true => copy(&spare, &folder),
-                false => fs::remove_dir_all(&folder).unwrap(),
-            }
+            begin_again();
             continue;
         }
         kills += 1;

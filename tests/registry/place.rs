@@ -36,11 +36,12 @@ impl Place {
         self.path("store")
     }
 
-    /// `mosfs` for this place: a home without settings, and little patience.
+    /// `mosfs` for this place: a home without settings, and little patience unless it is given.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mosfs"));
         command.args(args);
-        if ["push", "pull", "install", "update", "build"].contains(&args[0]) {
+        let patient = args.contains(&"--net-timeout");
+        if !patient && ["push", "pull", "install", "update", "build"].contains(&args[0]) {
             command.args(["--net-timeout", "2"]);
         }
         if ["install", "update"].contains(&args[0]) {
