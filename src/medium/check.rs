@@ -65,7 +65,7 @@ pub struct Checked {
 /// What is wrong with a medium.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {problem}", path.display())]
-pub struct NotAsWritten {
+pub(super) struct NotAsWritten {
     /// The image.
     pub path: PathBuf,
     /// What is wrong.
@@ -74,7 +74,7 @@ pub struct NotAsWritten {
 
 /// The same, without the image.
 #[derive(Debug, thiserror::Error)]
-pub enum Problem {
+pub(super) enum Problem {
     /// The image itself.
     #[error(transparent)]
     Read(#[from] ReadError),

@@ -14,7 +14,7 @@
 //!
 //! **Every byte is accounted for.** All but the content of files and partition follows from their names, their sizes and
 //! the identifiers: [`Image::new`] is a function of these, so the same content gives the same bytes on every machine, and
-//! a medium can be compared with what it must be ([`super::check`]). That is why no program is called for it: what
+//! a medium can be compared with what it must be ([`super::check()`]). That is why no program is called for it: what
 //! another version of one writes would be as good, and differ.
 
 use std::collections::BTreeMap;
