@@ -4,6 +4,7 @@
 //! in `benches/peers.conf`. Needs root, because the kernel's file systems do.
 
 mod apart;
+mod containers;
 mod fixture;
 mod link;
 mod machine;

@@ -149,7 +149,7 @@ pub fn run(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Result<Opt
 }
 
 /// A command of mosfs on the device of a folder.
-fn on_device(mosfs: &Path, system: &Path, device: &Path, args: &[String]) -> Result<()> {
+pub fn on_device(mosfs: &Path, system: &Path, device: &Path, args: &[String]) -> Result<()> {
     let output = Command::new(mosfs)
         .args(args)
         .env("MOSFS_SYSTEM", device.join("system"))
@@ -163,7 +163,8 @@ fn on_device(mosfs: &Path, system: &Path, device: &Path, args: &[String]) -> Res
     Err(format!("mosfs {args:?} {}: {}", output.status, said.trim()).into())
 }
 
-fn words(list: &[&str]) -> Vec<String> {
+/// Words of a command.
+pub fn words(list: &[&str]) -> Vec<String> {
     list.iter().map(|word| word.to_string()).collect()
 }
 
@@ -173,7 +174,7 @@ fn target(number: usize) -> String {
 
 /// Builds a system of `targets` into `store` in `to`, with new keys where there are none. `options` are more lines of the
 /// import manifest.
-fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str) -> Result<()> {
+pub fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str) -> Result<()> {
     let (mosfs, dir) = (mosfs.display(), to.display());
     fs::write(
         to.join("import.yaml"),
@@ -217,7 +218,8 @@ pub fn make_puzzlefs(fixture: &Fixture, mosfs: &Path) -> Result<()> {
     })
 }
 
-fn install(to: &Path, mosfs: &Path) -> Result<()> {
+/// Installs what was built there on the device there.
+pub fn install(to: &Path, mosfs: &Path) -> Result<()> {
     let source = format!("oci:{}", to.join("store").display());
     let ca = to.join("keys/ca.pem").display().to_string();
     let args = words(&["install", &source, "--ca", &ca, "--product", PRODUCT, "--floor", "file"]);

@@ -5,11 +5,11 @@ use std::path::Path;
 use crate::Result;
 use crate::fixture::Fixture;
 use crate::rows::{self, Row};
-use crate::{mounts, registry, system};
+use crate::{containers, mounts, registry, system};
 
 /// All rows, in the order of the report.
 pub fn all() -> impl Iterator<Item = &'static Row> {
-    rows::ROWS.iter().chain(mounts::ROWS).chain(system::ROWS).chain(registry::ROWS)
+    rows::ROWS.iter().chain(mounts::ROWS).chain(system::ROWS).chain(registry::ROWS).chain(containers::ROWS)
 }
 
 /// The programs of a row that compares no file systems.
@@ -20,6 +20,8 @@ pub fn programs(row: &Row) -> &'static [&'static str] {
         system::programs(row)
     } else if registry::has(row) {
         registry::programs(row)
+    } else if containers::has(row) {
+        containers::programs(row)
     } else {
         rows::programs(row)
     }
@@ -33,6 +35,8 @@ pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Re
         system::run(row, name, fixture, mosfs)
     } else if registry::has(row) {
         registry::run(row, name, fixture, mosfs)
+    } else if containers::has(row) {
+        containers::run(row, name, fixture, mosfs)
     } else {
         rows::run_program(row, name, fixture, mosfs)
     }
