@@ -194,10 +194,9 @@ fn as_nobody(dir: &Path, program: &Path, words: &[&str]) -> Command {
     command
 }
 
-/// The same signed system is the same medium, whoever writes it, where and when. A signature by a P-256 key has a random
-/// number in it, so a second build of the same manifest signs anew.
+/// The same input is the same medium, whoever builds and writes it, where and when.
 #[test]
-fn the_same_system_is_the_same_medium() {
+fn the_same_input_is_the_same_medium() {
     need_root();
     let publisher = new_publisher();
     publisher.import(200, ISO);
@@ -229,13 +228,7 @@ fn the_same_system_is_the_same_medium() {
     publisher.import(200, ISO);
     fs::copy(publisher.path("import.yaml"), other.join("import.yaml")).unwrap();
     run(&mut as_nobody(&other, &program, &words));
-    let digest = |iso: &Path| {
-        let mut command =
-            mosfs(publisher.dir(), &["iso", "--json", "--ca", "keys/ca.pem", "--product", PRODUCT]);
-        let said = run(command.arg("--verify").arg(iso));
-        serde_json::from_str::<serde_json::Value>(&said).unwrap()["digest"].clone()
-    };
-    assert_eq!(digest(&one), digest(&other.join("theirs.iso")));
+    run(Command::new("cmp").arg(&one).arg(other.join("theirs.iso")));
 }
 
 #[test]

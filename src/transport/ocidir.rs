@@ -53,6 +53,8 @@ pub(super) fn split(rest: &str) -> Result<NamedLocation, &'static str> {
     }
     let (dir, name) = match rest.split_once(':') {
         Some((_, "")) => return Err("the name after the colon is empty"),
+        // It would be written like a digest.
+        Some((_, name)) if name.starts_with('@') => return Err("a name does not begin with `@`"),
         Some((dir, name)) => (dir, Some(name.to_string())),
         None => (rest, None),
     };

@@ -4,11 +4,15 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use openssl::bn::BigNum;
+use openssl::ecdsa::EcdsaSig;
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::pkey::{PKey, PKeyRef, Private};
 use openssl::sign::Signer;
+use sha2::{Digest as _, Sha256};
 
+use super::ecdsa::{self, EcdsaError};
 use super::pem::SecretInPublic;
 use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
@@ -61,6 +65,9 @@ pub enum KeyError {
     /// A file that cannot be read.
     #[error(transparent)]
     Io(#[from] IoError),
+    /// A key cannot make an ECDSA signature.
+    #[error(transparent)]
+    Ecdsa(#[from] EcdsaError),
     /// OpenSSL failed.
     #[error("OpenSSL cannot {operation}: {source}")]
     Openssl {
@@ -75,7 +82,7 @@ impl Classified for KeyError {
     fn class(&self) -> Class {
         match self {
             KeyError::Io(error) => error.class(),
-            KeyError::Openssl { .. } => Class::Failure,
+            KeyError::Openssl { .. } | KeyError::Ecdsa(_) => Class::Failure,
             _ => Class::Input,
         }
     }
@@ -129,14 +136,25 @@ impl SigningKey {
         &self.key
     }
 
-    /// Signs bytes as `openssl dgst -sha256 -sign` does.
+    /// Signs bytes as `openssl dgst -sha256 -sign` does, but the same bytes have the same signature.
     ///
     /// # Errors
-    /// [`KeyError::Openssl`].
+    /// [`KeyError::Openssl`], [`KeyError::Ecdsa`].
     pub fn sign(&self, bytes: &[u8]) -> Result<Vec<u8>, KeyError> {
+        if self.algorithm == Algorithm::EcdsaP256 {
+            let key = self.key.ec_key().map_err(openssl("sign"))?;
+            let signature = ecdsa::sign(&key, &Sha256::digest(bytes).into())?;
+            return der(&signature).map_err(openssl("sign"));
+        }
         let mut signer = Signer::new(MessageDigest::sha256(), &self.key).map_err(openssl("sign"))?;
         signer.sign_oneshot_to_vec(bytes).map_err(openssl("sign"))
     }
+}
+
+/// Encodes `r ‖ s` as OpenSSL does.
+fn der(signature: &[u8; 64]) -> Result<Vec<u8>, ErrorStack> {
+    let (r, s) = signature.split_at(32);
+    EcdsaSig::from_private_components(BigNum::from_slice(r)?, BigNum::from_slice(s)?)?.to_der()
 }
 
 /// Returns what turns an error of OpenSSL in this operation into a [`KeyError`].

@@ -24,6 +24,7 @@ pub mod certificate;
 pub mod config;
 pub mod crl;
 mod der;
+mod ecdsa;
 pub mod evidence;
 pub mod keys;
 pub mod p256;

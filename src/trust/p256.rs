@@ -12,6 +12,7 @@ use openssl::nid::Nid;
 use openssl::pkey::{HasPublic, PKey, PKeyRef, Private, Public};
 
 use super::certificate::reason;
+use super::ecdsa;
 use super::keys::{KeyError, SigningKey, openssl};
 use super::pem::public_only;
 use crate::digest::Digest;
@@ -165,10 +166,9 @@ impl P256PrivateKey {
         &self.public
     }
 
-    /// Signs a SHA-256 digest.
+    /// Signs a SHA-256 digest. The same digest has the same signature.
     pub fn sign(&self, digest: &[u8; 32]) -> Result<Signature, KeyError> {
-        let signature = EcdsaSig::sign(digest, self.key.as_ref()).and_then(|signature| raw(&signature));
-        signature.map_err(openssl("sign"))
+        Ok(ecdsa::sign(&self.key, digest)?)
     }
 }
 
