@@ -361,7 +361,7 @@ fn a_disk_that_cannot_be_used_is_refused() {
     sh(
         Path::new("/"),
         &format!(
-            "printf 'label: gpt\\n,100M\\n' | sfdisk -q {0}; addpart {0} 1 2048 204800 || true",
+            "printf 'label: gpt\\n,100M\\n' | sfdisk -q {0}; partx --add --nr 1 {0} || true",
             disk.device
         ),
     );
