@@ -353,7 +353,7 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
             step.container = Some(Err(error.into()));
         }
     }
-    let program = own_program();
+    let program = sys::process::program();
     let run_dir = std::env::var_os("MOSFS_RUN");
     let mut texts = Vec::new();
     let (mut start, mut restart, mut stop) = (Vec::new(), Vec::new(), Vec::new());
@@ -465,11 +465,6 @@ pub(super) fn done_json(done: &Done) -> Value {
         value["error"] = json!(error.chain());
     }
     value
-}
-
-/// The program that units start: the small one where it is installed.
-fn own_program() -> std::path::PathBuf {
-    sys::process::own_program().unwrap_or_else(|| "/usr/bin/mosfs".into())
 }
 
 /// The units of the daemons that serve what a container is made of.

@@ -69,7 +69,7 @@ pub(super) fn begin(
 /// Starts `mosfs update --finish`: as a unit where systemd runs, so that it outlives this session and is started again
 /// when it fails; else as a process of its own.
 fn start(options: &Options<'_>, global: &Global) -> Result<(), AnyError> {
-    let program = sys::process::own_program().unwrap_or_else(|| "/usr/bin/mosfs".into());
+    let program = sys::process::program();
     let absolute = |path: &Path| std::path::absolute(path).on("find", path);
     let mut words: Vec<OsString> = ["update", "--finish", "--system"].map(Into::into).to_vec();
     words.push(absolute(&global.system)?.into());

@@ -102,7 +102,7 @@ fn start(args: &RunTargetArgs, global: &Global, places: &Places) -> Result<(), A
 
 /// This command with another option.
 fn again(places: &Places, global: &Global, option: &str, target: &str) -> Command {
-    let mut command = Command::new(sys::process::own_program().unwrap_or_else(|| "/usr/bin/mosfs".into()));
+    let mut command = Command::new(sys::process::program());
     command.arg("--system").arg(&places.system).arg("--config").arg(&global.config);
     command.args(["run-target", option, target]).stdin(Stdio::null());
     command

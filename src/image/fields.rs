@@ -1,7 +1,7 @@
 //! Little-endian fields of structures on disk that are known to be long enough.
 
 /// The `N` bytes at `at`; zeros beyond the end.
-pub(super) fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+pub(crate) fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut value = [0; N];
     if let Some(found) = bytes.get(at..at.saturating_add(N)) {
         value.copy_from_slice(found);
@@ -10,16 +10,16 @@ pub(super) fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 }
 
 /// The 16-bit field at `at`.
-pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes(field(bytes, at))
 }
 
 /// The 32-bit field at `at`.
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(field(bytes, at))
 }
 
 /// The 64-bit field at `at`.
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(field(bytes, at))
 }

@@ -27,7 +27,7 @@ mod cache;
 pub mod check;
 pub mod chunked;
 pub mod erofs;
-mod fields;
+pub(crate) mod fields;
 pub mod files;
 pub mod format;
 pub mod layer;

@@ -116,6 +116,11 @@ impl Descriptor {
         self.annotations.get(REF_NAME).map(String::as_str)
     }
 
+    /// Returns its tag, if its name in `index.json` is `REPOSITORY:TAG`.
+    pub(crate) fn tag_in(&self, repository: &str) -> Option<String> {
+        Some(self.ref_name()?.strip_prefix(repository)?.strip_prefix(':')?.to_string())
+    }
+
     /// Whether it is an image index rather than a manifest.
     pub fn is_index(&self) -> bool {
         self.media_type == INDEX || self.media_type == DOCKER_INDEX
@@ -306,6 +311,12 @@ impl Manifest {
     /// Returns the artifact type: `artifactType`, else the config's media type (image-spec, manifest.md).
     pub fn kind(&self) -> &str {
         self.artifact_type.as_deref().unwrap_or(&self.config.media_type)
+    }
+
+    /// Whether it is a referrer of `subject`, with this artifact type where one is asked for.
+    pub(crate) fn refers_to(&self, subject: &Digest, artifact_type: Option<&str>) -> bool {
+        let is_about = self.subject.as_ref().is_some_and(|about| about.digest == *subject);
+        is_about && artifact_type.is_none_or(|wanted| self.kind() == wanted)
     }
 }
 

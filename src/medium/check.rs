@@ -10,40 +10,37 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::content::{self, BLOBS, Content, INDEX_FILE, OCI_LAYOUT, OCI_LAYOUT_FILE};
 use super::error::MediumError;
 use super::fat;
-use super::iso9660::{Extent, Image};
+use super::iso9660::Image;
 use super::layout::{ANSWERS, ENROLL, ENROLL_FILES, MEDIUM_FILE, Medium};
 use super::read::{self, ReadError};
 use super::view::MediumStore;
 use crate::deploy::offer::{Judge, find, find_whole};
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use crate::error::{AnyError, Class, Classified, IoContext};
-use crate::image::boot;
 use crate::image::bytes::ReadAt;
 use crate::image::check::content as check_content;
 use crate::image::format::{ChunkedLayer, Content as LayerContent};
 use crate::image::oci::{Index, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, OciImage};
 use crate::image::verified::VerifiedSource;
-use crate::manifest::{ServiceType, SystemManifest};
-use crate::progress::{Progress, Task};
+use crate::manifest::ServiceType;
+use crate::progress::Progress;
 use crate::publish::boot::inspect;
+use crate::store::fsck;
 use crate::sys::file::open_image;
-use crate::sys::locks;
 use crate::transport::Transport;
 
 /// Largest file besides blobs, in bytes.
 const MAX_SMALL: u64 = 1 << 20;
 /// Most entries of the index: images, and what is said of the system.
 const MAX_DOCUMENTS: usize = 4096;
-/// How much is hashed at a time, in bytes.
-const CHUNK: usize = 1 << 20;
 
 /// A medium that is as it must be.
 #[derive(Debug, Clone)]
@@ -197,7 +194,6 @@ impl Check<'_> {
         documents(from)?;
         let accepted = find(from, None, judge).map_err(inner)?.taken;
         let content = Content::of(from, &find_whole(from, None).map_err(inner)?).map_err(inner)?;
-        let manifest = &content.manifest;
         let other = |path: &str, why: &str| Problem::Other { path: path.into(), why: why.into() };
         // The one that was verified is the only one.
         if accepted.verified.digest() != content.medium.system {
@@ -209,12 +205,12 @@ impl Check<'_> {
         if self.small(&image, INDEX_FILE, MAX_INDEX_BYTES)? != content.index {
             return Err(other(INDEX_FILE, "is not that of this system alone"));
         }
-        self.blobs(&image, &content)?;
+        self.blobs(&image, &store, &content)?;
         for (name, descriptor) in &content.images {
             let read = from.image(descriptor).map_err(inner)?;
             self.layers(&store, name, &read)?;
         }
-        let kernel_id = self.boot(&image, &store, &content, manifest)?;
+        let kernel_id = self.boot(&image, &store, &content)?;
         let answers = match image.files.contains_key(ANSWERS) {
             true => Some(self.small(&image, ANSWERS, MAX_SMALL)?),
             false => None,
@@ -262,64 +258,34 @@ impl Check<'_> {
     }
 
     /// Hashes every blob. Rule: those of the system are there, with their sizes, and no others.
-    fn blobs(&self, image: &Image, content: &Content) -> Result<(), Problem> {
-        let mut found: BTreeMap<Digest, Extent> = BTreeMap::new();
+    fn blobs(&self, image: &Image, store: &MediumStore, content: &Content) -> Result<(), Problem> {
+        let wrong = |digest: &Digest, why: String| Problem::Blob { digest: *digest, why };
         for (digest, size) in &content.blobs {
-            let wrong = |why: String| Problem::Blob { digest: *digest, why };
             let extent = image.files.get(&Content::blob_path(digest));
-            let extent = *extent.ok_or_else(|| wrong("it is missing".into()))?;
+            let extent = extent.ok_or_else(|| wrong(digest, "it is missing".into()))?;
             if extent.size != *size {
-                return Err(wrong(format!("it has {} bytes, expected {size}", extent.size)));
+                return Err(wrong(digest, format!("it has {} bytes, expected {size}", extent.size)));
             }
-            found.insert(*digest, extent);
         }
         let here = image.files.keys().filter_map(|path| path.strip_prefix(BLOBS)?.strip_prefix('/'));
-        let extra =
-            here.filter_map(|name| Digest::from_hex(name).ok()).find(|digest| !found.contains_key(digest));
+        let extra = here
+            .filter_map(|name| Digest::from_hex(name).ok())
+            .find(|digest| !content.blobs.contains_key(digest));
         if let Some(digest) = extra {
             return Err(Problem::ExtraBlob(digest));
         }
-        let total = found.values().map(|extent| extent.size).sum();
+        let total = content.blobs.values().sum();
         let task = self.progress.task("verify", &self.path.display().to_string(), Some(total));
-        // The largest ones first, so that the threads end together.
-        let mut order: Vec<(Digest, Extent)> = found.into_iter().collect();
-        order.sort_by_key(|(digest, extent)| (std::cmp::Reverse(extent.size), *digest));
-        let (next, bad) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-        let work = || {
-            while let Some((digest, extent)) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let problem = match self.hash(*extent, &task) {
-                    Ok(found) if found == *digest => continue,
-                    Ok(found) => {
-                        Problem::Blob { digest: *digest, why: format!("its content has digest {found}") }
-                    }
-                    Err(error) => error.into(),
-                };
-                locks::lock(&bad).push((*digest, problem));
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..self.threads.get().min(order.len().max(1)) {
-                scope.spawn(work);
-            }
-            work();
+        let blobs: Vec<_> = content.blobs.iter().map(|(digest, size)| (*digest, *size)).collect();
+        let bad = fsck::other_content(&blobs, self.threads, |digest| {
+            let part = store.part(digest).ok_or(io::ErrorKind::NotFound)?;
+            fsck::hash(part.reader(0), &task)
         });
-        let bad = locks::into_inner(bad);
-        bad.into_iter().min_by_key(|(digest, _)| *digest).map_or(Ok(()), |(_, problem)| Err(problem))
-    }
-
-    fn hash(&self, extent: Extent, task: &Task) -> Result<Digest, ReadError> {
-        let mut hasher = Hasher::new();
-        let mut buffer = vec![0; CHUNK];
-        let (mut at, end) = (extent.at, extent.at + extent.size);
-        while at < end {
-            let part = buffer.len().min((end - at) as usize);
-            let part = &mut buffer[..part];
-            ReadAt::read_exact_at(&*self.file, part, at)?;
-            hasher.update(part);
-            task.advance(part.len() as u64);
-            at += part.len() as u64;
+        match bad.into_iter().next() {
+            None => Ok(()),
+            Some((digest, Ok(found))) => Err(wrong(&digest, format!("its content has digest {found}"))),
+            Some((_, Err(error))) => Err(ReadError::from(error).into()),
         }
-        Ok(hasher.finish())
     }
 
     /// Reads every layer through its verity tree, and decodes every layer of many blobs.
@@ -359,22 +325,18 @@ impl Check<'_> {
     }
 
     /// Compares the EFI system partition with the one that the target `boot` makes, and computes the kernel id.
-    fn boot(
-        &self,
-        image: &Image,
-        store: &MediumStore,
-        content: &Content,
-        manifest: &SystemManifest,
-    ) -> Result<Digest, Problem> {
+    fn boot(&self, image: &Image, store: &MediumStore, content: &Content) -> Result<Digest, Problem> {
         let from: &dyn Transport = store;
         let files = |image: &OciImage| store.files(image).map_err(|error| inner(MediumError::from(error)));
         let boot_image = from.image(&content.boot).map_err(inner)?;
-        let (uki, loader) = content::programs(&files(&boot_image)?, manifest.version).map_err(inner)?;
-        let hostfs = manifest.targets.iter().find(|(_, target)| target.service_type == ServiceType::Hostfs);
+        let (uki, loader) =
+            content::programs(&files(&boot_image)?, content.manifest.version).map_err(inner)?;
+        let hostfs =
+            content.manifest.targets.iter().find(|(_, target)| target.service_type == ServiceType::Hostfs);
         let hostfs = hostfs.ok_or(Problem::NoHostfs)?.0.as_str();
         let hostfs = content.images.iter().find(|(name, _)| name == hostfs).ok_or(Problem::NoHostfs)?;
         let found = inspect(&uki, &loader, &files(&from.image(&hostfs.1).map_err(inner)?)?).map_err(inner)?;
-        let expected = boot::kernel_id(&boot_image).ok().flatten().unwrap_or(found);
+        let expected = content.kernel_id;
         if found != expected {
             return Err(Problem::KernelId { expected, found });
         }

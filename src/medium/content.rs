@@ -31,6 +31,8 @@ pub(super) struct Content {
     pub manifest: SystemManifest,
     /// The OCI manifest of the target `boot`.
     pub boot: Descriptor,
+    /// The kernel id that its image names.
+    pub kernel_id: Digest,
     /// Every target's OCI manifest, with the target's name.
     pub images: Vec<(String, Descriptor)>,
     /// `index.json`.
@@ -56,11 +58,13 @@ impl Content {
         for (name, target) in &manifest.targets {
             let image = Descriptor::new(MANIFEST, target.digest, target.size);
             let read = from.image(&image)?;
-            if name.as_str() == boot::TARGET && boot::kernel_id(&read).is_ok_and(|id| id.is_some()) {
+            if name.as_str() == boot::TARGET
+                && let Ok(Some(id)) = boot::kernel_id(&read)
+            {
                 if !read.manifest.annotations.contains_key(boot::INSTALLS) {
                     return Err(no_kernel("it could not set up a disk, since its hostfs had no mke2fs"));
                 }
-                boot = Some(image.clone());
+                boot = Some((image.clone(), id));
             }
             for blob in read.manifest.layers.iter().chain([&read.manifest.config, &image]) {
                 blobs.insert(blob.digest, blob.size);
@@ -68,7 +72,8 @@ impl Content {
             entries.push(named(&image, &image_name(name.as_str(), &target.digest)));
             images.push((name.to_string(), image));
         }
-        let boot = boot.ok_or_else(|| no_kernel("it has no target `boot` that mosfs build made"))?;
+        let (boot, kernel_id) =
+            boot.ok_or_else(|| no_kernel("it has no target `boot` that mosfs build made"))?;
         let artifact = |one: &Descriptor, blobs: &mut BTreeMap<Digest, u64>| -> Result<_, MediumError> {
             let read = from.manifest(one)?;
             for blob in read.layers.iter().chain([&read.config, one]) {
@@ -93,7 +98,7 @@ impl Content {
         let mut index = Index::empty();
         index.manifests = entries;
         let index = index.to_bytes();
-        Ok(Self { medium, manifest, boot, images, index, blobs })
+        Ok(Self { medium, manifest, boot, kernel_id, images, index, blobs })
     }
 
     /// The path of a blob on the medium.

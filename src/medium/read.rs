@@ -11,6 +11,7 @@ use super::iso9660::{DESCRIPTORS_AT, Extent, IS_CONTINUED, Image, MAX_DEPTH, MAX
 use super::layout::{LABEL, MAX_MEDIUM_FILE, MEDIUM_FILE, Medium, MediumFileError};
 use crate::error::{Class, Classified};
 use crate::image::bytes::ReadAt;
+use crate::image::fields::{u32_at, u64_at};
 
 /// Most bytes of all folders together.
 const MAX_FOLDERS: u64 = 128 << 20;
@@ -101,7 +102,7 @@ pub fn read(from: &(impl ReadAt + ?Sized), is_device: bool) -> Result<(Medium, I
     }
     let medium = Medium::parse(&reader.bytes(found.at, found.size, MEDIUM_FILE)?)?;
     let entry = reader.bytes(ESP_ENTRY, 128, "the partition table")?;
-    let (first, last) = (le64(&entry, 32), le64(&entry, 40));
+    let (first, last) = (u64_at(&entry, 32), u64_at(&entry, 40));
     let esp_bytes = last.checked_sub(first).and_then(|sectors| sectors.checked_add(1)?.checked_mul(512));
     let esp_bytes = esp_bytes.filter(|bytes| *bytes <= size).unwrap_or(0);
     let image = Image::new(&sizes, esp_bytes, &medium).map_err(ReadError::Layout)?;
@@ -110,14 +111,6 @@ pub fn read(from: &(impl ReadAt + ?Sized), is_device: bool) -> Result<(Medium, I
     }
     reader.compare(&image)?;
     Ok((medium, image))
-}
-
-fn le64(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |part| u64::from_le_bytes(*part))
-}
-
-fn le32(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |part| u64::from(u32::from_le_bytes(*part)))
 }
 
 struct Reader<'a, R: ReadAt + ?Sized> {
@@ -139,7 +132,8 @@ impl<R: ReadAt + ?Sized> Reader<'_, R> {
     fn tree(&self, volume: &[u8]) -> Result<BTreeMap<String, Extent>, ReadError> {
         let mut files: BTreeMap<String, Extent> = BTreeMap::new();
         let root = volume.get(156..190).unwrap_or_default();
-        let mut todo = vec![(String::new(), le32(root, 2) * SECTOR, le32(root, 10), 1)];
+        let mut todo =
+            vec![(String::new(), u64::from(u32_at(root, 2)) * SECTOR, u64::from(u32_at(root, 10)), 1)];
         let (mut entries, mut total) = (0_usize, 0_u64);
         while let Some((folder, at, size, depth)) = todo.pop() {
             let wrong = |what| ReadError::Folder { what, at };
@@ -171,7 +165,7 @@ impl<R: ReadAt + ?Sized> Reader<'_, R> {
                 let fields = record.get((33 + identifier).next_multiple_of(2)..).unwrap_or_default();
                 let name = name(fields).ok_or_else(|| wrong("a record without a name"))?;
                 let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-                let (at, size) = (le32(record, 2) * SECTOR, le32(record, 10));
+                let (at, size) = (u64::from(u32_at(record, 2)) * SECTOR, u64::from(u32_at(record, 10)));
                 let flags = record.get(25).copied().unwrap_or(0);
                 if flags & 2 != 0 {
                     todo.push((path, at, size, depth + 1));

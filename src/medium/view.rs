@@ -7,15 +7,12 @@ use std::sync::Arc;
 
 use super::iso9660::Extent;
 use crate::digest::Digest;
-use crate::image::Layer;
+use crate::error::IoError;
 use crate::image::blobs::{Blob as LayerBlob, BlobError, Blobs};
 use crate::image::bytes::ReadAt;
 use crate::image::files::Files;
-use crate::image::format::{ChunkedLayer, Content};
-use crate::image::oci::{Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage};
-use crate::image::overlay::Merged;
-use crate::image::verified::VerifiedSource;
-use crate::store::view::ViewError;
+use crate::image::oci::{Descriptor, Index, MAX_MANIFEST_BYTES, Manifest, OciImage};
+use crate::store::view::{self, ViewError};
 use crate::transport::{Blob, Transport, TransportError, names_of};
 
 /// A part of an image.
@@ -27,7 +24,7 @@ pub(super) struct Part {
 
 impl Part {
     /// Its bytes, from `offset` on.
-    fn reader(self, offset: u64) -> impl Read + Send {
+    pub(super) fn reader(self, offset: u64) -> impl Read + Send {
         PartReader { at: offset.min(self.extent.size), part: self }
     }
 }
@@ -96,31 +93,9 @@ impl MediumStore {
     /// # Errors
     /// [`ViewError`].
     pub(super) fn files(&self, image: &OciImage) -> Result<Files, ViewError> {
-        let layers = image.layers.iter().map(|layer| self.open_layer(image, layer));
-        Ok(Files::new(Merged::new(layers.collect::<Result<_, _>>()?)?))
-    }
-
-    fn open_layer(&self, image: &OciImage, layer: &LayerDescriptor) -> Result<Arc<dyn Layer>, ViewError> {
-        let digest = layer.digest;
-        let no_reader = || ViewError::NoReader { layer: digest, media_type: layer.media_type().to_string() };
-        let wrong = |source| ViewError::Layer { layer: digest, source };
-        match layer.format().map_err(|_| no_reader())?.content() {
-            Content::Image(format) => {
-                let (Some(open), Some(root_hash)) = (format.open, layer.trust.root_hash()) else {
-                    return Err(no_reader());
-                };
-                let part = self.part(&digest).ok_or_else(no_reader)?;
-                let source = VerifiedSource::open(part, root_hash)
-                    .map_err(|source| ViewError::Verity { layer: digest, source })?;
-                open(Arc::new(source)).map_err(wrong)
-            }
-            Content::Chunked(format) => {
-                let open = format.open.ok_or_else(no_reader)?;
-                let (chunks, blobs) = (Arc::clone(&image.chunks), Arc::new(self.clone()));
-                open(&ChunkedLayer { digest, size: layer.size, chunks, blobs }).map_err(wrong)
-            }
-            Content::Tar(_) => Err(no_reader()),
-        }
+        let missing = || IoError::new("open", &self.location, io::ErrorKind::NotFound.into());
+        let open = |digest: &Digest| Ok(self.part(digest).ok_or_else(missing)?);
+        view::files(image, open, || Arc::new(self.clone()))
     }
 }
 
@@ -154,8 +129,7 @@ impl Transport for MediumStore {
             return Err(TransportError::SizeMismatch { object, expected, found });
         }
         let mut bytes = vec![0; blob.size as usize];
-        part.read_exact_at(&mut bytes, 0)
-            .map_err(|source| crate::error::IoError::new("read", &self.location, source))?;
+        part.read_exact_at(&mut bytes, 0).map_err(|source| IoError::new("read", &self.location, source))?;
         let found = Digest::of(&bytes);
         if found != blob.digest {
             return Err(TransportError::DigestMismatch { object, expected: blob.digest, found });
@@ -180,8 +154,7 @@ impl Transport for MediumStore {
             let manifest = Manifest::parse(&self.fetch(entry, MAX_MANIFEST_BYTES)?).map_err(|source| {
                 TransportError::Document { object: format!("{} in {}", entry.digest, self.location), source }
             })?;
-            let ours = manifest.subject.as_ref().is_some_and(|about| about.digest == *subject);
-            if ours && artifact_type.is_none_or(|wanted| manifest.kind() == wanted) {
+            if manifest.refers_to(subject, artifact_type) {
                 found.push(entry.clone());
             }
         }
@@ -189,10 +162,7 @@ impl Transport for MediumStore {
     }
 
     fn tags(&self, repository: &str) -> Result<Vec<String>, TransportError> {
-        let tag = |entry: &Descriptor| {
-            Some(entry.ref_name()?.strip_prefix(repository)?.strip_prefix(':')?.to_string())
-        };
-        Ok(self.index.manifests.iter().filter_map(tag).collect())
+        Ok(self.index.manifests.iter().filter_map(|entry| entry.tag_in(repository)).collect())
     }
 
     fn within(&self, _repository: &str) -> Result<Box<dyn Transport>, TransportError> {

@@ -58,6 +58,11 @@ impl Places {
         self.notes().join(format!("{name}.unhealthy"))
     }
 
+    /// What is known of the last run of a container, and is over with the next one.
+    pub fn last_run(&self, name: &str) -> [PathBuf; 3] {
+        [self.result(name), self.error(name), self.unhealthy(name)]
+    }
+
     /// The file that marks that a container uses the bridge.
     pub fn network(&self, name: &str) -> PathBuf {
         self.notes().join(format!("{name}.network"))

@@ -95,7 +95,7 @@ fn replace(
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     delete.status().map_err(step(target, "run crun delete"))?;
-    for old in [places.result(target), places.error(target), places.unhealthy(target)] {
+    for old in places.last_run(target) {
         let _ = fs::remove_file(old);
     }
     let key = places.key(target);
@@ -186,7 +186,7 @@ fn make(container: &Container, places: &Places, for_real: bool) -> Result<(Value
         Network::Simple { .. } => network::connect_arguments(&container.name, &container.addresses),
         _ => None,
     };
-    let program = sys::process::own_program().unwrap_or_else(|| "/usr/bin/mosfs".into());
+    let program = sys::process::program();
     let connect = connect
         .map(|arguments| std::iter::once(program.display().to_string()).chain(arguments).collect::<Vec<_>>());
     let config = bundle::config(&Bundle {

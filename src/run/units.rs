@@ -388,8 +388,7 @@ pub fn stop(places: &Places, targets: &[&str]) -> Result<(), IoError> {
     let units: Vec<String> = targets.iter().map(|target| name(target)).collect();
     systemctl(&["--quiet", "stop"], &units)?;
     for target in targets {
-        let notes = [places.result(target), places.error(target), places.unhealthy(target)];
-        for file in [path(target), places.key(target)].into_iter().chain(notes) {
+        for file in [path(target), places.key(target)].into_iter().chain(places.last_run(target)) {
             let _ = fs::remove_file(file);
         }
     }

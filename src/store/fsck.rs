@@ -30,6 +30,7 @@ use crate::image::verified::VerifiedSource;
 use crate::image::verity::{Located, VerityError, locate};
 use crate::progress::{Progress, Task};
 use crate::sorting;
+use crate::sys::locks;
 use crate::transport::{OciDir, Transport, TransportError};
 
 /// How deep indexes may nest.
@@ -331,27 +332,41 @@ fn is_worth_reading(layout: &OciDir, (digest, size): &(Digest, u64), sizes: &BTr
     }
 }
 
-/// Hashes blobs, the largest ones first, so that the threads end together.
+/// Hashes blobs of a layout, and returns the problems of those that are not what their digests say.
 fn hash_blobs(
     layout: &OciDir,
     blobs: &[(Digest, u64)],
     threads: NonZeroUsize,
     progress: &Progress,
 ) -> Vec<(Digest, Problem)> {
+    let task = progress.task("verify", &layout.location(), Some(total(blobs)));
+    let other = |error: TransportError| std::io::Error::other(error.to_string());
+    let bad = other_content(blobs, threads, |digest| {
+        let (file, _) = layout.open_blob(digest).map_err(other)?;
+        hash(file, &task)
+    });
+    let problem = |(digest, found)| match found {
+        Ok(found) => (digest, Problem::Blob { expected: digest, found }),
+        Err(source) => (digest, Problem::Unreadable { blob: digest, source }),
+    };
+    bad.into_iter().map(problem).collect()
+}
+
+/// Hashes blobs, which have these sizes, by `hash`; the largest ones first, so that the threads end together. Returns those
+/// with another digest than their own, and those that cannot be read, in the order of their digests.
+pub(crate) fn other_content(
+    blobs: &[(Digest, u64)],
+    threads: NonZeroUsize,
+    hash: impl Fn(&Digest) -> std::io::Result<Digest> + Sync,
+) -> Vec<(Digest, std::io::Result<Digest>)> {
     let mut order: Vec<_> = blobs.to_vec();
     sorting::sort_by_key(&mut order, |(digest, size)| (std::cmp::Reverse(*size), *digest));
-    let total = total(blobs);
-    let task = progress.task("verify", &layout.location(), Some(total));
     let (next, bad) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let work = || {
         while let Some((digest, _)) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let problem = match hash(layout, digest, &task) {
-                Ok(found) if found == *digest => continue,
-                Ok(found) => Problem::Blob { expected: *digest, found },
-                Err(source) => Problem::Unreadable { blob: *digest, source },
-            };
-            if let Ok(mut bad) = bad.lock() {
-                bad.push((*digest, problem));
+            let found = hash(digest);
+            if found.as_ref().ok() != Some(digest) {
+                locks::lock(&bad).push((*digest, found));
             }
         }
     };
@@ -361,18 +376,17 @@ fn hash_blobs(
         }
         work();
     });
-    let mut bad = bad.into_inner().unwrap_or_default();
+    let mut bad = locks::into_inner(bad);
     sorting::sort_by_key(&mut bad, |(digest, _)| *digest);
     bad
 }
 
-fn hash(layout: &OciDir, digest: &Digest, task: &Task) -> std::io::Result<Digest> {
-    let other = |error: TransportError| std::io::Error::other(error.to_string());
-    let (mut file, _) = layout.open_blob(digest).map_err(other)?;
+/// Hashes what is left to read of a blob.
+pub(crate) fn hash(mut blob: impl Read, task: &Task) -> std::io::Result<Digest> {
     let mut hasher = Hasher::new();
     let mut buffer = vec![0; 256 << 10];
     loop {
-        match file.read(&mut buffer)? {
+        match blob.read(&mut buffer)? {
             0 => return Ok(hasher.finish()),
             got => {
                 hasher.update(buffer.get(..got).unwrap_or_default());

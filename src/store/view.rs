@@ -5,6 +5,8 @@ use std::sync::Arc;
 use super::Store;
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
+use crate::image::blobs::Blobs;
+use crate::image::bytes::ReadAt;
 use crate::image::files::Files;
 use crate::image::format::{ChunkedLayer, Content};
 use crate::image::oci::{LayerDescriptor, OciImage};
@@ -65,30 +67,42 @@ impl Store {
     /// # Errors
     /// [`ViewError`].
     pub(crate) fn files(&self, image: &OciImage) -> Result<Files, ViewError> {
-        let layers = image.layers.iter().map(|layer| self.open_layer(image, layer));
-        Ok(Files::new(Merged::new(layers.collect::<Result<_, _>>()?)?))
+        let open = |digest: &Digest| Ok(open_regular(&self.blob_path(digest), self.transport().links())?.0);
+        files(image, open, || self.blobs())
     }
+}
 
-    fn open_layer(&self, image: &OciImage, layer: &LayerDescriptor) -> Result<Arc<dyn Layer>, ViewError> {
+/// Returns the files of an image. Every block is verified when it is read. `open` opens a layer of one blob, and `blobs`
+/// serves those of many.
+///
+/// # Errors
+/// [`ViewError`], and what `open` returns.
+pub(crate) fn files<R: ReadAt + 'static>(
+    image: &OciImage,
+    open: impl Fn(&Digest) -> Result<R, ViewError>,
+    blobs: impl Fn() -> Arc<dyn Blobs>,
+) -> Result<Files, ViewError> {
+    let layer = |layer: &LayerDescriptor| -> Result<Arc<dyn Layer>, ViewError> {
         let digest = layer.digest;
         let no_reader = || ViewError::NoReader { layer: digest, media_type: layer.media_type().to_string() };
         let wrong = |source| ViewError::Layer { layer: digest, source };
         match layer.format().map_err(|_| no_reader())?.content() {
             Content::Image(format) => {
-                let (Some(open), Some(root_hash)) = (format.open, layer.trust.root_hash()) else {
+                let (Some(read), Some(root_hash)) = (format.open, layer.trust.root_hash()) else {
                     return Err(no_reader());
                 };
-                let (file, _) = open_regular(&self.blob_path(&digest), self.transport().links())?;
-                let source = VerifiedSource::open(file, root_hash)
+                let source = VerifiedSource::open(open(&digest)?, root_hash)
                     .map_err(|source| ViewError::Verity { layer: digest, source })?;
-                open(Arc::new(source)).map_err(wrong)
+                read(Arc::new(source)).map_err(wrong)
             }
             Content::Chunked(format) => {
-                let open = format.open.ok_or_else(no_reader)?;
+                let read = format.open.ok_or_else(no_reader)?;
                 let chunks = Arc::clone(&image.chunks);
-                open(&ChunkedLayer { digest, size: layer.size, chunks, blobs: self.blobs() }).map_err(wrong)
+                read(&ChunkedLayer { digest, size: layer.size, chunks, blobs: blobs() }).map_err(wrong)
             }
             Content::Tar(_) => Err(no_reader()),
         }
-    }
+    };
+    let layers = image.layers.iter().map(layer).collect::<Result<_, _>>()?;
+    Ok(Files::new(Merged::new(layers)?))
 }

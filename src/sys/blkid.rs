@@ -155,6 +155,23 @@ impl Drop for OwnedProbe {
 }
 
 impl OwnedProbe {
+    /// A probe of a device that must outlive it, with these settings.
+    fn of(library: &'static Library, device: &File, settings: &[(SetFlags, c_int)]) -> io::Result<Self> {
+        // SAFETY: no arguments.
+        let probe = unsafe { (library.new_probe)() };
+        if probe.is_null() {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let probe = Self(library, probe);
+        // SAFETY: the probe is live, and its users hold the device open for longer.
+        let mut is_ready = unsafe { (library.set_device)(probe.1, device.as_raw_fd(), 0, 0) } == 0;
+        for (set, value) in settings {
+            // SAFETY: the probe is live; all of them take it and a number.
+            is_ready = is_ready && unsafe { set(probe.1, *value) } == 0;
+        }
+        if is_ready { Ok(probe) } else { Err(io::Error::last_os_error()) }
+    }
+
     fn value(&self, name: &str) -> String {
         let Ok(name) = CString::new(name) else { return String::new() };
         let (mut data, mut len) = (std::ptr::null(), 0usize);
@@ -176,23 +193,16 @@ impl OwnedProbe {
 /// If libblkid cannot be loaded, or the device cannot be read.
 pub fn probe(device: &File) -> io::Result<Content> {
     let library = library()?;
-    // SAFETY: no arguments.
-    let probe = unsafe { (library.new_probe)() };
-    if probe.is_null() {
-        return Err(io::ErrorKind::OutOfMemory.into());
-    }
-    let probe = OwnedProbe(library, probe);
-    // SAFETY: the probe is live, and the descriptor stays open for as long as the probe: both are dropped here.
-    let ready = unsafe {
-        (library.set_device)(probe.1, device.as_raw_fd(), 0, 0) == 0
-            && (library.enable_superblocks)(probe.1, 1) == 0
-            && (library.set_superblocks_flags)(probe.1, SUPERBLOCK_FLAGS) == 0
+    let probe = OwnedProbe::of(
+        library,
+        device,
+        &[
+            (library.enable_superblocks, 1),
+            (library.set_superblocks_flags, SUPERBLOCK_FLAGS),
             // With it, a RAID at the end of the whole disk is not mistaken for one of its last partition.
-            && (library.enable_partitions)(probe.1, 1) == 0
-    };
-    if !ready {
-        return Err(io::Error::last_os_error());
-    }
+            (library.enable_partitions, 1),
+        ],
+    )?;
     // SAFETY: the probe is live and has a device.
     match unsafe { (library.do_safeprobe)(probe.1) } {
         0 => {
@@ -221,22 +231,15 @@ pub fn probe(device: &File) -> io::Result<Content> {
 /// If libblkid cannot be loaded, or the disk cannot be read.
 pub fn partition_uuid(device: &File) -> io::Result<Option<String>> {
     let library = library()?;
-    // SAFETY: no arguments.
-    let probe = unsafe { (library.new_probe)() };
-    if probe.is_null() {
-        return Err(io::ErrorKind::OutOfMemory.into());
-    }
-    let probe = OwnedProbe(library, probe);
-    // SAFETY: the probe is live, and the descriptor stays open for as long as the probe: both are dropped here.
-    let ready = unsafe {
-        (library.set_device)(probe.1, device.as_raw_fd(), 0, 0) == 0
-            && (library.enable_superblocks)(probe.1, 0) == 0
-            && (library.enable_partitions)(probe.1, 1) == 0
-            && (library.set_partitions_flags)(probe.1, PARTITION_FLAGS) == 0
-    };
-    if !ready {
-        return Err(io::Error::last_os_error());
-    }
+    let probe = OwnedProbe::of(
+        library,
+        device,
+        &[
+            (library.enable_superblocks, 0),
+            (library.enable_partitions, 1),
+            (library.set_partitions_flags, PARTITION_FLAGS),
+        ],
+    )?;
     // SAFETY: the probe is live and has a device.
     match unsafe { (library.do_safeprobe)(probe.1) } {
         0 => Ok(Some(probe.value("PART_ENTRY_UUID").to_ascii_lowercase()).filter(|uuid| !uuid.is_empty())),

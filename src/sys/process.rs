@@ -35,6 +35,11 @@ pub fn monotonic() -> std::time::Duration {
     std::time::Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
+/// The file of this program, for commands that start it again: what a unit starts is the small one where it is installed.
+pub fn program() -> PathBuf {
+    own_program().unwrap_or_else(|| "/usr/bin/mosfs".into())
+}
+
 /// The file of this program; without /proc, as it was named when it was started.
 pub fn own_program() -> Option<PathBuf> {
     std::env::current_exe().ok().or_else(|| {

@@ -237,10 +237,7 @@ impl Transport for OciDir {
 
     fn tags(&self, repository: &str) -> Result<Vec<String>, TransportError> {
         let entries = self.entries()?;
-        let tag = |entry: &Descriptor| {
-            Some(entry.ref_name()?.strip_prefix(repository)?.strip_prefix(':')?.to_string())
-        };
-        Ok(entries.iter().filter_map(tag).collect())
+        Ok(entries.iter().filter_map(|entry| entry.tag_in(repository)).collect())
     }
 
     fn within(&self, _repository: &str) -> Result<Box<dyn Transport>, TransportError> {
@@ -263,8 +260,7 @@ impl Transport for OciDir {
             // One broken neighbour must not hide the others: `verify` names it.
             let Ok(bytes) = self.fetch(&entry, MAX_MANIFEST_BYTES) else { continue };
             let Ok(manifest) = Manifest::parse(&bytes) else { continue };
-            let ours = manifest.subject.as_ref().is_some_and(|about| about.digest == *subject);
-            if ours && artifact_type.is_none_or(|wanted| manifest.kind() == wanted) {
+            if manifest.refers_to(subject, artifact_type) {
                 found.push(entry);
             }
         }
