@@ -54,12 +54,18 @@ programs:
 	for library in esys mu rc sys tctildr; do
 		ar rc "target/static/libtss2-$$library.a"
 	done
-	echo 'SECTIONS { /DISCARD/ : { *(.eh_frame .eh_frame_hdr .gcc_except_table*) } } INSERT AFTER .text;' \
-		>target/static/no-unwind.ld
+	script=$(CURDIR)/target/static/no-unwind.ld
+	echo 'SECTIONS { /DISCARD/ : { *(.eh_frame .eh_frame_hdr .gcc_except_table*) } } INSERT AFTER .text;' >"$$script"
+	# A linker that knows an argument, as cargo is told to use it, makes a program that runs.
+	try=target/static/try
+	rm -rf "$$try"
+	mkdir -p "$$try/src"
+	printf '%s\n' '[package]' 'name = "try"' 'edition = "2024"' '[profile.dev]' 'panic = "abort"' '[workspace]' >"$$try/Cargo.toml"
+	echo 'fn main() {}' >"$$try/src/main.rs"
 	link=()
-	for argument in -Wl,-T,target/static/no-unwind.ld -Wl,-z,pack-relative-relocs -Wl,--icf=all; do
-		if rustc -C panic=abort -C "link-arg=$$argument" -o target/static/try - <<<'fn main() {}' 2>/dev/null &&
-			target/static/try; then
+	for argument in "-Wl,-T,$$script" -Wl,-z,pack-relative-relocs -Wl,--icf=all; do
+		if $(CARGO) rustc --quiet --manifest-path "$$try/Cargo.toml" --target-dir "$$try/target" -- \
+			-C "link-arg=$$argument" 2>/dev/null && "$$try/target/debug/try"; then
 			link+=(-C "link-arg=$$argument")
 		fi
 	done
