@@ -114,36 +114,33 @@ fn fetch(address: &str, seconds: u32) -> String {
 }
 
 /// A container that runs.
-struct Running<'a> {
+struct Running {
     child: Child,
-    networks: &'a Networks,
 }
 
-impl<'a> Running<'a> {
-    fn start(networks: &'a Networks, world: &World, target: &str) -> Self {
+impl Running {
+    fn start(networks: &Networks, world: &World, target: &str) -> Self {
         let child = networks.mosfs(world, &["run-target", target]).stdin(Stdio::null()).spawn().unwrap();
-        let running = Self { child, networks };
+        let running = Self { child };
         // As its unit does: the process of the runtime, into which nsenter, unshare and mosfs turn.
         let mut wait = networks.mosfs(world, &["run-target", "--wait-healthy", target]);
         output(wait.env("MAINPID", running.child.id().to_string()));
         running
     }
-
-    /// Kills the runtime and the container, as when power goes.
-    fn kill(mut self) {
-        let script = format!("kill -9 {0} $(cat /proc/{0}/task/{0}/children)", self.child.id());
-        self.networks.on_host(&script);
-        let _ = self.child.wait();
-    }
 }
 
-impl Drop for Running<'_> {
+impl Drop for Running {
+    /// Kills mosfs, the runtime and the container at once, as when power goes. The runtime has taken the place of mosfs,
+    /// or is its child where the output of the tests is a file.
     fn drop(&mut self) {
-        let children = format!("/proc/{0}/task/{0}/children", self.child.id());
-        for pid in std::fs::read_to_string(children).unwrap_or_default().split_whitespace() {
-            let _ = Command::new("kill").args(["-9", pid]).status();
+        let mut pids = vec![self.child.id().to_string()];
+        let mut known = 0;
+        while let Some(pid) = pids.get(known) {
+            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+            pids.extend(children.unwrap_or_default().split_whitespace().map(str::to_owned));
+            known += 1;
         }
-        let _ = self.child.kill();
+        let _ = Command::new("kill").arg("-9").args(&pids).status();
         let _ = self.child.wait();
     }
 }
@@ -210,7 +207,7 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     assert!(direct.ends_with("no\n") && !direct.contains("this is web"), "{direct}");
     // The rules of another program's flush come back with the next start; nothing is left of a killed one.
     networks.on_host("nft flush ruleset");
-    web.kill();
+    drop(web);
     let links = || networks.on_host("ls /sys/class/net | grep -c ^mosfs- || true");
     wait_until("the end of the killed container's link", || links() == "1\n");
     let web = Running::start(&networks, &world, "web");
