@@ -61,10 +61,14 @@ impl Disk {
     }
 
     fn of(mib: u64, options: &[&str]) -> Self {
+        Self::of_bytes(mib << 20, options)
+    }
+
+    fn of_bytes(bytes: u64, options: &[&str]) -> Self {
         need_root();
         let dir = TempDir::new().unwrap();
         let image = dir.path().join("disk");
-        File::create(&image).unwrap().set_len(mib << 20).unwrap();
+        File::create(&image).unwrap().set_len(bytes).unwrap();
         let device = attach(&image, options);
         Self { _dir: dir, image, device }
     }
@@ -375,6 +379,40 @@ fn a_disk_that_cannot_be_used_is_refused() {
     refused(&mut machine.setup(200, &words), 1, &why);
     run(Command::new("umount").arg(place.path()));
     run(Command::new("e2fsck").args(["-fn", &part]));
+}
+
+/// The size that the error asks for is enough, with sectors of either size, and nothing less is.
+#[test]
+fn the_smallest_disk_is_set_up() {
+    let machine = Machine::provisioned();
+    let small = Disk::of(500, &[]);
+    let said = run_any(&mut machine.setup(200, &["--disk", &small.device]));
+    let said = String::from_utf8(said.stderr).unwrap();
+    let needed = said.split("the system needs ").nth(1).unwrap_or_else(|| panic!("{said}"));
+    let needed: u64 = needed.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+    for sector in [512, 4096] {
+        let (bytes, size) = (needed.next_multiple_of(sector), sector.to_string());
+        let options = ["--partscan", "--sector-size", &size];
+        let disk = Disk::of_bytes(bytes - sector, &options);
+        let why = format!("{} has {} bytes; the system needs {needed}", disk.device, bytes - sector);
+        refused_untouched(&disk, &mut machine.setup(200, &["--disk", &disk.device]), 1, &why);
+        let disk = Disk::of_bytes(bytes, &options);
+        machine.ok(200, &["--disk", &disk.device]);
+        run(Command::new("e2fsck").args(["-fn", &disk.part(2)]));
+        run(Command::new("sfdisk").args(["--verify", &disk.device]));
+    }
+}
+
+/// Answers from a pipe, which can be read once; nobody waits for what a setup does not read.
+#[test]
+fn answers_may_come_from_a_pipe() {
+    let (disk, machine) = (Disk::new(), Machine::provisioned());
+    let mut command = machine.setup(200, &["--answers", "/dev/stdin", "--dry-run"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(format!("disk: path:{}\n", disk.device).as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && said.contains("would install version 200 on "), "{said}");
 }
 
 #[test]
