@@ -162,7 +162,7 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     ]);
     let networks = Networks::new();
     let web = Running::start(&networks, &world, "web");
-    let _idle = Running::start(&networks, &world, "idle");
+    let idle = Running::start(&networks, &world, "idle");
     let _lonely = Running::start(&networks, &world, "lonely");
     let fetch = |address: &str| fetch(address, 20);
     // From outside; from the host, to its address and to its loopback.
@@ -218,7 +218,26 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     assert_eq!(links(), "2\n");
     let table = networks.on_host("nft list ruleset");
     assert_eq!(table.matches("dport 80 dnat").count(), 2, "{table}");
+    // The clean-up of one leaves the network to the other. The other's was killed, too, and keeps nothing.
+    let clean = |target: &str| output(&mut networks.mosfs(&world, &["run-target", "--clean", target]));
+    let bridge = || networks.on_host("ls /sys/class/net | grep -c '^mosfs0$' || true");
     drop(web);
+    clean("web");
+    assert_eq!(bridge(), "1\n");
+    drop(idle);
+    assert_eq!(bridge(), "1\n");
+    // Without a mark of its own, it has nothing to leave.
+    clean("web");
+    assert_eq!(bridge(), "1\n");
+    let web = Running::start(&networks, &world, "web");
+    assert_eq!(networks.outside(&fetch("192.0.2.1")), "this is web\n");
+    drop(web);
+    clean("web");
+    assert_eq!((bridge().as_str(), links().as_str()), ("0\n", "0\n"));
+    assert!(!networks.on_host("nft list ruleset").contains("mosfs"));
+    let left = std::fs::read_dir(world.path("run/notes")).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().ends_with(".network")).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

@@ -161,8 +161,7 @@ pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result
         // systemd knows the exit code, and whether it means success.
         match container.target.workload.run().restart {
             None | Some(Restart::Always) => {
-                let why = "it ended before it was healthy".to_string();
-                Err(RunError::Unit { target: target.into(), why })
+                Err(RunError::Unit { target: target.into(), why: units::ENDED_EARLY.into() })
             }
             Some(_) => Ok(()),
         }
