@@ -1,5 +1,8 @@
 //! `mosfs setup` on loop devices: what it writes, what it refuses before it writes anything, and what crashes leave.
 
+#[path = "registry/debian.rs"]
+#[allow(dead_code)]
+mod debian;
 #[path = "kernel/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
@@ -21,6 +24,7 @@ use std::time::Instant;
 use mosfs::internals::digest::{Digest, Hasher};
 use mosfs::internals::sys::file::next_data;
 
+use debian::{Config, Debian};
 use fixture::{MOSFS, PRODUCT, Publisher, generate_keys};
 use swtpm::Swtpm;
 use tempfile::TempDir;
@@ -401,6 +405,31 @@ fn the_smallest_disk_is_set_up() {
         run(Command::new("e2fsck").args(["-fn", &disk.part(2)]));
         run(Command::new("sfdisk").args(["--verify", &disk.device]));
     }
+}
+
+/// A system that a registry holds, and one that a registry offers and does not have.
+#[test]
+fn a_system_comes_from_a_registry() {
+    let (machine, registry) = (Machine::provisioned(), Debian::start(&Config::default()));
+    let source = registry.source("fleet");
+    let store = publisher().path("store");
+    let mut push = Command::new(MOSFS);
+    run(push.arg("push").arg("--store").arg(&store).arg(&source).env_remove("MOSFS_FAILPOINT"));
+    let setup = |disk: &Disk, source: &str| {
+        let mut command = machine.mosfs(&["setup", source, "--disk", &disk.device]);
+        command.args(["--net-timeout", "30"]);
+        command
+    };
+    let disk = Disk::new();
+    let said = run(&mut setup(&disk, &source));
+    assert!(said.contains("medium: version 201 (sha256:"), "the highest version: {said}");
+    disk.expect_installed(201);
+    // The same one from a layout: there is nothing to do.
+    assert!(machine.ok(201, &["--disk", &disk.device]).contains("is installed already"));
+    let disk = Disk::new();
+    refused_untouched(&disk, &mut setup(&disk, &format!("{source}:7")), 2, "has no image named `7`");
+    drop(registry);
+    refused_untouched(&disk, &mut setup(&disk, &source), 1, "Connection refused");
 }
 
 /// Answers from a pipe, which can be read once; nobody waits for what a setup does not read.
