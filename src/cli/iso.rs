@@ -49,8 +49,8 @@ struct ExtrasArgs {
     /// Put these answers onto the medium (YAML), so that `mosfs setup` does not ask.
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
-    /// Enroll the Secure Boot keys PK.auth, KEK.auth and db.auth of this folder, where the firmware is in setup mode
-    /// and a virtual machine's; elsewhere, the medium's boot menu offers it.
+    /// Enroll the Secure Boot keys PK.auth, KEK.auth and db.auth of this folder: if the firmware is in setup mode, the
+    /// medium's boot menu offers it, and systemd-boot 253 or newer does so by itself in a virtual machine.
     #[arg(long, value_name = "DIR")]
     enroll: Option<PathBuf>,
 }

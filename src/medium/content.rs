@@ -138,10 +138,11 @@ pub(super) fn esp_files(
     if keys.is_empty() {
         return BTreeMap::from([(layout::ESP_BOOT.to_string(), uki)]);
     }
+    let conf = layout::loader_conf(&loader);
     let mut files = BTreeMap::from([
         (layout::ESP_BOOT.to_string(), loader),
         (layout::ESP_KERNEL.to_string(), uki),
-        (layout::LOADER_CONF.to_string(), layout::LOADER_CONF_TEXT.as_bytes().to_vec()),
+        (layout::LOADER_CONF.to_string(), conf.as_bytes().to_vec()),
     ]);
     for (name, content) in keys {
         files.insert(format!("{}/{name}", layout::ENROLL_KEYS), content.clone());

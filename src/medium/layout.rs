@@ -15,7 +15,7 @@
 //! ```text
 //! EFI/BOOT/BOOTX64.EFI       loader.efi of the target `boot`: systemd-boot
 //! EFI/Linux/mosfs.efi        mosfs.efi of the target `boot`
-//! loader/loader.conf         `secure-boot-enroll if-safe`
+//! loader/loader.conf         `secure-boot-enroll if-safe`, or `manual` where systemd-boot is older than 253
 //! loader/keys/auto/*.auth    the keys of /mosfs/enroll
 //! ```
 //!
@@ -57,8 +57,25 @@ pub const ESP_BOOT: &str = "EFI/BOOT/BOOTX64.EFI";
 pub const ESP_KERNEL: &str = "EFI/Linux/mosfs.efi";
 /// systemd-boot's settings on such a medium.
 pub const LOADER_CONF: &str = "loader/loader.conf";
-/// Their content. systemd-boot enrolls the keys only where a mistake does not lock anybody out: in virtual machines.
+/// Their content. systemd-boot enrolls the keys by itself only where a mistake does not lock anybody out: in virtual
+/// machines. Elsewhere its menu offers it.
 pub const LOADER_CONF_TEXT: &str = "timeout 5\nsecure-boot-enroll if-safe\n";
+/// The same for a systemd-boot that does not know that: its menu offers it.
+pub const LOADER_CONF_TEXT_MANUAL: &str = "timeout 5\nsecure-boot-enroll manual\n";
+/// The first version of systemd-boot that knows `if-safe` (NEWS of systemd, "CHANGES WITH 253").
+const IF_SAFE_SINCE: u32 = 253;
+
+/// Returns the content of [`LOADER_CONF`] for a systemd-boot, whose section `.sdmagic` has its version (systemd-boot's
+/// boot.c): `#### LoaderInfo: systemd-boot VERSION ####`.
+pub fn loader_conf(loader: &[u8]) -> &'static str {
+    const MAGIC: &[u8] = b"#### LoaderInfo: systemd-boot ";
+    let at = loader.windows(MAGIC.len()).position(|part| part == MAGIC).map(|at| at + MAGIC.len());
+    let version = at.and_then(|at| loader.get(at..)).unwrap_or_default();
+    let digits = version.iter().copied().take_while(u8::is_ascii_digit).take(6);
+    let version = digits.fold(0, |number, digit| number * 10 + u32::from(digit - b'0'));
+    if version >= IF_SAFE_SINCE { LOADER_CONF_TEXT } else { LOADER_CONF_TEXT_MANUAL }
+}
+
 /// The folder of the keys on such a medium: systemd-boot's set of keys named `auto`.
 pub const ENROLL_KEYS: &str = "loader/keys/auto";
 /// The files in it that systemd-boot reads; all three are required.
@@ -267,5 +284,19 @@ mod tests {
         assert!(is_labelled("MOSFS-ANSWERS", ANSWERS_LABEL) && is_labelled("MOSFS-ANSWE", ANSWERS_LABEL));
         assert!(is_labelled("MOSFS-PROVI", PROVISION_LABEL));
         assert!(!is_labelled("MOSFS-ANS", ANSWERS_LABEL) && !is_labelled("MOSFS-INSTA", ANSWERS_LABEL));
+    }
+
+    #[test]
+    fn only_a_boot_loader_that_knows_if_safe_is_asked_for_it() {
+        let loader =
+            |version: &str| format!("MZ\0\0#### LoaderInfo: systemd-boot {version} ####\0").into_bytes();
+        for version in ["253", "257.7-1", "260~rc1", "1000"] {
+            assert_eq!(loader_conf(&loader(version)), LOADER_CONF_TEXT, "{version}");
+        }
+        for version in ["252.39-1~deb12u2", "25", ""] {
+            assert_eq!(loader_conf(&loader(version)), LOADER_CONF_TEXT_MANUAL, "{version}");
+        }
+        assert_eq!(loader_conf(b"another loader"), LOADER_CONF_TEXT_MANUAL);
+        assert_eq!(loader_conf(&loader(&"9".repeat(40))), LOADER_CONF_TEXT);
     }
 }

@@ -27,7 +27,7 @@ const STEPS: [&str; 10] = [
 ];
 
 /// A publisher with version 200 on Debian's cloud kernel.
-fn published() -> &'static (Publisher, System) {
+pub fn published() -> &'static (Publisher, System) {
     static PUBLISHED: OnceLock<(Publisher, System)> = OnceLock::new();
     PUBLISHED.get_or_init(|| {
         let publisher = publisher(COMMIT);
@@ -37,7 +37,7 @@ fn published() -> &'static (Publisher, System) {
 }
 
 /// A medium of it with these answers. `name` is of the test's own.
-fn with_answers(name: &str, answers: &str) -> PathBuf {
+pub fn with_answers(name: &str, answers: &str) -> PathBuf {
     let (publisher, system) = published();
     medium(publisher, system, name, Some(answers))
 }

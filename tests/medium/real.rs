@@ -17,6 +17,11 @@ const INIT: &str = r#"#!/bin/busybox sh
 export PATH=/usr/bin:/bin MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
 end() { sync; echo "MOSFS-VM-VERDICT: $1"; poweroff -f; }
 esp() { mount -t vfat -o ro /dev/vda1 /tmp && ls /tmp/EFI/Linux | sed 's/^/vm: on the ESP: /'; umount /tmp; }
+secure() {
+    cd /sys/firmware/efi/efivars
+    for name in SecureBoot SetupMode; do tail -c 1 $name-8be4df61-* | od -An -tu1 | tr -d ' ' >/run/$name; done
+    echo "vm: SecureBoot $(cat /run/SecureBoot), SetupMode $(cat /run/SetupMode)"
+}
 mount -t efivarfs efivarfs /sys/firmware/efi/efivars || end 20
 cat /sys/firmware/efi/efivars/LoaderDevicePartUUID-* >/run/variable || end 21
 mkdir -p /dev/disk/by-partuuid
@@ -71,7 +76,7 @@ pub fn publisher(action: &str) -> Publisher {
     put_program(&publisher, Path::new("/bin/busybox"), "usr/bin/busybox");
     for applet in [
         "sh", "mount", "umount", "ln", "mkdir", "cat", "ls", "sed", "sync", "poweroff", "reboot", "grep",
-        "tail", "tr", "date",
+        "tail", "tr", "date", "od",
     ] {
         symlink("busybox", root.join("usr/bin").join(applet)).unwrap();
     }
@@ -101,6 +106,21 @@ pub fn build(publisher: &Publisher, version: u64, more: &[&str]) -> System {
 
 /// Makes an install medium of a system, a file of this name, with answers.
 pub fn medium(publisher: &Publisher, system: &System, name: &str, answers: Option<&str>) -> PathBuf {
+    medium_with(publisher, system, name, answers, &[])
+}
+
+/// The same with answers, and with the keys of a folder of the publisher's to enroll.
+pub fn enrolling(publisher: &Publisher, system: &System, answers: &str, keys: &str) -> PathBuf {
+    medium_with(publisher, system, "enroll", Some(answers), &["--enroll", keys])
+}
+
+fn medium_with(
+    publisher: &Publisher,
+    system: &System,
+    name: &str,
+    answers: Option<&str>,
+    more: &[&str],
+) -> PathBuf {
     let image = publisher.path(&format!("{name}.iso"));
     let mut command = Command::new(MOSFS);
     command
@@ -108,7 +128,8 @@ pub fn medium(publisher: &Publisher, system: &System, name: &str, answers: Optio
         .arg("iso")
         .arg(format!("oci:{}", system.store))
         .arg("-o")
-        .arg(&image);
+        .arg(&image)
+        .args(more);
     if let Some(answers) = answers {
         let file = publisher.path(&format!("{name}.yaml"));
         fs::write(&file, answers).unwrap();
