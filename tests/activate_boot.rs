@@ -266,6 +266,28 @@ want nft flush ruleset
 want systemctl reload mosfs-activate.service
 want test "$(page 80)" = "this is web"
 
+# The clean-up has its own time: here, the network is held for longer than `stop_seconds`.
+want systemctl stop mosfs-target@web.service
+flock /run/mosfs/network.lock sleep 12 &
+want systemctl stop mosfs-target@bomb.service
+wait $!
+want test ! -e /sys/class/net/mosfs0
+want test "$(ls /run/mosfs/notes | grep -c '[.]network$')" = 0
+# Where it was killed all the same, the next activation removes what is left.
+want mosfs activate
+want systemctl stop mosfs-target@web.service
+flock /run/mosfs/network.lock sleep 12 &
+holder=$!
+systemctl stop --no-block mosfs-target@bomb.service
+is_cleaning() { test "$(property SubState mosfs-target@bomb.service)" = stop-post; }
+await is_cleaning
+want kill -KILL "$(property ControlPID mosfs-target@bomb.service)"
+want wait $holder
+want mosfs activate hog
+want test ! -e /sys/class/net/mosfs0
+want mosfs activate
+for name in web hog bomb; do want is_state $name running; done
+
 step 25 "a memory hog and a fork bomb end alone, and the next activation starts them again"
 db=$(since db) web=$(since web)
 want touch /run/mosfs/system/volumes/go/go
@@ -534,7 +556,8 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
     let bomb = |port: u16| {
         let ports = format!("ports: [{{host: {}, container: {port}}}]", port - 8000);
         let fields = format!(
-            "network: {{type: simple, {ports}}}, run: {{restart: no}}, {volume}, resources: {{tasks: 30}}"
+            "network: {{type: simple, {ports}}}, run: {{restart: no, stop_seconds: 4}}, {volume}, \
+             resources: {{tasks: 30}}"
         );
         // When it is stopped it has not done its work, and is started again.
         let script = format!("trap 'exit 9' TERM; {asked}; while :; do sleep 1000 & done");

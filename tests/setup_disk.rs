@@ -1,5 +1,8 @@
 //! `mosfs setup` on loop devices: what it writes, what it refuses before it writes anything, and what crashes leave.
 
+#[path = "registry/debian.rs"]
+#[allow(dead_code)]
+mod debian;
 #[path = "kernel/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
@@ -21,6 +24,7 @@ use std::time::Instant;
 use mosfs::internals::digest::{Digest, Hasher};
 use mosfs::internals::sys::file::next_data;
 
+use debian::{Config, Debian};
 use fixture::{MOSFS, PRODUCT, Publisher, generate_keys};
 use swtpm::Swtpm;
 use tempfile::TempDir;
@@ -61,10 +65,14 @@ impl Disk {
     }
 
     fn of(mib: u64, options: &[&str]) -> Self {
+        Self::of_bytes(mib << 20, options)
+    }
+
+    fn of_bytes(bytes: u64, options: &[&str]) -> Self {
         need_root();
         let dir = TempDir::new().unwrap();
         let image = dir.path().join("disk");
-        File::create(&image).unwrap().set_len(mib << 20).unwrap();
+        File::create(&image).unwrap().set_len(bytes).unwrap();
         let device = attach(&image, options);
         Self { _dir: dir, image, device }
     }
@@ -375,6 +383,65 @@ fn a_disk_that_cannot_be_used_is_refused() {
     refused(&mut machine.setup(200, &words), 1, &why);
     run(Command::new("umount").arg(place.path()));
     run(Command::new("e2fsck").args(["-fn", &part]));
+}
+
+/// The size that the error asks for is enough, with sectors of either size, and nothing less is.
+#[test]
+fn the_smallest_disk_is_set_up() {
+    let machine = Machine::provisioned();
+    let small = Disk::of(500, &[]);
+    let said = run_any(&mut machine.setup(200, &["--disk", &small.device]));
+    let said = String::from_utf8(said.stderr).unwrap();
+    let needed = said.split("the system needs ").nth(1).unwrap_or_else(|| panic!("{said}"));
+    let needed: u64 = needed.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+    for sector in [512, 4096] {
+        let (bytes, size) = (needed.next_multiple_of(sector), sector.to_string());
+        let options = ["--partscan", "--sector-size", &size];
+        let disk = Disk::of_bytes(bytes - sector, &options);
+        let why = format!("{} has {} bytes; the system needs {needed}", disk.device, bytes - sector);
+        refused_untouched(&disk, &mut machine.setup(200, &["--disk", &disk.device]), 1, &why);
+        let disk = Disk::of_bytes(bytes, &options);
+        machine.ok(200, &["--disk", &disk.device]);
+        run(Command::new("e2fsck").args(["-fn", &disk.part(2)]));
+        run(Command::new("sfdisk").args(["--verify", &disk.device]));
+    }
+}
+
+/// A system that a registry holds, and one that a registry offers and does not have.
+#[test]
+fn a_system_comes_from_a_registry() {
+    let (machine, registry) = (Machine::provisioned(), Debian::start(&Config::default()));
+    let source = registry.source("fleet");
+    let store = publisher().path("store");
+    let mut push = Command::new(MOSFS);
+    run(push.arg("push").arg("--store").arg(&store).arg(&source).env_remove("MOSFS_FAILPOINT"));
+    let setup = |disk: &Disk, source: &str| {
+        let mut command = machine.mosfs(&["setup", source, "--disk", &disk.device]);
+        command.args(["--net-timeout", "30"]);
+        command
+    };
+    let disk = Disk::new();
+    let said = run(&mut setup(&disk, &source));
+    assert!(said.contains("medium: version 201 (sha256:"), "the highest version: {said}");
+    disk.expect_installed(201);
+    // The same one from a layout: there is nothing to do.
+    assert!(machine.ok(201, &["--disk", &disk.device]).contains("is installed already"));
+    let disk = Disk::new();
+    refused_untouched(&disk, &mut setup(&disk, &format!("{source}:7")), 2, "has no image named `7`");
+    drop(registry);
+    refused_untouched(&disk, &mut setup(&disk, &source), 1, "Connection refused");
+}
+
+/// Answers from a pipe, which can be read once; nobody waits for what a setup does not read.
+#[test]
+fn answers_may_come_from_a_pipe() {
+    let (disk, machine) = (Disk::new(), Machine::provisioned());
+    let mut command = machine.setup(200, &["--answers", "/dev/stdin", "--dry-run"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(format!("disk: path:{}\n", disk.device).as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && said.contains("would install version 200 on "), "{said}");
 }
 
 #[test]

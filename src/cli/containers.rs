@@ -14,6 +14,7 @@ use crate::error::{AnyError, Class, Classified};
 use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
 use crate::mount::{table, units as daemons};
 use crate::run::health::{self, Other};
+use crate::run::leftovers;
 use crate::run::places::Places;
 use crate::run::units::{self, Action, Settings, State};
 use crate::run::{self, Container, RunError, network, programs, shifted};
@@ -388,6 +389,9 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
     // One job for all that is new, so that systemd orders them by what they need.
     units::run("restart", &[restart, start].concat())?;
     tidy_shifted(&steps, &places, global)?;
+    if let Err(why) = leftovers::tidy(&places) {
+        output::note(format_args!("the network of containers is not removed: {why}"));
+    }
     let done = steps.into_iter().map(|step| {
         let outcome = match step.container {
             None => Ok(State::default()),

@@ -78,12 +78,13 @@ pub(super) fn run(args: &IsoArgs, global: &Global) -> Result<(), AnyError> {
     }
     // clap requires both.
     let (Some(source), Some(output)) = (&args.source, &args.output) else { return Ok(()) };
-    if let Some(answers) = &args.extras.answers {
+    // Once: a pipe has nothing to read a second time.
+    let extras = Extras::load(args.extras.answers.as_deref(), args.extras.enroll.as_deref())?;
+    if let (Some(path), Some(answers)) = (&args.extras.answers, extras.answers()) {
         // What makes no sense is an error now, not in front of the machine.
-        Answers::load(answers)?;
+        Answers::parse(answers, &path.display().to_string())?;
     }
     medium::check_output(output)?;
-    let extras = Extras::load(args.extras.answers.as_deref(), args.extras.enroll.as_deref())?;
     let progress = progress::of(global)?;
     let written = if source.is_registry() {
         let from = source.open(&args.registry.access(global))?;

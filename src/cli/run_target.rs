@@ -9,6 +9,7 @@ use crate::deploy::{booted, target};
 use crate::error::{AnyError, IoContext};
 use crate::manifest::TargetName;
 use crate::mount::units as daemons;
+use crate::run::leftovers::{self, Ended};
 use crate::run::places::Places;
 use crate::run::start;
 use crate::run::{self, Container, RunError, health, network, root, shifted, units};
@@ -54,14 +55,16 @@ pub(super) fn run(args: &RunTargetArgs, global: &Global) -> Result<(), AnyError>
     }
     if args.clean {
         // Also for a target that the deployment no longer has.
-        let result = std::env::var("SERVICE_RESULT").unwrap_or_default();
-        return Ok(units::clean(&places, name.as_str(), &result)?);
+        return Ok(leftovers::clean(&places, name.as_str(), &Ended::from_environment())?);
     }
     if args.print {
         return output::json(&start::print(&container(&args.target, global)?, &places)?);
     }
     let done = start(args, global, &places);
-    if let Err(error) = &done {
+    if let Err(error) = &done
+        // Where the start itself has failed, it has noted the reason; that nothing runs is what follows from it.
+        && !(args.wait_healthy && units::last_error(&places, &args.target).is_some())
+    {
         units::note_error(&places, &args.target, &error.chain());
     }
     done

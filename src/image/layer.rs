@@ -188,9 +188,11 @@ pub trait Layer: Send + Sync {
     /// Whether any file of the image has extended attributes.
     fn has_xattrs(&self) -> bool;
 
-    /// Whether any file of the image may have a POSIX ACL (`system.posix_acl_access`, `_default`).
-    fn may_have_acls(&self) -> bool {
-        false
+    /// Whether any file of the image may have an extended attribute of that name. True where that is not known, or
+    /// would take long to find out. May read from the image.
+    fn may_have_xattr(&self, name: &[u8]) -> bool {
+        let _ = name;
+        self.has_xattrs()
     }
 
     /// Sizes, for statfs(2).

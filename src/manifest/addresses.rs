@@ -21,6 +21,15 @@ pub struct Subnet {
     pub bits: u8,
 }
 
+/// What is allowed in place of a subnet that no host may be in.
+const NO_HOSTS: &str =
+    "a subnet for hosts, such as 10.0.3.0/24: not 0.0.0.0/8, 127.0.0.0/8 or one from 224.0.0.0 on";
+
+/// Whether a host may have this address: not one of this network, of loopback, of a group, or reserved.
+pub fn is_for_hosts(address: Ipv4Addr) -> bool {
+    (1..224).contains(&address.octets()[0]) && !address.is_loopback()
+}
+
 impl Subnet {
     fn mask(self) -> u32 {
         u32::MAX << (32 - u32::from(self.bits))
@@ -34,6 +43,14 @@ impl Subnet {
     /// The address of the bridge.
     pub fn gateway(self) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.network) + 1)
+    }
+
+    /// Whether hosts may have its addresses: it has none of this host alone, of groups, or reserved (RFC 6890).
+    fn is_for_hosts(self) -> bool {
+        let number = u32::from(self.network);
+        let last = Ipv4Addr::from(number | !self.mask());
+        // At least 8 bits are the same: it lies in one of these ranges, or in none.
+        [self.network, last].into_iter().all(is_for_hosts)
     }
 
     /// Whether a target may have this address: one of the subnet, but not the network, the bridge or the broadcast.
@@ -103,6 +120,11 @@ pub fn assign<'a>(
             continue;
         }
         let own = Subnet::of(address, bits);
+        if !own.is_for_hosts() {
+            let (found, allowed) = (format!("the subnet {own}"), NO_HOSTS.to_string());
+            bad.push(BadAddress { target: name.clone(), found, allowed });
+            continue;
+        }
         match subnet {
             Some((first, of)) if first != own => {
                 let found = format!("the subnet {own}");
@@ -132,10 +154,10 @@ pub fn assign<'a>(
     let mut next = u32::from(subnet.gateway()) + 1;
     for name in open {
         while taken.contains_key(&Ipv4Addr::from(next)) {
-            next += 1;
+            next = next.saturating_add(1);
         }
         let address = Ipv4Addr::from(next);
-        next += 1;
+        next = next.saturating_add(1);
         if subnet.has_host(address) {
             of.insert(name.clone(), address);
         } else {
@@ -193,6 +215,17 @@ mod tests {
                 )]
             );
         }
+        for (address, subnet) in [
+            ("127.0.0.5/8", "127.0.0.0/8"),
+            ("127.9.0.5/24", "127.9.0.0/24"),
+            ("0.0.0.5/24", "0.0.0.0/24"),
+            ("224.0.0.5/24", "224.0.0.0/24"),
+            ("255.255.255.254/30", "255.255.255.252/30"),
+        ] {
+            let said = bad(&[("a", Some(address)), ("b", None), ("c", None)]);
+            assert_eq!(said[0], format!("a: the subnet {subnet}; {NO_HOSTS}"));
+        }
+        assert_eq!(bad(&[("a", Some("10.0.0.9/0"))]), ["a: a prefix of 0 bits; 8 to 30 bits"]);
         assert_eq!(bad(&[("a", Some("10.0.0.9/31"))]), ["a: a prefix of 31 bits; 8 to 30 bits"]);
         let full = bad(&[("a", Some("10.0.0.2/30")), ("b", None)]);
         assert_eq!(full, ["b: more targets than 10.0.0.0/30 has addresses; a larger subnet"]);

@@ -5,6 +5,7 @@
 //! refused when it is to run.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 
 use super::addresses;
 use super::rules;
@@ -87,8 +88,12 @@ pub fn check<'a>(targets: impl Iterator<Item = (&'a TargetName, View<'a>)>) -> V
     for bad in addresses::assign(networks).err().into_iter().flatten() {
         find(&bad.target, vec![Step::Field("network"), Step::Field("ipv4")], bad.found, bad.allowed);
     }
+    names(&targets, &mut find);
     needs(&targets, &mut find);
     for (name, view) in targets.iter().filter(|(_, view)| view.service_type == ServiceType::Container) {
+        for (path, found, allowed) in workload_problems(view.workload) {
+            find(name, path, found, allowed.into());
+        }
         let mut destinations = BTreeMap::new();
         for (index, mount) in view.mounts.iter().enumerate() {
             for (field, found, allowed) in mount_problems(mount, &targets) {
@@ -117,23 +122,95 @@ fn ports(
         for (index, port) in ports.iter().enumerate() {
             let protocol = port.protocol.unwrap_or(Protocol::Tcp);
             let address = port.address.as_deref();
+            let path = |field| {
+                let path = ["network", "ports"].map(Step::Field).into_iter();
+                path.chain([Step::Item(index), Step::Field(field)]).collect()
+            };
+            // Rule: an address of this host, which packets can have been sent to. `0.0.0.0` matches none.
+            let parsed = address.and_then(|address| address.parse::<Ipv4Addr>().ok());
+            if let Some(address) = parsed.filter(|address| !is_of_host(*address)) {
+                let allowed = "an address of the host; leave `address` out for all of them";
+                find(name, path("address"), format!("`{address}`"), allowed.into());
+            }
             let others = taken.entry((port.host, protocol)).or_default();
             let clash =
                 others.iter().find(|(other, _)| other.is_none() || address.is_none() || *other == address);
             if let Some((_, other)) = clash {
-                let path = ["network", "ports"].map(Step::Field).into_iter();
-                let path = path.chain([Step::Item(index), Step::Field("host")]).collect();
                 let found = format!("port {}/{protocol}", port.host);
-                find(
-                    name,
-                    path,
-                    found,
-                    format!("a port that no other target publishes; {other} publishes it"),
-                );
+                let allowed = if other == name {
+                    "each port of the host once".to_string()
+                } else {
+                    format!("a port that no other target publishes; {other} publishes it")
+                };
+                find(name, path("host"), found, allowed);
             }
             others.push((address, name));
         }
     }
+}
+
+/// Whether a host may have an address, on whatever interface.
+fn is_of_host(address: Ipv4Addr) -> bool {
+    address.is_loopback() || addresses::is_for_hosts(address)
+}
+
+/// Names that every /etc/hosts has.
+const OF_HOSTS: [&str; 3] = ["localhost", "ip6-localhost", "ip6-loopback"];
+
+/// Rule: a target with network `simple` is reached by its name, which therefore means nothing else.
+fn names(
+    targets: &BTreeMap<&TargetName, View<'_>>,
+    find: &mut impl FnMut(&TargetName, Vec<Step>, String, String),
+) {
+    for (name, view) in targets {
+        let text = name.as_str();
+        if matches!(view.network, Network::Simple { .. })
+            && (OF_HOSTS.contains(&text) || rules::is_address(text))
+        {
+            let allowed =
+                "a name that other targets can look up: not localhost, and not an address or a number";
+            find(
+                name,
+                vec![Step::Field("network"), Step::Field("type")],
+                format!("type simple for a target with the name `{text}`"),
+                allowed.into(),
+            );
+        }
+    }
+}
+
+/// The least memory that a target can be started in, in bytes: the runtime is in the same control group.
+const LEAST_MEMORY: u64 = 1 << 20;
+/// The fewest processes that a target can be started with: the runtime, the wait for its health, what that runs, and
+/// the program.
+const FEWEST_TASKS: u64 = 4;
+/// The most processes that the kernel counts (PID_MAX_LIMIT in linux/threads.h). It refuses a larger limit, so that there
+/// would be none.
+const MOST_TASKS: u64 = 4 << 20;
+
+/// Rule: a limit is one that a container can be started with and that the kernel enforces; no list has an entry twice.
+fn workload_problems(workload: &Workload) -> Vec<(Vec<Step>, String, &'static str)> {
+    let mut problems = Vec::new();
+    let resources = workload.resources.clone().unwrap_or_default();
+    let path = |field| vec![Step::Field("resources"), Step::Field(field)];
+    if let Some(memory) = resources.memory
+        && rules::size(&memory).is_ok_and(|bytes| bytes < LEAST_MEMORY)
+    {
+        problems.push((path("memory"), format!("`{memory}`"), "at least 1M"));
+    }
+    if let Some(tasks) = resources.tasks.filter(|tasks| !(FEWEST_TASKS..=MOST_TASKS).contains(tasks)) {
+        problems.push((path("tasks"), format!("`{tasks}`"), "an integer from 4 to 4194304"));
+    }
+    for (field, list) in [("devices", &workload.devices), ("secrets", &workload.secrets)] {
+        let mut seen = BTreeSet::new();
+        for (index, one) in list.iter().flatten().enumerate() {
+            if !seen.insert(one) {
+                let path = vec![Step::Field(field), Step::Item(index)];
+                problems.push((path, format!("`{one}` a second time"), "each once"));
+            }
+        }
+    }
+    problems
 }
 
 /// Rule: a target needs other containers, and none of them needs it.
@@ -170,12 +247,14 @@ fn needs(
 }
 
 /// A path without empty parts and `.`.
-fn normal(path: &str) -> String {
+pub fn normal(path: &str) -> String {
     path.split('/')
         .filter(|part| !part.is_empty() && *part != ".")
         .fold(String::new(), |all, part| format!("{all}/{part}"))
 }
 
+/// Most bytes of a name in a path (NAME_MAX of linux/limits.h).
+const MAX_PART: usize = 255;
 /// The types of mounts that a container may have.
 const TYPES: &str = "bind, tmpfs, volume, target";
 /// Options without a value. `bind` and `rbind` say what type bind does in any case.
@@ -196,6 +275,10 @@ fn mount_problems(
     if destination.is_empty() || ["/proc", "/sys", "/dev"].into_iter().any(is_below) {
         let allowed = "a place other than /, /proc, /sys and /dev and what is below the last three";
         problem("destination", format!("`{}`", mount.destination), allowed);
+    }
+    if let Some(part) = destination.split('/').find(|part| part.len() > MAX_PART) {
+        let found = format!("`{}`, a name of {} bytes", rules::printable(part, 20), part.len());
+        problem("destination", found, "names of at most 255 bytes");
     }
     let kind = mount.kind.as_deref().unwrap_or("bind");
     let source = mount.source.as_deref();
@@ -339,6 +422,29 @@ mod tests {
             ("devices: [/etc/passwd]", "a.devices[0]", &["/dev/"]),
             ("devices: [/dev/../etc]", "a.devices[0]", &["/dev/"]),
             ("secrets: ['../x']", "a.secrets[0]", &["[a-z0-9]+"]),
+            ("secrets: [x, y, x]", "a.secrets[2]", &["`x` a second time", "each once"]),
+            ("devices: [/dev/a, /dev/a]", "a.devices[1]", &["`/dev/a` a second time", "each once"]),
+            ("resources: {memory: '0'}", "a.resources.memory", &["\"0\"", "256M"]),
+            ("resources: {memory: 1023K}", "a.resources.memory", &["`1023K`", "at least 1M"]),
+            ("resources: {memory: 8192T}", "a.resources.memory", &["`8192T`", "a number of bytes"]),
+            ("resources: {tasks: 0}", "a.resources.tasks", &["`0`", "an integer"]),
+            ("resources: {tasks: 3}", "a.resources.tasks", &["`3`", "4 to 4194304"]),
+            ("resources: {tasks: 4194305}", "a.resources.tasks", &["`4194305`", "4 to 4194304"]),
+            ("resources: {tasks: 99999999999999999999}", "a.resources.tasks", &["an integer"]),
+            ("resources: {cpu: 100001%}", "a.resources.cpu", &["150%"]),
+            ("health: {command: []}", "a.health.command", &["an empty list"]),
+            ("health: {command: ['']}", "a.health.command", &["a program without a name"]),
+            ("health: {command: [x], interval: 0s}", "a.health.interval", &["1s to 24h"]),
+            ("health: {command: [x], start: 99999999999999999999h}", "a.health.start", &["1s to 24h"]),
+            ("health: {command: [x], retries: 0}", "a.health.retries", &["`0`"]),
+            ("run: {environment: [A=b]}", "a.run.environment", &["a list of 1", "a mapping"]),
+            ("run: {environment: {A: }}", "a.run.environment.A", &["nothing", "a text"]),
+            ("run: {environment: {'': x}}", "a.run.environment.", &["[A-Za-z_]"]),
+            ("run: {environment: {A=B: x}}", "a.run.environment.A=B", &["[A-Za-z_]"]),
+            ("run: {environment: {A: \"x\\ny\"}}", "a.run.environment.A", &["without control characters"]),
+            ("run: {environment: {A: \"x\\0y\"}}", "a.run.environment.A", &["without control characters"]),
+            ("run: {command: [\"x\\0y\"]}", "a.run.command[0]", &["without control characters"]),
+            ("run: {stop_seconds: -1}", "a.run.stop_seconds", &["`-1`"]),
             ("needs: [A]", "a.needs[0]", &["[a-z0-9]+"]),
             ("service_type: fs-only, run: {init: true}", "a.run", &["only with service_type container"]),
             ("storage: [{dest: /d, label: l}]", "a.storage", &["type: volume, source: NAME"]),
@@ -351,18 +457,41 @@ mod tests {
         assert!(said.starts_with("m.yaml:3:1: storage: ") && said.contains("type: volume"), "{said}");
     }
 
+    /// A volume with a name of 64 characters.
+    const LONG_VOLUME: &str = concat!(
+        "destination: /d, type: volume, source: ",
+        "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+    );
+    /// A mount at a place with a name of 256 bytes.
+    const LONG_NAME: &str = concat!(
+        "destination: /d/",
+        "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        ", type: tmpfs"
+    );
+
     #[test]
     fn what_a_container_mounts_is_what_mosfs_can_mount() {
         for (mount, field, words) in [
             ("destination: /proc/x, type: tmpfs", "destination", &["other than /"][..]),
             ("destination: /, type: tmpfs", "destination", &["other than /"]),
             ("destination: //./, type: tmpfs", "destination", &["other than /"]),
+            (LONG_NAME, "destination", &["a name of 256 bytes", "at most 255 bytes"]),
             ("destination: /d, type: nfs, source: x", "type", &["bind, tmpfs, volume, target"]),
             ("destination: /d", "source", &["nothing", "absolute path"]),
             ("destination: /d, source: x", "source", &["`x`"]),
             ("destination: /d, source: /x/../y", "source", &["without `..`"]),
             ("destination: /d, type: volume", "source", &["nothing", "the name of a volume"]),
-            ("destination: /d, type: volume, source: ../x", "source", &["the name of a volume"]),
+            ("destination: /d, type: volume, source: ../x", "source", &["`../x`", "the name of a volume"]),
+            ("destination: /d, type: volume, source: ..", "source", &["`..`", "the name of a volume"]),
+            ("destination: /d, type: volume, source: .x", "source", &["`.x`", "the name of a volume"]),
+            ("destination: /d, type: volume, source: x.", "source", &["`x.`", "the name of a volume"]),
+            ("destination: /d, type: volume, source: x/y", "source", &["`x/y`", "the name of a volume"]),
+            ("destination: /d, type: volume, source: /x", "source", &["`/x`", "the name of a volume"]),
+            ("destination: /d, type: volume, source: X", "source", &["`X`", "the name of a volume"]),
+            (LONG_VOLUME, "source", &["at most 63 characters"]),
             ("destination: /d, type: target, source: b", "source", &["service_type fs-only"]),
             ("destination: /d, type: target, source: x", "source", &["service_type fs-only"]),
             ("destination: /d, type: target, source: data, options: [rw]", "options", &["read-only"]),
@@ -386,6 +515,24 @@ mod tests {
         refused(&[&a, &b], 5, "b.network.ports[0].host", &["80/tcp", "a publishes it"]);
         let one = port("b", "host: 80, container: 2, address: 192.0.2.7");
         refused(&[&a, &one], 5, "b.network.ports[0].host", &["80/tcp"]);
+        let twice = "a network: {type: simple, ports: [{host: 80, container: 1}, {host: 80, container: 2}]}";
+        refused(
+            &[twice],
+            4,
+            "a.network.ports[1].host",
+            &["found port 80/tcp; allowed: each port of the host once"],
+        );
+        for address in ["0.0.0.0", "255.255.255.255", "224.0.0.1", "0.1.2.3"] {
+            let field = "a.network.ports[0].address";
+            let port = port("a", &format!("host: 80, container: 1, address: {address}"));
+            refused(
+                &[&port],
+                4,
+                field,
+                &[&format!("found `{address}`"), "leave `address` out for all of them"],
+            );
+        }
+        read(&[&port("a", "host: 80, container: 1, address: 127.0.0.1")]).unwrap();
         let other = port("c", "host: 80, container: 2, address: 192.0.2.8");
         read(&[&one, &other, &port("a", "host: 80, container: 1, protocol: udp")]).unwrap();
         let address = |name: &str, ipv4: &str| format!("{name} network: {{type: simple, ipv4: {ipv4}}}");
@@ -396,6 +543,24 @@ mod tests {
             "b.network.ipv4",
             &["10.0.4.0/24", "one subnet"],
         );
+        for (own, words) in [
+            ("10.0.3.1", "an address of 10.0.3.0/24 other than its first, its last and 10.0.3.1"),
+            ("10.0.3.255", "an address of 10.0.3.0/24 other than"),
+            ("192.168.1.1", "an address of 10.0.3.0/24 other than"),
+            ("127.0.0.5/8", "a subnet for hosts"),
+        ] {
+            refused(&[&address("a", own)], 4, "a.network.ipv4", &[words]);
+        }
+        for name in ["localhost", "ip6-loopback", "10.0.3.9", "127.1", "7", "0x7f"] {
+            let target = format!("'{name}' network: {{type: simple}}");
+            let found = format!("found type simple for a target with the name `{name}`");
+            refused(&[&target], 4, &format!("{name}.network.type"), &[&found, "not localhost"]);
+            // Nobody looks it up.
+            read(&[&format!("'{name}' run: {{}}")]).unwrap();
+        }
+        for name in ["a_b", "a.b", "1a", "1.2.3.4.5", "0xg", "localhost.a"] {
+            read(&[&format!("'{name}' network: {{type: simple}}")]).unwrap();
+        }
         refused(&["a needs: [x]"], 4, "a.needs[0]", &["`x`", "a target of this system"]);
         refused(&["a needs: [d]", "d service_type: fs-only"], 4, "a.needs[0]", &["fs-only"]);
         refused(&["a needs: [a]"], 4, "a.needs[0]", &["`a`, which needs `a`"]);

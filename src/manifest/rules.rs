@@ -164,6 +164,16 @@ pub fn size(text: &str) -> Result<u64, Refused> {
         .ok_or(refused("a number of bytes, or with K, M, G or T: 256M"))
 }
 
+/// Whether programs read a name as an IPv4 address (inet_aton(3)), such as `10.0.3.9`, `127.1` or `0x7f`.
+pub fn is_address(name: &str) -> bool {
+    let number = |part: &str| {
+        let (digits, radix) = part.strip_prefix("0x").map_or((part, 10), |hex| (hex, 16));
+        // A leading 0 is one of octal numbers, which have no other digits than decimal ones.
+        !digits.is_empty() && digits.chars().all(|digit| digit.is_digit(radix))
+    };
+    name.split('.').count() <= 4 && name.split('.').all(number)
+}
+
 /// A positive number in decimal digits, without a leading zero.
 fn number(digits: &str) -> Option<u64> {
     let plain = !digits.starts_with('0') && digits.bytes().all(|byte| byte.is_ascii_digit());

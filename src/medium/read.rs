@@ -34,6 +34,16 @@ pub enum ReadError {
         /// Where, in bytes.
         at: u64,
     },
+    /// It ends before something that it must have.
+    #[error("it has {size} bytes, and ends before {what} at byte {at} does")]
+    Ends {
+        /// Its size in bytes.
+        size: u64,
+        /// What is missing.
+        what: &'static str,
+        /// Where that would begin, in bytes.
+        at: u64,
+    },
     /// The file that says which system is on the medium.
     #[error(transparent)]
     MediumFile(#[from] MediumFileError),
@@ -121,7 +131,7 @@ struct Reader<'a, R: ReadAt + ?Sized> {
 impl<R: ReadAt + ?Sized> Reader<'_, R> {
     fn bytes(&self, at: u64, len: u64, what: &'static str) -> Result<Vec<u8>, ReadError> {
         if at.checked_add(len).is_none_or(|end| end > self.size) {
-            return Err(ReadError::Folder { what, at });
+            return Err(ReadError::Ends { size: self.size, what, at });
         }
         let mut bytes = vec![0; len as usize];
         self.from.read_exact_at(&mut bytes, at)?;
@@ -141,7 +151,7 @@ impl<R: ReadAt + ?Sized> Reader<'_, R> {
             if total > MAX_FOLDERS || depth > MAX_DEPTH {
                 return Err(wrong("more folders than a medium has"));
             }
-            let bytes = self.bytes(at, size, "a folder beyond the end")?;
+            let bytes = self.bytes(at, size, "a folder")?;
             let mut continued = false;
             let mut place = 0;
             while let Some(length) = bytes.get(place).copied().map(usize::from) {
@@ -373,7 +383,7 @@ mod tests {
         // A folder that is in itself; one beyond the end; one of 4 GiB.
         let itself = ((root / SECTOR) as u32).to_le_bytes();
         assert!(with(root + place as u64 + 2, &itself).contains("more folders than a medium has"));
-        assert!(with(root + place as u64 + 2, &[0xff; 4]).contains("a folder beyond the end"));
+        assert!(with(root + place as u64 + 2, &[0xff; 4]).contains("and ends before a folder at byte "));
         assert!(with(root + place as u64 + 10, &[0xff; 4]).contains("more folders than a medium has"));
         // Records that are cut, or have no name, or the name of another.
         assert!(with(root + place as u64, &[7]).contains("without a name"));

@@ -62,6 +62,11 @@ impl Extras {
         }
         Ok(extras)
     }
+
+    /// The text of the answers.
+    pub fn answers(&self) -> Option<&[u8]> {
+        self.answers.as_deref()
+    }
 }
 
 /// Rule (UEFI 2.10, section 8.2.2): a signed update of a variable begins with a time, and a certificate of the type

@@ -163,6 +163,16 @@ pub fn process(
     })
 }
 
+/// Adds the folders of every container that are in memory, where nothing else is mounted there.
+pub fn add_memory(mounts: &mut Vec<Prepared>) {
+    for (destination, mode) in [("/tmp", "mode=1777"), ("/run", "mode=755")] {
+        if !mounts.iter().any(|one| one.destination == destination) {
+            let options = ["nosuid", "nodev", mode].map(str::to_string).to_vec();
+            mounts.push(Prepared { destination: destination.into(), source: None, options });
+        }
+    }
+}
+
 /// Returns the configuration.
 pub fn config(bundle: &Bundle<'_>) -> Value {
     let Bundle { name, target, image, user, base, root, .. } = bundle;
@@ -170,17 +180,8 @@ pub fn config(bundle: &Bundle<'_>) -> Value {
     let mut arguments = command(target, image);
     let mut environment = environment(target, image, user);
     let mut mounts = base_mounts(*base, network, bundle.unified);
-    let tmpfs = |destination: &str, mode: &str| Prepared {
-        destination: destination.into(),
-        source: None,
-        options: ["nosuid", "nodev", mode].map(str::to_string).to_vec(),
-    };
     let mut own: Vec<Prepared> = bundle.mounts.to_vec();
-    for (destination, mode) in [("/tmp", "mode=1777"), ("/run", "mode=755")] {
-        if !own.iter().any(|one| one.destination == destination) {
-            own.push(tmpfs(destination, mode));
-        }
-    }
+    add_memory(&mut own);
     if let Some(init) = bundle.init {
         let mut bind = Prepared::read_only(init, INIT);
         bind.options.retain(|option| option != "noexec");

@@ -15,7 +15,7 @@
 //! RUN/notes/NAME.result      how its last run ended, in systemd's word
 //! RUN/notes/NAME.error       why its last start failed
 //! RUN/notes/NAME.unhealthy   why the last attempt at its health failed
-//! RUN/notes/NAME.network     is there while the container uses the bridge
+//! RUN/notes/NAME.network     the process of the container, while it uses the bridge
 //! RUN/crun/                  the state of the runtime, by target
 //! /run/systemd/system/mosfs-target@NAME.service
 //! SYSTEM/volumes/NAME        data that survives updates; in SYSTEM/volumes, mode 0700
@@ -31,9 +31,11 @@ pub mod bundle;
 pub mod config;
 pub mod health;
 pub mod ids;
+pub mod leftovers;
 pub mod mounts;
 pub mod network;
 pub mod places;
+pub mod program;
 pub mod programs;
 pub mod root;
 pub mod seccomp;
@@ -133,6 +135,18 @@ pub enum RunError {
     NoCommand {
         /// The target.
         target: String,
+    },
+    /// The program that a target runs cannot be started.
+    #[error("target {target}: the program {program} of its image {image} {why}")]
+    Program {
+        /// The target.
+        target: String,
+        /// What is run.
+        program: String,
+        /// Its image: the digest, or what it was mounted from.
+        image: String,
+        /// Why not, as the end of the sentence.
+        why: String,
     },
     /// More groups of ids than there are ranges.
     #[error("the system has {found} groups of ids, more than the {} that fit", ids::MOST_GROUPS)]
@@ -235,6 +249,7 @@ impl Classified for RunError {
             | RunError::Manifest(_)
             | RunError::Config { .. }
             | RunError::NoCommand { .. }
+            | RunError::Program { .. }
             | RunError::User { .. }
             | RunError::NoFolder { .. } => Class::Input,
             _ => Class::Failure,
@@ -356,5 +371,32 @@ mod tests {
             ImportManifest::parse(Path::new("m.yaml"), yaml.as_bytes()).unwrap_or_else(|e| panic!("{e}"));
         let image = Resolved { digest: Digest::of(b"image"), size: 5 };
         import.to_system(&import.targets.keys().map(|name| (name.clone(), image)).collect()).unwrap()
+    }
+
+    #[test]
+    fn a_signed_manifest_that_breaks_a_rule_of_targets_names_the_target_and_the_field() {
+        use crate::manifest::workload::Resources;
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(&dir.path().join("store")).unwrap();
+        let port = "service_type: container, network: {type: simple, ports: [{host: 80, container: 1}]}";
+        let container_of_none = "service_type: container";
+        let mut manifest = system(&[("a", port), ("b", container_of_none), ("c", container_of_none)]);
+        // Publishers have signed what `mosfs build` refuses today.
+        let network = manifest.targets["a"].network.clone();
+        manifest.targets.get_mut("c").unwrap().network = network;
+        let b = manifest.targets.get_mut("b").unwrap();
+        b.workload.resources = Some(Resources { tasks: Some(u64::MAX), ..Resources::default() });
+        let refused = |name: &str| {
+            let error = container(&store, &manifest, &name.parse().unwrap()).unwrap_err();
+            (error.class(), error.to_string())
+        };
+        let port = "target c, network.ports[0].host: found port 80/tcp; allowed: a port that no other target publishes; \
+                    a publishes it";
+        assert_eq!(refused("c"), (Class::Input, port.to_string()));
+        let tasks =
+            "target b, resources.tasks: found `18446744073709551615`; allowed: an integer from 4 to 4194304";
+        assert_eq!(refused("b"), (Class::Input, tasks.to_string()));
+        // What is wrong with others does not stop it: it fails where its image is not in the store.
+        assert!(matches!(container(&store, &manifest, &"a".parse().unwrap()), Err(RunError::Deploy(_))));
     }
 }

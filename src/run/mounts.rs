@@ -18,6 +18,7 @@ use super::bundle::Prepared;
 use super::root::{self, Place, step};
 use super::user::User;
 use super::{Container, RunError, shifted};
+use crate::manifest::consistency::normal;
 use crate::manifest::{Mount, Network};
 use crate::sys::file;
 use crate::sys::{mountapi, namespace};
@@ -76,7 +77,7 @@ pub fn prepare(
         let tree = match kind {
             "tmpfs" => {
                 all.push(Prepared {
-                    destination: mount.destination.clone(),
+                    destination: normal(&mount.destination),
                     source: None,
                     options: options(mount, &["nosuid", "nodev"]),
                 });
@@ -108,7 +109,7 @@ pub fn prepare(
             always.to_vec()
         };
         all.push(Prepared {
-            destination: mount.destination.clone(),
+            destination: normal(&mount.destination),
             source: Some(at),
             options: options(mount, &always),
         });

@@ -6,8 +6,9 @@
 //! inet mosfs     one table of nftables: published ports, the way out, and no other way in
 //! ```
 //! The table has the rules of all targets, and is replaced whole in one transaction: no rule is ever left of what was.
-//! It has a table of its own, so that others may flush theirs. Bridge and table go with the last unit of a container that
-//! uses them (`RUN/notes/NAME.network` marks one). The link ends with the container's network namespace,
+//! It has a table of its own, so that others may flush theirs. Bridge and table go with the last container that
+//! uses them: `RUN/notes/NAME.network` names the process of one, and counts only while that process runs, so that a
+//! clean-up that was killed keeps nothing. The link ends with the container's network namespace,
 //! and so with the container, however it ends.
 
 use std::fmt::Write as _;
@@ -26,7 +27,7 @@ use crate::digest::Digest;
 use crate::manifest::addresses::Addresses;
 use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
 use crate::sys::flock::Lock;
-use crate::sys::namespace;
+use crate::sys::{file, namespace, process};
 
 /// The bridge.
 pub const BRIDGE: &str = "mosfs0";
@@ -163,7 +164,8 @@ pub fn set_up(addresses: &Addresses, published: &[Published]) -> Result<(), Stri
     feed("nft", &["-f", "-"], &rules(addresses, published))
 }
 
-/// Makes bridge and table for a container that is about to start, and marks that it uses them.
+/// Makes bridge and table for a container that is about to start in the place of this process, and marks that it uses
+/// them.
 ///
 /// # Errors
 /// As [`set_up`].
@@ -175,7 +177,11 @@ pub fn join(
 ) -> Result<(), String> {
     let _lock = lock(places)?;
     let mark = places.network(target);
-    std::fs::write(&mark, b"").map_err(|error| format!("cannot write {}: {error}", mark.display()))?;
+    // The runtime will have the same number, or be a child of this process.
+    let pid = std::process::id();
+    let started = process::started_at(pid).unwrap_or_default();
+    std::fs::write(&mark, format!("{pid} {started}\n"))
+        .map_err(|error| format!("cannot write {}: {error}", mark.display()))?;
     set_up(addresses, published)
 }
 
@@ -190,10 +196,42 @@ pub fn leave(places: &Places, target: &str) -> Result<(), String> {
     }
     let _lock = lock(places)?;
     let _ = std::fs::remove_file(&mark);
-    let folder = mark.parent().unwrap_or(&mark);
-    let others = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let is_mark = |entry: std::fs::DirEntry| Path::new(&entry.file_name()).extension() == mark.extension();
-    if others.into_iter().any(is_mark) { Ok(()) } else { tear_down() }
+    if users(places, &mark) == 0 { tear_down() } else { Ok(()) }
+}
+
+/// Removes the marks of containers that have ended, and bridge and table if no container uses them.
+///
+/// # Errors
+/// As [`tear_down`].
+pub fn tidy(places: &Places) -> Result<(), String> {
+    let _lock = lock(places)?;
+    if users(places, &places.network("any")) == 0 { tear_down() } else { Ok(()) }
+}
+
+/// How many containers use the bridge. Removes the marks of those that have ended; call it under the lock.
+fn users(places: &Places, mark: &Path) -> usize {
+    let folder = mark.parent().unwrap_or(&places.run);
+    let marks = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut count = 0;
+    for path in marks.filter(|path| path.extension() == mark.extension()) {
+        if is_used(&path) {
+            count += 1;
+        } else {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+    count
+}
+
+/// Whether the process that made this mark still runs. A mark that cannot be read counts.
+fn is_used(mark: &Path) -> bool {
+    let text = file::find_regular(mark, file::Links::Refused, 200).ok().flatten().unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let numbers = text
+        .trim()
+        .split_once(' ')
+        .and_then(|(pid, started)| Some((pid.parse::<u32>().ok()?, started.parse::<u64>().ok()?)));
+    numbers.is_none_or(|(pid, started)| process::started_at(pid) == Some(started))
 }
 
 /// So that none joins while the last one leaves.

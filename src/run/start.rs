@@ -24,7 +24,9 @@ use serde_json::Value;
 use super::bundle::{self, Bundle};
 use super::mounts::{self, Folders};
 use super::places::Places;
+use super::program;
 use super::root::{self, step};
+use super::user::User;
 use super::{Container, RunError, ids, network, programs, shifted, stdio, user};
 use crate::error::IoContext;
 use crate::manifest::rules;
@@ -177,6 +179,9 @@ fn make(container: &Container, places: &Places, for_real: bool) -> Result<(Value
     };
     let ids = mapped.filter(|_| for_real);
     let prepared = mounts::prepare(container, &folders, &root, &user, ids, for_real)?;
+    if for_real {
+        check_program(container, &root, &prepared, &user)?;
+    }
     let init = init(target, run.init)?;
     let notify = match container.target.workload.ready {
         Some(Ready::Notify) => notify_socket(target, for_real)?,
@@ -203,6 +208,30 @@ fn make(container: &Container, places: &Places, for_real: bool) -> Result<(Value
         unified: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
     });
     Ok((config, work))
+}
+
+/// Requires that the program of a container can be run, as far as that can be known before.
+fn check_program(
+    container: &Container,
+    root: &Path,
+    mounts: &[bundle::Prepared],
+    user: &User,
+) -> Result<(), RunError> {
+    let arguments = bundle::command(&container.target, &container.image);
+    let Some(program) = arguments.first() else { return Ok(()) };
+    let environment = bundle::environment(&container.target, &container.image, user);
+    let folder = container.image.working_dir.as_deref().unwrap_or_default();
+    let base = container.base.unwrap_or(0);
+    let mut mounts = mounts.to_vec();
+    bundle::add_memory(&mut mounts);
+    let tree = program::Tree { root, mounts: &mounts, user, base, folder };
+    let Some(why) = program::problem(&tree, program, &environment) else { return Ok(()) };
+    Err(RunError::Program {
+        target: container.name.to_string(),
+        program: rules::printable(program, 200),
+        image: container.tree.digest().map_or_else(|| container.tree.source.clone(), |one| one.to_string()),
+        why: rules::printable(&why, 1000),
+    })
 }
 
 /// The init of the host that is process 1, if the manifest asks for one.

@@ -111,9 +111,12 @@ pub fn text(container: &Container, settings: &Settings<'_>) -> String {
         let _ = writeln!(unit, "Environment={}", quoted(&setting));
     }
     match workload.ready {
-        Some(Ready::Notify) => unit += "Type=notify\nNotifyAccess=all\n",
+        Some(Ready::Notify) => unit += "Type=notify\n",
         None => unit += "Type=exec\n",
     }
+    // The program in the container, or the watch of its health; and in any case the clean-up, which asks for time.
+    let has_children = workload.ready.is_some() || workload.health.is_some();
+    let _ = writeln!(unit, "NotifyAccess={}", if has_children { "all" } else { "exec" });
     let signal = container.image.stop_signal().unwrap_or_else(|| "SIGTERM".into());
     let stop_seconds = run.stop_seconds.unwrap_or(STOP_SECONDS);
     // All attempts at its health that may fail in a row.
@@ -125,7 +128,7 @@ pub fn text(container: &Container, settings: &Settings<'_>) -> String {
         // `mosfs run-target --watch-health` triggers it; the time is for when that does not run any more.
         let _ = writeln!(
             unit,
-            "NotifyAccess=all\nWatchdogSec={}\nWatchdogSignal={signal}\nTimeoutAbortSec={stop_seconds}",
+            "WatchdogSec={}\nWatchdogSignal={signal}\nTimeoutAbortSec={stop_seconds}",
             START_SECONDS + 2 * attempts
         );
     }
@@ -238,6 +241,9 @@ pub fn is_done(places: &Places, container: &Container) -> bool {
     found.ok().flatten().is_some_and(|text| text.starts_with(b"success"))
 }
 
+/// The end of the reason that the wait for its health states when it finds that a container has ended.
+pub const ENDED_EARLY: &str = "it ended before it was healthy";
+
 /// Most bytes of the note of an error.
 const MAX_ERROR: u64 = 4 << 10;
 
@@ -264,23 +270,6 @@ pub fn last_unhealthy(places: &Places, target: &str) -> Option<String> {
 fn read_note(path: &Path) -> Option<String> {
     let text = file::find_regular(path, file::Links::Refused, MAX_ERROR).ok()??;
     Some(String::from_utf8_lossy(&text).into_owned())
-}
-
-/// Removes what a container has left when its unit has stopped, and notes how it ended. `result` is systemd's.
-pub fn clean(places: &Places, target: &str, result: &str) -> Result<(), RunError> {
-    let mut delete = super::start::runtime(places);
-    delete
-        .args(["delete", "--force", target])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let _ = delete.status();
-    if let Err(why) = super::network::leave(places, target) {
-        log::warn!("target {target}: {why}");
-    }
-    places.make_notes()?;
-    let path = places.result(target);
-    Ok(atomic::replace(&path, format!("{result}\n").as_bytes(), 0o644, "run.result").on("write", &path)?)
 }
 
 /// What activation does with a target's container.
@@ -511,12 +500,20 @@ mod tests {
             assert!(text.lines().any(|one| one == line), "no `{line}` in\n{text}");
         }
         let plain = unit("service_type: container, ready: notify");
-        for line in
-            ["Type=notify", "Restart=always", "TasksMax=1024", "TimeoutStopSec=10", "TimeoutStartSec=60"]
-        {
+        for line in [
+            "Type=notify",
+            "NotifyAccess=all",
+            "Restart=always",
+            "TasksMax=1024",
+            "TimeoutStopSec=10",
+            "TimeoutStartSec=60",
+        ] {
             assert!(plain.lines().any(|one| one == line), "no `{line}` in\n{plain}");
         }
         assert!(!plain.contains("MemoryMax") && !plain.contains("Watchdog"));
+        // The clean-up may ask for more time than the program has to stop, and the program may not.
+        let plain = unit("service_type: container, run: {stop_seconds: 1}");
+        assert!(plain.contains("\nNotifyAccess=exec\n") && plain.contains("\nTimeoutStopSec=1\n"), "{plain}");
     }
 
     #[test]

@@ -322,9 +322,14 @@ fn user(name: &str) -> Result<Option<String>, IoError> {
 
 /// What is on a disk, as a phrase; `None` if it is empty.
 fn holds(device: &File, path: &Path, size_bytes: u64) -> Result<Option<String>, IoError> {
-    if let Content::Superblock(found) = blkid::probe(device).on("identify", path)? {
-        let label = if found.label.is_empty() { String::new() } else { format!(" labelled {}", found.label) };
-        return Ok(Some(format!("{}{label}", found.kind)));
+    match blkid::probe(device).on("identify", path)? {
+        Content::Superblock(found) => {
+            let label =
+                if found.label.is_empty() { String::new() } else { format!(" labelled {}", found.label) };
+            return Ok(Some(format!("{}{label}", found.kind)));
+        }
+        Content::Ambiguous => return Ok(Some("signatures of several kinds".into())),
+        Content::Nothing => {}
     }
     let edge = EDGE.min(size_bytes);
     let (first, last) = (read(device, 0, edge).on("read", path)?, size_bytes - edge);

@@ -103,6 +103,18 @@ pub fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: libc::c_int) -> io
     }
 }
 
+/// Returns where a link leads that was opened with O_PATH and O_NOFOLLOW.
+pub fn link_of(link: BorrowedFd<'_>) -> io::Result<std::path::PathBuf> {
+    let mut text = vec![0_u8; libc::PATH_MAX as usize];
+    // SAFETY: the empty name is NUL-terminated; the buffer has the length that is passed.
+    let length =
+        unsafe { libc::readlinkat(link.as_raw_fd(), c"".as_ptr(), text.as_mut_ptr().cast(), text.len()) };
+    let Ok(length) = usize::try_from(length) else { return Err(io::Error::last_os_error()) };
+    text.truncate(length);
+    let text: std::ffi::OsString = std::os::unix::ffi::OsStringExt::from_vec(text);
+    Ok(text.into())
+}
+
 /// Moves the calling process to the network namespace of another one.
 pub fn enter_network_of(pid: u32) -> io::Result<()> {
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;

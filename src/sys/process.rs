@@ -35,6 +35,16 @@ pub fn monotonic() -> std::time::Duration {
     std::time::Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
+/// When a process was started, in clock ticks since the start of the machine (field 22 of /proc/PID/stat, proc(5)); `None`
+/// if there is no such process. With its number, it names a process for as long as the machine runs.
+pub fn started_at(pid: u32) -> Option<u64> {
+    let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    // The name, in parentheses, may contain spaces and parentheses.
+    let (_, fields) = text.rsplit_once(')')?;
+    fields.split_whitespace().nth(19)?.parse().ok()
+}
+
 /// The file of this program, for commands that start it again: what a unit starts is the small one where it is installed.
 pub fn program() -> PathBuf {
     own_program().unwrap_or_else(|| "/usr/bin/mosfs".into())
@@ -49,4 +59,20 @@ pub fn own_program() -> Option<PathBuf> {
         let name = (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) })?;
         Some(OsStr::from_bytes(name.to_bytes()).into())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_its_start() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        let started = started_at(child.id()).unwrap();
+        assert!(started >= started_at(1).unwrap());
+        assert_eq!(started_at(child.id()), Some(started));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(started_at(child.id()), None);
+    }
 }

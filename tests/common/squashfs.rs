@@ -222,6 +222,7 @@ pub fn read(image: &dyn Layer) -> Tree {
         let folder = attr.kind == FileType::Directory;
         let xattrs: BTreeMap<_, _> = image.xattrs(node).unwrap().into_iter().collect();
         assert_eq!(attr.has_xattrs, !xattrs.is_empty(), "{:?}", String::from_utf8_lossy(&path));
+        assert!(xattrs.keys().all(|name| image.may_have_xattr(name)), "{:?}", String::from_utf8_lossy(&path));
         let seen = Seen {
             kind: letter(attr.kind),
             permissions: attr.permissions.into(),

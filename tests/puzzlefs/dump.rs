@@ -65,6 +65,8 @@ fn show(layer: &dyn Layer, node: NodeId, path: &str, first: &mut HashMap<NodeId,
     };
     let mut xattrs = layer.xattrs(node).unwrap();
     assert_eq!(attr.has_xattrs, !xattrs.is_empty());
+    assert!(xattrs.iter().all(|(name, _)| layer.may_have_xattr(name)));
+    assert!(!layer.may_have_xattr(b"user.of.no.file"));
     xattrs.sort();
     let list: Vec<_> = xattrs.iter().map(|(k, v)| format!("{}={}", shown(k), hex(v))).collect();
     let list = if list.is_empty() { "-".into() } else { list.join(",") };

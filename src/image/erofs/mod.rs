@@ -245,10 +245,6 @@ impl Layer for Erofs {
         true
     }
 
-    fn may_have_acls(&self) -> bool {
-        true
-    }
-
     fn stat_fs(&self) -> StatFs {
         StatFs { bytes: self.superblock.bytes, files: self.superblock.inodes, block_bytes: self.read_bytes() }
     }

@@ -218,9 +218,9 @@ impl Merged {
         self.layers.iter().any(|layer| layer.has_xattrs())
     }
 
-    /// Whether any file may have a POSIX ACL.
-    pub fn may_have_acls(&self) -> bool {
-        self.layers.iter().any(|layer| layer.may_have_acls())
+    /// Whether any file may have an extended attribute of that name. May read from the layers.
+    pub fn may_have_xattr(&self, name: &[u8]) -> bool {
+        names::is_renamed(name) || self.layers.iter().any(|layer| layer.may_have_xattr(name))
     }
 
     /// What stat(2) shows of a file, with the link count of the merged view.

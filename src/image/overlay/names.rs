@@ -34,6 +34,11 @@ pub fn shown(name: Vec<u8>) -> Option<Vec<u8>> {
     }
 }
 
+/// Whether an attribute that a mount shows by this name has another one in the layer.
+pub fn is_renamed(shown: &[u8]) -> bool {
+    shown.starts_with(OWN)
+}
+
 /// Whether an attribute would steer an overlay, of whatever options.
 pub fn steers(name: &[u8]) -> bool {
     name.starts_with(OWN) || name.starts_with(OWN_OF_USERS)
@@ -53,6 +58,10 @@ mod tests {
         assert_eq!(shown(twice).unwrap(), b"trusted.overlay.overlay.x");
         for same in ["trusted.overlayx", "trusted.x", "user.overlay.opaque", "user.overlay.overlay.opaque"] {
             assert_eq!(shown(same.as_bytes()).unwrap(), same.as_bytes());
+        }
+        assert!(is_renamed(b"trusted.overlay.opaque"));
+        for same in ["trusted.overlayx", "trusted.x", "user.overlay.opaque", "security.selinux"] {
+            assert!(!is_renamed(same.as_bytes()), "{same}");
         }
     }
 }

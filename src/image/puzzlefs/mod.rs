@@ -267,6 +267,10 @@ impl Layer for Puzzlefs {
         !self.table.xattrs.is_empty()
     }
 
+    fn may_have_xattr(&self, name: &[u8]) -> bool {
+        self.table.has_xattr_named(name)
+    }
+
     fn stat_fs(&self) -> StatFs {
         StatFs {
             bytes: self.table.chunks.iter().map(|chunk| u64::from(chunk.stored_bytes)).sum(),

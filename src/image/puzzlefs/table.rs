@@ -148,6 +148,8 @@ pub(super) struct Table {
     entries: Vec<Entry>,
     stretches: Vec<Stretch>,
     pub xattrs: Vec<Xattr>,
+    /// Where each name of an attribute is.
+    xattr_names: HashMap<Box<[u8]>, u32>,
     /// In the order of their first use.
     pub chunks: Vec<Chunk>,
     /// Names, targets, attributes.
@@ -247,6 +249,11 @@ impl Table {
     }
 
     /// The attributes of a file.
+    /// Whether any file has an extended attribute of that name.
+    pub(super) fn has_xattr_named(&self, name: &[u8]) -> bool {
+        self.xattr_names.contains_key(name)
+    }
+
     pub(super) fn xattrs_of(&self, inode: &Inode) -> &[Xattr] {
         slice(&self.xattrs, inode.xattr_first, inode.xattr_count)
     }
@@ -449,7 +456,15 @@ impl Table {
                 return Err(corrupt(xattr.offset(), why));
             }
             let (name_len, value_len) = (name.len() as u8, index(value.len()));
-            let (name, value) = (self.put(name), self.put(value));
+            let name = match self.xattr_names.get(name) {
+                Some(&at) => at,
+                None => {
+                    let at = self.put(name);
+                    self.xattr_names.insert(name.into(), at);
+                    at
+                }
+            };
+            let value = self.put(value);
             self.xattrs.push(Xattr { name, value, value_len, name_len });
         }
         Ok(())

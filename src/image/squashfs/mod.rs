@@ -47,6 +47,7 @@ mod superblock;
 mod tables;
 mod xattr;
 
+use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
 pub use check::Event;
@@ -119,6 +120,7 @@ pub struct Squashfs {
     fragments: Table,
     export: Option<Table>,
     xattr_table: OnceLock<XattrTable>,
+    xattr_names: OnceLock<Option<HashSet<Vec<u8>>>>,
     starts: OnceLock<numbers::BlockStarts>,
 }
 
@@ -156,6 +158,7 @@ impl Squashfs {
             places: Places::default(),
             ids: OnceLock::new(),
             xattr_table: OnceLock::new(),
+            xattr_names: OnceLock::new(),
             starts: OnceLock::new(),
         };
         let (root, _) = image.inode(superblock.root)?;
@@ -291,6 +294,10 @@ impl Layer for Squashfs {
 
     fn has_xattrs(&self) -> bool {
         self.superblock.xattr_table.is_some()
+    }
+
+    fn may_have_xattr(&self, name: &[u8]) -> bool {
+        self.has_xattrs() && self.may_have_xattr_named(name)
     }
 
     fn stat_fs(&self) -> StatFs {

@@ -15,6 +15,11 @@
 //! The bounds are those of Linux: a name with its prefix has at most 255 bytes, all names of a file (each
 //! with a NUL) at most 64 KiB, a value at most 64 KiB. All values of a file have at most
 //! [`VALUES_BYTES_MAX`].
+//!
+//! Files with the same attributes share a set. So a few sets say which names there are in the whole image
+//! ([`Squashfs::may_have_xattr_named`]).
+
+use std::collections::HashSet;
 
 use super::error::corrupt;
 use super::inode::NONE;
@@ -42,6 +47,14 @@ const VALUE_BYTES_MAX: usize = 64 << 10;
 
 /// The most that all values of one file may take, in bytes.
 pub(super) const VALUES_BYTES_MAX: usize = 4 << 20;
+
+/// The most sets, and the most bytes of names and values, that are read to find out which names an image has: some
+/// milliseconds. A Debian root has a few sets; one with labels on each file may have more.
+const SCAN_SETS_MAX: u64 = 1024;
+const SCAN_BYTES_MAX: usize = 256 << 10;
+
+/// What names begin with, by their type; names of other types are not shown.
+const PREFIXES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
 /// Bit of an entry's type: the value is elsewhere.
 const ELSEWHERE: u16 = 1 << 8;
@@ -93,6 +106,48 @@ impl Squashfs {
             return Ok(Vec::new());
         }
         let Some(table) = self.xattr_table()? else { return Ok(Vec::new()) };
+        self.read_set(table, number)
+    }
+
+    /// Whether any file may have an attribute of that name. The names are read on first use, where they are few.
+    pub(super) fn may_have_xattr_named(&self, name: &[u8]) -> bool {
+        if !PREFIXES.iter().any(|prefix| name.starts_with(prefix)) {
+            return false;
+        }
+        let names = match self.xattr_names.get() {
+            Some(names) => names,
+            None => match self.read_xattr_names() {
+                Ok(names) => self.xattr_names.get_or_init(|| names),
+                // The bytes may be there later; and whoever asks for the attributes of a file that has some gets the error.
+                Err(LayerError::Read(_)) => return true,
+                Err(_) => self.xattr_names.get_or_init(|| None),
+            },
+        };
+        names.as_ref().is_none_or(|names| names.contains(name))
+    }
+
+    /// Returns the names of all attributes; `None` where there is too much to read.
+    fn read_xattr_names(&self) -> Result<Option<HashSet<Vec<u8>>>, LayerError> {
+        let mut names = HashSet::new();
+        let Some(table) = self.xattr_table()? else { return Ok(Some(names)) };
+        if table.sets.entries > SCAN_SETS_MAX {
+            return Ok(None);
+        }
+        let mut bytes = 0;
+        for number in 0..table.sets.entries {
+            for (name, value) in self.read_set(table, number as u32)? {
+                bytes += name.len() + value.len();
+                names.insert(name);
+            }
+            if bytes > SCAN_BYTES_MAX {
+                return Ok(None);
+            }
+        }
+        Ok(Some(names))
+    }
+
+    /// Returns the attributes of a set.
+    fn read_set(&self, table: &XattrTable, number: u32) -> Result<Xattrs, LayerError> {
         let set: [u8; 16] = table.sets.entry(&self.metadata, number)?;
         let entries = u32_at(&set, 8);
         let mut cursor = self.xattr_at(table, u64_at(&set, 0))?;
@@ -101,13 +156,8 @@ impl Squashfs {
         for _ in 0..entries {
             let entry: [u8; 4] = cursor.array()?;
             let (kind, len) = (u16_at(&entry, 0), usize::from(u16_at(&entry, 2)));
-            let prefix: Option<&[u8]> = match kind & !ELSEWHERE {
-                0 => Some(b"user."),
-                1 => Some(b"trusted."),
-                2 => Some(b"security."),
-                // The kernel skips unknown prefixes.
-                _ => None,
-            };
+            // The kernel skips unknown prefixes.
+            let prefix = PREFIXES.get(usize::from(kind & !ELSEWHERE)).copied();
             let full = prefix.map_or(0, <[u8]>::len) + len;
             if len == 0 || full > NAME_BYTES_MAX {
                 let why = format!(

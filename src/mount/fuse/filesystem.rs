@@ -35,6 +35,12 @@ const GENERATION: Generation = Generation(0);
 /// The kernel's offsets of the entries after `.` and after `..`; those of the view follow.
 const AFTER_DOT: u64 = 1;
 const AFTER_DOTS: u64 = 2;
+/// Names of POSIX ACLs.
+const ACLS: [&[u8]; 2] = [b"system.posix_acl_access", b"system.posix_acl_default"];
+/// The label of SELinux.
+const SELINUX: &[u8] = b"security.selinux";
+/// Namespaces whose names mean nothing to a file system, which stores them all (xattr(7)).
+const STORED: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 /// d_ino where it is not known (FUSE_UNKNOWN_INO of libfuse).
 const UNKNOWN_INO: u64 = 0xffff_ffff;
 
@@ -108,6 +114,25 @@ impl View {
             None => shown,
             Some(shift) => FileAttr { uid: shift.id(shown.uid), gid: shift.id(shown.gid), ..shown },
         }
+    }
+
+    /// Whether files may have POSIX ACLs.
+    fn may_have_acls(&self) -> bool {
+        ACLS.iter().any(|name| self.engine.view().may_have_xattr(name))
+    }
+
+    /// Whether a request for that attribute is answered by "not supported", not by "not there".
+    ///
+    /// `ls -l` requests ACLs and the label of SELinux of each file; after one EOPNOTSUPP it requests none of them on the
+    /// same file system. ENOSYS would stop the kernel itself, but for all names: programs that read others, such as
+    /// `getcap`, would then report a file system without attributes.
+    ///
+    /// So it is EOPNOTSUPP for what no file can have in namespaces that Linux itself refuses on a file system that does
+    /// not implement them, and for the label of SELinux where no file has one: no SELinux has labelled the image then,
+    /// and where SELinux runs, it answers in our place.
+    fn is_unsupported(&self, name: &[u8]) -> bool {
+        let is_stored = STORED.iter().any(|prefix| name.starts_with(prefix));
+        (!is_stored || name == SELINUX) && !self.engine.view().may_have_xattr(name)
     }
 
     fn failed(&self, ino: u64, error: &OverlayError) -> EngineError {
@@ -231,7 +256,7 @@ fn is_of_root(request: &Request) -> bool {
 
 impl Filesystem for Tree {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        limits::negotiate(config, self.view.engine.view().may_have_acls(), self.maps_ids);
+        limits::negotiate(config, self.view.may_have_acls(), self.maps_ids);
         Ok(())
     }
 
@@ -389,8 +414,10 @@ impl Filesystem for Tree {
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let name = name.as_bytes().to_vec();
         self.answer(reply, move |view, reply| {
-            // ENOSYS would keep the kernel from asking again, but it answers EOPNOTSUPP then: programs take that for a
-            // file system without attributes, and say so. An image without any has none on this file: ENODATA.
+            if view.is_unsupported(&name) {
+                reply.error(Errno::EOPNOTSUPP);
+                return None;
+            }
             match view.engine.view().xattrs(ino.0) {
                 Ok(all) => match all.iter().find(|(key, _)| *key == name) {
                     Some((key, value)) => match view.shift {

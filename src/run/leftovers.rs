@@ -1,0 +1,166 @@
+//! What is left of a container that has ended: removed by its unit, and by the next activation where that was killed.
+//!
+//! ```text
+//! state of the runtime   RUN/crun/NAME; also removed by the next start
+//! use of the bridge      RUN/notes/NAME.network (network.rs)
+//! ```
+//! Mounts, interfaces, namespaces and control groups end with the last process of the container, and need nobody.
+//!
+//! **Rule:** the time that a program has to stop is not the time that the clean-up has. TimeoutStopSec= of the unit is
+//! that of the program, and systemd holds ExecStopPost= to it, too: the clean-up asks for more (sd_notify(3)).
+
+use std::fs;
+use std::process::Stdio;
+use std::time::Duration;
+
+use super::places::Places;
+use super::start::runtime;
+use super::{RunError, health, network, units};
+use crate::error::IoContext;
+use crate::sys::{atomic, notify};
+
+/// How long a clean-up may take.
+pub const TIME: Duration = Duration::from_secs(90);
+
+/// How a container has ended, in systemd's words (systemd.exec(5), environment variables of ExecStopPost=).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// `success`, `exit-code`, `signal`, `oom-kill`, …
+    pub result: String,
+    /// `exited`, `killed` or `dumped`: how the main process ended.
+    pub how: String,
+    /// Its exit code, or the name of the signal without SIG.
+    pub status: String,
+}
+
+impl Ended {
+    /// Reads `$SERVICE_RESULT`, `$EXIT_CODE` and `$EXIT_STATUS`.
+    pub fn from_environment() -> Self {
+        let value = |name| std::env::var(name).unwrap_or_default();
+        Self { result: value("SERVICE_RESULT"), how: value("EXIT_CODE"), status: value("EXIT_STATUS") }
+    }
+
+    /// Why it failed, as a sentence about the target; `None` if it did not.
+    pub fn failure(&self) -> Option<String> {
+        let Self { result, how, status } = self;
+        let sentence = match result.as_str() {
+            "" | "success" => return None,
+            "oom-kill" => "the kernel ended it, as it used more memory than it may".to_string(),
+            "timeout" => "it took too long to start or to stop, and was killed".to_string(),
+            "exit-code" if how == "exited" => format!("its program ended with exit code {status}"),
+            "signal" | "core-dump" if !status.is_empty() => format!("signal SIG{status} ended its program"),
+            other => format!("its unit failed ({other})"),
+        };
+        Some(sentence)
+    }
+}
+
+/// Removes what a container has left when its unit has stopped, and notes how it ended.
+///
+/// # Errors
+/// [`RunError::Io`] if the note cannot be written.
+pub fn clean(places: &Places, target: &str, ended: &Ended) -> Result<(), RunError> {
+    if let Err(error) = notify::service_says(&format!("EXTEND_TIMEOUT_USEC={}", TIME.as_micros())) {
+        log::warn!("target {target}: cannot ask the service manager for time to clean up: {error}");
+    }
+    // First, as it decides whether activation starts the target again.
+    places.make_notes()?;
+    let path = places.result(target);
+    let text = format!("{}\n", ended.result);
+    atomic::replace(&path, text.as_bytes(), 0o644, "run.result").on("write", &path)?;
+    note_failure(places, target, ended);
+    // With --force: the runtime itself may have been killed.
+    delete(places, target, true);
+    if let Err(why) = network::leave(places, target) {
+        log::warn!("target {target}: {why}");
+    }
+    Ok(())
+}
+
+/// Notes why a container has failed, unless there is a better reason.
+fn note_failure(places: &Places, target: &str, ended: &Ended) {
+    let Some(failure) = ended.failure() else { return };
+    match units::last_error(places, target) {
+        None => {
+            let error = RunError::Unit { target: target.into(), why: failure };
+            units::note_error(places, target, &error.to_string());
+        }
+        Some(noted) if noted.ends_with(units::ENDED_EARLY) => {
+            units::note_error(places, target, &format!("{noted}: {failure}"));
+        }
+        Some(_) => {}
+    }
+}
+
+/// Removes the runtime's state of a container.
+fn delete(places: &Places, target: &str, force: bool) {
+    let mut delete = runtime(places);
+    delete.arg("delete");
+    if force {
+        delete.arg("--force");
+    }
+    delete.arg(target).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let _ = delete.status();
+}
+
+/// Removes what is left of all containers that have ended and whose clean-up was killed. What runs or starts meanwhile
+/// stays.
+///
+/// # Errors
+/// What ip(8) and nft(8) say, if the network of containers cannot be removed.
+pub fn tidy(places: &Places) -> Result<(), String> {
+    for entry in fs::read_dir(places.runtime()).into_iter().flatten().flatten() {
+        let Ok(target) = entry.file_name().into_string() else { continue };
+        if health::pid(places, &target).is_none() {
+            // Without --force, the runtime refuses to delete one that was started meanwhile.
+            delete(places, &target, false);
+        }
+    }
+    network::tidy(places)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(result: &str, how: &str, status: &str) -> Ended {
+        Ended { result: result.into(), how: how.into(), status: status.into() }
+    }
+
+    #[test]
+    fn what_has_failed_says_why_and_keeps_the_better_reason() {
+        for (how, sentence) in [
+            (ended("success", "exited", "0"), None),
+            (ended("exit-code", "exited", "3"), Some("its program ended with exit code 3")),
+            (ended("signal", "killed", "SEGV"), Some("signal SIGSEGV ended its program")),
+            (
+                ended("oom-kill", "killed", "KILL"),
+                Some("the kernel ended it, as it used more memory than it may"),
+            ),
+            (
+                ended("timeout", "killed", "KILL"),
+                Some("it took too long to start or to stop, and was killed"),
+            ),
+            (ended("resources", "", ""), Some("its unit failed (resources)")),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let places = Places { run: dir.path().into(), system: dir.path().into() };
+            note_failure(&places, "web", &how);
+            let noted = units::last_error(&places, "web");
+            assert_eq!(noted, sentence.map(|sentence| format!("target web: {sentence}")), "{how:?}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places { run: dir.path().into(), system: dir.path().into() };
+        let failed = ended("exit-code", "exited", "3");
+        units::note_error(&places, "web", "target web: it ended before it was healthy");
+        note_failure(&places, "web", &failed);
+        let both = "target web: it ended before it was healthy: its program ended with exit code 3";
+        assert_eq!(units::last_error(&places, "web").as_deref(), Some(both));
+        units::note_error(&places, "web", "target web: its image is not mounted");
+        note_failure(&places, "web", &failed);
+        assert_eq!(
+            units::last_error(&places, "web").as_deref(),
+            Some("target web: its image is not mounted")
+        );
+    }
+}
