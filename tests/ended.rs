@@ -115,3 +115,66 @@ fn the_clean_up_asks_for_more_time_than_the_program_has_to_stop_and_says_why_it_
     clean("success", "exited", "0");
     assert!(!world.ok(&["ps"]).contains("target web"));
 }
+
+#[test]
+fn what_no_container_can_have_is_refused_before_anything_is_built() {
+    let world = World::new();
+    let import = world.manifest(
+        1,
+        &[
+            ("a", "host", "network: {type: simple, ports: [{host: 80, container: 1, address: 0.0.0.0}]}"),
+            ("b", "host", "resources: {memory: 1K, tasks: 1}, needs: [b, x]"),
+            ("localhost", "host", "network: {type: simple, ipv4: 127.0.0.9/24}"),
+            ("v", "host", "mounts: [{destination: /d, type: volume, source: ../d}], secrets: [s, s]"),
+        ],
+    );
+    let (store, key, cert) = (world.dir("store"), world.dir("keys/signer.key"), world.dir("keys/signer.pem"));
+    // Line, what is written there, field, and the message.
+    const SUBNET: &str =
+        "a subnet for hosts, such as 10.0.3.0/24: not 0.0.0.0/8, 127.0.0.0/8 or one from 224.0.0.0 on";
+    const NAME: &str = "a name that other targets can look up: not localhost, and not an address or a number";
+    let subnet = format!("found the subnet 127.0.0.0/24; allowed: {SUBNET}");
+    let name = format!("found type simple for a target with the name `localhost`; allowed: {NAME}");
+    let expected = [
+        (
+            5,
+            "0.0.0.0",
+            "a.network.ports[0].address",
+            "found `0.0.0.0`; allowed: an address of the host; leave `address` out for all of them",
+        ),
+        (6, "1K", "b.resources.memory", "found `1K`; allowed: at least 1M"),
+        (6, "1}", "b.resources.tasks", "found `1`; allowed: an integer from 4 to 4194304"),
+        (6, "b,", "b.needs[0]", "found `b`, which needs `b`; allowed: targets that do not need this one"),
+        (6, "x]", "b.needs[1]", "found `x`; allowed: a target of this system"),
+        (7, "simple", "localhost.network.type", name.as_str()),
+        (7, "127.0.0.9/24", "localhost.network.ipv4", subnet.as_str()),
+        (
+            8,
+            "../d",
+            "v.mounts[0].source",
+            "found `../d`; allowed: the name of a volume: [a-z0-9]+([._-][a-z0-9]+)*, at most 63 characters",
+        ),
+        (8, "s]", "v.secrets[1]", "found `s` a second time; allowed: each once"),
+    ];
+    let text = fs::read_to_string(&import).unwrap();
+    for command in [
+        &["build", &import, "--store", &store, "--key", &key, "--cert", &cert][..],
+        &["manifest", "check", &import],
+    ] {
+        let output = world.run(command);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        let mut lines = said.lines();
+        assert_eq!(lines.next(), Some("mosfs: the import manifest has 9 errors"));
+        for (line, written, field, message) in expected {
+            let one = lines.next().unwrap();
+            let rest =
+                one.strip_prefix(&format!("{import}:{line}:")).unwrap_or_else(|| panic!("{line}: {one}"));
+            let (column, rest) = rest.split_once(": ").unwrap();
+            let at = &text.lines().nth(line - 1).unwrap()[column.parse::<usize>().unwrap() - 1..];
+            assert!(at.starts_with(written), "{one}: {at}");
+            assert_eq!(rest, format!("targets.{field}: {message}"));
+        }
+        assert!(!world.path("store").exists());
+    }
+}

@@ -5,105 +5,13 @@
 #[path = "common/container.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod container;
+#[path = "common/networks.rs"]
+mod networks;
 
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
 
 use container::World;
-
-/// Two network namespaces that are linked: the host with 192.0.2.1, and the outside with 192.0.2.2.
-struct Networks {
-    host: Child,
-    outside: Child,
-}
-
-impl Networks {
-    fn new() -> Self {
-        let namespace = || {
-            let child = Command::new("unshare").args(["--net", "sleep", "3600"]).stdin(Stdio::null()).spawn();
-            child.expect("unshare (Debian package util-linux)")
-        };
-        let networks = Self { host: namespace(), outside: namespace() };
-        // Until unshare has made them.
-        for child in [&networks.host, &networks.outside] {
-            let is_own = || {
-                let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
-                link(&child.id().to_string()) != link("self")
-            };
-            wait_until("a network namespace", is_own);
-        }
-        let outside = networks.outside.id();
-        networks.on_host(&format!(
-            "ip link set lo up && ip link add out0 type veth peer name out1 netns {outside} && \
-             ip address add 192.0.2.1/24 dev out0 && ip link set out0 up"
-        ));
-        networks.outside(
-            "ip link set lo up && ip address add 192.0.2.2/24 dev out1 && ip link set out1 up && \
-                               ip route add default via 192.0.2.1",
-        );
-        networks
-    }
-
-    fn enter(child: &Child) -> Command {
-        let mut command = Command::new("nsenter");
-        // With /sys of that network.
-        command.args([
-            &format!("--net=/proc/{}/ns/net", child.id()),
-            "--",
-            "unshare",
-            "--mount",
-            "--propagation",
-        ]);
-        command.args(["slave", "sh", "-c", "mount -t sysfs none /sys && exec \"$@\"", "sh"]);
-        command
-    }
-
-    fn on_host(&self, script: &str) -> String {
-        output(Self::enter(&self.host).args(["sh", "-c", script]))
-    }
-
-    fn outside(&self, script: &str) -> String {
-        output(Self::enter(&self.outside).args(["sh", "-c", script]))
-    }
-
-    /// `mosfs` on the host.
-    fn mosfs(&self, world: &World, args: &[&str]) -> Command {
-        let inner = world.command(args);
-        let mut command = Self::enter(&self.host);
-        command.arg(inner.get_program()).args(inner.get_args());
-        for (name, value) in inner.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        command
-    }
-}
-
-impl Drop for Networks {
-    fn drop(&mut self) {
-        for child in [&mut self.host, &mut self.outside] {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-fn output(command: &mut Command) -> String {
-    let output = command.stdin(Stdio::null()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {said}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(120);
-    while !so() {
-        assert!(Instant::now() < end, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
+use networks::{Networks, Running, output, wait_until};
 
 /// A command that prints what a web server answers. Not busybox: its static libc loads the host's modules for names.
 fn fetch(address: &str, seconds: u32) -> String {
@@ -111,38 +19,6 @@ fn fetch(address: &str, seconds: u32) -> String {
         "python3 -c 'import urllib.request as r; \
          print(r.urlopen(\"http://{address}/\", timeout={seconds}).read().decode(), end=\"\")'"
     )
-}
-
-/// A container that runs.
-struct Running {
-    child: Child,
-}
-
-impl Running {
-    fn start(networks: &Networks, world: &World, target: &str) -> Self {
-        let child = networks.mosfs(world, &["run-target", target]).stdin(Stdio::null()).spawn().unwrap();
-        let running = Self { child };
-        // As its unit does: the process of the runtime, into which nsenter, unshare and mosfs turn.
-        let mut wait = networks.mosfs(world, &["run-target", "--wait-healthy", target]);
-        output(wait.env("MAINPID", running.child.id().to_string()));
-        running
-    }
-}
-
-impl Drop for Running {
-    /// Kills mosfs, the runtime and the container at once, as when power goes. The runtime has taken the place of mosfs,
-    /// or is its child where the output of the tests is a file.
-    fn drop(&mut self) {
-        let mut pids = vec![self.child.id().to_string()];
-        let mut known = 0;
-        while let Some(pid) = pids.get(known) {
-            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-            pids.extend(children.unwrap_or_default().split_whitespace().map(str::to_owned));
-            known += 1;
-        }
-        let _ = Command::new("kill").arg("-9").args(&pids).status();
-        let _ = self.child.wait();
-    }
 }
 
 #[test]
@@ -156,13 +32,13 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     let health = "health: {command: [/bin/wget, -q, -O, /dev/null, 'http://127.0.0.1:8080/'], interval: 1s}";
     let web = format!("network: {{type: simple, ports: [{{host: 80, container: 8080}}]}}, {health}");
     world.install(&[
-        ("idle", "idle", "network: {type: simple, ipv4: 10.0.3.99/24}"),
+        ("idle_2.b", "idle", "network: {type: simple, ipv4: 10.0.3.99/24}"),
         ("lonely", "idle", "network: {type: none}"),
         ("web", "web", &web),
     ]);
     let networks = Networks::new();
     let web = Running::start(&networks, &world, "web");
-    let idle = Running::start(&networks, &world, "idle");
+    let idle = Running::start(&networks, &world, "idle_2.b");
     let _lonely = Running::start(&networks, &world, "lonely");
     let fetch = |address: &str| fetch(address, 20);
     // From outside; from the host, to its address and to its loopback.
@@ -175,9 +51,12 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     // From another target by name, to the published port, and from itself to its own published port.
     // (addresses and ports as numbers: see `fetch`)
     let by_name = "set -- $(grep -w web /etc/hosts); wget -q -O - http://$1:8080/";
-    assert_eq!(exec("idle", by_name), "this is web\n");
-    assert_eq!(exec("idle", "wget -q -O - http://192.0.2.1:80/"), "this is web\n");
+    assert_eq!(exec("idle_2.b", by_name), "this is web\n");
+    assert_eq!(exec("idle_2.b", "wget -q -O - http://192.0.2.1:80/"), "this is web\n");
     assert_eq!(exec("web", "wget -q -O - http://192.0.2.1:80/"), "this is web\n");
+    // A name with all that names may have, which is also the name of its host.
+    assert_eq!(exec("idle_2.b", "hostname"), "idle_2.b\n");
+    assert_eq!(exec("web", "grep -w idle_2.b /etc/hosts"), "10.0.3.99 idle_2.b\n");
     // To the outside, behind the host's address.
     std::fs::write(world.path("index.html"), "this is outside\n").unwrap();
     let mut server = Networks::enter(&networks.outside);
@@ -194,11 +73,11 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     let mut server = server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     wait_until("a server outside", || {
         let client = "wget -q -O - http://192.0.2.2:8000/index.html || true";
-        exec("idle", client) == "this is outside\n"
+        exec("idle_2.b", client) == "this is outside\n"
     });
     server.kill().unwrap();
     server.wait().unwrap();
-    assert!(exec("idle", "ip address show dev eth0").contains("10.0.3.99/24"));
+    assert!(exec("idle_2.b", "ip address show dev eth0").contains("10.0.3.99/24"));
     assert_eq!(exec("lonely", "ls /sys/class/net"), "lo\n");
     // Not published: not reached, although the outside has a route.
     let web_itself = self::fetch("10.0.3.2:8080", 3);
@@ -212,7 +91,7 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     wait_until("the end of the killed container's link", || links() == "1\n");
     let web = Running::start(&networks, &world, "web");
     // At once: whoever has cached its hardware address reaches the new one.
-    assert_eq!(exec("idle", "cat /proc/net/arp | grep -c 02:6d:0a:00:03:02"), "1\n");
+    assert_eq!(exec("idle_2.b", "cat /proc/net/arp | grep -c 02:6d:0a:00:03:02"), "1\n");
     assert_eq!(exec("web", "cat /sys/class/net/eth0/address"), "02:6d:0a:00:03:02\n");
     assert_eq!(networks.outside(&fetch("192.0.2.1")), "this is web\n");
     assert_eq!(links(), "2\n");

@@ -247,7 +247,13 @@ fn a_running_container_is_listed_healthy_and_entered() {
     let health = "health: {command: [/bin/ls, /tmp/up], interval: 1s}";
     let never = "health: {command: [/bin/false], interval: 1s, retries: 1, start: 1s}";
     let slow = "health: {command: [/bin/sleep, '1000'], timeout: 1s, interval: 1s, retries: 1, start: 1s}";
-    world.install(&[("never", "web", never), ("slow", "web", slow), ("web", "web", health)]);
+    let without = "health: {command: [curl, -f, 'http://127.0.0.1/'], interval: 1s, retries: 1, start: 1s}";
+    world.install(&[
+        ("never", "web", never),
+        ("slow", "web", slow),
+        ("web", "web", health),
+        ("without", "web", without),
+    ]);
     let start = |target: &str| {
         let mut command = world.command(&["run-target", target]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
@@ -263,7 +269,15 @@ fn a_running_container_is_listed_healthy_and_entered() {
         .iter()
         .map(|one| (one["target"].as_str().unwrap(), one["state"].as_str().unwrap()))
         .collect();
-    assert_eq!(states, BTreeMap::from([("never", "stopped"), ("slow", "stopped"), ("web", "running")]));
+    assert_eq!(
+        states,
+        BTreeMap::from([
+            ("never", "stopped"),
+            ("slow", "stopped"),
+            ("web", "running"),
+            ("without", "stopped")
+        ])
+    );
     // What is entered has no more privileges than what runs.
     let entered = world.ok(&["exec", "web", "--", "sh", "-c", "id -u; cat /proc/self/status; ls /tmp"]);
     for line in ["NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t00000000000004eb", "up"] {
@@ -272,7 +286,10 @@ fn a_running_container_is_listed_healthy_and_entered() {
     assert_eq!(world.ok(&["exec", "--user", "app", "web", "--", "id", "-u"]), "1000\n");
     world.refused(&["exec", "web", "--", "false"], 1, &["target web ended with exit code 1"]);
     world.refused(&["exec", "never", "--", "true"], 1, &["target never", "is not running"]);
-    for (target, words) in [("never", "1 failures in a row"), ("slow", "took longer than 1 s")] {
+    let no_curl = "cannot run: the program curl is in no folder of PATH (/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)";
+    for (target, words) in
+        [("never", "1 failures in a row"), ("slow", "took longer than 1 s"), ("without", no_curl)]
+    {
         let mut started = start(target);
         let pid = started.id().to_string();
         let output =

@@ -25,7 +25,8 @@ use serde::Deserialize;
 use super::places::Places;
 use super::root::step;
 use super::start::runtime;
-use super::{Container, RunError, bundle, stdio, units, user};
+use super::{Container, RunError, bundle, program, stdio, units, user};
+use crate::manifest::rules;
 use crate::manifest::workload::{Health, Restart};
 use crate::sys::{file, locks, notify};
 
@@ -312,6 +313,23 @@ impl Said {
     }
 }
 
+/// Why the program of a command cannot run in a running container, if that is so.
+fn unrunnable(container: &Container, places: &Places, other: &Other<'_>) -> Option<String> {
+    let program = other.command.first()?;
+    // With all that is mounted there.
+    let path = PathBuf::from(format!("/proc/{}/root", pid(places, container.name.as_str())?));
+    let text = other.user.or(container.image.user.as_deref()).unwrap_or_default();
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let root = fs::OpenOptions::new().read(true).custom_flags(flags).open(&path).ok()?;
+    let user = user::find(root.as_fd(), text).ok()?;
+    let environment = bundle::environment(&container.target, &container.image, &user);
+    let folder = container.image.working_dir.as_deref().unwrap_or_default();
+    let base = container.base.unwrap_or(0);
+    let tree = program::Tree { root: &path, mounts: &[], user: &user, base, folder };
+    let why = program::problem(&tree, program, &environment)?;
+    Some(format!("the program {} {}", rules::printable(program, 200), rules::printable(&why, 1000)))
+}
+
 /// Runs the command of `health` once.
 fn attempt(
     container: &Container,
@@ -336,7 +354,10 @@ fn attempt(
     let _ = fs::remove_file(&pid_file);
     match outcome {
         Some(status) if status.success() => Ok(()),
-        Some(status) => Err(format!("its health command ended with {status}{}", said.last_line())),
+        Some(status) => Err(match unrunnable(container, places, other) {
+            Some(why) => format!("its health command cannot run: {why}"),
+            None => format!("its health command ended with {status}{}", said.last_line()),
+        }),
         None => {
             Err(format!("its health command took longer than {} s{}", timeout.as_secs(), said.last_line()))
         }
