@@ -155,7 +155,7 @@ fn a_listing_makes_no_request_for_each_file() {
         // All but that it does not have them is in the kernel's cache.
         let again = first.count(list_as_ls_does);
         assert!(again <= 2 + 1, "{what}: {again} requests for a second listing");
-        // Newer versions of ls list the names of each file's attributes, which no answer ends; none may make more requests.
+        // That of coreutils 9.7 lists the names of each file's attributes, which no answer ends.
         let requests = fixture().count(|at| run("ls", &["-lR"], at));
         assert!((FOLDERS..LISTINGS + ENTRIES).contains(&requests), "{what}: {requests} requests of ls -lR");
         let requests = fixture().count(|at| run("du", &["-s"], at));

@@ -270,6 +270,28 @@ fn a_token_that_ends_is_renewed() {
 }
 
 #[test]
+fn what_the_background_is_refused_refuses_no_reader() {
+    let lazy = Lazy::new();
+    let mount = lazy.mount("m");
+    // What is read ahead, and the rest: more than a reader waits for at a time.
+    let refused = Arc::new(AtomicUsize::new(0));
+    let count = refused.clone();
+    lazy.server.script(move |seen, _| {
+        let (first, last) = range(seen)?;
+        let is_background = last - first >= 160 << 10;
+        is_background.then(|| {
+            count.fetch_add(1, Ordering::SeqCst);
+            Fault::Answer(404, Vec::new(), Vec::new())
+        })
+    });
+    mount.read_all();
+    assert!(refused.load(Ordering::SeqCst) > 0);
+    // It is tried again.
+    lazy.server.heal();
+    wait_until("they are blobs", || lazy.is_whole(0) && lazy.is_whole(1));
+}
+
+#[test]
 fn a_redirect_is_followed_and_one_that_has_ended_is_asked_for_again() {
     let lazy = Lazy::new();
     let other = Server::start(Options::default());

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::layer::{BlockId, Layer, Place};
+use mosfs::internals::image::overlay::Merged;
 use mosfs::internals::image::puzzlefs::{MAX_CHUNK_BYTES, MAX_METADATA_BYTES, Puzzlefs};
 use mosfs::internals::image::{LayerError, NodeId, ReadError};
 
@@ -155,6 +156,34 @@ fn links_and_attributes_have_bounds() {
         assert_refused(&with(with_xattr(2, name, b"1")), &words);
     }
     assert_refused(&with(with_xattr(2, b"user.x", &[0; 65_537])), "a value of 65537 bytes");
+}
+
+/// What a mount asks before it starts: whether the kernel is to enforce ACLs, and which answers hold for every file.
+#[test]
+fn it_is_known_which_attributes_there_are() {
+    let attributes: [(u64, &[u8], &[u8]); 3] = [
+        (2, b"system.posix_acl_access", b"\x02\0\0\0"),
+        (3, b"user.same", b"one"),
+        (4, b"user.same", b"other"),
+    ];
+    let mut inodes = vec![dir(1, &[(b"a", 2), (b"b", 3), (b"c", 4)])];
+    inodes.extend(attributes.map(|(ino, name, value)| with_xattr(ino, name, value)));
+    let image = open(&one(inodes), &[]).unwrap();
+    for (name, (_, key, value)) in [b"a", b"b", b"c"].into_iter().zip(attributes) {
+        let node = image.lookup(image.root(), name).unwrap().unwrap().node;
+        assert_eq!(image.xattrs(node).unwrap(), [(key.to_vec(), value.to_vec())]);
+    }
+    let view = Merged::new(vec![Arc::new(image)]).unwrap();
+    for (name, expected) in [
+        ("system.posix_acl_access", true),
+        ("user.same", true),
+        ("system.posix_acl_default", false),
+        ("security.selinux", false),
+        // Attributes of other names are shown by such names.
+        ("trusted.overlay.opaque", true),
+    ] {
+        assert_eq!(view.may_have_xattr(name.as_bytes()), expected, "{name}");
+    }
 }
 
 #[test]

@@ -28,12 +28,14 @@ use super::part::{BLOCK, Part, Written};
 use crate::image::bytes::{ReadAt, may_wait};
 use crate::sys::locks::lock;
 
-/// What a reader's miss fetches at least, in bytes, aligned: about what a link carries in one round trip
-/// (100 Mbit/s, 20 ms: 250 KB). Half of it, and the rest behind it without waiting, is faster than all at once.
-pub(super) const WINDOW_BYTES: u64 = 128 << 10;
+/// What a reader's miss fetches at least, in bytes, aligned. Together with [`AHEAD_BYTES`] it is about what a link carries
+/// in one round trip (100 Mbit/s, 20 ms: 250 KB); a small part that is waited for, and the rest behind it without
+/// waiting, is faster than all at once.
+const WINDOW_BYTES: u64 = 64 << 10;
 /// What is fetched behind a window without waiting, in bytes; as long as reads go on in order, twice as much each
-/// time.
-const AHEAD_BYTES: u64 = 256 << 10;
+/// time. With less, reads in order wait more often; with more, a program that reads here and there fetches what it
+/// never reads.
+const AHEAD_BYTES: u64 = 192 << 10;
 /// The most that one request asks for, in bytes.
 pub(super) const MOST_BYTES: u64 = 1 << 20;
 /// What is fetched again around a block that does not verify, in bytes, aligned.

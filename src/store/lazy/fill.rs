@@ -28,8 +28,9 @@ use crate::progress::Progress;
 use crate::sys::file;
 use crate::sys::locks::{self, lock};
 
-/// How long no reader must have waited before a part of the rest is fetched.
-const QUIET: Duration = Duration::from_millis(50);
+/// How long no reader must have waited before a part of the rest is fetched. A program that starts computes for a tenth
+/// of a second between two reads.
+const QUIET: Duration = Duration::from_millis(250);
 /// A part of the rest, in bytes.
 const PART_BYTES: u64 = 512 << 10;
 /// How many threads fetch parts of the rest at a time.

@@ -4,6 +4,9 @@
 //! reads of what is not here fail at once, and one request at a time is tried, after 1 s, 2 s, then every 5 s,
 //! by the next reader or by the background. The first that succeeds mends the link. What is here is read
 //! throughout, because it does not come this way.
+//!
+//! A request of the background that fails breaks nothing: a reader may be answered where it was not. The background
+//! rests for as long as a broken link does.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -60,6 +63,10 @@ struct State {
     failing: u32,
     /// Nothing is asked before this, if any failed.
     closed_until: Instant,
+    /// How many requests of the background in a row have failed while the link counted as good.
+    resting: u32,
+    /// The background asks nothing before this, if any of these failed.
+    rests_until: Instant,
     last_error: Option<String>,
     said: Option<Instant>,
     /// When a reader last waited.
@@ -79,8 +86,16 @@ impl Drop for Waiting<'_> {
 impl Link {
     /// A link that has not asked anything. `patience` is how long a reader waits.
     pub(super) fn new(from: Box<dyn Transport>, patience: Duration) -> Self {
-        let state =
-            State { failing: 0, closed_until: Instant::now(), last_error: None, said: None, last_wait: None };
+        let now = Instant::now();
+        let state = State {
+            failing: 0,
+            closed_until: now,
+            resting: 0,
+            rests_until: now,
+            last_error: None,
+            said: None,
+            last_wait: None,
+        };
         Self {
             from,
             patience,
@@ -130,10 +145,12 @@ impl Link {
     /// How long nothing should be asked in the background; zero if the link is good.
     pub(super) fn closed_for(&self) -> Duration {
         let state = self.lock();
-        match state.failing {
-            0 => Duration::ZERO,
-            _ => state.closed_until.saturating_duration_since(Instant::now()),
-        }
+        let until = match (state.failing, state.resting) {
+            (0, 0) => return Duration::ZERO,
+            (0, _) => state.rests_until,
+            _ => state.closed_until,
+        };
+        until.saturating_duration_since(Instant::now())
     }
 
     /// Whether the last request failed.
@@ -199,22 +216,25 @@ impl Link {
         if state.failing > 0 && state.said.is_some() {
             log::info!("{} answers again", self.from.location());
         }
-        (state.failing, state.last_error, state.said) = (0, None, None);
+        (state.failing, state.resting, state.last_error, state.said) = (0, 0, None, None);
     }
 
     /// Notes that a request failed, and says so in the log.
     pub(super) fn failed(&self, error: &TransportError, urgency: Urgency) {
         let mut state = self.lock();
         let now = Instant::now();
-        // One lost request of the background is no reason to refuse readers.
-        if urgency == Urgency::Background && state.failing == 0 && error.is_temporary() {
-            log::info!("{error}");
-            state.last_error = Some(error.to_string());
+        state.last_error = Some(error.to_string());
+        if urgency == Urgency::Background && state.failing == 0 {
+            state.resting = state.resting.saturating_add(1);
+            state.rests_until = now + pause_after(state.resting);
+            match state.resting {
+                1 => log::warn!("{error}"),
+                _ => log::info!("{error}"),
+            }
             return;
         }
         state.failing = state.failing.saturating_add(1);
-        state.closed_until = now + Duration::from_secs(1 << (state.failing - 1).min(3)).min(LONGEST);
-        state.last_error = Some(error.to_string());
+        state.closed_until = now + pause_after(state.failing);
         if state.said.is_none_or(|said| said.elapsed() >= SAY_EVERY) {
             state.said = Some(now);
             log::error!("{error}; reads of what is not here fail until {} answers", self.from.location());
@@ -224,4 +244,9 @@ impl Link {
     fn lock(&self) -> MutexGuard<'_, State> {
         locks::lock(&self.state)
     }
+}
+
+/// The pause after so many failures in a row, one or more.
+fn pause_after(failures: u32) -> Duration {
+    Duration::from_secs(1 << failures.saturating_sub(1).min(3)).min(LONGEST)
 }

@@ -27,6 +27,8 @@ use crate::transport::access::Access;
 
 /// The most redirects that are followed for a request.
 const MAX_REDIRECTS: usize = 5;
+/// How often a request is sent again with a pass that another request got; with one of its own, once.
+const RENEWALS: u32 = 3;
 /// How often a request is sent that fails for a reason that may pass.
 pub(super) const TRIES: u32 = 6;
 /// How often, where there is no connection at all: a name that is wrong should not take long to say so.
@@ -156,7 +158,7 @@ impl Client {
     ) -> Result<Answer, RegistryError> {
         let ours = url.origin == endpoint.origin;
         let mut pass = if ours { self.pass(endpoint, scope) } else { None };
-        let mut renewed = false;
+        let mut renewed = 0;
         let mut asked_anew = false;
         loop {
             let answer = self.follow(endpoint, url, ask, pass.as_ref())?;
@@ -164,9 +166,13 @@ impl Client {
             match answer.status {
                 // The link to a store ends after some minutes: ask the registry for a new one, once.
                 400 | 401 | 403 if ours && !at_home && !asked_anew => asked_anew = true,
-                401 | 403 if ours && at_home && !renewed && (answer.status == 401 || pass.is_some()) => {
-                    renewed = true;
-                    pass = Some(self.renew(endpoint, scope, answer, pass.as_ref())?);
+                401 | 403
+                    if ours && at_home && renewed < RENEWALS && (answer.status == 401 || pass.is_some()) =>
+                {
+                    let (new, is_own) = self.renew(endpoint, scope, answer, pass.as_ref())?;
+                    // Another thread's may have ended while this one waited for its answer.
+                    renewed = if is_own { RENEWALS } else { renewed + 1 };
+                    pass = Some(new);
                 }
                 401 | 403 => {
                     let credentials = match ours && at_home {
@@ -248,14 +254,15 @@ impl Client {
         pass.until.is_none_or(|until| Instant::now() < until).then(|| pass.clone())
     }
 
-    /// Gets a new pass after `refused` was not accepted. One thread asks, the others wait and share it.
+    /// Gets a new pass after `refused` was not accepted. One thread asks, the others wait and share it. Returns whether
+    /// this thread has asked, too.
     fn renew(
         &self,
         endpoint: &Endpoint,
         scope: &Scope,
         answer: Answer,
         refused: Option<&Authorization>,
-    ) -> Result<Authorization, RegistryError> {
+    ) -> Result<(Authorization, bool), RegistryError> {
         let mut all = locks::lock(&self.granted);
         let granted = all.entry(endpoint.origin.clone()).or_default();
         let key = key(endpoint, scope);
@@ -263,7 +270,7 @@ impl Client {
             && refused.is_none_or(|refused| refused.number != pass.number)
             && pass.until.is_none_or(|until| Instant::now() < until)
         {
-            return Ok(pass.clone());
+            return Ok((pass.clone(), false));
         }
         let mut offered = auth::challenges(answer.headers(&header::WWW_AUTHENTICATE));
         sorting::sort_by_key(&mut offered, |challenge| matches!(challenge, Challenge::Basic));
@@ -299,7 +306,7 @@ impl Client {
             Authorization { value, until: life.map(|life| Instant::now() + life), number: granted.count };
         granted.passes.insert(key, pass.clone());
         granted.challenge = Some(challenge);
-        Ok(pass)
+        Ok((pass, true))
     }
 
     /// Asks a token service.
