@@ -323,9 +323,7 @@ fn unrunnable(container: &Container, places: &Places, other: &Other<'_>) -> Opti
     let root = fs::OpenOptions::new().read(true).custom_flags(flags).open(&path).ok()?;
     let user = user::find(root.as_fd(), text).ok()?;
     let environment = bundle::environment(&container.target, &container.image, &user);
-    let folder = container.image.working_dir.as_deref().unwrap_or_default();
-    let base = container.base.unwrap_or(0);
-    let tree = program::Tree { root: &path, mounts: &[], user: &user, base, folder };
+    let tree = program::Tree::of(container, &path, &[], &user);
     let why = program::problem(&tree, program, &environment)?;
     Some(format!("the program {} {}", rules::printable(program, 200), rules::printable(&why, 1000)))
 }

@@ -16,10 +16,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::Container;
 use super::bundle::Prepared;
 use super::user::User;
 use crate::sorting;
-use crate::sys::namespace;
+use crate::sys::{file, namespace};
 
 /// Most links that are followed (path_resolution(7)).
 const MOST_LINKS: usize = 40;
@@ -41,6 +42,10 @@ pub struct Tree<'a> {
     pub base: u32,
     /// Where the program starts.
     pub folder: &'a str,
+    /// Whether who runs it may run every file that anybody may run: root, or CAP_DAC_OVERRIDE.
+    pub overrides: bool,
+    /// Whether an init starts it, which has a shell run what the kernel does not know (execvp(3)).
+    pub init: bool,
 }
 
 /// Why something was not found.
@@ -62,6 +67,22 @@ struct Mounted {
 struct Found {
     file: File,
     noexec: bool,
+}
+
+impl<'a> Tree<'a> {
+    /// What the container's program, or another command in it, is looked up in.
+    pub fn of(container: &'a Container, root: &'a Path, mounts: &'a [Prepared], user: &'a User) -> Self {
+        let added = container.target.workload.capabilities.iter().flatten();
+        Self {
+            root,
+            mounts,
+            user,
+            base: container.base.unwrap_or(0),
+            folder: container.image.working_dir.as_deref().unwrap_or_default(),
+            overrides: user.uid == 0 || added.into_iter().any(|one| one == "DAC_OVERRIDE"),
+            init: container.target.workload.run().init == Some(true),
+        }
+    }
 }
 
 /// Returns why the program `command` cannot run, as the end of a sentence whose subject it is; `None` if it can, or if the
@@ -208,7 +229,7 @@ impl<'a> Walk<'a> {
         }
         let user = self.tree.user;
         let group = |gid: u32| metadata.gid() == self.tree.base.saturating_add(gid);
-        let bit = if user.uid == 0 {
+        let bit = if self.tree.overrides {
             0o111
         } else if metadata.uid() == self.tree.base.saturating_add(user.uid) {
             0o100
@@ -217,7 +238,13 @@ impl<'a> Walk<'a> {
         } else {
             0o001
         };
+        // The same file: a link of /proc that leads to nothing else.
+        let again = PathBuf::from(format!("/proc/self/fd/{}", found.file.as_raw_fd()));
         if metadata.mode() & bit == 0 {
+            // A list may allow what the bits of the group and of others do not.
+            if matches!(bit, 0o010 | 0o001) && file::may_have_acl(&again) {
+                return Ok(());
+            }
             return bad(format!(
                 "is not executable by user {} (mode {:04o})",
                 user.uid,
@@ -227,8 +254,6 @@ impl<'a> Walk<'a> {
         if found.noexec {
             return bad("is on a mount with the option noexec".into());
         }
-        // The same file, to be read: a link of /proc that leads to nothing else.
-        let again = format!("/proc/self/fd/{}", found.file.as_raw_fd());
         let Ok(file) = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(again) else {
             return Ok(());
         };
@@ -241,7 +266,7 @@ impl<'a> Walk<'a> {
         }
         match Elf::read(&head) {
             Elf::Other => {
-                if knows_other_formats() {
+                if self.tree.init || knows_other_formats() {
                     return Ok(());
                 }
                 bad("is neither a program in ELF format nor a script that begins with #! and its interpreter"
@@ -451,7 +476,9 @@ mod tests {
         ];
         let said = |uid: u32, command: &str| {
             let user = User { uid, gid: uid, more_gids: vec![], home: "/".into() };
-            let tree = Tree { root: &root, mounts: &mounts, user: &user, base: 0, folder: "/bin" };
+            let (overrides, init) = (uid == 0, false);
+            let tree =
+                Tree { root: &root, mounts: &mounts, user: &user, base: 0, folder: "/bin", overrides, init };
             problem(&tree, command, &["PATH=/bin:/data/tools".to_string()])
         };
         for good in [
@@ -502,6 +529,25 @@ mod tests {
         assert_eq!(windows, "requires the interpreter /bin/own\\r, which does not exist");
         assert_eq!(said(1000, "/bin/own"), None);
         assert_eq!(said(1000, "/bin/of-root").as_deref(), Some("is not executable by user 1000 (mode 0700)"));
+        // With an init, a shell runs it; with the capability, one who is not root may, too.
+        let user = User { uid: 1000, gid: 1000, more_gids: vec![], home: "/".into() };
+        let (overrides, init) = (true, true);
+        let tree = Tree { root: &root, mounts: &[], user: &user, base: 0, folder: "/", overrides, init };
+        for good in ["/bin/text", "/bin/of-root"] {
+            assert_eq!(problem(&tree, good, &[]), None, "{good}");
+        }
+        assert!(problem(&tree, "/bin/closed", &[]).is_some());
+        // Rights of a list: user 1000 may run it, whatever the mode says of others.
+        let listed = root.join("bin/listed");
+        put(&root, "bin/listed", &elf(OWN, None), 0o750);
+        assert!(said(1000, "/bin/listed").is_some());
+        let set = "import os, struct, sys\n\
+            entries = [(1, 7, -1), (2, 5, 1000), (4, 5, -1), (16, 5, -1), (32, 0, -1)]\n\
+            value = struct.pack('<I', 2) + b''.join(struct.pack('<HHi', *entry) for entry in entries)\n\
+            os.setxattr(sys.argv[1], 'system.posix_acl_access', value)";
+        let done = std::process::Command::new("python3").args(["-I", "-c", set]).arg(&listed).status();
+        assert!(done.expect("python3 (Debian package python3)").success());
+        assert_eq!(said(1000, "/bin/listed"), None);
         if !knows_other_formats() {
             let machine = if cfg!(target_arch = "aarch64") { "x86_64" } else { "aarch64" };
             let foreign =

@@ -220,11 +220,9 @@ fn check_program(
     let arguments = bundle::command(&container.target, &container.image);
     let Some(program) = arguments.first() else { return Ok(()) };
     let environment = bundle::environment(&container.target, &container.image, user);
-    let folder = container.image.working_dir.as_deref().unwrap_or_default();
-    let base = container.base.unwrap_or(0);
     let mut mounts = mounts.to_vec();
     bundle::add_memory(&mut mounts);
-    let tree = program::Tree { root, mounts: &mounts, user, base, folder };
+    let tree = program::Tree::of(container, root, &mounts, user);
     let Some(why) = program::problem(&tree, program, &environment) else { return Ok(()) };
     Err(RunError::Program {
         target: container.name.to_string(),

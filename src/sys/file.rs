@@ -249,6 +249,18 @@ pub fn create_device(path: &Path, like: &Path, owner: (u32, u32)) -> io::Result<
     std::fs::set_permissions(path, Permissions::from_mode(0o660))
 }
 
+/// Whether a file has an access control list beside its mode (acl(5)), or may have one. `path` is followed.
+pub fn may_have_acl(path: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let Ok(name) = std::ffi::CString::new(path.as_os_str().as_bytes()) else { return false };
+    let attribute = c"system.posix_acl_access";
+    // SAFETY: both names are NUL-terminated and outlive the call; with a size of 0, nothing is written.
+    let length = unsafe { libc::getxattr(name.as_ptr(), attribute.as_ptr(), std::ptr::null_mut(), 0) };
+    let is_known =
+        || matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENODATA | libc::EOPNOTSUPP));
+    length >= 0 || !is_known()
+}
+
 /// Restores the bits that the umask cleared, and keeps those that the parent folder added (set-group-ID).
 fn add_bits(file: &File, mode: u32) -> io::Result<()> {
     let found = file.metadata()?.mode() & 0o7777;

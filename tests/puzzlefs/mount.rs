@@ -17,7 +17,7 @@ use mosfs::internals::image::oci::MAX_MANIFEST_BYTES;
 
 use crate::images::{IMAGES, expected, image, layer, open, unpack};
 use crate::layout::{OurMount, open_rw, run_mosfs};
-use crate::message::{large, large_manifest};
+use crate::message::{Ptr, dir, inode, large, large_manifest, one, with_xattr};
 use crate::scan::{Node, Tree, scan, show};
 use crate::tools::need_root;
 
@@ -257,6 +257,52 @@ fn a_flipped_bit_of_a_chunk_is_eio_for_the_files_in_it() {
     }
 }
 
+/// Puts an image of this metadata and this manifest into a layout.
+fn put(layout: &crate::layout::Layout, metadata: &[u8], manifest: &[u8]) {
+    for blob in [metadata, manifest, b"{}"] {
+        fs::write(layout.blob(&Digest::of(blob)), blob).unwrap();
+    }
+    let index = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":{},"annotations":{{"org.opencontainers.image.ref.name":"image"}}}}]}}"#,
+        Digest::of(manifest),
+        manifest.len()
+    );
+    fs::write(layout.dir.join("index.json"), index).unwrap();
+}
+
+/// An ACL takes away what the mode of a file alone would give.
+#[test]
+fn acls_hold() {
+    need_root();
+    // linux/posix_acl_xattr.h: version 2, then tag, permissions and id: the owner reads, user 1001 and nobody else does not.
+    let entries: [(u16, u16, u32); 5] =
+        [(1, 6, u32::MAX), (2, 0, 1001), (4, 4, u32::MAX), (16, 4, u32::MAX), (32, 4, u32::MAX)];
+    let mut acl = 2u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        acl.extend([tag.to_le_bytes(), permissions.to_le_bytes()].concat());
+        acl.extend(id.to_le_bytes());
+    }
+    let file = |ino, name: &[u8]| {
+        let (.., additional) = with_xattr(ino, name, &acl);
+        inode(ino, 5, Ptr::List(vec![]), additional.into_iter().nth(1).unwrap())
+    };
+    let mut root = dir(1, &[(b"acl", 2), (b"other", 3)]);
+    root.0[1] = 3 | 0o755 << 16;
+    let metadata = one(vec![root, file(2, b"system.posix_acl_access"), file(3, b"user.other")]);
+    let folder = tempfile::tempdir().unwrap();
+    crate::layout::open_to_all(folder.path());
+    let layout = crate::layout::Layout::new(&folder.path().join("oci"));
+    put(&layout, &metadata, &large_manifest(&metadata, 0, 0));
+    let mount = OurMount::new(&layout.source("image"), &folder.path().join("m"), &[]);
+    let reads = |uid: u32, name: &str| {
+        let mut command = std::process::Command::new("setpriv");
+        command.args([&format!("--reuid={uid}"), &format!("--regid={uid}"), "--clear-groups", "cat"]);
+        command.arg(mount.at.join(name)).output().unwrap().status.success()
+    };
+    assert!(reads(1001, "other") && reads(1002, "other") && reads(1002, "acl"));
+    assert!(!reads(1001, "acl"));
+}
+
 /// As many chunks as the largest manifest can list: the daemon needs less than 64 MiB, all of it, to open and serve it.
 #[test]
 fn the_largest_image_is_served_within_64_mib() {
@@ -269,16 +315,8 @@ fn the_largest_image_is_served_within_64_mib() {
     assert!(
         manifest.len() as u64 <= MAX_MANIFEST_BYTES && manifest.len() as u64 > MAX_MANIFEST_BYTES / 100 * 97
     );
-    for blob in [&metadata[..], &manifest, b"{}"] {
-        fs::write(layout.blob(&Digest::of(blob)), blob).unwrap();
-    }
-    let index = format!(
-        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":{},"annotations":{{"org.opencontainers.image.ref.name":"large"}}}}]}}"#,
-        Digest::of(&manifest),
-        manifest.len()
-    );
-    fs::write(layout.dir.join("index.json"), index).unwrap();
-    let mount = OurMount::new(&layout.source("large"), &folder.path().join("m"), &[]);
+    put(&layout, &metadata, &manifest);
+    let mount = OurMount::new(&layout.source("image"), &folder.path().join("m"), &[]);
     let files: usize = fs::read_dir(&mount.at)
         .unwrap()
         .map(|entry| {
