@@ -259,6 +259,28 @@ fn folders_that_are_none_are_refused() {
     run(&mut verify(&copy));
 }
 
+/// Wherever a document names a blob, it may name one that is not on the medium.
+#[test]
+fn a_medium_that_lacks_what_it_names_is_refused() {
+    let good = fs::read(publisher().path("install.iso")).unwrap();
+    let dir = TempDir::new().unwrap();
+    let copy = dir.path().join("copy.iso");
+    fs::write(&copy, &good).unwrap();
+    let image = fs::File::options().write(true).open(&copy).unwrap();
+    let name = b"\"digest\":\"sha256:";
+    let places: Vec<_> =
+        good.windows(name.len()).enumerate().filter(|(_, part)| part == name).map(|(at, _)| at).collect();
+    assert!(places.len() > 8, "in the index, and in manifests");
+    for at in places {
+        let at = at + name.len();
+        let other = if good[at] == b'0' { b"1" } else { b"0" };
+        image.write_all_at(other, at as u64).unwrap();
+        bad(&copy);
+        image.write_all_at(&good[at..=at], at as u64).unwrap();
+    }
+    run(&mut verify(&copy));
+}
+
 #[test]
 fn a_medium_that_says_it_is_another_version_is_refused() {
     let publisher = publisher();

@@ -128,13 +128,20 @@ impl Classified for NotAsWritten {
         match &self.problem {
             Problem::Read(error) => error.class(),
             Problem::Inner(error) => match error.class() {
-                // Whatever is wrong with the documents of a medium: it does not verify.
+                // Whatever is wrong with the documents of a medium, also that they name what is not on it: it does not
+                // verify. Only a medium that cannot be read fails otherwise.
                 Class::Input => Class::Verification,
+                Class::Failure if !is_io(error.inner()) => Class::Verification,
                 class => class,
             },
             _ => Class::Verification,
         }
     }
+}
+
+/// Whether an error comes from reading.
+fn is_io(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|error| error.is::<io::Error>())
 }
 
 fn inner(error: impl Into<AnyError>) -> Problem {
