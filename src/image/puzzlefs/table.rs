@@ -248,12 +248,12 @@ impl Table {
         slice(&self.stretches, inode.first, inode.count)
     }
 
-    /// The attributes of a file.
     /// Whether any file has an extended attribute of that name.
     pub(super) fn has_xattr_named(&self, name: &[u8]) -> bool {
         self.xattr_names.contains_key(name)
     }
 
+    /// The attributes of a file.
     pub(super) fn xattrs_of(&self, inode: &Inode) -> &[Xattr] {
         slice(&self.xattrs, inode.xattr_first, inode.xattr_count)
     }
