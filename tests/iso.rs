@@ -96,7 +96,7 @@ fn other_tools_find_the_system_and_the_kernel_on_a_medium() {
         all.lines().filter(|line| !line.ends_with('/')).collect::<Vec<_>>(),
         ["::/EFI/BOOT/BOOTX64.EFI"]
     );
-    let target = publisher.unpack("store", 200, "boot").join("mosfs.efi");
+    let target = publisher.unpack("store", 200).join("mosfs.efi");
     assert!(
         fs::read(dir.path().join("boot.efi")).unwrap() == fs::read(target).unwrap(),
         "BOOTX64.EFI is mosfs.efi"
@@ -173,7 +173,7 @@ fn a_medium_is_hardly_larger_than_its_store_and_its_kernel() {
     let iso = size(&publisher().path("install.iso"));
     let folder = publisher().path("store");
     let store: u64 = sh(&folder, "cat blobs/sha256/* | wc -c").trim().parse().unwrap();
-    let kernel = size(&publisher().unpack("store", 200, "boot-size").join("mosfs.efi"));
+    let kernel = size(&publisher().unpack("store", 200).join("mosfs.efi"));
     // FAT16 has a smallest size; the partition begins at a whole MiB, and the medium ends with 300 KiB of zeros.
     let esp = (kernel + kernel / 50 + (2 << 20)).max(6 << 20);
     assert!(iso < store + esp + (2 << 20), "{iso} bytes, store {store}, kernel {kernel}");
@@ -290,7 +290,7 @@ fn answers_and_keys_are_on_the_medium_and_private_keys_never() {
         sh(dir.path(), &format!("rm -f part; mcopy -n -i x.iso@@{at} ::{name} part"));
         fs::read(path("part")).unwrap()
     };
-    let boot = publisher.unpack("store", 200, "boot-enroll");
+    let boot = publisher.unpack("store", 200);
     assert!(copy("EFI/BOOT/BOOTX64.EFI") == fs::read(boot.join("loader.efi")).unwrap());
     assert!(copy("EFI/Linux/mosfs.efi") == fs::read(boot.join("mosfs.efi")).unwrap());
     assert_eq!(copy("loader/keys/auto/KEK.auth"), fs::read(keys.join("KEK.auth")).unwrap());

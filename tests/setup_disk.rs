@@ -165,7 +165,7 @@ impl Disk {
         );
         run(Command::new("fsck.fat").args(["-n", &self.part(1)]));
         run(Command::new("e2fsck").args(["-fn", &self.part(2)]));
-        let kernel = publisher().unpack("store", version, "boot").join("mosfs.efi");
+        let kernel = publisher().unpack("store", version).join("mosfs.efi");
         let copy = sh(
             Path::new("/"),
             &format!("mtype -i {} ::/EFI/Linux/mosfs-{version}-{id}.efi | sha256sum", self.part(1)),

@@ -42,7 +42,7 @@ fn a_kernel_image_holds_the_kernel_its_modules_and_what_the_boot_trusts() {
     let target = &manifest["targets"]["boot"];
     assert_eq!(target["service_type"], "fs-only");
     assert_eq!(target["version"], RELEASE);
-    let files = publisher.unpack("store", 200, "boot");
+    let files = publisher.unpack("store", 200);
     let (uki, loader) = (files.join("mosfs.efi"), files.join("loader.efi"));
     assert_eq!(fs::read_dir(&files).unwrap().count(), 2);
     assert_eq!(fs::read(loader).unwrap(), fs::read("/usr/lib/systemd/boot/efi/systemd-bootx64.efi").unwrap());
@@ -104,7 +104,7 @@ fn an_image_with_mke2fs_has_a_kernel_that_sets_up_disks() {
     publisher.image();
     publisher.build(200, "store", &[]);
     assert_eq!(publisher.boot("store", 200)["annotations"]["vnd.mos.boot.installs"], "ext4");
-    let uki = publisher.unpack("store", 200, "boot").join("mosfs.efi");
+    let uki = publisher.unpack("store", 200).join("mosfs.efi");
     let (dir, list) = unpack_initrd(&section(&uki, ".initrd"));
     assert_eq!(list["usr/sbin/mke2fs"], "-rwxr-xr-x");
     assert_eq!(fs::read(dir.path().join("files/usr/sbin/mke2fs")).unwrap(), program);
@@ -161,14 +161,12 @@ fn kernel_and_loader_are_signed_once() {
     secure_boot_key(&publisher, "other");
     let keys = ["--sb-key", "db.key", "--sb-cert", "db.pem"];
     let one = publisher.build(200, "store", &keys);
-    publisher.unpack("store", 200, "boot");
+    let files = publisher.unpack("store", 200);
     for program in ["mosfs.efi", "loader.efi"] {
-        sh(publisher.dir(), &format!("sbverify --cert db.pem boot/{program} 2>&1"));
+        let program = files.join(program);
+        sh(publisher.dir(), &format!("sbverify --cert db.pem {} 2>&1", program.display()));
         refused(
-            Command::new("sbverify")
-                .current_dir(publisher.dir())
-                .args(["--cert", "other.pem"])
-                .arg(format!("boot/{program}")),
+            Command::new("sbverify").current_dir(publisher.dir()).args(["--cert", "other.pem"]).arg(&program),
             1,
         );
     }
@@ -183,8 +181,8 @@ fn kernel_and_loader_are_signed_once() {
     );
     // Another key signs anew.
     publisher.build(201, "store", &["--sb-key", "other.key", "--sb-cert", "other.pem"]);
-    publisher.unpack("store", 201, "boot");
-    sh(publisher.dir(), "sbverify --cert other.pem boot/mosfs.efi 2>&1");
+    let files = publisher.unpack("store", 201);
+    sh(publisher.dir(), &format!("sbverify --cert other.pem {}/mosfs.efi 2>&1", files.display()));
 }
 
 #[test]
@@ -193,8 +191,8 @@ fn a_command_signs_and_can_do_nothing_else() {
     secure_boot_key(&publisher, "db");
     let script = "f() { sbsign --key db.key --cert db.pem --output \"$2\" \"$1\" 2>/dev/null; }; f";
     publisher.build(200, "store", &["--sb-sign", script]);
-    publisher.unpack("store", 200, "boot");
-    sh(publisher.dir(), "sbverify --cert db.pem boot/mosfs.efi 2>&1");
+    let files = publisher.unpack("store", 200);
+    sh(publisher.dir(), &format!("sbverify --cert db.pem {}/mosfs.efi 2>&1", files.display()));
     let text = publisher.refused(1, &["--sb-sign", "echo the token is locked >&2; false"]);
     assert!(
         text.contains("`echo the token is locked >&2; false` failed (exit status: 1): the token is locked"),
@@ -293,7 +291,7 @@ fn a_kernel_that_could_never_boot_its_system_is_not_made() {
     assert!(text.contains("config/on-failure: `shell` is not possible"), "{text}");
     fs::write(publisher.path("config/on-failure"), "halt\n").unwrap();
     publisher.build(200, "store", &["--boot-config", "config"]);
-    let files = publisher.unpack("store", 200, "boot");
+    let files = publisher.unpack("store", 200);
     let (dir, _) = unpack_initrd(&section(&files.join("mosfs.efi"), ".initrd"));
     assert_eq!(fs::read(dir.path().join("files/etc/mosfs/on-failure")).unwrap(), b"halt\n");
     // A signer whom the kernel would not trust.

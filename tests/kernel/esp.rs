@@ -35,8 +35,7 @@ fn systems() -> &'static Systems {
         }
         publisher.build(202, "store", &["--cmdline", "quiet"]);
         let id = |version| publisher.kernel_id("store", version)[..12].to_string();
-        let kernel =
-            |version| fs::read(publisher.unpack("store", version, "boot").join("mosfs.efi")).unwrap();
+        let kernel = |version| fs::read(publisher.unpack("store", version).join("mosfs.efi")).unwrap();
         let (ids, kernels) = ([id(200), id(202)], [kernel(200), kernel(202)]);
         Systems { publisher, ids, kernels }
     })

@@ -171,12 +171,15 @@ impl Publisher {
         id.as_str().unwrap().trim_start_matches("sha256:").to_string()
     }
 
-    /// Unpacks the image of the target `boot` of a version into a folder, with squashfs-tools.
-    pub fn unpack(&self, store: &str, version: u64, to: &str) -> PathBuf {
+    /// Unpacks the image of the target `boot` of a version, with squashfs-tools, and returns where: a new folder each time,
+    /// as tests share a publisher.
+    pub fn unpack(&self, store: &str, version: u64) -> PathBuf {
         let layer = self.boot(store, version)["layers"][0]["digest"].as_str().unwrap().to_string();
         let blob = format!("{store}/blobs/sha256/{}", layer.trim_start_matches("sha256:"));
-        sh(self.dir(), &format!("rm -rf {to}; unsquashfs -q -n -d {to} {blob}"));
-        self.path(to)
+        let to =
+            tempfile::Builder::new().prefix("boot-").tempdir_in(self.dir()).unwrap().keep().join("files");
+        sh(self.dir(), &format!("unsquashfs -q -n -d {} {blob}", to.display()));
+        to
     }
 }
 

@@ -47,7 +47,7 @@ impl Device<'_> {
 
     /// Starts the kernel of a version, and with it the version, and commits it.
     fn start(&self, version: u64) {
-        let uki = self.publisher.unpack("store", version, "running").join("mosfs.efi");
+        let uki = self.publisher.unpack("store", version).join("mosfs.efi");
         let (files, _) = unpack_initrd(&section(&uki, ".initrd"));
         let config = self.path("config");
         let _ = fs::remove_dir_all(&config);
