@@ -162,7 +162,7 @@ fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
 
 fn kill(pid: u32) {
     assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
-    wait_until("the daemon is gone", || table::start_ticks(pid).is_none());
+    wait_until("the daemon is gone", || mosfs::internals::sys::process::started_at(pid).is_none());
 }
 
 const ALL: [&str; 3] = ["app", "data", "web.one"];

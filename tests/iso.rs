@@ -3,6 +3,8 @@
 #[path = "kernel/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
+#[path = "common/installer.rs"]
+mod installer;
 #[path = "common/tools.rs"]
 mod tools;
 
@@ -23,19 +25,11 @@ const ISO: &str = "image_type: iso\n";
 fn publisher() -> &'static Publisher {
     static PUBLISHER: OnceLock<Publisher> = OnceLock::new();
     PUBLISHER.get_or_init(|| {
-        let publisher = new_publisher();
+        let publisher = installer::publisher();
         publisher.import(200, ISO);
         run(&mut publisher.command("store", &["--iso", "install.iso"]));
         publisher
     })
-}
-
-/// A publisher whose hostfs has what sets up a disk.
-fn new_publisher() -> Publisher {
-    let publisher = Publisher::new();
-    publisher.put("usr/sbin/mke2fs", fs::read("/bin/true").unwrap());
-    publisher.image();
-    publisher
 }
 
 fn mosfs(dir: &Path, words: &[&str]) -> Command {
@@ -45,10 +39,7 @@ fn mosfs(dir: &Path, words: &[&str]) -> Command {
 }
 
 fn verify(file: &Path) -> Command {
-    let mut command =
-        mosfs(publisher().dir(), &["iso", "--ca", "keys/ca.pem", "--product", PRODUCT, "--verify"]);
-    command.arg(file);
-    command
+    installer::verify(mosfs(publisher().dir(), &[]), file)
 }
 
 /// What `--verify` says of a medium that is not good.
@@ -198,7 +189,7 @@ fn as_nobody(dir: &Path, program: &Path, words: &[&str]) -> Command {
 #[test]
 fn the_same_input_is_the_same_medium() {
     need_root();
-    let publisher = new_publisher();
+    let publisher = installer::publisher();
     publisher.import(200, ISO);
     run(&mut publisher.command("store", &["--iso", "one.iso"]));
     let dir = TempDir::new().unwrap();
@@ -312,7 +303,7 @@ fn answers_and_keys_are_on_the_medium_and_private_keys_never() {
 
 #[test]
 fn a_medium_that_cannot_be_is_refused_before_anything_is_written() {
-    let publisher = new_publisher();
+    let publisher = installer::publisher();
     publisher.import(200, ISO);
     let said = refused(&mut publisher.command("store", &[]), 2);
     assert!(said.contains("import.yaml: image_type: `iso` requires an install medium"), "{said}");
@@ -388,7 +379,7 @@ fn a_medium_that_cannot_be_is_refused_before_anything_is_written() {
 /// A blob that is damaged in the store is not copied to a medium.
 #[test]
 fn what_is_not_as_it_was_signed_does_not_get_onto_a_medium() {
-    let publisher = new_publisher();
+    let publisher = installer::publisher();
     publisher.build(200, "store", &[]);
     let folder = publisher.path("store");
     let largest = sh(&folder, "ls -S blobs/sha256 | head -1");
@@ -626,7 +617,7 @@ fn a_medium_that_ends_early_or_holds_more_is_refused() {
 /// A system is signed with a target `boot` whose kernel has another id than it says.
 #[test]
 fn a_kernel_id_is_computed_again() {
-    let publisher = new_publisher();
+    let publisher = installer::publisher();
     publisher.build(200, "store", &[]);
     let layout = publisher.path("store");
     let mut boot = publisher.boot("store", 200);
@@ -655,7 +646,7 @@ fn a_kernel_id_is_computed_again() {
 
 #[test]
 fn without_a_name_the_highest_version_is_on_the_medium() {
-    let publisher = new_publisher();
+    let publisher = installer::publisher();
     publisher.build(200, "store", &[]);
     publisher.put_kernel("two");
     publisher.build(201, "store", &[]);
@@ -669,7 +660,7 @@ fn without_a_name_the_highest_version_is_on_the_medium() {
 /// Every commit point of a medium.
 #[test]
 fn a_crash_leaves_the_old_medium_or_the_new_one() {
-    let publisher = new_publisher();
+    let publisher = installer::publisher();
     publisher.build(200, "store", &[]);
     let iso = || mosfs(publisher.dir(), &["iso", "oci:store", "-o", "x.iso"]);
     fs::write(publisher.path("x.iso"), "old").unwrap();

@@ -6,6 +6,8 @@ mod debian;
 #[path = "kernel/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
+#[path = "common/installer.rs"]
+mod installer;
 #[path = "common/tools.rs"]
 mod tools;
 
@@ -17,7 +19,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use debian::{Config, Debian};
-use fixture::{MOSFS, PRODUCT, Publisher, refused};
+use fixture::{MOSFS, Publisher, refused};
 use tempfile::TempDir;
 use tools::{run, sh};
 
@@ -30,9 +32,7 @@ const SECTOR: usize = 2048;
 fn publisher() -> &'static Publisher {
     static PUBLISHER: OnceLock<Publisher> = OnceLock::new();
     PUBLISHER.get_or_init(|| {
-        let publisher = Publisher::new();
-        publisher.put("usr/sbin/mke2fs", fs::read("/bin/true").unwrap());
-        publisher.image();
+        let publisher = installer::publisher();
         publisher.build(200, "store", &[]);
         run(&mut mosfs(publisher.dir(), &["iso", "oci:store", "-o", "install.iso"]));
         publisher
@@ -52,10 +52,7 @@ fn mosfs(dir: &Path, words: &[&str]) -> Command {
 }
 
 fn verify(file: &Path) -> Command {
-    let mut command =
-        mosfs(publisher().dir(), &["iso", "--ca", "keys/ca.pem", "--product", PRODUCT, "--verify"]);
-    command.arg(file);
-    command
+    installer::verify(mosfs(publisher().dir(), &[]), file)
 }
 
 /// What `--verify` says of a file that is no good medium.

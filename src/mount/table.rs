@@ -204,7 +204,7 @@ impl DaemonRecord {
     pub fn is_alive(&self) -> bool {
         match &self.lock {
             Some(path) => is_locked(path),
-            None => start_ticks(self.pid) == Some(self.start_ticks),
+            None => sys::process::started_at(self.pid) == Some(self.start_ticks),
         }
     }
 
@@ -245,20 +245,6 @@ pub(super) fn is_served(target: &Path) -> Option<bool> {
         }
         Err(_) => Some(true),
     }
-}
-
-/// When a process started, in clock ticks since boot; `None` where there is none, or a zombie.
-pub fn start_ticks(pid: u32) -> Option<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is a name in parentheses that may hold anything; what counts follows the last one.
-    let end = stat.iter().rposition(|&byte| byte == b')')?;
-    let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
-    let mut fields = rest.split_ascii_whitespace();
-    if fields.next()? == "Z" {
-        return None;
-    }
-    // Field 22; the one before was 3.
-    fields.nth(18)?.parse().ok()
 }
 
 /// Where this user's records may be, the best place first.
@@ -591,7 +577,7 @@ mod tests {
     #[test]
     fn a_process_is_known_by_its_start() {
         let me = std::process::id();
-        let ticks = start_ticks(me).unwrap();
+        let ticks = sys::process::started_at(me).unwrap();
         let daemon =
             DaemonRecord { pid: me, start_ticks: ticks, log: None, lock: None, errors: Counts::default() };
         assert!(daemon.is_alive());

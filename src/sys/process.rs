@@ -36,13 +36,19 @@ pub fn monotonic() -> std::time::Duration {
 }
 
 /// When a process was started, in clock ticks since the start of the machine (field 22 of /proc/PID/stat, proc(5)); `None`
-/// if there is no such process. With its number, it names a process for as long as the machine runs.
+/// if there is no such process, or if it has ended and is not reaped yet. With its number, it names a process for as long
+/// as the machine runs.
 pub fn started_at(pid: u32) -> Option<u64> {
-    let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    let text = String::from_utf8_lossy(&text).into_owned();
-    // The name, in parentheses, may contain spaces and parentheses.
-    let (_, fields) = text.rsplit_once(')')?;
-    fields.split_whitespace().nth(19)?.parse().ok()
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is a name in parentheses that may hold anything; what counts follows the last one.
+    let end = stat.iter().rposition(|&byte| byte == b')')?;
+    let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
+    let mut fields = rest.split_ascii_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    // Field 22; the one before was 3.
+    fields.nth(18)?.parse().ok()
 }
 
 /// The file of this program, for commands that start it again: what a unit starts is the small one where it is installed.

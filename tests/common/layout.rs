@@ -162,7 +162,7 @@ pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
 
 /// Whether a process is there.
 pub fn is_alive(pid: u32) -> bool {
-    mosfs::internals::mount::table::start_ticks(pid).is_some()
+    mosfs::internals::sys::process::started_at(pid).is_some()
 }
 
 /// Sends a signal.

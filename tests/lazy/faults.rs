@@ -420,7 +420,7 @@ fn an_unmount_while_readers_wait_ends_the_daemon_in_time() {
         }
         wait_until("it is gone", || !is_mounted(&mount.at));
         assert!(!reader.wait().unwrap().success(), "{how}");
-        wait_until("the daemon has ended", || mosfs::internals::mount::table::start_ticks(pid).is_none());
+        wait_until("the daemon has ended", || mosfs::internals::sys::process::started_at(pid).is_none());
         lazy.server.heal();
     }
 }

@@ -107,7 +107,7 @@ fn garbage_collection_leaves_what_is_mounted_and_takes_the_rest() {
     assert_eq!(lazy.parts(&lazy.server.take_log()).len(), 0);
     let pid = mount.pid();
     mount.unmount();
-    wait_until("the daemon has ended", || mosfs::internals::mount::table::start_ticks(pid).is_none());
+    wait_until("the daemon has ended", || mosfs::internals::sys::process::started_at(pid).is_none());
     collect();
     let left = fs::read_dir(lazy.cache().join(".mosfs/lazy")).unwrap().count();
     assert!(left == 0 && !lazy.part(0).exists(), "{left} files are left");

@@ -156,7 +156,7 @@ fn a_signal_unmounts_at_once_and_serves_open_files_to_their_end() {
     open.read_to_end(&mut content).unwrap();
     assert_eq!(content.len(), 1 << 20);
     drop(open);
-    wait_until("the daemon ends", || mosfs::internals::mount::table::start_ticks(pid).is_none());
+    wait_until("the daemon ends", || mosfs::internals::sys::process::started_at(pid).is_none());
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn an_idle_mount_ends_and_an_open_file_keeps_it() {
     assert!(is_mounted(&mount.at), "a file is open");
     drop(open);
     wait_until("the mount is idle", || !is_mounted(&mount.at));
-    wait_until("the daemon ends", || mosfs::internals::mount::table::start_ticks(pid).is_none());
+    wait_until("the daemon ends", || mosfs::internals::sys::process::started_at(pid).is_none());
     // The same through `mosfs mount`.
     let mount = fixture.mount(&fixture.image(), &["--unsafe-no-verity", "-o", "timeout=1"]);
     wait_until("the mount is idle", || !is_mounted(&mount.at));

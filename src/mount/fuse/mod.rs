@@ -469,7 +469,7 @@ fn record(
     has_log: bool,
 ) -> MountRecord {
     let pid = std::process::id();
-    let start_ticks = table::start_ticks(pid).unwrap_or(0);
+    let start_ticks = sys::process::started_at(pid).unwrap_or(0);
     let file = |ending| files.map(|files| files.with_extension(ending));
     let (log, lock) = (has_log.then(|| file("log")).flatten(), file("lock"));
     let daemon = DaemonRecord { pid, start_ticks, log, lock, errors: Default::default() };
