@@ -118,7 +118,7 @@ fn open_layer(
             let temp = job.writer.temp()?;
             let tar = TarLayer { digest: layer.digest, size: layer.size, compression, diff_id };
             let effort = Effort { packing: Packing::temporary(), ..job.effort };
-            let from = job.from.open(&layer.to_descriptor(), 0)?;
+            let mut from = job.from.open(&layer.to_descriptor(), 0)?;
             let view = match below {
                 [] => None,
                 _ => Some(Merged::new(below.to_vec()).map_err(PuzzlefsError::Tree)?),
@@ -128,8 +128,8 @@ fn open_layer(
                 Some(view) => lower::under(view, &digests, path),
                 None => Ok(LowerEntry::Nothing),
             };
-            let (_, notes) =
-                write_squashfs(from, &tar, &temp.file, effort, &mut below, job.progress).map_err(wrong)?;
+            let (_, notes) = write_squashfs(&mut from, &tar, &temp.file, effort, &mut below, job.progress)
+                .map_err(wrong)?;
             let opened = Squashfs::open(source(&temp)?).map_err(unreadable)?;
             Ok((Arc::new(opened), notes))
         }
