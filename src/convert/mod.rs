@@ -27,6 +27,7 @@ mod lower;
 mod pack;
 pub mod packing;
 pub mod puzzlefs;
+pub mod reuse;
 mod sniff;
 mod squashfs;
 mod tar;
