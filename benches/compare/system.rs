@@ -189,33 +189,29 @@ pub fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str
     ))
 }
 
-/// Makes the layout with the tree as one PuzzleFS image, if it is missing. It has nothing else, which the puzzlefs tool
-/// expects.
-pub fn make_puzzlefs(fixture: &Fixture, mosfs: &Path) -> Result<()> {
-    once(&fixture.puzzlefs(), |to| {
-        let work = fixture.scratch().with_file_name("puzzlefs-work");
-        if work.exists() {
-            fs::remove_dir_all(&work)?;
-        }
-        fs::create_dir(&work)?;
-        let tree = format!(
-            "  tree: {{url: \"oci:{}:three\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}\n",
-            fixture.tar_layout().display()
-        );
-        build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
-        let store = work.join("store");
-        let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
-        let mut names = index["manifests"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
-        let image =
-            names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
-        shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
+/// Makes the layout with the tree as one PuzzleFS image. It has nothing else, which the puzzlefs tool expects.
+pub fn make_puzzlefs(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
+    let work = fixture.scratch().with_file_name("puzzlefs-work");
+    if work.exists() {
         fs::remove_dir_all(&work)?;
-        Ok(())
-    })
+    }
+    fs::create_dir(&work)?;
+    let tree = format!(
+        "  tree: {{url: \"oci:{}:three\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}\n",
+        fixture.tar_layout()?.display()
+    );
+    build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
+    let store = work.join("store");
+    let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
+    let mut names = index["manifests"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
+    let image = names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
+    shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
+    fs::remove_dir_all(&work)?;
+    Ok(())
 }
 
 /// Installs what was built there on the device there.
