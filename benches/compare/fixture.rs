@@ -18,7 +18,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -28,10 +28,13 @@ use mosfs::internals::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{Result, system, work};
+use crate::Result;
 
 /// Packages on top of Debian's minimal base: compilers, headers, Python. 500 MB and 20,000 files, or more.
 const PACKAGES: &str = "build-essential,python3-dev,python3-setuptools,git,cmake,gdb,libssl-dev,libboost-dev,perl,openssl,ca-certificates";
+
+/// The product of every system.
+pub const PRODUCT: &str = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
 
 /// The file of the squashfs image of the whole tree.
 const SQUASHFS_IMAGE: &str = "squashfs.img";
@@ -180,7 +183,7 @@ impl Fixture {
 
     /// The layout with a PuzzleFS image, tag `tree`.
     pub fn puzzlefs(&self) -> Result<PathBuf> {
-        self.image("puzzlefs", |to| system::make_puzzlefs(to, self, &self.mosfs))
+        self.image("puzzlefs", |to| make_puzzlefs(to, self, &self.mosfs))
     }
 
     /// The layout with tar layers, tag `three`.
@@ -459,13 +462,61 @@ pub fn once(to: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
+/// Builds a system of `targets` into `store` in `to`, with new keys where there are none. `options` are more lines of the
+/// import manifest.
+pub fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str) -> Result<()> {
+    let (mosfs, dir) = (mosfs.display(), to.display());
+    fs::write(
+        to.join("import.yaml"),
+        format!("version: {version}\nproduct: {PRODUCT}\n{options}targets:\n{targets}"),
+    )?;
+    if !to.join("keys").exists() {
+        shell(&format!("'{mosfs}' keys generate '{dir}/keys' --product {PRODUCT}"))?;
+    }
+    shell(&format!(
+        "'{mosfs}' build '{dir}/import.yaml' --store '{dir}/store' --key '{dir}/keys/signer.key' --cert '{dir}/keys/signer.pem' \
+         --floor-key '{dir}/keys/floor.key'"
+    ))
+}
+
+/// Makes the layout with the tree as one PuzzleFS image. It has nothing else, which the puzzlefs tool expects.
+fn make_puzzlefs(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
+    let work = fixture.scratch().with_file_name("puzzlefs-work");
+    if work.exists() {
+        fs::remove_dir_all(&work)?;
+    }
+    fs::create_dir(&work)?;
+    let tree = format!(
+        "  tree: {{url: \"oci:{}:three\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}\n",
+        fixture.tar_layout()?.display()
+    );
+    build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
+    let store = work.join("store");
+    let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
+    let mut names = index["manifests"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
+    let image = names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
+    shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
+    fs::remove_dir_all(&work)?;
+    Ok(())
+}
+
+/// Brings a file into the page cache.
+pub fn warm_file(path: &Path) -> Result<()> {
+    io::copy(&mut File::open(path)?, &mut io::sink())?;
+    Ok(())
+}
+
 /// Reads a file, or all blobs of a layout, into memory.
 fn warm(path: &Path) -> Result<()> {
     if path.is_file() {
-        return Ok(work::warm(path)?);
+        return warm_file(path);
     }
     for blob in fs::read_dir(path.join("blobs/sha256"))? {
-        work::warm(&blob?.path())?;
+        warm_file(&blob?.path())?;
     }
     Ok(())
 }

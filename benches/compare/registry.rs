@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::Result;
-use crate::fixture::{Entry, Fixture, once, shell};
+use crate::fixture::{Entry, Fixture, once, shell, warm_file};
 use crate::link::Link;
 use crate::peers;
 use crate::rows::{Goal, Row, Unit, Who, beside, row};
@@ -379,7 +379,7 @@ fn read_all(name: &str, home: &Path, fixture: &Fixture, mosfs: &Path) -> Result<
         mounted = Some(Mounted { mosfs, at: &mnt });
     }
     for blob in fs::read_dir(store.join("blobs/sha256"))? {
-        work::warm(&blob?.path())?;
+        warm_file(&blob?.path())?;
     }
     let files: Vec<&Entry> = fixture.entries.iter().filter(|entry| entry.is_file).collect();
     let began = Instant::now();
