@@ -40,7 +40,7 @@ const FILE_SYSTEM: &str = "ext4";
 /// Space that a system partition has beyond the blobs of the first system, in bytes: the journal and other data of the
 /// file system.
 const RESERVE: u64 = 64 << 20;
-/// How long the kernel may take to show new partitions.
+/// How long the kernel may take to show new partitions, and udev to look at the disk.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How often they are looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -290,7 +290,7 @@ impl Prepared<'_> {
         request.floor.provision()?;
         let path = &disk.path;
         let guard = File::options().read(true).write(true).open(path).on("open", path)?;
-        lock(&guard).map_err(|error| in_use_by_udev(path, error))?;
+        lock_disk(&guard, path)?;
         if found != OnDisk::NotFinished {
             say("partition", &format!("{}: an EFI system partition, and the system's", path.display()));
             let alone = open_exclusive(path).map_err(|error| in_use(path, error))?;
@@ -323,12 +323,23 @@ impl Prepared<'_> {
     }
 }
 
-fn in_use_by_udev(path: &Path, error: io::Error) -> AnyError {
-    if error.kind() == io::ErrorKind::WouldBlock {
-        let by = "another program has locked it".to_string();
-        return SetupError::InUse { path: path.to_path_buf(), by }.into();
+/// Locks a disk, which keeps udev away from it. udev itself holds a lock for a moment, while it looks at a disk that has just
+/// appeared or changed (<https://systemd.io/BLOCK_DEVICE_LOCKING/>).
+fn lock_disk(guard: &File, path: &Path) -> Result<(), AnyError> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match lock(guard) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                return Err(IoError::new("lock", path, error).into());
+            }
+            Err(_) if Instant::now() < end => thread::sleep(LOOK_EVERY),
+            Err(_) => {
+                let by = "another program has locked it".to_string();
+                return Err(SetupError::InUse { path: path.to_path_buf(), by }.into());
+            }
+            Ok(()) => return Ok(()),
+        }
     }
-    IoError::new("lock", path, error).into()
 }
 
 /// Has the kernel show the new partitions. One that reads no GPT, or none of this device, is told of them.

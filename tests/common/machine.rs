@@ -132,6 +132,12 @@ pub struct Machine {
     pub medium_first: bool,
     /// More disks, whose changes are lost.
     pub second: Vec<PathBuf>,
+    /// More disks, whose changes are kept.
+    pub kept: Vec<PathBuf>,
+    /// What the firmware says is its UUID.
+    pub uuid: Option<&'static str>,
+    /// What is run on the host: after which text on the console, and which command.
+    pub host: Vec<(&'static str, String)>,
     /// What is typed on the console: after which text, and which line.
     pub typed: Vec<(&'static str, &'static str)>,
     /// What the machine's clock says at its start.
@@ -162,6 +168,9 @@ impl Machine {
             medium: None,
             medium_first: false,
             second: Vec::new(),
+            kept: Vec::new(),
+            uuid: None,
+            host: Vec::new(),
             typed: Vec::new(),
             rtc: None,
             kernel: "6.12",
@@ -215,6 +224,15 @@ impl Machine {
         }
         for disk in &self.second {
             command.arg("--second").arg(disk);
+        }
+        for disk in &self.kept {
+            command.arg("--kept").arg(disk);
+        }
+        if let Some(uuid) = self.uuid {
+            command.args(["--uuid", uuid]);
+        }
+        for (after, script) in &self.host {
+            command.args(["--run-after", after, "--run", script]);
         }
         for (after, line) in &self.typed {
             command.args(["--type-after", after, "--type", line]);

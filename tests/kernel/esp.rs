@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use mosfs::internals::deploy::System;
 use mosfs::internals::deploy::choice::{Role, choose};
+use mosfs::internals::deploy::{DeployError, System};
 use mosfs::internals::digest::Digest;
+use mosfs::internals::error::Classified;
 use mosfs::internals::floor::{self, FloorLocation};
 use mosfs::internals::trust::Anchor;
 use tempfile::TempDir;
@@ -132,12 +133,18 @@ impl Device {
 
     /// What a boot under a kernel would start, and in which role.
     fn boot(&self, kernel: Option<Digest>) -> Result<(u64, Role), String> {
+        self.try_boot(kernel).map_err(|(_, why)| why)
+    }
+
+    /// The same, with the exit code of a refusal.
+    fn try_boot(&self, kernel: Option<Digest>) -> Result<(u64, Role), (u8, String)> {
         let system = System::at(self.system());
         let config = self.dir.path().join("config");
         let anchor = Anchor::load(&config).unwrap();
         let mut floor = floor::open(&FloorLocation::File(self.system().join("floor")), &config).unwrap();
         let booted = choose(&system, &anchor, floor.as_mut(), kernel, |_, _| Ok(()));
-        booted.map(|booted| (booted.deployment.version, booted.role)).map_err(|error| error.to_string())
+        let refused = |error: DeployError| (error.class().exit_code(), error.to_string());
+        booted.map(|booted| (booted.deployment.version, booted.role)).map_err(refused)
     }
 
     /// Starts what systemd-boot would start: kernels without tries left come last, then the highest version comes
@@ -240,6 +247,44 @@ fn another_kernel_is_on_trial_until_its_version_is_committed() {
     assert_eq!(device.boot(Some(second)), Ok((202, Role::Current)));
 }
 
+/// Acceptance: whoever can write the disk puts everything back as it was: an old kernel, signed as it is, and the old system
+/// with its state file. The floor, which a TPM keeps, stays where it is.
+#[test]
+fn an_old_kernel_that_is_put_back_starts_nothing_also_with_the_old_state() {
+    let device = Device::installed();
+    device.commit();
+    let [first, second] = kernel_ids();
+    let (system, floor) = (device.system(), device.system().join("floor"));
+    sh(device.dir.path(), "cp -a system old-system && cp -a esp old-esp");
+    device.run(&update(202));
+    assert_eq!(device.boot(Some(second)), Ok((202, Role::Pending)));
+    device.record(202);
+    device.commit();
+    device.expect(&[&name(202, 1, "")]);
+    // The kernel alone: the system that is current has another one.
+    sh(device.dir.path(), "cp -a old-esp/EFI/Linux/. esp/EFI/Linux/");
+    device.expect(&[&name(200, 0, ""), &name(202, 1, "")]);
+    let (code, why) = device.try_boot(Some(first)).unwrap_err();
+    assert!(why.contains("its kernel is not running"), "{why}");
+    assert_eq!(code, 3, "{why}");
+    // The next command removes it.
+    device.run(&["gc".into()]);
+    device.expect(&[&name(202, 1, "")]);
+    // All of it: its own kernel runs, and its signatures are good.
+    let raised = fs::read(&floor).unwrap();
+    sh(device.dir.path(), "rm -r system esp && mv old-system system && mv old-esp esp");
+    fs::write(&floor, raised).unwrap();
+    assert!(system.join("state.json").exists());
+    for kernel in [first, second] {
+        let (code, why) = device.try_boot(Some(kernel)).unwrap_err();
+        assert!(
+            why.contains("version 200 is below the floor: this device allows version 202 and up"),
+            "{why}"
+        );
+        assert_eq!(code, 4, "{why}");
+    }
+}
+
 #[test]
 fn a_version_may_go_back_to_an_older_kernel() {
     let device = Device::installed();
@@ -316,6 +361,18 @@ fn without_room_nothing_is_fetched() {
         "{said}"
     );
     assert_eq!((blobs(), device.state()["pending"].clone()), (before, state));
+    // Acceptance: a file of another system fills it. Nothing on it is touched, and no byte is written.
+    let other = device.esp().join("EFI/Other");
+    fs::create_dir(&other).unwrap();
+    let free = sh(&device.esp(), "df --output=avail -B1 . | tail -n 1");
+    sh(&other, &format!("fallocate -l {} data", free.trim()));
+    let before = (device.snapshot(), blobs());
+    let output = run_any(&mut device.command(&update(202)));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let begin = format!("\nmosfs: the EFI system partition {} has 0 bytes free", device.esp().display());
+    assert!(said.contains(&begin) && said.contains("arch.efi (100000 bytes)"), "{said}");
+    assert_eq!((device.snapshot(), blobs()), before);
     drop(mount);
 }
 

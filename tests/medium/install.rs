@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use super::fixture::Publisher;
+use super::fixture::{MOSFS, Publisher};
 use super::machine::Cut;
 use super::real::{CMDLINE, Device, System, build, fat, medium, publisher, run_until, steps};
 use super::tools::sh;
@@ -220,4 +220,49 @@ fn with_secure_boot_only_a_signed_medium_starts() {
     machine.secure_boot = true;
     fs::copy("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd", device.path("vars.fd")).unwrap();
     run_until(&machine, "Access Denied").without(&["MOSFS-INSTALL-VERDICT", "Linux version"]);
+}
+
+/// A provisioning key that is elsewhere: the second medium carries the nonce there and the signature back. The machine stays
+/// on meanwhile; a nonce of before, or a signature over one, serves nobody.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn a_medium_carries_a_nonce_to_a_key_that_is_elsewhere_and_the_signature_back() {
+    const UUID: &str = "4c4c4544-0042-3510-8054-b4c04f4a4d32";
+    const OUT: &str = "Leave this machine on: when it starts again, it makes another nonce.";
+    let (publisher, _) = published();
+    let medium = with_answers("remote", "disk: only-empty\nfloor: remote\n");
+    let device = Device::new(publisher);
+    let public = fs::read_to_string(publisher.path("keys/provision.pub")).unwrap();
+    let stick = device.path("stick.img");
+    fat(&stick, "MOSFS-PROVI", "provision.pub", &public);
+    let mut machine = device.machine(&medium, "cd");
+    machine.uuid = Some(UUID);
+    machine.second.clear();
+    machine.kept = vec![stick.clone()];
+    let before = device.disk();
+    // The machine is switched off while it waits.
+    run_until(&machine, OUT);
+    assert_eq!(device.disk(), before, "the disk is not written before the floor is there");
+    // What the holder of the key does.
+    let (stick, folder) = (stick.display(), device.path("."));
+    let (nonce, signature) = (format!("nonce-{UUID}"), format!("signature-{UUID}"));
+    let sign = format!(
+        "cd {folder}; mcopy -n -o -i {stick} ::/{nonce} .; test $(stat -c %s {nonce}) = 36; \
+         {MOSFS} floor sign-provision --nonce {nonce} --key {key} --output {signature}",
+        folder = folder.display(),
+        key = publisher.path("keys/provision.key").display(),
+    );
+    sh(&folder, &sign);
+    let put = format!("mcopy -o -i {stick} {}/{signature} ::/", folder.display());
+    machine.host = vec![
+        // Over the nonce of before.
+        (OUT, put.clone()),
+        (OUT, format!("! mdir -i {stick} ::/{signature}; {sign}; {put}")),
+    ];
+    machine.typed = vec![("Press Enter to try again.", "")];
+    let refused =
+        "MOSFS-INSTALL-VERDICT: 5 the signature is not the provisioning key's over the nonce of this session";
+    let found = format!("mosfs: /{signature} is on /dev/vdb");
+    let ended = machine.expect(0, &[&[refused, &found][..], &UP].concat());
+    assert_eq!(ended.console.matches(OUT).count(), 2, "{}", ended.console);
 }

@@ -6,16 +6,19 @@ mod debian;
 #[path = "../kernel/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
+#[path = "../common/nbd.rs"]
+mod nbd;
 #[path = "../common/swtpm.rs"]
 #[allow(dead_code)]
 mod swtpm;
 #[path = "../common/tools.rs"]
 mod tools;
 
+mod power;
 mod remote;
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -118,6 +121,16 @@ impl Disk {
         format!("{}p{number}", self.device)
     }
 
+    /// Keeps udev away while its partitions are looked at. A kernel that reads no GPT forgets them when udev asks it to read
+    /// the table again, and is told of them here; any other has them already.
+    fn held(&self) -> File {
+        let device = File::open(&self.device).unwrap();
+        device.lock().unwrap();
+        let mut command = Command::new("partx");
+        let _ = command.args(["--add", &self.device]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        device
+    }
+
     /// Mounts the system partition read-only for a look.
     fn look<T>(&self, look: impl FnOnce(&Path) -> T) -> T {
         let place = TempDir::new().unwrap();
@@ -141,6 +154,7 @@ impl Disk {
 
     /// The whole of what a setup makes: both partitions, the system, its kernel, and no mark.
     fn expect_installed(&self, version: u64) {
+        let _held = self.held();
         let table = sh(Path::new("/"), &format!("sfdisk -d {}", self.device));
         assert!(table.contains("label: gpt"), "{table}");
         let line = |name: &str| {
@@ -387,6 +401,28 @@ fn a_disk_that_cannot_be_used_is_refused() {
     run(Command::new("e2fsck").args(["-fn", &part]));
 }
 
+/// udev locks a disk for a moment, while it looks at what is new; a program that keeps the lock uses the disk.
+#[test]
+fn a_lock_on_the_disk_is_waited_for() {
+    let (disk, machine) = (Disk::new(), Machine::provisioned());
+    let holder = File::open(&disk.device).unwrap();
+    holder.lock_shared().unwrap();
+    let words = ["--disk", &disk.device];
+    let why = format!("{} is in use: another program has locked it", disk.device);
+    refused_untouched(&disk, &mut machine.setup(200, &words), 1, &why);
+    let mut child = machine.setup(200, &words).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("floor: ") {
+        line.clear();
+        assert_ne!(said.read_line(&mut line).unwrap(), 0);
+    }
+    holder.unlock().unwrap();
+    said.read_to_string(&mut line).unwrap();
+    assert!(child.wait().unwrap().success(), "{line}");
+    disk.expect_installed(200);
+}
+
 /// The size that the error asks for is enough, with sectors of either size, and nothing less is.
 #[test]
 fn the_smallest_disk_is_set_up() {
@@ -457,7 +493,18 @@ fn a_disk_with_large_sectors_is_set_up() {
         "{table}"
     );
     assert!(table.contains("start=      131328"), "{table}");
+    let held = disk.held();
     run(Command::new("fsck.fat").args(["-n", &disk.part(1)]));
+    // What is on it is what was signed, as other tools read it.
+    let id = &publisher().kernel_id("store", 200)[..12];
+    let kernel = publisher().unpack("store", 200).join("mosfs.efi");
+    assert_eq!(
+        sh(Path::new("/"), &format!("mtype -i {} ::/EFI/Linux/mosfs-200-{id}.efi | sha256sum", disk.part(1))),
+        sh(Path::new("/"), &format!("sha256sum < {}", kernel.display()))
+    );
+    run(Command::new("e2fsck").args(["-fn", &disk.part(2)]));
+    disk.look(|system| assert!(current(system).starts_with("200-")));
+    drop(held);
     let said = machine.ok(200, &["--disk", &disk.device]);
     assert!(said.contains("is installed already"), "{said}");
 }
@@ -516,6 +563,25 @@ fn the_floor_of_the_tpm_is_asked_before_the_disk_is_written() {
         command.arg("--provision-key").arg(key),
         2,
         "expected an authorization by the floor key",
+    );
+    // The right key, authorized for another product.
+    let key = others.path().join("provision.key");
+    sh(
+        others.path(),
+        &format!(
+            "openssl pkey -in {0} >provision.key && openssl pkey -in {0} -pubout >pub && {MOSFS} floor authorize \
+             --provision-pub pub --key {1} --product 00000000-0000-4000-8000-000000000001 >>provision.key && \
+             chmod 600 provision.key",
+            publisher().path("keys/provision.key").display(),
+            publisher().path("keys/floor.key").display()
+        ),
+    );
+    let mut command = machine.setup(200, &words);
+    refused_untouched(
+        &disk,
+        command.arg("--provision-key").arg(key),
+        2,
+        &format!("this provisioning key and product {PRODUCT}, found 1 for another key or product"),
     );
     // No TPM at all.
     let mut command = machine.setup(200, &words);
@@ -652,12 +718,20 @@ fn the_disk_that_the_system_comes_from_is_never_taken() {
             store.display()
         ),
     );
-    for words in [vec!["--disk", &disk.device], vec!["--disk", &disk.device, "--wipe", &disk.device]] {
+    let setup = |words: &[&str]| {
         let mut command = machine.mosfs(&["setup"]);
         command.arg(format!("oci:{}/store:200", place.path().display())).args(words);
+        command
+    };
+    for words in [&["--disk", &disk.device][..], &["--disk", &disk.device, "--wipe", &disk.device]] {
         let why = format!("{} holds the medium that the system is installed from", disk.device);
-        refused_untouched(&disk, &mut command, 1, &why);
+        refused_untouched(&disk, &mut setup(words), 1, &why);
     }
+    // Acceptance: not one byte of it is written while another disk is set up.
+    let (other, before) = (Disk::new(), disk.digest());
+    run(&mut setup(&["--disk", &other.device]));
+    other.expect_installed(200);
+    assert_eq!(disk.digest(), before);
     run(Command::new("umount").arg(place.path()));
 }
 
