@@ -45,7 +45,8 @@ static FILTER_BEFORE: OnceLock<Option<String>> = OnceLock::new();
 pub fn leave_memory_out_of_dumps() {
     FILTER_BEFORE.get_or_init(|| {
         let path = OsStr::from_bytes(DUMP_FILTER.to_bytes());
-        let before = fs::read_to_string(path).ok().map(|text| format!("0x{}", text.trim()));
+        let before = super::file::read_named(path.as_ref(), 64).ok();
+        let before = before.map(|text| format!("0x{}", String::from_utf8_lossy(&text).trim()));
         if before.is_none() || fs::write(path, NO_MEMORY).is_err() {
             // SAFETY: no pointers.
             unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
