@@ -11,9 +11,8 @@ use common::commands::{join, need_root, run};
 use common::layers::{self, layer};
 use common::system::{build, image_name, import_manifest, keys, scratch, source};
 
-/// Mounts with an upper layer, which is where mosfs makes mounts of its own on the way. All are in the chroot, so
-/// `$MOUNTS` is what its surroundings see of them.
-const SCRIPT: &str = r#"
+/// Makes the chroot `$root` on a mount that is shared.
+const CHROOT: &str = r#"
 set -eu
 mount -t tmpfs outer "$T/outer"
 mount --make-shared "$T/outer"
@@ -21,11 +20,16 @@ root=$T/outer/root
 mkdir -p "$root/usr" "$root/etc" "$root/dev" "$root/proc" "$root/run" "$root/tmp" "$root/m" "$root/work" "$root/program"
 for link in bin sbin lib lib64; do ln -s "usr/$link" "$root/$link"; done
 mount --rbind /usr "$root/usr"
-mount --bind /etc "$root/etc"
 mount --rbind /dev "$root/dev"
 mount -t proc proc "$root/proc"
 mount --bind "$T/work" "$root/work"
 mount --bind "$PROGRAM" "$root/program"
+"#;
+
+/// Mounts with an upper layer, which is where mosfs makes mounts of its own on the way. All are in the chroot, so
+/// `$MOUNTS` is what its surroundings see of them.
+const WRITABLE: &str = r#"
+mount --bind /etc "$root/etc"
 mounts() { awk -v outer="$T/outer" 'index($5, outer) == 1 { print substr($5, length(outer) + 1), $(NF - 2) }' /proc/self/mountinfo; }
 mounts >"$T/before"
 chroot "$root" /program/mosfs mount --backend fuse --upper /work/changes "$SOURCE" /m
@@ -38,8 +42,32 @@ echo "-- left"
 diff "$T/before" "$T/after" || true
 "#;
 
+/// Mounts and unmounts as an ordinary user, where /etc has a name for that user, and nothing else.
+const USER: &str = r#"
+echo 'nobody:x:65534:65534:nobody:/:/bin/sh' >"$root/etc/passwd"
+chmod 1777 "$root/tmp"
+chown 65534 "$root/m"
+chroot "$root" setpriv --reuid 65534 --regid 65534 --clear-groups sh -ec '
+	/program/mosfs mount --backend fuse "$SOURCE" /m
+	cat /m/file
+	/program/mosfs umount /m
+	ls -A /m'
+"#;
+
 #[test]
 fn a_writable_mount_in_a_chroot_whose_root_is_no_mount_point() {
+    // Nothing but the mount itself came out of it, and nothing stayed.
+    assert_eq!(in_chroot(WRITABLE), "as it was\nchanged\nchanged\n-- new\n> /root/m overlay\n-- left\n");
+}
+
+/// A minimal chroot has no /etc/mtab, without which fusermount3 does not unmount.
+#[test]
+fn a_user_unmounts_in_a_chroot_without_mtab() {
+    assert_eq!(in_chroot(USER), "as it was\n");
+}
+
+/// Builds an image with one file, and runs a script that begins with [`CHROOT`]. Returns what it printed.
+fn in_chroot(script: &str) -> String {
     need_root();
     let dir = scratch();
     let work = dir.path().join("work");
@@ -55,13 +83,11 @@ fn a_writable_mount_in_a_chroot_whose_root_is_no_mount_point() {
     run(&mut build(&manifest, &store, &keys(&work)));
 
     let program = Path::new(env!("CARGO_BIN_EXE_mosfs")).parent().expect("a folder");
-    let mut script = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/private-mounts"));
-    script.args(["bash", "-c", SCRIPT]).env("T", dir.path()).env("PROGRAM", program);
-    script.env("SOURCE", source(Path::new("/work/store"), &image_name(&store)));
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/private-mounts"));
+    command.args(["bash", "-c", &format!("{CHROOT}{script}")]).env("T", dir.path()).env("PROGRAM", program);
+    command.env("SOURCE", source(Path::new("/work/store"), &image_name(&store)));
     for name in ["MOSFS_SYSTEM", "MOSFS_CONFIG", "MOSFS_FAILPOINT", "MOSFS_RUN"] {
-        script.env_remove(name);
+        command.env_remove(name);
     }
-    let said = run(&mut script);
-    // Nothing but the mount itself came out of it, and nothing stayed.
-    assert_eq!(said, "as it was\nchanged\nchanged\n-- new\n> /root/m overlay\n-- left\n");
+    run(&mut command)
 }

@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Advice, fadvise};
 
 use crate::Result;
-use crate::fixture::{Fixture, once, shell};
+use crate::fixture::{Fixture, build, once, shell};
 use crate::peers;
 use crate::rows::{Goal, Row, Unit, Who, beside, row};
-use crate::system::{build, install, on_device, words};
+use crate::system::{install, on_device, words};
 
 /// Containers of the system.
 const CONTAINERS: usize = 10;

@@ -12,11 +12,13 @@
 //! DIR/tars/               layout with tar layers: tag three; and the tars beside it
 //! ```
 //!
-//! Each is made under another name and renamed when it is whole.
+//! The tree is always made; an image, when a row first asks for it. Each is made under another name and renamed when it is
+//! whole.
 
-use std::collections::HashSet;
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -30,6 +32,12 @@ use crate::Result;
 
 /// Packages on top of Debian's minimal base: compilers, headers, Python. 500 MB and 20,000 files, or more.
 const PACKAGES: &str = "build-essential,python3-dev,python3-setuptools,git,cmake,gdb,libssl-dev,libboost-dev,perl,openssl,ca-certificates";
+
+/// The product of every system.
+pub const PRODUCT: &str = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
+
+/// The file of the squashfs image of the whole tree.
+const SQUASHFS_IMAGE: &str = "squashfs.img";
 
 /// Options of every squashfs image, as mosfs makes them.
 const SQUASHFS: &[&str] = &["-comp", "zstd", "-b", "131072", "-noappend", "-no-progress", "-quiet"];
@@ -53,13 +61,17 @@ pub struct Entry {
 /// The tree and its images.
 pub struct Fixture {
     dir: PathBuf,
+    /// The mosfs command, which makes the PuzzleFS image.
+    mosfs: PathBuf,
     /// All paths of the tree, in the order of their names.
     pub entries: Vec<Entry>,
+    /// The images that a row has asked for.
+    used: RefCell<BTreeSet<PathBuf>>,
 }
 
 impl Fixture {
-    /// Makes what is missing in `dir`, but for what mosfs makes.
-    pub fn make(dir: &Path) -> Result<Self> {
+    /// Makes the tree in `dir` where it is missing.
+    pub fn make(dir: &Path, mosfs: &Path) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let dir = dir.canonicalize()?;
         once(&dir.join("tree.tar"), |to| {
@@ -78,29 +90,35 @@ impl Fixture {
                 tar.display()
             ))
         })?;
-        let mut fixture = Self { entries: Vec::new(), dir };
+        let mut fixture = Self { dir, mosfs: mosfs.into(), entries: Vec::new(), used: RefCell::default() };
         walk(&fixture.tree(), Path::new(""), &mut fixture.entries)?;
         fixture.entries.sort_by(|a, b| a.path.cmp(&b.path));
-        let tree = fixture.tree().display().to_string();
-        once(&fixture.squashfs(), |to| {
-            shell(&format!("mksquashfs '{tree}' '{}' {}", to.display(), SQUASHFS.join(" ")))
-        })?;
-        once(&fixture.erofs(), |to| {
-            shell(&format!("mkfs.erofs --quiet -zlz4hc -C16384 '{}' '{tree}'", to.display()))
-        })?;
-        once(&fixture.erofs_layers(), |to| {
-            let image = to.join("erofs.img");
-            fs::create_dir_all(to)?;
-            fs::copy(fixture.erofs(), &image)?;
-            new_layout(to, &[("erofs", vec![image])])
-        })?;
-        once(&fixture.layers(), |to| {
-            fs::copy(fixture.squashfs(), one_image(to)?)?;
-            fixture.make_layers(to, "zstd", &[("three", 3), ("twenty", 20)])
-        })?;
-        once(&fixture.lz4_layers(), |to| fixture.make_layers(to, "lz4 -Xhc", &[("three", 3)]))?;
-        once(&fixture.dir.join("tars"), |to| fixture.make_tars(to))?;
         Ok(fixture)
+    }
+
+    /// Makes all images that are missing.
+    pub fn make_images(&self) -> Result<()> {
+        self.squashfs()?;
+        self.erofs_layers()?;
+        self.layers()?;
+        self.lz4_layers()?;
+        self.puzzlefs()?;
+        Ok(())
+    }
+
+    /// Reads the images that rows have asked for into memory.
+    pub fn warm(&self) -> Result<()> {
+        self.used.borrow().iter().try_for_each(|path| warm(path))
+    }
+
+    /// A file or a layout of this name, made where it is missing. It is in memory from the first call on.
+    fn image(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        let path = self.dir.join(name);
+        once(&path, make)?;
+        if self.used.borrow_mut().insert(path.clone()) {
+            warm(&path)?;
+        }
+        Ok(path)
     }
 
     /// The entries that a user sees who owns none of them, and which of these are readable for that user.
@@ -123,38 +141,56 @@ impl Fixture {
     }
 
     /// The squashfs image of the whole tree.
-    pub fn squashfs(&self) -> PathBuf {
-        self.dir.join("squashfs.img")
+    pub fn squashfs(&self) -> Result<PathBuf> {
+        self.image(SQUASHFS_IMAGE, |to| {
+            let tree = self.tree();
+            shell(&format!("mksquashfs '{}' '{}' {}", tree.display(), to.display(), SQUASHFS.join(" ")))
+        })
     }
 
     /// The erofs image of the whole tree.
-    pub fn erofs(&self) -> PathBuf {
-        self.dir.join("erofs-16k.img")
+    pub fn erofs(&self) -> Result<PathBuf> {
+        self.image("erofs-16k.img", |to| {
+            let tree = self.tree();
+            shell(&format!("mkfs.erofs --quiet -zlz4hc -C16384 '{}' '{}'", to.display(), tree.display()))
+        })
     }
 
     /// The layout with an erofs + verity layer.
-    pub fn erofs_layers(&self) -> PathBuf {
-        self.dir.join("erofs-16k-layers")
+    pub fn erofs_layers(&self) -> Result<PathBuf> {
+        let whole = self.erofs()?;
+        self.image("erofs-16k-layers", |to| {
+            let image = to.join("erofs.img");
+            fs::create_dir_all(to)?;
+            fs::copy(whole, &image)?;
+            new_layout(to, &[("erofs", vec![image])])
+        })
     }
 
     /// The layout with squashfs + verity layers.
-    pub fn layers(&self) -> PathBuf {
-        self.dir.join("layers")
+    pub fn layers(&self) -> Result<PathBuf> {
+        let whole = self.squashfs()?;
+        self.image("layers", |to| {
+            fs::copy(whole, one_image(to)?)?;
+            self.make_layers(to, "zstd", &[("three", 3), ("twenty", 20)])
+        })
     }
 
     /// The layout with layers in lz4hc, tag `three`.
-    pub fn lz4_layers(&self) -> PathBuf {
-        self.dir.join("lz4-layers")
+    pub fn lz4_layers(&self) -> Result<PathBuf> {
+        self.image("lz4-layers", |to| self.make_layers(to, "lz4 -Xhc", &[("three", 3)]))
     }
 
     /// The layout with a PuzzleFS image, tag `tree`.
-    pub fn puzzlefs(&self) -> PathBuf {
-        self.dir.join("puzzlefs")
+    pub fn puzzlefs(&self) -> Result<PathBuf> {
+        self.image("puzzlefs", |to| make_puzzlefs(to, self, &self.mosfs))
     }
 
     /// The layout with tar layers, tag `three`.
-    pub fn tar_layout(&self) -> PathBuf {
-        self.dir.join("tars/layout")
+    pub fn tar_layout(&self) -> Result<PathBuf> {
+        let tars = self.dir.join("tars");
+        once(&tars, |to| self.make_tars(to))?;
+        Ok(tars.join("layout"))
     }
 
     /// A folder for what a row makes and throws away.
@@ -166,13 +202,14 @@ impl Fixture {
     pub fn describe(&self) -> String {
         let files = self.entries.iter().filter(|e| e.is_file).count();
         let bytes: u64 = self.entries.iter().filter(|e| e.is_file).map(|e| e.size).sum();
-        let image = fs::metadata(self.squashfs()).map_or(0, |m| m.len());
+        let image = fs::metadata(self.dir.join(SQUASHFS_IMAGE));
+        let image =
+            image.map_or(String::new(), |m| format!("; squashfs zstd 128K {} MB", m.len() / 1_000_000));
         format!(
-            "Debian {} with compilers and Python: {} entries, {files} files, {} MB; squashfs zstd 128K {} MB",
+            "Debian {} with compilers and Python: {} entries, {files} files, {} MB{image}",
             suite(),
             self.entries.len(),
             bytes / 1_000_000,
-            image / 1_000_000
         )
     }
 
@@ -422,6 +459,65 @@ pub fn once(to: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     }
     make(&part)?;
     fs::rename(&part, to)?;
+    Ok(())
+}
+
+/// Builds a system of `targets` into `store` in `to`, with new keys where there are none. `options` are more lines of the
+/// import manifest.
+pub fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str) -> Result<()> {
+    let (mosfs, dir) = (mosfs.display(), to.display());
+    fs::write(
+        to.join("import.yaml"),
+        format!("version: {version}\nproduct: {PRODUCT}\n{options}targets:\n{targets}"),
+    )?;
+    if !to.join("keys").exists() {
+        shell(&format!("'{mosfs}' keys generate '{dir}/keys' --product {PRODUCT}"))?;
+    }
+    shell(&format!(
+        "'{mosfs}' build '{dir}/import.yaml' --store '{dir}/store' --key '{dir}/keys/signer.key' --cert '{dir}/keys/signer.pem' \
+         --floor-key '{dir}/keys/floor.key'"
+    ))
+}
+
+/// Makes the layout with the tree as one PuzzleFS image. It has nothing else, which the puzzlefs tool expects.
+fn make_puzzlefs(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
+    let work = fixture.scratch().with_file_name("puzzlefs-work");
+    if work.exists() {
+        fs::remove_dir_all(&work)?;
+    }
+    fs::create_dir(&work)?;
+    let tree = format!(
+        "  tree: {{url: \"oci:{}:three\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}\n",
+        fixture.tar_layout()?.display()
+    );
+    build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
+    let store = work.join("store");
+    let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
+    let mut names = index["manifests"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
+    let image = names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
+    shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
+    fs::remove_dir_all(&work)?;
+    Ok(())
+}
+
+/// Brings a file into the page cache.
+pub fn warm_file(path: &Path) -> Result<()> {
+    io::copy(&mut File::open(path)?, &mut io::sink())?;
+    Ok(())
+}
+
+/// Reads a file, or all blobs of a layout, into memory.
+fn warm(path: &Path) -> Result<()> {
+    if path.is_file() {
+        return warm_file(path);
+    }
+    for blob in fs::read_dir(path.join("blobs/sha256"))? {
+        warm_file(&blob?.path())?;
+    }
     Ok(())
 }
 

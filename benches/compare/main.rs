@@ -20,7 +20,6 @@ mod system;
 mod table;
 mod work;
 
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
@@ -117,10 +116,9 @@ fn run(args: &Args) -> Result<()> {
         let text = fs::read(args.output.join("report.json"))?;
         return page::write(&args.output, &Figures::from_json(&serde_json::from_slice(&text)?)?);
     }
-    let fixture = Fixture::make(&args.dir)?;
-    system::make_puzzlefs(&fixture, &args.mosfs)?;
+    let fixture = Fixture::make(&args.dir, &args.mosfs)?;
     if args.prepare {
-        return Ok(());
+        return fixture.make_images();
     }
     let figures = measure(args, &fixture)?;
     report::print(&figures);
@@ -132,29 +130,39 @@ fn run(args: &Args) -> Result<()> {
 fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
     let mnt = fixture.scratch().with_file_name("mnt");
     fs::create_dir_all(&mnt)?;
-    let image = |tag: &str| format!("oci:{}:{tag}", fixture.layers().display());
-    let words = BTreeMap::from([
-        ("mnt", mnt.display().to_string()),
-        ("squashfs", fixture.squashfs().display().to_string()),
-        ("erofs", fixture.erofs().display().to_string()),
-        ("tar", format!("{}:three", fixture.tar_layout().display())),
-        ("erofs_layer", format!("oci:{}:erofs", fixture.erofs_layers().display())),
-        ("one", image("one")),
-        ("three", image("three")),
-        ("twenty", image("twenty")),
-        ("lz4", format!("oci:{}:three", fixture.lz4_layers().display())),
-        ("puzzlefs", format!("{}:tree", fixture.puzzlefs().display())),
-        ("mosfs", args.mosfs.display().to_string()),
-    ]);
+    let word = |name: &str| -> Result<Option<String>> {
+        let oci = |layout: PathBuf, tag: &str| format!("oci:{}:{tag}", layout.display());
+        Ok(Some(match name {
+            "mnt" => mnt.display().to_string(),
+            "mosfs" => args.mosfs.display().to_string(),
+            "squashfs" => fixture.squashfs()?.display().to_string(),
+            "erofs" => fixture.erofs()?.display().to_string(),
+            "tar" => format!("{}:three", fixture.tar_layout()?.display()),
+            "erofs_layer" => oci(fixture.erofs_layers()?, "erofs"),
+            "one" | "three" | "twenty" => oci(fixture.layers()?, name),
+            "lz4" => oci(fixture.lz4_layers()?, "three"),
+            "puzzlefs" => format!("{}:tree", fixture.puzzlefs()?.display()),
+            _ => return Ok(None),
+        }))
+    };
     let chosen: Vec<&Row> =
         table::all().filter(|row| args.rows.is_empty() || args.rows.iter().any(|id| id == row.id)).collect();
     let user = Apart::as_user(&args.dir.canonicalize()?, &fixture.for_others())?;
     let one_core = Apart::on_one_core(&args.dir.canonicalize()?, &mnt, &fixture.entries)?;
+    let takes_part = |row: &Row, name: &str, only: &Option<Vec<String>>| {
+        let named = only.as_ref().is_some_and(|ids| ids.iter().any(|id| id == row.id));
+        match row.who {
+            Who::All => only.is_none() || named,
+            Who::Named => named,
+            Who::NamedAndOurs => named || name == rows::OURS,
+            Who::Programs => false,
+        }
+    };
     let wanted = |name: &str, only: &Option<Vec<String>>| {
         (args.peers.is_empty() || args.peers.iter().any(|n| n == name))
-            && only.as_ref().is_none_or(|ids| chosen.iter().any(|row| ids.iter().any(|id| id == row.id)))
+            && chosen.iter().any(|row| takes_part(row, name, only))
     };
-    let (peers, unusable) = peers::load(&args.config, &words, user.mnt(), wanted, |peer| {
+    let (peers, unusable) = peers::load(&args.config, &word, user.mnt(), wanted, |peer| {
         if peer.as_user { user.check(peer) } else { apart::check(peer, &mnt, &fixture.entries) }
     })?;
     for peer in &unusable {
@@ -172,13 +180,7 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
     for row in chosen {
         eprintln!("{}", row.title);
         // Cold means a fresh mount of an image that is in memory.
-        work::warm(&fixture.squashfs())?;
-        work::warm(&fixture.erofs())?;
-        for layout in [fixture.layers(), fixture.lz4_layers(), fixture.erofs_layers(), fixture.puzzlefs()] {
-            for blob in fs::read_dir(layout.join("blobs/sha256"))? {
-                work::warm(&blob?.path())?;
-            }
-        }
+        fixture.warm()?;
         let ticks = machine::Ticks::now();
         let samples = if row.who == Who::Programs {
             let programs: Vec<_> = table::programs(row).iter().map(|name| (name.to_string(), runs)).collect();
@@ -186,17 +188,8 @@ fn measure(args: &Args, fixture: &Fixture) -> Result<Figures> {
                 table::run_program(row, &programs[n].0, fixture, &args.mosfs)
             })?
         } else {
-            let named =
-                |peer: &&peers::Peer| peer.rows.as_ref().is_some_and(|ids| ids.iter().any(|id| id == row.id));
-            let part: Vec<&peers::Peer> = peers
-                .iter()
-                .filter(|peer| match row.who {
-                    Who::All => peer.rows.is_none() || named(peer),
-                    Who::Named => named(peer),
-                    Who::NamedAndOurs => named(peer) || peer.name == rows::OURS,
-                    Who::Programs => false,
-                })
-                .collect();
+            let part: Vec<&peers::Peer> =
+                peers.iter().filter(|peer| takes_part(row, &peer.name, &peer.rows)).collect();
             let names: Vec<_> =
                 part.iter().map(|peer| (peer.name.clone(), peer.runs.unwrap_or(usize::MAX))).collect();
             interleave(&names, runs * row.times, |n| {

@@ -131,8 +131,8 @@ pub fn run(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Result<Opt
 
 /// The command without the mount point.
 fn mount_command(name: &str, fixture: &Fixture, mosfs: &Path) -> Result<Vec<String>> {
-    let squashfs = fixture.squashfs().display().to_string();
-    let three = format!("oci:{}:three", fixture.layers().display());
+    let squashfs = fixture.squashfs()?.display().to_string();
+    let three = format!("oci:{}:three", fixture.layers()?.display());
     let words = match name {
         KERNEL => vec!["mount", "-t", "squashfs", "-o", "ro,loop", &squashfs],
         SQUASHFUSE => vec!["squashfuse_ll", &squashfs],

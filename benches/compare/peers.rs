@@ -1,6 +1,5 @@
 //! The peers, as `benches/peers.conf` lists them, and how they are mounted and unmounted.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -37,13 +36,14 @@ pub struct Unusable {
     pub why: String,
 }
 
-/// Reads the configuration; `words` are the values of what stands in braces.
+/// Reads the configuration; `word` returns the value of what stands in braces, or None where it means nothing. It is asked
+/// only for the words of peers that are wanted.
 ///
 /// `user_mnt` is `{mnt}` for peers of a user. A peer is tried once: one that does not mount, or does not show the tree, is
 /// left out with the reason that `attempt` has found.
 pub fn load(
     path: &Path,
-    words: &BTreeMap<&str, String>,
+    word: &dyn Fn(&str) -> Result<Option<String>>,
     user_mnt: &Path,
     wanted: impl Fn(&str, &Option<Vec<String>>) -> bool,
     attempt: impl Fn(&Peer) -> Result<()>,
@@ -79,13 +79,13 @@ pub fn load(
         if !wanted(name, &rows) {
             continue;
         }
-        let mut words = words.clone();
-        if as_user {
-            words.insert("mnt", user_mnt.display().to_string());
-        }
+        let value = |name: &str| match name {
+            "mnt" if as_user => Ok(Some(user_mnt.display().to_string())),
+            _ => word(name),
+        };
         let command = |text: &str| -> Result<Vec<String>> {
             text.split_whitespace()
-                .map(|word| fill(word, &words).map_err(|e| format!("{}: {e}", at()).into()))
+                .map(|word| fill(word, &value).map_err(|e| format!("{}: {e}", at()).into()))
                 .collect()
         };
         let alternatives: Vec<Vec<String>> = mount.split('\u{1}').map(command).collect::<Result<_>>()?;
@@ -124,12 +124,16 @@ pub fn load(
 }
 
 /// Puts values in the place of `{words}`.
-fn fill(word: &str, words: &BTreeMap<&str, String>) -> std::result::Result<String, String> {
-    let mut text = word.to_string();
-    for (name, value) in words {
-        text = text.replace(&format!("{{{name}}}"), value);
+fn fill(text: &str, value: &dyn Fn(&str) -> Result<Option<String>>) -> Result<String> {
+    let (mut filled, mut rest) = (String::new(), text);
+    while let Some((before, after)) = rest.split_once('{') {
+        let unknown = || format!("nothing is known for '{text}'");
+        let (name, after) = after.split_once('}').ok_or_else(unknown)?;
+        filled += before;
+        filled += &value(name)?.ok_or_else(unknown)?;
+        rest = after;
     }
-    if text.contains('{') { Err(format!("nothing is known for '{word}'")) } else { Ok(text) }
+    Ok(filled + rest)
 }
 
 impl Peer {

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::Result;
-use crate::fixture::{Entry, Fixture, once, shell};
+use crate::fixture::{Entry, Fixture, once, shell, warm_file};
 use crate::link::Link;
 use crate::peers;
 use crate::rows::{Goal, Row, Unit, Who, beside, row};
@@ -180,9 +180,9 @@ fn make(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
             registry.address
         ))
     };
-    copy(&fixture.layers(), "plain")?;
-    copy(&fixture.layers(), "listed")?;
-    copy(&fixture.tar_layout(), "tar")?;
+    copy(&fixture.layers()?, "plain")?;
+    copy(&fixture.layers()?, "listed")?;
+    copy(&fixture.tar_layout()?, "tar")?;
     shell(&format!(
         "'{}' trace 'docker://{}/bench/listed:three' --store '{}' --output '{}' --push --chroot -- /usr/bin/python3 -c '{PYTHON}'",
         mosfs.display(),
@@ -244,6 +244,7 @@ fn first_line(name: &str, home: &Path, fixture: &Fixture, mosfs: &Path) -> Resul
     let mosfs_is = mosfs.display().to_string();
     let mut root = mnt.clone();
     let mut mounted = None;
+    let layers = layers(fixture)?;
     let began = Instant::now();
     match name {
         LISTED | PLAIN => {
@@ -279,8 +280,8 @@ fn first_line(name: &str, home: &Path, fixture: &Fixture, mosfs: &Path) -> Resul
             root = to.join("rootfs");
         }
         LINK => {
-            for blob in layers(fixture)? {
-                download(link.address(), &blob)?;
+            for blob in &layers {
+                download(link.address(), blob)?;
             }
             return Ok((began.elapsed().as_secs_f64(), link.sent() as f64 / 1e6));
         }
@@ -311,7 +312,7 @@ fn print_one(root: &Path) -> Result<Child> {
 
 /// Path and size of the image's layers in the registry.
 fn layers(fixture: &Fixture) -> Result<Vec<(String, u64)>> {
-    let layout = fixture.layers();
+    let layout = fixture.layers()?;
     let json = |path: PathBuf| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
     let index = json(layout.join("index.json"))?;
     let named = |manifest: &&Value| {
@@ -378,7 +379,7 @@ fn read_all(name: &str, home: &Path, fixture: &Fixture, mosfs: &Path) -> Result<
         mounted = Some(Mounted { mosfs, at: &mnt });
     }
     for blob in fs::read_dir(store.join("blobs/sha256"))? {
-        work::warm(&blob?.path())?;
+        warm_file(&blob?.path())?;
     }
     let files: Vec<&Entry> = fixture.entries.iter().filter(|entry| entry.is_file).collect();
     let began = Instant::now();

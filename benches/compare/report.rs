@@ -248,7 +248,7 @@ pub fn digits(value: f64) -> String {
 /// Prints the table.
 pub fn print(figures: &Figures) {
     println!(
-        "\n{:<32}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
+        "\n{:<34}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
         "", "", "for", "median", "min .. max", "× kernel", "× squashfuse"
     );
     for row in &figures.rows {
@@ -257,7 +257,7 @@ pub fn print(figures: &Figures) {
             let (Some(median), Some((min, max))) = (sample.median(), sample.range()) else { continue };
             let times = |peer: &str| row.times(median, peer);
             println!(
-                "{:<32}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
+                "{:<34}{:<27}{:<20}{:>10}  {:<19}{:>9}{:>12}",
                 if n == 0 { row.row().title } else { "" },
                 name,
                 figures.who(row.row(), name),
@@ -268,7 +268,7 @@ pub fn print(figures: &Figures) {
             );
         }
         for judged in row.judged() {
-            println!("{:<32}{}", "", goal_text(&judged, unit));
+            println!("{:<34}{}", "", goal_text(&judged, unit));
         }
     }
     for (name, why) in &figures.left_out {

@@ -443,10 +443,10 @@ fn on_mount(row: &Row, tree: &Path, files: &Files, servers: &[u32]) -> Result<Op
 /// The size of a peer's image, in megabytes.
 fn image_size(name: &str, fixture: &Fixture) -> Result<f64> {
     let (layout, tag) = match name {
-        KERNEL => return Ok(fs::metadata(fixture.squashfs())?.len() as f64 / 1e6),
-        KERNEL_EROFS => return Ok(fs::metadata(fixture.erofs())?.len() as f64 / 1e6),
-        OURS => (fixture.layers(), "three"),
-        _ => (fixture.lz4_layers(), "three"),
+        KERNEL => return Ok(fs::metadata(fixture.squashfs()?)?.len() as f64 / 1e6),
+        KERNEL_EROFS => return Ok(fs::metadata(fixture.erofs()?)?.len() as f64 / 1e6),
+        OURS => (fixture.layers()?, "three"),
+        _ => (fixture.lz4_layers()?, "three"),
     };
     let index = json_file(&layout.join("index.json"))?;
     let named = |m: &&serde_json::Value| m["annotations"]["org.opencontainers.image.ref.name"] == tag;
@@ -471,12 +471,13 @@ pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Re
     let seconds = match name {
         "sqfstar" => {
             // The layers of the image as they are, gzip and all, which is what mosfs build gets.
-            let index: serde_json::Value = json_file(&fixture.tar_layout().join("index.json"))?;
-            let manifest = blob(&fixture.tar_layout(), &index["manifests"][0]["digest"])?;
+            let tars = fixture.tar_layout()?;
+            let index: serde_json::Value = json_file(&tars.join("index.json"))?;
+            let manifest = blob(&tars, &index["manifests"][0]["digest"])?;
             let manifest: serde_json::Value = json_file(&manifest)?;
             let mut line = String::from("true");
             for (number, layer) in manifest["layers"].as_array().into_iter().flatten().enumerate() {
-                let layer = blob(&fixture.tar_layout(), &layer["digest"])?;
+                let layer = blob(&tars, &layer["digest"])?;
                 line += &format!(
                     " && gzip -dc '{}' | sqfstar -comp zstd -b 131072 -no-progress -quiet '{dir}/{number}.img'",
                     layer.display()
@@ -490,7 +491,7 @@ pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Re
             let product = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
             let manifest = format!(
                 "version: 1\nproduct: {product}\ntargets:\n  bench:\n    url: \"oci:{}:three\"\n    version: 1.0.0\n    service_type: hostfs\n    network: {{type: host}}\n",
-                fixture.tar_layout().display()
+                fixture.tar_layout()?.display()
             );
             fs::write(scratch.join("import.yaml"), manifest)?;
             let mosfs = mosfs.display();
@@ -502,7 +503,7 @@ pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Re
             began.elapsed()
         }
         "veritysetup format" => {
-            let image = fixture.squashfs();
+            let image = fixture.squashfs()?;
             let began = Instant::now();
             shell(&format!(
                 "veritysetup format '{}' '{dir}/tree' --salt={}",
@@ -512,7 +513,7 @@ pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Re
             began.elapsed()
         }
         "mosfs verity tree" => {
-            let image = File::open(fixture.squashfs())?;
+            let image = File::open(fixture.squashfs()?)?;
             let geometry = Geometry::new(image.metadata()?.len())?;
             let threads = thread::available_parallelism()?;
             let began = Instant::now();

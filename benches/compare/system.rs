@@ -19,11 +19,10 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::Result;
-use crate::fixture::{Fixture, once, shell};
+use crate::fixture::{Fixture, PRODUCT, build, once, shell};
 use crate::peers;
 use crate::rows::{Row, Unit, Who, row};
 
-const PRODUCT: &str = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
 /// Targets of the system.
 const TARGETS: usize = 50;
 /// Size of the system that is updated, before compression.
@@ -170,52 +169,6 @@ pub fn words(list: &[&str]) -> Vec<String> {
 
 fn target(number: usize) -> String {
     format!("t{number:02}")
-}
-
-/// Builds a system of `targets` into `store` in `to`, with new keys where there are none. `options` are more lines of the
-/// import manifest.
-pub fn build(to: &Path, mosfs: &Path, version: u64, options: &str, targets: &str) -> Result<()> {
-    let (mosfs, dir) = (mosfs.display(), to.display());
-    fs::write(
-        to.join("import.yaml"),
-        format!("version: {version}\nproduct: {PRODUCT}\n{options}targets:\n{targets}"),
-    )?;
-    if !to.join("keys").exists() {
-        shell(&format!("'{mosfs}' keys generate '{dir}/keys' --product {PRODUCT}"))?;
-    }
-    shell(&format!(
-        "'{mosfs}' build '{dir}/import.yaml' --store '{dir}/store' --key '{dir}/keys/signer.key' --cert '{dir}/keys/signer.pem' \
-         --floor-key '{dir}/keys/floor.key'"
-    ))
-}
-
-/// Makes the layout with the tree as one PuzzleFS image, if it is missing. It has nothing else, which the puzzlefs tool
-/// expects.
-pub fn make_puzzlefs(fixture: &Fixture, mosfs: &Path) -> Result<()> {
-    once(&fixture.puzzlefs(), |to| {
-        let work = fixture.scratch().with_file_name("puzzlefs-work");
-        if work.exists() {
-            fs::remove_dir_all(&work)?;
-        }
-        fs::create_dir(&work)?;
-        let tree = format!(
-            "  tree: {{url: \"oci:{}:three\", version: 1.0.0, service_type: fs-only, network: {{type: none}}}}\n",
-            fixture.tar_layout().display()
-        );
-        build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
-        let store = work.join("store");
-        let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
-        let mut names = index["manifests"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
-        let image =
-            names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
-        shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
-        fs::remove_dir_all(&work)?;
-        Ok(())
-    })
 }
 
 /// Installs what was built there on the device there.

@@ -141,11 +141,6 @@ pub fn first_read(path: &Path) -> Result<()> {
     }
 }
 
-/// Brings a file into the page cache.
-pub fn warm(path: &Path) -> io::Result<()> {
-    io::copy(&mut File::open(path)?, &mut io::sink()).map(|_| ())
-}
-
 /// Checks that a mounted tree has exactly the entries it should have: paths, sizes of files. Folders that are closed
 /// to the reader are not looked into.
 pub fn check(tree: &Path, entries: &[Entry]) -> Result<()> {

@@ -89,8 +89,8 @@ fn for_setup(error: &SetupError) -> Option<&'static str> {
         SetupError::InUse { .. } => "unmount it and close what uses it, or choose another disk",
         SetupError::NotADisk { .. } => "name the whole disk, such as /dev/sda or /dev/nvme0n1",
         SetupError::NoFloor => {
-            "give the provisioning key with `--provision-key` (an install medium takes it from a medium labelled \
-             MOSFS-PROVISION), or provision the TPM with `mosfs floor provision` first"
+            "give the provisioning key with `--provision-key`, or `--provision-pub` if it is elsewhere (an install medium \
+             takes them from a medium labelled MOSFS-PROVISION), or provision the TPM with `mosfs floor provision` first"
         }
         SetupError::Program { .. } => "install e2fsprogs, which has mke2fs",
         SetupError::Esp(error) => return for_esp(error),

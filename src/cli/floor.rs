@@ -15,6 +15,7 @@ use crate::digest::hex;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::floor::signature::{self, PROVISION_MESSAGE_BYTES};
 use crate::floor::{self, FileFloor, Floor, FloorError, FloorLocation, Tcti, TpmFloor};
+use crate::setup::floor::{LONGEST_WAIT, ProvisionKey};
 use crate::sys::{atomic, file};
 use crate::trust::config::ConfigPlan;
 use crate::trust::p256::{P256PrivateKey, P256PublicKey, Signature};
@@ -87,6 +88,74 @@ fn warn(floor: &dyn Floor) {
     }
 }
 
+/// The key that a floor is provisioned with, here or on another machine: for each command that provisions one.
+#[derive(Debug, Args)]
+pub(super) struct ProvisionKeyArgs {
+    /// The provisioning key (PEM, private).
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["provision_pub", "nonce_out", "signature_in"])]
+    pub provision_key: Option<PathBuf>,
+    /// The public provisioning key, if the private key is on another machine.
+    #[arg(long, value_name = "FILE", requires = "nonce_out", requires = "signature_in")]
+    pub provision_pub: Option<PathBuf>,
+    /// Write the 36 bytes that the provisioning key must sign to this file; `-` is stdout.
+    #[arg(long, value_name = "FILE", requires = "provision_pub")]
+    pub nonce_out: Option<PathBuf>,
+    /// Wait for this file and read the signature from it; `-` is stdin.
+    #[arg(long, value_name = "FILE", requires = "provision_pub")]
+    pub signature_in: Option<PathBuf>,
+    /// How long to wait for the signature, in seconds.
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(..=LONGEST_WAIT), value_name = "SECONDS")]
+    pub wait: u64,
+}
+
+impl ProvisionKeyArgs {
+    /// Writes the message, and waits for its signature by the provisioning key. `written` is called in between.
+    ///
+    /// # Errors
+    /// [`FloorError::BadProvisionSignature`]; [`UsageError::NoSignature`].
+    pub(super) fn for_signature(
+        &self,
+        key: &P256PublicKey,
+        message: &[u8],
+        written: impl FnOnce(&Path, &Path),
+    ) -> Result<Vec<u8>, AnyError> {
+        let (Some(nonce), Some(signature)) = (&self.nonce_out, &self.signature_in) else {
+            return Err(UsageError::NoKey.into());
+        };
+        write_out(Some(nonce), message)?;
+        written(nonce, signature);
+        wait_for_signature(signature, Duration::from_secs(self.wait), |bytes| {
+            signature::check_provision(key, message, bytes)
+        })
+    }
+
+    /// The key for a setup, whose steps are on stdout.
+    ///
+    /// # Errors
+    /// [`UsageError::NonceOnStdout`].
+    pub(super) fn for_setup(&self, quiet: bool) -> Result<Option<ProvisionKey<'_>>, AnyError> {
+        if self.nonce_out.as_deref() == Some(Path::new("-")) {
+            return Err(UsageError::NonceOnStdout.into());
+        }
+        let sign = move |key: &P256PublicKey, message: &[u8]| {
+            self.for_signature(key, message, |nonce, signature| {
+                if !quiet {
+                    // The verdict at the end reports a stdout that cannot be written.
+                    let (nonce, signature) = (nonce.display(), signature.display());
+                    let _ = output::line(format_args!(
+                        "nonce: {nonce}; waiting for its signature in {signature}"
+                    ));
+                }
+            })
+        };
+        Ok(match (&self.provision_key, &self.provision_pub) {
+            (Some(file), _) => Some(ProvisionKey::Here(file)),
+            (None, Some(file)) => Some(ProvisionKey::Elsewhere(file, Box::new(sign))),
+            (None, None) => None,
+        })
+    }
+}
+
 /// Manage the floor, the lowest version that a device will run.
 #[derive(Debug, Args)]
 pub(super) struct FloorCommand {
@@ -109,21 +178,8 @@ enum Command {
 /// --signature-in: the command writes the nonce, keeps the TPM session open, and waits for the signature.
 #[derive(Debug, Args)]
 struct Provision {
-    /// The provisioning key (PEM, private).
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["provision_pub", "nonce_out", "signature_in"])]
-    provision_key: Option<PathBuf>,
-    /// The public provisioning key, if the private key is on another machine.
-    #[arg(long, value_name = "FILE", requires = "nonce_out", requires = "signature_in")]
-    provision_pub: Option<PathBuf>,
-    /// Write the 36 bytes that the provisioning key must sign to this file; `-` is stdout.
-    #[arg(long, value_name = "FILE", requires = "provision_pub")]
-    nonce_out: Option<PathBuf>,
-    /// Wait for this file and read the signature from it; `-` is stdin.
-    #[arg(long, value_name = "FILE", requires = "provision_pub")]
-    signature_in: Option<PathBuf>,
-    /// How long to wait for the signature, in seconds.
-    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
-    wait: u64,
+    #[command(flatten)]
+    key: ProvisionKeyArgs,
     /// The floor key's authorization of the provisioning key, if the key's file does not include it.
     #[arg(long, value_name = "FILE")]
     authorization: Option<PathBuf>,
@@ -199,15 +255,18 @@ enum UsageError {
         "floor provision: expected --provision-key, or --provision-pub with --nonce-out and --signature-in"
     )]
     NoKey,
-    #[error("{}: no signature of a provisioning key appeared within {waited:?}", path.display())]
-    NoSignature { path: PathBuf, waited: Duration },
+    #[error("setup: the steps are on stdout; expected a file as --nonce-out, found `-`")]
+    NonceOnStdout,
+    #[error("{}: no signature of a provisioning key appeared within {waited} seconds", path.display())]
+    NoSignature { path: PathBuf, waited: u64 },
 }
 
 impl Classified for UsageError {
     fn class(&self) -> Class {
         match self {
-            UsageError::NoKey => Class::Input,
-            UsageError::NoSignature { .. } => Class::Failure,
+            UsageError::NoKey | UsageError::NonceOnStdout => Class::Input,
+            // The TPM stays without a floor.
+            UsageError::NoSignature { .. } => Class::Tpm,
         }
     }
 }
@@ -255,7 +314,7 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     };
     let policy = policy?;
     // The key, or its public half, and the file that should hold the authorization.
-    let (private, public, file) = match (&args.provision_key, &args.provision_pub) {
+    let (private, public, file) = match (&args.key.provision_key, &args.key.provision_pub) {
         (Some(file), _) => {
             let key = P256PrivateKey::read(file)?;
             let public = *key.public();
@@ -275,19 +334,13 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     let begun = floor.provision(&public, &authorization)?;
     // Recorded before the TPM's floor becomes final: a device must not have a floor and not know whose.
     config.apply()?;
-    let signature = match (&private, &args.nonce_out, &args.signature_in) {
-        (Some(key), _, _) => signature::sign_provision(key, &begun.message(), file)?.to_vec(),
-        (None, Some(nonce), Some(signature)) => {
-            write_out(Some(nonce.as_path()), &begun.message())?;
-            wait_for_signature(signature, Duration::from_secs(args.wait), |bytes| {
-                signature::check_provision(&public, &begun.message(), bytes)
-            })?
-        }
-        _ => return Err(UsageError::NoKey.into()),
+    let signature = match &private {
+        Some(key) => signature::sign_provision(key, &begun.message(), file)?.to_vec(),
+        None => args.key.for_signature(&public, &begun.message(), |_, _| {})?,
     };
     begun.finish(&signature)?;
     let stands_at = floor.read()?;
-    if args.nonce_out.as_deref() != Some(Path::new("-")) {
+    if args.key.nonce_out.as_deref() != Some(Path::new("-")) {
         output::line(format_args!("{} is provisioned: the floor is {stands_at}", floor.place()))?;
     }
     super::output::note(
@@ -407,7 +460,7 @@ fn wait_for_signature(
             Err(error) => return Err(error.into()),
         }
         if Instant::now() >= end {
-            return Err(UsageError::NoSignature { path: path.to_path_buf(), waited: wait }.into());
+            return Err(UsageError::NoSignature { path: path.to_path_buf(), waited: wait.as_secs() }.into());
         }
         thread::sleep(PAUSE);
     }

@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 use uuid::Uuid;
 
+use super::floor::ProvisionKeyArgs;
 use super::{FloorArgs, Global, RegistryArgs, offered, output, progress};
 use crate::error::{AnyError, IoContext};
 use crate::floor;
@@ -26,6 +27,10 @@ const MAX_ANSWER: u64 = 1 << 10;
 ///
 /// The disk must be empty, or be named with --wipe. Everything that can be refused is refused before the first write.
 /// If a setup was interrupted, run it again.
+///
+/// If the TPM has no floor, it gets one with the provisioning key, whose file also has the floor key's authorization. With
+/// --provision-pub, --nonce-out and --signature-in the key may be on another machine: the command writes the nonce, waits
+/// for the signature, and then writes the disk.
 ///
 /// The last line is `MOSFS-INSTALL-VERDICT: CODE REASON`, with the exit code.
 #[derive(Debug, Args)]
@@ -49,10 +54,8 @@ pub(super) struct SetupArgs {
     /// The product [default: that of CONFIG].
     #[arg(long, value_name = "UUID")]
     product: Option<Uuid>,
-    /// If the TPM has no floor, provision it with this key (PEM, private), whose file also has the floor key's
-    /// authorization.
-    #[arg(long, value_name = "FILE")]
-    provision_key: Option<PathBuf>,
+    #[command(flatten)]
+    key: ProvisionKeyArgs,
     /// If no disk is named, ask on standard input even if it is not a terminal.
     #[arg(long)]
     ask: bool,
@@ -128,7 +131,7 @@ fn set_up(args: &SetupArgs, global: &Global) -> Result<Outcome, AnyError> {
         (None, wipe) => ask(args, medium.as_deref(), wipe)?,
     };
     let floor =
-        FloorPlan::new(policy, args.floor.place(global), args.provision_key.as_deref(), &offer.verified)?;
+        FloorPlan::new(policy, args.floor.place(global), args.key.for_setup(global.json)?, &offer.verified)?;
     let say = |step: &str, text: &str| {
         if !global.json {
             // The verdict at the end reports a stdout that cannot be written.

@@ -124,7 +124,7 @@ pub fn check_program() -> Result<(), ErofsError> {
 /// # Errors
 /// As [`super::convert_tar`], and [`ConvertError::Erofs`].
 pub fn convert_tar(
-    from: impl Read,
+    mut from: impl Read,
     layer: &TarLayer,
     to: &File,
     scratch: Scratch<'_>,
@@ -133,7 +133,7 @@ pub fn convert_tar(
     progress: &Progress,
 ) -> Result<Converted, ConvertError> {
     let temporary = Effort { packing: Packing::temporary(), ..effort };
-    let (_, notes) = write_squashfs(from, layer, scratch.file, temporary, below, progress)?;
+    let (_, notes) = write_squashfs(&mut from, layer, scratch.file, temporary, below, progress)?;
     let task = progress.task("pack", &layer.digest.to_string(), None);
     let plain = |file: &File| -> Result<Arc<PlainSource>, ConvertError> {
         let source = PlainSource::unsafe_no_verity(file.try_clone()?);

@@ -25,6 +25,7 @@ use serde_json::Value;
 use super::erofs::{self, Scratch};
 use super::lower::Lower;
 use super::puzzlefs::PuzzlefsError;
+use super::reuse::{Made, Source};
 use super::{
     ConvertError, Effort, ImageKind, Packing, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs,
 };
@@ -32,7 +33,7 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
 use crate::image::LayerError;
-use crate::image::format::{Content, LayerFormat};
+use crate::image::format::{Compression, Content, LayerFormat};
 use crate::image::oci::{
     CONFIG, Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, Manifest, OciError, OciImage,
     Platform, Trust,
@@ -49,7 +50,7 @@ use crate::transport::{Transport, TransportError};
 pub(super) const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
 /// An image that is in the store.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Ingested {
     /// The manifest, also where a new one was made.
     pub manifest: Descriptor,
@@ -71,6 +72,8 @@ pub struct Ingest<'a> {
     pub effort: Effort,
     /// The format that layers are brought into.
     pub storage: Storage,
+    /// What the build has made already.
+    pub made: &'a Made,
     /// Who hears of it.
     pub progress: &'a Progress,
 }
@@ -134,32 +137,24 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     notes.extend(kept);
     for (at, layer) in image.layers.iter().enumerate() {
         let Content::Tar(compression) = layer.format()?.content() else { continue };
-        let tar = TarLayer {
-            digest: layer.digest,
-            size: layer.size,
-            compression,
-            diff_id: diff_ids.as_ref().and_then(|ids| ids.get(at).copied()),
-        };
-        let temp = job.writer.temp()?;
         let (below, _) = layers.split_at(at);
-        let mut lower = Lower::new(job.writer.store(), below);
-        let mut below = |path: &[u8]| lower.at(path);
-        let from = job.from.open(&layer.to_descriptor(), 0)?;
-        let converted = match job.effort.packing.kind() {
-            ImageKind::Squashfs => convert_tar(from, &tar, &temp.file, job.effort, &mut below, job.progress),
-            ImageKind::Erofs => {
-                let other = job.writer.temp()?;
-                let folder = other.path().parent().unwrap_or(Path::new("/tmp"));
-                let scratch = Scratch { file: &other.file, folder };
-                erofs::convert_tar(from, &tar, &temp.file, scratch, job.effort, &mut below, job.progress)
+        let source = Source {
+            layer: layer.clone(),
+            diff_id: diff_ids.as_ref().and_then(|ids| ids.get(at).copied()),
+            below: below.iter().map(|layer| layer.digest).collect(),
+            packing: job.effort.packing,
+        };
+        let (stored, said) = match job.made.stored.get(&source) {
+            Some(done) => done,
+            None => {
+                let done = tar_layer(job, &image, at, source.diff_id, compression, below)?;
+                job.made.stored.add(source, done.clone());
+                done
             }
-        }
-        .map_err(|source| in_layer(&image, at, source))?;
-        job.writer.commit(temp, &converted.sealed.digest)?;
-        failpoint::hit("build.layer.stored");
-        notes.extend(converted.notes.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
+        };
+        notes.extend(said.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
-            *place = sealed_layer(job.effort.packing.media_type(), &converted.sealed);
+            *place = stored;
         }
     }
 
@@ -177,6 +172,37 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     let manifest = with_layers(&image, writer, &new_config, layers)?;
     let manifest = writer.put_bytes(MANIFEST, &manifest.to_bytes())?;
     Ok(Ingested { manifest, untouched: false, notes })
+}
+
+/// Converts a tar layer, and stores the result. Returns the new layer, and what was changed or dropped.
+fn tar_layer(
+    job: &Ingest<'_>,
+    image: &OciImage,
+    at: usize,
+    diff_id: Option<Digest>,
+    compression: Compression,
+    below: &[LayerDescriptor],
+) -> Result<(LayerDescriptor, Vec<String>), IngestError> {
+    let layer = &image.layers[at];
+    let tar = TarLayer { digest: layer.digest, size: layer.size, compression, diff_id };
+    let temp = job.writer.temp()?;
+    let mut lower = Lower::new(job.writer.store(), below);
+    let mut below = |path: &[u8]| lower.at(path);
+    let from = job.from.open(&layer.to_descriptor(), 0)?;
+    let packing = job.effort.packing;
+    let converted = match packing.kind() {
+        ImageKind::Squashfs => convert_tar(from, &tar, &temp.file, job.effort, &mut below, job.progress),
+        ImageKind::Erofs => {
+            let other = job.writer.temp()?;
+            let folder = other.path().parent().unwrap_or(Path::new("/tmp"));
+            let scratch = Scratch { file: &other.file, folder };
+            erofs::convert_tar(from, &tar, &temp.file, scratch, job.effort, &mut below, job.progress)
+        }
+    }
+    .map_err(|source| in_layer(image, at, source))?;
+    job.writer.commit(temp, &converted.sealed.digest)?;
+    failpoint::hit("build.layer.stored");
+    Ok((sealed_layer(packing.media_type(), &converted.sealed), converted.notes))
 }
 
 /// The manifest of an image with other layers, and with its config stored. `subject` goes: it spoke of the other
@@ -217,9 +243,16 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<(Vec<LayerDescriptor>, V
             let Some(layer) = image.layers.get(at) else { return Ok(done) };
             if layer.image().is_some() {
                 // An error ends this thread alone; the others end after the layer that they are at.
-                let stored = image_layer(job, image, at, inner).inspect_err(|_| {
-                    next.store(usize::MAX / 2, Ordering::Relaxed);
-                })?;
+                let stored = match job.made.images.get(layer) {
+                    Some(stored) => stored,
+                    None => {
+                        let stored = image_layer(job, image, at, inner).inspect_err(|_| {
+                            next.store(usize::MAX / 2, Ordering::Relaxed);
+                        })?;
+                        job.made.images.add(layer.clone(), stored.clone());
+                        stored
+                    }
+                };
                 done.push((at, stored));
             }
         }

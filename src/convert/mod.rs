@@ -27,6 +27,7 @@ mod lower;
 mod pack;
 pub mod packing;
 pub mod puzzlefs;
+pub mod reuse;
 mod sniff;
 mod squashfs;
 mod tar;
@@ -94,21 +95,21 @@ pub type LowerLookup<'a> = dyn FnMut(&[u8]) -> Result<LowerEntry, ConvertError> 
 /// # Errors
 /// See [`ConvertError`]; what `to` then holds is of no use.
 pub fn convert_tar(
-    from: impl Read,
+    mut from: impl Read,
     layer: &TarLayer,
     to: &File,
     effort: Effort,
     below: &mut LowerLookup<'_>,
     progress: &Progress,
 ) -> Result<Converted, ConvertError> {
-    let (image_bytes, notes) = write_squashfs(from, layer, to, effort, below, progress)?;
+    let (image_bytes, notes) = write_squashfs(&mut from, layer, to, effort, below, progress)?;
     let sealed = verity::seal(to, image_bytes, effort.threads, progress)?;
     Ok(Converted { sealed, notes })
 }
 
 /// Converts a tar layer into a squashfs image without a verity tree. Returns its size in bytes, and notes.
 fn write_squashfs(
-    from: impl Read,
+    from: &mut dyn Read,
     layer: &TarLayer,
     to: &File,
     effort: Effort,
@@ -125,7 +126,7 @@ fn write_squashfs(
     (&mut blob).take(sniff::HEAD_BYTES as u64).read_to_end(&mut head)?;
     let read = match sniff::other_than(layer.compression, &head, tar::begins(&head)) {
         Some(found) => Err(ConvertError::Compression { expected: sniff::name(layer.compression), found }),
-        None => decompress(head.as_slice().chain(&mut blob), &mut packer, &mut tree, layer),
+        None => decompress(&mut head.as_slice().chain(&mut blob), &mut packer, &mut tree, layer),
     };
     // A blob with a wrong digest explains whatever else went wrong, so it is reported first.
     check_blob(blob, layer)?;
@@ -141,27 +142,29 @@ fn write_squashfs(
     Ok((image_bytes, notes))
 }
 
-/// Reads a blob through its decompressor.
+/// Reads a blob through its decompressor. The readers of tar are large, and one of them serves every decompressor.
 fn decompress(
-    blob: impl Read,
+    blob: &mut dyn Read,
     packer: &mut pack::Packer,
     tree: &mut tree::Tree,
     layer: &TarLayer,
 ) -> Result<(), ConvertError> {
-    let buffered = BufReader::with_capacity(128 << 10, blob);
+    let mut buffered = BufReader::with_capacity(128 << 10, blob);
     match layer.compression {
-        Compression::None => read_stream(buffered, packer, tree, layer),
-        Compression::Gzip => read_stream(flate2::bufread::MultiGzDecoder::new(buffered), packer, tree, layer),
+        Compression::None => read_stream(&mut buffered, packer, tree, layer),
+        Compression::Gzip => {
+            read_stream(&mut flate2::bufread::MultiGzDecoder::new(buffered), packer, tree, layer)
+        }
         // Windows above 128 MiB are refused by the library's default.
         Compression::Zstd => {
-            read_stream(zstd::stream::read::Decoder::with_buffer(buffered)?, packer, tree, layer)
+            read_stream(&mut zstd::stream::read::Decoder::with_buffer(buffered)?, packer, tree, layer)
         }
     }
 }
 
 /// Reads a tar stream to its very end, and checks the stream's digest.
 fn read_stream(
-    stream: impl Read,
+    stream: &mut dyn Read,
     packer: &mut pack::Packer,
     tree: &mut tree::Tree,
     layer: &TarLayer,

@@ -20,7 +20,8 @@
 //! ```
 //!
 //! Nothing on the medium counts boots. Two other media may be there: `MOSFS-ANSWERS` with `/answers.yaml`, which is read
-//! instead of the file on the install medium, and `MOSFS-PROVISION` with `/provision.key`. No private key is ever on an
+//! instead of the file on the install medium, and `MOSFS-PROVISION` with `/provision.key`. Where that key is elsewhere, the
+//! latter has `/provision.pub`, and carries `/nonce-UUID` there and `/signature-UUID` back. No private key is ever on an
 //! install medium.
 
 use uuid::Uuid;
@@ -50,6 +51,12 @@ pub const ENROLL: &str = "mosfs/enroll";
 pub const OTHER_ANSWERS: &str = "answers.yaml";
 /// The provisioning key on a medium labelled [`PROVISION_LABEL`].
 pub const PROVISION_KEY: &str = "provision.key";
+/// The public half of the provisioning key there, with its authorization, where the key itself is elsewhere.
+pub const PROVISION_PUB: &str = "provision.pub";
+/// The beginnings of the names of a nonce that such a key must sign, and of the signature; the machine's UUID follows.
+pub const NONCE: &str = "nonce";
+/// See [`NONCE`].
+pub const SIGNATURE: &str = "signature";
 
 /// What the firmware starts from the EFI system partition.
 pub const ESP_BOOT: &str = "EFI/BOOT/BOOTX64.EFI";

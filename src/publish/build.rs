@@ -18,14 +18,15 @@ use std::path::{Path, PathBuf};
 
 use super::boot::{self, BootTargetError};
 use super::kernels::{self, KernelsError};
-use crate::convert::image::{Ingest, IngestError, Storage, check_layers, ingest};
+use crate::convert::image::{Ingest, IngestError, Ingested, Storage, check_layers, ingest};
+use crate::convert::reuse::{Known, Made};
 use crate::convert::{Codec, Effort, ImageKind, PackingError};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
 use crate::failpoint;
 use crate::floor::{self, FloorError};
 use crate::image::boot as boot_image;
-use crate::image::oci::{Descriptor, MANIFEST, Platform};
+use crate::image::oci::{Descriptor, MANIFEST, OciImage, Platform};
 use crate::manifest::import::Resolved;
 use crate::manifest::{
     ImageType, ImageUrl, ImportErrors, ImportManifest, ImportTarget, LayerCompression, LayerKind, Network,
@@ -87,6 +88,7 @@ pub struct Sources<'a> {
 struct FoundImage {
     from: Box<dyn Transport>,
     descriptor: Descriptor,
+    image: OciImage,
 }
 
 /// Builds a system. Of images for several platforms that of `sources` is taken.
@@ -225,13 +227,24 @@ pub(super) fn assemble(
 
     let mut targets = BTreeMap::new();
     let mut names = Vec::new();
+    // Targets may have the same image, and images the same layers.
+    let whole: Known<_, Ingested> = Known::default();
+    let made = Made::of(found.values().map(|found| &found.image));
     for (name, image) in &found {
         let effort = effort_for(import.targets.get(name), effort)
             .map_err(|source| BuildError::Packing { target: name.clone(), source })?;
-        let job =
-            Ingest { from: &*image.from, writer, platform: sources.platform, effort, storage, progress };
-        let done = ingest(&job, &image.descriptor)
-            .map_err(|source| BuildError::Image { target: name.clone(), source })?;
+        let key = (image.descriptor.digest, effort.packing);
+        let done = match whole.get(&key) {
+            Some(done) => done,
+            None => {
+                let (from, platform, made) = (&*image.from, sources.platform, &made);
+                let job = Ingest { from, writer, platform, effort, storage, made, progress };
+                let done = ingest(&job, &image.descriptor)
+                    .map_err(|source| BuildError::Image { target: name.clone(), source })?;
+                whole.add(key, done.clone());
+                done
+            }
+        };
         failpoint::hit("build.image.stored");
         resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
         names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));
@@ -357,7 +370,7 @@ fn find(
     import.check_pins(name, &resolved)?;
     let image = from.image(&descriptor).map_err(wrong)?;
     check_layers(&image).map_err(|source| BuildError::Image { target: name.clone(), source })?;
-    Ok((FoundImage { from, descriptor }, resolved))
+    Ok((FoundImage { from, descriptor, image }, resolved))
 }
 
 /// Returns the place that a URL of an import manifest names.

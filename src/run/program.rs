@@ -20,6 +20,7 @@ use super::Container;
 use super::bundle::Prepared;
 use super::user::User;
 use crate::sorting;
+use crate::sys::elf::Elf;
 use crate::sys::{file, namespace};
 
 /// Most links that are followed (path_resolution(7)).
@@ -264,21 +265,21 @@ impl<'a> Walk<'a> {
         if let Some(line) = head.strip_prefix(b"#!") {
             return self.check_interpreter("interpreter", script_interpreter(line), interpreters);
         }
-        match Elf::read(&head) {
-            Elf::Other => {
+        match Kind::of(&head) {
+            Kind::Other => {
                 if self.tree.init || knows_other_formats() {
                     return Ok(());
                 }
                 bad("is neither a program in ELF format nor a script that begins with #! and its interpreter"
                     .into())
             }
-            Elf::Foreign(machine) => {
+            Kind::Foreign(machine) => {
                 if knows_other_formats() {
                     return Ok(());
                 }
                 bad(format!("is a program for {machine}, and this machine is {}", std::env::consts::ARCH))
             }
-            Elf::Program(loader) => self.check_interpreter("loader", loader, interpreters),
+            Kind::Program(loader) => self.check_interpreter("loader", loader, interpreters),
         }
     }
 
@@ -347,7 +348,7 @@ const MACHINES: [(u16, &str); 8] = [
 
 /// What the first bytes of a file say.
 #[derive(Debug, PartialEq, Eq)]
-enum Elf {
+enum Kind {
     /// It is no ELF file.
     Other,
     /// A program of another machine.
@@ -356,55 +357,25 @@ enum Elf {
     Program(Option<PathBuf>),
 }
 
-impl Elf {
-    fn read(head: &[u8]) -> Self {
-        if !head.starts_with(b"\x7fELF") {
-            return Self::Other;
-        }
-        let big = head.get(5) == Some(&2);
-        let number = |at: usize, length: usize| -> Option<u64> {
-            let bytes = head.get(at..at.checked_add(length)?)?;
-            let add = |all: u64, byte: &u8| all << 8 | u64::from(*byte);
-            Some(if big { bytes.iter().fold(0, add) } else { bytes.iter().rev().fold(0, add) })
-        };
-        let Some(machine) = number(18, 2) else { return Self::Other };
+impl Kind {
+    fn of(head: &[u8]) -> Self {
+        let Ok(elf) = Elf::new(head) else { return Self::Other };
+        let Ok(machine) = elf.machine() else { return Self::Other };
         // A kernel runs 32-bit programs of its own family, too, if it was built so.
         let own: &[u64] = match std::env::consts::ARCH {
             "x86_64" => &[62, 3],
             "aarch64" => &[183, 40],
             _ => return Self::Program(None),
         };
-        if big || !own.contains(&machine) {
+        if elf.is_big_endian() || !own.contains(&machine) {
             let known = MACHINES.iter().find(|(number, _)| u64::from(*number) == machine);
             return Self::Foreign(
                 known.map_or_else(|| format!("machine {machine}"), |(_, name)| (*name).into()),
             );
         }
-        let wide = head.get(4) == Some(&2);
-        let loader = || {
-            let (table, size, count) = if wide {
-                (number(32, 8)?, number(54, 2)?, number(56, 2)?)
-            } else {
-                (number(28, 4)?, number(42, 2)?, number(44, 2)?)
-            };
-            (0..count).find_map(|index| {
-                let entry = usize::try_from(table.checked_add(index.checked_mul(size)?)?).ok()?;
-                // PT_INTERP
-                if number(entry, 4)? != 3 {
-                    return None;
-                }
-                let (from, length) = if wide {
-                    (number(entry.checked_add(8)?, 8)?, number(entry.checked_add(32)?, 8)?)
-                } else {
-                    (number(entry.checked_add(4)?, 4)?, number(entry.checked_add(16)?, 4)?)
-                };
-                let from = usize::try_from(from).ok()?;
-                let text = head.get(from..from.checked_add(usize::try_from(length).ok()?)?)?;
-                let text = text.split(|byte| *byte == 0).next()?;
-                Some(PathBuf::from(OsStr::from_bytes(text)))
-            })
-        };
-        Self::Program(loader())
+        // One whose path lies further back is left to the kernel.
+        let loader = elf.loader().ok().flatten();
+        Self::Program(loader.map(|path| PathBuf::from(OsStr::from_bytes(path))))
     }
 }
 
@@ -564,17 +535,17 @@ mod tests {
     #[test]
     fn headers_that_lie_are_read_without_harm() {
         let mut head = elf(OWN, Some("/lib/ld.so"));
-        assert_eq!(Elf::read(&head), Elf::Program(Some("/lib/ld.so".into())));
+        assert_eq!(Kind::of(&head), Kind::Program(Some("/lib/ld.so".into())));
         for at in [32, 39, 54, 56, 72, 79, 96, 103] {
             let mut bad = head.clone();
             bad[at] = 0xff;
-            let _ = Elf::read(&bad);
-            let _ = Elf::read(&bad[..at]);
+            let _ = Kind::of(&bad);
+            let _ = Kind::of(&bad[..at]);
         }
         head.truncate(10);
-        assert_eq!(Elf::read(&head), Elf::Other);
+        assert_eq!(Kind::of(&head), Kind::Other);
         // The program of these tests.
         let own = fs::read("/proc/self/exe").unwrap();
-        assert!(matches!(Elf::read(&own[..HEAD]), Elf::Program(_)));
+        assert!(matches!(Kind::of(&own[..HEAD]), Kind::Program(_)));
     }
 }

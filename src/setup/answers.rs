@@ -3,7 +3,7 @@
 //! ```yaml
 //! disk: only-empty        # or serial:S, wwn:W, path:/dev/disk/by-path/…
 //! wipe: no                # yes: the disk need not be empty
-//! floor: key              # ask: wait at the console for the medium with the provisioning key
+//! floor: key              # ask: wait at the console for the medium with the provisioning key; remote: it is elsewhere
 //! after: reboot           # or poweroff, or wait for Enter
 //! console: ttyS0          # one more console
 //! ```
@@ -29,6 +29,8 @@ pub enum FloorWay {
     Key,
     /// The same; if there is none, it is waited for at the console.
     Ask,
+    /// The key is elsewhere: the medium carries a nonce there, and its signature back.
+    Remote,
 }
 
 /// What the machine does after an installation.
@@ -123,7 +125,8 @@ impl Answers {
                 self.floor = match text {
                     "key" => FloorWay::Key,
                     "ask" => FloorWay::Ask,
-                    _ => return Err(wrong("key or ask")),
+                    "remote" => FloorWay::Remote,
+                    _ => return Err(wrong("key, ask or remote")),
                 }
             }
             "after" => {
@@ -168,11 +171,12 @@ mod tests {
             assert_eq!(answers, Answers { after: Some(after), ..Answers::default() });
         }
         assert_eq!(Answers::parse(b"wipe: no\n", "a").unwrap(), Answers::default());
+        assert_eq!(Answers::parse(b"floor: remote\n", "a").unwrap().floor, FloorWay::Remote);
     }
 
     #[test]
     fn every_problem_is_named_with_its_place() {
-        let text = b"disk: sda\nwipe: maybe\nwhipe: yes\nfloor: remote\nafter: halt\nconsole: ../sda\n";
+        let text = b"disk: sda\nwipe: maybe\nwhipe: yes\nfloor: file\nafter: halt\nconsole: ../sda\n";
         let error = Answers::parse(text, "answers.yaml").unwrap_err();
         assert_eq!(error.class(), Class::Input);
         let text = error.to_string();
@@ -180,7 +184,7 @@ mod tests {
             "answers.yaml:1:1: disk: found `sda`; allowed: only-empty, serial:S, wwn:W, or path:/dev/…",
             "answers.yaml:2:1: wipe: found `maybe`; allowed: yes or no",
             "answers.yaml:3:1: whipe: found an unknown field; allowed: disk, wipe, floor, after, console",
-            "answers.yaml:4:1: floor: found `remote`; allowed: key or ask",
+            "answers.yaml:4:1: floor: found `file`; allowed: key, ask or remote",
             "answers.yaml:5:1: after: found `halt`; allowed: reboot, poweroff or wait",
             "answers.yaml:6:1: console: found `../sda`; allowed: the name of a terminal, such as ttyS0",
         ] {

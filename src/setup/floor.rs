@@ -7,31 +7,48 @@ use std::path::{Path, PathBuf};
 
 use super::error::SetupError;
 use crate::error::AnyError;
-use crate::floor::signature::{self, find_authorization, sign_provision};
+use crate::floor::signature::{find_authorization, sign_provision};
 use crate::floor::{self, FileFloor, Floor, FloorError, FloorLocation, Policy, TpmFloor, TpmFloorProblem};
 use crate::sys::file::read_named;
 use crate::trust::Verified;
-use crate::trust::p256::{P256PrivateKey, Signature};
+use crate::trust::p256::{P256PrivateKey, P256PublicKey, Signature};
+use crate::trust::pem::public_only;
 
 /// No file with a key and its authorization is longer, in bytes.
 const MAX_KEY_BYTES: u64 = 1 << 20;
 
+/// The longest wait for a signature, in seconds: ten years.
+pub const LONGEST_WAIT: u64 = 315_360_000;
+
+/// Has the holder of a provisioning key sign a message, and returns the signature.
+pub type Sign<'a> = Box<dyn Fn(&P256PublicKey, &[u8]) -> Result<Vec<u8>, AnyError> + 'a>;
+
+/// The key that a floor is provisioned with. Its file also has the floor key's authorization.
+pub enum ProvisionKey<'a> {
+    /// It is here: the file of its private half.
+    Here(&'a Path),
+    /// It is elsewhere: the file of its public half, and the way to its holder.
+    Elsewhere(&'a Path, Sign<'a>),
+}
+
 /// What is known of the floor before anything is written.
-pub struct FloorPlan {
+pub struct FloorPlan<'a> {
     policy: Option<Policy>,
     place: FloorLocation,
     /// The version that the floor is at, if there is one.
     at: Option<u64>,
-    provision: Option<Provision>,
+    provision: Option<Provision<'a>>,
 }
 
-struct Provision {
+struct Provision<'a> {
     file: PathBuf,
-    key: P256PrivateKey,
+    key: P256PublicKey,
     authorization: Signature,
+    sign: Sign<'a>,
+    is_here: bool,
 }
 
-impl FloorPlan {
+impl<'a> FloorPlan<'a> {
     /// Asks the TPM, and reads the key that a floor is provisioned with. Nothing is changed.
     ///
     /// # Errors
@@ -40,7 +57,7 @@ impl FloorPlan {
     pub fn new(
         policy: Option<Policy>,
         place: FloorLocation,
-        key: Option<&Path>,
+        key: Option<ProvisionKey<'a>>,
         verified: &Verified,
     ) -> Result<Self, AnyError> {
         let version = verified.manifest().version;
@@ -57,12 +74,7 @@ impl FloorPlan {
                 problem: TpmFloorProblem::NotProvisioned | TpmFloorProblem::ProvisionIncomplete,
                 ..
             }) => {
-                let file = key.ok_or(SetupError::NoFloor)?;
-                let key = P256PrivateKey::read(file)?;
-                let text = read_named(file, MAX_KEY_BYTES)?;
-                let object = file.display().to_string();
-                let authorization = find_authorization(policy, key.public(), &text, &object)?;
-                plan.provision = Some(Provision { file: file.to_path_buf(), key, authorization });
+                plan.provision = Some(Provision::new(policy, key.ok_or(SetupError::NoFloor)?)?);
             }
             Err(error) => return Err(error.into()),
         }
@@ -73,8 +85,9 @@ impl FloorPlan {
     pub fn sentence(&self) -> String {
         match (&self.policy, &self.provision, self.at) {
             (None, ..) => "the machine has no floor: the configuration has no floor key".into(),
-            (_, Some(provision), _) => {
-                format!("the TPM gets a floor with the key {}", provision.file.display())
+            (_, Some(Provision { file, is_here, .. }), _) => {
+                let when = if *is_here { "" } else { ", once it has signed a nonce" };
+                format!("the TPM gets a floor with the key {}{when}", file.display())
             }
             (_, None, Some(at)) => format!("the TPM has its floor, at {at}"),
             (_, None, None) => "the floor is kept in a file on the disk, for development".into(),
@@ -92,9 +105,8 @@ impl FloorPlan {
             return Ok(());
         };
         let mut tpm = TpmFloor::new(policy.clone(), tcti.clone(), *budget);
-        let begun = tpm.provision(provision.key.public(), &provision.authorization)?;
-        let signature = sign_provision(&provision.key, &begun.message(), &provision.file)?;
-        signature::check_provision(provision.key.public(), &begun.message(), &signature)?;
+        let begun = tpm.provision(&provision.key, &provision.authorization)?;
+        let signature = (provision.sign)(&provision.key, &begun.message())?;
         begun.finish(&signature)?;
         self.at = Some(tpm.read()?);
         Ok(())
@@ -115,5 +127,29 @@ impl FloorPlan {
     /// What floor signatures are checked against.
     pub(super) fn policy(&self) -> Option<&Policy> {
         self.policy.as_ref()
+    }
+}
+
+impl<'a> Provision<'a> {
+    /// Reads the key and finds its authorization.
+    fn new(policy: &Policy, key: ProvisionKey<'a>) -> Result<Self, AnyError> {
+        let read = |file: &Path| read_named(file, MAX_KEY_BYTES);
+        let (file, text, key, sign, is_here): (_, _, _, Sign<'a>, _) = match key {
+            ProvisionKey::Here(file) => {
+                let key = P256PrivateKey::read(file)?;
+                let public = *key.public();
+                let sign = move |_: &P256PublicKey, message: &[u8]| {
+                    Ok(sign_provision(&key, message, file)?.to_vec())
+                };
+                (file, read(file)?, public, Box::new(sign), true)
+            }
+            ProvisionKey::Elsewhere(file, sign) => {
+                let text = read(file)?;
+                public_only(&text, file)?;
+                (file, text, P256PublicKey::read(file)?, sign, false)
+            }
+        };
+        let authorization = find_authorization(policy, &key, &text, &file.display().to_string())?;
+        Ok(Self { file: file.to_path_buf(), key, authorization, sign, is_here })
     }
 }

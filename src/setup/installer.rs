@@ -6,7 +6,7 @@
 //! answers    of the medium labelled MOSFS-ANSWERS, or of the install medium; without them, the console is asked
 //! clock      not before the certificates that the kernel trusts
 //! setup      `mosfs setup` as a process of its own, with the provisioning key where there is one; its last line is the
-//!            verdict
+//!            verdict. Where the key is elsewhere, the nonce is carried to the second medium, and the signature from it
 //! after      restart, power off, or wait for Enter
 //! ```
 //!
@@ -25,6 +25,7 @@ use serde::Deserialize;
 
 use super::answers::{After, Answers, FloorWay};
 use super::console::Consoles;
+use super::courier::Courier;
 use super::media::{self, Medium};
 use super::verdict;
 use crate::error::{AnyError, Class, IoContext};
@@ -110,7 +111,7 @@ impl Task {
         let restart = format!("{remove} to restart this machine.");
         match (ended, self.answers.after) {
             (Ended::Failed(code), _) => {
-                let waits = self.answers.floor == FloorWay::Ask && code == Class::Tpm.exit_code();
+                let waits = self.answers.floor != FloorWay::Key && code == Class::Tpm.exit_code();
                 if waits {
                     Next::Again(None)
                 } else if self.answers.disk.is_none() {
@@ -176,7 +177,7 @@ pub fn run(medium: &Medium, installer: &Installer<'_>, say: &dyn Fn(&str)) -> Op
 /// Runs the setup until there is nothing more to try.
 fn install(medium: &Medium, installer: &Installer<'_>, task: &Task, consoles: &Consoles) -> End {
     loop {
-        let ended = set_up(installer, consoles).unwrap_or_else(|error| {
+        let ended = set_up(installer, task.answers.floor, consoles).unwrap_or_else(|error| {
             consoles.say(&verdict(error.class().exit_code(), &error.to_string()));
             Ended::Failed(error.class().exit_code())
         });
@@ -261,7 +262,7 @@ fn set_clock(config: &Path) -> Result<Option<String>, AnyError> {
 }
 
 /// Runs `mosfs setup` to its end. What it says is on the consoles, and what is typed there goes to it.
-fn set_up(installer: &Installer<'_>, consoles: &Consoles) -> Result<Ended, AnyError> {
+fn set_up(installer: &Installer<'_>, floor: FloorWay, consoles: &Consoles) -> Result<Ended, AnyError> {
     if installer.config.join(FLOOR_KEY_FILE).exists() {
         let end = Instant::now() + TPM_WITHIN;
         while !Path::new(TPM).exists() && Instant::now() < end {
@@ -276,10 +277,18 @@ fn set_up(installer: &Installer<'_>, consoles: &Consoles) -> Result<Ended, AnyEr
     if work(ANSWERS).exists() {
         command.arg("--answers").arg(work(ANSWERS));
     }
-    if let Some(key) = media::read(layout::PROVISION_LABEL, layout::PROVISION_KEY, MAX_FILE)? {
-        let path = work(layout::PROVISION_KEY);
+    let (option, name) = match floor {
+        FloorWay::Remote => ("--provision-pub", layout::PROVISION_PUB),
+        FloorWay::Key | FloorWay::Ask => ("--provision-key", layout::PROVISION_KEY),
+    };
+    let mut courier = None;
+    if let Some(key) = media::read(layout::PROVISION_LABEL, name, MAX_FILE)? {
+        let path = work(name);
         atomic::replace(&path, &key, 0o600, "installer.key").on("write", &path)?;
-        command.arg("--provision-key").arg(&path);
+        command.arg(option).arg(&path);
+        if floor == FloorWay::Remote {
+            courier = Some(Courier::new(Path::new(WORK), &mut command)?);
+        }
     }
     let (said, says) = io::pipe().on("open", "a pipe")?;
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").stdin(Stdio::piped());
@@ -287,9 +296,15 @@ fn set_up(installer: &Installer<'_>, consoles: &Consoles) -> Result<Ended, AnyEr
     let child = command.spawn().on("run", installer.program);
     // Its ends of the pipe.
     drop(command);
-    let code =
-        child.and_then(|mut child| relay(&mut child, said, consoles).on("wait for", installer.program));
-    let _ = fs::remove_file(work(layout::PROVISION_KEY));
+    let code = child.and_then(|mut child| {
+        relay(&mut child, said, consoles, &mut || {
+            if let Some(courier) = &mut courier {
+                courier.go(&|text| consoles.say(text));
+            }
+        })
+        .on("wait for", installer.program)
+    });
+    let _ = fs::remove_file(work(name));
     match code? {
         0 => {
             let bytes = file::read_regular(&report, Links::Refused, MAX_FILE)?;
@@ -302,7 +317,13 @@ fn set_up(installer: &Installer<'_>, consoles: &Consoles) -> Result<Ended, AnyEr
 }
 
 /// Carries what a process says to the consoles, and what is typed to it, until it ends; returns its exit code.
-fn relay(child: &mut Child, mut said: io::PipeReader, consoles: &Consoles) -> io::Result<u8> {
+/// `meanwhile` is called all the time.
+fn relay(
+    child: &mut Child,
+    mut said: io::PipeReader,
+    consoles: &Consoles,
+    meanwhile: &mut dyn FnMut(),
+) -> io::Result<u8> {
     let mut input = child.stdin.take();
     let screens = consoles.screens();
     thread::scope(|scope| {
@@ -324,6 +345,7 @@ fn relay(child: &mut Child, mut said: io::PipeReader, consoles: &Consoles) -> io
             {
                 input = None;
             }
+            meanwhile();
         };
         let _ = copying.join();
         if let Some(signal) = status.signal() {
@@ -386,6 +408,7 @@ mod tests {
             assert_eq!(next("after: reboot", false, ended), Next::Again(Some(STAY)));
             let asked = next("disk: only-empty\nfloor: ask", false, ended);
             assert_eq!(asked, if code == 5 { Next::Again(None) } else { Next::Stay });
+            assert_eq!(next("disk: only-empty\nfloor: remote", false, ended), asked);
         }
     }
 
@@ -408,7 +431,7 @@ mod tests {
             command.args(["-c", script]).stdin(Stdio::piped()).stdout(says);
             let mut child = command.spawn().unwrap();
             drop(command);
-            assert_eq!(relay(&mut child, said, &consoles).unwrap(), code, "{script}");
+            assert_eq!(relay(&mut child, said, &consoles, &mut || {}).unwrap(), code, "{script}");
         }
     }
 }

@@ -9,8 +9,8 @@
 //! behind. When it is clear that the machine installs, it has one thing to do, and looks by itself.
 //!
 //! Two more media may be there, each found by its label, on a disk or on a partition of one: [`layout::ANSWERS_LABEL`]
-//! with `/answers.yaml`, [`layout::PROVISION_LABEL`] with `/provision.key`. They are ISO 9660, ext4 or FAT. A FAT label has
-//! room for 11 characters, so there it is the first 11.
+//! with `/answers.yaml`, [`layout::PROVISION_LABEL`] with `/provision.key`, or with a nonce and its signature. They are ISO
+//! 9660, ext4 or FAT. A FAT label has room for 11 characters, so there it is the first 11.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,8 +23,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::error::SetupError;
+use crate::error::IoContext;
 use crate::medium::layout;
 use crate::sorting;
+use crate::sys::atomic;
 use crate::sys::blkid::{self, Content};
 use crate::sys::disk::open_to_read;
 use crate::sys::file::{self, Links};
@@ -198,7 +200,7 @@ impl Medium {
     /// [`SetupError::Mount`], [`SetupError::Io`].
     pub fn mount(&self, folder: &Path) -> Result<Option<Vec<u8>>, SetupError> {
         file::create_folders(folder)?;
-        let mount = mount(&self.device, "iso9660")?;
+        let mount = mount(&self.device, "iso9660", Access::Read)?;
         let path = through(&mount).join(layout::MEDIUM_FILE);
         let max = layout::MAX_MEDIUM_FILE as u64;
         let Some(description) = file::find_regular(&path, Links::Refused, max)? else { return Ok(None) };
@@ -208,11 +210,31 @@ impl Medium {
     }
 }
 
+/// A medium beside the install medium.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Second {
+    /// Its device.
+    pub device: PathBuf,
+    /// What the kernel calls the driver of its file system.
+    pub driver: &'static str,
+}
+
 /// Reads a file of the medium with this label; `None` if there is no such medium.
 ///
 /// # Errors
 /// [`SetupError::SeveralMedia`]; [`SetupError::NotOnMedium`] if it lacks the file.
 pub fn read(label: &str, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, SetupError> {
+    let Some(medium) = second(label)? else { return Ok(None) };
+    let missing =
+        || SetupError::NotOnMedium { device: medium.device.clone(), label: label.into(), name: name.into() };
+    medium.read(name, max_bytes)?.ok_or_else(missing).map(Some)
+}
+
+/// Finds the medium with this label.
+///
+/// # Errors
+/// [`SetupError::SeveralMedia`].
+pub fn second(label: &str) -> Result<Option<Second>, SetupError> {
     let mut found: BTreeMap<PathBuf, (PathBuf, &'static str)> = BTreeMap::new();
     for name in devices() {
         if NO_MEDIA.iter().any(|other| name.starts_with(other)) {
@@ -227,20 +249,61 @@ pub fn read(label: &str, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, 
             if folder.join("partition").exists() { folder.parent().map(Path::to_path_buf) } else { None };
         found.entry(disk.unwrap_or(folder)).or_insert((device, driver));
     }
-    let devices: Vec<_> = found.into_values().collect();
-    let (device, driver) = match &devices[..] {
-        [] => return Ok(None),
-        [one] => one,
-        several => {
-            let devices = several.iter().map(|(device, _)| device.display().to_string()).collect();
-            return Err(SetupError::SeveralMedia { label: label.into(), devices });
+    let mut media = found.into_values().map(|(device, driver)| Second { device, driver });
+    match (media.next(), media.next()) {
+        (one, None) => Ok(one),
+        (one, other) => {
+            let all = one.into_iter().chain(other).chain(media);
+            let devices = all.map(|medium| medium.device.display().to_string()).collect();
+            Err(SetupError::SeveralMedia { label: label.into(), devices })
         }
-    };
-    let mount = mount(device, driver)?;
-    let content = file::find_regular(&through(&mount).join(name), Links::Refused, max_bytes)?;
-    let missing =
-        || SetupError::NotOnMedium { device: device.clone(), label: label.into(), name: name.into() };
-    content.ok_or_else(missing).map(Some)
+    }
+}
+
+impl Second {
+    /// Reads a file of it, if it has that.
+    ///
+    /// # Errors
+    /// [`SetupError::Mount`], [`SetupError::Io`].
+    pub fn read(&self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, SetupError> {
+        let mount = mount(&self.device, self.driver, Access::Read)?;
+        Ok(file::find_regular(&through(&mount).join(name), Links::Refused, max_bytes)?)
+    }
+
+    /// Writes a file onto it, whole or not at all, and removes another one, which is of an earlier time. Both have happened
+    /// when this returns, and the medium may be taken out.
+    ///
+    /// # Errors
+    /// [`SetupError::ReadOnly`], [`SetupError::Mount`], [`SetupError::Io`].
+    pub fn write(&self, name: &str, bytes: &[u8], other: &str) -> Result<(), SetupError> {
+        let read_only = || SetupError::ReadOnly { path: self.device.clone() };
+        if self.driver == "iso9660" {
+            return Err(read_only());
+        }
+        let mount = match mount(&self.device, self.driver, Access::Write) {
+            Err(SetupError::Mount { source, .. }) if matches!(source.errno(), libc::EROFS | libc::EACCES) => {
+                return Err(read_only());
+            }
+            mount => mount?,
+        };
+        let (path, other) = (through(&mount).join(name), through(&mount).join(other));
+        match fs::remove_file(&other) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).on("remove", &other)?;
+            }
+            _ => {}
+        }
+        atomic::replace(&path, bytes, 0o644, "installer.nonce").on("write", &path)?;
+        let folder = file::open_folder(&through(&mount)).on("open", &self.device)?;
+        Ok(file::sync_file_system(&folder).on("sync", &self.device)?)
+    }
+}
+
+/// How a file system is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
 }
 
 /// The driver of a file system that is the medium with this label.
@@ -249,22 +312,21 @@ fn driver_of(kind: &str, found: &str, label: &str) -> Option<&'static str> {
     driver.filter(|_| layout::is_labelled(found, label))
 }
 
-/// Mounts a device for reading, attached nowhere. It is unmounted when the descriptor is closed.
-fn mount(device: &Path, driver: &str) -> Result<OwnedFd, SetupError> {
+/// Mounts a device, attached nowhere. It is unmounted when the descriptor is closed.
+fn mount(device: &Path, driver: &str, access: Access) -> Result<OwnedFd, SetupError> {
     let mounted = || -> Result<OwnedFd, CallError> {
         let context = FsContext::open(driver)?;
         context.set_string("source", device.as_os_str().as_encoded_bytes())?;
-        context.set_flag("ro")?;
-        if driver == "ext4" {
-            // Without it, the journal would be replayed.
-            context.set_flag("noload")?;
+        let mut flags = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+        if access == Access::Read {
+            context.set_flag("ro")?;
+            flags |= libc::MOUNT_ATTR_RDONLY;
+            if driver == "ext4" {
+                // Without it, the journal would be replayed.
+                context.set_flag("noload")?;
+            }
         }
-        context.mount(
-            libc::MOUNT_ATTR_RDONLY
-                | libc::MOUNT_ATTR_NOSUID
-                | libc::MOUNT_ATTR_NODEV
-                | libc::MOUNT_ATTR_NOEXEC,
-        )
+        context.mount(flags)
     };
     mounted().map_err(|source| SetupError::Mount { path: device.to_path_buf(), source })
 }

@@ -10,6 +10,7 @@
 //! on a machine that was started from an install medium:
 //! media.rs      the medium, and those beside it
 //! console.rs    what is said, and typed, on all consoles
+//! courier.rs    a nonce to the medium, and its signature back
 //! installer.rs  answers, clock, the setup as a process of its own, and what follows
 //! ```
 //!
@@ -18,6 +19,7 @@
 
 pub mod answers;
 mod console;
+pub mod courier;
 pub mod disk;
 mod error;
 pub mod floor;

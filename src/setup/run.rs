@@ -67,7 +67,7 @@ pub struct Request<'a> {
     /// What it was verified against.
     pub anchor: &'a Anchor,
     /// The floor.
-    pub floor: FloorPlan,
+    pub floor: FloorPlan<'a>,
     /// The disk.
     pub choice: Choice,
     /// Whether it may be erased.

@@ -164,21 +164,23 @@ pub fn mount_with_helper(target: &Path, options: &str) -> io::Result<OwnedFd> {
     fd
 }
 
-/// Runs `fusermount3` to unmount `target`.
+/// Unmounts `target` for a user who may not call umount(2): with `fusermount3`, or with `umount` where that has no
+/// /etc/mtab, as in a chroot. `umount` reads /proc/self/mountinfo, and lets users unmount what they mounted through FUSE.
 pub fn unmount_with_helper(target: &Path, lazy: bool) -> io::Result<()> {
-    let mut command = Command::new("fusermount3");
-    command.arg("-u");
-    if lazy {
-        command.arg("-z");
+    let run = |program: &str, words: &[&str]| {
+        Command::new(program).args(words).arg("--").arg(target).stdin(Stdio::null()).output()
+    };
+    let mut output = run("fusermount3", if lazy { &["-u", "-z"] } else { &["-u"] })?;
+    if !output.status.success() && String::from_utf8_lossy(&output.stderr).contains("/etc/mtab") {
+        output = run("umount", if lazy { &["-l"] } else { &[] })?;
     }
-    let output = command.arg("--").arg(target).stdin(Stdio::null()).output()?;
     if output.status.success() {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let said = said.trim().trim_start_matches("fusermount3: ");
-    // The helper prints strerror's text for EBUSY; callers distinguish it by kind.
-    if said.contains("Device or resource busy") {
+    // Both print strerror's text for EBUSY, or "target is busy"; callers distinguish it by kind.
+    if said.contains("Device or resource busy") || said.contains("target is busy") {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
     Err(io::Error::other(said.to_string()))

@@ -2,13 +2,14 @@
 //!
 //! Each wrapper returns `io::Result`, or an error of its own that names the whole call ([`mountapi`], [`dm`],
 //! [`tpm`]). It owns what it opens (`OwnedFd`), and each `unsafe` block has a SAFETY line. Nothing here depends
-//! on the formats of mosfs. [`flock`], [`locks`] and [`notify`] need no `unsafe`.
+//! on the formats of mosfs. [`elf`], [`flock`], [`locks`] and [`notify`] need no `unsafe`.
 
 pub mod atomic;
 pub mod blkid;
 pub mod daemon;
 pub mod disk;
 pub mod dm;
+pub mod elf;
 pub mod file;
 pub mod flock;
 pub mod fuse;

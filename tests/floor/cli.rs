@@ -254,7 +254,7 @@ fn an_old_signature_does_not_provision_and_leaves_no_index() {
     assert_nothing_left(&swtpm);
     fs::remove_file(bench.path("signature")).unwrap();
     let arguments = [TWO_HALVES.as_slice(), &["--wait", "0"]].concat();
-    bench.fails(Some(&swtpm), &arguments, 1, "no signature of a provisioning key appeared");
+    bench.fails(Some(&swtpm), &arguments, 5, "no signature of a provisioning key appeared");
     assert_eq!(swtpm.handles("handles-nv-index"), [""; 0]);
 }
 

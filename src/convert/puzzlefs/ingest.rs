@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use super::{Limits, PuzzlefsError, pack};
 use crate::convert::image::{Ingest, IngestError, Ingested, diff_ids, in_layer, with_diff_ids, with_layers};
+use crate::convert::reuse::Source;
 use crate::convert::{ConvertError, Effort, LowerEntry, Packing, TarLayer, examine, lower, write_squashfs};
-use crate::digest::Digest;
 use crate::error::IoContext;
 use crate::failpoint;
 use crate::image::ReadError;
@@ -69,7 +69,23 @@ pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<In
     let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
     for (at, layer) in image.layers.iter().enumerate() {
         let diff_id = diff_ids.as_ref().and_then(|ids| ids.get(at).copied());
-        let (opened, said) = open_layer(job, image, at, diff_id, &layers)?;
+        let (below, _) = image.layers.split_at(at);
+        let source = Source {
+            layer: layer.clone(),
+            diff_id,
+            below: below.iter().map(|layer| layer.digest).collect(),
+            packing: Packing::temporary(),
+        };
+        let (opened, said) = match job.made.opened.get(&source) {
+            Some(opened) => opened,
+            None => {
+                let opened = open_layer(job, image, at, &source, &layers)?;
+                if job.made.is_shared(&layer.digest) {
+                    job.made.opened.add(source, opened.clone());
+                }
+                opened
+            }
+        };
         notes.extend(said.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         layers.push(opened);
     }
@@ -99,11 +115,10 @@ fn open_layer(
     job: &Ingest<'_>,
     image: &OciImage,
     at: usize,
-    diff_id: Option<Digest>,
+    made_of: &Source,
     below: &[Arc<dyn Layer>],
 ) -> Result<(Arc<dyn Layer>, Vec<String>), IngestError> {
-    let (lower_layers, rest) = image.layers.split_at(at);
-    let Some(layer) = rest.first() else { return Err(IngestError::Panicked) };
+    let layer = &made_of.layer;
     let wrong = |source| in_layer(image, at, source);
     let unreadable = |source| wrong(ConvertError::Below { layer: layer.digest, source: Box::new(source) });
     let format = layer.format()?;
@@ -116,20 +131,20 @@ fn open_layer(
     match format.content() {
         Content::Tar(compression) => {
             let temp = job.writer.temp()?;
-            let tar = TarLayer { digest: layer.digest, size: layer.size, compression, diff_id };
-            let effort = Effort { packing: Packing::temporary(), ..job.effort };
-            let from = job.from.open(&layer.to_descriptor(), 0)?;
+            let tar =
+                TarLayer { digest: layer.digest, size: layer.size, compression, diff_id: made_of.diff_id };
+            let effort = Effort { packing: made_of.packing, ..job.effort };
+            let mut from = job.from.open(&layer.to_descriptor(), 0)?;
             let view = match below {
                 [] => None,
                 _ => Some(Merged::new(below.to_vec()).map_err(PuzzlefsError::Tree)?),
             };
-            let digests: Vec<Digest> = lower_layers.iter().map(|layer| layer.digest).collect();
             let mut below = |path: &[u8]| match &view {
-                Some(view) => lower::under(view, &digests, path),
+                Some(view) => lower::under(view, &made_of.below, path),
                 None => Ok(LowerEntry::Nothing),
             };
-            let (_, notes) =
-                write_squashfs(from, &tar, &temp.file, effort, &mut below, job.progress).map_err(wrong)?;
+            let (_, notes) = write_squashfs(&mut from, &tar, &temp.file, effort, &mut below, job.progress)
+                .map_err(wrong)?;
             let opened = Squashfs::open(source(&temp)?).map_err(unreadable)?;
             Ok((Arc::new(opened), notes))
         }

@@ -14,10 +14,10 @@
 use std::collections::BTreeMap;
 
 use super::cpio::{Archive, CpioError};
-use super::elf::{self, ElfError};
 use super::modules::Module;
 use crate::image::FileType;
 use crate::image::files::{Files, FilesError};
+use crate::sys::elf::{Elf, ElfError};
 
 /// The full program, where `make install` and the package put it.
 pub(super) const PROGRAM: &str = "usr/libexec/mosfs/mosfs-full";
@@ -148,11 +148,12 @@ struct Libraries<'a> {
 impl Libraries<'_> {
     fn needs(&mut self, path: &str, program: &[u8]) -> Result<(), InitramfsError> {
         let wrong = |source| InitramfsError::Program { path: path.to_string(), source };
-        let needed = elf::needed(program).map_err(wrong)?;
-        if let Some(loader) = needed.loader {
-            self.loader(path, &loader)?;
+        let elf = Elf::new(program).map_err(wrong)?;
+        if let Some(loader) = elf.loader().map_err(wrong)? {
+            self.loader(path, &String::from_utf8_lossy(loader))?;
         }
-        self.todo.extend(needed.libraries.into_iter().map(|name| (name, format!("/{path}"))));
+        let libraries = elf.libraries().map_err(wrong)?;
+        self.todo.extend(libraries.into_iter().map(|name| (name, format!("/{path}"))));
         Ok(())
     }
 

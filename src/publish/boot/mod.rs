@@ -22,7 +22,6 @@
 //! the store is kept.
 
 mod cpio;
-mod elf;
 mod initramfs;
 mod inspect;
 mod kernel;

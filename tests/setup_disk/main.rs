@@ -1,16 +1,18 @@
 //! `mosfs setup` on loop devices: what it writes, what it refuses before it writes anything, and what crashes leave.
 
-#[path = "registry/debian.rs"]
+#[path = "../registry/debian.rs"]
 #[allow(dead_code)]
 mod debian;
-#[path = "kernel/fixture.rs"]
+#[path = "../kernel/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
-#[path = "common/swtpm.rs"]
+#[path = "../common/swtpm.rs"]
 #[allow(dead_code)]
 mod swtpm;
-#[path = "common/tools.rs"]
+#[path = "../common/tools.rs"]
 mod tools;
+
+mod remote;
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
