@@ -17,7 +17,7 @@ use crate::mount::{self as mounts, Backend, Daemon, MountFlags, MountPlan, Reque
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::store::lazy::{LIST_TYPE, ReadList, Recorder};
-use crate::sys::{self, file, locks};
+use crate::sys::{self, file, locks, process};
 use crate::transport::registry::Registry;
 use crate::transport::{SourceRef, Transport, TransportError};
 
@@ -130,6 +130,7 @@ fn run_in_mount(args: &TraceArgs, plan: &MountPlan) -> Result<(), AnyError> {
         };
         // What the program prints is not the list.
         command.stdout(output::of_child());
+        process::with_whole_dumps(&mut command);
         let (ended, at) = (Arc::clone(&ended), at.clone());
         std::thread::spawn(move || {
             let status = command.status();

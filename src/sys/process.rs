@@ -1,8 +1,12 @@
-//! Processes: signals to oneself, and where one's own program is.
+//! Processes: signals to oneself, core dumps, and where one's own program is.
 
 use std::ffi::{CStr, OsStr};
+use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
 
 /// Ends this process at once, as a power cut would: no destructor, no flush. For failpoints alone.
 #[cfg(any(feature = "failpoints", debug_assertions))]
@@ -25,6 +29,47 @@ pub fn signal(pid: u32, signal: i32) {
         // SAFETY: no pointers.
         unsafe { libc::kill(pid, signal) };
     }
+}
+
+/// What of a process is in its core dump: a number in hex (core(5)).
+const DUMP_FILTER: &CStr = c"/proc/self/coredump_filter";
+/// The headers of ELF files, by which a dump names the program and its libraries, and no memory that was written to.
+const NO_MEMORY: &str = "0x10";
+
+/// What [`DUMP_FILTER`] was before [`leave_memory_out_of_dumps`]; nothing without /proc.
+static FILTER_BEFORE: OnceLock<Option<String>> = OnceLock::new();
+
+/// Leaves the memory of this process out of its core dumps from now on, for a process that is about to hold a secret. The
+/// kernel and gcore(1) obey the filter; processes that this one forks inherit it, and so do programs that it starts
+/// ([`with_whole_dumps`]). Without /proc there are no core dumps at all.
+pub fn leave_memory_out_of_dumps() {
+    FILTER_BEFORE.get_or_init(|| {
+        let path = OsStr::from_bytes(DUMP_FILTER.to_bytes());
+        let before = super::file::read_named(path.as_ref(), 64).ok();
+        let before = before.map(|text| format!("0x{}", String::from_utf8_lossy(&text).trim()));
+        if before.is_none() || fs::write(path, NO_MEMORY).is_err() {
+            // SAFETY: no pointers.
+            unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+        }
+        before
+    });
+}
+
+/// Undoes [`leave_memory_out_of_dumps`] for a program of the user's.
+pub fn with_whole_dumps(command: &mut Command) -> &mut Command {
+    let Some(before) = FILTER_BEFORE.get().cloned().flatten() else { return command };
+    let restore = move || {
+        // SAFETY: the path ends with a NUL, and `before` has as many bytes as are written. All three calls are
+        // async-signal-safe, as they must be after fork(2). An error leaves dumps without memory.
+        unsafe {
+            let file = libc::open(DUMP_FILTER.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            libc::write(file, before.as_ptr().cast(), before.len());
+            libc::close(file);
+        }
+        Ok(())
+    };
+    // SAFETY: the closure allocates nothing and takes no lock.
+    unsafe { command.pre_exec(restore) }
 }
 
 /// The time since the start of the machine, without the time that it slept: CLOCK_MONOTONIC.
@@ -80,5 +125,19 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(started_at(child.id()), None);
+    }
+
+    #[test]
+    fn memory_is_left_out_of_dumps_and_the_users_programs_have_theirs() {
+        let before = fs::read_to_string("/proc/self/coredump_filter").unwrap();
+        leave_memory_out_of_dumps();
+        leave_memory_out_of_dumps();
+        assert_eq!(fs::read_to_string("/proc/self/coredump_filter").unwrap().trim(), "00000010");
+        let filter_of = |command: &mut Command| {
+            let output = command.arg("/proc/self/coredump_filter").output().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert_eq!(filter_of(&mut Command::new("cat")).trim(), "00000010", "it is inherited");
+        assert_eq!(filter_of(with_whole_dumps(&mut Command::new("cat"))), before);
     }
 }

@@ -9,7 +9,7 @@ use openssl::base64::encode_block;
 
 use crate::debian::{Config, Debian};
 use crate::fixture::{FILES, Lazy, wait_until};
-use crate::place::{display, text};
+use crate::place::{display, in_core_dumps, text};
 use crate::server::{Fault, Options};
 
 const EIO: i32 = 5;
@@ -76,7 +76,7 @@ fn a_registry_that_is_killed_and_comes_back_disturbs_no_reader_of_what_is_here()
 }
 
 /// A mount asks for new tokens all its life. None of them, nor the password, is in its log, its records below /run, its
-/// cache, or what `mosfs status` prints.
+/// cache, its core dumps, or what `mosfs status` prints.
 #[test]
 fn a_mount_keeps_no_password_and_no_token() {
     let options = Options { tokens: Some(("u:hunter2".into(), None)), ..Options::default() };
@@ -94,6 +94,10 @@ fn a_mount_keeps_no_password_and_no_token() {
         lazy.server.expire_tokens();
         assert_eq!(mount.read(number), Ok(()), "{}", mount.log());
     }
+    let secrets = ["hunter2", "sesame", &auth];
+    let dumped = in_core_dumps(&lazy.place, mount.pid(), &secrets);
+    assert!(dumped.iter().all(|(shown, _)| *shown == 0), "{dumped:?}");
+    assert!(dumped.iter().any(|(_, held)| *held > 0), "they are in its memory: {dumped:?}");
     // And what fails is written to the log.
     lazy.server.script(|seen, _| seen.header("range").map(|_| Fault::Answer(403, Vec::new(), Vec::new())));
     assert_eq!(mount.read(17), Err(EIO));
@@ -103,7 +107,7 @@ fn a_mount_keeps_no_password_and_no_token() {
     said += &lazy.place.ok(&["status", "-vv", "--floor", "file"]);
     let tokens = lazy.server.take_log();
     assert!(tokens.iter().filter(|seen| seen.path.starts_with("/token")).count() >= 3);
-    for secret in ["hunter2", "sesame", &auth] {
+    for secret in secrets {
         assert!(!said.contains(secret), "{secret} is shown: {said}");
         for folder in ["run", "cache"] {
             let found =

@@ -94,4 +94,12 @@ fn images_of_a_layout_are_traced_and_a_command_that_fails_gives_no_list() {
     assert!(failed.stdout.is_empty());
     let missing = lazy.place.command(&["trace", &source, "--", "/no/such/program"]).output().unwrap();
     refused(&missing, 1, &["cannot run /no/such/program"]);
+    // Core dumps of mosfs have no memory in them once it talks to a registry, and those of the command are its own.
+    let filter = "/proc/self/coredump_filter";
+    let output = lazy.place.command(&["trace", &lazy.source(), "--", "cat", filter]).output().unwrap();
+    assert!(
+        text(&output.stderr).contains(&std::fs::read_to_string(filter).unwrap()),
+        "{}",
+        text(&output.stderr)
+    );
 }

@@ -4,15 +4,17 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use openssl::base64::encode_block;
 use openssl::ssl::{SslAcceptor, SslFiletype, SslMethod, SslVerifyMode};
 
 use crate::debian::{Config, Debian};
 use crate::faults::served;
-use crate::place::{Place, display, layers_of, load, refused, text};
+use crate::place::{Place, display, in_core_dumps, layers_of, load, refused, text};
 use crate::server::{Fault, Options, Server};
 
 /// A CA and what it signs, made by the openssl command.
@@ -300,6 +302,41 @@ fn passwords_and_tokens_are_found_and_never_shown() {
             assert!(found.stdout.is_empty(), "{secret} is kept: {}", text(&found.stdout));
         }
     }
+}
+
+/// Ends a process when it is dropped.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A pull that waits for the bytes of a blob, with a password, a token and an environment that it was given.
+#[test]
+fn core_dumps_hold_no_password_and_no_token() {
+    let place = Place::new();
+    place.publish(200, &[60_000]);
+    let options = Options { tokens: Some(("u:hunter2".into(), None)), ..Options::default() };
+    let server = Server::start(options);
+    load(&place.publisher.store(), 200, "p", &server);
+    let layer = layers_of(&place.publisher.store(), 200).remove(0).digest;
+    server.script(move |seen, _| seen.gets(&layer).then_some(Fault::Stall(100)));
+    let file = auth_file(&place, "auth.json", &server.host(), "u:hunter2");
+    let store = display(&place.path("copy"));
+    let mut command =
+        place.command(&pull(&server.source("p"), &store, &["--authfile", &file, "--net-timeout", "100"]));
+    command.env("HTTPS_PROXY", "http://u:proxy-word@127.0.0.1:9").env("NO_PROXY", "127.0.0.1");
+    let pull = Ended(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    while server.sent(&layer) == 0 {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let secrets = ["hunter2", "sesame", &encode_block(b"u:hunter2"), "proxy-word"];
+    let dumped = in_core_dumps(&place, pull.0.id(), &secrets);
+    assert!(dumped.iter().all(|(shown, _)| *shown == 0), "{dumped:?}");
+    assert!(dumped[1].1 > 0 && dumped[3].1 > 0, "they are in its memory: {dumped:?}");
 }
 
 fn helper(place: &Place, name: &str, script: &str) {

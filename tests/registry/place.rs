@@ -14,6 +14,31 @@ use tempfile::TempDir;
 use crate::publish::{PRODUCT, Publisher};
 use crate::server::Server;
 
+/// How often each text is in the memory of a process, as a core dump by gdb shows it: one that obeys the filter of the
+/// process, as gcore and the kernel do, and one of everything.
+pub fn in_core_dumps(place: &Place, pid: u32, texts: &[&str]) -> Vec<(usize, usize)> {
+    let count = |obeys: &str| -> Vec<usize> {
+        let path = place.path("core");
+        let make = format!("generate-core-file {}", display(&path));
+        let output = Command::new("gdb")
+            .args(["--batch", "--nx", "--pid", &pid.to_string()])
+            .args(["--eval-command", &format!("set use-coredump-filter {obeys}"), "--eval-command", &make])
+            .output()
+            .unwrap_or_else(|error| panic!("cannot run gdb: {error}; install `gdb`"));
+        assert!(path.exists(), "{}", text(&output.stderr));
+        let count = |text: &&str| {
+            let mut grep = Command::new("grep");
+            grep.args(["--text", "--only-matching", "--fixed-strings", text]).arg(&path);
+            let found = grep.output().unwrap().stdout;
+            found.iter().filter(|byte| **byte == b'\n').count()
+        };
+        let counts = texts.iter().map(count).collect();
+        std::fs::remove_file(&path).unwrap();
+        counts
+    };
+    std::iter::zip(count("on"), count("off")).collect()
+}
+
 /// A publisher, and folders of a device.
 pub struct Place {
     pub dir: TempDir,

@@ -1,7 +1,7 @@
 //! The place that missing bytes come from, and how long it is waited for.
 //!
 //! A reader's request is sent again until its time is over ([`Link::patience`]); then the link counts as broken:
-//! reads of what is not here fail at once, and one request at a time is tried, after 1 s, 2 s, then every 5 s,
+//! reads of what is not here fail at once, and one request at a time is tried, after 1 s, 2 s, 4 s, then every 5 s,
 //! by the next reader or by the background. The first that succeeds mends the link. What is here is read
 //! throughout, because it does not come this way.
 //!
@@ -59,18 +59,44 @@ pub(super) struct Link {
 }
 
 struct State {
-    /// How many requests in a row have failed.
-    failing: u32,
-    /// Nothing is asked before this, if any failed.
-    closed_until: Instant,
-    /// How many requests of the background in a row have failed while the link counted as good.
-    resting: u32,
-    /// The background asks nothing before this, if any of these failed.
-    rests_until: Instant,
+    /// Requests that have failed since the last success: while there are any, the link is broken.
+    broken: Failures,
+    /// Requests of the background that have failed while the link counted as good: it rests.
+    resting: Failures,
     last_error: Option<String>,
     said: Option<Instant>,
     /// When a reader last waited.
     last_wait: Option<Instant>,
+}
+
+/// Failures in a row, and the pause after them.
+#[derive(Clone, Copy, Default)]
+struct Failures {
+    count: u32,
+    /// Nothing is asked before this; nothing without a failure.
+    until: Option<Instant>,
+}
+
+impl Failures {
+    fn any(&self) -> bool {
+        self.count > 0
+    }
+
+    /// Counts one more, after which nothing is asked for 1, 2, 4 and then [`LONGEST`] seconds.
+    fn add(&mut self) {
+        let pause = Duration::from_secs(1 << self.count.min(3)).min(LONGEST);
+        self.count = self.count.saturating_add(1);
+        self.pause(pause);
+    }
+
+    fn pause(&mut self, pause: Duration) {
+        self.until = Some(Instant::now() + pause);
+    }
+
+    /// How long nothing is asked.
+    fn left(&self) -> Duration {
+        self.until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+    }
 }
 
 /// A reader that waits; counted until it is dropped.
@@ -86,16 +112,8 @@ impl Drop for Waiting<'_> {
 impl Link {
     /// A link that has not asked anything. `patience` is how long a reader waits.
     pub(super) fn new(from: Box<dyn Transport>, patience: Duration) -> Self {
-        let now = Instant::now();
-        let state = State {
-            failing: 0,
-            closed_until: now,
-            resting: 0,
-            rests_until: now,
-            last_error: None,
-            said: None,
-            last_wait: None,
-        };
+        let (broken, resting) = (Failures::default(), Failures::default());
+        let state = State { broken, resting, last_error: None, said: None, last_wait: None };
         Self {
             from,
             patience,
@@ -145,17 +163,12 @@ impl Link {
     /// How long nothing should be asked in the background; zero if the link is good.
     pub(super) fn closed_for(&self) -> Duration {
         let state = self.lock();
-        let until = match (state.failing, state.resting) {
-            (0, 0) => return Duration::ZERO,
-            (0, _) => state.rests_until,
-            _ => state.closed_until,
-        };
-        until.saturating_duration_since(Instant::now())
+        if state.broken.any() { state.broken.left() } else { state.resting.left() }
     }
 
     /// Whether the last request failed.
     pub(super) fn is_broken(&self) -> bool {
-        self.lock().failing > 0
+        self.lock().broken.any()
     }
 
     /// Fills `buffer` with a part of a blob, unverified.
@@ -172,15 +185,14 @@ impl Link {
     ) -> Result<(), LinkError> {
         let once = {
             let mut state = self.lock();
-            let now = Instant::now();
-            if state.failing > 0 && now < state.closed_until {
-                return Err(LinkError::Broken(state.last_error.clone().unwrap_or_default()));
-            }
-            if state.failing > 0 {
+            if state.broken.any() {
+                if !state.broken.left().is_zero() {
+                    return Err(LinkError::Broken(state.last_error.clone().unwrap_or_default()));
+                }
                 // This is the one that tries; others fail until it is known how it ended.
-                state.closed_until = now + self.patience;
+                state.broken.pause(self.patience);
             }
-            state.failing > 0 || urgency == Urgency::Background
+            state.broken.any() || urgency == Urgency::Background
         };
         let deadline = Instant::now() + self.patience;
         let mut pause = PAUSE;
@@ -213,30 +225,28 @@ impl Link {
     /// Notes that the place answers.
     pub(super) fn succeeded(&self) {
         let mut state = self.lock();
-        if state.failing > 0 && state.said.is_some() {
+        if state.broken.any() && state.said.is_some() {
             log::info!("{} answers again", self.from.location());
         }
-        (state.failing, state.resting, state.last_error, state.said) = (0, 0, None, None);
+        (state.broken, state.resting) = (Failures::default(), Failures::default());
+        (state.last_error, state.said) = (None, None);
     }
 
     /// Notes that a request failed, and says so in the log.
     pub(super) fn failed(&self, error: &TransportError, urgency: Urgency) {
         let mut state = self.lock();
-        let now = Instant::now();
         state.last_error = Some(error.to_string());
-        if urgency == Urgency::Background && state.failing == 0 {
-            state.resting = state.resting.saturating_add(1);
-            state.rests_until = now + pause_after(state.resting);
-            match state.resting {
+        if urgency == Urgency::Background && !state.broken.any() {
+            state.resting.add();
+            match state.resting.count {
                 1 => log::warn!("{error}"),
                 _ => log::info!("{error}"),
             }
             return;
         }
-        state.failing = state.failing.saturating_add(1);
-        state.closed_until = now + pause_after(state.failing);
+        state.broken.add();
         if state.said.is_none_or(|said| said.elapsed() >= SAY_EVERY) {
-            state.said = Some(now);
+            state.said = Some(Instant::now());
             log::error!("{error}; reads of what is not here fail until {} answers", self.from.location());
         }
     }
@@ -244,9 +254,4 @@ impl Link {
     fn lock(&self) -> MutexGuard<'_, State> {
         locks::lock(&self.state)
     }
-}
-
-/// The pause after so many failures in a row, one or more.
-fn pause_after(failures: u32) -> Duration {
-    Duration::from_secs(1 << failures.saturating_sub(1).min(3)).min(LONGEST)
 }

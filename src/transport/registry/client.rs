@@ -22,7 +22,7 @@ use super::secret::Secret;
 use super::settings::Endpoint;
 use super::url::{Origin, Url, escape};
 use crate::sorting;
-use crate::sys::locks;
+use crate::sys::{locks, process};
 use crate::transport::access::Access;
 
 /// The most redirects that are followed for a request.
@@ -84,7 +84,11 @@ struct Authorization {
 
 impl Client {
     /// A client that has not asked anything.
+    ///
+    /// Rule (docs/design.md, no secret in a core dump): passwords, tokens and keys of client certificates are in no core dump. They pass through the buffers of
+    /// HTTP and TLS, so that all memory of the process is left out, not that of [`Secret`] alone.
     pub(super) fn new(access: Access) -> Self {
+        process::leave_memory_out_of_dumps();
         Self { http: Http::new(access), granted: Mutex::new(HashMap::new()) }
     }
 
