@@ -43,33 +43,33 @@ fn systems() -> &'static Systems {
 }
 
 /// A device with an EFI system partition, which is a folder here, and the development floor.
-struct Device {
-    dir: TempDir,
+pub struct Device {
+    pub dir: TempDir,
 }
 
 impl Device {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let this = Self { dir: TempDir::new().unwrap() };
         fs::create_dir(this.esp()).unwrap();
         this
     }
 
     /// A device with version 200.
-    fn installed() -> Self {
+    pub fn installed() -> Self {
         let this = Self::new();
         this.run(&this.install());
         this
     }
 
-    fn esp(&self) -> PathBuf {
+    pub fn esp(&self) -> PathBuf {
         self.dir.path().join("esp")
     }
 
-    fn system(&self) -> PathBuf {
+    pub fn system(&self) -> PathBuf {
         self.dir.path().join("system")
     }
 
-    fn command(&self, words: &[String]) -> Command {
+    pub fn command(&self, words: &[String]) -> Command {
         let mut command = Command::new(MOSFS);
         command.args(words).args(["--floor", "file"]).env_remove("MOSFS_FAILPOINT");
         for (name, folder) in [
@@ -83,34 +83,34 @@ impl Device {
         command
     }
 
-    fn run(&self, words: &[String]) -> String {
+    pub fn run(&self, words: &[String]) -> String {
         run(&mut self.command(words))
     }
 
-    fn install(&self) -> Vec<String> {
+    pub fn install(&self) -> Vec<String> {
         let ca = systems().publisher.path("keys/ca.pem").display().to_string();
         ["install", &source(200), "--ca", &ca, "--product", PRODUCT].map(String::from).to_vec()
     }
 
-    fn commit(&self) -> String {
+    pub fn commit(&self) -> String {
         self.run(&["commit".into()])
     }
 
     /// The names in `EFI/Linux`, sorted.
-    fn names(&self) -> Vec<String> {
+    pub fn names(&self) -> Vec<String> {
         let list = fs::read_dir(self.esp().join("EFI/Linux")).unwrap();
         let mut names: Vec<_> = list.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
 
-    fn rename(&self, from: &str, to: &str) {
+    pub fn rename(&self, from: &str, to: &str) {
         let folder = self.esp().join("EFI/Linux");
         fs::rename(folder.join(from), folder.join(to)).unwrap();
     }
 
     /// Every file with its content and the times of its last changes.
-    fn snapshot(&self) -> BTreeMap<PathBuf, (u64, i64, i64, Vec<u8>)> {
+    pub fn snapshot(&self) -> BTreeMap<PathBuf, (u64, i64, i64, Vec<u8>)> {
         let list = sh(&self.esp(), "find . -type f");
         let entry = |path: &str| {
             let path = self.esp().join(path);
@@ -121,7 +121,7 @@ impl Device {
     }
 
     /// Wants these names in `EFI/Linux`, each with the kernel whose id it has.
-    fn expect(&self, names: &[&str]) {
+    pub fn expect(&self, names: &[&str]) {
         assert_eq!(self.names(), names);
         for name in names {
             let which =
@@ -132,12 +132,12 @@ impl Device {
     }
 
     /// What a boot under a kernel would start, and in which role.
-    fn boot(&self, kernel: Option<Digest>) -> Result<(u64, Role), String> {
+    pub fn boot(&self, kernel: Option<Digest>) -> Result<(u64, Role), String> {
         self.try_boot(kernel).map_err(|(_, why)| why)
     }
 
     /// The same, with the exit code of a refusal.
-    fn try_boot(&self, kernel: Option<Digest>) -> Result<(u64, Role), (u8, String)> {
+    pub fn try_boot(&self, kernel: Option<Digest>) -> Result<(u64, Role), (u8, String)> {
         let system = System::at(self.system());
         let config = self.dir.path().join("config");
         let anchor = Anchor::load(&config).unwrap();
@@ -149,7 +149,7 @@ impl Device {
 
     /// Starts what systemd-boot would start: kernels without tries left come last, then the highest version comes
     /// first (systemd-boot(7), "Boot counting"; Boot Loader Specification, "Sorting").
-    fn start_as_the_loader_does(&self) -> Result<(u64, Role), String> {
+    pub fn start_as_the_loader_does(&self) -> Result<(u64, Role), String> {
         let names = self.names();
         let rank = |name: &&String| {
             let version: u64 = name.split('-').nth(1).unwrap().parse().unwrap();
@@ -161,7 +161,7 @@ impl Device {
     }
 
     /// Records that this boot runs a version, as `mosfs boot` does.
-    fn record(&self, version: u64) {
+    pub fn record(&self, version: u64) {
         let list = fs::read_dir(self.system().join("deployments")).unwrap();
         let mut names = list.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let deployment = names.find(|name| name.starts_with(&format!("{version}-"))).unwrap();
@@ -170,8 +170,17 @@ impl Device {
         fs::write(self.dir.path().join("run/boot.json"), record).unwrap();
     }
 
-    fn state(&self) -> serde_json::Value {
+    pub fn state(&self) -> serde_json::Value {
         serde_json::from_slice(&fs::read(self.system().join("state.json")).unwrap()).unwrap()
+    }
+
+    /// Wants every kernel that has its final name to be whole.
+    pub fn expect_whole(&self) {
+        for name in self.names().iter().filter(|name| name.ends_with(".efi")) {
+            let which = systems().ids.iter().position(|id| name.contains(id.as_str())).unwrap();
+            let content = fs::read(self.esp().join("EFI/Linux").join(name)).unwrap();
+            assert!(content == systems().kernels[which], "{name} is whole");
+        }
     }
 }
 
@@ -179,17 +188,17 @@ fn source(version: u64) -> String {
     format!("oci:{}:mos/system/system:{version}", systems().publisher.path("store").display())
 }
 
-fn update(version: u64) -> Vec<String> {
+pub fn update(version: u64) -> Vec<String> {
     vec!["update".into(), source(version)]
 }
 
 /// The full kernel ids.
-fn kernel_ids() -> [Digest; 2] {
+pub fn kernel_ids() -> [Digest; 2] {
     let publisher = &systems().publisher;
     [200, 202].map(|version| Digest::from_hex(&publisher.kernel_id("store", version)).unwrap())
 }
 
-fn name(version: u64, kernel: usize, count: &str) -> String {
+pub fn name(version: u64, kernel: usize, count: &str) -> String {
     format!("mosfs-{version}-{}{count}.efi", systems().ids[kernel])
 }
 
@@ -512,12 +521,8 @@ fn a_crash_at_any_point_leaves_the_old_kernel_and_the_next_command_finishes() {
         let output = run_any(device.command(words).env("MOSFS_FAILPOINT", point));
         assert_eq!(output.status.code(), None, "{point} is not on the way of {words:?}");
         // Whatever has its final name is whole, and something that boots is there.
-        let whole = |name: &String| {
-            let which = systems().ids.iter().position(|id| name.contains(id.as_str())).unwrap();
-            fs::read(device.esp().join("EFI/Linux").join(name)).unwrap() == systems().kernels[which]
-        };
+        device.expect_whole();
         let names = device.names();
-        assert!(names.iter().filter(|name| name.ends_with(".efi")).all(whole), "{point}: {names:?}");
         let started = device.start_as_the_loader_does();
         assert!(started.is_ok(), "{point}: {names:?}: {started:?}");
         device.run(words);

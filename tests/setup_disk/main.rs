@@ -8,6 +8,8 @@ mod debian;
 mod fixture;
 #[path = "../common/nbd.rs"]
 mod nbd;
+#[path = "../common/plugged.rs"]
+mod plugged;
 #[path = "../common/swtpm.rs"]
 #[allow(dead_code)]
 mod swtpm;
