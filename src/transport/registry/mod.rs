@@ -94,6 +94,8 @@ struct Shared {
     dead: Mutex<HashMap<Origin, Instant>>,
     /// The last documents that were fetched.
     documents: Mutex<Vec<(Descriptor, Vec<u8>)>>,
+    /// Uploads that have begun and have not ended.
+    uploads: Mutex<Vec<(Endpoint, Url)>>,
 }
 
 impl From<RegistryError> for TransportError {
@@ -122,6 +124,7 @@ impl Registry {
             plain: access.plain_http,
             dead: Mutex::default(),
             documents: Mutex::default(),
+            uploads: Mutex::default(),
         };
         Self::new(Arc::new(shared), host, repository)
     }
