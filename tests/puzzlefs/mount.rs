@@ -17,7 +17,7 @@ use mosfs::internals::image::oci::MAX_MANIFEST_BYTES;
 
 use crate::images::{IMAGES, expected, image, layer, open, unpack};
 use crate::layout::{OurMount, open_rw, run_mosfs};
-use crate::message::{Ptr, dir, inode, large, large_manifest, one, with_xattr};
+use crate::message::{Ptr, dir, encode, file, inode, large, large_manifest, one, rootfs, with_xattr};
 use crate::scan::{Node, Tree, scan, show};
 use crate::tools::need_root;
 
@@ -134,6 +134,51 @@ fn what_a_puzzlefs_image_cannot_do_is_refused_by_name() {
 }
 
 /// Content of every regular file by its path.
+/// What opening refuses, each command refuses that opens an image: it names the layer and the reason, and exits with the
+/// code for that. `refused.rs` has every reason.
+#[test]
+fn a_malformed_image_is_refused_by_each_command() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    let layout = crate::layout::Layout::new(&folder.path().join("oci"));
+    let at = folder.path().join("m");
+    fs::create_dir(&at).unwrap();
+    let unlisted = Digest::of(b"not listed");
+    let used = file(2, &[(unlisted.as_bytes(), 0, 1, false)]);
+    let device = inode(2, 2, Ptr::Struct(vec![4096, 0], vec![]), Ptr::Null);
+    let with = |second| one(vec![dir(1, &[(b"x", 2)]), second]);
+    let below = inode(1, 3, Ptr::Struct(vec![1], vec![Ptr::Null]), Ptr::Null);
+    for (metadata, offset, why) in [
+        (vec![1, 2, 3], 0, "the table of segments is cut off".to_string()),
+        (encode(&rootfs(2, vec![vec![dir(1, &[])]])), 16, "manifestVersion is 2, expected 3".to_string()),
+        (one(vec![below]), 104, "a folder has lookBelow set, which nothing reads or writes".to_string()),
+        (one(vec![dir(1, &[(b"a", 1)])]), 128, "folder 1 has two names, or is within itself".to_string()),
+        (one(vec![dir(1, &[(b"..", 1)])]), 128, "the name `..` of a file is not a name".to_string()),
+        (with(inode(2, 9, Ptr::Null, Ptr::Null)), 104, "an inode has tag 9, expected 1 to 8".to_string()),
+        (
+            with(device),
+            104,
+            "device number 4096:0, expected at most 4095:1048575, the kernel's bits".to_string(),
+        ),
+        (with(used), 200, format!("chunk {unlisted} is used, but the manifest does not list it")),
+    ] {
+        put(&layout, &metadata, &large_manifest(&metadata, 0, 0));
+        let (source, layer) = (layout.source("image"), Digest::of(&metadata));
+        let why = format!("corrupt puzzlefs metadata at {offset}: {why}");
+        let output = run_mosfs(&["mount", "--backend", "fuse", &source, at.to_str().unwrap()]);
+        let blob = layout.blob(&layer);
+        let expected = format!("mosfs: layer {layer} ({}): {why}\n", blob.display());
+        assert_eq!(String::from_utf8_lossy(&output.stderr), expected);
+        assert_eq!(output.status.code(), Some(1), "{why}");
+        let output = run_mosfs(&["verify", &source]);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(said, format!("{source}: layer {layer}: {why}\n"));
+        assert_eq!(output.status.code(), Some(3), "{why}");
+    }
+    let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounted.contains(at.to_str().unwrap()), "{mounted}");
+}
+
 fn contents(image: &Puzzlefs) -> BTreeMap<Vec<u8>, (NodeId, u64)> {
     let mut files = BTreeMap::new();
     let mut todo = vec![(image.root(), Vec::new())];
@@ -286,21 +331,26 @@ fn acls_hold() {
         let (.., additional) = with_xattr(ino, name, &acl);
         inode(ino, 5, Ptr::List(vec![]), additional.into_iter().nth(1).unwrap())
     };
-    let mut root = dir(1, &[(b"acl", 2), (b"other", 3)]);
-    root.0[1] = 3 | 0o755 << 16;
-    let metadata = one(vec![root, file(2, b"system.posix_acl_access"), file(3, b"user.other")]);
     let folder = tempfile::tempdir().unwrap();
     crate::layout::open_to_all(folder.path());
-    let layout = crate::layout::Layout::new(&folder.path().join("oci"));
-    put(&layout, &metadata, &large_manifest(&metadata, 0, 0));
-    let mount = OurMount::new(&layout.source("image"), &folder.path().join("m"), &[]);
-    let reads = |uid: u32, name: &str| {
-        let mut command = std::process::Command::new("setpriv");
-        command.args([&format!("--reuid={uid}"), &format!("--regid={uid}"), "--clear-groups", "cat"]);
-        command.arg(mount.at.join(name)).output().unwrap().status.success()
-    };
-    assert!(reads(1001, "other") && reads(1002, "other") && reads(1002, "acl"));
-    assert!(!reads(1001, "acl"));
+    // The kernel checks ACLs where any file has one of either kind, and requests that of access of each file.
+    for (number, name, holds) in
+        [(0, "system.posix_acl_access", true), (1, "system.posix_acl_default", false)]
+    {
+        let mut root = dir(1, &[(b"acl", 2), (b"other", 3)]);
+        root.0[1] = 3 | 0o755 << 16;
+        let metadata = one(vec![root, file(2, name.as_bytes()), file(3, b"user.other")]);
+        let layout = crate::layout::Layout::new(&folder.path().join(format!("oci{number}")));
+        put(&layout, &metadata, &large_manifest(&metadata, 0, 0));
+        let mount = OurMount::new(&layout.source("image"), &folder.path().join("m"), &[]);
+        let reads = |uid: u32, name: &str| {
+            let mut command = std::process::Command::new("setpriv");
+            command.args([&format!("--reuid={uid}"), &format!("--regid={uid}"), "--clear-groups", "cat"]);
+            command.arg(mount.at.join(name)).output().unwrap().status.success()
+        };
+        assert!(reads(1001, "other") && reads(1002, "other") && reads(1002, "acl"), "{name}");
+        assert_eq!(reads(1001, "acl"), !holds, "{name}");
+    }
 }
 
 /// As many chunks as the largest manifest can list: the daemon needs less than 64 MiB, all of it, to open and serve it.
@@ -330,10 +380,15 @@ fn the_largest_image_is_served_within_64_mib() {
     // There are no chunks: their files cannot be read, and the mount goes on.
     let error = fs::read(mount.at.join("file-00000000/file-00000000")).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    let kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    let kib = memory_kib(&mount, "VmHWM:");
     assert!(kib < 64 << 10, "the daemon needed {kib} KiB");
+}
+
+/// A field of the daemon's memory in proc(5), in KiB.
+fn memory_kib(mount: &OurMount, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
+    let value = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    value.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 /// Chunks are opened when they are read, long after the daemon has left the folder that it was started in, and, at

@@ -22,7 +22,7 @@ use crate::image::{DirEntry, FileType, LayerError};
 const TABLE: &str = "folder";
 
 /// Size of an entry without its name, in bytes.
-const ENTRY_BYTES: usize = 12;
+pub(super) const ENTRY_BYTES: usize = 12;
 
 /// The longest name, in bytes (NAME_MAX).
 const NAME_BYTES_MAX: usize = 255;

@@ -40,9 +40,9 @@ pub(super) const SLOT_BYTES: u64 = 32;
 pub(super) const SYMLINK_BYTES_MAX: u64 = 4096;
 
 /// Size of a compact inode, in bytes.
-const COMPACT_BYTES: usize = 32;
+pub(super) const COMPACT_BYTES: usize = 32;
 /// Size of an extended inode, in bytes.
-const EXTENDED_BYTES: usize = 64;
+pub(super) const EXTENDED_BYTES: usize = 64;
 
 /// Bit of the format: extended.
 const EXTENDED: u16 = 1;
@@ -108,6 +108,11 @@ impl Inode {
     }
 }
 
+/// Whether the inode that begins with these bytes is an extended one.
+pub(super) fn is_extended(bytes: &[u8]) -> bool {
+    u16_at(bytes, 0) & EXTENDED != 0
+}
+
 /// Returns the type that the upper bits of a mode stand for.
 fn file_type(mode: u16) -> Option<FileType> {
     Some(match mode >> 12 {
@@ -150,17 +155,17 @@ impl Erofs {
     /// Returns the inode at a place.
     pub(super) fn inode_at(&self, space: Space, at: u64) -> Result<Inode, LayerError> {
         let head = self.bytes(space, at, COMPACT_BYTES)?;
-        let format = u16_at(head.bytes(), 0);
-        if format & EXTENDED == 0 {
-            return self.parse(space, at, format, head.bytes());
+        if !is_extended(head.bytes()) {
+            return self.parse(space, at, head.bytes());
         }
         let whole = self.bytes(space, at, EXTENDED_BYTES)?;
-        self.parse(space, at, format, whole.bytes())
+        self.parse(space, at, whole.bytes())
     }
 
-    fn parse(&self, space: Space, at: u64, format: u16, bytes: &[u8]) -> Result<Inode, LayerError> {
+    /// Returns the inode with these bytes, all of it.
+    pub(super) fn parse(&self, space: Space, at: u64, bytes: &[u8]) -> Result<Inode, LayerError> {
         let bad = |why: String| Err(corrupt(TABLE, at, why));
-        let extended = format & EXTENDED != 0;
+        let (format, extended) = (u16_at(bytes, 0), is_extended(bytes));
         if format >> 5 != 0 {
             return bad(format!("format is {format:#x}, expected bits 5 to 15 clear"));
         }

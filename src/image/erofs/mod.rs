@@ -35,11 +35,13 @@ mod file;
 mod inode;
 mod lz4;
 mod metadata;
+mod names;
 mod superblock;
 mod xattr;
 mod zmap;
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, OnceLock};
 
 use super::cache::Cache;
 use super::layer::{Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, StatFs, Xattrs};
@@ -89,6 +91,8 @@ pub struct Erofs {
     /// The file that holds metadata.
     metabox: Option<Inode>,
     prefixes: Vec<xattr::Prefix>,
+    /// The names of all attributes, once read; `None` where they are too many.
+    xattr_names: OnceLock<Option<HashSet<Vec<u8>>>>,
 }
 
 impl Erofs {
@@ -117,6 +121,7 @@ impl Erofs {
             packed: None,
             metabox: None,
             prefixes: Vec::new(),
+            xattr_names: OnceLock::new(),
         };
         // In this order: each may be needed to read the next.
         image.packed = superblock.packed.map(|number| image.file_inode(number, "packed")).transpose()?;
@@ -243,6 +248,10 @@ impl Layer for Erofs {
     // No field of the superblock says whether there are any.
     fn has_xattrs(&self) -> bool {
         true
+    }
+
+    fn may_have_xattr(&self, name: &[u8]) -> bool {
+        self.may_have_xattr_named(name)
     }
 
     fn stat_fs(&self) -> StatFs {

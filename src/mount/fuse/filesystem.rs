@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -104,6 +104,8 @@ pub(super) struct View {
     pub siblings: Arc<Siblings>,
     /// Where user and group ids are moved to, if they are.
     pub shift: Option<IdShift>,
+    /// Whether files may have POSIX ACLs, once that is known.
+    pub acls: OnceLock<bool>,
 }
 
 impl View {
@@ -116,9 +118,11 @@ impl View {
         }
     }
 
-    /// Whether files may have POSIX ACLs.
+    /// Whether files may have POSIX ACLs, of either kind. The same at every call: where it was so at the mount, the kernel
+    /// checks the ACL of access of each file, and takes every error but "not there" for one of its own reader.
     fn may_have_acls(&self) -> bool {
-        ACLS.iter().any(|name| self.engine.view().may_have_xattr(name))
+        let may_have = |name: &&[u8]| self.engine.view().may_have_xattr(name);
+        *self.acls.get_or_init(|| ACLS.iter().any(may_have))
     }
 
     /// Whether a request for that attribute is answered by "not supported", not by "not there".
@@ -131,6 +135,9 @@ impl View {
     /// not implement them, and for the label of SELinux where no file has one: no SELinux has labelled the image then,
     /// and where SELinux runs, it answers in our place.
     fn is_unsupported(&self, name: &[u8]) -> bool {
+        if ACLS.contains(&name) {
+            return !self.may_have_acls();
+        }
         let is_stored = STORED.iter().any(|prefix| name.starts_with(prefix));
         (!is_stored || name == SELINUX) && !self.engine.view().may_have_xattr(name)
     }

@@ -37,7 +37,7 @@ mod started;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
@@ -511,7 +511,12 @@ fn serve(
     let (pulse, when) = (Arc::new(RequestCounter::default()), options.spin);
     let threads = if options.threads == 0 { limits::default_threads() } else { options.threads };
     let turns = Arc::new(Lead::default());
-    let view = Arc::new(View { engine: engine.clone(), siblings: siblings.clone(), shift: options.shift });
+    let view = Arc::new(View {
+        engine: engine.clone(),
+        siblings: siblings.clone(),
+        shift: options.shift,
+        acls: OnceLock::new(),
+    });
     let pool = plan.remote().map(|_| Arc::default());
     let opens = options.idle.map(|_| Arc::new(Opens::default()));
     let tree = Tree {
