@@ -125,7 +125,7 @@ impl Http {
         }
         let silence = self.access.patience;
         let head = if matches!(ask.payload, Payload::None) { silence } else { silence * AFTER_UPLOAD };
-        let fail = |error| failed(&request, silence, error);
+        let fail = |error| through_proxy(&url.origin, failed(&request, silence, error));
         let sent = match ask.payload {
             Payload::None => self.run(&agent, builder.body(()), head),
             Payload::Bytes(bytes) => {
@@ -175,13 +175,12 @@ impl Http {
         if let Some(agent) = agents.get(origin) {
             return Ok(agent.clone());
         }
-        let environment = |name: &str| std::env::var(name).ok();
-        let proxy = match proxy::route(origin.https, &origin.host(), &environment)? {
+        let proxy = match route(origin)? {
             Route::Direct => None,
-            Route::Proxy(url) => Some(ureq::Proxy::new(url.expose()).map_err(|_| RegistryError::Proxy {
-                variable: if origin.https { "HTTPS_PROXY" } else { "HTTP_PROXY" },
-                why: "expected the URL of an http or https proxy",
-            })?),
+            Route::Proxy { variable, url, .. } => {
+                let why = "expected the URL of an http or https proxy";
+                Some(ureq::Proxy::new(url.expose()).map_err(|_| RegistryError::Proxy { variable, why })?)
+            }
         };
         let silence = self.access.patience;
         let config = Agent::config_builder()
@@ -208,6 +207,22 @@ impl Http {
         let agent = Agent::with_parts(config, chain, DefaultResolver::default());
         agents.insert(origin.clone(), agent.clone());
         Ok(agent)
+    }
+}
+
+/// The route to a server, by the variables of the environment.
+fn route(origin: &Origin) -> Result<Route, RegistryError> {
+    proxy::route(origin.https, &origin.host(), &|name| std::env::var(name).ok())
+}
+
+/// Names the proxy where the network has failed on the way through one: it is not the server that was asked for.
+fn through_proxy(origin: &Origin, error: RegistryError) -> RegistryError {
+    match (error, route(origin)) {
+        (RegistryError::Network { request, why, unreachable }, Ok(Route::Proxy { variable, shown, .. })) => {
+            let why = format!("{why} (through the proxy {shown} of {variable})");
+            RegistryError::Network { request, why, unreachable }
+        }
+        (error, _) => error,
     }
 }
 

@@ -108,7 +108,8 @@ impl Registry {
     /// Opens `HOST[:PORT]/REPOSITORY`. Nothing is asked yet.
     ///
     /// # Errors
-    /// [`RegistryError::Config`] and [`RegistryError::Blocked`] of registries.conf.
+    /// [`RegistryError::Config`] and [`RegistryError::Blocked`] of registries.conf; [`RegistryError::Config`] of a file of
+    /// credentials that the user named.
     pub fn open(location: &str, access: &Access) -> Result<Self, TransportError> {
         let bad = |why: Malformed| TransportError::BadSource {
             found: format!("docker://{}", text::shown(location)),
@@ -118,8 +119,10 @@ impl Registry {
         if credentials::is_hub(&host.to_string()) && !repository.contains('/') {
             repository = format!("library/{repository}");
         }
+        let client = Client::new(access.clone());
+        credentials::check_named(access)?;
         let shared = Shared {
-            client: Client::new(access.clone()),
+            client,
             settings: Settings::load()?,
             plain: access.plain_http,
             dead: Mutex::default(),
