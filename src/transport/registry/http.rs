@@ -241,13 +241,16 @@ fn failed(request: &str, silence: Duration, error: ureq::Error) -> RegistryError
         },
         ureq::Error::HostNotFound => network("the host is not known".into(), true),
         ureq::Error::Io(error) => {
+            let why = error.to_string();
             let unreachable = matches!(
                 error.kind(),
                 io::ErrorKind::ConnectionRefused
                     | io::ErrorKind::HostUnreachable
                     | io::ErrorKind::NetworkUnreachable
             );
-            network(text::shown(&error.to_string()), unreachable)
+            // What the standard library says of getaddrinfo(3), without a kind of its own.
+            let unknown = why.starts_with("failed to lookup address information");
+            network(text::shown(&why), unreachable || unknown)
         }
         ureq::Error::Other(error) => match error.downcast::<TlsFailure>() {
             Ok(failure) => RegistryError::Tls { request, why: text::shown(&failure.to_string()) },
