@@ -38,7 +38,7 @@ impl Plugged {
         command.arg("--export");
         command.arg(format!("type=fuse,id=disk,node-name=disk,mountpoint={place},writable=on"));
         let mut daemon = command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| {
-            panic!("cannot run qemu-storage-daemon: {error}; install the Debian package qemu-utils")
+            panic!("cannot run qemu-storage-daemon: {error}; install the Debian package qemu-system-common")
         });
         while fs::metadata(&file).unwrap().len() != bytes {
             let ended = daemon.try_wait().unwrap();
