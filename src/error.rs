@@ -34,6 +34,12 @@ impl Class {
             Class::Tpm => 5,
         }
     }
+
+    /// Returns the class of another process of mosfs, by its exit code; any other code is a failure.
+    pub(crate) fn of_exit_code(code: Option<i32>) -> Self {
+        let all = [Class::Input, Class::Verification, Class::Rollback, Class::Tpm];
+        all.into_iter().find(|one| code == Some(one.exit_code().into())).unwrap_or(Class::Failure)
+    }
 }
 
 /// An error that has a class.

@@ -61,7 +61,6 @@ impl Fixture {
         command.stdin(Stdio::null()).env("MOSFS", MOSFS).env("MOSFS_SYSTEM", self.path("system"));
         command.env("MOSFS_CONFIG", self.path("config")).env("MOSFS_RUN", self.path("run"));
         command.env("T", self.dir.path()).env("LC_ALL", "C");
-        command.env("PATH", std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin");
     }
 
     /// Runs a script in a mount namespace of its own, where mount(8) finds the helper. `$T` is the

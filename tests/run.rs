@@ -285,6 +285,13 @@ fn a_running_container_is_listed_healthy_and_entered() {
     }
     assert_eq!(world.ok(&["exec", "--user", "app", "web", "--", "id", "-u"]), "1000\n");
     world.refused(&["exec", "web", "--", "false"], 1, &["target web ended with exit code 1"]);
+    let missing = "target web: the program nosuch is in no folder of PATH (";
+    world.refused(&["exec", "web", "--", "nosuch"], 2, &[missing]);
+    world.refused(
+        &["exec", "--user", "app", "web", "--", "/etc/passwd"],
+        2,
+        &["target web: the program /etc/passwd is not executable by user 1000 (mode 0644)"],
+    );
     world.refused(&["exec", "never", "--", "true"], 1, &["target never", "is not running"]);
     let no_curl = "cannot run: the program curl is in no folder of PATH (/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)";
     for (target, words) in
@@ -669,6 +676,16 @@ fn where_the_kernel_maps_no_ids_a_container_runs_on_a_tree_whose_ids_are_moved()
     world.ok(&["run-target", "app", "--mount-shifted"]);
     assert_eq!(owner("bin/busybox"), (524_288, 524_288));
     assert_eq!(world.ok(&["run-target", "app"]), plain);
+    // The reason of the process that mounts is the one that is said and kept.
+    umount(&place);
+    fs::remove_dir(&place).unwrap();
+    fs::write(&place, "no folder").unwrap();
+    let output = world.run(&["run-target", "app"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let reason = said.lines().next().unwrap().strip_prefix("mosfs: ").unwrap();
+    assert!(reason.contains(&place.display().to_string()) && !reason.contains("exit status"), "{said}");
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert_eq!(fs::read_to_string(world.path("run/notes/app.error")).unwrap(), reason);
 }
 
 #[test]

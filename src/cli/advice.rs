@@ -225,7 +225,10 @@ fn for_registry(error: &RegistryError) -> Option<&'static str> {
             "if this server speaks HTTPS, put its CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
         }
         RegistryError::Tls { .. } => {
-            "put the registry's CA into certs.d, or give --cert-dir (docs/registries.md, certificates)"
+            "put the registry's CA, a file *.crt, into certs.d, or give --cert-dir (docs/registries.md, certificates)"
+        }
+        RegistryError::Network { unreachable: true, .. } => {
+            "check the address, and the variables that name a proxy; then run the command again: what was received is kept"
         }
         RegistryError::Network { .. } | RegistryError::Stalled { .. } => {
             "run the command again: what was received is kept"

@@ -1,6 +1,8 @@
 //! `mosfs push`: a signed system from a store to a registry. `mosfs pull`: the other way.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
 
 use clap::Args;
 use serde_json::json;
@@ -10,6 +12,8 @@ use crate::deploy::{pull, push};
 use crate::error::AnyError;
 use crate::image::oci::Platform;
 use crate::store::Store;
+use crate::sys::daemon::Signals;
+use crate::sys::process;
 use crate::transport::registry::Registry;
 use crate::transport::{SourceRef, TransportError};
 
@@ -59,7 +63,12 @@ pub(super) fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
         .into());
     }
     let store = Store::open(&args.store)?;
-    let to = Registry::open(&args.to.location, &args.registry.access(global))?;
+    // Before anything starts a thread. Without it, the registry clears up after an interrupted push in its own time.
+    let signals = Signals::block_not_ignored();
+    let to = Arc::new(Registry::open(&args.to.location, &args.registry.access(global))?);
+    if let Ok(signals) = signals {
+        cancel_when_ended(signals, Arc::clone(&to));
+    }
     let pushed = push::system(&store, args.to.name.as_deref(), &to, &progress::of(global)?)?;
     output::answer(
         global,
@@ -76,6 +85,20 @@ pub(super) fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
             )
         },
     )
+}
+
+/// On a signal that ends the command, cancels the uploads that are under way first; on a second one, ends at once.
+fn cancel_when_ended(signals: Signals, to: Arc<Registry>) {
+    thread::spawn(move || {
+        let Ok(signal) = signals.wait() else { return };
+        thread::spawn(move || {
+            to.cancel_uploads();
+            process::end_by(signal);
+        });
+        if let Ok(signal) = signals.wait() {
+            process::end_by(signal);
+        }
+    });
 }
 
 /// Runs `mosfs pull`.

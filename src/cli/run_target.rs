@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Global, device, output, shifted_unit};
 use crate::deploy::{booted, target};
-use crate::error::{AnyError, IoContext};
+use crate::error::{AnyError, Class, IoContext};
 use crate::manifest::TargetName;
 use crate::mount::units as daemons;
 use crate::run::leftovers::{self, Ended};
@@ -92,13 +92,19 @@ fn start(args: &RunTargetArgs, global: &Global, places: &Places) -> Result<(), A
     }
     let mount_shifted = || {
         let mut mount = again(places, global, "--mount-shifted", &args.target);
-        let done = match mount.stdout(Stdio::null()).status() {
+        // It notes why it fails, and this process says it.
+        let _ = std::fs::remove_file(places.error(&args.target));
+        let why = match mount.stdout(Stdio::null()).stderr(Stdio::null()).status() {
             Ok(status) if status.success() => return Ok(()),
-            // It has said why.
-            Ok(status) => status.to_string(),
+            Ok(status) => match units::last_error(places, &args.target) {
+                Some(why) => {
+                    return Err(RunError::Noted { why, class: Class::of_exit_code(status.code()) });
+                }
+                None => status.to_string(),
+            },
             Err(error) => error.to_string(),
         };
-        Err(root::step(&args.target, "mount its image with the ids of its group")(done))
+        Err(root::step(&args.target, "mount its image with the ids of its group")(why))
     };
     Err(start::exec(&container, places, &mount_shifted).into())
 }

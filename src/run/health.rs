@@ -140,10 +140,14 @@ impl Drop for ProcessFile {
 /// Runs a command in a container; returns its exit code when it has ended.
 ///
 /// # Errors
-/// As [`command`], and those of starting the runtime.
+/// As [`command`], and those of starting the runtime; [`RunError::Command`] if the program cannot run.
 pub fn run(container: &Container, places: &Places, other: &Other<'_>) -> Result<i32, RunError> {
     let target = container.name.as_str();
     let (mut command, _file) = command(container, places, other)?;
+    // Before the runtime would say it in its own words.
+    if let Some((program, why)) = unrunnable(container, places, other) {
+        return Err(RunError::Command { target: target.into(), program, why });
+    }
     command.arg(target);
     let status = stdio::run(command).map_err(step(target, "run crun exec"))?;
     Ok(stdio::exit_code(status))
@@ -313,8 +317,8 @@ impl Said {
     }
 }
 
-/// Why the program of a command cannot run in a running container, if that is so.
-fn unrunnable(container: &Container, places: &Places, other: &Other<'_>) -> Option<String> {
+/// The program of a command and why it cannot run in a running container, if that is so.
+fn unrunnable(container: &Container, places: &Places, other: &Other<'_>) -> Option<(String, String)> {
     let program = other.command.first()?;
     // With all that is mounted there.
     let path = PathBuf::from(format!("/proc/{}/root", pid(places, container.name.as_str())?));
@@ -325,7 +329,7 @@ fn unrunnable(container: &Container, places: &Places, other: &Other<'_>) -> Opti
     let environment = bundle::environment(&container.target, &container.image, &user);
     let tree = program::Tree::of(container, &path, &[], &user);
     let why = program::problem(&tree, program, &environment)?;
-    Some(format!("the program {} {}", rules::printable(program, 200), rules::printable(&why, 1000)))
+    Some((rules::printable(program, 200), rules::printable(&why, 1000)))
 }
 
 /// Runs the command of `health` once.
@@ -353,7 +357,7 @@ fn attempt(
     match outcome {
         Some(status) if status.success() => Ok(()),
         Some(status) => Err(match unrunnable(container, places, other) {
-            Some(why) => format!("its health command cannot run: {why}"),
+            Some((program, why)) => format!("its health command cannot run: the program {program} {why}"),
             None => format!("its health command ended with {status}{}", said.last_line()),
         }),
         None => {

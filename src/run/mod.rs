@@ -148,6 +148,24 @@ pub enum RunError {
         /// Why not, as the end of the sentence.
         why: String,
     },
+    /// The program of a command for a container that runs cannot be started.
+    #[error("target {target}: the program {program} {why}")]
+    Command {
+        /// The target.
+        target: String,
+        /// What is run.
+        program: String,
+        /// Why not, as the end of the sentence.
+        why: String,
+    },
+    /// Another process of mosfs has failed, and has noted why.
+    #[error("{why}")]
+    Noted {
+        /// Its reason, which names the target.
+        why: String,
+        /// The class of its exit code.
+        class: Class,
+    },
     /// More groups of ids than there are ranges.
     #[error("the system has {found} groups of ids, more than the {} that fit", ids::MOST_GROUPS)]
     TooManyGroups {
@@ -244,12 +262,14 @@ impl Classified for RunError {
             RunError::Deploy(error) => error.class(),
             RunError::Store(error) => error.class(),
             RunError::Mount(error) => error.class(),
+            RunError::Noted { class, .. } => *class,
             RunError::NoContainer { .. }
             | RunError::Name { .. }
             | RunError::Manifest(_)
             | RunError::Config { .. }
             | RunError::NoCommand { .. }
             | RunError::Program { .. }
+            | RunError::Command { .. }
             | RunError::User { .. }
             | RunError::NoFolder { .. } => Class::Input,
             _ => Class::Failure,

@@ -120,6 +120,21 @@ impl Signals {
         }
     }
 
+    /// Blocks those of SIGTERM, SIGINT and SIGHUP that would end the process: not those that are ignored, as nohup(1) has
+    /// it for SIGHUP.
+    pub fn block_not_ignored() -> io::Result<Self> {
+        let is_ignored = |signal: i32| {
+            let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+            // SAFETY: no new action is set, and `action` has room for the present one.
+            let asked = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+            // SAFETY: sigaction has filled it, and zeros are valid.
+            asked == 0 && unsafe { action.assume_init_ref() }.sa_sigaction == libc::SIG_IGN
+        };
+        let all = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+        let signals: Vec<i32> = all.into_iter().filter(|signal| !is_ignored(*signal)).collect();
+        Self::block_these(&signals)
+    }
+
     /// Waits for one of them, and returns which.
     pub fn wait(&self) -> io::Result<i32> {
         self.wait_from().map(|(signal, _)| signal)

@@ -31,6 +31,20 @@ pub fn signal(pid: u32, signal: i32) {
     }
 }
 
+/// Ends this process by a signal that it blocks, as if it had never been blocked, so that shells see why it ended.
+pub fn end_by(signal: i32) -> ! {
+    // SAFETY: the set is initialised before it is used; the old action and mask are not requested.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, signal);
+        libc::signal(signal, libc::SIG_DFL);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+        libc::raise(signal);
+    }
+    std::process::exit(128 + signal)
+}
+
 /// What of a process is in its core dump: a number in hex (core(5)).
 const DUMP_FILTER: &CStr = c"/proc/self/coredump_filter";
 /// The headers of ELF files, by which a dump names the program and its libraries, and no memory that was written to.

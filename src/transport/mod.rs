@@ -399,7 +399,8 @@ impl FromStr for SourceRef {
 
 impl std::fmt::Display for SourceRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let slashes = if self.is_registry() { "//" } else { "" };
+        // `oci://DIR` is a way to write `oci:DIR`: a folder with two slashes needs two more.
+        let slashes = if self.is_registry() || self.location.starts_with("//") { "//" } else { "" };
         write!(f, "{}:{slashes}{}", self.scheme, self.location)?;
         let mark = |name: &str| match name {
             // A name by digest begins with its own mark.

@@ -203,6 +203,21 @@ fn redirects_end() {
     }
 }
 
+/// A portal that answers for every server: it is named, and so is what led there.
+#[test]
+fn what_is_no_registry_is_named() {
+    let (place, server, _) = served(Options::default(), 20_000);
+    let page = || b"<html>log in</html>".to_vec();
+    server.script(move |_, _| Some(Fault::Answer(200, vec![("Content-Type", "text/html".into())], page())));
+    let words = ["tags/list: expected a list of tags in JSON, found the media type `text/html`"];
+    refused(&pull_bounded(&place, &server.source("p")), 1, &words);
+    // A port that nobody listens on.
+    let portal = "http://127.0.0.1:1/login".to_string();
+    server.script(move |_, _| Some(Fault::Answer(302, vec![("Location", portal.clone())], Vec::new())));
+    let from = format!("Connection refused (os error 111) (redirected from {}/v2/p/", server.url());
+    refused(&pull_bounded(&place, &server.source("p")), 1, &["GET http://127.0.0.1:1/login: ", &from]);
+}
+
 #[test]
 fn pages_of_a_list_end_and_stay_on_their_server() {
     let (place, server, _) = served(Options::default(), 50_000);

@@ -2,8 +2,11 @@
 //! or in an error that names it; nothing half-fetched has a name.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use mosfs::internals::digest::Digest;
@@ -293,10 +296,11 @@ fn an_upload_that_breaks_is_sent_again() {
         place.publish(200, &[400_000]);
         let count = AtomicUsize::new(0);
         server.script(move |seen, _| {
-            let put = seen.method == "PUT" && seen.path.contains("/blobs/uploads/");
-            (put && count.fetch_add(1, Ordering::SeqCst) < 3).then_some(Fault::CutRequest(100))
+            (is_long_upload(seen) && count.fetch_add(1, Ordering::SeqCst) < 3)
+                .then_some(Fault::CutRequest(100))
         });
         place.push(&server.source("p"));
+        assert_eq!((cancelled(&server), server.open_uploads()), (vec![204; 3], 0));
         server.heal();
         server.take_log();
         place.pull(&server.source("p"), "copy");
@@ -304,6 +308,90 @@ fn an_upload_that_breaks_is_sent_again() {
         let fallback = server.names("p/mos/system/system").iter().any(|name| name.starts_with("sha256-"));
         assert_eq!(fallback, !knows, "the fallback tag is written where the registry has no lists");
     }
+}
+
+/// Whether this sends a blob that can be cut.
+fn is_long_upload(seen: &Seen) -> bool {
+    let length = seen.header("content-length").and_then(|length| length.parse().ok());
+    seen.method == "PUT" && seen.path.contains("/blobs/uploads/") && length > Some(1000)
+}
+
+/// The answers to requests that cancel an upload.
+fn cancelled(server: &Server) -> Vec<u16> {
+    let log = server.take_log();
+    let cancels = log.iter().filter(|seen| seen.method == "DELETE" && seen.path.contains("/blobs/uploads/"));
+    cancels.map(|seen| seen.status).collect()
+}
+
+#[test]
+fn an_upload_that_is_given_up_is_cancelled_if_the_registry_may_hear_of_it() {
+    let (place, server) = (Place::new(), Server::start(Options::default()));
+    place.publish(200, &[400_000]);
+    let store = display(&place.store());
+    let args = ["push", "--store", &store, &server.source("p")];
+    // Refused by the registry: cancelled. The other blobs are sent at the same time and end in the same way.
+    server.script(move |seen, _| is_long_upload(seen).then(|| Fault::Answer(413, Vec::new(), Vec::new())));
+    refused(&place.run(&args), 1, &["the server answers 413"]);
+    let answers = cancelled(&server);
+    assert!(!answers.is_empty() && answers.iter().all(|status| *status == 204), "{answers:?}");
+    assert_eq!(server.open_uploads(), 0);
+    // Who may not write may not cancel; what is silent is not asked again.
+    for fault in [Fault::Answer(403, Vec::new(), Vec::new()), Fault::DripHead(Duration::from_millis(50))] {
+        let count = AtomicUsize::new(0);
+        server.script(move |seen, _| {
+            let first = is_long_upload(seen) && count.fetch_add(1, Ordering::SeqCst) == 0;
+            first.then(|| fault.clone())
+        });
+        place.run(&["push", "--net-timeout", "1", "--store", &store, &server.source("q")]);
+        assert_eq!(cancelled(&server), [0; 0]);
+    }
+    // A registry that takes no DELETE is one all the same.
+    let count = AtomicUsize::new(0);
+    server.script(move |seen, _| match seen.method.as_str() {
+        "DELETE" => Some(Fault::Answer(405, Vec::new(), Vec::new())),
+        "PUT" if is_long_upload(seen) && count.fetch_add(1, Ordering::SeqCst) == 0 => {
+            Some(Fault::CutRequest(100))
+        }
+        _ => None,
+    });
+    place.push(&server.source("p"));
+    assert_eq!(cancelled(&server), [405]);
+}
+
+#[test]
+fn a_push_that_is_ended_by_a_signal_cancels_what_it_has_begun() {
+    let (place, server) = (Place::new(), Arc::new(Server::start(Options::default())));
+    place.publish(200, &[400_000]);
+    let store = display(&place.store());
+    for signal in [("TERM", 15), ("INT", 2), ("HUP", 1)] {
+        let begun = Arc::new(AtomicUsize::new(0));
+        let (seen_put, ended) = (Arc::clone(&begun), Arc::new(AtomicUsize::new(0)));
+        let until = Arc::clone(&ended);
+        server.script(move |seen, _| {
+            if seen.method == "PUT" {
+                seen_put.fetch_add(1, Ordering::SeqCst);
+                while until.load(Ordering::SeqCst) == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            None
+        });
+        let args = ["push", "--net-timeout", "60", "--store", &store, &server.source("p")];
+        let mut child = place.command(&args).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        while begun.load(Ordering::SeqCst) == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", signal.0, &pid]).status().unwrap().success());
+        let status = child.wait().unwrap();
+        ended.store(1, Ordering::SeqCst);
+        server.settle();
+        assert_eq!(status.signal(), Some(signal.1), "{status:?}");
+        assert!(!cancelled(&server).is_empty());
+        assert_eq!(server.open_uploads(), 0, "{}", signal.0);
+    }
+    server.heal();
+    place.push(&server.source("p"));
 }
 
 #[test]

@@ -339,6 +339,50 @@ fn core_dumps_hold_no_password_and_no_token() {
     assert!(dumped[1].1 > 0 && dumped[3].1 > 0, "they are in its memory: {dumped:?}");
 }
 
+/// A registry that lets anyone in does not need the file; a name with a mistake in it is found all the same.
+#[test]
+fn a_file_of_credentials_that_is_named_is_there_and_can_be_read() {
+    let (place, server, _) = served(Options::default(), 30_000);
+    let (source, store) = (server.source("p"), display(&place.path("copy")));
+    let missing = display(&place.path("no.json"));
+    place.refused(&pull(&source, &store, &["--authfile", &missing]), 2, &["no.json", "No such file"]);
+    fs::write(place.path("broken.json"), "{\"auths\": \"hunter2\"").unwrap();
+    let mut command = place.command(&pull(&source, &store, &[]));
+    let output = command.env("REGISTRY_AUTH_FILE", place.path("broken.json")).output().unwrap();
+    let said = refused(&output, 2, &["broken.json: it is not a file of credentials (line 1, column"]);
+    assert!(!said.contains("hunter2"), "{said}");
+    assert!(server.take_log().is_empty(), "nothing is asked");
+}
+
+/// Each token is new, and none is good.
+#[test]
+fn a_registry_that_accepts_no_token_is_given_up() {
+    let options = Options { tokens: Some((String::new(), None)), ..Options::default() };
+    let (place, server, _) = served(options, 30_000);
+    let realm = format!("Bearer realm=\"{}/token\",service=\"test\"", server.url());
+    server.script(move |seen, _| {
+        let refused = || Fault::Answer(401, vec![("WWW-Authenticate", realm.clone())], Vec::new());
+        seen.path.starts_with("/v2/").then(refused)
+    });
+    let store = display(&place.path("copy"));
+    place.refused(&pull(&server.source("p"), &store, &[]), 1, &["access denied (401"]);
+    let log = server.take_log();
+    assert_eq!(log.iter().filter(|seen| seen.path.starts_with("/v2/")).count(), 2, "{log:?}");
+}
+
+/// The proxy is named, as it is not the registry that cannot be reached, and its password is not shown.
+#[test]
+fn a_proxy_that_cannot_be_reached_is_named() {
+    let place = Place::new();
+    let store = display(&place.path("copy"));
+    let args = pull("docker://registry.example.org/p", &store, &["-vv"]);
+    let output = place.command(&args).env("HTTPS_PROXY", "http://u:hunter2@127.0.0.1:1").output().unwrap();
+    let words =
+        ["Connection refused", "(through the proxy 127.0.0.1:1 of HTTPS_PROXY)", "hint: check the address"];
+    let said = refused(&output, 1, &words);
+    assert!(!said.contains("hunter2"), "{said}");
+}
+
 fn helper(place: &Place, name: &str, script: &str) {
     let bin = place.path("bin");
     fs::create_dir_all(&bin).unwrap();

@@ -115,6 +115,10 @@ fn the_registry_holds_the_names_that_are_promised() {
     }
     let image = text(&ours.get(&images[0].1.digest, 1 << 20).unwrap());
     assert_eq!(at(&format!("mos/images/hostfs:{}", images[0].1.digest.hex())), image);
+    // Who leaves the tag out reads what there is.
+    let (unnamed, store) = (registry.source("p/mos/images/hostfs"), display(&place.path("image")));
+    let words = ["has no image named `latest`; it has", &images[0].1.digest.hex()];
+    place.refused(&["pull", "--image", &unnamed, "--store", &store], 2, &words);
     // The registry keeps no list of referrers: the fallback index has all three, with their types.
     let index: serde_json::Value =
         serde_json::from_str(&at(&format!("{SYSTEM_REPOSITORY}:sha256-{}", system.digest.hex()))).unwrap();

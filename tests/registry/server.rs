@@ -230,6 +230,11 @@ impl Server {
         }
     }
 
+    /// How many uploads have begun and have neither ended nor been cancelled.
+    pub fn open_uploads(&self) -> usize {
+        lock(&self.state.uploads).len()
+    }
+
     pub fn put_blob(&self, repository: &str, bytes: &[u8]) -> Digest {
         let digest = Digest::of(bytes);
         let key = (repository.to_string(), digest.to_string());
@@ -685,11 +690,17 @@ fn upload(
             }
         }
         let mut uploads = lock(&state.uploads);
-        let place = format!("u{}", uploads.len());
+        let place = format!("u{}", seen.number);
         uploads.insert(place.clone(), Vec::new());
         // Relative, and without a query: both are legal.
         let location = format!("/v2/{repository}/blobs/uploads/{place}");
         return Reply { status: 202, headers: vec![("Location", location)], body: Vec::new() };
+    }
+    if seen.method == "DELETE" {
+        return match lock(&state.uploads).remove(place) {
+            Some(_) => Reply { status: 204, headers: Vec::new(), body: Vec::new() },
+            None => error(404, "BLOB_UPLOAD_UNKNOWN"),
+        };
     }
     let Some(digest) = parameters.get("digest").filter(|_| seen.method == "PUT") else {
         return error(405, "UNSUPPORTED");

@@ -8,6 +8,7 @@
 //! | `Accept` names the manifests that are understood | every test: the server answers 404 without it |
 //! | the bytes of a digest are compared with it, whatever `Docker-Content-Digest` says | `attacks::the_digest_that_a_server_claims_does_not_count` |
 //! | `Location` of an upload is used as it is, absolute or relative, with or without a query | `real` (absolute, with one), all others (relative, without) |
+//! | an upload that is given up is cancelled by `DELETE` on its location | `faults::an_upload_that_is_given_up_is_cancelled_if_the_registry_may_hear_of_it`, `faults::a_push_that_is_ended_by_a_signal_cancels_what_it_has_begun` |
 //! | a mount that the registry answers with 202 goes on as an upload | `a_mount_that_is_not_made_becomes_an_upload` |
 //! | `Content-Type` of a manifest is its `mediaType` | `the_type_of_a_manifest_is_its_own` |
 //! | without `OCI-Subject` the fallback tag is read, added to and written | `faults::an_upload_that_breaks_is_sent_again`, `faults::a_list_of_referrers_that_someone_else_overwrites_is_written_again` |

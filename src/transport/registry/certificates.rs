@@ -20,12 +20,21 @@ use crate::transport::reference::Host;
 /// The certificates for a registry.
 ///
 /// # Errors
-/// [`RegistryError::Config`] for a folder that cannot be read, and for a certificate without its key.
+/// [`RegistryError::Config`] for a folder that cannot be read, for one that was given and has no certificate, and for a
+/// certificate without its key.
 pub(super) fn find(host: &Host, given: Option<&Path>) -> Result<Certificates, RegistryError> {
     if let Some(folder) = given {
+        let wrong = |why: &str| Err(RegistryError::Config { path: folder.into(), why: why.into() });
+        if folder.is_file() {
+            return wrong("it is a file; expected a folder with CAs (*.crt)");
+        }
         return match read(folder)? {
+            // Whoever names one means something by it: `ca.pem` in it would be overlooked.
+            Some(found) if found == Certificates::default() => {
+                wrong("it has no CA (*.crt) and no client certificate (*.cert and *.key)")
+            }
             Some(found) => Ok(found),
-            None => Err(RegistryError::Config { path: folder.into(), why: "there is no such folder".into() }),
+            None => wrong("there is no such folder"),
         };
     }
     for dir in folders() {
@@ -89,6 +98,11 @@ mod tests {
         fs::remove_file(dir.path().join("me.key")).unwrap();
         let error = find(&host, Some(dir.path())).unwrap_err();
         assert!(error.to_string().contains("me.key is missing"), "{error}");
-        assert!(find(&host, Some(&dir.path().join("none"))).is_err());
+        let error = |path: &str| find(&host, Some(&dir.path().join(path))).unwrap_err().to_string();
+        assert!(error("none").contains("there is no such folder"), "{}", error("none"));
+        assert!(error("a.crt").contains("it is a file; expected a folder"), "{}", error("a.crt"));
+        fs::create_dir(dir.path().join("other")).unwrap();
+        fs::write(dir.path().join("other/ca.pem"), "").unwrap();
+        assert!(error("other").contains("it has no CA (*.crt)"), "{}", error("other"));
     }
 }

@@ -199,10 +199,19 @@ impl Client {
         ask: &Ask<'_>,
         pass: Option<&Authorization>,
     ) -> Result<Answer, RegistryError> {
+        let first = url;
         let mut url = url.clone();
         for _ in 0..=MAX_REDIRECTS {
             let own = url.origin == endpoint.origin;
-            let answer = self.http.send(&url, ask, pass.filter(|_| own).map(|pass| &pass.value))?;
+            let pass = pass.filter(|_| own).map(|pass| &pass.value);
+            let answer = self.http.send(&url, ask, pass).map_err(|error| match error {
+                // A host that nobody has named needs a word on where it comes from.
+                RegistryError::Network { request, why, unreachable } if url.origin != first.origin => {
+                    let why = format!("{why} (redirected from {first})");
+                    RegistryError::Network { request, why, unreachable }
+                }
+                error => error,
+            })?;
             let keeps = matches!(answer.status, 307 | 308);
             let leads = keeps || matches!(answer.status, 301..=303);
             let Some(location) = answer.header(&header::LOCATION).filter(|_| leads) else {

@@ -75,6 +75,23 @@ struct Entry {
     identitytoken: Option<String>,
 }
 
+/// Checks a file that the user named, before anything is asked: a registry that lets anyone in would never need it, and a
+/// wrong name would be found where another one is asked.
+///
+/// # Errors
+/// [`RegistryError::Config`].
+pub(super) fn check_named(access: &Access) -> Result<(), RegistryError> {
+    let (paths, required) = files(access);
+    for path in paths.iter().filter(|_| required) {
+        // A pipe is read once, when it is needed.
+        let found = path.metadata();
+        if found.is_err() || found.is_ok_and(|found| found.is_file()) {
+            load(path, required)?;
+        }
+    }
+    Ok(())
+}
+
 /// The credential for a repository of a registry.
 ///
 /// # Errors
@@ -319,6 +336,9 @@ mod tests {
         );
         std::fs::remove_file(&path).unwrap();
         assert!(find(&access, "h", "r").is_err(), "a file that was named must be there");
+        assert!(check_named(&access).is_err(), "before anything is asked");
+        std::fs::write(&path, "{}").unwrap();
+        assert!(check_named(&access).is_ok());
     }
 
     #[test]

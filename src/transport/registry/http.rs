@@ -125,7 +125,7 @@ impl Http {
         }
         let silence = self.access.patience;
         let head = if matches!(ask.payload, Payload::None) { silence } else { silence * AFTER_UPLOAD };
-        let fail = |error| failed(&request, silence, error);
+        let fail = |error| through_proxy(&url.origin, failed(&request, silence, error));
         let sent = match ask.payload {
             Payload::None => self.run(&agent, builder.body(()), head),
             Payload::Bytes(bytes) => {
@@ -175,13 +175,12 @@ impl Http {
         if let Some(agent) = agents.get(origin) {
             return Ok(agent.clone());
         }
-        let environment = |name: &str| std::env::var(name).ok();
-        let proxy = match proxy::route(origin.https, &origin.host(), &environment)? {
+        let proxy = match route(origin)? {
             Route::Direct => None,
-            Route::Proxy(url) => Some(ureq::Proxy::new(url.expose()).map_err(|_| RegistryError::Proxy {
-                variable: if origin.https { "HTTPS_PROXY" } else { "HTTP_PROXY" },
-                why: "expected the URL of an http or https proxy",
-            })?),
+            Route::Proxy { variable, url, .. } => {
+                let why = "expected the URL of an http or https proxy";
+                Some(ureq::Proxy::new(url.expose()).map_err(|_| RegistryError::Proxy { variable, why })?)
+            }
         };
         let silence = self.access.patience;
         let config = Agent::config_builder()
@@ -211,6 +210,22 @@ impl Http {
     }
 }
 
+/// The route to a server, by the variables of the environment.
+fn route(origin: &Origin) -> Result<Route, RegistryError> {
+    proxy::route(origin.https, &origin.host(), &|name| std::env::var(name).ok())
+}
+
+/// Names the proxy where the network has failed on the way through one: it is not the server that was asked for.
+fn through_proxy(origin: &Origin, error: RegistryError) -> RegistryError {
+    match (error, route(origin)) {
+        (RegistryError::Network { request, why, unreachable }, Ok(Route::Proxy { variable, shown, .. })) => {
+            let why = format!("{why} (through the proxy {shown} of {variable})");
+            RegistryError::Network { request, why, unreachable }
+        }
+        (error, _) => error,
+    }
+}
+
 /// Names what went wrong, without anything that a server could have put into it unescaped.
 fn failed(request: &str, silence: Duration, error: ureq::Error) -> RegistryError {
     let request = request.to_string();
@@ -226,13 +241,16 @@ fn failed(request: &str, silence: Duration, error: ureq::Error) -> RegistryError
         },
         ureq::Error::HostNotFound => network("the host is not known".into(), true),
         ureq::Error::Io(error) => {
+            let why = error.to_string();
             let unreachable = matches!(
                 error.kind(),
                 io::ErrorKind::ConnectionRefused
                     | io::ErrorKind::HostUnreachable
                     | io::ErrorKind::NetworkUnreachable
             );
-            network(text::shown(&error.to_string()), unreachable)
+            // What the standard library says of getaddrinfo(3), without a kind of its own.
+            let unknown = why.starts_with("failed to lookup address information");
+            network(text::shown(&why), unreachable || unknown)
         }
         ureq::Error::Other(error) => match error.downcast::<TlsFailure>() {
             Ok(failure) => RegistryError::Tls { request, why: text::shown(&failure.to_string()) },

@@ -94,6 +94,8 @@ struct Shared {
     dead: Mutex<HashMap<Origin, Instant>>,
     /// The last documents that were fetched.
     documents: Mutex<Vec<(Descriptor, Vec<u8>)>>,
+    /// Uploads that have begun and have not ended.
+    uploads: Mutex<Vec<(Endpoint, Url)>>,
 }
 
 impl From<RegistryError> for TransportError {
@@ -106,7 +108,8 @@ impl Registry {
     /// Opens `HOST[:PORT]/REPOSITORY`. Nothing is asked yet.
     ///
     /// # Errors
-    /// [`RegistryError::Config`] and [`RegistryError::Blocked`] of registries.conf.
+    /// [`RegistryError::Config`] and [`RegistryError::Blocked`] of registries.conf; [`RegistryError::Config`] of a file of
+    /// credentials that the user named.
     pub fn open(location: &str, access: &Access) -> Result<Self, TransportError> {
         let bad = |why: Malformed| TransportError::BadSource {
             found: format!("docker://{}", text::shown(location)),
@@ -116,12 +119,15 @@ impl Registry {
         if credentials::is_hub(&host.to_string()) && !repository.contains('/') {
             repository = format!("library/{repository}");
         }
+        let client = Client::new(access.clone());
+        credentials::check_named(access)?;
         let shared = Shared {
-            client: Client::new(access.clone()),
+            client,
             settings: Settings::load()?,
             plain: access.plain_http,
             dead: Mutex::default(),
             documents: Mutex::default(),
+            uploads: Mutex::default(),
         };
         Self::new(Arc::new(shared), host, repository)
     }
@@ -297,9 +303,17 @@ impl Registry {
     fn name_missing(&self, name: &str, error: TransportError) -> TransportError {
         match error {
             TransportError::Registry(registry) if matches!(*registry, RegistryError::NotFound { .. }) => {
-                let mut available = self.list_tags().unwrap_or_default();
-                // Names of digests say nothing to a person, and there are many.
-                available.retain(|tag| !tag.starts_with("sha256-") && !is_of_digest(tag));
+                let (of_digests, named): (Vec<_>, Vec<_>) = self
+                    .list_tags()
+                    .unwrap_or_default()
+                    .into_iter()
+                    .filter(|tag| !tag.starts_with("sha256-"))
+                    .partition(|tag| is_of_digest(tag));
+                // Names of digests say nothing to a person, and there are many; but an image may have no other.
+                let mut available = match named.is_empty() {
+                    true => of_digests.into_iter().filter(|tag| tag.len() == 64).collect(),
+                    false => named,
+                };
                 sorting::sort(&mut available);
                 let tag = match name.strip_prefix("sha256:") {
                     Some(_) => name,
@@ -332,9 +346,11 @@ impl Registry {
             }
             let next = self.next_page(endpoint, &answer)?;
             let request = answer.request().to_string();
+            let kind = text::shown(answer.header(&header::CONTENT_TYPE).unwrap_or("none"));
             let bytes = answer.bytes("a list of tags", MAX_PAGE)?;
             let page: Tags = serde_json::from_slice(&bytes).map_err(|error| {
-                let why = format!("the list of tags: {}", text::shown(&error.to_string()));
+                let error = text::shown(&error.to_string());
+                let why = format!("expected a list of tags in JSON, found the media type `{kind}`: {error}");
                 RegistryError::Protocol { request, why }
             })?;
             // What is not a tag cannot be asked for either.

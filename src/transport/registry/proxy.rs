@@ -8,14 +8,22 @@ use std::net::IpAddr;
 
 use super::error::RegistryError;
 use super::secret::Secret;
+use super::text;
 use crate::transport::reference::Host;
 
 /// Where a request goes.
 pub(super) enum Route {
     /// Straight to the server.
     Direct,
-    /// Through this proxy; its URL may hold a password.
-    Proxy(Secret),
+    /// Through a proxy.
+    Proxy {
+        /// The variable that names it.
+        variable: &'static str,
+        /// Its URL, which may hold a password.
+        url: Secret,
+        /// Its host and port, for messages.
+        shown: String,
+    },
 }
 
 /// The route to a server. `get` reads a variable of the environment.
@@ -41,7 +49,9 @@ pub(super) fn route(
     if !url.starts_with("http://") && !url.starts_with("https://") {
         return Err(RegistryError::Proxy { variable, why: "expected the URL of an http or https proxy" });
     }
-    Ok(Route::Proxy(Secret::new(&url)))
+    let authority = url.split_once("://").map_or("", |(_, rest)| rest).split('/').next().unwrap_or_default();
+    let shown = text::shown(authority.rsplit('@').next().unwrap_or_default());
+    Ok(Route::Proxy { variable, url: Secret::new(&url), shown })
 }
 
 /// Whether one word of `NO_PROXY` is about this host.
@@ -94,7 +104,10 @@ mod tests {
         };
         match route(https, &Host::parse(host).unwrap(), &get).unwrap() {
             Route::Direct => None,
-            Route::Proxy(url) => Some(url.expose().to_string()),
+            Route::Proxy { url, shown, .. } => {
+                assert!(!shown.contains("sekret"), "{shown}");
+                Some(url.expose().to_string())
+            }
         }
     }
 
@@ -106,6 +119,9 @@ mod tests {
         assert_eq!(through(false, "example.org", &both[..1]), None);
         assert_eq!(through(true, "h", &[("ALL_PROXY", "http://a")]).as_deref(), Some("http://a"));
         assert_eq!(through(true, "127.0.0.1:5000", &both), None);
+        for url in ["http://u:sekret@p:1/", "u:sekret@p:1", "http://u:sek@sekret@p:1"] {
+            assert!(through(true, "h", &[("HTTPS_PROXY", url)]).is_some_and(|used| used.contains(url)));
+        }
         let socks = |name: &str| (name == "all_proxy").then(|| "socks5://x".to_string());
         assert!(matches!(
             route(true, &Host::parse("h").unwrap(), &socks),

@@ -4,6 +4,10 @@
 //! `POST …/uploads/` returns a location, one `PUT` fills it. An upload that breaks begins again at a new place:
 //! registries in use (distribution before 3.0) lose a broken one, and append to it whatever
 //! `Content-Range` says. A digest is checked by the registry and again here, by its name.
+//!
+//! An upload that is given up is cancelled (`DELETE` on its location, distribution-spec), so that the registry does not
+//! keep its bytes until it looks for old ones: after an error, and when the command is ended
+//! ([`Registry::cancel_uploads`]). A registry that cannot be reached, or that does not answer, is not asked again for that.
 
 use std::fs::File;
 use std::thread;
@@ -13,11 +17,13 @@ use ureq::http::{HeaderName, Method, header};
 use super::client::{Scope, TRIES};
 use super::error::RegistryError;
 use super::http::{Ask, Payload};
+use super::settings::Endpoint;
 use super::url::Url;
 use super::{CONTENT_DIGEST, Registry, is_document};
 use crate::digest::Digest;
 use crate::image::oci::Descriptor;
 use crate::progress::Task;
+use crate::sys::locks;
 use crate::transport::TransportError;
 
 /// The answer of a registry that has understood the `subject` of a manifest.
@@ -127,11 +133,7 @@ impl Registry {
         }
     }
 
-    fn upload_at(
-        &self,
-        endpoint: &super::settings::Endpoint,
-        answer: &super::http::Answer,
-    ) -> Result<Url, TransportError> {
+    fn upload_at(&self, endpoint: &Endpoint, answer: &super::http::Answer) -> Result<Url, TransportError> {
         let Some(location) = answer.header(&header::LOCATION) else {
             let (request, why) = (answer.request().to_string(), "the answer has no Location".into());
             return Err(RegistryError::Protocol { request, why }.into());
@@ -139,7 +141,21 @@ impl Registry {
         Ok(self.client().next(endpoint, &answer.url, answer.request(), location)?)
     }
 
+    /// Sends a blob to a place; an upload that fails is cancelled.
     fn fill(&self, place: &Url, blob: &Descriptor, file: &File, task: &Task) -> Result<(), TransportError> {
+        let upload = (self.home()?.clone(), place.clone());
+        locks::lock(&self.shared.uploads).push(upload.clone());
+        let sent = self.put(place, blob, file, task);
+        locks::lock(&self.shared.uploads).retain(|one| *one != upload);
+        if let Err(TransportError::Registry(error)) = &sent
+            && is_open_after(error)
+        {
+            self.cancel(&upload);
+        }
+        sent
+    }
+
+    fn put(&self, place: &Url, blob: &Descriptor, file: &File, task: &Task) -> Result<(), TransportError> {
         let endpoint = self.home()?;
         let url = place.with("digest", &blob.digest.to_string());
         let mut ask = Ask::new(Method::PUT);
@@ -149,6 +165,25 @@ impl Registry {
         match answer.status {
             201 | 204 => Ok(()),
             _ => Err(answer.unexpected().into()),
+        }
+    }
+
+    /// Cancels the uploads that are under way in all repositories of this command, which is about to end. Each is asked
+    /// for once.
+    pub fn cancel_uploads(&self) {
+        let uploads = std::mem::take(&mut *locks::lock(&self.shared.uploads));
+        thread::scope(|scope| {
+            for upload in &uploads {
+                scope.spawn(|| self.cancel(upload));
+            }
+        });
+    }
+
+    /// Cancels an upload. What the registry says to that changes nothing for the caller.
+    fn cancel(&self, (endpoint, place): &(Endpoint, Url)) {
+        match self.client().once(endpoint, place, &Scope::Push, &Ask::new(Method::DELETE)) {
+            Ok(answer) => log::info!("{} is cancelled (status {})", answer.request(), answer.status),
+            Err(error) => log::info!("an upload is not cancelled: {error}"),
         }
     }
 
@@ -191,6 +226,17 @@ enum Mount {
 fn empty_post() -> Ask<'static> {
     // Without a body the length must be said: some servers wait for one.
     Ask { payload: Payload::Bytes(&[]), ..Ask::new(Method::POST) }
+}
+
+/// Whether the registry may still keep an upload that ended with this error, and may answer.
+fn is_open_after(error: &RegistryError) -> bool {
+    match error {
+        RegistryError::Network { unreachable, .. } => !unreachable,
+        RegistryError::Stalled { .. } | RegistryError::NotFound { .. } | RegistryError::Denied { .. } => {
+            false
+        }
+        _ => true,
+    }
 }
 
 /// Whether an upload is lost and another one may do better.
