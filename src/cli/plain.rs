@@ -276,8 +276,8 @@ mod tests {
         for file in ["/a", "./a", "../a", "a/b", "/a:b", "./oci:x"] {
             assert!(is_file(&none, file, false), "{file}");
         }
-        // `Cargo.toml` is a file of the folder that tests run in.
-        assert!(is_file(&none, "Cargo.toml", true) && !is_file(&none, "Cargo.toml", false));
+        // `rustfmt.toml` is a file of the folder that tests run in.
+        assert!(is_file(&none, "rustfmt.toml", true) && !is_file(&none, "rustfmt.toml", false));
         assert!(!is_file(&none, "src", true) && !is_file(&none, "hostfs", true));
         for no_name in ["App.AppImage", "app_x86_64.sqfs2 ", "an image", ".", "-"] {
             assert!(is_file(&none, no_name, false), "{no_name}");
