@@ -69,6 +69,7 @@ is_new() { now=$(property MainPID "$1"); test "$now" != 0 && test "$now" != "$2"
 since() { property MainPID "mosfs-target@$1.service"; }
 state() { mosfs ps | awk -v name="$1" '$1 == name {print $3}'; }
 is_state() { test "$(state "$1")" = "$2"; }
+runs() { grep -c run /run/mosfs/system/volumes/job/runs; }
 is_again() { is_new "mosfs-target@$1.service" "$2" && is_state "$1" running; }
 # What containers are made of and leave behind, besides processes.
 counts() {
@@ -220,7 +221,12 @@ step 21 "nothing is restarted that has not changed"
 db=$(since db) web=$(since web)
 want mosfs activate
 want test "$(since db) $(since web)" = "$db $web"
-mosfs activate --dry-run | grep -F 'would keep the container of job' || fail "a job is not done twice"
+mosfs activate --dry-run | grep -F 'would keep the container of job: it has done its work' || fail "a job is not done twice"
+mosfs activate | grep -xF 'container of job has done its work' || fail "activate says what a job is"
+mosfs status | grep -xF '          job 1.0.0: done' || fail "the status shows a job"
+# What needs it has started after its end, and only that has ended.
+want test "$(runs)" = 1
+want mosfs exec web -- grep -x finished /tmp/job
 
 step 22 "what is killed comes back, and nothing of it is left"
 for what in runtime container; do
@@ -240,6 +246,32 @@ db=$(since db) web=$(since web)
 want systemctl restart mosfs-target@db.service
 want test "$(since db)" != "$db"
 await is_again web "$web"
+# What needs a job is started again by hand, by a crash (step 22) and with what it needs; the job is not run again.
+web=$(since web)
+want systemctl restart mosfs-target@web.service
+await is_again web "$web"
+want is_state job done
+want test "$(runs)" = 1
+# By hand it is, and what needs it is restarted with it.
+web=$(since web)
+want systemctl restart mosfs-target@job.service
+want is_state job done
+want test "$(runs)" = 2
+await is_again web "$web"
+# One that fails keeps down what needs it.
+want touch /run/mosfs/system/volumes/job/fail
+systemctl restart mosfs-target@job.service && fail "a job that fails has started"
+want is_state job failed
+await is_state web stopped
+mosfs ps | grep -xF 'web: it needs job, which has failed' || fail "ps says why"
+systemctl start mosfs-target@web.service && fail "it has started without what it needs"
+mosfs activate 2>/tmp/said && fail "an activation succeeds without a job"
+want grep -F 'it needs job, which has failed' /tmp/said
+want grep -F 'its program ended with exit code 7' /tmp/said
+want rm /run/mosfs/system/volumes/job/fail
+want mosfs activate
+want is_state job done
+want is_state web running
 
 step 24 "a container that is stopped is started by the next activation, and leaves nothing"
 want systemctl stop mosfs-target@web.service mosfs-target@hog.service
@@ -533,11 +565,11 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
     );
     let web = |health: &str| {
         let fields = format!(
-            "network: {{type: simple, ports: [{{host: 80, container: 8080}}]}}, needs: [db], health: {{{health}}}, \
+            "network: {{type: simple, ports: [{{host: 80, container: 8080}}]}}, needs: [db, job], health: {{{health}}}, \
              resources: {{memory: 64M, tasks: 50}}, mounts: [{{destination: /data, type: volume, source: web}}, \
-             {{destination: /set, type: target, source: shared}}]"
+             {{destination: /set, type: target, source: shared}}, {{destination: /job, type: volume, source: job}}]"
         );
-        let script = "echo \"started $(cat /set/content)\"; date >> /data/starts; \
+        let script = "cat /job/state > /tmp/job; echo \"started $(cat /set/content)\"; date >> /data/starts; \
                       echo 'this is web' > /tmp/index.html; /bin/busybox httpd -p 8080 -h /tmp; sleep 2; \
                       echo yes > /tmp/up; trap 'exit 0' TERM; while :; do sleep 1; done";
         publisher.container("web", &fields, &shell(script));
@@ -564,7 +596,14 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
         publisher.container("bomb", &fields, &shell(&script));
     };
     bomb(8081);
-    publisher.container("job", "network: {type: none}, run: {restart: no}", &shell("echo done; sleep 1"));
+    publisher.container(
+        "job",
+        "network: {type: none}, run: {restart: no}, mounts: [{destination: /data, type: volume, source: job}]",
+        &shell(
+            "echo begun > /data/state; echo run >> /data/runs; sleep 2; test ! -e /data/fail || exit 7; \
+             echo finished > /data/state",
+        ),
+    );
     publisher.publish_targets(VERSION, &targets, true);
     bomb(8082);
     let changed = |(name, kind, layers): &(&'static str, &'static str, Vec<_>)| match *name {

@@ -133,7 +133,11 @@ fn rows(global: &Global) -> Result<Vec<Row>, AnyError> {
                 "unhealthy" => units::last_unhealthy(&places, name.as_str()),
                 _ => units::last_error(&places, name.as_str()),
             };
-            let error = container.err().map(|error| error.to_string()).or_else(failed);
+            let error = match &container {
+                Ok(container) if has_systemd => units::missing_need(container, &unit)?.or_else(failed),
+                Ok(_) => failed(),
+                Err(error) => Some(error.to_string()),
+            };
             Ok(Row {
                 name: name.clone(),
                 version: signed.version.clone(),
@@ -156,6 +160,7 @@ fn port_text(port: &crate::manifest::Port) -> String {
 fn word(places: &Places, name: &TargetName, unit: &State, container: Option<&Container>) -> &'static str {
     let started = units::started_key(places, name.as_str());
     match unit.active.as_str() {
+        "active" if unit.is_done() && container.is_none_or(|one| started == Some(one.key)) => "done",
         "active" | "reloading" if container.is_some_and(|one| started != Some(one.key)) => "outdated",
         "active" | "reloading" if units::last_unhealthy(places, name.as_str()).is_some() => "unhealthy",
         "active" | "reloading" => "running",
@@ -165,7 +170,8 @@ fn word(places: &Places, name: &TargetName, unit: &State, container: Option<&Con
         "failed" => "failed",
         // Without a unit: `mosfs run-target` in the foreground.
         _ if health::pid(places, name.as_str()).is_some() => "running",
-        _ if started.is_some() && container.is_some_and(|one| units::is_done(places, one)) => "done",
+        // It starts when what it needs is healthy, or has done its work.
+        "inactive" if unit.has_job => "waiting",
         _ => "stopped",
     }
 }
@@ -304,9 +310,8 @@ pub(super) fn plan(global: &Global, names: &[String]) -> Result<Vec<Step>, AnyEr
         let container = run::container(&store, &manifest, name).map_err(AnyError::from);
         let (action, why) = match &container {
             Ok(container) => {
-                let (started, is_done) =
-                    (units::started_key(&places, &target), units::is_done(&places, container));
-                units::decide(&units::state(&target)?, started, is_done, container.key)
+                let started = units::started_key(&places, &target);
+                units::decide(&units::state(&target)?, started, container.key)
             }
             // What runs stays until there is something to replace it.
             Err(_) => (Action::Keep, "it cannot run"),
@@ -447,7 +452,7 @@ fn step_error(target: &TargetName) -> impl FnOnce(String) -> RunError + use<> {
 
 /// One line about what was done with a container that is as it should be.
 pub(super) fn done_text(done: &Done) -> String {
-    let ended = done.outcome.as_ref().is_ok_and(|state| state.active == "inactive");
+    let ended = done.outcome.as_ref().is_ok_and(State::is_done);
     let what = match done.action {
         Action::Keep if ended => "has done its work",
         Action::Keep => "runs already",
@@ -540,7 +545,7 @@ pub(super) fn check_health(global: &Global) -> Result<(), AnyError> {
             let mut state = units::check(&places, &container)?;
             // Rule (docs/design.md, containers are healthy): what has just started may still fail.
             let first = state.clone();
-            while state.active == "active" {
+            while state.active == "active" && !state.is_done() {
                 let age = sys::process::monotonic().saturating_sub(Duration::from_micros(state.active_since));
                 if age >= STEADY {
                     break;
@@ -552,7 +557,7 @@ pub(super) fn check_health(global: &Global) -> Result<(), AnyError> {
                 let why = "it was started again while `mosfs commit` waited".to_string();
                 return Err(RunError::Unit { target: target.into(), why }.into());
             }
-            if state.active == "active" {
+            if !state.is_done() {
                 health::ask(&container, &places)?;
             }
             Ok(())

@@ -55,7 +55,8 @@ pub(super) fn run(args: &RunTargetArgs, global: &Global) -> Result<(), AnyError>
     }
     if args.clean {
         // Also for a target that the deployment no longer has.
-        return Ok(leftovers::clean(&places, name.as_str(), &Ended::from_environment())?);
+        leftovers::clean(&places, name.as_str(), &Ended::from_environment());
+        return Ok(());
     }
     if args.print {
         return output::json(&start::print(&container(&args.target, global)?, &places)?);
@@ -73,13 +74,14 @@ pub(super) fn run(args: &RunTargetArgs, global: &Global) -> Result<(), AnyError>
 /// Starts the target in the place of this process, or waits until it is healthy.
 fn start(args: &RunTargetArgs, global: &Global, places: &Places) -> Result<(), AnyError> {
     let container = container(&args.target, global)?;
+    // The process of the runtime, as the unit knows it.
+    let main = std::env::var("MAINPID").ok().and_then(|text| text.parse().ok());
     if args.watch_health {
         super::log::show(global);
-        health::watch(&container, places);
+        health::watch(&container, places, main);
         return Ok(());
     }
     if args.wait_healthy {
-        let main = std::env::var("MAINPID").ok().and_then(|text| text.parse().ok());
         health::wait(&container, places, main)?;
         if container.target.workload.health.is_some() && std::env::var_os("NOTIFY_SOCKET").is_some() {
             start_watch(&container, places, global)?;

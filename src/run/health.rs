@@ -161,7 +161,7 @@ pub fn run(container: &Container, places: &Places, other: &Other<'_>) -> Result<
 /// [`RunError::Unit`] with the reason.
 pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result<(), RunError> {
     let target = container.name.as_str();
-    let is_gone = || main.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+    let is_gone = || main.is_some_and(is_gone);
     let ended = || {
         // systemd knows the exit code, and whether it means success.
         match container.target.workload.run().restart {
@@ -178,7 +178,13 @@ pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result
         say("WATCHDOG=1");
         std::thread::sleep(LOOK);
     }
-    let Some(health) = &container.target.workload.health else { return Ok(()) };
+    let Some(health) = &container.target.workload.health else {
+        // What needs a job starts when its work is done; how it has ended is what systemd knows.
+        while container.is_awaited && main.is_some() && !is_gone() {
+            std::thread::sleep(LOOK);
+        }
+        return Ok(());
+    };
     let begin = Instant::now();
     let mut failures = 0;
     loop {
@@ -208,16 +214,25 @@ pub fn wait(container: &Container, places: &Places, main: Option<u32>) -> Result
     }
 }
 
-/// Repeats the command of `health` of a target that has been healthy, as long as its unit runs. Ends with the unit.
+/// Whether a process has ended.
+fn is_gone(pid: u32) -> bool {
+    !Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// Repeats the command of `health` of a target that has been healthy, as long as its runtime, the process `main`, runs.
 ///
 /// Returns at once where there is nothing to repeat.
-pub fn watch(container: &Container, places: &Places) {
+pub fn watch(container: &Container, places: &Places, main: Option<u32>) {
     let target = container.name.as_str();
     let Some(health) = &container.target.workload.health else { return };
     let note = places.unhealthy(target);
     let mut failures = 0;
     loop {
         std::thread::sleep(health.interval());
+        // Where it has done its work, its unit stays, and does not end this process.
+        if main.is_some_and(is_gone) {
+            return;
+        }
         // It is stopping, or systemd is about to start it again: neither is a matter of its health.
         if pid(places, target).is_none() {
             continue;

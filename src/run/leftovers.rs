@@ -16,8 +16,7 @@ use std::time::Duration;
 use super::places::Places;
 use super::start::runtime;
 use super::{RunError, health, network, units};
-use crate::error::IoContext;
-use crate::sys::{atomic, notify};
+use crate::sys::notify;
 
 /// How long a clean-up may take.
 pub const TIME: Duration = Duration::from_secs(90);
@@ -55,26 +54,17 @@ impl Ended {
     }
 }
 
-/// Removes what a container has left when its unit has stopped, and notes how it ended.
-///
-/// # Errors
-/// [`RunError::Io`] if the note cannot be written.
-pub fn clean(places: &Places, target: &str, ended: &Ended) -> Result<(), RunError> {
+/// Removes what a container has left when its unit has stopped, and notes why it has failed, if it has.
+pub fn clean(places: &Places, target: &str, ended: &Ended) {
     if let Err(error) = notify::service_says(&format!("EXTEND_TIMEOUT_USEC={}", TIME.as_micros())) {
         log::warn!("target {target}: cannot ask the service manager for time to clean up: {error}");
     }
-    // First, as it decides whether activation starts the target again.
-    places.make_notes()?;
-    let path = places.result(target);
-    let text = format!("{}\n", ended.result);
-    atomic::replace(&path, text.as_bytes(), 0o644, "run.result").on("write", &path)?;
     note_failure(places, target, ended);
     // With --force: the runtime itself may have been killed.
     delete(places, target, true);
     if let Err(why) = network::leave(places, target) {
         log::warn!("target {target}: {why}");
     }
-    Ok(())
 }
 
 /// Notes why a container has failed, unless there is a better reason.

@@ -12,7 +12,6 @@
 //! RUN/shifted/FIRST/NAME     the same with the ids of a group, where the kernel cannot map them (shifted.rs)
 //! RUN/containers/NAME/       a tmpfs in the mount namespace of the container's process alone: root, mounts, config.json
 //! RUN/notes/NAME.key         the run key that the container was started with
-//! RUN/notes/NAME.result      how its last run ended, in systemd's word
 //! RUN/notes/NAME.error       why its last start failed
 //! RUN/notes/NAME.unhealthy   why the last attempt at its health failed
 //! RUN/notes/NAME.network     the process of the container, while it uses the bridge
@@ -54,7 +53,7 @@ use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::manifest::addresses::{self, Addresses};
 use crate::manifest::consistency::{self, Finding, View};
-use crate::manifest::workload::Writable;
+use crate::manifest::workload::{Restart, Writable};
 use crate::manifest::{Network, Refused, ServiceType, SystemManifest, Target, TargetName};
 use crate::mount::{MountError, MountPlan};
 use crate::store::{Store, StoreError};
@@ -80,6 +79,9 @@ pub struct Container {
     pub addresses: Addresses,
     /// The published ports of all targets, if this one has network `simple`.
     pub published: Vec<network::Published>,
+    /// Whether it is a job that another target needs: what has `restart: no`, and does not report that it is healthy.
+    /// That one starts after it has ended.
+    pub is_awaited: bool,
     /// Changes whenever the container would be started in another way.
     pub key: Digest,
 }
@@ -347,10 +349,20 @@ pub fn container(store: &Store, manifest: &SystemManifest, name: &TargetName) ->
             _ => Vec::new(),
         },
         addresses,
+        is_awaited: is_awaited(manifest, name, target),
         key: Digest::of(b""),
     };
     container.key = key(&container, manifest);
     Ok(container)
+}
+
+/// Whether what needs a target waits for its end.
+fn is_awaited(manifest: &SystemManifest, name: &TargetName, target: &Target) -> bool {
+    let workload = &target.workload;
+    workload.run().restart == Some(Restart::No)
+        && workload.health.is_none()
+        && workload.ready.is_none()
+        && manifest.targets.values().any(|other| other.workload.needs().contains(name))
 }
 
 /// The digest of everything that a container's start depends on.
@@ -391,6 +403,28 @@ mod tests {
             ImportManifest::parse(Path::new("m.yaml"), yaml.as_bytes()).unwrap_or_else(|e| panic!("{e}"));
         let image = Resolved { digest: Digest::of(b"image"), size: 5 };
         import.to_system(&import.targets.keys().map(|name| (name.clone(), image)).collect()).unwrap()
+    }
+
+    #[test]
+    fn what_needs_a_job_waits_for_its_end() {
+        let job = "service_type: container, run: {restart: no}";
+        let watched = "service_type: container, run: {restart: no}, health: {command: [/bin/true]}";
+        let service = "service_type: container, run: {restart: on-failure}";
+        let needs = "service_type: container, needs: [job, watched, service]";
+        let manifest = system(&[
+            ("job", job),
+            ("lonely", job),
+            ("needs", needs),
+            ("service", service),
+            ("watched", watched),
+        ]);
+        let awaited: Vec<_> = manifest
+            .targets
+            .iter()
+            .filter(|(name, target)| is_awaited(&manifest, name, target))
+            .map(|(name, _)| name.as_str())
+            .collect();
+        assert_eq!(awaited, ["job"]);
     }
 
     #[test]

@@ -43,11 +43,6 @@ impl Places {
         self.notes().join(format!("{name}.key"))
     }
 
-    /// The file that says how the last run of a container ended.
-    pub fn result(&self, name: &str) -> PathBuf {
-        self.notes().join(format!("{name}.result"))
-    }
-
     /// The file that says why the last start of a container failed.
     pub fn error(&self, name: &str) -> PathBuf {
         self.notes().join(format!("{name}.error"))
@@ -59,8 +54,8 @@ impl Places {
     }
 
     /// What is known of the last run of a container, and is over with the next one.
-    pub fn last_run(&self, name: &str) -> [PathBuf; 3] {
-        [self.result(name), self.error(name), self.unhealthy(name)]
+    pub fn last_run(&self, name: &str) -> [PathBuf; 2] {
+        [self.error(name), self.unhealthy(name)]
     }
 
     /// The file that marks that a container uses the bridge.

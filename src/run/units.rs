@@ -98,10 +98,15 @@ pub fn text(container: &Container, settings: &Settings<'_>) -> String {
          Documentation=man:mosfs-run-target(1)\n",
         name(target)
     );
-    let needs = workload.needs().iter().map(|needed| name(needed.as_str()));
-    for other in settings.daemons.iter().cloned().chain(needs) {
-        // Requires and After: it is restarted with the other, and starts after it.
-        let _ = writeln!(unit, "Requires={other}\nAfter={other}");
+    let restart = run.restart.unwrap_or(Restart::Always);
+    // Requires and After: it is restarted with the other, and starts after it. A job that has finished reads nothing any
+    // more: it does not run again when the daemon of its image dies.
+    let on_daemons = if restart == Restart::No { "Wants" } else { "Requires" };
+    for daemon in settings.daemons {
+        let _ = writeln!(unit, "{on_daemons}={daemon}\nAfter={daemon}");
+    }
+    for needed in workload.needs().iter().map(|needed| name(needed.as_str())) {
+        let _ = writeln!(unit, "Requires={needed}\nAfter={needed}");
     }
     // A target that always ends at once is given up, so that its state is `failed` and not `restarting` for ever.
     unit += "StartLimitIntervalSec=60\nStartLimitBurst=10\n\n[Service]\nSlice=mosfs.slice\n";
@@ -133,7 +138,12 @@ pub fn text(container: &Container, settings: &Settings<'_>) -> String {
         );
     }
     let _ = writeln!(unit, "ExecStart={}", mosfs(""));
-    // The start is done when the container runs and is healthy: what needs it waits for that.
+    if restart != Restart::Always {
+        // What has done its work stays active (exited): a start of what needs it is no new start of it.
+        unit += "RemainAfterExit=yes\n";
+    }
+    // The start is done when the container runs and is healthy, or when a job that others need has ended: they wait for
+    // that.
     let _ = writeln!(unit, "ExecStartPost={}", mosfs("--wait-healthy "));
     let _ = writeln!(unit, "ExecStopPost=-{}", mosfs("--clean "));
     let _ = writeln!(unit, "KillMode=mixed\nKillSignal={signal}");
@@ -143,8 +153,12 @@ pub fn text(container: &Container, settings: &Settings<'_>) -> String {
     }
     let _ = writeln!(unit, "TimeoutStopSec={stop_seconds}");
     let start = workload.health.as_ref().map_or(0, |health| health.start().as_secs());
-    let _ = writeln!(unit, "TimeoutStartSec={}", START_SECONDS + start + attempts);
-    let _ = writeln!(unit, "Restart={}\nRestartSec=1", run.restart.unwrap_or(Restart::Always));
+    match container.is_awaited {
+        // How long it works is its own matter.
+        true => unit += "TimeoutStartSec=infinity\n",
+        false => _ = writeln!(unit, "TimeoutStartSec={}", START_SECONDS + start + attempts),
+    }
+    let _ = writeln!(unit, "Restart={restart}\nRestartSec=1");
     let resources = workload.resources.clone().unwrap_or_default();
     if let Some(memory) = &resources.memory {
         let _ = writeln!(unit, "MemoryMax={memory}\nMemorySwapMax=0");
@@ -189,9 +203,16 @@ pub struct State {
     pub active_since: u64,
     /// The exit code of the last run.
     pub exit_code: String,
+    /// Whether it is about to be started, stopped or restarted.
+    pub has_job: bool,
 }
 
 impl State {
+    /// Whether its program has ended well, and is not to be started again.
+    pub fn is_done(&self) -> bool {
+        self.active == "active" && self.sub == "exited"
+    }
+
     /// Reads `systemctl show`'s properties.
     fn parse(text: &str) -> Self {
         let value = |name: &str| {
@@ -207,6 +228,7 @@ impl State {
             pid: value("MainPID").parse().unwrap_or(0),
             active_since: value("ActiveEnterTimestampMonotonic").parse().unwrap_or(0),
             exit_code: value("ExecMainStatus"),
+            has_job: !matches!(value("Job").as_str(), "" | "0"),
         }
     }
 }
@@ -221,7 +243,7 @@ fn systemctl(arguments: &[&str], units: &[String]) -> Result<std::process::Outpu
 /// Returns the state of a target's unit.
 pub fn state(target: &str) -> Result<State, IoError> {
     const PROPERTIES: &str = "--property=ActiveState,SubState,Result,LoadState,NRestarts,MainPID,\
-                              ActiveEnterTimestampMonotonic,ExecMainStatus";
+                              ActiveEnterTimestampMonotonic,ExecMainStatus,Job";
     let output = systemctl(&["show", PROPERTIES], &[name(target)])?;
     Ok(State::parse(&String::from_utf8_lossy(&output.stdout)))
 }
@@ -230,15 +252,6 @@ pub fn state(target: &str) -> Result<State, IoError> {
 pub fn started_key(places: &Places, target: &str) -> Option<Digest> {
     let text = file::find_regular(&places.key(target), file::Links::Refused, 200).ok()??;
     String::from_utf8(text).ok()?.trim().parse().ok()
-}
-
-/// Whether a container that may end has ended well. systemd forgets what a unit that is not running has done.
-pub fn is_done(places: &Places, container: &Container) -> bool {
-    if matches!(container.target.workload.run().restart, None | Some(Restart::Always)) {
-        return false;
-    }
-    let found = file::find_regular(&places.result(container.name.as_str()), file::Links::Refused, 200);
-    found.ok().flatten().is_some_and(|text| text.starts_with(b"success"))
 }
 
 /// The end of the reason that the wait for its health states when it finds that a container has ended.
@@ -297,21 +310,15 @@ impl Action {
     }
 }
 
-/// Decides what to do with a container: its state, the key that it was started with, whether it has done its work
-/// since, and the key that it should have.
-pub fn decide(
-    state: &State,
-    started: Option<Digest>,
-    is_done: bool,
-    wanted: Digest,
-) -> (Action, &'static str) {
+/// Decides what to do with a container: its state, the key that it was started with, and the key that it should have.
+pub fn decide(state: &State, started: Option<Digest>, wanted: Digest) -> (Action, &'static str) {
     let same = started == Some(wanted);
     match state.active.as_str() {
+        _ if same && state.is_done() => (Action::Keep, "it has done its work"),
         "active" | "activating" | "reloading" if same => (Action::Keep, ""),
         "active" | "activating" | "reloading" => (Action::Restart, "what it runs has changed"),
         "deactivating" => (Action::Restart, "it is stopping"),
         "failed" => (Action::Start, "it has failed"),
-        _ if same && is_done => (Action::Keep, "it has done its work"),
         _ => (Action::Start, ""),
     }
 }
@@ -400,11 +407,29 @@ pub fn run(verb: &str, targets: &[&str]) -> Result<(), IoError> {
     Ok(())
 }
 
+/// What a container that does not run needs and that has failed or is stopped, as the end of a sentence.
+///
+/// # Errors
+/// [`IoError`] if systemctl(1) cannot be run.
+pub fn missing_need(container: &Container, state: &State) -> Result<Option<String>, IoError> {
+    if state.active != "inactive" || state.has_job {
+        return Ok(None);
+    }
+    for needed in container.target.workload.needs() {
+        match self::state(needed.as_str())?.active.as_str() {
+            "failed" => return Ok(Some(format!("it needs {needed}, which has failed"))),
+            "inactive" => return Ok(Some(format!("it needs {needed}, which is stopped"))),
+            _ => {}
+        }
+    }
+    Ok(None)
+}
+
 /// Requires that a target runs, or has done its work.
 pub fn check(places: &Places, container: &Container) -> Result<State, RunError> {
     let target = container.name.as_str();
     let state = state(target)?;
-    if state.active == "active" || state.active == "inactive" && is_done(places, container) {
+    if state.active == "active" {
         return Ok(state);
     }
     let mut why = format!("its unit {} is {} ({}", name(target), state.active, state.sub);
@@ -415,7 +440,9 @@ pub fn check(places: &Places, container: &Container) -> Result<State, RunError> 
         let _ = write!(why, ", exit code {}", state.exit_code);
     }
     why.push(')');
-    if let Some(error) = last_error(places, target) {
+    if let Some(needed) = missing_need(container, &state)? {
+        let _ = write!(why, "; {needed}");
+    } else if let Some(error) = last_error(places, target) {
         let _ = write!(why, "; {error}");
     }
     Err(RunError::Unit { target: target.into(), why })
@@ -450,11 +477,16 @@ mod tests {
             mounted: Default::default(),
             addresses: addresses::none(),
             published: vec![],
+            is_awaited: false,
             key: Digest::of(b"key"),
         }
     }
 
     fn unit(fields: &str) -> String {
+        unit_of(&container(fields))
+    }
+
+    fn unit_of(container: &Container) -> String {
         let daemons = ["mosfs-fuse@run-mosfs-targets-web.service".to_string()];
         let settings = Settings {
             program: Path::new("/opt/my progs/mosfs"),
@@ -463,7 +495,7 @@ mod tests {
             run: None,
             daemons: &daemons,
         };
-        text(&container(fields), &settings)
+        text(container, &settings)
     }
 
     #[test]
@@ -511,6 +543,20 @@ mod tests {
             assert!(plain.lines().any(|one| one == line), "no `{line}` in\n{plain}");
         }
         assert!(!plain.contains("MemoryMax") && !plain.contains("Watchdog"));
+        assert!(!plain.contains("RemainAfterExit"), "{plain}");
+        // What ends by itself stays active: a start of what needs it is no new start of it.
+        let daemon = "mosfs-fuse@run-mosfs-targets-web.service";
+        for (restart, on_daemon) in [("no", "Wants"), ("on-failure", "Requires")] {
+            let job = unit(&format!("service_type: container, run: {{restart: {restart}}}"));
+            for line in ["RemainAfterExit=yes", "TimeoutStartSec=60", &format!("{on_daemon}={daemon}")] {
+                assert!(job.lines().any(|one| one == line), "no `{line}` in\n{job}");
+            }
+            assert_eq!(job.matches(daemon).count(), 2, "{job}");
+        }
+        let mut job = container("service_type: container, run: {restart: no}");
+        job.is_awaited = true;
+        let job = unit_of(&job);
+        assert!(job.contains("\nTimeoutStartSec=infinity\n"), "its work may take long: {job}");
         // The clean-up may ask for more time than the program has to stop, and the program may not.
         let plain = unit("service_type: container, run: {stop_seconds: 1}");
         assert!(plain.contains("\nNotifyAccess=exec\n") && plain.contains("\nTimeoutStopSec=1\n"), "{plain}");
@@ -546,17 +592,17 @@ mod tests {
             result: result.into(),
             ..State::default()
         };
-        let action = |state: &State, started| decide(state, started, false, new).0;
-        let ended = |state: &State, started| decide(state, started, true, new).0;
+        let action = |state: &State, started| decide(state, started, new).0;
         assert_eq!(action(&state("active", 1, "success"), Some(new)), Action::Keep);
         assert_eq!(action(&state("activating", 0, "success"), Some(new)), Action::Keep);
         assert_eq!(action(&state("active", 1, "success"), Some(old)), Action::Restart);
         assert_eq!(action(&state("active", 1, "success"), None), Action::Restart);
         assert_eq!(action(&state("failed", 1, "exit-code"), Some(new)), Action::Start);
         // A job that has done its work is not done twice, but again when it has changed.
-        assert_eq!(ended(&state("inactive", 0, "success"), Some(new)), Action::Keep);
-        assert_eq!(ended(&state("inactive", 0, "success"), Some(old)), Action::Start);
-        // What was stopped, or never started in this boot.
+        let done = State { sub: "exited".into(), ..state("active", 1, "success") };
+        assert_eq!(decide(&done, Some(new), new), (Action::Keep, "it has done its work"));
+        assert_eq!(action(&done, Some(old)), Action::Restart);
+        // What was stopped, a job too, or never started in this boot.
         assert_eq!(action(&state("inactive", 1, "success"), Some(new)), Action::Start);
         assert_eq!(action(&state("", 0, ""), None), Action::Start);
     }
