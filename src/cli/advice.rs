@@ -377,6 +377,9 @@ fn for_file(error: &FileArgsError) -> Option<&'static str> {
         FileArgsError::NoRootHash { .. } => Some(
             "give --root-hash, which `veritysetup format` prints, or mount it unverified with --unsafe-no-verity",
         ),
+        FileArgsError::Target { .. } => {
+            Some("a bare name is that of a target; to mount the file of that name, write `./` before it")
+        }
         _ => None,
     }
 }

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::lazy::{LazyArgs, OpenedImage, RequestedImage};
 use super::lazy_target::LazyTargets;
-use super::plain::{FileArgs, FileOptions, MountSource};
+use super::plain::{self, FileArgs, FileOptions, MountSource};
 use super::{Global, RegistryArgs, device, lazy, notify, output};
 use crate::deploy::booted;
 use crate::deploy::target;
@@ -67,7 +67,7 @@ pub(super) struct MountArgs {
     /// Number of FUSE worker threads [default: 2 to 4, depending on the number of cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
-    /// Size limit of the FUSE backend's cache of decoded blocks, in MiB [default: 6].
+    /// Size limit of the FUSE backend's cache of decoded blocks, in MiB [default: 6; of PuzzleFS 4].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     cache_mib: Option<u32>,
     /// Show user and group ids 0 to COUNT-1 as FIRST to FIRST+COUNT-1, for a user namespace with that range; files of other
@@ -95,9 +95,14 @@ pub(super) struct MountArgs {
     registry: RegistryArgs,
 }
 
-/// A root hash as 64 hex digits, with or without `sha256:`.
+/// A root hash as 64 hex digits, in either case, with or without `sha256:`.
 pub(super) fn root_hash(text: &str) -> Result<Digest, String> {
-    Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)).map_err(|error| error.to_string())
+    let hex = text.strip_prefix("sha256:").unwrap_or(text);
+    Digest::from_hex(&hex.to_ascii_lowercase()).map_err(|_| {
+        let digits = hex.bytes().take_while(u8::is_ascii_hexdigit).count();
+        let more = if digits == hex.len() { "" } else { " and more" };
+        format!("expected 64 hex digits (SHA-256), found {digits}{more}")
+    })
 }
 
 impl MountArgs {
@@ -124,10 +129,10 @@ pub(super) fn run(args: &MountArgs, global: &Global) -> Result<(), AnyError> {
         MountSource::Target(name) => mount(args, global, |verification, options| {
             args.file.refuse(options)?;
             let found = match args.lazy_target {
-                true => lazy_image_of_target(args, name, global)?,
-                false => image_of_target(name, global)?,
+                true => lazy_image_of_target(args, name, global),
+                false => image_of_target(name, global),
             };
-            ToMount::image(name, found, verification)
+            ToMount::image(name, found.map_err(|error| plain::target_or_file(name, error))?, verification)
         }),
         MountSource::Registry(source) => mount(args, global, |verification, options| {
             args.file.refuse(options)?;

@@ -10,9 +10,10 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::digest::Digest;
-use crate::error::{AnyError, Class, Classified};
+use crate::error::{AnyError, Class, Classified, IoContext};
 use crate::image::overlay::Shown;
 use crate::image::plain::{Check, PlainFile, TreePlace};
+use crate::manifest::TargetName;
 use crate::transport::SourceRef;
 
 /// Where the image and its hash tree are.
@@ -42,13 +43,28 @@ pub(super) enum MountSource<'a> {
     File(&'a Path),
 }
 
+/// Whether there is a file that may hold an image.
+fn is_file(path: impl AsRef<Path>) -> bool {
+    let kind = std::fs::metadata(path).map(|found| found.file_type());
+    kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device())
+}
+
+/// The error of a target that cannot be mounted, where a file has its name.
+pub(super) fn target_or_file(name: &str, error: AnyError) -> AnyError {
+    match is_file(name) {
+        true => FileArgsError::Target { why: error.chain(), class: error.class() }.into(),
+        false => error,
+    }
+}
+
 impl FileArgs {
     fn is_given(&self) -> bool {
         self.offset.is_some() || self.hash_file.is_some() || self.hash_offset.is_some()
     }
 
-    /// What `source` means. A path with a `/` is a file, unless a scheme stands before it. A bare name is a target; it is
-    /// a file where a file has that name and the options say how to verify one, which nobody needs to say of a target.
+    /// What `source` means. A path with a `/` is a file, unless a scheme stands before it, and so is what cannot be a
+    /// target's name. Another bare name is a target; it is a file where a file has that name and the options say how to
+    /// verify one, which nobody needs to say of a target.
     pub(super) fn asked<'a>(&self, source: &'a OsStr, says_how_to_verify: bool) -> MountSource<'a> {
         let bytes = source.as_bytes();
         let file = MountSource::File(Path::new(source));
@@ -61,11 +77,8 @@ impl FileArgs {
             let is_registry = text.parse().is_ok_and(|source: SourceRef| source.is_registry());
             return if is_registry { MountSource::Registry(text) } else { MountSource::Image(text) };
         }
-        let is_file = || {
-            let kind = std::fs::metadata(source).map(|found| found.file_type());
-            kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device())
-        };
-        if text.contains('/') || self.is_given() || says_how_to_verify && is_file() {
+        let is_name = text.parse::<TargetName>().is_ok();
+        if !is_name || self.is_given() || says_how_to_verify && is_file(source) {
             return file;
         }
         MountSource::Target(text)
@@ -90,6 +103,8 @@ impl FileArgs {
             // Rule (docs/design.md, unverified mounts): only `--unsafe-no-verity` makes one.
             [] if unsafe_no_verity && tree == TreePlace::Appended => Check::UnsafeNoVerity,
             [] if !unsafe_no_verity => {
+                // Of a file that is not there, that is what to say.
+                std::fs::metadata(path).on("open", path)?;
                 return Err(FileArgsError::NoRootHash { path: path.to_path_buf() }.into());
             }
             [root_hash] if !unsafe_no_verity => Check::RootHash { root_hash: *root_hash, tree },
@@ -202,6 +217,14 @@ pub(super) enum FileArgsError {
         /// The file.
         path: PathBuf,
     },
+    /// A bare name is that of a target, and there is a file with it.
+    #[error("{why}")]
+    Target {
+        /// Why the target cannot be mounted.
+        why: String,
+        /// Its class.
+        class: Class,
+    },
     /// Verification was asked for, and none.
     #[error("--unsafe-no-verity excludes --root-hash, --hash-file and --hash-offset")]
     Both,
@@ -234,6 +257,7 @@ impl Classified for FileArgsError {
     fn class(&self) -> Class {
         match self {
             Self::NoRootHash { .. } => Class::Verification,
+            Self::Target { class, .. } => *class,
             _ => Class::Input,
         }
     }
@@ -252,9 +276,12 @@ mod tests {
         for file in ["/a", "./a", "../a", "a/b", "/a:b", "./oci:x"] {
             assert!(is_file(&none, file, false), "{file}");
         }
-        // `Cargo.toml` is a file of the folder that tests run in.
-        assert!(is_file(&none, "Cargo.toml", true) && !is_file(&none, "Cargo.toml", false));
+        // `rustfmt.toml` is a file of the folder that tests run in.
+        assert!(is_file(&none, "rustfmt.toml", true) && !is_file(&none, "rustfmt.toml", false));
         assert!(!is_file(&none, "src", true) && !is_file(&none, "hostfs", true));
+        for no_name in ["App.AppImage", "app_x86_64.sqfs2 ", "an image", ".", "-"] {
+            assert!(is_file(&none, no_name, false), "{no_name}");
+        }
         assert!(is_file(&FileArgs { offset: Some(1), ..FileArgs::default() }, "hostfs", false));
         assert!(matches!(none.asked(OsStr::new("oci:/a:b"), true), MountSource::Image("oci:/a:b")));
         let registry = "docker://registry.example/a:b";
@@ -267,11 +294,14 @@ mod tests {
 
     #[test]
     fn nothing_is_mounted_unverified_by_default() {
-        let (args, path, hash) = (FileArgs::default(), Path::new("/x"), Digest::of(b"x"));
+        // A file of the folder that tests run in.
+        let (args, path, hash) = (FileArgs::default(), Path::new("Cargo.toml"), Digest::of(b"x"));
         let code = |args: &FileArgs, hashes: &[Digest], no_verity| {
             args.file(path, hashes, no_verity).map_err(|error| error.class())
         };
         assert_eq!(code(&args, &[], false).unwrap_err(), Class::Verification);
+        let missing = args.file(Path::new("/nowhere/x"), &[], false).unwrap_err();
+        assert!(missing.to_string().starts_with("cannot open /nowhere/x: "), "{missing}");
         assert_eq!(code(&args, &[], true).unwrap().check, Check::UnsafeNoVerity);
         assert!(matches!(code(&args, &[hash], false).unwrap().check, Check::RootHash { .. }));
         assert_eq!(code(&args, &[hash], true).unwrap_err(), Class::Input);

@@ -62,7 +62,7 @@ pub fn main() -> ExitCode {
 enum StartError {
     #[error("cannot run {}: {source}", program.display())]
     Run { program: PathBuf, source: io::Error },
-    #[error("the program {FULL} is not installed; looked for {tried:?}")]
+    #[error("the program {FULL} is not installed; looked for {}", tried.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and "))]
     Missing { tried: Vec<PathBuf> },
 }
 

@@ -120,6 +120,16 @@ pub enum PlainError {
         /// How many bytes the image has.
         image: u64,
     },
+    /// The file ends before the image does.
+    #[error("{}: the file ends after {found} of the {image} bytes of the image", path.display())]
+    CutOff {
+        /// The file.
+        path: PathBuf,
+        /// How many bytes there are from the image's first one on.
+        found: u64,
+        /// How many bytes the image has.
+        image: u64,
+    },
     /// The image cannot be read, or makes no sense.
     #[error("{}: {source}", path.display())]
     Layer {
@@ -137,7 +147,7 @@ impl Classified for PlainError {
             Self::Verity { source, .. } => source.class(),
             Self::Uncovered { .. }
             | Self::Layer { source: LayerError::Read(ReadError::Verity { .. }), .. } => Class::Verification,
-            Self::Io(_) | Self::Layer { .. } => Class::Failure,
+            Self::Io(_) | Self::CutOff { .. } | Self::Layer { .. } => Class::Failure,
         }
     }
 }
@@ -167,8 +177,16 @@ pub fn open(plain: &PlainFile) -> Result<Arc<dyn Layer>, PlainError> {
     let head_bytes = source.size_bytes().min(BLOCK) as usize;
     let head = source.read(0, head_bytes, &mut head).map_err(|source| unreadable(source.into()))?;
     let Some((format, image)) = LayerFormat::of_image(head) else { return Err(unknown(plain, head)) };
-    if matches!(plain.check, Check::RootHash { .. }) && image > source.size_bytes() {
-        return Err(PlainError::Uncovered { path: path.clone(), covered: source.size_bytes(), image });
+    let there = source.size_bytes();
+    match plain.check {
+        Check::RootHash { .. } if image > there => {
+            return Err(PlainError::Uncovered { path: path.clone(), covered: there, image });
+        }
+        // An erofs image may end within its last block.
+        Check::UnsafeNoVerity if image > there.next_multiple_of(BLOCK) => {
+            return Err(PlainError::CutOff { path: path.clone(), found: there, image });
+        }
+        _ => {}
     }
     let open = format.image().and_then(|image| image.open);
     let open = open.ok_or_else(|| PlainError::NoReader { path: path.clone(), format: format.name() })?;

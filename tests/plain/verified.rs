@@ -334,3 +334,72 @@ fn an_erofs_image_is_mounted_like_one_of_squashfs() {
     drop(mount);
     fixture.refused(&whole, &["--offset", "4608"], 3, &["no root hash was given"]);
 }
+
+/// Root hashes as people copy them, and those of other algorithms.
+#[test]
+fn a_root_hash_is_read_in_either_case_and_another_length_is_named() {
+    let fixture = Fixture::new();
+    let (file, root_hash) = fixture.appended();
+    for text in [root_hash.to_uppercase(), format!("sha256:{root_hash}")] {
+        let mount = fixture.mount(&file, &["--root-hash", &text]);
+        assert!(mount.record().unwrap().verified);
+    }
+    for (text, found) in [
+        ("a".repeat(40), "found 40"),
+        ("0".repeat(128), "found 128"),
+        (format!("{root_hash} "), "found 64 and more"),
+        (String::new(), "found 0"),
+    ] {
+        let words = ["expected 64 hex digits (SHA-256), ", found];
+        fixture.refused(&file, &["--root-hash", &text], 2, &words);
+    }
+}
+
+/// What a download that was broken off leaves.
+#[test]
+fn a_file_that_is_cut_off_is_named_so() {
+    let fixture = Fixture::new();
+    let bytes = fs::read(fixture.image()).unwrap();
+    let used = u64::from_le_bytes(bytes[40..48].try_into().unwrap());
+    let (cut, inside) = (fixture.path("cut"), 4096 * 3);
+    for len in [4096, 100_000, bytes.len() - 4096] {
+        fs::write(&cut, &bytes[..len]).unwrap();
+        let words = format!("cut: the file ends after {len} of the {used} bytes of the image");
+        fixture.refused(&cut, &["--unsafe-no-verity"], 1, &[&words]);
+        let file = fixture.inside(&cut, inside, 0);
+        let offset = inside.to_string();
+        let words = format!("inside: the file ends after {len} of the {used} bytes of the image");
+        fixture.refused(&file, &["--unsafe-no-verity", "--offset", &offset], 1, &[&words]);
+    }
+}
+
+/// The one who runs this has a file in the folder, and no device of mosfs.
+#[test]
+fn a_bare_name_that_is_no_target_leads_to_the_file() {
+    let fixture = Fixture::new();
+    fs::create_dir(fixture.path("m")).unwrap();
+    for name in ["app.squashfs", "My App.AppImage"] {
+        fs::copy(fixture.image(), fixture.path(name)).unwrap();
+    }
+    let run = |args: &[&str]| {
+        let config = fixture.path("no-config");
+        let output = mosfs()
+            .args(["--config".as_ref(), config.as_os_str(), "mount".as_ref()])
+            .args(args)
+            .current_dir(fixture.path(""))
+            .output()
+            .unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = run(&["app.squashfs", "m"]);
+    assert!(code == 3 && said.contains("hint: a bare name is that of a target; to mount the file"), "{said}");
+    let (code, said) = run(&["other.squashfs", "m"]);
+    assert!(code == 3 && !said.contains("a bare name"), "{said}");
+    // No target has such a name.
+    let (code, said) = run(&["My App.AppImage", "m"]);
+    assert!(code == 3 && said.starts_with("mosfs: My App.AppImage: no root hash was given"), "{said}");
+    for missing in ["Missing.AppImage", "./missing", "a/missing"] {
+        let (code, said) = run(&[missing, "m"]);
+        assert!(code == 1 && said.starts_with(&format!("mosfs: cannot open {missing}: ")), "{said}");
+    }
+}

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::layer::Layer;
-use mosfs::internals::image::puzzlefs::{Puzzlefs, ROOTFS};
+use mosfs::internals::image::puzzlefs::{FILEDATA, Puzzlefs, ROOTFS};
 use mosfs::internals::image::{FileType, NodeId};
 
 use crate::dump::content;
@@ -382,6 +382,52 @@ fn the_largest_image_is_served_within_64_mib() {
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
     let kib = memory_kib(&mount, "VmHWM:");
     assert!(kib < 64 << 10, "the daemon needed {kib} KiB");
+}
+
+/// Chunks of all sizes that there are, read by several at once: what the daemon holds stays below 12 MB.
+#[test]
+fn a_mount_takes_at_most_12_mb_of_memory() {
+    need_root();
+    const CHUNKS: u64 = 400;
+    let folder = tempfile::tempdir().unwrap();
+    let layout = crate::layout::Layout::new(&folder.path().join("oci"));
+    let content = |number: u64| -> Vec<u8> {
+        let len = 16_384 << (number * 7 % 5);
+        (0..len as u64 / 8)
+            .flat_map(|at| (at ^ number << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes())
+            .collect()
+    };
+    let names: Vec<_> = (0..CHUNKS).map(|number| (format!("{number:03}"), number + 2)).collect();
+    let names: Vec<_> = names.iter().map(|(name, ino)| (name.as_bytes(), *ino)).collect();
+    let (mut inodes, mut layers) = (vec![dir(1, &names)], Vec::new());
+    for number in 0..CHUNKS {
+        let chunk = content(number);
+        let (digest, size) = (Digest::of(&chunk), chunk.len() as u64);
+        fs::write(layout.blob(&digest), chunk).unwrap();
+        // Some chunks are shared, the others are of one file and longer than a read: both are cached.
+        let name: &[u8] = digest.as_bytes();
+        let whole = [(name, 0, size, false)];
+        let halves = [(name, 0, size / 2, false), (name, size / 2, size / 2, false)];
+        inodes.push(file(number + 2, if number % 2 == 0 { &halves[..] } else { &whole }));
+        layers.push(serde_json::json!({ "mediaType": FILEDATA, "digest": digest.to_string(), "size": size }));
+    }
+    let metadata = one(inodes);
+    let mut manifest: serde_json::Value = serde_json::from_slice(&large_manifest(&metadata, 0, 0)).unwrap();
+    manifest["layers"].as_array_mut().unwrap().extend(layers);
+    put(&layout, &metadata, &serde_json::to_vec(&manifest).unwrap());
+    let mount = OurMount::new(&layout.source("image"), &folder.path().join("m"), &[]);
+    std::thread::scope(|scope| {
+        for first in 0..4 {
+            let at = &mount.at;
+            scope.spawn(move || {
+                for number in (first..CHUNKS).step_by(4).chain(first..CHUNKS) {
+                    assert!(fs::read(at.join(format!("{number:03}"))).unwrap() == content(number));
+                }
+            });
+        }
+    });
+    let kib = memory_kib(&mount, "RssAnon:");
+    assert!(kib <= 12_000_000 / 1024, "the daemon holds {kib} KiB");
 }
 
 /// A field of the daemon's memory in proc(5), in KiB.

@@ -51,21 +51,28 @@ impl Drop for Block {
     }
 }
 
-/// Buffers for reuse: the first touch of a page costs more than decoding into it.
+/// Buffers for reuse: the first touch of a page costs more than decoding into it. The oldest one comes first.
 struct Pool {
     spare: Mutex<Vec<Vec<u8>>>,
     most: usize,
 }
 
 impl Pool {
-    fn take(&self) -> Vec<u8> {
-        locks::lock(&self.spare).pop().unwrap_or_default()
+    /// Returns a buffer for `len` bytes. None that is much larger: where blocks differ in size, as chunks of PuzzleFS do,
+    /// each buffer would grow to the largest in time, and stay so in the cache.
+    fn take(&self, len: usize) -> Vec<u8> {
+        let mut spare = locks::lock(&self.spare);
+        let fits = |buffer: &Vec<u8>| (len..=len.saturating_mul(2)).contains(&buffer.capacity());
+        spare.iter().rposition(fits).map(|at| spare.remove(at)).unwrap_or_default()
     }
 
     fn give(&self, buffer: Vec<u8>) {
         let mut spare = locks::lock(&self.spare);
-        if buffer.capacity() > 0 && spare.len() < self.most {
+        if buffer.capacity() > 0 {
+            let oldest = (spare.len() >= self.most).then(|| spare.remove(0));
             spare.push(buffer);
+            drop(spare);
+            drop(oldest);
         }
     }
 }
@@ -92,6 +99,7 @@ struct Shard {
     slots: HashMap<Key, Slot>,
     /// The ready blocks, in clock order.
     clock: VecDeque<Key>,
+    /// The memory of the ready blocks, in bytes.
     bytes: usize,
 }
 
@@ -113,7 +121,7 @@ const MOST_SHARDS: usize = 16;
 const SPARE_BUFFERS: usize = 4;
 
 impl BlockCache {
-    /// Creates a cache of at most `bytes` decoded bytes for blocks of up to `block_bytes`.
+    /// Creates a cache of at most `bytes` bytes of memory for blocks of up to `block_bytes`.
     ///
     /// Two thirds are for shared blocks, which many small files need. Each share keeps at least two blocks,
     /// even if `bytes` allows fewer.
@@ -184,7 +192,7 @@ impl BlockCache {
         }
         // Lands the flight even if `decode` panics, so that no thread waits forever.
         let mut landing = DecodeGuard { shard, most, key, outcome: Err(EngineError::Io) };
-        let mut bytes = self.pool.take();
+        let mut bytes = self.pool.take(id.decoded_max as usize);
         match decode(&mut bytes) {
             Ok(()) => landing.outcome = Ok(Arc::new(Block { bytes, pool: self.pool.clone() })),
             Err(error) => {
@@ -195,7 +203,7 @@ impl BlockCache {
         landing.outcome.clone()
     }
 
-    /// Returns how many decoded bytes the cache holds.
+    /// Returns how many bytes of memory the cached blocks take.
     #[cfg(test)]
     fn held_bytes(&self) -> usize {
         self.data.iter().chain(&self.shared).map(|shard| locks::lock(shard).bytes).sum()
@@ -239,7 +247,7 @@ impl Drop for DecodeGuard<'_> {
         let was = match &self.outcome {
             Ok(block) => {
                 let slot = Slot::Ready { block: block.clone(), used: AtomicBool::new(false) };
-                shard.bytes += block.bytes.len();
+                shard.bytes += block.bytes.capacity();
                 shard.clock.push_back(self.key);
                 shard.slots.insert(self.key, slot)
             }
@@ -269,7 +277,7 @@ impl Shard {
                 continue;
             }
             if let Some(Slot::Ready { block, .. }) = self.slots.remove(&key) {
-                self.bytes = self.bytes.saturating_sub(block.bytes.len());
+                self.bytes = self.bytes.saturating_sub(block.bytes.capacity());
                 leaving.push(block);
             }
         }
@@ -318,6 +326,35 @@ mod tests {
             begun.wait();
             assert_eq!(cache.get_or_decode(Share::Data, 0, id(2), fill(3)).unwrap().bytes(), [3; 4096]);
         });
+    }
+
+    #[test]
+    fn blocks_of_all_sizes_take_no_more_memory_than_they_may() {
+        let cache = BlockCache::new(6 << 20, 256 << 10);
+        let sizes = (0..2000u64).map(|number| (number, 16 << 10 << (number * 7 % 5)));
+        for (start, decoded_max) in sizes {
+            let id = BlockId { start, size_word: 0, decoded_max };
+            let share = if start % 3 == 0 { Share::Data } else { Share::Shared };
+            let block = cache.get_or_decode(share, 0, id, |out| {
+                out.clear();
+                out.reserve_exact(decoded_max as usize);
+                out.resize(decoded_max as usize, 1);
+                Ok(())
+            });
+            let block = block.unwrap();
+            assert!(block.bytes.capacity() <= 2 * block.bytes.len());
+        }
+        let shards = cache.data.iter().chain(&cache.shared);
+        let memory = |shard: &Mutex<Shard>| -> usize {
+            let ready = |slot: &Slot| match slot {
+                Slot::Ready { block, .. } => block.bytes.capacity(),
+                Slot::Decoding(_) => 0,
+            };
+            locks::lock(shard).slots.values().map(ready).sum()
+        };
+        let held: usize = shards.map(memory).sum();
+        assert_eq!(held, cache.held_bytes());
+        assert!((4 << 20..=6 << 20).contains(&held), "{held} bytes");
     }
 
     fn fill(value: u8) -> impl FnOnce(&mut Vec<u8>) -> Result<(), EngineError> {

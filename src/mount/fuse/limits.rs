@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use fuser::{InitFlags, KernelConfig};
 
+use crate::mount::plan::{LayerBytes, MountPlan};
 use crate::sys;
 
 /// How long the kernel may keep names and attributes: nothing in an image ever changes. A year, as
@@ -35,7 +36,17 @@ pub(super) fn default_threads() -> usize {
 /// Default of `--cache-mib`: 32 fragments and 16 data blocks of 128 KiB. Two fragments instead of 32 cost 40
 /// % on small files; more data blocks bring no benefit, as the kernel keeps the pages. With this default a
 /// daemon stays below 16 MiB of anonymous memory.
-pub const DEFAULT_CACHE_MIB: usize = 6;
+const CACHE_MIB: usize = 6;
+
+/// The same where there are layers of chunks, most of which are 32 to 128 KiB: as fast as 6 MiB, and tar takes a quarter less
+/// CPU time, as what it reads stays in the processor's caches. The daemon stays below 12 MB.
+const CHUNKS_CACHE_MIB: usize = 4;
+
+/// Default of `--cache-mib` for a mount.
+pub(super) fn default_cache_mib(plan: &MountPlan) -> usize {
+    let chunks = plan.layers().iter().any(|layer| matches!(layer.bytes, LayerBytes::Chunks(_)));
+    if chunks { CHUNKS_CACHE_MIB } else { CACHE_MIB }
+}
 
 /// The capabilities to request from the kernel, and why.
 const WANTED: [(InitFlags, &str); 7] = [

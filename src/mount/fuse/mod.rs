@@ -42,7 +42,6 @@ use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
 
-pub use limits::DEFAULT_CACHE_MIB;
 pub use spin::Spin;
 
 use self::filesystem::{Tree, View, check_root};
@@ -228,12 +227,14 @@ pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountE
     if plan.remote().is_some() {
         view.number_files();
     }
-    let cache_bytes = options.cache_mib.unwrap_or(DEFAULT_CACHE_MIB).saturating_mul(1 << 20);
+    let cache_bytes =
+        options.cache_mib.unwrap_or_else(|| limits::default_cache_mib(plan)).saturating_mul(1 << 20);
     let engine = Engine::new(view, names(plan), cache_bytes);
     if check_root(&engine).is_err() {
         let why = engine.troubles().counts().last.unwrap_or_else(|| "it is not a folder".into());
         return Err(MountError::Root { mount_source: plan.source.clone(), why });
     }
+    sys::daemon::return_freed_memory();
     Ok(engine)
 }
 
