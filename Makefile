@@ -21,6 +21,8 @@ SHAREDIR = $(DESTDIR)$(PREFIX)/share
 
 # The version that `make deb` installs into target/tools where there is another one, or none.
 CARGO_DEB = 3.8.0
+# The version of the registry that `make campaign` installs there, as Debian has one alone.
+FERRO = 1.0.0
 
 # How long `make fuzz` runs each target, and `make soak` its load.
 SECONDS ?= 600
@@ -84,6 +86,9 @@ test: ## Run all tests (as root, with sudo if need be); TEST='--test NAME' for s
 
 campaign: ## Run all tests with long campaigns of random faults and inputs
 	@tests/setup test
+	if [ ! -x target/tools/bin/ferro-oci-server ]; then
+		$(CARGO) install --quiet --locked --root target/tools --version $(FERRO) ferro-oci-server
+	fi
 	MOSFS_CAMPAIGN=long PROPTEST_CASES=20000 $(AS_ROOT) $(CARGO) test --locked --release --features failpoints,campaign $(TEST)
 
 fuzz: ## Fuzz every reader of hostile input, SECONDS=600 for each

@@ -209,8 +209,7 @@ impl Publisher {
         self.layer(&self.store().writer().expect("a writer"), content)
     }
 
-    /// A squashfs layer with a verity tree.
-    /// Puts a layer with one file, `content`, into the store.
+    /// Puts a squashfs layer with a verity tree into the store. It has one file, `content`.
     pub fn layer(&self, writer: &mosfs::internals::store::Writer<'_>, content: &str) -> Descriptor {
         let work = tempfile::tempdir_in(&self.dir).expect("a folder");
         let (tree, image) = (work.path().join("tree"), work.path().join("image"));

@@ -28,7 +28,8 @@ pub fn unpack_initrd(bytes: &[u8]) -> (tempfile::TempDir, BTreeMap<String, Strin
         dir.path(),
         "mkdir files && zstd -q -d -c initrd | (cd files && cpio -i --quiet --no-absolute-filenames)",
     );
-    let list = sh(&dir.path().join("files"), "find . -mindepth 1 -printf '%P\\t%M %l\\n' | LC_ALL=C sort");
+    let files = dir.path().join("files");
+    let list = sh(&files, "find . -mindepth 1 -printf '%P\\t%M %l\\n' | LC_ALL=C sort");
     let list = list.lines().map(|line| line.split_once('\t').unwrap());
     let list = list.map(|(path, mode)| (path.to_string(), mode.trim().to_string())).collect();
     (dir, list)

@@ -118,7 +118,7 @@ impl Drop for Debian {
 }
 
 /// Waits until a process listens on a port; whether it does, or has ended.
-fn is_up(child: &mut Child, port: u16) -> bool {
+pub fn is_up(child: &mut Child, port: u16) -> bool {
     loop {
         if let Ok(Some(_)) = child.try_wait() {
             return false;

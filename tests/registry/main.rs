@@ -38,6 +38,7 @@ mod publish;
 mod attacks;
 mod debian;
 mod faults;
+mod ferro;
 mod fleet;
 mod kills;
 mod limits;

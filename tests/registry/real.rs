@@ -9,7 +9,7 @@ use mosfs::internals::store::{Store, version_name};
 use crate::debian::{Config, Debian};
 use crate::place::{Place, display, layers_of, system_of, text};
 
-fn skopeo(args: &[&str]) -> String {
+pub fn skopeo(args: &[&str]) -> String {
     let output = Command::new("skopeo")
         .args(args)
         .output()
