@@ -145,12 +145,18 @@ fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Waits until each of the first containers answers a request with its own page.
-fn answered(count: usize) -> Result<()> {
+/// Waits until each of the first containers answers a request with its own page. `started` are the commands that run them,
+/// or have started them.
+fn answered(count: usize, started: &mut [Child]) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     for number in 0..count {
         while ask(FIRST_PORT + number).is_none_or(|page| !page.ends_with(&format!("\n{}\n", target(number))))
         {
+            for (number, child) in started.iter_mut().enumerate() {
+                if let Some(status) = child.try_wait()?.filter(|status| !status.success()) {
+                    return Err(format!("container {number}: its command ended with {status}").into());
+                }
+            }
             if Instant::now() > end {
                 return Err(format!("container {number} does not answer").into());
             }
@@ -158,6 +164,17 @@ fn answered(count: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A command for the program that starts a container. Its mount namespace has the one hierarchy of control groups, which crun
+/// requires, where the machine has another.
+fn starter(program: &Path) -> Command {
+    let script =
+        "test -e /sys/fs/cgroup/cgroup.controllers || mount -t cgroup2 none /sys/fs/cgroup; exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "slave", "sh", "-c", script, "sh"]).arg(program);
+    command.stdin(Stdio::null());
+    command
 }
 
 fn ask(port: usize) -> Option<String> {
@@ -181,16 +198,12 @@ fn ours(system: &Path, count: usize, mosfs: &Path, is_mounted: bool) -> Result<M
     let mounted = if is_mounted { Ok(()) } else { on_device(mosfs, system, &device, &mount) };
     let mut children: Vec<Child> = Vec::new();
     for name in &names {
-        // The one hierarchy of control groups, which crun requires, where the machine has another.
-        let script =
-            "test -e /sys/fs/cgroup/cgroup.controllers || mount -t cgroup2 none /sys/fs/cgroup; exec \"$@\"";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "slave", "sh", "-c", script, "sh"]).arg(mosfs);
-        command.args(["run-target", name]).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut command = starter(mosfs);
+        command.args(["run-target", name]).stdout(Stdio::null());
         command.env("MOSFS_SYSTEM", device.join("system")).env("MOSFS_CONFIG", device.join("config"));
         children.push(command.env("MOSFS_RUN", system.join("run")).spawn()?);
     }
-    let right = mounted.and_then(|()| answered(count));
+    let right = mounted.and_then(|()| answered(count, &mut children));
     let seconds = began.elapsed().as_secs_f64();
     let servers = peers::fuse_servers().into_iter().filter(|pid| !others.contains(pid));
     let all = servers.chain(children.iter().map(Child::id));
@@ -215,40 +228,46 @@ fn ours(system: &Path, count: usize, mosfs: &Path, is_mounted: bool) -> Result<M
     Ok(Measured { seconds, anonymous })
 }
 
+/// The limits: those that podman sets by itself may be above its own, which it may not raise.
+const PODMAN_RUN: &str =
+    "run --detach --cgroups=disabled --network host --ulimit nofile=1024:1024 --ulimit nproc=1024:1024";
+
 fn podman(system: &Path, scratch: &Path, count: usize) -> Result<Measured> {
     let names: Vec<String> = (0..count).map(target).collect();
-    let dir = scratch.display();
-    let podman = format!(
-        "podman --root '{dir}/root' --runroot '{dir}/run' --tmpdir '{dir}/tmp' --storage-driver vfs --runtime crun \
-         --cgroup-manager cgroupfs --events-backend none"
-    );
-    let mut script = String::new();
-    for (number, name) in names.iter().enumerate() {
-        writeln!(
-            script,
-            "{podman} run --detach --cgroups=disabled --network host --name {name} --rootfs '{}' /bin/busybox httpd -f -p {} -h /www \
-             >'{dir}/{name}.log' 2>&1 &",
-            system.join("trees").join(name).display(),
-            FIRST_PORT + number
-        )?;
-    }
-    script.push_str("wait\n");
+    let dir = |name: &str| scratch.join(name).display().to_string();
+    let mut podman =
+        words(&["podman", "--root", &dir("root"), "--runroot", &dir("run"), "--tmpdir", &dir("tmp")]);
+    let options = "--storage-driver vfs --runtime crun --cgroup-manager cgroupfs --events-backend none";
+    podman.extend(options.split(' ').map(String::from));
     fs::create_dir_all(scratch)?;
-    // Its own store is made by the first command.
-    shell(&format!("{podman} ps >/dev/null"))?;
+    // Its own store is made by the first command. A run that was killed has left its containers there.
+    let remove = [podman.clone(), words(&["rm", "--force", "--time", "0", "--all"])].concat();
+    peers::run(&remove)?;
+    let log = |name: &str| scratch.join(format!("{name}.log"));
     let began = Instant::now();
-    let mut child = Command::new("bash").args(["-c", &script]).stdin(Stdio::null()).spawn()?;
-    let right = answered(count);
+    let mut children = Vec::new();
+    for (number, name) in names.iter().enumerate() {
+        let mut command = starter(Path::new("podman"));
+        command.args(&podman[1..]).args(PODMAN_RUN.split(' ')).args(["--name", name, "--rootfs"]);
+        command.arg(system.join("trees").join(name));
+        command.args(["/bin/busybox", "httpd", "-f", "-p", &(FIRST_PORT + number).to_string(), "-h", "/www"]);
+        let output = File::create(log(name))?;
+        children.push(command.stdout(output.try_clone()?).stderr(output).spawn()?);
+    }
+    let right = answered(count, &mut children);
     let seconds = began.elapsed().as_secs_f64();
-    child.wait()?;
-    let watchers = Command::new("pgrep").args(["-f", &format!("conmon.*{dir}")]).output()?;
+    for child in &mut children {
+        child.wait()?;
+    }
+    let watchers = Command::new("pgrep").args(["-f", &format!("conmon.*{}", dir("run"))]).output()?;
     let watchers = String::from_utf8_lossy(&watchers.stdout).into_owned();
     let pids = watchers.split_whitespace().filter_map(|pid| pid.parse().ok());
     let anonymous = pids.filter_map(peers::anonymous_part_bytes).sum::<u64>() as f64;
-    let removed = shell(&format!("{podman} rm --force --time 0 --all >/dev/null"));
+    let removed = peers::run(&remove);
     right.map_err(|error| {
-        let log = fs::read_to_string(scratch.join("t00.log")).unwrap_or_default();
-        format!("{error}: {log}")
+        let said: Vec<String> =
+            names.iter().map(|name| fs::read_to_string(log(name)).unwrap_or_default()).collect();
+        format!("{error}: {}", said.concat().trim())
     })?;
     removed?;
     fs::remove_dir_all(scratch)?;
