@@ -363,7 +363,24 @@ fn a_push_that_is_ended_by_a_signal_cancels_what_it_has_begun() {
     let (place, server) = (Place::new(), Arc::new(Server::start(Options::default())));
     place.publish(200, &[400_000]);
     let store = display(&place.store());
-    for signal in [("TERM", 15), ("INT", 2), ("HUP", 1)] {
+    // Whoever runs the tests may ignore signals, as a shell does for what it starts in the background.
+    let begin = |disposition: &str| {
+        let args = ["push", "--net-timeout", "60", "--store", &store, &server.source("p")];
+        let (mosfs, mut command) = (place.command(&args), Command::new("env"));
+        command.arg(disposition).arg(mosfs.get_program()).args(mosfs.get_args());
+        for (name, value) in mosfs.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("env (Debian package coreutils) runs")
+    };
+    for (name, signal) in [("TERM", Some(15)), ("INT", Some(2)), ("HUP", Some(1)), ("HUP", None)] {
         let begun = Arc::new(AtomicUsize::new(0));
         let (seen_put, ended) = (Arc::clone(&begun), Arc::new(AtomicUsize::new(0)));
         let until = Arc::clone(&ended);
@@ -376,19 +393,27 @@ fn a_push_that_is_ended_by_a_signal_cancels_what_it_has_begun() {
             }
             None
         });
-        let args = ["push", "--net-timeout", "60", "--store", &store, &server.source("p")];
-        let mut child = place.command(&args).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = begin(&match signal {
+            Some(_) => format!("--default-signal={name}"),
+            None => format!("--ignore-signal={name}"),
+        });
         while begun.load(Ordering::SeqCst) == 0 {
             thread::sleep(Duration::from_millis(1));
         }
         let pid = child.id().to_string();
-        assert!(Command::new("kill").args(["-s", signal.0, &pid]).status().unwrap().success());
+        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+        if signal.is_none() {
+            // nohup(1): it goes on.
+            ended.store(1, Ordering::SeqCst);
+            assert!(child.wait().unwrap().success());
+            continue;
+        }
         let status = child.wait().unwrap();
         ended.store(1, Ordering::SeqCst);
         server.settle();
-        assert_eq!(status.signal(), Some(signal.1), "{status:?}");
+        assert_eq!(status.signal(), signal, "{status:?}");
         assert!(!cancelled(&server).is_empty());
-        assert_eq!(server.open_uploads(), 0, "{}", signal.0);
+        assert_eq!(server.open_uploads(), 0, "{name}");
     }
     server.heal();
     place.push(&server.source("p"));
