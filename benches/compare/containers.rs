@@ -46,8 +46,8 @@ const STARTED: &str = "From the first command until each container has answered 
 
 /// The rows of this module.
 pub const ROWS: &[Row] = &[
-    started("run1", "Start 1 container, to its first answer", HALF),
-    started("run10", "Start 10 containers, to their first answers", HALF),
+    started("run1", "Start 1 container", HALF),
+    started("run10", "Start 10 containers", HALF),
     started("run1cold", "Start 1 container, cold", HALF),
     started("run10cold", "Start 10 containers, cold", HALF),
     Row {
@@ -259,9 +259,12 @@ fn podman(system: &Path, scratch: &Path, count: usize) -> Result<Measured> {
     for child in &mut children {
         child.wait()?;
     }
-    let watchers = Command::new("pgrep").args(["-f", &format!("conmon.*{}", dir("run"))]).output()?;
-    let watchers = String::from_utf8_lossy(&watchers.stdout).into_owned();
-    let pids = watchers.split_whitespace().filter_map(|pid| pid.parse().ok());
+    // Its conmon, and what that starts for the clean-up: their commands name the folder.
+    let watchers = || -> Result<Vec<u32>> {
+        let found = Command::new("pgrep").args(["-f", &dir("run")]).output()?.stdout;
+        Ok(String::from_utf8_lossy(&found).split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
+    };
+    let pids = watchers()?.into_iter();
     let anonymous = pids.filter_map(peers::anonymous_part_bytes).sum::<u64>() as f64;
     let removed = peers::run(&remove);
     right.map_err(|error| {
@@ -270,6 +273,13 @@ fn podman(system: &Path, scratch: &Path, count: usize) -> Result<Measured> {
         format!("{error}: {}", said.concat().trim())
     })?;
     removed?;
+    let end = Instant::now() + PATIENCE;
+    while !watchers()?.is_empty() {
+        if Instant::now() > end {
+            return Err("podman's processes do not end".into());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
     fs::remove_dir_all(scratch)?;
     Ok(Measured { seconds, anonymous })
 }
