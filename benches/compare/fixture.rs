@@ -371,9 +371,14 @@ const SQUASHFS_TAR: &str = "-b 131072 -no-progress -quiet";
 /// Each tag has its images, lowest layer first.
 pub fn new_layout(layout: &Path, tags: &[(&str, Vec<PathBuf>)]) -> Result<()> {
     fs::create_dir_all(layout.join("blobs/sha256"))?;
-    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
     let manifests: Vec<Value> =
         tags.iter().map(|(tag, images)| image(layout, tag, images)).collect::<Result<_>>()?;
+    write_layout(layout, &manifests)
+}
+
+/// Makes a folder that has blobs a layout with these images.
+fn write_layout(layout: &Path, manifests: &[Value]) -> Result<()> {
+    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
     let index = json!({"schemaVersion": 2, "manifests": manifests});
     fs::write(layout.join("index.json"), index.to_string())?;
     Ok(())
@@ -493,13 +498,34 @@ fn make_puzzlefs(to: &Path, fixture: &Fixture, mosfs: &Path) -> Result<()> {
     build(&work, mosfs, 1, "storage_type: puzzlefs\n", &tree)?;
     let store = work.join("store");
     let index: Value = serde_json::from_slice(&fs::read(store.join("index.json"))?)?;
-    let mut names = index["manifests"]
+    let named = |one: &&Value| {
+        let name = &one["annotations"]["org.opencontainers.image.ref.name"];
+        name.as_str().is_some_and(|name| name.starts_with("mos/images/tree:"))
+    };
+    let mut image = index["manifests"]
         .as_array()
         .into_iter()
         .flatten()
-        .filter_map(|one| one["annotations"]["org.opencontainers.image.ref.name"].as_str());
-    let image = names.find(|name| name.starts_with("mos/images/tree:")).ok_or("the store has no image")?;
-    shell(&format!("skopeo copy --quiet 'oci:{}:{image}' 'oci:{}:tree'", store.display(), to.display()))?;
+        .find(named)
+        .ok_or("the store has no image")?
+        .clone();
+    image["annotations"]["org.opencontainers.image.ref.name"] = "tree".into();
+    // Not with skopeo, to which some thousand chunks are layers of which it looks at each other one: that takes minutes.
+    let blobs = |layout: &Path| layout.join("blobs/sha256");
+    fs::create_dir_all(blobs(to))?;
+    let copy = |blob: &Value| -> Result<PathBuf> {
+        let hex =
+            blob["digest"].as_str().and_then(|digest| digest.strip_prefix("sha256:")).ok_or("no digest")?;
+        let path = blobs(to).join(hex);
+        fs::copy(blobs(&store).join(hex), &path)?;
+        Ok(path)
+    };
+    let manifest: Value = serde_json::from_slice(&fs::read(copy(&image)?)?)?;
+    copy(&manifest["config"])?;
+    for layer in manifest["layers"].as_array().into_iter().flatten() {
+        copy(layer)?;
+    }
+    write_layout(to, &[image])?;
     fs::remove_dir_all(&work)?;
     Ok(())
 }
