@@ -15,11 +15,10 @@ use crate::digest::hex;
 use crate::error::{AnyError, Class, Classified, IoContext, IoError};
 use crate::floor::signature::{self, PROVISION_MESSAGE_BYTES};
 use crate::floor::{self, FileFloor, Floor, FloorError, FloorLocation, Tcti, TpmFloor};
-use crate::setup::floor::{LONGEST_WAIT, ProvisionKey};
+use crate::setup::floor::{AuthorizedKey, LONGEST_WAIT, ProvisionKey};
 use crate::sys::{atomic, file};
 use crate::trust::config::ConfigPlan;
 use crate::trust::p256::{P256PrivateKey, P256PublicKey, Signature};
-use crate::trust::pem::public_only;
 
 /// Where the floor is: for each command that asks it.
 #[derive(Debug, Clone, Args)]
@@ -109,15 +108,15 @@ pub(super) struct ProvisionKeyArgs {
 }
 
 impl ProvisionKeyArgs {
-    /// Writes the message, and waits for its signature by the provisioning key. `written` is called in between.
+    /// Writes the message, and waits for its signature by the provisioning key.
     ///
     /// # Errors
     /// [`FloorError::BadProvisionSignature`]; [`UsageError::NoSignature`].
-    pub(super) fn for_signature(
+    fn for_signature(
         &self,
         key: &P256PublicKey,
         message: &[u8],
-        written: impl FnOnce(&Path, &Path),
+        written: impl Fn(&Path, &Path),
     ) -> Result<Vec<u8>, AnyError> {
         let (Some(nonce), Some(signature)) = (&self.nonce_out, &self.signature_in) else {
             return Err(UsageError::NoKey.into());
@@ -129,6 +128,16 @@ impl ProvisionKeyArgs {
         })
     }
 
+    /// The key, if one is given. `written` is called when the message is written, before the wait for its signature.
+    fn key<'a>(&'a self, written: impl Fn(&Path, &Path) + 'a) -> Option<ProvisionKey<'a>> {
+        let sign = move |key: &P256PublicKey, message: &[u8]| self.for_signature(key, message, &written);
+        match (&self.provision_key, &self.provision_pub) {
+            (Some(file), _) => Some(ProvisionKey::Here(file)),
+            (None, Some(file)) => Some(ProvisionKey::Elsewhere(file, Box::new(sign))),
+            (None, None) => None,
+        }
+    }
+
     /// The key for a setup, whose steps are on stdout.
     ///
     /// # Errors
@@ -137,22 +146,14 @@ impl ProvisionKeyArgs {
         if self.nonce_out.as_deref() == Some(Path::new("-")) {
             return Err(UsageError::NonceOnStdout.into());
         }
-        let sign = move |key: &P256PublicKey, message: &[u8]| {
-            self.for_signature(key, message, |nonce, signature| {
-                if !quiet {
-                    // The verdict at the end reports a stdout that cannot be written.
-                    let (nonce, signature) = (nonce.display(), signature.display());
-                    let _ = output::line(format_args!(
-                        "nonce: {nonce}; waiting for its signature in {signature}"
-                    ));
-                }
-            })
-        };
-        Ok(match (&self.provision_key, &self.provision_pub) {
-            (Some(file), _) => Some(ProvisionKey::Here(file)),
-            (None, Some(file)) => Some(ProvisionKey::Elsewhere(file, Box::new(sign))),
-            (None, None) => None,
-        })
+        Ok(self.key(move |nonce, signature| {
+            if !quiet {
+                // The verdict at the end reports a stdout that cannot be written.
+                let (nonce, signature) = (nonce.display(), signature.display());
+                let _ =
+                    output::line(format_args!("nonce: {nonce}; waiting for its signature in {signature}"));
+            }
+        }))
     }
 }
 
@@ -294,9 +295,6 @@ pub(super) fn run(args: &FloorCommand, global: &Global) -> Result<(), AnyError> 
     }
 }
 
-/// No file with a key and its authorization is longer, in bytes.
-const MAX_AUTHORIZATION_BYTES: u64 = 1 << 20;
-
 fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
     let floor_pub = args.floor_pub.as_deref().map(P256PublicKey::read).transpose()?;
     let mut config = ConfigPlan::new(&global.config);
@@ -313,31 +311,13 @@ fn provision(args: &Provision, global: &Global) -> Result<(), AnyError> {
         }
     };
     let policy = policy?;
-    // The key, or its public half, and the file that should hold the authorization.
-    let (private, public, file) = match (&args.key.provision_key, &args.key.provision_pub) {
-        (Some(file), _) => {
-            let key = P256PrivateKey::read(file)?;
-            let public = *key.public();
-            (Some(key), public, file)
-        }
-        (None, Some(file)) => (None, P256PublicKey::read(file)?, file),
-        (None, None) => return Err(UsageError::NoKey.into()),
-    };
-    let source = args.authorization.as_ref().unwrap_or(file);
-    let text = file::read_named(source, MAX_AUTHORIZATION_BYTES)?;
-    if args.authorization.is_some() || private.is_none() {
-        public_only(&text, source)?;
-    }
-    let authorization =
-        signature::find_authorization(&policy, &public, &text, &source.display().to_string())?;
+    let key = args.key.key(|_, _| {}).ok_or(UsageError::NoKey)?;
+    let key = AuthorizedKey::new(&policy, key, args.authorization.as_deref())?;
     let mut floor = TpmFloor::new(policy, tcti, budget);
-    let begun = floor.provision(&public, &authorization)?;
+    let begun = floor.provision(&key.public, &key.authorization)?;
     // Recorded before the TPM's floor becomes final: a device must not have a floor and not know whose.
     config.apply()?;
-    let signature = match &private {
-        Some(key) => signature::sign_provision(key, &begun.message(), file)?.to_vec(),
-        None => args.key.for_signature(&public, &begun.message(), |_, _| {})?,
-    };
+    let signature = key.sign(&begun.message())?;
     begun.finish(&signature)?;
     let stands_at = floor.read()?;
     if args.key.nonce_out.as_deref() != Some(Path::new("-")) {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::SetupError;
 use crate::error::AnyError;
-use crate::floor::signature::{find_authorization, sign_provision};
+use crate::floor::signature::{check_provision, find_authorization, sign_provision};
 use crate::floor::{self, FileFloor, Floor, FloorError, FloorLocation, Policy, TpmFloor, TpmFloorProblem};
 use crate::sys::file::read_named;
 use crate::trust::Verified;
@@ -37,13 +37,16 @@ pub struct FloorPlan<'a> {
     place: FloorLocation,
     /// The version that the floor is at, if there is one.
     at: Option<u64>,
-    provision: Option<Provision<'a>>,
+    provision: Option<AuthorizedKey<'a>>,
 }
 
-struct Provision<'a> {
+/// A provisioning key that the floor key has authorized.
+pub struct AuthorizedKey<'a> {
     file: PathBuf,
-    key: P256PublicKey,
-    authorization: Signature,
+    /// Its public half.
+    pub public: P256PublicKey,
+    /// The floor key's authorization of it.
+    pub authorization: Signature,
     sign: Sign<'a>,
     is_here: bool,
 }
@@ -74,7 +77,7 @@ impl<'a> FloorPlan<'a> {
                 problem: TpmFloorProblem::NotProvisioned | TpmFloorProblem::ProvisionIncomplete,
                 ..
             }) => {
-                plan.provision = Some(Provision::new(policy, key.ok_or(SetupError::NoFloor)?)?);
+                plan.provision = Some(AuthorizedKey::new(policy, key.ok_or(SetupError::NoFloor)?, None)?);
             }
             Err(error) => return Err(error.into()),
         }
@@ -85,7 +88,7 @@ impl<'a> FloorPlan<'a> {
     pub fn sentence(&self) -> String {
         match (&self.policy, &self.provision, self.at) {
             (None, ..) => "the machine has no floor: the configuration has no floor key".into(),
-            (_, Some(Provision { file, is_here, .. }), _) => {
+            (_, Some(AuthorizedKey { file, is_here, .. }), _) => {
                 let when = if *is_here { "" } else { ", once it has signed a nonce" };
                 format!("the TPM gets a floor with the key {}{when}", file.display())
             }
@@ -105,8 +108,8 @@ impl<'a> FloorPlan<'a> {
             return Ok(());
         };
         let mut tpm = TpmFloor::new(policy.clone(), tcti.clone(), *budget);
-        let begun = tpm.provision(&provision.key, &provision.authorization)?;
-        let signature = (provision.sign)(&provision.key, &begun.message())?;
+        let begun = tpm.provision(&provision.public, &provision.authorization)?;
+        let signature = provision.sign(&begun.message())?;
         begun.finish(&signature)?;
         self.at = Some(tpm.read()?);
         Ok(())
@@ -130,26 +133,43 @@ impl<'a> FloorPlan<'a> {
     }
 }
 
-impl<'a> Provision<'a> {
-    /// Reads the key and finds its authorization.
-    fn new(policy: &Policy, key: ProvisionKey<'a>) -> Result<Self, AnyError> {
-        let read = |file: &Path| read_named(file, MAX_KEY_BYTES);
-        let (file, text, key, sign, is_here): (_, _, _, Sign<'a>, _) = match key {
+impl<'a> AuthorizedKey<'a> {
+    /// Reads the key and finds its authorization, in its own file where no other is given.
+    ///
+    /// # Errors
+    /// Those of the files; [`FloorError`] if there is no authorization by the floor key.
+    pub fn new(
+        policy: &Policy,
+        key: ProvisionKey<'a>,
+        authorization: Option<&Path>,
+    ) -> Result<Self, AnyError> {
+        let (file, public, sign, is_here): (_, _, Sign<'a>, _) = match key {
             ProvisionKey::Here(file) => {
                 let key = P256PrivateKey::read(file)?;
                 let public = *key.public();
                 let sign = move |_: &P256PublicKey, message: &[u8]| {
                     Ok(sign_provision(&key, message, file)?.to_vec())
                 };
-                (file, read(file)?, public, Box::new(sign), true)
+                (file, public, Box::new(sign), true)
             }
-            ProvisionKey::Elsewhere(file, sign) => {
-                let text = read(file)?;
-                public_only(&text, file)?;
-                (file, text, P256PublicKey::read(file)?, sign, false)
-            }
+            ProvisionKey::Elsewhere(file, sign) => (file, P256PublicKey::read(file)?, sign, false),
         };
-        let authorization = find_authorization(policy, &key, &text, &file.display().to_string())?;
-        Ok(Self { file: file.to_path_buf(), key, authorization, sign, is_here })
+        let source = authorization.unwrap_or(file);
+        let text = read_named(source, MAX_KEY_BYTES)?;
+        if authorization.is_some() || !is_here {
+            public_only(&text, source)?;
+        }
+        let authorization = find_authorization(policy, &public, &text, &source.display().to_string())?;
+        Ok(Self { file: file.to_path_buf(), public, authorization, sign, is_here })
+    }
+
+    /// Has the key sign the message of the TPM's session, and checks the signature.
+    ///
+    /// # Errors
+    /// Those of the holder of the key; [`FloorError::BadProvisionSignature`].
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, AnyError> {
+        let signature = (self.sign)(&self.public, message)?;
+        check_provision(&self.public, message, &signature)?;
+        Ok(signature)
     }
 }
