@@ -138,20 +138,11 @@ pub fn ingest(job: &Ingest<'_>, source: &Descriptor) -> Result<Ingested, IngestE
     for (at, layer) in image.layers.iter().enumerate() {
         let Content::Tar(compression) = layer.format()?.content() else { continue };
         let (below, _) = layers.split_at(at);
-        let source = Source {
-            layer: layer.clone(),
-            diff_id: diff_ids.as_ref().and_then(|ids| ids.get(at).copied()),
-            below: below.iter().map(|layer| layer.digest).collect(),
-            packing: job.effort.packing,
-        };
-        let (stored, said) = match job.made.stored.get(&source) {
-            Some(done) => done,
-            None => {
-                let done = tar_layer(job, &image, at, source.diff_id, compression, below)?;
-                job.made.stored.add(source, done.clone());
-                done
-            }
-        };
+        let source = Source::new(layer, at, diff_ids.as_deref(), below, job.effort.packing);
+        let (stored, said) = job
+            .made
+            .stored
+            .get_or_make(source, |source| tar_layer(job, &image, at, source.diff_id, compression, below))?;
         notes.extend(said.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         if let Some(place) = layers.get_mut(at) {
             *place = stored;
@@ -243,16 +234,9 @@ fn images(job: &Ingest<'_>, image: &OciImage) -> Result<(Vec<LayerDescriptor>, V
             let Some(layer) = image.layers.get(at) else { return Ok(done) };
             if layer.image().is_some() {
                 // An error ends this thread alone; the others end after the layer that they are at.
-                let stored = match job.made.images.get(layer) {
-                    Some(stored) => stored,
-                    None => {
-                        let stored = image_layer(job, image, at, inner).inspect_err(|_| {
-                            next.store(usize::MAX / 2, Ordering::Relaxed);
-                        })?;
-                        job.made.images.add(layer.clone(), stored.clone());
-                        stored
-                    }
-                };
+                let stored =
+                    job.made.images.get_or_make(layer.clone(), |_| image_layer(job, image, at, inner));
+                let stored = stored.inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?;
                 done.push((at, stored));
             }
         }

@@ -54,6 +54,24 @@ pub(super) struct Source {
     pub packing: Packing,
 }
 
+impl Source {
+    /// The source of the layer `at` of an image, on top of layers that are what is `below` it, or what was made of that.
+    pub(super) fn new(
+        layer: &LayerDescriptor,
+        at: usize,
+        diff_ids: Option<&[Digest]>,
+        below: &[LayerDescriptor],
+        packing: Packing,
+    ) -> Self {
+        Self {
+            layer: layer.clone(),
+            diff_id: diff_ids.and_then(|ids| ids.get(at).copied()),
+            below: below.iter().map(|layer| layer.digest).collect(),
+            packing,
+        }
+    }
+}
+
 /// What was made of what.
 pub struct Known<K, V>(Mutex<Vec<(K, V)>>);
 
@@ -64,14 +82,17 @@ impl<K, V> Default for Known<K, V> {
 }
 
 impl<K: PartialEq, V: Clone> Known<K, V> {
-    /// What was made of this.
-    pub fn get(&self, key: &K) -> Option<V> {
-        let known = locks::lock(&self.0);
-        known.iter().find(|(one, _)| one == key).map(|(_, made)| made.clone())
-    }
-
-    /// Remembers what was made of this.
-    pub fn add(&self, key: K, made: V) {
-        locks::lock(&self.0).push((key, made));
+    /// Returns what was made of this, or makes it now.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn get_or_make<E>(&self, key: K, make: impl FnOnce(&K) -> Result<V, E>) -> Result<V, E> {
+        let found = locks::lock(&self.0).iter().find(|(one, _)| *one == key).map(|(_, made)| made.clone());
+        if let Some(made) = found {
+            return Ok(made);
+        }
+        let made = make(&key)?;
+        locks::lock(&self.0).push((key, made.clone()));
+        Ok(made)
     }
 }

@@ -301,12 +301,7 @@ impl Esp {
             let folder = self.kernels();
             file::create_folders(&folder)?;
             let path = folder.join(format!("{name}{NEW}"));
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(IoError::new("remove", &path, error).into());
-                }
-                _ => {}
-            }
+            file::remove_if_there(&path)?;
             atomic::write_new(&path, &bytes, 0o600).on("write", &path)?;
             if file::read_regular(&path, Links::Refused, MAX_FILE)? != bytes {
                 return Err(EspError::ReadBack { path });
@@ -344,12 +339,8 @@ impl Esp {
     fn remove(&self, plan: &Plan) -> Result<(), EspError> {
         for name in &plan.remove {
             let path = self.kernels().join(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(IoError::new("remove", &path, error).into());
-                }
-                _ => failpoint::hit("esp.kernel.removed"),
-            }
+            file::remove_if_there(&path)?;
+            failpoint::hit("esp.kernel.removed");
         }
         if plan.remove.is_empty() { Ok(()) } else { self.sync() }
     }

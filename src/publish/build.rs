@@ -234,17 +234,12 @@ pub(super) fn assemble(
         let effort = effort_for(import.targets.get(name), effort)
             .map_err(|source| BuildError::Packing { target: name.clone(), source })?;
         let key = (image.descriptor.digest, effort.packing);
-        let done = match whole.get(&key) {
-            Some(done) => done,
-            None => {
-                let (from, platform, made) = (&*image.from, sources.platform, &made);
-                let job = Ingest { from, writer, platform, effort, storage, made, progress };
-                let done = ingest(&job, &image.descriptor)
-                    .map_err(|source| BuildError::Image { target: name.clone(), source })?;
-                whole.add(key, done.clone());
-                done
-            }
-        };
+        let done = whole.get_or_make(key, |_| {
+            let (from, platform, made) = (&*image.from, sources.platform, &made);
+            let job = Ingest { from, writer, platform, effort, storage, made, progress };
+            ingest(&job, &image.descriptor)
+                .map_err(|source| BuildError::Image { target: name.clone(), source })
+        })?;
         failpoint::hit("build.image.stored");
         resolved.insert(name.clone(), Resolved { digest: done.manifest.digest, size: done.manifest.size });
         names.push((image_name(name.as_str(), &done.manifest.digest), done.manifest));

@@ -13,8 +13,6 @@
 //! A nonce is of one session of the TPM (docs/design.md, first write), and a session ends when the machine does. So the
 //! machine stays on until the signature is here; another start makes another nonce, and what was signed before is refused.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -27,7 +25,7 @@ use super::media::{self, Second};
 use crate::error::{IoContext, IoError};
 use crate::medium::layout;
 use crate::sys::atomic;
-use crate::sys::file::read_named;
+use crate::sys::file::{read_named, remove_if_there};
 
 /// Where the firmware's UUID of the machine is.
 const MACHINE: &str = "/sys/class/dmi/id/product_uuid";
@@ -62,12 +60,7 @@ impl Courier {
         let machine = read_named(Path::new(MACHINE), MAX_BYTES).unwrap_or_default();
         let this = Self::between(folder.join(layout::NONCE), folder.join(layout::SIGNATURE), &machine);
         for path in [&this.nonce, &this.signature] {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(error).on("remove", path);
-                }
-                _ => {}
-            }
+            remove_if_there(path)?;
         }
         setup.arg("--nonce-out").arg(&this.nonce).arg("--signature-in").arg(&this.signature);
         setup.arg("--wait").arg(LONGEST_WAIT.to_string());

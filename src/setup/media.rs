@@ -287,12 +287,7 @@ impl Second {
             mount => mount?,
         };
         let (path, other) = (through(&mount).join(name), through(&mount).join(other));
-        match fs::remove_file(&other) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).on("remove", &other)?;
-            }
-            _ => {}
-        }
+        file::remove_if_there(&other)?;
         atomic::replace(&path, bytes, 0o644, "installer.nonce").on("write", &path)?;
         let folder = file::open_folder(&through(&mount)).on("open", &self.device)?;
         Ok(file::sync_file_system(&folder).on("sync", &self.device)?)

@@ -11,7 +11,6 @@
 //! if the disk fails, or if the document may still be intact.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 
@@ -19,11 +18,12 @@ use serde::Serialize;
 
 use super::{Store, StoreError, files, lazy, partial, put};
 use crate::digest::Digest;
-use crate::error::{IoContext, IoError};
+use crate::error::IoContext;
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Index, MAX_MANIFEST_BYTES, Manifest};
 use crate::sorting;
 use crate::sys::atomic::sync_folder;
+use crate::sys::file;
 use crate::sys::flock::Lock;
 use crate::transport::{Transport, TransportError};
 
@@ -198,11 +198,9 @@ impl Collector<'_> {
         failpoint::hit("store.gc.names");
         let blobs = removal.blobs.iter().map(|digest| self.store.blob_path(digest));
         for path in blobs.chain(removal.files.iter().cloned()) {
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    problems.push(IoError { operation: "remove", path, source: error }.to_string());
-                }
-                _ => failpoint::hit("store.gc.blob"),
+            match file::remove_if_there(&path) {
+                Err(error) => problems.push(error.to_string()),
+                Ok(()) => failpoint::hit("store.gc.blob"),
             }
         }
         let private = ["tmp", partial::FOLDER, lazy::FOLDER].map(|name| self.store.private(name));

@@ -97,6 +97,17 @@ pub fn find_regular(path: &Path, links: Links, max_bytes: u64) -> Result<Option<
     }
 }
 
+/// Removes a file, if there is one.
+///
+/// # Errors
+/// [`IoError`] if it cannot be removed.
+pub fn remove_if_there(path: &Path) -> Result<(), IoError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(IoError::new("remove", path, error)),
+        _ => Ok(()),
+    }
+}
+
 /// Reads a file named by the administrator, up to `max_bytes` plus one byte, so that its parser can refuse it
 /// as too long. It may be a pipe.
 ///

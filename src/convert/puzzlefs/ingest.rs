@@ -68,23 +68,12 @@ pub fn convert(job: &Ingest<'_>, image: &OciImage, config: Vec<u8>) -> Result<In
     let mut notes = Vec::new();
     let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
     for (at, layer) in image.layers.iter().enumerate() {
-        let diff_id = diff_ids.as_ref().and_then(|ids| ids.get(at).copied());
         let (below, _) = image.layers.split_at(at);
-        let source = Source {
-            layer: layer.clone(),
-            diff_id,
-            below: below.iter().map(|layer| layer.digest).collect(),
-            packing: Packing::temporary(),
-        };
-        let (opened, said) = match job.made.opened.get(&source) {
-            Some(opened) => opened,
-            None => {
-                let opened = open_layer(job, image, at, &source, &layers)?;
-                if job.made.is_shared(&layer.digest) {
-                    job.made.opened.add(source, opened.clone());
-                }
-                opened
-            }
+        let source = Source::new(layer, at, diff_ids.as_deref(), below, Packing::temporary());
+        let open = |source: &Source| open_layer(job, image, at, source, &layers);
+        let (opened, said) = match job.made.is_shared(&layer.digest) {
+            true => job.made.opened.get_or_make(source, open)?,
+            false => open(&source)?,
         };
         notes.extend(said.into_iter().map(|note| format!("layer {}: {note}", layer.digest)));
         layers.push(opened);
