@@ -42,10 +42,14 @@ const CACHE_MIB: usize = 6;
 /// CPU time, as what it reads stays in the processor's caches. The daemon stays below 12 MB.
 const CHUNKS_CACHE_MIB: usize = 4;
 
+/// Whether a layer of a mount consists of chunks, as PuzzleFS images do.
+pub(super) fn has_chunks(plan: &MountPlan) -> bool {
+    plan.layers().iter().any(|layer| matches!(layer.bytes, LayerBytes::Chunks(_)))
+}
+
 /// Default of `--cache-mib` for a mount.
 pub(super) fn default_cache_mib(plan: &MountPlan) -> usize {
-    let chunks = plan.layers().iter().any(|layer| matches!(layer.bytes, LayerBytes::Chunks(_)));
-    if chunks { CHUNKS_CACHE_MIB } else { CACHE_MIB }
+    if has_chunks(plan) { CHUNKS_CACHE_MIB } else { CACHE_MIB }
 }
 
 /// The capabilities to request from the kernel, and why.

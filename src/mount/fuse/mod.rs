@@ -234,7 +234,10 @@ pub fn prepare(plan: &MountPlan, options: &FuseOptions) -> Result<Engine, MountE
         let why = engine.troubles().counts().last.unwrap_or_else(|| "it is not a folder".into());
         return Err(MountError::Root { mount_source: plan.source.clone(), why });
     }
-    sys::daemon::return_freed_memory();
+    // To read all metadata of such an image takes some megabytes; others free little.
+    if limits::has_chunks(plan) {
+        sys::daemon::return_freed_memory();
+    }
     Ok(engine)
 }
 

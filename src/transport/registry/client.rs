@@ -85,8 +85,9 @@ struct Authorization {
 impl Client {
     /// A client that has not asked anything.
     ///
-    /// Rule (docs/design.md, no secret in a core dump): passwords, tokens and keys of client certificates are in no core dump. They pass through the buffers of
-    /// HTTP and TLS, so that all memory of the process is left out, not that of [`Secret`] alone.
+    /// Rule (docs/design.md, no secret in a core dump): passwords, tokens and keys of client certificates are in no core
+    /// dump. They pass through the buffers of HTTP and TLS, so that all memory of the process is left out, not that of
+    /// [`Secret`] alone.
     pub(super) fn new(access: Access) -> Self {
         process::leave_memory_out_of_dumps();
         Self { http: Http::new(access), granted: Mutex::new(HashMap::new()) }
