@@ -86,9 +86,7 @@ test: ## Run all tests (as root, with sudo if need be); TEST='--test NAME' for s
 
 campaign: ## Run all tests with long campaigns of random faults and inputs
 	@tests/setup test
-	if [ ! -x target/tools/bin/ferro-oci-server ]; then
-		$(CARGO) install --quiet --locked --root target/tools --version $(FERRO) ferro-oci-server
-	fi
+	$(CARGO) install --quiet --locked --root target/tools --version $(FERRO) ferro-oci-server
 	MOSFS_CAMPAIGN=long PROPTEST_CASES=20000 $(AS_ROOT) $(CARGO) test --locked --release --features failpoints,campaign $(TEST)
 
 fuzz: ## Fuzz every reader of hostile input, SECONDS=600 for each

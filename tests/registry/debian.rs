@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-pub use listening::listens;
+use listening::listens;
 
 /// A running registry; it ends when it is dropped.
 pub struct Debian {
@@ -37,10 +37,8 @@ pub struct Config<'a> {
 impl Debian {
     pub fn start(config: &Config<'_>) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        // Another process may take the port between its choice and its use: then choose again.
-        for _ in 0..10 {
-            let port =
-                TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
+        let file = dir.path().join("config.yml");
+        let (child, port) = on_a_port("the Debian package `docker-registry`", |port| {
             let mut yaml = format!(
                 "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n",
                 dir.path().join("data").display()
@@ -56,24 +54,12 @@ impl Debian {
             if let Some(origin) = &config.proxy_of {
                 yaml += &format!("proxy: {{remoteurl: \"{origin}\"}}\n");
             }
-            let file = dir.path().join("config.yml");
             fs::write(&file, yaml).expect("a file");
-            let mut child = Command::new("docker-registry")
-                .arg("serve")
-                .arg(&file)
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap_or_else(|error| {
-                    panic!(
-                        "cannot run docker-registry: {error}; install the Debian package `docker-registry`"
-                    )
-                });
-            if is_up(&mut child, port) {
-                return Self { child, port, dir };
-            }
-        }
-        panic!("docker-registry does not start");
+            let mut command = Command::new("docker-registry");
+            command.arg("serve").arg(&file);
+            command
+        });
+        Self { child, port, dir }
     }
 
     /// Kills it.
@@ -117,8 +103,24 @@ impl Drop for Debian {
     }
 }
 
+/// Starts a server on a port of its own: `command` is for a port, and `package` has the program.
+pub fn on_a_port(package: &str, command: impl Fn(u16) -> Command) -> (Child, u16) {
+    // Another process may take the port between its choice and its use: then choose again.
+    for _ in 0..10 {
+        let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
+        let mut command = command(port);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap_or_else(|error| {
+            panic!("cannot run {:?}: {error}; install {package}", command.get_program())
+        });
+        if is_up(&mut child, port) {
+            return (child, port);
+        }
+    }
+    panic!("the server does not start ({package})");
+}
+
 /// Waits until a process listens on a port; whether it does, or has ended.
-pub fn is_up(child: &mut Child, port: u16) -> bool {
+fn is_up(child: &mut Child, port: u16) -> bool {
     loop {
         if let Ok(Some(_)) = child.try_wait() {
             return false;

@@ -2,15 +2,14 @@
 //! `make campaign` installs it from Rust's crates.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
 use mosfs::internals::image::oci::SYSTEM_REPOSITORY;
 use mosfs::internals::store::{Store, version_name};
 use tempfile::TempDir;
 
-use crate::debian::is_up;
+use crate::debian::on_a_port;
 use crate::place::{Place, display, noise, system_of};
 use crate::real::skopeo;
 
@@ -25,24 +24,13 @@ impl Ferro {
     fn start() -> Self {
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/ferro-oci-server");
         let dir = tempfile::tempdir().expect("a folder");
-        // Another process may take the port between its choice and its use: then choose again.
-        for _ in 0..10 {
-            let port =
-                TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
-            let mut child = Command::new(&program)
-                .env("FERRO_OCI_LISTEN", format!("127.0.0.1:{port}"))
-                .env("FERRO_OCI_STORAGE_DIR", dir.path())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap_or_else(|error| {
-                    panic!("cannot run {}: {error}; `make campaign` installs it", program.display())
-                });
-            if is_up(&mut child, port) {
-                return Self { child, port, _dir: dir };
-            }
-        }
-        panic!("ferro-oci-server does not start");
+        let (child, port) = on_a_port("it with `make campaign`", |port| {
+            let mut command = Command::new(&program);
+            command.env("FERRO_OCI_LISTEN", format!("127.0.0.1:{port}"));
+            command.env("FERRO_OCI_STORAGE_DIR", dir.path());
+            command
+        });
+        Self { child, port, _dir: dir }
     }
 }
 

@@ -1,15 +1,12 @@
 //! nginx as a cache before a registry, as docs/registries.md has it.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::Duration;
+use std::process::{Child, Command};
 
 use tempfile::TempDir;
 
-use crate::debian::listens;
+use crate::debian::on_a_port;
 
 /// A running cache; it ends when it is dropped.
 pub struct Nginx {
@@ -25,11 +22,9 @@ impl Nginx {
         let page = fs::read_to_string(page).expect("the page");
         let (_, server) = page.split_once("```nginx\n").expect("a configuration");
         let (server, _) = server.split_once("```").expect("its end");
-        for _ in 0..10 {
-            let dir = tempfile::tempdir().expect("a folder");
-            let port =
-                TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
-            let (at, file) = (dir.path().display(), dir.path().join("nginx.conf"));
+        let dir = tempfile::tempdir().expect("a folder");
+        let (at, file) = (dir.path().display(), dir.path().join("nginx.conf"));
+        let (child, port) = on_a_port("the Debian package `nginx`", |port| {
             let mut text = server.to_string();
             // Its places and names in the page, and those of this test.
             for (from, to) in [
@@ -48,31 +43,14 @@ impl Nginx {
                  http {{\naccess_log off;\n{temporary}{text}}}\n"
             );
             fs::write(&file, all).expect("a file");
-            let mut child = Command::new("nginx")
-                .arg("-c")
-                .arg(&file)
-                .arg("-e")
-                .arg(dir.path().join("error.log"))
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap_or_else(|error| {
-                    panic!("cannot run nginx: {error}; install the Debian package `nginx`")
-                });
-            loop {
-                if let Ok(Some(status)) = child.try_wait() {
-                    let log = fs::read_to_string(dir.path().join("error.log")).unwrap_or_default();
-                    // Another process may have taken the port.
-                    assert!(log.contains("Address already in use"), "nginx {status}: {log}");
-                    break;
-                }
-                if listens(child.id(), port) {
-                    return Self { child, port, _dir: dir };
-                }
-                thread::sleep(Duration::from_millis(10));
-            }
-        }
-        panic!("nginx does not start");
+            // Only another process on the port makes it end.
+            let log = fs::read_to_string(dir.path().join("error.log")).unwrap_or_default();
+            assert!(log.is_empty() || log.contains("Address already in use"), "nginx: {log}");
+            let mut command = Command::new("nginx");
+            command.arg("-c").arg(&file).arg("-e").arg(dir.path().join("error.log"));
+            command
+        });
+        Self { child, port, _dir: dir }
     }
 
     /// `127.0.0.1:PORT`.
