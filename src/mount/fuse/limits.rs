@@ -39,7 +39,7 @@ pub(super) fn default_threads() -> usize {
 const CACHE_MIB: usize = 6;
 
 /// The same where there are layers of chunks, most of which are 32 to 128 KiB: as fast as 6 MiB, and tar takes a quarter less
-/// CPU time, as what it reads stays in the processor's caches. The daemon stays below 12 MB.
+/// CPU time, as what it reads stays in the processor's caches. The daemon of a Debian root of 13,000 files stays below 12 MB.
 const CHUNKS_CACHE_MIB: usize = 4;
 
 /// Whether a layer of a mount consists of chunks, as PuzzleFS images do.
