@@ -360,10 +360,14 @@ fn two_mounts_share_what_is_fetched_and_one_completes_it() {
     let other = lazy.mount("other");
     other.read_all();
     assert_eq!(lazy.fetched(&lazy.server.take_log()), 0);
-    // Both complete it at the same time.
+    // Both complete it at the same time: the cache has what a mount reads itself, and nothing else comes before both are
+    // mounted.
     drop((one, other));
     fs::remove_dir_all(lazy.cache()).unwrap();
+    drop(lazy.mount("one"));
+    lazy.server.script(|seen, _| range(seen).map(|_| Fault::Stall(10)));
     let (one, other) = (lazy.mount_with("one", &[]), lazy.mount_with("other", &[]));
+    lazy.server.heal();
     thread::scope(|scope| {
         scope.spawn(|| one.read_all());
         scope.spawn(|| other.read_all());
