@@ -176,7 +176,7 @@ mod tests {
             (line("warning", "odd"), "its program ended with exit code 3"),
             (
                 line("error", "no\u{1b}cgroup") + "\n" + &line("warning", "odd"),
-                "the runtime cannot run it: no\\x1bcgroup",
+                "the runtime cannot run it: no\\u{1b}cgroup",
             ),
             (line("error", "first") + &line("error", "last\n"), "the runtime cannot run it: last"),
         ] {
