@@ -298,6 +298,20 @@ want nft flush ruleset
 want systemctl reload mosfs-activate.service
 want test "$(page 80)" = "this is web"
 
+# Where the rules cannot be made, what has another network is started all the same, and what runs goes on.
+want systemctl stop mosfs-target@hog.service mosfs-target@bomb.service
+web=$(since web)
+want mount --bind /bin/false /usr/sbin/nft
+mosfs activate >/tmp/said 2>&1
+want test $? = 1
+want grep -F 'target web: cannot set up its network: nft' /tmp/said
+want grep -F 'target bomb: cannot set up its network: nft' /tmp/said
+want grep -xF 'container of hog started' /tmp/said
+want test "$(since web) $(state hog) $(state bomb)" = "$web running stopped"
+want umount /usr/sbin/nft
+want mosfs activate
+for name in web hog bomb; do want is_state $name running; done
+
 # The clean-up has its own time: here, the network is held for longer than `stop_seconds`.
 want systemctl stop mosfs-target@web.service
 flock /run/mosfs/network.lock sleep 12 &
@@ -446,6 +460,33 @@ want test "$(since db)" = "$db"
 want mosfs exec web -- cat /set/content
 want mosfs activate
 want test "$(since db)" = "$db"
+"#;
+
+/// What each of several boots finds, each of which goes down with all containers running.
+const REBOOTED: &str = r#"
+echo boot >>$MOSFS_SYSTEM/vm-boots
+boot=$(grep -c . $MOSFS_SYSTEM/vm-boots)
+step 50 "boot $boot: what is needed starts before what needs it, and volumes have what was written"
+grep -q ' /run/mosfs/targets/web overlay ' /proc/self/mounts || fail "the image is mounted through dm-verity"
+for name in db web hog bomb; do want is_state $name running; done
+want is_state job done
+began() { property "$1" "mosfs-target@$2.service"; }
+web=$(began ExecMainStartTimestampMonotonic web)
+want test "$web" -ge "$(began ActiveEnterTimestampMonotonic db)"
+want test "$web" -ge "$(began ExecMainExitTimestampMonotonic job)"
+# A job is run once a boot.
+want test "$(runs)" = "$boot"
+want mosfs exec web -- grep -x finished /tmp/job
+starts=$MOSFS_SYSTEM/volumes/web/starts
+test $boot != 1 || head -n 1 "$starts" >$MOSFS_SYSTEM/vm-first
+want test "$(mosfs exec web -- /bin/busybox head -n 1 /data/starts)" = "$(cat $MOSFS_SYSTEM/vm-first)"
+want test "$(grep -c . "$starts")" -ge "$boot"
+want test "$(stat -c %u:%g "$starts")" = 0:0
+want test "$(stat -c %a $MOSFS_SYSTEM/volumes)" = 700
+# The partition of the volumes is in use until the end, and was left clean all the same.
+dmesg | grep 'EXT4-fs.*recovery' && fail "the partition was not left clean"
+want grep -q " /run/mosfs/system ext4 rw" /proc/self/mounts
+echo "vm: boot $boot is done"
 "#;
 
 /// The version that is published and booted.
@@ -619,16 +660,22 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
 /// Boots a device with this kernel whose system does `steps`; wants verdict 0 and these words on the console.
 fn boots(kernel: &'static str, steps: &str, cmdline: &str, words: &[&str]) -> Ended {
     let dir = tempfile::tempdir().unwrap();
-    let publisher = Publisher::new(dir.path());
-    publish(&publisher, dir.path(), kernel, steps);
+    let (_device, machine) = machine_of(dir.path(), kernel, steps, cmdline);
+    machine.expect(0, words)
+}
+
+/// Makes a device with this kernel whose system does `steps`, and the machine that boots it.
+fn machine_of(dir: &Path, kernel: &'static str, steps: &str, cmdline: &str) -> (Device, Machine) {
+    let publisher = Publisher::new(dir);
+    publish(&publisher, dir, kernel, steps);
     let device = Device::of(publisher, VERSION);
-    carry_targets(&dir.path().join("store"), &device);
+    carry_targets(&dir.join("store"), &device);
     let initrd = device.path("initrd");
     let mut machine = Machine { kernel, ..device.machine_with(&initrd) };
     make_initrd(&initrd, "initramfs-tools", machine.kernel, device.config());
     machine.cmdline += &format!(" loglevel=6 {cmdline}");
     machine.timeout *= if is_long() { 8 } else { 1 };
-    machine.expect(0, words)
+    (device, machine)
 }
 
 /// Puts the publisher's store onto the partition, for updates in the machine, but for the large blobs that it has.
@@ -667,6 +714,20 @@ fn targets_are_active_at_boot_and_their_daemons_come_back() {
     // What systemd says of any unit, but for containers that are to fail.
     let failed = |line: &&str| line.contains("Failed to start") && !line.contains("Target ");
     assert_eq!(ended.console.lines().find(failed), None);
+}
+
+#[test]
+fn containers_start_in_order_and_keep_their_volumes_over_reboots_with_all_of_them_running() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = format!("{HELPERS}{REBOOTED}");
+    let (device, mut machine) = machine_of(dir.path(), "6.12", &steps, "");
+    machine.disk = Some(device.path("disk.qcow2"));
+    for boot in 1..=2 {
+        let ended = machine.expect(0, &[&format!("vm: boot {boot} is done"), IN_ORDER]);
+        // The devices of the images are there until the last container has ended.
+        ended.without(&["I/O error", "Input/output error", "Failed to execute shutdown"]);
+        machine.system = None;
+    }
 }
 
 #[test]

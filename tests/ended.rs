@@ -92,8 +92,9 @@ fn what_cannot_be_mounted_is_named_with_its_place_and_its_target() {
             symlink("data", root.join("linked")).unwrap();
         });
     });
-    let file = world.dir("file");
+    let (file, socket) = (world.dir("file"), world.dir("socket"));
     fs::write(&file, "of the host").unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let mounts = |all: &str| format!("mounts: [{all}]");
     let targets = [
         (
@@ -131,7 +132,8 @@ fn what_cannot_be_mounted_is_named_with_its_place_and_its_target() {
     let good = mounts(&format!(
         "{{destination: /linked, type: tmpfs}}, {{destination: /new/folder, type: volume, source: v}}, \
          {{destination: /new/folder/below/it, type: tmpfs}}, {{destination: /etc/passwd, source: {file}}}, \
-         {{destination: /new/file, source: {file}}}, {{destination: /run/x, type: tmpfs}}"
+         {{destination: /new/file, source: {file}}}, {{destination: /run/x, type: tmpfs}}, \
+         {{destination: /new/socket, source: {socket}}}"
     ));
     let missing = mounts("{destination: /data, source: /no/such/folder}");
     let mut all: Vec<_> = targets.iter().map(|(name, mounts, _)| (*name, "app", mounts.as_str())).collect();

@@ -8,6 +8,7 @@ mod container;
 #[path = "common/networks.rs"]
 mod networks;
 
+use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use container::World;
@@ -117,6 +118,59 @@ fn targets_are_reached_over_their_published_ports_and_reach_each_other_by_name()
     let left = std::fs::read_dir(world.path("run/notes")).unwrap().map(|entry| entry.unwrap().file_name());
     let left: Vec<_> = left.filter(|name| name.to_string_lossy().ends_with(".network")).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_published_port_that_a_program_of_the_host_listens_on_is_noted() {
+    let mut world = World::new();
+    world.script("web", "exit 0");
+    let ports = "{host: 80, container: 80}, {host: 81, container: 81, address: 192.0.2.1}, {host: 82, container: 82}, \
+                 {host: 83, container: 83, address: 192.0.2.1}, {host: 84, container: 84, protocol: udp}";
+    world.install(&[
+        ("plain", "web", "network: {type: none}"),
+        ("other", "web", "network: {type: simple, ports: [{host: 85, container: 85}]}"),
+        ("web", "web", &format!("network: {{type: simple, ports: [{ports}]}}")),
+    ]);
+    let networks = Networks::new();
+    let said = |target: &str| {
+        let output = networks.mosfs(&world, &["run-target", target]).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    assert_eq!(said("web"), "");
+    // 81: another address than the published one. 82: the other protocol. 85: of another target.
+    let server = "import socket, sys, time\n\
+        held = []\n\
+        for kind, address, port in [('t', '127.0.0.1', 80), ('t', '127.0.0.1', 81), ('u', '0.0.0.0', 82), \
+                                    ('t', '::', 83), ('u', '192.0.2.1', 84), ('t', '0.0.0.0', 85)]:\n    \
+            family = socket.AF_INET6 if ':' in address else socket.AF_INET\n    \
+            one = socket.socket(family, socket.SOCK_STREAM if kind == 't' else socket.SOCK_DGRAM)\n    \
+            one.bind((address, port))\n    \
+            if kind == 't': one.listen()\n    \
+            held.append(one)\n\
+        print('ready', flush=True)\n\
+        time.sleep(3600)";
+    let mut holder = Networks::enter(&networks.host);
+    holder.args(["python3", "-c", server]).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut holder = holder.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    let noted: String = [("80/tcp", "127.0.0.1:80"), ("83/tcp", "0.0.0.0:83"), ("84/udp", "192.0.2.1:84")]
+        .iter()
+        .map(|(port, listener)| {
+            format!(
+                "mosfs: note: target web publishes port {port}, and a program of the host listens on {listener}: what is \
+                 sent there reaches the target instead\n"
+            )
+        })
+        .collect();
+    let found = [said("web"), said("plain")];
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    assert_eq!(found, [noted, String::new()]);
+    assert_eq!(said("web"), "");
 }
 
 #[test]

@@ -585,7 +585,9 @@ fn output_and_errors_in_one_file_are_all_there_in_order_and_so_is_what_others_wr
                   echo \"err $i .......................\" >&2; i=$((i+1)); done";
     world.script("talks", script);
     world.script("errors", "echo alone >&2");
-    world.install(&[("errors", "errors", ""), ("talks", "talks", "")]);
+    world.script("waits", "cat /go; exit 9");
+    let go = format!("mounts: [{{destination: /go, source: {}}}]", world.dir("go"));
+    world.install(&[("errors", "errors", ""), ("talks", "talks", ""), ("waits", "waits", &go)]);
     let into_file = |target: &str, open: &fs::OpenOptions| {
         let path = world.path(&format!("{target}.log"));
         let _ = fs::remove_file(&path);
@@ -609,6 +611,21 @@ fn output_and_errors_in_one_file_are_all_there_in_order_and_so_is_what_others_wr
         let whole = into_file("talks", open);
         assert!(whole == format!("before\n{lines}after\n"), "{} bytes", whole.len());
     }
+    // What stays to copy is the small program.
+    let fifo = world.path("go");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let log = shared.open(world.path("waits.log")).unwrap();
+    let mut command = world.command(&["run-target", "waits"]);
+    command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    let mut running = command.spawn().unwrap();
+    // Opens once the container reads.
+    let mut go = fs::OpenOptions::new().write(true).open(&fifo).unwrap();
+    let copier = fs::read_link(format!("/proc/{}/exe", running.id())).unwrap();
+    assert_eq!(copier, std::path::Path::new(env!("CARGO_BIN_EXE_mosfs")).canonicalize().unwrap());
+    go.write_all(b"go\n").unwrap();
+    drop(go);
+    assert_eq!(running.wait().unwrap().code(), Some(9));
+    assert_eq!(fs::read_to_string(world.path("waits.log")).unwrap(), "go\n");
     // One stream in a file to which another program writes meanwhile.
     let path = world.path("one.log");
     let mut log = shared.open(&path).unwrap();
@@ -625,6 +642,54 @@ fn output_and_errors_in_one_file_are_all_there_in_order_and_so_is_what_others_wr
         (said.as_str(), fs::read_to_string(path).unwrap().as_str()),
         ("alone\n", "meanwhile\nafter\n")
     );
+}
+
+#[test]
+fn what_a_group_may_signal_are_its_own_processes_alone() {
+    let mut world = World::new();
+    world.script("app", "trap 'exit 0' TERM; while :; do sleep 0.1; done");
+    let targets = [
+        ("alone", "nsgroup: alone-too"),
+        ("first", "nsgroup: both"),
+        ("host", "nsgroup: none"),
+        ("own", ""),
+        ("second", "nsgroup: both"),
+    ];
+    world.install(&targets.map(|(name, fields)| (name, "app", fields)));
+    let mut running: Vec<_> = targets
+        .iter()
+        .map(|(name, _)| (*name, world.command(&["run-target", name]).stdin(Stdio::null()).spawn().unwrap()))
+        .collect();
+    // Process 1 of each, as the host numbers it.
+    let pid = |name: &str| {
+        let path = world.path(&format!("run/crun/{name}/status"));
+        while !world.run(&["exec", name, "--", "true"]).status.success() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let status: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+        status["pid"].as_u64().unwrap()
+    };
+    let pids: BTreeMap<&str, u64> = targets.iter().map(|(name, _)| (*name, pid(name))).collect();
+    // In no container can the number of another's process be named. Here it can: in the user namespace of one, as its
+    // root, with all its capabilities, and the processes of the host.
+    let may = |from: &str, to: &str| {
+        let mut kill = std::process::Command::new("nsenter");
+        kill.arg(format!("--user=/proc/{}/ns/user", pids[from]));
+        kill.args(["--setuid", "0", "--setgid", "0", "kill", "-0", &pids[to].to_string()]);
+        let output = kill.output().expect("nsenter (Debian package util-linux)");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() || said.contains("Operation not permitted"), "{said}");
+        output.status.success()
+    };
+    for (from, _) in targets.iter().filter(|(name, _)| *name != "host") {
+        for (to, _) in &targets {
+            let is_own = from == to || ["first", "second"].contains(from) && ["first", "second"].contains(to);
+            assert_eq!(may(from, to), is_own, "{from} to {to}");
+        }
+    }
+    for (name, child) in &mut running {
+        end(&world, name, child);
+    }
 }
 
 /// Ends a container whose program has no handler for a signal.

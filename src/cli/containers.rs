@@ -390,18 +390,30 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
     if units::write(&texts)? || !stop.is_empty() {
         units::reload()?;
     }
-    networks(&steps, global)?;
+    // Without it, what has another network is started all the same.
+    let network = networks(&steps, global)?;
+    let is_cut_off = |step: &Step| {
+        let container = step.container.as_ref().and_then(|one| one.as_ref().ok());
+        network.is_err() && container.is_some_and(|one| one.is_simple())
+    };
+    let cut_off: Vec<String> =
+        steps.iter().filter(|step| is_cut_off(step)).map(|step| step.name.clone()).collect();
+    let mut begin = [restart, start].concat();
+    begin.retain(|name| !cut_off.iter().any(|one| one == name));
     // One job for all that is new, so that systemd orders them by what they need.
-    units::run("restart", &[restart, start].concat())?;
+    units::run("restart", &begin)?;
     tidy_shifted(&steps, &places, global)?;
     if let Err(why) = leftovers::tidy(&places) {
         output::note(format_args!("the network of containers is not removed: {why}"));
     }
     let done = steps.into_iter().map(|step| {
-        let outcome = match step.container {
-            None => Ok(State::default()),
-            Some(Err(error)) => Err(error),
-            Some(Ok(container)) => units::check(&places, &container).map_err(AnyError::from),
+        let outcome = match (step.container, &network) {
+            (None, _) => Ok(State::default()),
+            (Some(Err(error)), _) => Err(error),
+            (Some(Ok(container)), Err(why)) if container.is_simple() => {
+                Err(root::step(&step.name, "set up its network")(why).into())
+            }
+            (Some(Ok(container)), _) => units::check(&places, &container).map_err(AnyError::from),
         };
         Done { name: step.name, action: step.action, outcome }
     });
@@ -409,13 +421,13 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
 }
 
 /// Makes the network of the targets with network `simple` what it should be; rules that somebody has flushed come back.
-/// Removes it where no target has one.
-fn networks(steps: &[Step], global: &Global) -> Result<(), AnyError> {
+/// Removes it where no target has one. The inner error is why it cannot be made.
+fn networks(steps: &[Step], global: &Global) -> Result<Result<(), String>, AnyError> {
     let containers = steps.iter().filter_map(|step| step.container.as_ref()?.as_ref().ok());
-    let simple = containers.clone().find(|one| matches!(one.target.network, Network::Simple { .. }));
-    if let Some(container) = simple {
-        let done = network::set_up(&container.addresses, &container.published);
-        return Ok(done.map_err(step_error(&container.name))?);
+    let simple: Vec<_> = containers.filter(|one| one.is_simple()).collect();
+    if let Some(container) = simple.first() {
+        simple.iter().for_each(|one| note_ports(one));
+        return Ok(network::set_up(&container.addresses, &container.published));
     }
     let (_, manifest) = running(global)?;
     let is_simple = |one: &crate::manifest::Target| {
@@ -426,7 +438,15 @@ fn networks(steps: &[Step], global: &Global) -> Result<(), AnyError> {
     {
         output::note(format_args!("the network of containers is not removed: {why}"));
     }
-    Ok(())
+    Ok(Ok(()))
+}
+
+/// Notes which of a container's published ports a program of the host listens on: nobody would look there for the reason why
+/// that program is not reached any more.
+pub(super) fn note_ports(container: &Container) {
+    for taken in network::taken(container) {
+        output::note(taken);
+    }
 }
 
 /// Unmounts trees that no container of the deployment is made of any more.
@@ -443,11 +463,6 @@ fn tidy_shifted(steps: &[Step], places: &Places, global: &Global) -> Result<(), 
         shifted::tidy(&places.run, &wanted);
     }
     Ok(())
-}
-
-fn step_error(target: &TargetName) -> impl FnOnce(String) -> RunError + use<> {
-    let target = target.to_string();
-    |why| RunError::Step { target, step: "set up its network".into(), why }
 }
 
 /// One line about what was done with a container that is as it should be.

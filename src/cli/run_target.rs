@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use clap::Args;
 
-use super::{Global, device, output, shifted_unit};
+use super::{Global, containers, device, output, shifted_unit};
 use crate::deploy::{booted, target};
 use crate::error::{AnyError, Class, IoContext};
 use crate::manifest::TargetName;
@@ -114,6 +114,7 @@ fn start(args: &RunTargetArgs, global: &Global, places: &Places) -> Result<(), A
         };
         Err(root::step(&args.target, "mount its image with the ids of its group")(why))
     };
+    containers::note_ports(&container);
     Err(start::exec(&container, places, &mount_shifted).into())
 }
 

@@ -17,6 +17,7 @@ use super::mount::MountArgs;
 use super::plain::MountSource;
 use super::{Global, mount, output, squashfuse};
 use crate::error::{AnyError, Class, Classified};
+use crate::run::stdio;
 
 /// The file name of the full program.
 const FULL: &str = "mosfs-full";
@@ -42,6 +43,11 @@ pub fn main() -> ExitCode {
     if squashfuse::is_called(&args) {
         return squashfuse::run(&args);
     }
+    if let [name, command @ ..] = &*args
+        && name == stdio::COPIER
+    {
+        return copy_streams(command);
+    }
     if let Some(done) = mount_unsigned(&args) {
         return output::exit_code(done);
     }
@@ -55,6 +61,19 @@ pub fn main() -> ExitCode {
         }
     }
     output::exit_code(Err(StartError::Missing { tried }.into()))
+}
+
+/// Runs a command that must not have the streams of this process: the runtime of a container.
+fn copy_streams(words: &[OsString]) -> ExitCode {
+    let Some((program, arguments)) = words.split_first() else { return ExitCode::from(2) };
+    let mut command = Command::new(program);
+    command.args(arguments);
+    match stdio::run(command) {
+        Ok(status) => std::process::exit(stdio::exit_code(status)),
+        Err(source) => {
+            output::exit_code(Err(StartError::Run { program: PathBuf::from(program), source }.into()))
+        }
+    }
 }
 
 /// Why the full program cannot be run.

@@ -315,6 +315,13 @@ impl Classified for RunError {
     }
 }
 
+impl Container {
+    /// Whether it is on the bridge.
+    pub fn is_simple(&self) -> bool {
+        matches!(self.target.network, Network::Simple { .. })
+    }
+}
+
 /// Whether the root of a target is writable.
 pub fn is_writable(target: &Target) -> bool {
     !matches!(target.workload.run().writable, None | Some(Writable::No))

@@ -48,8 +48,10 @@ pub fn places(container: &Container) -> Vec<Place> {
     let mut places = vec![file("/etc/hosts"), file("/etc/resolv.conf")];
     places.extend(container.image.working_dir.as_deref().filter(|dir| !dir.is_empty()).map(folder));
     places.extend(container.target.mounts.iter().flatten().map(|mount| {
+        // A socket, a pipe or a device is mounted on a file, too.
+        let is_no_folder = |source: &str| fs::metadata(source).is_ok_and(|metadata| !metadata.is_dir());
         let is_file = mount.kind.as_deref().unwrap_or("bind") == "bind"
-            && mount.source.as_deref().is_some_and(|source| Path::new(source).is_file());
+            && mount.source.as_deref().is_some_and(is_no_folder);
         Place { path: (&*mount.destination).into(), is_file }
     }));
     places

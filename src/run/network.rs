@@ -19,10 +19,10 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
-use super::RunError;
 use super::places::Places;
 use super::programs;
 use super::root::step;
+use super::{Container, RunError};
 use crate::digest::Digest;
 use crate::manifest::addresses::Addresses;
 use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
@@ -36,6 +36,8 @@ const TABLE: &str = "inet mosfs";
 /// A published port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
+    /// Who publishes it.
+    pub target: TargetName,
     /// The address of the host, all of them if `None`.
     pub address: Option<String>,
     /// The port of the host.
@@ -53,6 +55,7 @@ pub fn published(manifest: &SystemManifest, addresses: &Addresses) -> Vec<Publis
         let Network::Simple { ports: Some(ports), .. } = &target.network else { return Vec::new() };
         let Some(address) = addresses.of.get(name) else { return Vec::new() };
         let one = |port: &crate::manifest::Port| Published {
+            target: name.clone(),
             address: port.address.clone(),
             host: port.host,
             protocol: port.protocol.unwrap_or(Protocol::Tcp),
@@ -61,6 +64,56 @@ pub fn published(manifest: &SystemManifest, addresses: &Addresses) -> Vec<Publis
         ports.iter().map(one).collect()
     };
     containers.flat_map(of_one).collect()
+}
+
+/// Returns a sentence for each published port of a container that a program of the host listens on.
+///
+/// Both may have it: what is sent there goes to the container, and the program is not reached any more.
+pub fn taken(container: &Container) -> Vec<String> {
+    let own = container.published.iter().filter(|one| one.target == container.name);
+    let sentence = |one: &Published| {
+        let protocol = one.protocol;
+        let tables = ["", "6"].map(|version| format!("/proc/net/{protocol}{version}"));
+        let read = |path: &String| std::fs::read_to_string(path).ok();
+        let mut listens = tables.iter().filter_map(read).flat_map(|table| listening(&table, protocol));
+        let (address, _) = listens.find(|(address, port)| {
+            let given = one.address.as_ref().and_then(|text| text.parse::<Ipv4Addr>().ok());
+            *port == one.host && (address.is_unspecified() || given.is_none_or(|given| given == *address))
+        })?;
+        Some(format!(
+            "target {} publishes port {}/{protocol}, and a program of the host listens on {address}:{}: what is sent \
+             there reaches the target instead",
+            one.target, one.host, one.host
+        ))
+    };
+    own.filter_map(sentence).collect()
+}
+
+/// The addresses of IPv4 and ports that a table of sockets of the kernel (proc(5), /proc/net/tcp) has listeners for.
+fn listening(table: &str, protocol: Protocol) -> Vec<(Ipv4Addr, u16)> {
+    // TCP_LISTEN; a socket of UDP that is not connected is in TCP_CLOSE (net/tcp_states.h).
+    let state = if protocol == Protocol::Tcp { "0A" } else { "07" };
+    let one = |line: &str| {
+        let mut words = line.split_ascii_whitespace().skip(1);
+        let (address, port) = words.next()?.split_once(':')?;
+        if words.nth(1)? != state {
+            return None;
+        }
+        // Words of 32 bits, as this machine stores them. Of IPv6, the address of all, and those of IPv4 that are mapped.
+        let word = |at: usize| u32::from_str_radix(address.get(at * 8..at * 8 + 8)?, 16).ok();
+        let last = match address.len() {
+            8 => word(0)?,
+            32 if (word(0)?, word(1)?) == (0, 0) && [0, 0xffff_u32.to_be()].contains(&word(2)?) => word(3)?,
+            _ => return None,
+        };
+        // ::1 is loopback of IPv6 alone.
+        let address = Ipv4Addr::from(last.to_ne_bytes());
+        if address == Ipv4Addr::new(0, 0, 0, 1) {
+            return None;
+        }
+        Some((address, u16::from_str_radix(port, 16).ok()?))
+    };
+    table.lines().filter_map(one).collect()
 }
 
 /// Returns the whole table, as nft(8) reads it.
@@ -333,6 +386,28 @@ mod tests {
              {host: 81, container: 8081, address: 192.0.2.7}]}",
         ),
     ];
+
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn listeners_are_read_from_the_kernel_s_tables() {
+        let head = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n";
+        let tcp = format!(
+            "{head}   0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0\n\
+             \x20  1: 00000000:07E8 00000000:0000 0A 00000000:00000000\n\
+             \x20  2: 0100007F:1F90 0100007F:C350 01 00000000:00000000\n  3: broken\n  4: 00:1 0:0 0A\n"
+        );
+        let all = |table: &str, protocol| -> Vec<String> {
+            listening(table, protocol).iter().map(|(address, port)| format!("{address}:{port}")).collect()
+        };
+        assert_eq!(all(&tcp, Protocol::Tcp), ["127.0.0.1:80", "0.0.0.0:2024"]);
+        let tcp6 = format!(
+            "{head} 0: 00000000000000000000000000000000:0016 0:0 0A\n 1: 00000000000000000000000001000000:0017 0:0 0A\n\
+             \x20 2: 0000000000000000FFFF0000070200C0:0018 0:0 0A\n 3: B80D0120000000000000000001000000:0019 0:0 0A\n"
+        );
+        assert_eq!(all(&tcp6, Protocol::Tcp), ["0.0.0.0:22", "192.0.2.7:24"]);
+        let udp = format!("{head} 0: 3500007F:0035 00000000:0000 07\n 1: 0100007F:0036 0200007F:0035 01\n");
+        assert_eq!(all(&udp, Protocol::Udp), ["127.0.0.53:53"]);
+    }
 
     #[test]
     fn the_table_is_replaced_whole_and_lets_nothing_else_in() {

@@ -89,14 +89,17 @@ fn replace(
         network::join(places, target, &container.addresses, &container.published)
             .map_err(step(target, "set up its network"))?;
     }
-    // What a runtime that was killed has left: the next start would call it a container that exists.
-    let mut delete = runtime(places);
-    delete
-        .args(["delete", "--force", target])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    delete.status().map_err(step(target, "run crun delete"))?;
+    // What a runtime that was killed has left: the next start would call it a container that exists. Mostly there is
+    // nothing, and a run of the runtime is a tenth of a start.
+    if places.runtime().join(target).exists() {
+        let mut delete = runtime(places);
+        delete
+            .args(["delete", "--force", target])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        delete.status().map_err(step(target, "run crun delete"))?;
+    }
     for old in places.last_run(target) {
         let _ = fs::remove_file(old);
     }
@@ -107,6 +110,7 @@ fn replace(
     run.arg("--log-format=json").arg("--log").arg(places.runtime_log(target));
     run.args(["run", "--bundle"]).arg(&work).arg(target);
     if !stdio::can_be_replaced() {
+        stdio::replace_by_copier(&run);
         let status = stdio::run(run).map_err(step(target, "run crun"))?;
         std::process::exit(stdio::exit_code(status));
     }

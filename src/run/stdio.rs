@@ -9,6 +9,9 @@
 //! | anonymous pipe, socket (the journal's) | itself: it has no owner that anybody sees |
 //! | anything else: a file, a named pipe, a device | a pipe, and this process copies |
 //!
+//! Where it copies for a container, this process is the small program of the two (cli/start.rs): it stays as long as the
+//! container runs, and the full one holds some megabytes for libraries that copying has no use for.
+//!
 //! **Rule:** a file of the host never changes its owner.
 //!
 //! **Rule:** what is copied to a file is written by write(2), never by splice(2), which io::copy() uses. A splice takes the
@@ -19,7 +22,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
@@ -29,6 +32,27 @@ use crate::sys::{self, daemon::Signals, disk, streams};
 /// The signals that are passed on to the runtime while this process copies.
 const PASSED_ON: [i32; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
+
+/// What the small program is called as when it copies streams; its arguments are the command that it runs.
+pub const COPIER: &str = "mosfs-streams";
+
+/// Runs a command with copied streams in the small program, in the place of this process. Returns only where that program
+/// is not there.
+pub fn replace_by_copier(command: &Command) {
+    let own = sys::process::own_program().unwrap_or_default();
+    let folder = own.parent().unwrap_or(Path::new("/usr/libexec/mosfs"));
+    for program in [folder.join("mosfs"), folder.join("../../bin/mosfs")] {
+        let mut copier = Command::new(program);
+        copier.arg0(COPIER).arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => copier.env(name, value),
+                None => copier.env_remove(name),
+            };
+        }
+        let _ = copier.exec();
+    }
+}
 
 /// What a stream is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
