@@ -56,6 +56,13 @@ fn left(networks: &Networks, world: &World) -> BTreeMap<&'static str, Vec<String
     let mounts = mounts.lines().filter(|line| line.contains(&own)).filter_map(|line| line.split(' ').nth(4));
     let mut files = Vec::new();
     paths(&world.path("run"), &mut files);
+    // Records of mounts are named by their devices, whose numbers the kernel gives to all mounts of the machine.
+    let records = world.dir("run/mounts/");
+    for file in &mut files {
+        if let Some(name) = file.strip_prefix(&records) {
+            *file = format!("{records}{}", name.replace(|c: char| c.is_ascii_digit(), ""));
+        }
+    }
     files.sort();
     let loops = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let backing = loops.filter_map(|entry| fs::read_to_string(entry.path().join("loop/backing_file")).ok());
