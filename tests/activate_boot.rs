@@ -298,20 +298,6 @@ want nft flush ruleset
 want systemctl reload mosfs-activate.service
 want test "$(page 80)" = "this is web"
 
-# Where the rules cannot be made, what has another network is started all the same, and what runs goes on.
-want systemctl stop mosfs-target@hog.service mosfs-target@bomb.service
-web=$(since web)
-want mount --bind /bin/false /usr/sbin/nft
-mosfs activate >/tmp/said 2>&1
-want test $? = 1
-want grep -F 'target web: cannot set up its network: nft' /tmp/said
-want grep -F 'target bomb: cannot set up its network: nft' /tmp/said
-want grep -xF 'container of hog started' /tmp/said
-want test "$(since web) $(state hog) $(state bomb)" = "$web running stopped"
-want umount /usr/sbin/nft
-want mosfs activate
-for name in web hog bomb; do want is_state $name running; done
-
 # The clean-up has its own time: here, the network is held for longer than `stop_seconds`.
 want systemctl stop mosfs-target@web.service
 flock /run/mosfs/network.lock sleep 12 &
