@@ -5,7 +5,9 @@
 mod container;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::process::Stdio;
 use std::time::Duration;
 
 use container::{World, busybox};
@@ -312,4 +314,71 @@ fn what_no_container_can_have_is_refused_before_anything_is_built() {
         }
         assert!(!world.path("store").exists());
     }
+}
+
+#[test]
+fn output_and_errors_in_one_file_are_all_there_in_order_and_so_is_what_others_write_there() {
+    let mut world = World::new();
+    // More than a pipe holds at once, so that copies begin before all is written.
+    let script = "i=0; while [ $i -lt 3000 ]; do echo \"out $i .......................\"; \
+                  echo \"err $i .......................\" >&2; i=$((i+1)); done";
+    world.script("talks", script);
+    world.script("errors", "echo alone >&2");
+    world.script("waits", "cat /go; exit 9");
+    let go = format!("mounts: [{{destination: /go, source: {}}}]", world.dir("go"));
+    world.install(&[("errors", "errors", ""), ("talks", "talks", ""), ("waits", "waits", &go)]);
+    let into_file = |target: &str, open: &fs::OpenOptions| {
+        let path = world.path(&format!("{target}.log"));
+        let _ = fs::remove_file(&path);
+        let mut log = open.open(&path).unwrap();
+        log.write_all(b"before\n").unwrap();
+        let mut command = world.command(&["run-target", target]);
+        command.stdout(log.try_clone().unwrap()).stderr(log.try_clone().unwrap());
+        assert!(command.status().unwrap().success(), "{}", fs::read_to_string(&path).unwrap());
+        // As a shell does for the next command of a script whose output is in this file.
+        log.write_all(b"after\n").unwrap();
+        fs::read_to_string(path).unwrap()
+    };
+    let lines: String = (0..3000)
+        .map(|i| format!("out {i} .......................\nerr {i} .......................\n"))
+        .collect();
+    let (mut shared, mut appended) = (fs::OpenOptions::new(), fs::OpenOptions::new());
+    shared.write(true).create(true);
+    appended.append(true).create(true);
+    for open in [&shared, &appended] {
+        assert_eq!(into_file("errors", open), "before\nalone\nafter\n");
+        let whole = into_file("talks", open);
+        assert!(whole == format!("before\n{lines}after\n"), "{} bytes", whole.len());
+    }
+    // What stays to copy is the small program.
+    let fifo = world.path("go");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let log = shared.open(world.path("waits.log")).unwrap();
+    let mut command = world.command(&["run-target", "waits"]);
+    command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    let mut running = command.spawn().unwrap();
+    // Opens once the container reads.
+    let mut go = fs::OpenOptions::new().write(true).open(&fifo).unwrap();
+    let copier = fs::read_link(format!("/proc/{}/exe", running.id())).unwrap();
+    assert_eq!(copier, std::path::Path::new(env!("CARGO_BIN_EXE_mosfs")).canonicalize().unwrap());
+    go.write_all(b"go\n").unwrap();
+    drop(go);
+    assert_eq!(running.wait().unwrap().code(), Some(9));
+    assert_eq!(fs::read_to_string(world.path("waits.log")).unwrap(), "go\n");
+    // One stream in a file to which another program writes meanwhile.
+    let path = world.path("one.log");
+    let mut log = shared.open(&path).unwrap();
+    let mut command = world.command(&["run-target", "errors"]);
+    command.stdout(log.try_clone().unwrap()).stderr(Stdio::piped());
+    let mut running = command.spawn().unwrap();
+    // It runs until its errors are at their end.
+    let mut said = String::new();
+    running.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    log.write_all(b"meanwhile\n").unwrap();
+    assert!(running.wait().unwrap().success());
+    log.write_all(b"after\n").unwrap();
+    assert_eq!(
+        (said.as_str(), fs::read_to_string(path).unwrap().as_str()),
+        ("alone\n", "meanwhile\nafter\n")
+    );
 }

@@ -426,7 +426,7 @@ fn networks(steps: &[Step], global: &Global) -> Result<Result<(), String>, AnyEr
     let containers = steps.iter().filter_map(|step| step.container.as_ref()?.as_ref().ok());
     let simple: Vec<_> = containers.filter(|one| one.is_simple()).collect();
     if let Some(container) = simple.first() {
-        simple.iter().for_each(|one| note_ports(one));
+        simple.iter().for_each(|one| run_target::note_ports(one));
         return Ok(network::set_up(&container.addresses, &container.published));
     }
     let (_, manifest) = running(global)?;
@@ -439,14 +439,6 @@ fn networks(steps: &[Step], global: &Global) -> Result<Result<(), String>, AnyEr
         output::note(format_args!("the network of containers is not removed: {why}"));
     }
     Ok(Ok(()))
-}
-
-/// Notes which of a container's published ports a program of the host listens on: nobody would look there for the reason why
-/// that program is not reached any more.
-pub(super) fn note_ports(container: &Container) {
-    for taken in network::taken(container) {
-        output::note(taken);
-    }
 }
 
 /// Unmounts trees that no container of the deployment is made of any more.

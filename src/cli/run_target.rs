@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use clap::Args;
 
-use super::{Global, containers, device, output, shifted_unit};
+use super::{Global, device, output, shifted_unit};
 use crate::deploy::{booted, target};
 use crate::error::{AnyError, Class, IoContext};
 use crate::manifest::TargetName;
@@ -114,8 +114,16 @@ fn start(args: &RunTargetArgs, global: &Global, places: &Places) -> Result<(), A
         };
         Err(root::step(&args.target, "mount its image with the ids of its group")(why))
     };
-    containers::note_ports(&container);
+    note_ports(&container);
     Err(start::exec(&container, places, &mount_shifted).into())
+}
+
+/// Notes which of a container's published ports a program of the host listens on: nobody would look there for the reason why
+/// that program is not reached any more.
+pub(super) fn note_ports(container: &Container) {
+    for taken in network::taken(container) {
+        output::note(taken);
+    }
 }
 
 /// This command with another option.

@@ -18,9 +18,11 @@ use super::bundle::Prepared;
 use super::root::{self, Place, step};
 use super::user::User;
 use super::{Container, RunError, ids, shifted};
+use crate::error::IoContext;
 use crate::manifest::consistency::normal;
 use crate::manifest::{Mount, Network};
 use crate::sys::file;
+use crate::sys::flock::Lock;
 use crate::sys::{mountapi, namespace};
 
 /// Most bytes of the resolver's configuration.
@@ -85,7 +87,7 @@ pub fn prepare(
                 });
                 continue;
             }
-            "volume" => volume(container, folders.volumes, source, mount, root, ids, make_volumes)?,
+            "volume" => volume(container, folders, source, mount, root, ids, make_volumes)?,
             "target" => {
                 let plan = container.mounted.get(source).ok_or_else(|| {
                     failed("find a target to mount")(io::Error::other(format!("`{source}` is no target")))
@@ -184,7 +186,7 @@ fn attach(target: &str, tree: OwnedFd, folder: &Path, number: usize) -> Result<P
 /// A new volume has the owner and the mode of the image's folder at its destination.
 fn volume(
     container: &Container,
-    volumes: &Path,
+    folders: &Folders<'_>,
     name: &str,
     mount: &Mount,
     root: &Path,
@@ -193,7 +195,11 @@ fn volume(
 ) -> Result<Option<OwnedFd>, RunError> {
     let target = container.name.as_str();
     let failed = |what: String| step::<io::Error>(target, &what);
+    let volumes = folders.volumes;
     let path = volumes.join(name);
+    // Containers that share a volume start at once: the second finds what the first has made, and never replaces it.
+    let lock = folders.run.join("volumes.lock");
+    let _lock = if make { Some(Lock::exclusive(&lock).on("lock", &lock)?) } else { None };
     match fs::symlink_metadata(&path) {
         Ok(metadata) if metadata.is_dir() => {}
         Ok(_) => {
