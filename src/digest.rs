@@ -53,8 +53,14 @@ impl Digest {
     /// Parses 64 lower-case hex digits without a prefix.
     pub fn from_hex(text: &str) -> Result<Self, DigestError> {
         let wrong = || DigestError { found: text.chars().take(100).collect() };
-        let bytes = unhex(text).ok_or_else(wrong)?;
-        Ok(Self(bytes.try_into().map_err(|_| wrong())?))
+        let mut bytes = [0; 32];
+        if text.len() != 2 * bytes.len() {
+            return Err(wrong());
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = unhex_pair(pair).ok_or_else(wrong)?;
+        }
+        Ok(Self(bytes))
     }
 }
 
@@ -75,17 +81,18 @@ pub fn hex(bytes: &[u8]) -> String {
     text
 }
 
-/// Parses lower-case hex digits to bytes; returns `None` for any other string.
-pub fn unhex(text: &str) -> Option<Vec<u8>> {
+/// The byte of two lower-case hex digits.
+#[inline]
+fn unhex_pair(pair: &[u8]) -> Option<u8> {
     let digit = |c: u8| match c {
         b'0'..=b'9' => Some(c - b'0'),
         b'a'..=b'f' => Some(c - b'a' + 10),
         _ => None,
     };
-    if !text.len().is_multiple_of(2) {
-        return None;
+    match pair {
+        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
     }
-    text.as_bytes().chunks(2).map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
 }
 
 impl fmt::Display for Digest {

@@ -5,7 +5,7 @@
 mod container;
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::time::Duration;
 
 use container::{World, busybox};
@@ -78,6 +78,140 @@ fn a_program_that_cannot_run_is_named_with_its_image() {
     fs::write(volume.join("script"), "#!/bin/sh\ncat /data/here /data/b/here\n").unwrap();
     fs::set_permissions(volume.join("script"), fs::Permissions::from_mode(0o755)).unwrap();
     assert_eq!(world.ok(&["run-target", "through"]), "once once ");
+}
+
+#[test]
+fn what_cannot_be_mounted_is_named_with_its_place_and_its_target() {
+    let mut world = World::new();
+    world.image("app", &json!({ "Cmd": ["/bin/echo", "hello"] }), |root| {
+        busybox(root, |root| {
+            fs::write(root.join("srv"), "a file").unwrap();
+            fs::create_dir(root.join("data")).unwrap();
+            symlink("/nowhere", root.join("lost")).unwrap();
+            symlink("/circle", root.join("circle")).unwrap();
+            symlink("data", root.join("linked")).unwrap();
+        });
+    });
+    let file = world.dir("file");
+    fs::write(&file, "of the host").unwrap();
+    let mounts = |all: &str| format!("mounts: [{all}]");
+    let targets = [
+        (
+            "below",
+            mounts("{destination: /srv/x/y, type: tmpfs}"),
+            "a folder at /srv/x/y: a part of that path is a file in its image",
+        ),
+        (
+            "circle",
+            mounts("{destination: /circle, type: tmpfs}"),
+            "a folder at /circle: its image has links on that path which lead in a circle",
+        ),
+        (
+            "file",
+            mounts(&format!("{{destination: /data, source: {file}}}")),
+            "a file at /data: its image has a folder there",
+        ),
+        (
+            "folder",
+            mounts("{destination: /etc/passwd, type: volume, source: v}"),
+            "a folder at /etc/passwd: its image has a file there",
+        ),
+        (
+            "lost",
+            mounts("{destination: /lost/x, type: tmpfs}"),
+            "a folder at /lost/x: its image has a link on that path which leads nowhere",
+        ),
+        (
+            "memory",
+            mounts("{destination: /srv, type: tmpfs}"),
+            "a folder at /srv: its image has a file there",
+        ),
+    ];
+    // What is there, what a link leads to, what is below another mount, and what the image does not have.
+    let good = mounts(&format!(
+        "{{destination: /linked, type: tmpfs}}, {{destination: /new/folder, type: volume, source: v}}, \
+         {{destination: /new/folder/below/it, type: tmpfs}}, {{destination: /etc/passwd, source: {file}}}, \
+         {{destination: /new/file, source: {file}}}, {{destination: /run/x, type: tmpfs}}"
+    ));
+    let missing = mounts("{destination: /data, source: /no/such/folder}");
+    let mut all: Vec<_> = targets.iter().map(|(name, mounts, _)| (*name, "app", mounts.as_str())).collect();
+    all.extend([("good", "app", good.as_str()), ("missing", "app", missing.as_str())]);
+    all.push(("owned", "app", "mounts: [{destination: /data, type: volume, source: owned}]"));
+    all.push((
+        "owned-host",
+        "app",
+        "nsgroup: none, mounts: [{destination: /data, type: volume, source: owned}]",
+    ));
+    world.install(&all);
+    for (target, _, why) in &targets {
+        let line = format!("target {target}: cannot mount {why}");
+        world.refused(&["run-target", target], 2, &[&format!("mosfs: {line}\nhint: ")]);
+        assert!(world.ok(&["ps"]).contains(&line), "{line}");
+    }
+    assert_eq!(world.ok(&["run-target", "good"]), "hello\n");
+    let line = "mosfs: target missing: cannot bind /no/such/folder of the host: No such file or directory";
+    world.refused(&["run-target", "missing"], 1, &[line]);
+    // A volume that was copied from elsewhere, with ids that no container with ids of its own has.
+    assert_eq!(world.ok(&["run-target", "owned"]), "hello\n");
+    let volume = world.path("system/volumes/owned");
+    for (uid, gid, who) in [(524_288, 0, "user 524288"), (65_535, 65_536, "group 65536")] {
+        chown(&volume, Some(uid), Some(gid)).unwrap();
+        let line =
+            format!("target owned: volume {} belongs to {who}, expected an id below 65536", volume.display());
+        world.refused(&["run-target", "owned"], 1, &[&line, "hint: change the owner"]);
+        assert_eq!(world.ok(&["run-target", "owned-host"]), "hello\n");
+    }
+    chown(&volume, Some(65_535), Some(1000)).unwrap();
+    assert_eq!(world.ok(&["run-target", "owned"]), "hello\n");
+}
+
+#[test]
+fn what_the_runtime_cannot_run_says_so_and_not_that_its_program_has_failed() {
+    let mut world = World::new();
+    world.script("web", "exit 0");
+    world.install(&[("web", "web", "")]);
+    // Where something else is mounted in the place of the control groups, the runtime gives up.
+    let script = "mount -t ramfs none /sys/fs/cgroup && exec \"$@\"";
+    let mosfs = env!("CARGO_BIN_EXE_mosfs");
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "--propagation", "slave", "sh", "-c", script, "sh", mosfs, "run-target", "web"]);
+    for name in ["system", "config", "run"] {
+        command.env(format!("MOSFS_{}", name.to_uppercase()), world.path(name));
+    }
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(!said.is_empty());
+    let clean = |result: &str, how: &str, status: &str| {
+        let mut clean = world.command(&["run-target", "--clean", "web"]);
+        clean.env("SERVICE_RESULT", result).env("EXIT_CODE", how).env("EXIT_STATUS", status);
+        assert!(clean.status().unwrap().success());
+        world.ok(&["ps"])
+    };
+    let listed = clean("exit-code", "exited", "1");
+    let said = said.lines().last().unwrap();
+    assert!(
+        listed.contains(&format!("web: target web: the runtime cannot run it: {said}")),
+        "{listed}: {said}"
+    );
+    // The next run begins anew.
+    assert_eq!(world.ok(&["run-target", "web"]), "");
+    assert!(!clean("success", "exited", "0").contains("runtime"));
+}
+
+#[test]
+fn a_machine_without_a_journal_and_a_container_that_does_not_run_are_said_so() {
+    let mut world = World::new();
+    world.script("web", "exit 0");
+    world.install(&[("web", "web", "")]);
+    world.refused(&["exec", "web", "--", "ls"], 1, &["its container is not running", "hint: `mosfs ps`"]);
+    world.refused(&["exec", "wbe", "--", "ls"], 2, &["no target `wbe`", "hint: if a newer version has it"]);
+    // Where systemd does not run, an empty journal says nothing of the container.
+    let output = world.run(&["logs", "web"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    let is_booted = std::path::Path::new("/run/systemd/system").is_dir();
+    assert_eq!(said.contains("mosfs: note: systemd does not run this machine"), !is_booted, "{said}");
 }
 
 #[test]

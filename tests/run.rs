@@ -9,6 +9,7 @@ mod idmap;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::process::Stdio;
 use std::time::Duration;
@@ -574,6 +575,56 @@ fn files_of_the_host_keep_their_owner_when_they_are_the_standard_streams() {
         world.refused(&["exec", "--tty", target, "--", "true"], 2, &["--tty", "terminal"]);
         end(&world, target, &mut running);
     }
+}
+
+#[test]
+fn output_and_errors_in_one_file_are_all_there_in_order_and_so_is_what_others_write_there() {
+    let mut world = World::new();
+    // More than a pipe holds at once, so that copies begin before all is written.
+    let script = "i=0; while [ $i -lt 3000 ]; do echo \"out $i .......................\"; \
+                  echo \"err $i .......................\" >&2; i=$((i+1)); done";
+    world.script("talks", script);
+    world.script("errors", "echo alone >&2");
+    world.install(&[("errors", "errors", ""), ("talks", "talks", "")]);
+    let into_file = |target: &str, open: &fs::OpenOptions| {
+        let path = world.path(&format!("{target}.log"));
+        let _ = fs::remove_file(&path);
+        let mut log = open.open(&path).unwrap();
+        log.write_all(b"before\n").unwrap();
+        let mut command = world.command(&["run-target", target]);
+        command.stdout(log.try_clone().unwrap()).stderr(log.try_clone().unwrap());
+        assert!(command.status().unwrap().success(), "{}", fs::read_to_string(&path).unwrap());
+        // As a shell does for the next command of a script whose output is in this file.
+        log.write_all(b"after\n").unwrap();
+        fs::read_to_string(path).unwrap()
+    };
+    let lines: String = (0..3000)
+        .map(|i| format!("out {i} .......................\nerr {i} .......................\n"))
+        .collect();
+    let (mut shared, mut appended) = (fs::OpenOptions::new(), fs::OpenOptions::new());
+    shared.write(true).create(true);
+    appended.append(true).create(true);
+    for open in [&shared, &appended] {
+        assert_eq!(into_file("errors", open), "before\nalone\nafter\n");
+        let whole = into_file("talks", open);
+        assert!(whole == format!("before\n{lines}after\n"), "{} bytes", whole.len());
+    }
+    // One stream in a file to which another program writes meanwhile.
+    let path = world.path("one.log");
+    let mut log = shared.open(&path).unwrap();
+    let mut command = world.command(&["run-target", "errors"]);
+    command.stdout(log.try_clone().unwrap()).stderr(Stdio::piped());
+    let mut running = command.spawn().unwrap();
+    // It runs until its errors are at their end.
+    let mut said = String::new();
+    running.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    log.write_all(b"meanwhile\n").unwrap();
+    assert!(running.wait().unwrap().success());
+    log.write_all(b"after\n").unwrap();
+    assert_eq!(
+        (said.as_str(), fs::read_to_string(path).unwrap().as_str()),
+        ("alone\n", "meanwhile\nafter\n")
+    );
 }
 
 /// Ends a container whose program has no handler for a signal.

@@ -4,12 +4,14 @@
 //! mount /proc, /sys, /dev, /run
 //! load the modules of /usr/lib/mosfs/modules/order
 //! if the firmware started the machine from an install medium: install, and end the machine (crate::setup::installer)
+//! start the watchdog, where CONFIG says so (`watchdog`)
 //! run `mosfs boot` as a process of its own, with an empty environment
 //! move the mounts to the new root, free the initramfs, make /sysroot the root, run its init
 //! ```
 //!
 //! There is no shell and no other program. What fails ends in a restart, or in a halt where CONFIG says so
-//! (`on-failure`); the boot loader counts.
+//! (`on-failure`); the boot loader counts. What hangs ends in a restart where there is a watchdog: it is left running,
+//! and the init of the root has to take it over.
 
 use std::ffi::OsString;
 use std::fs;
@@ -27,6 +29,7 @@ use crate::setup::media;
 use crate::sys::file;
 use crate::sys::init::{self as calls, End};
 use crate::sys::mountapi::{self, CallError, mount_legacy};
+use crate::sys::watchdog;
 
 /// The path that Linux starts in an initramfs.
 pub const PATH: &str = "/init";
@@ -147,6 +150,7 @@ fn start(say: &dyn Fn(&str)) -> Result<Never, InitError> {
     if let Some(end) = install(say) {
         finish(end, say);
     }
+    start_watchdog(say);
     // Words of the kernel command line that nobody knows become environment variables of the first process.
     let status = Command::new(PROGRAM)
         .arg0("mosfs")
@@ -184,6 +188,23 @@ fn install(say: &dyn Fn(&str)) -> Option<End> {
     }
     let medium = media::find(partition.as_deref(), say)?;
     installer::run(&medium, &Installer { program: Path::new(PROGRAM), config: Path::new(CONFIG) }, say)
+}
+
+/// Starts the watchdog, where CONFIG says so. A machine that has none boots all the same: it may be another model.
+fn start_watchdog(say: &dyn Fn(&str)) {
+    // `mosfs boot` reports a CONFIG that cannot be read.
+    let Ok(Settings { watchdog: Some(seconds), .. }) = Settings::load(Path::new(CONFIG)) else { return };
+    match watchdog::start(Path::new(watchdog::DEVICE), seconds) {
+        Ok(seconds) => {
+            say(&format!(
+                "this machine restarts unless its system feeds the watchdog within {seconds} seconds"
+            ));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            say("this machine has no watchdog whose driver is in its kernel");
+        }
+        Err(error) => say(&format!("the watchdog is not started: {}: {error}", watchdog::DEVICE)),
+    }
 }
 
 /// Loads the modules of the list, in its order. One that fails is no reason to stop: most are for other machines.

@@ -5,6 +5,7 @@
 //! CONFIG/root-target   names of targets that may be the root beside the hostfs, one a line;
 //!                      the first one is the root unless the command line names another
 //! CONFIG/on-failure    reboot, halt or shell: what follows a boot that fails                 default reboot
+//! CONFIG/watchdog      seconds that the watchdog leaves the system to take it over           default none
 //! ```
 //!
 //! CONFIG lies in the initramfs, which whoever signs the kernel vouches for. What is not there has its
@@ -24,6 +25,11 @@ pub const OVERLAY_FILE: &str = "overlay";
 pub const ROOT_TARGET_FILE: &str = "root-target";
 /// The file that says what follows a failed boot.
 pub const ON_FAILURE_FILE: &str = "on-failure";
+/// The file that says how long the watchdog waits for the system.
+pub const WATCHDOG_FILE: &str = "watchdog";
+
+/// The times that the watchdog may wait, in seconds: the longest is what Intel's has.
+const WATCHDOG_SECONDS: std::ops::RangeInclusive<u32> = 10..=613;
 
 /// No such file is longer, in bytes.
 const MAX_BYTES: u64 = 16 << 10;
@@ -54,6 +60,9 @@ pub struct Settings {
     pub root_targets: Vec<TargetName>,
     /// What follows a boot that fails.
     pub on_failure: OnFailure,
+    /// Whether a watchdog is started, and the seconds after which it restarts a machine whose system has not taken it
+    /// over. Only the init of a kernel image of `mosfs build` starts one.
+    pub watchdog: Option<u32>,
 }
 
 /// Why CONFIG's word on booting cannot be used, or is not kept.
@@ -68,6 +77,14 @@ pub enum SettingsError {
         found: String,
         /// What is allowed.
         expected: &'static str,
+    },
+    /// A machine that halts feeds no watchdog.
+    #[error(
+        "{}: the watchdog would restart a machine that halts, as CONFIG/{ON_FAILURE_FILE} asks for", path.display()
+    )]
+    HaltAndWatchdog {
+        /// The file.
+        path: PathBuf,
     },
     /// The command line asks for less than the trusted configuration demands.
     #[error(
@@ -121,6 +138,15 @@ impl Settings {
             |text| OnFailure::NAMES.iter().find(|(name, _)| *name == text).map(|(_, word)| *word),
             "reboot, halt or shell",
         )?;
+        let watchdog = word(
+            config,
+            WATCHDOG_FILE,
+            |text| text.parse().ok().filter(|seconds| WATCHDOG_SECONDS.contains(seconds)),
+            "a number of seconds from 10 to 613",
+        )?;
+        if watchdog.is_some() && on_failure == Some(OnFailure::Halt) {
+            return Err(SettingsError::HaltAndWatchdog { path: config.join(WATCHDOG_FILE) });
+        }
         let path = config.join(ROOT_TARGET_FILE);
         let text = read(&path)?.unwrap_or_default();
         let names = text.lines().map(str::trim).filter(|line| !line.is_empty());
@@ -137,6 +163,7 @@ impl Settings {
             overlay: overlay.unwrap_or(Overlay::Tmpfs),
             root_targets,
             on_failure: on_failure.unwrap_or_default(),
+            watchdog,
         })
     }
 
@@ -226,17 +253,31 @@ mod tests {
         let none = load(&[]).unwrap();
         assert_eq!((none.overlay, none.on_failure), (Overlay::Tmpfs, OnFailure::Reboot));
         assert!(none.root_targets.is_empty());
+        assert_eq!(none.watchdog, None);
+        assert_eq!(load(&[("watchdog", "90\n")]).unwrap().watchdog, Some(90));
         let all = load(&[("overlay", "ro"), ("root-target", "kiosk\n\nother\n"), ("on-failure", "halt\n")])
             .unwrap();
         assert_eq!((all.overlay, all.on_failure), (Overlay::ReadOnly, OnFailure::Halt));
         assert_eq!(all.root_targets.iter().map(TargetName::as_str).collect::<Vec<_>>(), ["kiosk", "other"]);
-        for (file, text) in
-            [("overlay", "rw"), ("overlay", ""), ("root-target", "../x"), ("on-failure", "shell yes")]
-        {
+        for (file, text) in [
+            ("overlay", "rw"),
+            ("overlay", ""),
+            ("root-target", "../x"),
+            ("on-failure", "shell yes"),
+            ("watchdog", ""),
+            ("watchdog", "off"),
+            ("watchdog", "9"),
+            ("watchdog", "614"),
+            ("watchdog", "-60"),
+            ("watchdog", "4294967356"),
+        ] {
             let error = load(&[(file, text)]).unwrap_err();
             assert!(matches!(error, SettingsError::BadWord { .. }), "{file}: {text}: {error}");
             assert_eq!(error.class(), Class::Input);
         }
+        let error = load(&[("watchdog", "60"), ("on-failure", "halt")]).unwrap_err();
+        assert!(matches!(error, SettingsError::HaltAndWatchdog { .. }), "{error}");
+        assert_eq!(error.class(), Class::Input);
     }
 
     #[test]

@@ -157,6 +157,16 @@ fn for_run(error: &RunError) -> Option<&'static str> {
              file system whose ids the kernel maps, such as ext4, xfs or btrfs",
         ),
         RunError::NotMounted { .. } => Some("run mosfs activate"),
+        RunError::NotRunning { .. } => Some(
+            "`mosfs ps` shows how it has ended, `mosfs logs NAME` what it has written; `mosfs activate` starts it",
+        ),
+        RunError::VolumeOwner { .. } => Some(
+            "change the owner of what is in it (chown -R): files of volumes have the ids that the container sees, not \
+             those of the host",
+        ),
+        RunError::Destination { .. } => Some(
+            "name another place in `destination`, or another `source`; one is a file, the other a folder",
+        ),
         RunError::NoProgram { .. } => {
             Some("install the package on the device; the system's image must have it")
         }
@@ -278,6 +288,9 @@ fn for_deploy(error: &DeployError) -> Option<&'static str> {
         DeployError::Floor(error) => return for_floor(error),
         DeployError::NothingInstalled { .. } => "run `mosfs install` first, or give --system",
         DeployError::Locked { .. } => "let the other process finish, or end it; `--wait` waits longer",
+        DeployError::NoSuchTarget { .. } => {
+            "if a newer version has it, that one is pending: it runs after the next boot (`mosfs status`)"
+        }
         DeployError::AlreadyInstalled { .. } => "run `mosfs update` for the next version",
         DeployError::SameVersionOtherDigest { .. } => "build the other system with a higher version",
         DeployError::NoSpace { .. } => {

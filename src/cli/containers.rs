@@ -17,7 +17,7 @@ use crate::run::health::{self, Other};
 use crate::run::leftovers;
 use crate::run::places::Places;
 use crate::run::units::{self, Action, Settings, State};
-use crate::run::{self, Container, RunError, network, programs, shifted};
+use crate::run::{self, Container, RunError, network, programs, root, shifted};
 use crate::store::Store;
 use crate::sys;
 use crate::trust::Anchor;
@@ -255,8 +255,14 @@ pub(super) fn exec(args: &ExecArgs, global: &Global) -> Result<(), AnyError> {
 
 /// Runs `mosfs logs`.
 pub(super) fn logs(args: &LogsArgs, global: &Global) -> Result<(), AnyError> {
-    // A misspelt name would show an empty journal.
+    // A misspelt name would show an empty journal, and so does a machine where nothing writes one.
     run_target::container(&args.target, global)?;
+    if !daemons::is_booted() {
+        output::note(
+            "systemd does not run this machine, so there is no journal of it; the output of a container is that of \
+             `mosfs run-target`",
+        );
+    }
     let mut command = Command::new("journalctl");
     command.arg("--unit").arg(units::name(&args.target)).arg("--output=cat");
     if args.follow {
@@ -265,13 +271,7 @@ pub(super) fn logs(args: &LogsArgs, global: &Global) -> Result<(), AnyError> {
     if let Some(lines) = args.lines {
         command.arg(format!("--lines={lines}"));
     }
-    let source = command.exec();
-    Err(RunError::Step {
-        target: args.target.clone(),
-        step: "run journalctl".into(),
-        why: source.to_string(),
-    }
-    .into())
+    Err(root::step(&args.target, "run journalctl")(command.exec()).into())
 }
 
 /// What activation does with one container.

@@ -8,7 +8,9 @@ use clap::Args;
 use uuid::Uuid;
 
 use crate::boot::cmdline::{self, CmdlineError};
-use crate::boot::settings::{ON_FAILURE_FILE, OVERLAY_FILE, OnFailure, ROOT_TARGET_FILE, Settings};
+use crate::boot::settings::{
+    ON_FAILURE_FILE, OVERLAY_FILE, OnFailure, ROOT_TARGET_FILE, Settings, WATCHDOG_FILE,
+};
 use crate::error::{AnyError, Class, Classified};
 use crate::image::boot::CLOCK_FILE;
 use crate::publish::boot::{EfiSigner, Spec};
@@ -21,7 +23,7 @@ use crate::trust::{Anchor, Certificate};
 /// Largest file of CONFIG, in bytes.
 const MAX_CONFIG_FILE: u64 = 1 << 20;
 /// The files that `--boot-config` may add.
-const MORE_FILES: [&str; 4] = [OVERLAY_FILE, ROOT_TARGET_FILE, ON_FAILURE_FILE, CRL_FILE];
+const MORE_FILES: [&str; 5] = [OVERLAY_FILE, ROOT_TARGET_FILE, ON_FAILURE_FILE, WATCHDOG_FILE, CRL_FILE];
 
 /// A kernel of the system's own.
 #[derive(Debug, Args)]
@@ -37,7 +39,7 @@ pub(super) struct KernelArgs {
     /// Add these words to the kernel command line, `root=mosfs panic=-1`.
     #[arg(long, value_name = "WORDS", requires = "ca", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// Take the files overlay, root-target, on-failure and crl.pem of the kernel's CONFIG from this folder.
+    /// Take the files overlay, root-target, on-failure, watchdog and crl.pem of the kernel's CONFIG from this folder.
     #[arg(long, value_name = "DIR", requires = "ca")]
     boot_config: Option<PathBuf>,
     /// Sign for Secure Boot with sbsign and this private key (PEM).

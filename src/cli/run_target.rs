@@ -51,9 +51,15 @@ pub(super) fn run(args: &RunTargetArgs, global: &Global) -> Result<(), AnyError>
     let name = args.target.parse::<TargetName>();
     let name = name.map_err(|source| RunError::Name { name: args.target.clone(), source })?;
     if let Some(addresses) = &args.connect {
-        return Ok(network::connect(name.as_str(), addresses, &mut std::io::stdin().lock())?);
+        let done = network::connect(name.as_str(), addresses, &mut std::io::stdin().lock());
+        if let Err(error) = &done {
+            // The runtime says only that its hook has failed.
+            units::note_error(&places, name.as_str(), &error.to_string());
+        }
+        return Ok(done?);
     }
     if args.clean {
+        super::log::show(global);
         // Also for a target that the deployment no longer has.
         leftovers::clean(&places, name.as_str(), &Ended::from_environment());
         return Ok(());

@@ -518,6 +518,11 @@ impl OciImage {
     /// # Errors
     /// See [`OciError`].
     pub fn parse(bytes: &[u8]) -> Result<Self, OciError> {
+        Self::of(bytes, Digest::of(bytes))
+    }
+
+    /// Parses the manifest of an image, whose digest has just been computed, and so is not computed again.
+    pub(crate) fn of(bytes: &[u8], digest: Digest) -> Result<Self, OciError> {
         let manifest = Manifest::parse(bytes)?;
         let (mut layers, mut chunks) = (Vec::new(), Chunks::new());
         for descriptor in &manifest.layers {
@@ -540,7 +545,7 @@ impl OciImage {
         if chunked != 0 && (chunked, layers.len()) != (1, 1) || chunked == 0 && !chunks.is_empty() {
             return Err(OciError::Mixed { chunked, others: layers.len() - chunked, chunks: chunks.len() });
         }
-        let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
+        let size = bytes.len() as u64;
         Ok(Self { digest, size, layers, chunks: Arc::new(chunks), manifest })
     }
 }

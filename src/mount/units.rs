@@ -79,6 +79,11 @@ pub struct Unit {
     pub arguments: Vec<OsString>,
 }
 
+/// Whether systemd runs this machine (sd_booted(3)).
+pub fn is_booted() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
 /// Whether systemd can keep our daemons; why not, where it cannot.
 ///
 /// It must be the one that runs this machine, and see the same mounts as this process: what a unit
@@ -87,8 +92,7 @@ pub fn available() -> Result<(), String> {
     if sys::daemon::effective_ids().0 != 0 {
         return Err("it takes root".into());
     }
-    // sd_booted(3).
-    if !Path::new("/run/systemd/system").is_dir() {
+    if !is_booted() {
         return Err("systemd does not run this machine".into());
     }
     // There it would be left behind when the root is switched.

@@ -70,7 +70,7 @@ pub struct Other<'a> {
 /// Returns the runtime's command that runs another command in a container, and the file that it reads.
 ///
 /// # Errors
-/// [`RunError::Step`] if the container does not run; [`RunError::User`].
+/// [`RunError::NotRunning`]; [`RunError::User`].
 fn command(
     container: &Container,
     places: &Places,
@@ -78,7 +78,7 @@ fn command(
 ) -> Result<(Command, ProcessFile), RunError> {
     let target = container.name.as_str();
     let Some(pid) = pid(places, target) else {
-        return Err(step(target, "run a command in it")("its container is not running"));
+        return Err(RunError::NotRunning { target: target.into() });
     };
     let root = PathBuf::from(format!("/proc/{pid}/root"));
     let root = fs::OpenOptions::new()

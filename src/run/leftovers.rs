@@ -13,10 +13,13 @@ use std::fs;
 use std::process::Stdio;
 use std::time::Duration;
 
+use serde::Deserialize;
+
 use super::places::Places;
 use super::start::runtime;
 use super::{RunError, health, network, units};
-use crate::sys::notify;
+use crate::manifest::rules;
+use crate::sys::{file, notify};
 
 /// How long a clean-up may take.
 pub const TIME: Duration = Duration::from_secs(90);
@@ -70,6 +73,9 @@ pub fn clean(places: &Places, target: &str, ended: &Ended) {
 /// Notes why a container has failed, unless there is a better reason.
 fn note_failure(places: &Places, target: &str, ended: &Ended) {
     let Some(failure) = ended.failure() else { return };
+    // That the runtime has failed is not the program's matter.
+    let of_runtime = runtime_error(places, target).map(|why| format!("the runtime cannot run it: {why}"));
+    let failure = of_runtime.unwrap_or(failure);
     match units::last_error(places, target) {
         None => {
             let error = RunError::Unit { target: target.into(), why: failure };
@@ -80,6 +86,23 @@ fn note_failure(places: &Places, target: &str, ended: &Ended) {
         }
         Some(_) => {}
     }
+}
+
+/// Most bytes of the runtime's log that are read.
+const MAX_LOG: u64 = 64 << 10;
+
+/// The last error of the runtime that ran a container, if it had one.
+fn runtime_error(places: &Places, target: &str) -> Option<String> {
+    /// A line of its log (`--log-format=json`).
+    #[derive(Deserialize)]
+    struct Line {
+        msg: String,
+        level: String,
+    }
+    let text = file::find_regular(&places.runtime_log(target), file::Links::Refused, MAX_LOG).ok()??;
+    let lines = serde_json::Deserializer::from_slice(&text).into_iter::<Line>();
+    let errors = lines.map_while(Result::ok).filter(|line| line.level == "error");
+    Some(rules::printable(errors.last()?.msg.trim(), 500))
 }
 
 /// Removes the runtime's state of a container.
@@ -111,6 +134,8 @@ pub fn tidy(places: &Places) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn ended(result: &str, how: &str, status: &str) -> Ended {
@@ -139,9 +164,29 @@ mod tests {
             let noted = units::last_error(&places, "web");
             assert_eq!(noted, sentence.map(|sentence| format!("target web: {sentence}")), "{how:?}");
         }
+        // What the runtime says is better than how it has ended; its warnings and what is no log are no reasons.
         let dir = tempfile::tempdir().unwrap();
         let places = Places { run: dir.path().into(), system: dir.path().into() };
         let failed = ended("exit-code", "exited", "3");
+        let line = |level: &str, msg: &str| json!({ "msg": msg, "level": level, "time": "x" }).to_string();
+        places.make_notes().unwrap();
+        for (log, said) in [
+            (String::new(), "its program ended with exit code 3"),
+            ("broken\n".to_string(), "its program ended with exit code 3"),
+            (line("warning", "odd"), "its program ended with exit code 3"),
+            (
+                line("error", "no\u{1b}cgroup") + "\n" + &line("warning", "odd"),
+                "the runtime cannot run it: no\\u{1b}cgroup",
+            ),
+            (line("error", "first") + &line("error", "last\n"), "the runtime cannot run it: last"),
+        ] {
+            let _ = fs::remove_file(places.error("web"));
+            fs::write(places.runtime_log("web"), &log).unwrap();
+            note_failure(&places, "web", &failed);
+            assert_eq!(units::last_error(&places, "web"), Some(format!("target web: {said}")), "{log}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places { run: dir.path().into(), system: dir.path().into() };
         units::note_error(&places, "web", "target web: it ended before it was healthy");
         note_failure(&places, "web", &failed);
         let both = "target web: it ended before it was healthy: its program ended with exit code 3";

@@ -14,6 +14,7 @@
 //! RUN/notes/NAME.key         the run key that the container was started with
 //! RUN/notes/NAME.error       why its last start failed
 //! RUN/notes/NAME.unhealthy   why the last attempt at its health failed
+//! RUN/notes/NAME.runtime     what the runtime said of a container that it could not run
 //! RUN/notes/NAME.network     the process of the container, while it uses the bridge
 //! RUN/crun/                  the state of the runtime, by target
 //! /run/systemd/system/mosfs-target@NAME.service
@@ -194,6 +195,40 @@ pub enum RunError {
         /// What is there.
         found: &'static str,
     },
+    /// A command is to run in a container that does not.
+    #[error("target {target}: cannot run a command in it: its container is not running")]
+    NotRunning {
+        /// The target.
+        target: String,
+    },
+    /// Something cannot be mounted where the manifest says.
+    #[error("target {target}: cannot mount {what} at {destination}: {found}")]
+    Destination {
+        /// The target.
+        target: String,
+        /// What is mounted: a file or a folder.
+        what: &'static str,
+        /// Where.
+        destination: String,
+        /// What its image has there.
+        found: &'static str,
+    },
+    /// A volume belongs to an id that the container does not have.
+    #[error(
+        "target {target}: volume {} belongs to {kind} {id}, expected an id below {}: its container has ids of its own",
+        path.display(),
+        ids::COUNT
+    )]
+    VolumeOwner {
+        /// The target.
+        target: String,
+        /// The volume.
+        path: PathBuf,
+        /// User or group.
+        kind: &'static str,
+        /// The id on disk.
+        id: u32,
+    },
     /// The verified tree is not mounted.
     #[error("target {target}: its image {image} is not mounted at {}: {why}", path.display())]
     NotMounted {
@@ -273,6 +308,7 @@ impl Classified for RunError {
             | RunError::Program { .. }
             | RunError::Command { .. }
             | RunError::User { .. }
+            | RunError::Destination { .. }
             | RunError::NoFolder { .. } => Class::Input,
             _ => Class::Failure,
         }

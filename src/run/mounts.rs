@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use super::bundle::Prepared;
 use super::root::{self, Place, step};
 use super::user::User;
-use super::{Container, RunError, shifted};
+use super::{Container, RunError, ids, shifted};
 use crate::manifest::consistency::normal;
 use crate::manifest::{Mount, Network};
 use crate::sys::file;
@@ -95,6 +95,9 @@ pub fn prepare(
                 Some(root::read_only(&format!("mosfs:{source}"), &trees)?)
             }
             _ => {
+                // Its error without the words of a system call.
+                let there = fs::metadata(source);
+                there.map_err(failed(&format!("bind {source} of the host")))?;
                 let copied = mountapi::clone_tree(Path::new(source));
                 Some(copied.map_err(step(target, &format!("bind {source} of the host")))?)
             }
@@ -183,7 +186,7 @@ fn volume(
     name: &str,
     mount: &Mount,
     root: &Path,
-    ids: Option<BorrowedFd<'_>>,
+    mapped: Option<BorrowedFd<'_>>,
     make: bool,
 ) -> Result<Option<OwnedFd>, RunError> {
     let target = container.name.as_str();
@@ -202,14 +205,74 @@ fn volume(
         }
         Err(error) => return Err(failed(format!("look at volume {}", path.display()))(error)),
     }
+    if mapped.is_some() {
+        check_owner(target, &path)?;
+    }
     let tree = mountapi::clone_mount(&path).map_err(step(target, &format!("mount volume {name}")))?;
-    if let Some(ids) = ids {
+    if let Some(ids) = mapped {
         mountapi::map_ids(tree.as_fd(), ids).map_err(|source| {
             let what = format!("the file system of volume {}", path.display());
             RunError::NoIdMap { target: target.into(), what, source }
         })?;
     }
     Ok(Some(tree))
+}
+
+/// Requires that a volume belongs to ids that a container with ids of its own has.
+///
+/// What was copied from elsewhere has the ids of the host there. In the container it would belong to nobody, and the
+/// program could not write, without any hint why.
+fn check_owner(target: &str, path: &Path) -> Result<(), RunError> {
+    let metadata =
+        fs::symlink_metadata(path).map_err(step(target, &format!("look at volume {}", path.display())))?;
+    let owners = [("user", metadata.uid()), ("group", metadata.gid())];
+    match owners.into_iter().find(|(_, id)| *id >= ids::COUNT) {
+        None => Ok(()),
+        Some((kind, id)) => {
+            Err(RunError::VolumeOwner { target: target.into(), path: path.to_path_buf(), kind, id })
+        }
+    }
+}
+
+/// Requires that each mount has a place of its own kind in the image.
+///
+/// The runtime would say it in words that name neither the target nor the field. What is below another mount is the
+/// runtime's: only that mount has it.
+///
+/// # Errors
+/// [`RunError::Destination`].
+pub fn check_destinations(target: &str, root: &Path, mounts: &[Prepared]) -> Result<(), RunError> {
+    let dir = file::open_folder(root).map_err(step(target, "open its root"))?;
+    let is_below = |place: &Path, other: &Path| place != other && place.starts_with(other);
+    for mount in mounts {
+        let place = Path::new(&mount.destination);
+        let others = mounts.iter().map(|other| Path::new(&other.destination));
+        // As memory is there in every container.
+        if others.chain(["/dev", "/run", "/tmp"].map(Path::new)).any(|other| is_below(place, other)) {
+            continue;
+        }
+        let is_folder = match &mount.source {
+            None => true,
+            Some(source) => fs::metadata(source).map_or(true, |metadata| metadata.is_dir()),
+        };
+        let found =
+            match namespace::open_in_root(dir.as_fd(), place, libc::O_PATH).and_then(|one| one.metadata()) {
+                Ok(metadata) if metadata.is_dir() == is_folder => continue,
+                Ok(metadata) if metadata.is_dir() => "its image has a folder there",
+                Ok(_) => "its image has a file there",
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::ENOTDIR) => "a part of that path is a file in its image",
+                    Some(libc::ENOENT) => "its image has a link on that path which leads nowhere",
+                    Some(libc::ELOOP) => "its image has links on that path which lead in a circle",
+                    // The runtime knows more.
+                    _ => continue,
+                },
+            };
+        let what = if is_folder { "a folder" } else { "a file" };
+        let destination = mount.destination.clone();
+        return Err(RunError::Destination { target: target.into(), what, destination, found });
+    }
+    Ok(())
 }
 
 /// Makes a volume. One that was begun and not finished has another name, and is made anew.

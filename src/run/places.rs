@@ -53,9 +53,14 @@ impl Places {
         self.notes().join(format!("{name}.unhealthy"))
     }
 
+    /// The file where the runtime says why it cannot run a container.
+    pub fn runtime_log(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.runtime"))
+    }
+
     /// What is known of the last run of a container, and is over with the next one.
-    pub fn last_run(&self, name: &str) -> [PathBuf; 2] {
-        [self.error(name), self.unhealthy(name)]
+    pub fn last_run(&self, name: &str) -> [PathBuf; 3] {
+        [self.error(name), self.unhealthy(name), self.runtime_log(name)]
     }
 
     /// The file that marks that a container uses the bridge.

@@ -103,6 +103,8 @@ fn replace(
     let key = places.key(target);
     fs::write(&key, format!("{}\n", container.key)).on("write", &key)?;
     let mut run = runtime(places);
+    // Besides its errors on stderr: for `mosfs ps`.
+    run.arg("--log-format=json").arg("--log").arg(places.runtime_log(target));
     run.args(["run", "--bundle"]).arg(&work).arg(target);
     if !stdio::can_be_replaced() {
         let status = stdio::run(run).map_err(step(target, "run crun"))?;
@@ -180,6 +182,7 @@ fn make(container: &Container, places: &Places, for_real: bool) -> Result<(Value
     let ids = mapped.filter(|_| for_real);
     let prepared = mounts::prepare(container, &folders, &root, &user, ids, for_real)?;
     if for_real {
+        mounts::check_destinations(target, &root, &prepared)?;
         check_program(container, &root, &prepared, &user)?;
     }
     let init = init(target, run.init)?;

@@ -10,9 +10,13 @@
 //! | anything else: a file, a named pipe, a device | a pipe, and this process copies |
 //!
 //! **Rule:** a file of the host never changes its owner.
+//!
+//! **Rule:** what is copied to a file is written by write(2), never by splice(2), which io::copy() uses. A splice takes the
+//! file's position when it begins to wait, and sets it back to that when it ends: what others have written meanwhile
+//! through the same open file, such as the other stream after `> FILE 2>&1`, would be overwritten.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, PipeReader, Write};
+use std::io::{self, IsTerminal, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
@@ -104,13 +108,24 @@ pub fn run(mut command: Command) -> io::Result<ExitStatus> {
         Kind::Null => drop(command.stdin(ended()?)),
         Kind::File => drop(command.stdin(Stdio::piped())),
     }
-    if output != Kind::Plain {
+    let [own_input, own_output, own_errors] = streams::standard();
+    let mut both = None;
+    match (output, errors) {
+        // One pipe, so that lines keep their order.
+        (Kind::Plain, _) | (_, Kind::Plain) => {}
+        _ if is_same_file(own_output, own_errors) => {
+            let (reader, writer) = io::pipe()?;
+            command.stdout(writer.try_clone()?).stderr(writer);
+            both = Some(reader);
+        }
+        _ => {}
+    }
+    if output != Kind::Plain && both.is_none() {
         command.stdout(Stdio::piped());
     }
-    if errors != Kind::Plain {
+    if errors != Kind::Plain && both.is_none() {
         command.stderr(Stdio::piped());
     }
-    let [own_input, own_output, own_errors] = streams::standard();
     let signals = Signals::block_these(&PASSED_ON)?;
     let mut child = command.spawn()?;
     // The command holds the other ends of pipes.
@@ -127,9 +142,12 @@ pub fn run(mut command: Command) -> io::Result<ExitStatus> {
     if let Some(mut to) = child.stdin.take() {
         let mut from = File::from(own_input.try_clone_to_owned()?);
         // Not waited for: it may read for ever what nobody asks for any more.
-        std::thread::spawn(move || io::copy(&mut from, &mut to));
+        std::thread::spawn(move || write_all_of(&mut from, &mut to));
     }
     let mut copies = Vec::new();
+    if let Some(from) = both {
+        copies.push(copy(from, own_output)?);
+    }
     if let Some(from) = child.stdout.take() {
         copies.push(copy(from, own_output)?);
     }
@@ -153,12 +171,34 @@ fn copy(
 ) -> io::Result<JoinHandle<io::Result<()>>> {
     let mut to = File::from(to.try_clone_to_owned()?);
     Ok(std::thread::spawn(move || {
-        let copied = io::copy(&mut from, &mut to).and_then(|_| to.flush());
+        let copied = write_all_of(&mut from, &mut to);
         if copied.is_err() {
             let _ = io::copy(&mut from, &mut io::sink());
         }
         copied
     }))
+}
+
+/// Copies by read(2) and write(2).
+fn write_all_of(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return to.flush(),
+            Ok(length) => to.write_all(buffer.get(..length).unwrap_or_default())?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether two streams are the same file.
+fn is_same_file(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
+    let id = |stream: BorrowedFd<'_>| {
+        let metadata = File::from(stream.try_clone_to_owned().ok()?).metadata().ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    id(one).is_some_and(|found| id(other) == Some(found))
 }
 
 /// The exit code of the runtime: that of the container, or 128 and the number of the signal that ended it.

@@ -237,7 +237,8 @@ impl Store {
     /// Reads the image of a manifest in the store, checked against its digest.
     pub fn image(&self, manifest: &Digest) -> Result<OciImage, StoreError> {
         let bytes = self.get(manifest, crate::image::oci::MAX_MANIFEST_BYTES)?;
-        OciImage::parse(&bytes).map_err(|source| {
+        // `get` has compared its digest.
+        OciImage::of(&bytes, *manifest).map_err(|source| {
             TransportError::Document { object: self.blob_path(manifest).display().to_string(), source }.into()
         })
     }

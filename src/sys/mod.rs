@@ -25,6 +25,7 @@ pub mod sha256;
 pub mod streams;
 pub mod terminal;
 pub mod tpm;
+pub mod watchdog;
 
 /// The folder of files that last as long as this boot (locks, records, mount points): `$MOSFS_RUN`, or
 /// `/run/mosfs`.

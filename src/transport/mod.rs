@@ -254,7 +254,8 @@ impl dyn Transport + '_ {
     /// Fetches and reads an image manifest.
     pub fn image(&self, manifest: &Descriptor) -> Result<OciImage, TransportError> {
         let bytes = self.fetch(manifest, crate::image::oci::MAX_MANIFEST_BYTES)?;
-        OciImage::parse(&bytes).map_err(|source| TransportError::Document {
+        // `fetch` has compared its digest.
+        OciImage::of(&bytes, manifest.digest).map_err(|source| TransportError::Document {
             object: format!("{}@{}", self.location(), manifest.digest),
             source,
         })

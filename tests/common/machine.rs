@@ -134,6 +134,8 @@ pub struct Machine {
     pub second: Vec<PathBuf>,
     /// More disks, whose changes are kept.
     pub kept: Vec<PathBuf>,
+    /// Whether it has a watchdog, which restarts it.
+    pub watchdog: bool,
     /// What the firmware says is its UUID.
     pub uuid: Option<&'static str>,
     /// What is run on the host: after which text on the console, and which command.
@@ -169,6 +171,7 @@ impl Machine {
             medium_first: false,
             second: Vec::new(),
             kept: Vec::new(),
+            watchdog: false,
             uuid: None,
             host: Vec::new(),
             typed: Vec::new(),
@@ -227,6 +230,9 @@ impl Machine {
         }
         for disk in &self.kept {
             command.arg("--kept").arg(disk);
+        }
+        if self.watchdog {
+            command.args(["--watchdog", "yes"]);
         }
         if let Some(uuid) = self.uuid {
             command.args(["--uuid", uuid]);

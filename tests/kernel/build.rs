@@ -291,6 +291,10 @@ fn a_kernel_that_could_never_boot_its_system_is_not_made() {
     let text = publisher.refused(2, &["--boot-config", "config"]);
     assert!(text.contains("config/on-failure: `shell` is not possible"), "{text}");
     fs::write(publisher.path("config/on-failure"), "halt\n").unwrap();
+    fs::write(publisher.path("config/watchdog"), "60\n").unwrap();
+    let text = publisher.refused(2, &["--boot-config", "config"]);
+    assert!(text.contains("config/watchdog: the watchdog would restart a machine that halts"), "{text}");
+    fs::remove_file(publisher.path("config/watchdog")).unwrap();
     publisher.build(200, "store", &["--boot-config", "config"]);
     let files = publisher.unpack("store", 200);
     let (dir, _) = unpack_initrd(&section(&files.join("mosfs.efi"), ".initrd"));

@@ -54,9 +54,8 @@ impl Fleet {
     /// Makes the registry send so many layers, the first ones; the others never come.
     fn stall_layers_after(&self, count: usize) {
         let layers: Vec<_> = self.layers[count..].iter().map(|layer| layer.digest).collect();
-        self.server.script(move |seen, _| {
-            layers.iter().any(|layer| seen.gets(layer)).then_some(Fault::Stall(10))
-        });
+        self.server
+            .script(move |seen, _| layers.iter().any(|layer| seen.gets(layer)).then_some(Fault::Stall(10)));
     }
 
     fn update_args(&self) -> [&str; 5] {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::fixture::{MOSFS, Publisher};
 use super::machine::Cut;
-use super::real::{CMDLINE, Device, System, build, fat, medium, publisher, run_until, steps};
+use super::real::{CMDLINE, Device, System, build, fat, full_publisher, medium, publisher, run_until, steps};
 use super::tools::sh;
 
 /// What a system does once it is up: it is committed, which raises the floor.
@@ -100,6 +100,23 @@ fn a_medium_that_stays_in_makes_no_loop() {
     // Without the medium the disk starts.
     machine.medium = None;
     machine.expect(0, &["vm: version 200", "the floor rose from 0 to 200"]);
+}
+
+/// What a person does: the medium is a USB stick, and the kernel that of real machines, for which USB, the disk, FAT and ext4
+/// are modules. The stick stays in until the installation is done.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn a_usb_stick_installs_with_the_kernel_of_real_machines() {
+    let publisher = full_publisher(COMMIT);
+    let system = build(&publisher, 200, &["--cmdline", CMDLINE]);
+    let stick = medium(&publisher, &system, "stick", Some("disk: only-empty\n"));
+    let device = Device::new(&publisher);
+    let mut machine = device.machine(&stick, "usb");
+    // Without `after` in the answers, the machine waits until the stick is removed or somebody presses Enter.
+    machine.typed = vec![("Remove the medium, or press Enter to restart this machine.", "")];
+    let on_usb = "is on the medium /dev/sda";
+    let ended = machine.expect(0, &[on_usb, UP[0], UP[2], UP[3]]);
+    assert_eq!(ended.console.matches("MOSFS-INSTALL-VERDICT").count(), 1, "{}", ended.console);
 }
 
 /// Acceptance: a power cut at any moment of an installation, and the same medium installs without `wipe`.

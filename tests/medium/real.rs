@@ -52,15 +52,29 @@ fn executable(path: &Path) {
     fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
 }
 
-/// A publisher whose hostfs boots, and does this then.
+/// A publisher whose hostfs boots with Debian's kernel for virtual machines, and does this then.
 pub fn publisher(action: &str) -> Publisher {
+    publisher_with("cloud", action)
+}
+
+/// The same with Debian's kernel for real machines, nearly all of whose drivers are modules.
+pub fn full_publisher(action: &str) -> Publisher {
+    publisher_with("full", action)
+}
+
+fn publisher_with(flavour: &str, action: &str) -> Publisher {
     let publisher = Publisher::new();
     let root = publisher.path("root");
     for made_up in ["boot", "usr/lib/modules", "usr/lib/x86_64-linux-gnu", "usr/lib64"] {
         fs::remove_dir_all(root.join(made_up)).unwrap();
     }
-    let kernel = script_path(script("kernel").arg("6.12"));
-    let copy = format!("cp -r boot/vmlinuz-* {0}/boot/ && cp -rL lib/modules {0}/usr/lib/", root.display());
+    let kernel = script_path(script("kernel").args(["6.12", flavour]));
+    // What no initramfs takes would make the image large.
+    let copy = format!(
+        "cp -r boot/vmlinuz-* {0}/boot/ && cp -rL lib/modules {0}/usr/lib/ && cd {0}/usr/lib/modules/*/kernel \
+         && rm -rf sound net drivers/net drivers/gpu drivers/media drivers/infiniband",
+        root.display()
+    );
     fs::create_dir_all(root.join("boot")).unwrap();
     sh(&kernel, &copy);
     put_program(&publisher, Path::new(MOSFS), "usr/libexec/mosfs/mosfs-full");
@@ -76,7 +90,7 @@ pub fn publisher(action: &str) -> Publisher {
     put_program(&publisher, Path::new("/bin/busybox"), "usr/bin/busybox");
     for applet in [
         "sh", "mount", "umount", "ln", "mkdir", "cat", "ls", "sed", "sync", "poweroff", "reboot", "grep",
-        "tail", "tr", "date", "od",
+        "tail", "tr", "date", "od", "sleep", "watchdog",
     ] {
         symlink("busybox", root.join("usr/bin").join(applet)).unwrap();
     }

@@ -162,10 +162,10 @@ fn a_signal_unmounts_at_once_and_serves_open_files_to_their_end() {
 #[test]
 fn an_idle_mount_ends_and_an_open_file_keeps_it() {
     let fixture = Fixture::new();
-    let mount = fixture.squashfuse_mount("squashfuse_ll", &["-o", "timeout=1"]);
+    let mount = fixture.squashfuse_mount("squashfuse_ll", &["-o", "timeout=5"]);
     let pid = mount.pid();
     let open = File::open(mount.at.join("text")).unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(4));
+    std::thread::sleep(std::time::Duration::from_secs(8));
     assert!(is_mounted(&mount.at), "a file is open");
     drop(open);
     wait_until("the mount is idle", || !is_mounted(&mount.at));

@@ -259,6 +259,36 @@ fn no_bytes_are_read_twice() {
 }
 
 #[test]
+fn parts_of_files_count_as_read_beside_attributes() {
+    // The value of the attribute is the 64 KiB after its own pointer: the parts of the file.
+    let value = Ptr::Raw(1 | 2 << 32 | 65_536 << 35);
+    let pair = (vec![], vec![Ptr::Bytes(b"user.x".to_vec()), value]);
+    let additional = Ptr::Struct(vec![], vec![Ptr::List(vec![pair]), Ptr::Null]);
+    let digest = Digest::of(b"a chunk");
+    let parts: Vec<Part<'_>> = vec![(digest.as_bytes(), 0, 7, false); 1000];
+    let names: [(&[u8], u64); 2] = [(b"x", 2), (b"y", 3)];
+    let metadata = one(vec![dir(1, &names), inode(2, 1, Ptr::Null, additional), file(3, &parts)]);
+    assert_refused(&metadata, "several pointers lead to the same bytes");
+}
+
+#[test]
+fn the_inode_that_a_search_meets_first_counts() {
+    let digest = Digest::of(b"a chunk");
+    let part = |offset| file(2, &[(digest.as_bytes(), offset, 2, false)]);
+    let names: [(&[u8], u64); 2] = [(b"x", 2), (b"y", 3)];
+    let last = || file(3, &[(digest.as_bytes(), 5, 2, false)]);
+    for (inodes, content) in [
+        // Of four elements the second is met first, of five the third.
+        (vec![dir(1, &names), part(0), part(2), last()], b"a "),
+        (vec![dir(1, &names), part(0), part(2), part(4), last()], b"ch"),
+    ] {
+        let image = open(&one(inodes), &[b"a chunk"]).unwrap();
+        assert_eq!(crate::dump::content(&image, NodeId(2), 2).unwrap(), content);
+        assert_eq!(crate::dump::content(&image, NodeId(3), 2).unwrap(), b"nk");
+    }
+}
+
+#[test]
 fn metadata_has_a_largest_size() {
     let blobs = Arc::new(Memory::default());
     let (digest, _) = blobs.put(&one(vec![dir(1, &[])]));

@@ -118,6 +118,7 @@ impl<'a> Message<'a> {
         self.pointed_struct(0, first.start)?.ok_or_else(|| corrupt(first.start * WORD, "no root struct"))
     }
 
+    #[inline(always)]
     fn word(&self, at: usize) -> u64 {
         match self.bytes.get(at * WORD..at * WORD + WORD) {
             Some(bytes) => u64::from_le_bytes(bytes.try_into().unwrap_or_default()),
@@ -125,36 +126,50 @@ impl<'a> Message<'a> {
         }
     }
 
+    /// How many words may still be read.
+    pub(super) fn left(&self) -> u64 {
+        self.budget.get()
+    }
+
+    /// Pays for `words` words at the byte `offset`, which an earlier walk has read in place of this one.
+    pub(super) fn pay(&self, offset: usize, words: usize) -> Result<(), LayerError> {
+        self.charge(offset / WORD, words)
+    }
+
+    #[inline(always)]
     fn charge(&self, at: usize, words: usize) -> Result<(), LayerError> {
         match self.budget.get().checked_sub(words as u64) {
             Some(left) => {
                 self.budget.set(left);
                 Ok(())
             }
-            None => Err(corrupt(at * WORD, "several pointers lead to the same bytes")),
+            None => Err(wrong(at, "several pointers lead to the same bytes")),
         }
     }
 
     /// Checks that `words` words at `at` are in the segment.
+    #[inline(always)]
     fn within(&self, segment: usize, at: usize, words: usize) -> Result<(), LayerError> {
-        let Some(bounds) = self.segments.get(segment) else {
-            return Err(corrupt(at * WORD, format!("there is no segment {segment}")));
-        };
-        if at < bounds.start || at > bounds.end || words > bounds.end - at {
-            return Err(corrupt(at * WORD, format!("{words} words are not within segment {segment}")));
+        match self.segments.get(segment) {
+            Some(bounds) if at >= bounds.start && at <= bounds.end && words <= bounds.end - at => Ok(()),
+            bounds => Err(outside(segment, bounds, at, words)),
         }
-        Ok(())
     }
 
     /// Follows the pointer in the word at `at`; `None` for a null pointer.
+    #[inline(always)]
     fn follow(&self, segment: usize, at: usize) -> Result<Option<Target>, LayerError> {
         let pointer = self.word(at);
         if pointer == 0 {
             return Ok(None);
         }
-        if pointer & 3 != 2 {
-            return self.near(segment, at, pointer).map(Some);
-        }
+        if pointer & 3 == 2 { self.follow_far(at, pointer) } else { self.near(segment, at, pointer) }
+            .map(Some)
+    }
+
+    /// Follows the far pointer in the word at `at`. Few pointers lead to another segment.
+    #[inline(never)]
+    fn follow_far(&self, at: usize, pointer: u64) -> Result<Target, LayerError> {
         let (pad_segment, pad) = self.far(at, pointer)?;
         let double = pointer & 4 != 0;
         self.within(pad_segment, pad, if double { 2 } else { 1 })?;
@@ -164,14 +179,14 @@ impl<'a> Message<'a> {
             if landing & 3 == 2 || landing == 0 {
                 return Err(corrupt(pad * WORD, "a far pointer leads to no struct or list"));
             }
-            return self.near(pad_segment, pad, landing).map(Some);
+            return self.near(pad_segment, pad, landing);
         }
         if landing & 7 != 2 {
             return Err(corrupt(pad * WORD, "a double far pointer does not lead to a far pointer"));
         }
         let (content_segment, content) = self.far(pad, landing)?;
         self.within(content_segment, content, 0)?;
-        Ok(Some(Target { segment: content_segment, at: content, tag: self.word(pad + 1) }))
+        Ok(Target { segment: content_segment, at: content, tag: self.word(pad + 1) })
     }
 
     /// Where a far pointer leads: the segment, and the word in the message.
@@ -183,13 +198,14 @@ impl<'a> Message<'a> {
         }
     }
 
+    #[inline(always)]
     fn near(&self, segment: usize, at: usize, pointer: u64) -> Result<Target, LayerError> {
         if pointer & 3 == 3 {
-            return Err(corrupt(at * WORD, "a pointer of an unknown kind"));
+            return Err(wrong(at, "a pointer of an unknown kind"));
         }
         let offset = i64::from(pointer as u32 as i32 >> 2);
         let target = (at as i64 + 1).checked_add(offset).and_then(|target| usize::try_from(target).ok());
-        let target = target.ok_or_else(|| corrupt(at * WORD, "a pointer leads out of its segment"))?;
+        let Some(target) = target else { return Err(wrong(at, "a pointer leads out of its segment")) };
         self.within(segment, target, 0)?;
         Ok(Target { segment, at: target, tag: pointer })
     }
@@ -197,7 +213,7 @@ impl<'a> Message<'a> {
     fn pointed_struct(&self, segment: usize, at: usize) -> Result<Option<Struct<'_>>, LayerError> {
         let Some(target) = self.follow(segment, at)? else { return Ok(None) };
         if target.tag & 3 != 0 {
-            return Err(corrupt(at * WORD, "expected a struct, found a list"));
+            return Err(wrong(at, "expected a struct, found a list"));
         }
         let (data_words, pointers) = sizes(target.tag);
         self.within(target.segment, target.at, data_words + pointers)?;
@@ -212,14 +228,14 @@ impl<'a> Message<'a> {
         match element {
             7 => {}
             _ if count == 0 => return Ok(empty),
-            _ => return Err(corrupt(at * WORD, "expected a list of structs")),
+            _ => return Err(wrong(at, "expected a list of structs")),
         }
         self.within(target.segment, target.at, count + 1)?;
         let tag = self.word(target.at);
         let (data_words, pointers) = sizes(tag);
         let len = (tag as u32 >> 2) as usize;
         if tag & 3 != 0 || len.saturating_mul(data_words + pointers) > count {
-            return Err(corrupt(target.at * WORD, "the tag of a list does not fit the list"));
+            return Err(wrong(target.at, "the tag of a list does not fit the list"));
         }
         self.charge(target.at, (count + 1).max(len))?;
         let Target { segment, at, .. } = target;
@@ -229,7 +245,7 @@ impl<'a> Message<'a> {
     fn pointed_bytes(&self, segment: usize, at: usize) -> Result<&[u8], LayerError> {
         let Some((element, count, target)) = self.list(segment, at)? else { return Ok(&[]) };
         if element != 2 && count > 0 {
-            return Err(corrupt(at * WORD, "expected a list of bytes"));
+            return Err(wrong(at, "expected a list of bytes"));
         }
         let words = count.div_ceil(WORD);
         self.within(target.segment, target.at, words)?;
@@ -238,16 +254,33 @@ impl<'a> Message<'a> {
     }
 
     /// The list that a pointer leads to: the code of its elements' size, and its count.
+    #[inline(always)]
     fn list(&self, segment: usize, at: usize) -> Result<Option<(u64, usize, Target)>, LayerError> {
         let Some(target) = self.follow(segment, at)? else { return Ok(None) };
         if target.tag & 3 != 1 {
-            return Err(corrupt(at * WORD, "expected a list, found a struct"));
+            return Err(wrong(at, "expected a list, found a struct"));
         }
         Ok(Some((target.tag >> 32 & 7, (target.tag >> 35) as usize, target)))
     }
 }
 
+/// The word at `at` is wrong. Errors are made apart from what finds them, so that the walks stay small.
+#[cold]
+fn wrong(at: usize, why: &'static str) -> LayerError {
+    corrupt(at * WORD, why)
+}
+
+/// Words that are not in their segment, or in none that there is.
+#[cold]
+fn outside(segment: usize, bounds: Option<&Segment>, at: usize, words: usize) -> LayerError {
+    match bounds {
+        None => corrupt(at * WORD, format!("there is no segment {segment}")),
+        Some(_) => corrupt(at * WORD, format!("{words} words are not within segment {segment}")),
+    }
+}
+
 /// Data words and pointers of a struct, from its pointer or tag.
+#[inline(always)]
 fn sizes(tag: u64) -> (usize, usize) {
     ((tag >> 32 & 0xffff) as usize, (tag >> 48) as usize)
 }
@@ -259,26 +292,31 @@ impl<'m> Struct<'m> {
     }
 
     /// The data word of that number.
+    #[inline(always)]
     pub(super) fn u64(&self, word: usize) -> u64 {
         if word < self.data_words { self.message.word(self.at + word) } else { 0 }
     }
 
     /// The 32 bits from bit `bit` of the data on; a multiple of 32.
+    #[inline(always)]
     pub(super) fn u32(&self, bit: usize) -> u32 {
         (self.u64(bit / 64) >> (bit % 64)) as u32
     }
 
     /// The 16 bits from bit `bit` of the data on; a multiple of 16.
+    #[inline(always)]
     pub(super) fn u16(&self, bit: usize) -> u16 {
         (self.u64(bit / 64) >> (bit % 64)) as u16
     }
 
     /// One bit of the data.
+    #[inline(always)]
     pub(super) fn bit(&self, bit: usize) -> bool {
         self.u64(bit / 64) >> (bit % 64) & 1 != 0
     }
 
     /// Where a pointer of it stands; `None` where the struct does not have it.
+    #[inline(always)]
     fn pointer(&self, number: usize) -> Option<usize> {
         (number < self.pointers).then(|| self.at + self.data_words + number)
     }
@@ -315,6 +353,7 @@ impl<'m> List<'m> {
     }
 
     /// The element of that number, which is below `len`.
+    #[inline(always)]
     pub(super) fn get(&self, number: usize) -> Struct<'m> {
         let List { message, segment, data_words, pointers, .. } = *self;
         Struct { message, segment, at: self.at + number * (data_words + pointers), data_words, pointers }

@@ -26,8 +26,8 @@
 //! list that has it counts; a name whose inode is a whiteout there does not exist. mosfs itself writes one list.
 //!
 //! # Memory
-//! While an image is opened: its metadata blob ([`MAX_METADATA_BYTES`]), 32 bytes for each inode, the table. Then the table
-//! alone: 64 bytes an inode, 16 an entry and its name, 16 a stretch, 48 a chunk. For a thread: a stored chunk
+//! While an image is opened: its metadata blob ([`MAX_METADATA_BYTES`]), 32 bytes for each inode, 16 for each stretch,
+//! about 130 for each chunk, and the table. Then the table alone: 64 bytes an inode, 16 an entry and its name, 16 a stretch, 48 a chunk. For a thread: a stored chunk
 //! ([`MAX_CHUNK_BYTES`]) and a zstd context (160 KiB). Nothing is locked.
 
 mod chunk;

@@ -19,10 +19,10 @@
 //! Three walks over the message. The first checks every inode of every list, finds which of them count, and how many
 //! bytes each chunk decodes to: to the end of the last stretch that any inode uses, also one that no name leads to,
 //! since a chunk is cut from the files of one build. The second goes from the root through all folders. The third
-//! keeps what the second reached.
+//! keeps what the second reached. It takes the parts of files from the first, and pays for their words once more, so
+//! that what it keeps has the bound of one message.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry as MapEntry;
 
 use super::chunk::Chunk;
 use super::message::{List, Message, Struct};
@@ -164,18 +164,42 @@ struct Visible {
     index: u32,
     /// How many names lead to it; of a folder that was reached: 1.
     links: u32,
-    /// Of a folder: its entries, and how many of them are folders.
+    /// Of a folder: its entries, and how many of them are folders. Of a file: its [`Part`]s, and the words of the
+    /// message that the first walk has read for them.
     first: u32,
     count: u32,
-    folders: u32,
+    weight: u32,
 }
 
-/// Which chunks there are, by digest and flag.
+/// Which chunks there are, and the parts of files that use them.
 #[derive(Default)]
 struct Used {
+    /// By digest and flag: which of `found`.
     numbers: HashMap<(Digest, bool), u32>,
-    /// How many bytes each decodes to, and its number in the order of first use once it is used.
-    found: Vec<(u32, Option<u32>)>,
+    found: Vec<Found>,
+    /// The chunk of the last part. Files follow each other in a chunk, so it is mostly that of the next one.
+    last: Option<((Digest, bool), u32)>,
+    parts: Vec<Part>,
+}
+
+/// A chunk that some file uses.
+struct Found {
+    digest: Digest,
+    compressed: bool,
+    /// How many bytes it decodes to.
+    decoded_bytes: u32,
+    /// Its number in the order of first use, once a file that is kept uses it.
+    number: Option<u32>,
+}
+
+/// A part of a file that has bytes, as the first walk found it.
+struct Part {
+    len: u32,
+    offset: u32,
+    /// Which of [`Used::found`].
+    chunk: u32,
+    /// Where in the message it is, in bytes.
+    place: u32,
 }
 
 /// A part of a file, checked.
@@ -203,12 +227,12 @@ impl Table {
         }
         let lists = root.list(0)?.iter().map(|list| list.list(0)).collect::<Result<Vec<_>, _>>()?;
         let mut chunks = Used::default();
-        let mut visible = visible(&lists, &mut chunks)?;
+        let mut visible = visible(&message, &lists, &mut chunks)?;
         message.refill();
         let mut table = Table::default();
         table.walk(&lists, &mut visible)?;
         message.refill();
-        table.keep(&lists, &visible, &mut chunks, listed)?;
+        table.keep(&message, &lists, &visible, &mut chunks, listed)?;
         for list in [&mut table.entries as &mut dyn Shrink, &mut table.stretches, &mut table.arena] {
             list.shrink();
         }
@@ -217,15 +241,7 @@ impl Table {
 
     /// The inode of that number, if a name leads to it.
     pub(super) fn inode(&self, ino: u64) -> Option<&Inode> {
-        // Numbers begin at 1 and have few gaps, so it lies at this place or before it.
-        let guess = usize::try_from(ino.checked_sub(ROOT)?).unwrap_or(usize::MAX);
-        match self.inodes.get(guess) {
-            Some(inode) if inode.ino == ino => Some(inode),
-            _ => {
-                let below = self.inodes.get(..guess.min(self.inodes.len())).unwrap_or_default();
-                below.binary_search_by_key(&ino, |inode| inode.ino).ok().and_then(|at| below.get(at))
-            }
-        }
+        find(&self.inodes, ino, |inode| inode.ino).and_then(|at| self.inodes.get(at))
     }
 
     /// Bytes of the arena.
@@ -266,13 +282,16 @@ impl Table {
 
     /// The second walk: all folders, from the root on.
     fn walk(&mut self, lists: &[List<'_>], visible: &mut [Visible]) -> Result<(), LayerError> {
-        let root = find(visible, ROOT).ok_or_else(|| corrupt(0, "there is no inode 1, the root folder"))?;
+        let root = find(visible, ROOT, |seen| seen.ino)
+            .ok_or_else(|| corrupt(0, "there is no inode 1, the root folder"))?;
         if tag(lists, visible.get(root))? != Tag::Dir {
             return Err(corrupt(0, "inode 1, the root, is not a folder"));
         }
         if let Some(root) = visible.get_mut(root) {
             root.links = 1;
         }
+        // Most inodes have one name.
+        self.entries.reserve(visible.len());
         let mut todo = vec![root];
         while let Some(at) = todo.pop() {
             let first = self.entries.len();
@@ -285,7 +304,7 @@ impl Table {
             for entry in names.iter() {
                 let (ino, name) = (entry.u64(0), entry.bytes(0)?);
                 check_name(name, entry.offset())?;
-                let child = find(visible, ino)
+                let child = find(visible, ino, |seen| seen.ino)
                     .ok_or_else(|| corrupt(entry.offset(), format!("there is no inode {ino} for a name")))?;
                 let child_tag = tag(lists, visible.get(child))?;
                 let Some(node) = visible.get_mut(child) else { continue };
@@ -311,7 +330,7 @@ impl Table {
             if let Some(node) = visible.get_mut(at) {
                 node.first = index(first);
                 node.count = index(self.entries.len() - first);
-                node.folders = folders;
+                node.weight = folders;
             }
         }
         Ok(())
@@ -324,6 +343,10 @@ impl Table {
             arena.get(entry.name as usize..).and_then(|rest| rest.get(..entry.name_len.into())).unwrap_or(&[])
         };
         let folder = entries.get_mut(first..).unwrap_or_default();
+        // As most writers leave them: in order, no name twice.
+        if folder.iter().all(|entry| !entry.whiteout) && folder.is_sorted_by(|a, b| name(a) < name(b)) {
+            return Ok(());
+        }
         folder.sort_unstable_by(|a, b| name(a).cmp(name(b)));
         for pair in folder.windows(2) {
             if let [a, b] = pair
@@ -347,12 +370,15 @@ impl Table {
     /// The third walk: keeps the inodes that were reached.
     fn keep(
         &mut self,
+        message: &Message<'_>,
         lists: &[List<'_>],
         visible: &[Visible],
         chunks: &mut Used,
         listed: &Chunks,
     ) -> Result<(), LayerError> {
         let mut places = vec![u32::MAX; visible.len()];
+        self.inodes.reserve_exact(visible.iter().filter(|seen| seen.links > 0).count());
+        self.stretches.reserve(chunks.parts.len());
         for (seen, place) in visible.iter().zip(&mut places) {
             if seen.links == 0 {
                 continue;
@@ -375,11 +401,12 @@ impl Table {
             match kept.tag {
                 Tag::Dir => {
                     (kept.first, kept.count) = (seen.first, seen.count);
-                    kept.nlink = seen.folders.saturating_add(2);
+                    kept.nlink = seen.weight.saturating_add(2);
                 }
                 Tag::File => {
+                    message.pay(source.offset(), seen.weight as usize)?;
                     kept.first = index(self.stretches.len());
-                    kept.size = self.file(&source, chunks, listed)?;
+                    kept.size = self.file(seen, chunks, listed)?;
                     kept.count = index(self.stretches.len()) - kept.first;
                 }
                 Tag::Char | Tag::Block => kept.first = device(&source)?,
@@ -414,31 +441,25 @@ impl Table {
     }
 
     /// Keeps the stretches of a file. Returns its size in bytes.
-    fn file(&mut self, source: &Struct<'_>, chunks: &mut Used, listed: &Chunks) -> Result<u64, LayerError> {
+    fn file(&mut self, seen: &Visible, chunks: &mut Used, listed: &Chunks) -> Result<u64, LayerError> {
         let mut start = 0u64;
-        for part in source.list(0)?.iter() {
-            let FileChunk { len, offset, digest, compressed } = file_chunk(&part)?;
-            if len == 0 {
-                continue;
-            }
-            let number = chunks.numbers.get(&(digest, compressed)).copied().unwrap_or(u32::MAX);
-            let Some((decoded_bytes, used)) = chunks.found.get_mut(number as usize) else { continue };
-            let chunk = match *used {
+        for part in slice(&chunks.parts, seen.first, seen.count) {
+            let Some(found) = chunks.found.get_mut(part.chunk as usize) else { continue };
+            let chunk = match found.number {
                 Some(chunk) => chunk,
                 None => {
                     let chunk = index(self.chunks.len());
-                    let stored_bytes = stored_bytes(listed, &digest, part.offset())?;
-                    let decoded_bytes = *decoded_bytes;
+                    let &mut Found { digest, compressed, decoded_bytes, .. } = found;
+                    let stored_bytes = stored_bytes(listed, &digest, part.place as usize)?;
                     self.chunks.push(Chunk { digest, stored_bytes, decoded_bytes, compressed });
-                    *used = Some(chunk);
+                    found.number = Some(chunk);
                     chunk
                 }
             };
-            self.stretches.push(Stretch { start, chunk, offset });
-            start = start
-                .checked_add(len.into())
-                .filter(|size| *size <= SIZE_MAX)
-                .ok_or_else(|| corrupt(part.offset(), format!("a file is larger than {SIZE_MAX} bytes")))?;
+            self.stretches.push(Stretch { start, chunk, offset: part.offset });
+            start = start.checked_add(part.len.into()).filter(|size| *size <= SIZE_MAX).ok_or_else(|| {
+                corrupt(part.place as usize, format!("a file is larger than {SIZE_MAX} bytes"))
+            })?;
         }
         Ok(start)
     }
@@ -487,10 +508,11 @@ fn stored_bytes(listed: &Chunks, digest: &Digest, offset: usize) -> Result<u32, 
 }
 
 /// The first walk: the inodes that count, in the order of their numbers, and all chunks.
-fn visible(lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerError> {
+fn visible(message: &Message<'_>, lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerError> {
     let total = lists.iter().map(List::len).sum();
     let mut visible: Vec<Visible> = Vec::with_capacity(total);
     for (number, list) in lists.iter().enumerate() {
+        let (begin, mut twice) = (visible.len(), false);
         let mut before: Option<u64> = None;
         for (at, source) in list.iter().enumerate() {
             let ino = source.u64(0);
@@ -501,23 +523,23 @@ fn visible(lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerE
             if before.is_some_and(|before| before > ino) {
                 return Err(corrupt(source.offset(), format!("inode {ino} is not in the order of numbers")));
             }
+            let (first, left) = (chunks.parts.len(), message.left());
             check_inode(&source, chunks)?;
-            let mut seen = Visible {
+            twice |= before == Some(ino);
+            visible.push(Visible {
                 ino,
                 list: index(number),
                 index: index(at),
                 links: 0,
-                first: 0,
-                count: 0,
-                folders: 0,
-            };
-            if before == Some(ino) {
-                // Some deltas have a number twice. The inode that a binary search meets first counts.
-                seen.index = index(first_met(list, ino));
-                visible.pop();
-            }
-            visible.push(seen);
+                first: index(first),
+                count: index(chunks.parts.len() - first),
+                // Fewer words than the message has.
+                weight: (left - message.left()) as u32,
+            });
             before = Some(ino);
+        }
+        if twice {
+            settle(&mut visible, begin, list);
         }
     }
     if lists.len() > 1 {
@@ -526,6 +548,20 @@ fn visible(lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerE
         visible.dedup_by_key(|seen| seen.ino);
     }
     Ok(visible)
+}
+
+/// Some deltas have a number twice in one list. Keeps, of those with one number, the inode that a binary search meets
+/// first. The elements of the list are those of `visible` from `begin` on.
+fn settle(visible: &mut Vec<Visible>, begin: usize, list: &List<'_>) {
+    let (mut kept, mut at) = (begin, begin);
+    while let Some(&seen) = visible.get(at) {
+        let same = visible.iter().skip(at).take_while(|other| other.ino == seen.ino).count();
+        let met = if same > 1 { begin + first_met(list, seen.ino) } else { at };
+        visible[kept] = visible.get(met).copied().unwrap_or(seen);
+        kept += 1;
+        at += same;
+    }
+    visible.truncate(kept);
 }
 
 /// Which element of a list a binary search for `ino` meets first. It is in the list.
@@ -546,9 +582,9 @@ fn check_inode(source: &Struct<'_>, chunks: &mut Used) -> Result<(), LayerError>
     match Tag::of(source)? {
         Tag::File => {
             for part in source.list(0)?.iter() {
-                let FileChunk { len, offset, digest, compressed } = file_chunk(&part)?;
-                if len > 0 {
-                    chunks.reach(digest, compressed, offset + len);
+                let checked = file_chunk(&part)?;
+                if checked.len > 0 {
+                    chunks.reach(checked, part.offset());
                 }
             }
         }
@@ -571,20 +607,26 @@ fn check_inode(source: &Struct<'_>, chunks: &mut Used) -> Result<(), LayerError>
 }
 
 impl Used {
-    /// Notes that a file uses a chunk up to `end`.
-    fn reach(&mut self, digest: Digest, compressed: bool, end: u32) {
-        let next = index(self.found.len());
-        match self.numbers.entry((digest, compressed)) {
-            MapEntry::Vacant(place) => {
-                place.insert(next);
-                self.found.push((end, None));
+    /// Notes a part of a file, and that its chunk is used up to the part's end. `place` is that of the part.
+    fn reach(&mut self, part: FileChunk, place: usize) {
+        let FileChunk { len, offset, digest, compressed } = part;
+        let (key, end) = ((digest, compressed), offset + len);
+        let chunk = match self.last {
+            Some((last, chunk)) if last == key => chunk,
+            _ => {
+                let found = &mut self.found;
+                *self.numbers.entry(key).or_insert_with(|| {
+                    found.push(Found { digest, compressed, decoded_bytes: end, number: None });
+                    index(found.len() - 1)
+                })
             }
-            MapEntry::Occupied(place) => {
-                if let Some((decoded_bytes, _)) = self.found.get_mut(*place.get() as usize) {
-                    *decoded_bytes = end.max(*decoded_bytes);
-                }
-            }
+        };
+        self.last = Some((key, chunk));
+        if let Some(found) = self.found.get_mut(chunk as usize) {
+            found.decoded_bytes = end.max(found.decoded_bytes);
         }
+        // Below MAX_METADATA_BYTES.
+        self.parts.push(Part { len, offset, chunk, place: index(place) });
     }
 }
 
@@ -638,13 +680,18 @@ fn check_name(name: &[u8], offset: usize) -> Result<(), LayerError> {
     Err(corrupt(offset, format!("the name `{shown}` of a file {wrong}")))
 }
 
-fn find(visible: &[Visible], ino: u64) -> Option<usize> {
-    // As in `Table::inode`: the place is known where there are no gaps.
+/// Where an inode is in a list in the order of numbers, each of them once.
+fn find<T>(all: &[T], ino: u64, number: impl Fn(&T) -> u64) -> Option<usize> {
+    // Numbers begin at 1 and have few gaps, so it lies at this place, or as far before it as there are gaps.
     let guess = usize::try_from(ino.checked_sub(ROOT)?).unwrap_or(usize::MAX);
-    if visible.get(guess).is_some_and(|seen| seen.ino == ino) {
+    if all.get(guess).is_some_and(|one| number(one) == ino) {
         return Some(guess);
     }
-    visible.binary_search_by_key(&ino, |seen| seen.ino).ok()
+    let without_gaps = (all.len() as u64).saturating_sub(1).saturating_add(ROOT);
+    let gaps = usize::try_from(number(all.last()?).saturating_sub(without_gaps)).unwrap_or(usize::MAX);
+    let end = guess.min(all.len());
+    let start = guess.saturating_sub(gaps).min(end);
+    all.get(start..end)?.binary_search_by_key(&ino, number).ok().map(|at| start + at)
 }
 
 /// The inode in the message.

@@ -74,6 +74,8 @@ pub(super) const WANTED: &[(&str, &[&str])] = &[
         ],
     ),
     ("keyboards", &["i8042", "atkbd"]),
+    // Loading them starts none. Intel's is found through its SMBus.
+    ("watchdogs", &["wdat_wdt", "i2c_i801", "iTCO_wdt", "sp5100_tco", "i6300esb"]),
     ("TPMs", &["tpm_crb", "tpm_tis", "tpm_tis_spi", "tpm_tis_i2c", "tpm_ftpm_tee"]),
 ];
 
