@@ -7,8 +7,8 @@
 //! A thread has the name of the thread that started it (clone(2)) until it first runs and takes its own. fuser starts its
 //! threads from [`SERVE`], so both names count: a thread that exists will run, and need not be waited for.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -85,10 +85,7 @@ pub(super) fn all_serve<T>(threads: usize, serving: &JoinHandle<T>) -> bool {
 /// How many threads there are of fuser, with the one that starts them.
 fn count() -> io::Result<usize> {
     let is_of_fuser = |task: &Path| {
-        // A name has at most 15 bytes and a line feed.
-        let mut name = [0; 16];
-        let read = File::open(task.join("comm")).and_then(|mut file| file.read(&mut name));
-        let name = name.get(..read.unwrap_or(0)).unwrap_or_default();
+        let name = fs::read(task.join("comm")).unwrap_or_default();
         name.trim_ascii_end() == SERVE.as_bytes() || name.starts_with(PREFIX.as_bytes())
     };
     // A thread that has ended since has no name.
