@@ -15,9 +15,9 @@
 //! 1. `mosfs mount` (one thread) opens and checks the layers, reads the root folder, and makes a mount: who may,
 //!    with fsmount(2), one that is attached nowhere; others through `fusermount3`, which mounts at the target. All that
 //!    can be wrong with an image or a folder is found here, with its own error.
-//! 2. It forks, while it still has one thread. The daemon leaves the session, answers the kernel's INIT, writes
-//!    the record of the mount, starts all its threads, and says `ready` through a pipe. Only then the mount is attached
-//!    to its target, and `mosfs mount` returns. What fails before leaves nothing: a mount that is attached
+//! 2. It forks, while it still has one thread. The daemon leaves the session, answers the kernel's INIT, starts
+//!    all its threads, writes the record of the mount meanwhile, and says `ready` through a pipe. Only then the mount is
+//!    attached to its target, and `mosfs mount` returns. What fails before leaves nothing: a mount that is attached
 //!    nowhere ends with its last descriptor, and one of `fusermount3` is unmounted.
 //! 3. The daemon serves until the mount is gone: a plain `umount` ends the connection, each thread's read
 //!    of /dev/fuse fails with ENODEV, the record and the log are removed, and the process ends.
@@ -49,7 +49,7 @@ use self::idle::Opens;
 use self::lead::Lead;
 use self::prefill::Siblings;
 use self::spin::RequestCounter;
-use self::started::{OnDemand, all_serve, spawn};
+use self::started::{OnDemand, SERVE, all_serve, spawn};
 use super::backend::FUSE;
 use super::engine::Engine;
 use super::open::{names, open};
@@ -324,8 +324,11 @@ pub fn start(
             served.mount = mount;
             // Its pages are shared with the daemon: to free what is in them would copy them first.
             std::mem::forget(engine);
+            // Asked at once, and answered by the first thread that serves, while the daemon does the rest. If the daemon
+            // ends before, the kernel ends the request with its connection, and the daemon's own error is reported.
+            let looked = served.look_at_root(point.path());
             wait_until_ready(reader, point.path())?;
-            served.look_at_root(point.path())?;
+            looked?;
             Ok(served)
         }
     }
@@ -538,12 +541,7 @@ fn serve(
     config.clone_fd = true;
     // Who may enter is the kernel's decision (allow_other); fuser need not decide again.
     let session = Session::from_fd(tree, fd, acl, config).map_err(failed("answer the kernel's INIT"))?;
-    if let Some(Attachment { device, by_helper: false, .. }) = place {
-        limits::raise_read_ahead(device);
-    }
-    let _alive = record.as_ref().map(table::register_here).transpose()?;
     let kept = SharedRecord(Arc::new(Mutex::new(record)));
-    let _clean = RemoveOnDrop(kept.clone());
 
     // But for the one that serves, none of these threads is waited for: they end with the process. Those on demand
     // are not there while nobody uses the mount.
@@ -554,13 +552,10 @@ fn serve(
     let _ = store.set(OnDemand::new("store", move || {
         prefill::run(&news, &stored, &siblings, &notifier, &works);
     }));
-    let fetched = kept.clone();
-    if let Some(blobs) = plan.remote().cloned() {
-        spawn("progress", move || report_progress(blobs.as_ref(), &fetched))?;
-    }
+    let reported = kept.clone();
     let reporter = OnDemand::new("report", move || {
         if let Some(engine) = troubled.upgrade() {
-            report(&engine, &kept);
+            report(&engine, &reported);
         }
     });
     engine.troubles().on_error(move || reporter.start());
@@ -569,6 +564,21 @@ fn serve(
         spin::run(&beats, when);
         turns.begin(copy);
     }));
+    // Held until the record is registered, so that no count of errors is written before it.
+    let registering = locks::lock(&kept.0);
+    // The threads start while this one does the rest. Nobody can use the mount before it is attached; where `fusermount3`
+    // has attached it, all that answers requests is ready.
+    let serving = spawn(SERVE, move || session.run())?;
+    if let Some(Attachment { device, by_helper: false, .. }) = place {
+        limits::raise_read_ahead(device);
+    }
+    let _alive = registering.as_ref().map(table::register_here).transpose()?;
+    drop(registering);
+    let _clean = RemoveOnDrop(kept.clone());
+    if let Some(blobs) = plan.remote().cloned() {
+        let fetched = kept.clone();
+        spawn("progress", move || report_progress(blobs.as_ref(), &fetched))?;
+    }
     if let (Some(opens), Some(idle)) = (opens, options.idle) {
         let (place, pulse) = (place.clone(), pulse.clone());
         spawn("idle", move || {
@@ -584,7 +594,6 @@ fn serve(
     if let Some(blobs) = plan.remote() {
         blobs.start().map_err(failed("start a thread"))?;
     }
-    let serving = spawn("serve", move || session.run())?;
     if all_serve(threads, &serving) {
         ready()?;
     }
