@@ -74,7 +74,7 @@ pub fn taken(container: &Container) -> Vec<String> {
     let sentence = |one: &Published| {
         let protocol = one.protocol;
         let tables = ["", "6"].map(|version| format!("/proc/net/{protocol}{version}"));
-        let read = |path: &String| std::fs::read_to_string(path).ok();
+        let read = |path: &String| String::from_utf8(std::fs::read(path).ok()?).ok();
         let mut listens = tables.iter().filter_map(read).flat_map(|table| listening(&table, protocol));
         let (address, _) = listens.find(|(address, port)| {
             let given = one.address.as_ref().and_then(|text| text.parse::<Ipv4Addr>().ok());
