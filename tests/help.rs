@@ -247,7 +247,7 @@ fn the_examples_work() {
     kernels.put("usr/sbin/mke2fs", fs::read("/bin/true").unwrap());
     kernels.image();
     kernels.build(200, "store", &[]);
-    let disk = world.ok("truncate -s 640M disk && losetup --find --show --partscan disk");
+    let disk = Loop(world.ok("truncate -s 640M disk && losetup --find --show --partscan disk"));
     for command in ORDER {
         if *command == "mount" {
             // An image that can be mounted as it is: with verity data.
@@ -268,7 +268,7 @@ fn the_examples_work() {
             } else if *command == "iso" {
                 world.ok(&format!("cd {} && {example}", kernels.dir().display()))
             } else {
-                world.ok(&example.replace("/dev/sdb", disk.trim()))
+                world.ok(&example.replace("/dev/sdb", disk.0.trim()))
             };
             if example.starts_with("mosfs mount ") {
                 assert_eq!(
@@ -295,7 +295,15 @@ fn the_examples_work() {
             stop(running);
         }
     }
-    world.ok(&format!("losetup -d {disk}"));
+}
+
+/// A loop device, which goes whatever becomes of the test.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", self.0.trim()]).status();
+    }
 }
 
 /// Stops a container as systemd does: by a signal to its runtime.
