@@ -93,7 +93,7 @@ impl Chance {
     }
 }
 
-/// How often the power is cut, and the seed: MOSFS_POWER_CUTS and MOSFS_SEED; with `make campaign` 50 times.
+/// How often the power is cut, and the seed: MOSFS_POWER_CUTS and MOSFS_SEED; with `make campaign` 200 times.
 pub fn cuts_and_seed(few: u64) -> (u64, u64) {
     let number = |name: &str| {
         let text = std::env::var(name).ok()?;
@@ -101,7 +101,7 @@ pub fn cuts_and_seed(few: u64) -> (u64, u64) {
     };
     let campaign = std::env::var("MOSFS_CAMPAIGN").is_ok_and(|value| value == "long");
     (
-        number("MOSFS_POWER_CUTS").unwrap_or(if campaign { 50 } else { few }),
+        number("MOSFS_POWER_CUTS").unwrap_or(if campaign { 200 } else { few }),
         number("MOSFS_SEED").unwrap_or(15),
     )
 }

@@ -4,7 +4,7 @@
 //! that runs the tests need not have FAT. After each cut the machine must start as systemd-boot would start it: a kernel
 //! that is whole, and a version that it boots; 202 once its commit has said that it is done.
 //!
-//! `make campaign` cuts 50 times, or MOSFS_POWER_CUTS times; MOSFS_SEED gives the same moments and losses again, as far as
+//! `make campaign` cuts 200 times, or MOSFS_POWER_CUTS times; MOSFS_SEED gives the same moments and losses again, as far as
 //! the order of writes is the same.
 
 use std::collections::BTreeMap;

@@ -3,7 +3,7 @@
 //! At the cut the disk stops answering, and of what was in its cache chance decides what is on it. Then the same setup runs
 //! again on what is left, without `--wipe`.
 //!
-//! `make campaign` cuts 50 times, or MOSFS_POWER_CUTS times. MOSFS_SEED gives the same moments and losses again, as far as
+//! `make campaign` cuts 200 times, or MOSFS_POWER_CUTS times. MOSFS_SEED gives the same moments and losses again, as far as
 //! the order of writes is the same.
 
 use std::collections::BTreeMap;
