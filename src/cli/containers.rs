@@ -392,14 +392,10 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
     }
     // Without it, what has another network is started all the same.
     let network = networks(&steps, global)?;
-    let is_cut_off = |step: &Step| {
-        let container = step.container.as_ref().and_then(|one| one.as_ref().ok());
-        network.is_err() && container.is_some_and(|one| one.is_simple())
-    };
-    let cut_off: Vec<String> =
-        steps.iter().filter(|step| is_cut_off(step)).map(|step| step.name.clone()).collect();
     let mut begin = [restart, start].concat();
-    begin.retain(|name| !cut_off.iter().any(|one| one == name));
+    if network.is_err() {
+        begin.retain(|name| on_bridge(&steps).all(|one| one.name.as_str() != *name));
+    }
     // One job for all that is new, so that systemd orders them by what they need.
     units::run("restart", &begin)?;
     tidy_shifted(&steps, &places, global)?;
@@ -420,13 +416,17 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
     Ok(done.collect())
 }
 
+/// The containers with network `simple`.
+fn on_bridge(steps: &[Step]) -> impl Iterator<Item = &Container> {
+    let containers = steps.iter().filter_map(|step| step.container.as_ref()?.as_ref().ok());
+    containers.filter(|one| one.is_simple())
+}
+
 /// Makes the network of the targets with network `simple` what it should be; rules that somebody has flushed come back.
 /// Removes it where no target has one. The inner error is why it cannot be made.
 fn networks(steps: &[Step], global: &Global) -> Result<Result<(), String>, AnyError> {
-    let containers = steps.iter().filter_map(|step| step.container.as_ref()?.as_ref().ok());
-    let simple: Vec<_> = containers.filter(|one| one.is_simple()).collect();
-    if let Some(container) = simple.first() {
-        simple.iter().for_each(|one| run_target::note_ports(one));
+    if let Some(container) = on_bridge(steps).next() {
+        on_bridge(steps).for_each(run_target::note_ports);
         return Ok(network::set_up(&container.addresses, &container.published));
     }
     let (_, manifest) = running(global)?;

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use super::{Container, RunError};
-use crate::manifest::Network;
 
 /// The runtime, and the package of Debian that has it.
 pub const RUNTIME: (&str, &str) = ("crun", "crun");
@@ -23,8 +22,7 @@ pub fn find(name: &str) -> Option<PathBuf> {
 /// # Errors
 /// [`RunError::NoProgram`] with the first that is missing.
 pub fn check(container: &Container) -> Result<(), RunError> {
-    let simple = matches!(container.target.network, Network::Simple { .. });
-    let of_networks = if simple { &OF_NETWORKS[..] } else { &[] };
+    let of_networks = if container.is_simple() { &OF_NETWORKS[..] } else { &[] };
     match [RUNTIME].iter().chain(of_networks).find(|(program, _)| find(program).is_none()) {
         None => Ok(()),
         Some((program, package)) => {

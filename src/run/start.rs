@@ -85,7 +85,7 @@ fn replace(
     let config = serde_json::to_vec_pretty(&config).map_err(step(target, "write the configuration"))?;
     let path = work.join("config.json");
     fs::write(&path, config).on("write", &path)?;
-    if let Network::Simple { .. } = container.target.network {
+    if container.is_simple() {
         network::join(places, target, &container.addresses, &container.published)
             .map_err(step(target, "set up its network"))?;
     }
