@@ -113,10 +113,13 @@ pub fn available() -> Result<(), String> {
 /// # Errors
 /// [`MountError::NoUnit`] where that was asked for and cannot be.
 pub fn wanted(keeper: Keeper) -> Result<bool, MountError> {
+    if keeper == Keeper::Nobody {
+        return Ok(false);
+    }
     match (keeper, available()) {
-        (Keeper::Nobody, _) | (Keeper::Auto, Err(_)) => Ok(false),
         (_, Ok(())) => Ok(true),
         (Keeper::Unit, Err(why)) => Err(MountError::NoUnit { why }),
+        (Keeper::Nobody | Keeper::Auto, Err(_)) => Ok(false),
     }
 }
 
