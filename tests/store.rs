@@ -119,12 +119,12 @@ fn with_platforms(store: &Store, platforms: &[(&str, Option<&str>, &Descriptor)]
     for (architecture, variant, manifest) in platforms {
         let mut entry = (*manifest).clone();
         entry.annotations.clear();
-        entry.platform = Some(Platform {
+        entry.platform = Some(Box::new(Platform {
             architecture: (*architecture).into(),
             os: "linux".into(),
             variant: variant.map(Into::into),
             extra: Default::default(),
-        });
+        }));
         index.manifests.push(entry);
     }
     let inner = writer.put_bytes(INDEX, &index.to_bytes()).unwrap();

@@ -6,6 +6,7 @@
 mod apart;
 mod containers;
 mod fixture;
+mod largest;
 mod link;
 mod machine;
 mod mounts;
@@ -79,6 +80,9 @@ struct Args {
     /// Do what stdin says, as a part of another run.
     #[arg(long, hide = true)]
     apart: bool,
+    /// Open the image of this layout, as a part of another run.
+    #[arg(long, hide = true)]
+    open: Option<PathBuf>,
     /// Said by cargo bench.
     #[arg(long, hide = true)]
     bench: bool,
@@ -97,6 +101,9 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     if args.apart {
         return apart::answer();
+    }
+    if let Some(layout) = &args.open {
+        return largest::open(layout);
     }
     if args.list {
         for row in table::all() {

@@ -222,7 +222,12 @@ pub fn anonymous_bytes(pid: u32) -> Option<u64> {
     field_bytes(&format!("/proc/{pid}/status"), "RssAnon:")
 }
 
-/// The same, where pages that processes share since a fork are divided among them.
+/// The most memory that a process has had, in bytes.
+pub fn most_bytes(pid: u32) -> Option<u64> {
+    field_bytes(&format!("/proc/{pid}/status"), "VmHWM:")
+}
+
+/// Anonymous memory, where pages that processes share since a fork are divided among them.
 pub fn anonymous_part_bytes(pid: u32) -> Option<u64> {
     field_bytes(&format!("/proc/{pid}/smaps_rollup"), "Pss_Anon:")
 }

@@ -5,16 +5,24 @@ use std::path::Path;
 use crate::Result;
 use crate::fixture::Fixture;
 use crate::rows::{self, Row};
-use crate::{containers, mounts, registry, system};
+use crate::{containers, largest, mounts, registry, system};
 
 /// All rows, in the order of the report.
 pub fn all() -> impl Iterator<Item = &'static Row> {
-    rows::ROWS.iter().chain(mounts::ROWS).chain(system::ROWS).chain(registry::ROWS).chain(containers::ROWS)
+    rows::ROWS
+        .iter()
+        .chain(largest::ROWS)
+        .chain(mounts::ROWS)
+        .chain(system::ROWS)
+        .chain(registry::ROWS)
+        .chain(containers::ROWS)
 }
 
 /// The programs of a row that compares no file systems.
 pub fn programs(row: &Row) -> &'static [&'static str] {
-    if mounts::has(row) {
+    if largest::has(row) {
+        largest::programs(row)
+    } else if mounts::has(row) {
         mounts::programs(row)
     } else if system::has(row) {
         system::programs(row)
@@ -29,7 +37,9 @@ pub fn programs(row: &Row) -> &'static [&'static str] {
 
 /// One run of a program of such a row. None where it is not installed.
 pub fn run_program(row: &Row, name: &str, fixture: &Fixture, mosfs: &Path) -> Result<Option<f64>> {
-    if mounts::has(row) {
+    if largest::has(row) {
+        largest::run(row, name, fixture, mosfs)
+    } else if mounts::has(row) {
         mounts::run(row, name, fixture, mosfs)
     } else if system::has(row) {
         system::run(row, name, fixture, mosfs)

@@ -80,7 +80,7 @@ pub struct Descriptor {
     pub size: u64,
     /// The platform that it is for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub platform: Option<Platform>,
+    pub platform: Option<Box<Platform>>,
     /// The artifact type, if the blob is an artifact's manifest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,

@@ -17,6 +17,7 @@ pub mod helper;
 pub mod init;
 pub mod locks;
 pub mod loopdev;
+pub mod memory;
 pub mod mountapi;
 pub mod namespace;
 pub mod notify;

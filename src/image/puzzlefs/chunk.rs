@@ -82,9 +82,9 @@ fn decode_with(
     };
     out.reserve_exact(max);
     let Scratch { stored, zstd } = scratch;
-    stored.clear();
-    stored.reserve_exact(chunk.stored_bytes as usize + 1);
     let found = if chunk.compressed {
+        stored.clear();
+        stored.reserve_exact(chunk.stored_bytes as usize);
         blobs.read(&chunk.digest, chunk.stored_bytes.into(), stored).map_err(named)?;
         out.resize(max, 0);
         // All frames in one call; it fails where they hold more than the room that there is.
@@ -102,9 +102,9 @@ fn decode_with(
         if chunk.stored_bytes != chunk.decoded_bytes {
             return Err(wrong(format!("it holds {} bytes, expected {max}", chunk.stored_bytes)));
         }
-        blobs.read(&chunk.digest, chunk.stored_bytes.into(), stored).map_err(named)?;
-        // A copy, so that `out` grows to its bound and no further.
-        out.extend_from_slice(stored);
+        // The bytes are what was hashed, in memory that nobody else has. `out` has room for them and needs no more: a
+        // reader finds the end of a blob without it (std::io::Read::read_to_end).
+        blobs.read(&chunk.digest, chunk.stored_bytes.into(), out).map_err(named)?;
         out.len()
     };
     if found != max {

@@ -90,23 +90,40 @@ impl Tag {
     }
 }
 
-/// A file that a name leads to.
+/// A file that a name leads to. What few files have, or many have in common, lies elsewhere: there may be many files.
 #[derive(Debug)]
 pub(super) struct Inode {
-    pub ino: u64,
     /// Bytes of a file's content or of a link's target.
     pub size: u64,
-    pub uid: u32,
-    pub gid: u32,
     pub nlink: u32,
     /// The first of its entries (folder) or stretches (file), where its target begins (link), its number (device).
     pub first: u32,
     /// How many entries or stretches it has.
     pub count: u32,
-    pub xattr_first: u32,
-    pub xattr_count: u32,
+    /// Which of [`Table::owners`].
+    owner: u32,
     pub permissions: u16,
     pub tag: Tag,
+    pub has_xattrs: bool,
+}
+
+/// Inodes whose numbers follow each other without a gap.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    /// The number of the first one.
+    ino: u64,
+    /// Which of [`Table::inodes`] that is.
+    inode: u32,
+}
+
+/// The attributes of a file that has any.
+#[derive(Debug, Clone, Copy)]
+struct XattrSet {
+    /// Which of [`Table::inodes`] has them.
+    inode: u32,
+    /// The first of [`Table::xattrs`].
+    first: u32,
+    count: u32,
 }
 
 /// A name in a folder.
@@ -144,10 +161,16 @@ pub(super) struct Xattr {
 pub(super) struct Table {
     /// In the order of their numbers.
     pub inodes: Vec<Inode>,
+    /// Their numbers. The last run ends with the last inode.
+    runs: Vec<Run>,
+    /// User and group, each pair once.
+    owners: Vec<(u32, u32)>,
     /// Those of a folder lie side by side, in the order of their names.
     entries: Vec<Entry>,
     stretches: Vec<Stretch>,
     pub xattrs: Vec<Xattr>,
+    /// In the order of the inodes.
+    xattr_sets: Vec<XattrSet>,
     /// Where each name of an attribute is.
     xattr_names: HashMap<Box<[u8]>, u32>,
     /// In the order of their first use.
@@ -226,22 +249,44 @@ impl Table {
             return Err(corrupt(root.offset(), why));
         }
         let lists = root.list(0)?.iter().map(|list| list.list(0)).collect::<Result<Vec<_>, _>>()?;
-        let mut chunks = Used::default();
+        let mut chunks = Used::of(listed.len());
         let mut visible = visible(&message, &lists, &mut chunks)?;
         message.refill();
         let mut table = Table::default();
         table.walk(&lists, &mut visible)?;
         message.refill();
         table.keep(&message, &lists, &visible, &mut chunks, listed)?;
-        for list in [&mut table.entries as &mut dyn Shrink, &mut table.stretches, &mut table.arena] {
-            list.shrink();
-        }
+        table.entries.shrink_to_fit();
+        table.stretches.shrink_to_fit();
+        table.chunks.shrink_to_fit();
+        table.arena.shrink_to_fit();
         Ok(table)
+    }
+
+    /// Which of the inodes has that number, if a name leads to it.
+    fn position(&self, ino: u64) -> Option<usize> {
+        let next = self.runs.partition_point(|run| run.ino <= ino);
+        let run = self.runs.get(next.checked_sub(1)?)?;
+        let end = self.runs.get(next).map_or(self.inodes.len(), |next| next.inode as usize);
+        let at = usize::try_from(ino - run.ino).ok()?.checked_add(run.inode as usize)?;
+        (at < end).then_some(at)
     }
 
     /// The inode of that number, if a name leads to it.
     pub(super) fn inode(&self, ino: u64) -> Option<&Inode> {
-        find(&self.inodes, ino, |inode| inode.ino).and_then(|at| self.inodes.get(at))
+        self.position(ino).and_then(|at| self.inodes.get(at))
+    }
+
+    /// The number of an inode, which is one of `inodes`.
+    pub(super) fn number(&self, inode: u32) -> u64 {
+        let next = self.runs.partition_point(|run| run.inode <= inode);
+        let run = next.checked_sub(1).and_then(|at| self.runs.get(at));
+        run.map_or(0, |run| run.ino + u64::from(inode - run.inode))
+    }
+
+    /// User and group of an inode.
+    pub(super) fn owner(&self, inode: &Inode) -> (u32, u32) {
+        self.owners.get(inode.owner as usize).copied().unwrap_or_default()
     }
 
     /// Bytes of the arena.
@@ -269,9 +314,13 @@ impl Table {
         self.xattr_names.contains_key(name)
     }
 
-    /// The attributes of a file.
-    pub(super) fn xattrs_of(&self, inode: &Inode) -> &[Xattr] {
-        slice(&self.xattrs, inode.xattr_first, inode.xattr_count)
+    /// The attributes of the inode of that number.
+    pub(super) fn xattrs_of(&self, ino: u64) -> &[Xattr] {
+        let set = self.position(ino).and_then(|at| {
+            let found = self.xattr_sets.binary_search_by_key(&at, |set| set.inode as usize);
+            self.xattr_sets.get(found.ok()?)
+        });
+        set.map_or(&[], |set| slice(&self.xattrs, set.first, set.count))
     }
 
     fn put(&mut self, bytes: &[u8]) -> u32 {
@@ -379,24 +428,31 @@ impl Table {
         let mut places = vec![u32::MAX; visible.len()];
         self.inodes.reserve_exact(visible.iter().filter(|seen| seen.links > 0).count());
         self.stretches.reserve(chunks.parts.len());
+        let mut owners = HashMap::new();
         for (seen, place) in visible.iter().zip(&mut places) {
             if seen.links == 0 {
                 continue;
             }
             let Some(source) = inode(lists, Some(seen)) else { continue };
+            let owner = (source.u32(96), source.u32(128));
+            let owner = match self.inodes.last() {
+                Some(last) if self.owner(last) == owner => last.owner,
+                _ => *owners.entry(owner).or_insert_with(|| {
+                    self.owners.push(owner);
+                    index(self.owners.len() - 1)
+                }),
+            };
             let mut kept = Inode {
-                ino: seen.ino,
                 size: 0,
-                uid: source.u32(96),
-                gid: source.u32(128),
                 nlink: seen.links,
                 first: 0,
                 count: 0,
-                xattr_first: index(self.xattrs.len()),
-                xattr_count: 0,
+                owner,
                 permissions: source.u16(80) & 0o7777,
                 tag: Tag::of(&source)?,
+                has_xattrs: false,
             };
+            let number = index(self.inodes.len());
             let additional = source.child(1)?;
             match kept.tag {
                 Tag::Dir => {
@@ -428,10 +484,19 @@ impl Table {
                 Tag::Fifo | Tag::Socket | Tag::Whiteout => {}
             }
             if let Some(additional) = additional {
+                let first = index(self.xattrs.len());
                 self.attributes(&additional)?;
-                kept.xattr_count = index(self.xattrs.len()) - kept.xattr_first;
+                let count = index(self.xattrs.len()) - first;
+                kept.has_xattrs = count > 0;
+                if kept.has_xattrs {
+                    self.xattr_sets.push(XattrSet { inode: number, first, count });
+                }
             }
-            *place = index(self.inodes.len());
+            *place = number;
+            // The number that it has if it belongs to the last run; 0, which none has, where there is no run.
+            if self.number(number) != seen.ino {
+                self.runs.push(Run { ino: seen.ino, inode: number });
+            }
             self.inodes.push(kept);
         }
         for entry in &mut self.entries {
@@ -511,6 +576,8 @@ fn stored_bytes(listed: &Chunks, digest: &Digest, offset: usize) -> Result<u32, 
 fn visible(message: &Message<'_>, lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerError> {
     let total = lists.iter().map(List::len).sum();
     let mut visible: Vec<Visible> = Vec::with_capacity(total);
+    // Most files have one part.
+    chunks.parts.reserve(total);
     for (number, list) in lists.iter().enumerate() {
         let (begin, mut twice) = (visible.len(), false);
         let mut before: Option<u64> = None;
@@ -607,6 +674,11 @@ fn check_inode(source: &Struct<'_>, chunks: &mut Used) -> Result<(), LayerError>
 }
 
 impl Used {
+    /// With room for that many chunks, of which no more are kept.
+    fn of(chunks: usize) -> Self {
+        Self { numbers: HashMap::with_capacity(chunks), found: Vec::with_capacity(chunks), ..Self::default() }
+    }
+
     /// Notes a part of a file, and that its chunk is used up to the part's end. `place` is that of the part.
     fn reach(&mut self, part: FileChunk, place: usize) {
         let FileChunk { len, offset, digest, compressed } = part;
@@ -710,15 +782,4 @@ fn tag(lists: &[List<'_>], seen: Option<&Visible>) -> Result<Tag, LayerError> {
 
 fn slice<T>(all: &[T], first: u32, count: u32) -> &[T] {
     all.get(first as usize..).and_then(|rest| rest.get(..count as usize)).unwrap_or_default()
-}
-
-/// A list whose room can be given back.
-trait Shrink {
-    fn shrink(&mut self);
-}
-
-impl<T> Shrink for Vec<T> {
-    fn shrink(&mut self) {
-        self.shrink_to_fit();
-    }
 }

@@ -1,0 +1,40 @@
+//! What the kernel hears about large buffers.
+
+use std::mem::MaybeUninit;
+
+/// Bytes of a large page.
+const LARGE_PAGE: usize = 2 << 20;
+
+/// Asks for large pages for a buffer that is about to be filled, where that pays: with pages of 4 KiB, each of them is
+/// a page fault. Best effort: without it the buffer is the same, and slower to fill.
+///
+/// Only for a buffer so large that the allocator gives it back to the system when it is freed
+/// ([`lean_allocator`](super::daemon::lean_allocator)): what is asked for holds for the addresses, not for the buffer.
+pub fn use_large_pages(buffer: &mut [MaybeUninit<u8>]) {
+    // Whole large pages only. They are the buffer's alone, and nothing of its neighbours.
+    let start = buffer.as_ptr().addr().next_multiple_of(LARGE_PAGE);
+    let end = (buffer.as_ptr().addr() + buffer.len()) / LARGE_PAGE * LARGE_PAGE;
+    if buffer.len() >= 2 * LARGE_PAGE && start < end {
+        // SAFETY: the range lies within the buffer, which is borrowed mutably; the call changes no byte of it.
+        unsafe {
+            libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_of_any_size_is_filled_as_before() {
+        for len in [0, 1, 4096, 2 * LARGE_PAGE - 1, 2 * LARGE_PAGE, 5 * LARGE_PAGE + 17] {
+            let mut buffer: Vec<u8> = vec![7; 3];
+            buffer.reserve_exact(len);
+            use_large_pages(buffer.spare_capacity_mut());
+            buffer.extend((0..len).map(|at| (at * 31 % 251) as u8));
+            assert_eq!(buffer.get(..3), Some(&[7; 3][..]));
+            assert!(buffer.iter().skip(3).enumerate().all(|(at, byte)| *byte == (at * 31 % 251) as u8));
+        }
+    }
+}
