@@ -72,20 +72,30 @@ pub struct Volume {
     pub id: u32,
 }
 
-/// Makes a file system on a device, with these files.
+/// Makes a file system on a device, with these files. `settle` returns when all that was written so far is on the device.
+///
+/// **Crashes.** The first sector goes before anything else and comes back after everything else: without it there is no file
+/// system, so that nothing starts from a kernel or a loader that is there in part.
 ///
 /// # Errors
 /// Those of the device; `StorageFull` if the files do not fit; `InvalidInput` for a size or a name that cannot be.
-pub fn write(
-    mut device: impl Write + Seek,
+pub fn write<D: Write + Seek>(
+    mut device: D,
     volume: Volume,
     files: &BTreeMap<String, Vec<u8>>,
+    mut settle: impl FnMut(&mut D) -> io::Result<()>,
 ) -> io::Result<()> {
-    for (at, bytes) in pieces(volume, files)? {
-        device.seek(SeekFrom::Start(at))?;
-        device.write_all(&bytes)?;
+    let pieces = pieces(volume, files)?;
+    let (first, others): (Vec<_>, Vec<_>) = pieces.into_iter().partition(|(at, _)| *at == 0);
+    let nothing = first.iter().map(|(at, bytes)| (*at, vec![0; bytes.len()])).collect();
+    for step in [nothing, others, first] {
+        for (at, bytes) in step {
+            device.seek(SeekFrom::Start(at))?;
+            device.write_all(&bytes)?;
+        }
+        settle(&mut device)?;
     }
-    device.flush()
+    Ok(())
 }
 
 /// Returns whether a device has exactly the file system that [`write()`] makes.
@@ -437,7 +447,7 @@ mod tests {
         for (mib, sector_bytes) in [(8, 512), (40, 512), (300, 512), (512, 4096)] {
             let volume = Volume { size_bytes: mib << 20, sector_bytes, id: 7 };
             let mut image = Cursor::new(vec![0xa5; (mib << 20) as usize]);
-            write(&mut image, volume, &tree()).unwrap();
+            write(&mut image, volume, &tree(), |_| Ok(())).unwrap();
             assert!(is_on(&mut image, volume, &tree()).unwrap(), "{mib} MiB");
             let other = Volume { id: 8, ..volume };
             assert!(!is_on(&mut image, other, &tree()).unwrap());
@@ -447,21 +457,47 @@ mod tests {
         }
     }
 
+    /// Whatever a power cut leaves of what was written since the last time that all of it settled, there is no file system until
+    /// everything else is there.
+    #[test]
+    fn the_first_sector_is_the_last_that_is_written() {
+        let volume = Volume { size_bytes: 40 << 20, sector_bytes: 512, id: 7 };
+        let mut image = Cursor::new(Vec::new());
+        write(&mut image, volume, &tree(), |_| Ok(())).unwrap();
+        let whole = image.get_ref().clone();
+        let mut files = tree();
+        files.get_mut("EFI/BOOT/BOOTX64.EFI").unwrap()[5] ^= 1;
+        let mut settled = Vec::new();
+        write(&mut image, volume, &files, |image| {
+            settled.push(image.get_ref().clone());
+            Ok(())
+        })
+        .unwrap();
+        let [cleared, others, all] = &settled[..] else { panic!("{} times", settled.len()) };
+        assert!(cleared[..512] == [0; 512] && cleared[512..] == whole[512..]);
+        assert!(others[..512] == [0; 512] && others[512..] == all[512..]);
+        assert!(all[..512] == whole[..512] && all[512..] != whole[512..]);
+        assert!(is_on(&mut image, volume, &files).unwrap());
+    }
+
     #[test]
     fn what_cannot_be_is_an_error() {
         let mut image = Cursor::new(Vec::new());
         let volume = |mib: u64| Volume { size_bytes: mib << 20, sector_bytes: 512, id: 7 };
         for mib in [0, 2, 1 << 24] {
             assert_eq!(
-                write(&mut image, volume(mib), &tree()).unwrap_err().kind(),
+                write(&mut image, volume(mib), &tree(), |_| Ok(())).unwrap_err().kind(),
                 io::ErrorKind::InvalidInput
             );
         }
         let big = BTreeMap::from([("a".to_string(), vec![0; 9 << 20])]);
-        assert_eq!(write(&mut image, volume(8), &big).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(
+            write(&mut image, volume(8), &big, |_| Ok(())).unwrap_err().kind(),
+            io::ErrorKind::StorageFull
+        );
         for name in ["", "a//b", ".", "a/..", "a b", "ü", "a."] {
             let files = BTreeMap::from([(name.to_string(), Vec::new())]);
-            let error = write(&mut image, volume(8), &files).unwrap_err();
+            let error = write(&mut image, volume(8), &files, |_| Ok(())).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name}");
         }
     }
@@ -476,7 +512,7 @@ mod tests {
             let file =
                 fs::File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
             file.set_len(mib << 20).unwrap();
-            write(&file, Volume { size_bytes: mib << 20, sector_bytes, id: 7 }, &tree()).unwrap();
+            write(&file, Volume { size_bytes: mib << 20, sector_bytes, id: 7 }, &tree(), |_| Ok(())).unwrap();
             let check = Command::new("fsck.fat").arg("-nv").arg(&path).output().expect("install dosfstools");
             let said = String::from_utf8_lossy(&check.stdout).into_owned();
             assert!(check.status.success(), "{mib} {sector_bytes}: {said}");

@@ -486,8 +486,13 @@ fn write_esp(
     let sector_bytes = sector_bytes(&device).on("measure", partition)?;
     let id = Uuid::new_v4().as_fields().0;
     let volume = Volume { size_bytes: ESP_BYTES, sector_bytes, id };
-    fat::write(&device, volume, files).on("write", partition)?;
-    device.sync_all().on("sync", partition)?;
+    let mut points = ["setup.esp.cleared", "setup.esp.laid", "setup.esp.named"].into_iter();
+    let settle = |device: &mut &File| {
+        device.sync_all()?;
+        points.next().into_iter().for_each(failpoint::hit);
+        Ok(())
+    };
+    fat::write(&device, volume, files, settle).on("write", partition)?;
     drop(device);
     // Nothing of a device stays in memory when the last one closes it.
     let device = open_exclusive(partition).on("open", partition)?;

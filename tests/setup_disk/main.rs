@@ -621,7 +621,7 @@ fn current(system: &Path) -> String {
 }
 
 /// Every commit point of a setup.
-const POINTS: [&str; 10] = [
+const POINTS: [&str; 13] = [
     "setup.mark.written",
     "setup.disk.erased",
     "setup.table.written",
@@ -629,6 +629,9 @@ const POINTS: [&str; 10] = [
     "deploy.blobs.fetched",
     "deploy.names.set",
     "setup.system.installed",
+    "setup.esp.cleared",
+    "setup.esp.laid",
+    "setup.esp.named",
     "setup.esp.written",
     "setup.mark.removed",
     "floor.index.defined",
@@ -645,7 +648,11 @@ fn a_setup_that_crashed_anywhere_is_continued_without_a_word() {
         let said = machine.ok(200, &words);
         disk.expect_installed(200);
         let word = match point {
-            "setup.system.installed" | "setup.esp.written" => "which is continued",
+            "setup.system.installed"
+            | "setup.esp.cleared"
+            | "setup.esp.laid"
+            | "setup.esp.named"
+            | "setup.esp.written" => "which is continued",
             "setup.mark.removed" => "is installed already",
             "floor.index.defined" => "is empty",
             _ => "which begins again",
