@@ -1,17 +1,20 @@
 //! From a medium and an empty disk to a committed system.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::fixture::{MOSFS, Publisher};
-use super::machine::Cut;
+use super::machine::{Cut, Machine};
 use super::real::{CMDLINE, Device, System, build, fat, full_publisher, medium, publisher, run_until, steps};
 use super::tools::sh;
 
 /// What a system does once it is up: it is committed, which raises the floor.
 const COMMIT: &str = "mosfs commit || end 9\nmosfs floor show\nesp\n";
+/// Shows what Linux keeps from root.
+const LOCKDOWN: &str =
+    "mount -t securityfs securityfs /sys/kernel/security || end 22\ncat /sys/kernel/security/lockdown\n";
 /// The words that the steps of an installation begin with.
 const STEPS: [&str; 10] = [
     "medium: ",
@@ -214,29 +217,62 @@ fn what_a_medium_refuses_leaves_the_disk_as_it_is() {
     assert_eq!(device.disk(), before);
 }
 
-/// Debian's package ovmf has a key for tests, and variables of a firmware that trusts it.
+/// Version 200, signed with the key for tests in Debian's package ovmf.
+fn build_signed(publisher: &Publisher) -> System {
+    let key = "/usr/share/ovmf/PkKek-1-snakeoil";
+    sh(publisher.dir(), &format!("openssl rsa -in {key}.key -passin pass:snakeoil -out db.key 2>/dev/null"));
+    let pem = format!("{key}.pem");
+    build(publisher, 200, &["--cmdline", CMDLINE, "--sb-key", "db.key", "--sb-cert", &pem])
+}
+
+/// A machine whose firmware starts only what that key has signed.
+fn enforcing(device: &Device, medium: &Path, kind: &'static str) -> Machine {
+    let mut machine = device.machine(medium, kind);
+    machine.secure_boot = true;
+    fs::copy("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd", device.path("vars.fd")).unwrap();
+    machine
+}
+
 #[test]
 #[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
 fn with_secure_boot_only_a_signed_medium_starts() {
     let publisher = publisher(COMMIT);
-    let key = "/usr/share/ovmf/PkKek-1-snakeoil";
-    sh(publisher.dir(), &format!("openssl rsa -in {key}.key -passin pass:snakeoil -out db.key 2>/dev/null"));
-    let pem = format!("{key}.pem");
-    let signed = build(&publisher, 200, &["--cmdline", CMDLINE, "--sb-key", "db.key", "--sb-cert", &pem]);
+    let signed = build_signed(&publisher);
     let answers = Some("disk: only-empty\n");
     let good = medium(&publisher, &signed, "signed", answers);
     let device = Device::new(&publisher);
-    let mut machine = device.machine(&good, "cd");
-    machine.secure_boot = true;
-    fs::copy("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd", device.path("vars.fd")).unwrap();
-    machine.expect(0, &UP);
+    enforcing(&device, &good, "cd").expect(0, &UP);
     // The same, unsigned.
     let device = Device::new(&publisher);
     let unsigned = build(&publisher, 201, &["--cmdline", CMDLINE]);
-    let mut machine = device.machine(&medium(&publisher, &unsigned, "unsigned", answers), "cd");
-    machine.secure_boot = true;
-    fs::copy("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd", device.path("vars.fd")).unwrap();
+    let machine = enforcing(&device, &medium(&publisher, &unsigned, "unsigned", answers), "cd");
     run_until(&machine, "Access Denied").without(&["MOSFS-INSTALL-VERDICT", "Linux version"]);
+}
+
+/// The same medium as a disk and as a USB stick, with the kernel of real machines: it loads nearly all of its drivers, and
+/// under Secure Boot only those that its own maker has signed.
+#[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
+fn with_secure_boot_a_signed_medium_installs_as_a_disk_and_as_a_stick() {
+    let publisher = full_publisher(&format!("secure\n{LOCKDOWN}{COMMIT}"));
+    let signed = build_signed(&publisher);
+    let good = medium(&publisher, &signed, "signed", Some("disk: only-empty\nafter: reboot\n"));
+    for (kind, on) in [("disk", "is on the medium /dev/vd"), ("usb", "is on the medium /dev/sda")] {
+        let device = Device::new(&publisher);
+        let ended = enforcing(&device, &good, kind)
+            .expect(0, &[&[on, "vm: SecureBoot 1, SetupMode 0", "[integrity]"][..], &UP].concat());
+        ended.without(&["Access Denied", "Loading of unsigned module", "Key was rejected"]);
+    }
+    // The same, unsigned.
+    let unsigned = build(&publisher, 201, &["--cmdline", CMDLINE]);
+    let unsigned = medium(&publisher, &unsigned, "unsigned", Some("disk: only-empty\n"));
+    for kind in ["disk", "usb"] {
+        let device = Device::new(&publisher);
+        let before = device.disk();
+        run_until(&enforcing(&device, &unsigned, kind), "Access Denied")
+            .without(&["MOSFS-INSTALL-VERDICT", "Linux version"]);
+        assert_eq!(device.disk(), before, "{kind}");
+    }
 }
 
 /// A provisioning key that is elsewhere: the second medium carries the nonce there and the signature back. The machine stays
