@@ -21,7 +21,8 @@
 //! the floor refuses.
 //!
 //! A crash while FAT renames a file may leave both names with one content. To remove one of them would free the
-//! blocks of both, so nothing is removed or replaced that has the kernel id of a file that stays.
+//! blocks of both, so nothing is removed or replaced that has the kernel id of a file that stays. One moment earlier the
+//! new name is there and empty: such a file has no blocks, is no kernel, and is replaced or removed.
 //!
 //! Files of others are neither changed nor removed. Systems without a kernel of their own have nothing here.
 
@@ -209,6 +210,7 @@ impl Esp {
     ) -> Result<Plan, EspError> {
         let wanted = wanted(system, state, booted, floor)?;
         let names = self.names()?;
+        let (names, empty): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| self.size(name) > 0);
         let present: Vec<Present> = names.iter().filter_map(|name| Present::parse(name)).collect();
         let mut plan = Plan { loader: wanted.first().map(|one| one.image.clone()), ..Plan::default() };
         // The ids of the kernels that stay.
@@ -249,6 +251,14 @@ impl Esp {
                 plan.remove.push(name.clone());
             }
         }
+        let targets = plan.rename.iter().map(|(_, to)| to.clone());
+        let targets: Vec<String> = targets.chain(plan.write.iter().map(|(_, name)| name.clone())).collect();
+        for name in empty {
+            let is_ours = Present::parse(name.strip_suffix(NEW).unwrap_or(&name)).is_some();
+            if is_ours && !targets.contains(&name) && !new_names.contains(&name) {
+                plan.remove.push(name);
+            }
+        }
         Ok(plan)
     }
 
@@ -261,7 +271,8 @@ impl Esp {
         let Some(id) = boot::kernel_id(image).ok().flatten() else { return Ok(()) };
         let digits = &id.hex()[..ID_DIGITS];
         let names = self.names()?;
-        if names.iter().filter_map(|name| Present::parse(name)).any(|file| file.id == digits) {
+        let mut present = names.iter().filter_map(|name| Present::parse(name));
+        if present.any(|file| file.id == digits && self.size(&file.name) > 0) {
             return Ok(());
         }
         let bytes = image.manifest.annotations.get(boot::BYTES).and_then(|text| text.parse::<u64>().ok());

@@ -23,6 +23,17 @@ const SECTOR: usize = 512;
 /// NBD_FLAG_HAS_FLAGS, SEND_FLUSH, SEND_FUA.
 const TRANSMISSION_FLAGS: u16 = 1 | 1 << 2 | 1 << 3;
 
+/// What a machine asked of the disk.
+#[allow(dead_code)]
+#[derive(Debug, Clone)]
+pub enum Operation {
+    /// Bytes were read from here on.
+    Read(u64),
+    /// These were written here; durable at once with FUA.
+    Write(u64, Vec<u8>, bool),
+    Flush,
+}
+
 /// What is on the disk, and what is only in its cache.
 #[derive(Default)]
 struct Content {
@@ -36,6 +47,8 @@ struct Content {
     operations: u64,
     /// The number of the one at which the power goes, and the file that says so.
     cut_at: Option<(u64, PathBuf)>,
+    /// All of them since [`Disk::record`].
+    log: Option<Vec<Operation>>,
 }
 
 impl Content {
@@ -48,6 +61,12 @@ impl Content {
                 true
             }
             _ => false,
+        }
+    }
+
+    fn log(&mut self, operation: impl FnOnce() -> Operation) {
+        if let Some(log) = &mut self.log {
+            log.push(operation());
         }
     }
 
@@ -67,12 +86,58 @@ impl Content {
         }
     }
 
+    /// `chance(n)` gives a number below n.
+    fn cut(&mut self, mut chance: impl FnMut(u64) -> u64) -> Loss {
+        self.cut_at = None;
+        let mut loss = Loss { cached: self.cache.len(), lost: 0, operations: self.operations };
+        // Of ten: how much of the cache reaches the platter this time, from nothing to everything.
+        let reaches = chance(11);
+        for (number, written) in std::mem::take(&mut self.cache) {
+            let at = number * SECTOR;
+            // A disk may write a sector out early, and then again: any of the versions may be there.
+            let which = if chance(10) < reaches {
+                match chance(4) {
+                    0 => Some(chance(written.len() as u64) as usize),
+                    _ => Some(written.len() - 1),
+                }
+            } else {
+                None
+            };
+            if which != Some(written.len() - 1) {
+                loss.lost += 1;
+            }
+            if let Some(sector) = which.and_then(|index| written.get(index)) {
+                self.platter[at..at + SECTOR].copy_from_slice(sector);
+            }
+        }
+        self.seen.copy_from_slice(&self.platter);
+        loss
+    }
+
     fn flush(&mut self) {
         for number in std::mem::take(&mut self.cache).into_keys() {
             let at = number * SECTOR;
             self.platter[at..at + SECTOR].copy_from_slice(&self.seen[at..at + SECTOR]);
         }
     }
+}
+
+/// The power goes at the last of these operations of a machine that ran on `image`: a write is in the cache, a flush has not
+/// begun. Returns what is on the disk then, and what was lost.
+#[allow(dead_code)]
+pub fn cut_at(image: &[u8], operations: &[Operation], chance: impl FnMut(u64) -> u64) -> (Vec<u8>, Loss) {
+    let mut content = Content { platter: image.to_vec(), seen: image.to_vec(), ..Content::default() };
+    for (number, operation) in operations.iter().enumerate() {
+        let is_last = number + 1 == operations.len();
+        match operation {
+            Operation::Read(_) => {}
+            Operation::Write(at, data, durable) => content.write(*at as usize, data, *durable && !is_last),
+            Operation::Flush if is_last => {}
+            Operation::Flush => content.flush(),
+        }
+    }
+    let loss = content.cut(chance);
+    (content.seen, loss)
 }
 
 /// What a power cut did.
@@ -124,6 +189,21 @@ impl Disk {
         lock(&self.content).seen.clone()
     }
 
+    /// Begins to write down what is asked of the disk.
+    #[allow(dead_code)]
+    pub fn record(&self) {
+        lock(&self.content).log = Some(Vec::new());
+    }
+
+    /// What was asked of it since, by a machine that has ended.
+    #[allow(dead_code)]
+    pub fn recorded(&self) -> Vec<Operation> {
+        while self.busy.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        lock(&self.content).log.take().unwrap_or_default()
+    }
+
     /// Lets the power go at the `number`-th write or flush from now, and then makes `file`.
     ///
     /// That write is in the cache and that flush has not begun; neither is ever answered, and neither is
@@ -146,36 +226,12 @@ impl Disk {
     }
 
     /// The power goes, for a machine that has ended. `chance(n)` gives a number below n.
-    pub fn cut(&self, mut chance: impl FnMut(u64) -> u64) -> Loss {
+    pub fn cut(&self, chance: impl FnMut(u64) -> u64) -> Loss {
         // What the machine had sent before it ended has reached the disk.
         while self.busy.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let content = &mut *lock(&self.content);
-        content.cut_at = None;
-        let mut loss = Loss { cached: content.cache.len(), lost: 0, operations: content.operations };
-        // Of ten: how much of the cache reaches the platter this time, from nothing to everything.
-        let reaches = chance(11);
-        for (number, written) in std::mem::take(&mut content.cache) {
-            let at = number * SECTOR;
-            // A disk may write a sector out early, and then again: any of the versions may be there.
-            let which = if chance(10) < reaches {
-                match chance(4) {
-                    0 => Some(chance(written.len() as u64) as usize),
-                    _ => Some(written.len() - 1),
-                }
-            } else {
-                None
-            };
-            if which != Some(written.len() - 1) {
-                loss.lost += 1;
-            }
-            if let Some(sector) = which.and_then(|index| written.get(index)) {
-                content.platter[at..at + SECTOR].copy_from_slice(sector);
-            }
-        }
-        content.seen.copy_from_slice(&content.platter);
-        loss
+        lock(&self.content).cut(chance)
     }
 }
 
@@ -209,7 +265,11 @@ fn talk(mut client: UnixStream, content: &Mutex<Content>) -> io::Result<()> {
         let mut dead = false;
         match kind {
             // NBD_CMD_READ
-            0 => reply.extend_from_slice(&lock(content).seen[offset..offset + len]),
+            0 => {
+                let content = &mut *lock(content);
+                content.log(|| Operation::Read(offset as u64));
+                reply.extend_from_slice(&content.seen[offset..offset + len]);
+            }
             // NBD_CMD_WRITE, with NBD_CMD_FLAG_FUA
             1 => {
                 let mut data = vec![0; len];
@@ -217,6 +277,7 @@ fn talk(mut client: UnixStream, content: &Mutex<Content>) -> io::Result<()> {
                 assert!(offset % SECTOR == 0 && len % SECTOR == 0, "whole sectors are written");
                 let content = &mut *lock(content);
                 dead = content.count();
+                content.log(|| Operation::Write(offset as u64, data.clone(), flags & 1 != 0));
                 content.write(offset, &data, flags & 1 != 0 && !dead);
             }
             // NBD_CMD_DISC
@@ -225,6 +286,7 @@ fn talk(mut client: UnixStream, content: &Mutex<Content>) -> io::Result<()> {
             3 => {
                 let content = &mut *lock(content);
                 dead = content.count();
+                content.log(|| Operation::Flush);
                 if !dead {
                     content.flush();
                 }

@@ -184,8 +184,13 @@ impl Device {
     }
 }
 
+/// The store of the publisher.
+pub fn store() -> PathBuf {
+    systems().publisher.path("store")
+}
+
 fn source(version: u64) -> String {
-    format!("oci:{}:mos/system/system:{version}", systems().publisher.path("store").display())
+    format!("oci:{}:mos/system/system:{version}", store().display())
 }
 
 pub fn update(version: u64) -> Vec<String> {
@@ -479,6 +484,29 @@ fn of_two_names_of_one_kernel_neither_is_removed() {
     device.run(&update(203));
     device.commit();
     device.expect(&[&name(203, 0, "")]);
+}
+
+/// FAT writes a new name without a size, and gives it the blocks of the old one after that.
+#[test]
+fn an_empty_name_is_no_kernel() {
+    let device = Device::installed();
+    device.run(&update(202));
+    let folder = device.esp().join("EFI/Linux");
+    let new = name(202, 1, "+3");
+    device.rename(&new, &format!("{new}.new"));
+    fs::write(folder.join(&new), "").unwrap();
+    device.run(&update(202));
+    device.expect(&[&name(200, 0, ""), &new]);
+    // The commit was about to remove the count.
+    assert_eq!(device.boot(Some(kernel_ids()[1])), Ok((202, Role::Pending)));
+    device.record(202);
+    fs::write(folder.join(name(202, 1, "")), "").unwrap();
+    device.commit();
+    device.expect(&[&name(202, 1, "")]);
+    // And one that nothing is to replace.
+    fs::write(folder.join(&new), "").unwrap();
+    device.run(&["gc".into()]);
+    device.expect(&[&name(202, 1, "")]);
 }
 
 #[test]
