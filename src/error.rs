@@ -155,3 +155,29 @@ impl<T> IoContext<T> for io::Result<T> {
         self.map_err(|source| IoError::new(operation, path, source))
     }
 }
+
+/// The words of an error about a target, after the target's name: for a place that states the name itself.
+pub fn without_target<'a>(target: &str, words: &'a str) -> &'a str {
+    let rest = words.strip_prefix("target ").and_then(|rest| rest.strip_prefix(target));
+    let rest = rest.and_then(|rest| rest.strip_prefix(": ").or_else(|| rest.strip_prefix(", ")));
+    rest.unwrap_or(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_named_once() {
+        for (words, rest) in [
+            ("target web: it failed", "it failed"),
+            ("target web, network.type: found x", "network.type: found x"),
+            ("target web-2: it failed", "target web-2: it failed"),
+            ("target db: it failed", "target db: it failed"),
+            ("cannot write /x", "cannot write /x"),
+            ("target web: target web: it failed", "target web: it failed"),
+        ] {
+            assert_eq!(without_target("web", words), rest);
+        }
+    }
+}

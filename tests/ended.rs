@@ -56,7 +56,8 @@ fn a_program_that_cannot_run_is_named_with_its_image() {
         // The volume is there, and has no such program yet.
         ("through", "/data/b/own", "does not exist"),
     ] {
-        let line = format!("target {target}: the program {program} of its image {digest} {why}");
+        let why = format!("the program {program} of its image {digest} {why}");
+        let line = format!("target {target}: {why}");
         let output = world.run(&["run-target", target]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(
@@ -69,7 +70,10 @@ fn a_program_that_cannot_run_is_named_with_its_image() {
             world.command(&["run-target", "--wait-healthy", target]).env("MAINPID", "999999999").output();
         assert_eq!(waited.unwrap().status.code(), Some(1));
         let listed = world.ok(&["ps"]);
-        assert!(listed.lines().any(|one| one == format!("{target}: {line}")), "{line}: {listed}");
+        // The name is there once.
+        assert!(listed.lines().any(|one| one == format!("{target}: {why}")), "{line}: {listed}");
+        let status = world.ok(&["status"]);
+        assert!(status.lines().any(|one| one.ends_with(&format!(": stopped ({why})"))), "{line}: {status}");
     }
     assert_eq!(world.ok(&["run-target", "good"]), "hello\n");
     // One volume at two places, one below the other; the program comes from there.
@@ -148,9 +152,10 @@ fn what_cannot_be_mounted_is_named_with_its_place_and_its_target() {
     ));
     world.install(&all);
     for (target, _, why) in &targets {
-        let line = format!("target {target}: cannot mount {why}");
+        let why = format!("cannot mount {why}");
+        let line = format!("target {target}: {why}");
         world.refused(&["run-target", target], 2, &[&format!("mosfs: {line}\nhint: ")]);
-        assert!(world.ok(&["ps"]).contains(&line), "{line}");
+        assert!(world.ok(&["ps"]).lines().any(|one| one == format!("{target}: {why}")), "{line}");
     }
     assert_eq!(world.ok(&["run-target", "good"]), "hello\n");
     let line = "mosfs: target missing: cannot bind /no/such/folder of the host: No such file or directory";
@@ -194,10 +199,7 @@ fn what_the_runtime_cannot_run_says_so_and_not_that_its_program_has_failed() {
     };
     let listed = clean("exit-code", "exited", "1");
     let said = said.lines().last().unwrap();
-    assert!(
-        listed.contains(&format!("web: target web: the runtime cannot run it: {said}")),
-        "{listed}: {said}"
-    );
+    assert!(listed.contains(&format!("web: the runtime cannot run it: {said}")), "{listed}: {said}");
     // The next run begins anew.
     assert_eq!(world.ok(&["run-target", "web"]), "");
     assert!(!clean("success", "exited", "0").contains("runtime"));
@@ -240,7 +242,7 @@ fn the_clean_up_asks_for_more_time_than_the_program_has_to_stop_and_says_why_it_
     };
     clean("exit-code", "exited", "3");
     assert!(!world.path("run/crun/web").exists());
-    let said = "target web: its program ended with exit code 3";
+    let said = "its program ended with exit code 3";
     let listed: Value = serde_json::from_str(&world.ok(&["ps", "--json"])).unwrap();
     assert_eq!(listed["containers"][0]["error"], said, "{listed}");
     assert!(world.ok(&["status"]).contains(said));
@@ -250,7 +252,7 @@ fn the_clean_up_asks_for_more_time_than_the_program_has_to_stop_and_says_why_it_
     // A run that ends well has none.
     assert_eq!(world.run(&["run-target", "web"]).status.code(), Some(3));
     clean("success", "exited", "0");
-    assert!(!world.ok(&["ps"]).contains("target web"));
+    assert!(!world.ok(&["ps"]).contains("exit code"));
 }
 
 #[test]
@@ -381,4 +383,95 @@ fn output_and_errors_in_one_file_are_all_there_in_order_and_so_is_what_others_wr
         (said.as_str(), fs::read_to_string(path).unwrap().as_str()),
         ("alone\n", "meanwhile\nafter\n")
     );
+}
+
+#[test]
+fn a_full_file_system_is_named_and_all_works_again_once_there_is_room() {
+    let mut world = World::new();
+    world.script("job", "echo done > /data/log");
+    world.script("idle", "while :; do sleep 0.1; done");
+    // Small file systems in memory for what mosfs writes: SYSTEM, then /run/mosfs.
+    let (system, run) = (world.path("system"), world.path("run"));
+    let small = |path: &std::path::Path, size: &str| {
+        fs::create_dir(path).unwrap();
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("mode=0755,nr_inodes=2000,size={size}"), "none"]).arg(path);
+        assert!(mount.status().unwrap().success());
+    };
+    small(&system, "32M");
+    small(&run, "1M");
+    let volume = "mounts: [{destination: /data, type: volume, source: log}], nsgroup: none";
+    world.install(&[("idle", "idle", ""), ("job", "job", volume)]);
+    let fill = |folder: &std::path::Path| {
+        let mut file = fs::File::create(folder.join("fill")).unwrap();
+        // One page after the other, to the last one.
+        while file.write_all(&[1; 4096]).is_ok() {}
+    };
+    let free = |folder: &std::path::Path| fs::remove_file(folder.join("fill")).unwrap();
+    let activate = ["activate", "--floor", "file", "--backend", "fuse", "--daemon", "fork"];
+    let files = |folder: &std::path::Path| {
+        let output = std::process::Command::new("find").arg(folder).args(["-printf", "%P %s\n"]).output();
+        let mut names: Vec<_> =
+            String::from_utf8(output.unwrap().stdout).unwrap().lines().map(String::from).collect();
+        names.sort();
+        names
+    };
+
+    // No room for another file or folder.
+    let names = system.join("names");
+    fs::create_dir(&names).unwrap();
+    let all = (0..).take_while(|number| fs::create_dir(names.join(number.to_string())).is_ok()).count();
+    assert!(all > 1000, "{all}");
+    let line = format!("target job: cannot make volume {}/volumes/log: No space left", system.display());
+    world.refused(&["run-target", "job"], 1, &[&line]);
+    assert!(!system.join("volumes").exists());
+    world.ok(&activate);
+    fs::remove_dir_all(&names).unwrap();
+    // A folder of a tmpfs takes no page, so the volume is made, and its program has no room.
+    fill(&system);
+    assert_eq!(world.run(&["run-target", "job"]).status.code(), Some(1));
+    assert_eq!(fs::read(world.path("system/volumes/log/log")).unwrap(), b"");
+    world.ok(&["ps"]);
+    world.ok(&["status"]);
+    free(&system);
+    assert_eq!(world.ok(&["run-target", "job"]), "");
+    assert_eq!(fs::read_to_string(world.path("system/volumes/log/log")).unwrap(), "done\n");
+
+    let mut idle = world.command(&["run-target", "idle"]);
+    let mut idle = idle.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let begin = std::time::Instant::now();
+    while !world.run(&["exec", "idle", "--", "true"]).status.success() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "idle does not run");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // A second one does not end it.
+    world.refused(&["run-target", "idle"], 1, &["target idle: its container runs already, as process "]);
+    assert_eq!(world.ok(&["exec", "idle", "--", "echo", "runs"]), "runs\n");
+    assert!(world.ok(&["ps"]).lines().any(|line| line.starts_with("idle") && line.contains(" running ")));
+    let before = files(&run);
+    fill(&run);
+    let place = format!("cannot keep its state in {}", run.display());
+    world.refused(&["run-target", "job"], 1, &["target job: ", &place, "bytes free, expected at least"]);
+    let prefix =
+        format!("target idle: cannot say what is to run: cannot write {}/containers/.idle.", run.display());
+    world.refused(&["exec", "idle", "--", "true"], 1, &[&prefix, "No space left on device"]);
+    // No empty reason, and no part of a file.
+    let listed = world.ok(&["ps"]);
+    assert!(listed.lines().all(|line| !line.ends_with(':') && !line.ends_with(": ")), "{listed}");
+    let unmounted = std::process::Command::new("umount").arg(world.path("run/targets/job")).status().unwrap();
+    assert!(unmounted.success());
+    let record = format!("cannot write {}/mounts/", run.display());
+    world.refused(&activate, 1, &["target job: ", &record, ".json: No space left on device"]);
+    free(&run);
+    world.ok(&activate);
+    assert_eq!(world.ok(&["exec", "idle", "--", "echo", "again"]), "again\n");
+    // But for the files of the mount that was made anew.
+    let others = |names: Vec<String>| -> Vec<String> {
+        names.into_iter().filter(|name| !name.starts_with("mounts")).collect()
+    };
+    assert_eq!(others(files(&run)), others(before));
+    assert!(files(&run).iter().all(|name| !name.starts_with("mounts/.")), "{:?}", files(&run));
+    assert_eq!(world.ok(&["run-target", "job"]), "");
+    idle.kill().unwrap();
+    idle.wait().unwrap();
 }

@@ -134,9 +134,9 @@ fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() 
     for (target, words) in [
         ("link", &["target link", "/dev of its image is a link"][..]),
         ("file", &["target file", "/proc of its image is no folder"]),
-        ("empty", &["target empty has no command", "Entrypoint", "run.command"]),
+        ("empty", &["target empty: it has no command", "Entrypoint", "run.command"]),
         ("stranger", &["user `nobody-here`", "the image has no user"]),
-        ("no-program", &["target no-program has no command"]),
+        ("no-program", &["target no-program: it has no command"]),
         ("unset", &["\"PATH\" in Env is no NAME=VALUE"]),
         ("three", &["target three: user `app:audio:x`", "the image has no group `audio:x`"]),
         ("odd", &["WorkingDir", "the configuration sha256:"]),
@@ -144,7 +144,11 @@ fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() 
         world.refused(&["run-target", target], 2, words);
         world.refused(&["run-target", target, "--print"], 2, words);
     }
-    world.refused(&["run-target", "only-files"], 2, &["service_type fs-only", "only a container runs"]);
+    world.refused(
+        &["run-target", "only-files"],
+        2,
+        &["its service_type is fs-only", "only a container runs"],
+    );
     world.refused(&["run-target", "hostfs"], 2, &["service_type hostfs"]);
     world.refused(&["run-target", "nothing"], 2, &["no target `nothing`", "scratch"]);
     world.refused(&["run-target", "../x"], 2, &["../x"]);

@@ -107,8 +107,19 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
             output::line(containers::done_text(one))?;
         }
     }
-    verdict?;
-    Ok(containers::verdict(&done)?)
+    // A container whose image is not mounted has that reason; the reasons of all others count besides.
+    let is_mounted =
+        |name: &str| taken.iter().all(|one| one.target != name || matches!(one.outcome, Outcome::Done(_)));
+    match verdict {
+        Ok(()) => Ok(containers::verdict(&done)?),
+        Err(mut both) => {
+            let others: Vec<_> = done.into_iter().filter(|one| is_mounted(&one.name)).collect();
+            if let Err(more) = containers::verdict(&others) {
+                both.add(more.reasons, more.class);
+            }
+            Err(both.into())
+        }
+    }
 }
 
 fn plan(args: &ActivateArgs, global: &Global, run: &Path) -> Result<ActivationPlan, AnyError> {

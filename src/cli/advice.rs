@@ -160,6 +160,7 @@ fn for_run(error: &RunError) -> Option<&'static str> {
         RunError::NotRunning { .. } => Some(
             "`mosfs ps` shows how it has ended, `mosfs logs NAME` what it has written; `mosfs activate` starts it",
         ),
+        RunError::Running { .. } => Some("`mosfs exec NAME -- COMMAND` runs a command in it"),
         RunError::VolumeOwner { .. } => Some(
             "change the owner of what is in it (chown -R): files of volumes have the ids that the container sees, not \
              those of the host",

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Global, device, output, run_target, shifted_unit};
 use crate::deploy::{booted, target};
-use crate::error::{AnyError, Class, Classified};
+use crate::error::{AnyError, Class, Classified, without_target};
 use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
 use crate::mount::{table, units as daemons};
 use crate::run::health::{self, Other};
@@ -145,7 +145,7 @@ fn rows(global: &Global) -> Result<Vec<Row>, AnyError> {
                 unit,
                 ports,
                 address,
-                error,
+                error: error.map(|error| without_target(name.as_str(), &error).to_string()),
             })
         })
         .collect()
@@ -510,7 +510,8 @@ fn daemons_of(container: &Container, places: &Places) -> Result<Vec<String>, Any
 pub(super) struct NotRunning {
     /// One sentence each.
     pub reasons: Vec<String>,
-    class: Class,
+    /// That of the most serious one.
+    pub class: Class,
 }
 
 impl Classified for NotRunning {
@@ -519,15 +520,21 @@ impl Classified for NotRunning {
     }
 }
 
+/// One sentence, which names the target once.
+fn reason(target: &str, error: &AnyError) -> String {
+    format!("target {target}: {}", without_target(target, &error.to_string()))
+}
+
 /// Requires that all containers are as they should be.
 pub(super) fn verdict(done: &[Done]) -> Result<(), NotRunning> {
-    let failed: Vec<_> = done.iter().filter_map(|one| one.outcome.as_ref().err()).collect();
+    let failed: Vec<_> =
+        done.iter().filter_map(|one| Some((&one.name, one.outcome.as_ref().err()?))).collect();
     if failed.is_empty() {
         return Ok(());
     }
-    let is_verification = failed.iter().any(|error| error.class() == Class::Verification);
+    let is_verification = failed.iter().any(|(_, error)| error.class() == Class::Verification);
     let class = if is_verification { Class::Verification } else { Class::Failure };
-    Err(NotRunning { reasons: failed.iter().map(ToString::to_string).collect(), class })
+    Err(NotRunning { reasons: failed.iter().map(|(name, error)| reason(name, error)).collect(), class })
 }
 
 /// How long a container must have been running before it is called healthy.
@@ -570,7 +577,7 @@ pub(super) fn check_health(global: &Global) -> Result<(), AnyError> {
             Ok(())
         };
         if let Err(error) = healthy() {
-            reasons.push(error.to_string());
+            reasons.push(reason(target, &error));
         }
     }
     if reasons.is_empty() { Ok(()) } else { Err(NotRunning { reasons, class: Class::Failure }.into()) }

@@ -69,6 +69,8 @@ pub(super) fn run(args: &RunTargetArgs, global: &Global) -> Result<(), AnyError>
     }
     let done = start(args, global, &places);
     if let Err(error) = &done
+        // The reason is not one of the container, which runs.
+        && !matches!(error.inner().downcast_ref(), Some(RunError::Running { .. }))
         // Where the start itself has failed, it has noted the reason; that nothing runs is what follows from it.
         && !(args.wait_healthy && units::last_error(&places, &args.target).is_some())
     {

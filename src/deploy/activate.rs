@@ -36,7 +36,7 @@ use serde::Serialize;
 use super::error::DeployError;
 use super::state::DeploymentId;
 use super::{System, target};
-use crate::error::{AnyError, Class, Classified, IoContext, IoError};
+use crate::error::{AnyError, Class, Classified, IoContext, IoError, without_target};
 use crate::failpoint;
 use crate::floor::{self, Floor};
 use crate::image::blobs::Blobs;
@@ -432,6 +432,15 @@ impl Classified for ForeignMountError {
     }
 }
 
+impl NotActive {
+    /// Adds what else is not as it should be.
+    pub fn add(&mut self, reasons: Vec<String>, class: Class) {
+        self.reasons.extend(reasons);
+        self.class = super::choice::graver(self.class, class);
+        self.only_busy = false;
+    }
+}
+
 /// Requires that every target is correct.
 ///
 /// # Errors
@@ -449,7 +458,8 @@ pub fn verdict(taken: &[CompletedStep]) -> Result<(), NotActive> {
                 classes.push(Class::Failure);
             }
             Outcome::Failed(error) => {
-                reasons.push(format!("target {}: {error}", one.target));
+                let words = error.to_string();
+                reasons.push(format!("target {}: {}", one.target, without_target(&one.target, &words)));
                 classes.push(error.class());
                 only_busy = false;
             }

@@ -25,6 +25,7 @@ use super::recover;
 use super::state::State;
 use super::{System, SystemLock};
 use crate::digest::Digest;
+use crate::error::without_target;
 use crate::failpoint;
 use crate::floor::Policy;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
@@ -223,7 +224,9 @@ fn images(
             Ok(()) => entries.push((Some(image_name(target.as_str(), &image.digest)), manifest)),
             Err(error) => {
                 whole = false;
-                done.problems.push(format!("deployment {id}: target {target}: {error}"));
+                let error = error.to_string();
+                let why = without_target(target.as_str(), &error);
+                done.problems.push(format!("deployment {id}: target {target}: {why}"));
             }
         }
     }

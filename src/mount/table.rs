@@ -368,8 +368,16 @@ fn write_in(folder: &Path, record: &MountRecord, _: &Lock) -> Result<(), IoError
     let temp = folder.join(format!(".{}.{}", record.stem(), std::process::id()));
     let text = serde_json::to_vec(record).map_err(io::Error::other).on("write", &path)?;
     // No fsync: what is mounted is gone after a power cut, and so is /run.
-    file::create_file(&temp, 0o644)?.write_all(&text).on("write", &temp)?;
-    fs::rename(&temp, &path).on("rename", &temp)
+    let written = file::create_file(&temp, 0o644)
+        .and_then(|mut file| file.write_all(&text).on("write", &temp))
+        .and_then(|()| fs::rename(&temp, &path).on("rename", &temp));
+    written.map_err(|error| {
+        // A full file system is the likeliest cause.
+        let _ = fs::remove_file(&temp);
+        // Who reads the error is in another folder.
+        let folder = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf());
+        IoError::new("write", folder.join(path.file_name().unwrap_or_default()), error.source)
+    })
 }
 
 /// The record of the mount with this device number.

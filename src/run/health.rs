@@ -22,10 +22,11 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
-use super::places::Places;
+use super::places::{Places, write_note};
 use super::root::step;
 use super::start::runtime;
 use super::{Container, RunError, bundle, program, stdio, units, user};
+use crate::error::{IoContext, IoError, without_target};
 use crate::manifest::rules;
 use crate::manifest::workload::{Health, Restart};
 use crate::sys::{file, locks, notify};
@@ -107,7 +108,7 @@ fn command(
         other.terminal,
     );
     let file = ProcessFile::new(places, target, process.to_string().as_bytes())
-        .map_err(step(target, "write what is to run"))?;
+        .map_err(step(target, "say what is to run"))?;
     let mut command = runtime(places);
     command.arg("exec").arg("--process").arg(&file.path);
     Ok((command, file))
@@ -120,13 +121,14 @@ struct ProcessFile {
 }
 
 impl ProcessFile {
-    fn new(places: &Places, target: &str, text: &[u8]) -> std::io::Result<Self> {
+    fn new(places: &Places, target: &str, text: &[u8]) -> Result<Self, IoError> {
         let name = format!("containers/.{target}.{}", std::process::id());
         let path = places.run.join(name);
         let _ = fs::remove_file(&path);
-        let mut file: File = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let mut file: File = file.on("write", &path)?;
         let made = Self { path };
-        file.write_all(text)?;
+        file.write_all(text).on("write", &made.path)?;
         Ok(made)
     }
 }
@@ -246,8 +248,8 @@ pub fn watch(container: &Container, places: &Places, main: Option<u32>) {
         failures += 1;
         let why = format!("it is not healthy: failure {failures} of {} in a row: {why}", health.retries());
         log::warn!("target {target}: {why}");
-        if let Err(error) = fs::write(&note, &why) {
-            log::warn!("cannot write {}: {error}", note.display());
+        if let Err(error) = write_note(&note, &why) {
+            log::warn!("target {target}: {error}");
         }
         if failures >= health.retries() {
             let error = RunError::Unit { target: target.into(), why };
@@ -355,7 +357,8 @@ fn attempt(
     timeout: Duration,
 ) -> Result<(), String> {
     let target = container.name.as_str();
-    let (mut command, file) = command(container, places, other).map_err(|error| error.to_string())?;
+    let (mut command, file) = command(container, places, other)
+        .map_err(|error| without_target(target, &error.to_string()).to_string())?;
     // The process in the container, which does not end with the runtime that started it.
     let pid_file = file.path.with_extension("pid");
     let _ = fs::remove_file(&pid_file);

@@ -103,7 +103,7 @@ pub enum RunError {
     #[error(transparent)]
     Mount(#[from] MountError),
     /// A target that is no container.
-    #[error("target {target} has service_type {found}; only a container runs")]
+    #[error("target {target}: its service_type is {found}, and only a container runs")]
     NoContainer {
         /// The target.
         target: String,
@@ -133,7 +133,7 @@ pub enum RunError {
     },
     /// Neither the manifest nor the image says what runs.
     #[error(
-        "target {target} has no command: its image has neither Entrypoint nor Cmd, and the manifest has no run.command"
+        "target {target}: it has no command: its image has neither Entrypoint nor Cmd, and the manifest has no run.command"
     )]
     NoCommand {
         /// The target.
@@ -200,6 +200,14 @@ pub enum RunError {
     NotRunning {
         /// The target.
         target: String,
+    },
+    /// A container is to be started that runs.
+    #[error("target {target}: its container runs already, as process {pid}")]
+    Running {
+        /// The target.
+        target: String,
+        /// Its process 1, as the host numbers it.
+        pid: u32,
     },
     /// Something cannot be mounted where the manifest says.
     #[error("target {target}: cannot mount {what} at {destination}: {found}")]

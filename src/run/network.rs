@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
-use super::places::Places;
+use super::places::{Places, write_note};
 use super::programs;
 use super::root::step;
 use super::{Container, RunError};
@@ -233,8 +233,7 @@ pub fn join(
     // The runtime will have the same number, or be a child of this process.
     let pid = std::process::id();
     let started = process::started_at(pid).unwrap_or_default();
-    std::fs::write(&mark, format!("{pid} {started}\n"))
-        .map_err(|error| format!("cannot write {}: {error}", mark.display()))?;
+    write_note(&mark, &format!("{pid} {started}\n")).map_err(|error| error.to_string())?;
     set_up(addresses, published)
 }
 

@@ -1,9 +1,10 @@
 //! Where the files of containers are (the module's page lists them).
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-use crate::error::IoError;
-use crate::sys::file;
+use crate::error::{IoContext, IoError};
+use crate::sys::{atomic, file};
 
 /// Where a container is started from.
 #[derive(Debug, Clone)]
@@ -72,4 +73,16 @@ impl Places {
     pub fn runtime(&self) -> PathBuf {
         self.run.join("crun")
     }
+}
+
+/// Writes a file that is known of a container: a full file system leaves the old one or none, and never a part.
+///
+/// # Errors
+/// [`IoError`] with the path of the file.
+pub fn write_note(path: &Path, text: &str) -> Result<(), IoError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
+    let _ = fs::remove_file(&temporary);
+    atomic::write_new(&temporary, text.as_bytes(), 0o644).on("write", path)?;
+    fs::rename(&temporary, path).on("write", path)
 }

@@ -15,6 +15,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use super::{Container, RunError};
+use crate::error::without_target;
 use crate::mount::kernel::dm_verity::{DmVerity, DmVerityError};
 use crate::mount::kernel::overlay::{self, Upper};
 use crate::mount::table::{self, LayerRecord};
@@ -86,7 +87,10 @@ pub fn trees(
 /// Returns a function that makes an error of a step that failed.
 pub fn step<E: std::fmt::Display>(target: &str, step: &str) -> impl FnOnce(E) -> RunError + use<E> {
     let (target, step) = (target.to_string(), step.to_string());
-    move |error| RunError::Step { target, step, why: error.to_string() }
+    move |error| {
+        let why = without_target(&target, &error.to_string()).to_string();
+        RunError::Step { target, step, why }
+    }
 }
 
 /// An overlay's error as one of a mount.

@@ -23,11 +23,11 @@ use serde_json::Value;
 
 use super::bundle::{self, Bundle};
 use super::mounts::{self, Folders};
-use super::places::Places;
+use super::places::{Places, write_note};
 use super::program;
 use super::root::{self, step};
 use super::user::User;
-use super::{Container, RunError, ids, network, programs, shifted, stdio, user};
+use super::{Container, RunError, health, ids, network, programs, shifted, stdio, user};
 use crate::error::IoContext;
 use crate::manifest::rules;
 use crate::manifest::workload::Writable;
@@ -73,6 +73,8 @@ fn replace(
 ) -> Result<std::convert::Infallible, RunError> {
     let target = container.name.as_str();
     programs::check(container)?;
+    require_ended(places, target)?;
+    require_room(target, &places.run)?;
     places.make_notes()?;
     let (config, work) = match make(container, places, true) {
         // It is found before anything is made.
@@ -104,7 +106,7 @@ fn replace(
         let _ = fs::remove_file(old);
     }
     let key = places.key(target);
-    fs::write(&key, format!("{}\n", container.key)).on("write", &key)?;
+    write_note(&key, &format!("{}\n", container.key)).map_err(step(target, "start"))?;
     let mut run = runtime(places);
     // Besides its errors on stderr: for `mosfs ps`.
     run.arg("--log-format=json").arg("--log").arg(places.runtime_log(target));
@@ -116,6 +118,33 @@ fn replace(
     }
     stdio::replace_null(&mut run, &|| null(target, &work)).map_err(step(target, "make a null device"))?;
     Err(step(target, "run crun")(run.exec()))
+}
+
+/// Requires that no container of the target runs: the start would end it, as what a killed runtime has left.
+fn require_ended(places: &Places, target: &str) -> Result<(), RunError> {
+    let Some(pid) = health::pid(places, target) else { return Ok(()) };
+    // Only the runtime, its parent, keeps it in order; without one it is what the start removes.
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap_or_default().trim();
+    let name = fs::read_to_string(format!("/proc/{parent}/comm")).unwrap_or_default();
+    match name.trim() == programs::RUNTIME.0 {
+        true => Err(RunError::Running { target: target.into(), pid }),
+        false => Ok(()),
+    }
+}
+
+/// Bytes that the runtime and mosfs need in `/run/mosfs` for a container.
+const ROOM: u64 = 64 << 10;
+
+/// Requires room for the state of the runtime, which would otherwise state a failed system call and not what is full.
+fn require_room(target: &str, run: &Path) -> Result<(), RunError> {
+    match file::available_bytes(run) {
+        Ok(free) if free < ROOM => {
+            let why = format!("its file system has {free} bytes free, expected at least {ROOM}");
+            Err(step(target, &format!("keep its state in {}", run.display()))(why))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Opens a null device that is the container's own.

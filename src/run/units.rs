@@ -14,10 +14,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::places::Places;
+use super::places::{Places, write_note};
 use super::{Container, RunError};
 use crate::digest::Digest;
-use crate::error::{IoContext, IoError};
+use crate::error::{IoContext, IoError, without_target};
 use crate::failpoint;
 use crate::manifest::workload::{Ready, Restart};
 use crate::sorting;
@@ -265,8 +265,8 @@ pub fn note_error(places: &Places, target: &str, error: &str) {
     // Where it cannot be made, the file says so.
     let _ = places.make_notes();
     let error: String = error.chars().take(1000).collect();
-    if let Err(error) = fs::write(places.error(target), error) {
-        log::warn!("cannot write {}: {error}", places.error(target).display());
+    if let Err(error) = write_note(&places.error(target), &error) {
+        log::warn!("target {target}: {error}");
     }
 }
 
@@ -443,7 +443,7 @@ pub fn check(places: &Places, container: &Container) -> Result<State, RunError> 
     if let Some(needed) = missing_need(container, &state)? {
         let _ = write!(why, "; {needed}");
     } else if let Some(error) = last_error(places, target) {
-        let _ = write!(why, "; {error}");
+        let _ = write!(why, "; {}", without_target(target, &error));
     }
     Err(RunError::Unit { target: target.into(), why })
 }
