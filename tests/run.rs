@@ -149,7 +149,7 @@ fn an_image_of_one_program_without_folders_runs_and_root_has_few_capabilities() 
         2,
         &["its service_type is fs-only", "only a container runs"],
     );
-    world.refused(&["run-target", "hostfs"], 2, &["service_type hostfs"]);
+    world.refused(&["run-target", "hostfs"], 2, &["its service_type is hostfs"]);
     world.refused(&["run-target", "nothing"], 2, &["no target `nothing`", "scratch"]);
     world.refused(&["run-target", "../x"], 2, &["../x"]);
 }
