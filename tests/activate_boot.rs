@@ -22,7 +22,9 @@ use std::path::Path;
 use std::process::Command;
 
 use device::{Device, MOSFS, START, make_initrd, no_login, put, strip};
-use machine::{Ended, Machine, debian_image, script, script_path, source_file, squashfs, tool};
+use machine::{
+    Ended, Machine, debian_13_image, debian_image, script, script_path, source_file, squashfs, tool,
+};
 use publish::Publisher;
 
 /// Runs when multi-user.target is reached; `/usr/local/bin/vm-steps` does what is tested.
@@ -338,6 +340,10 @@ want rm /run/mosfs/system/volumes/go/go
 want mosfs activate
 for name in hog bomb; do want is_state $name running; done
 
+"#;
+
+/// The same, later.
+const LONG_CONTAINERS: &str = r#"
 step 26 "restarts and activations leave nothing behind"
 counts >/tmp/before
 descriptors=$(ls /proc/1/fd | wc -l)
@@ -401,6 +407,22 @@ want mosfs activate
 for name in db web hog bomb; do want is_state $name running; done
 want test "$(page 80)" = "this is web"
 
+"#;
+
+/// What comes before the containers of a machine with Debian 13.
+const DEBIAN_13: &str = r#"
+step 9 "this is Debian 13, and the targets are mounted through dm-verity"
+systemctl --version | head -n 1
+crun --version | head -n 1
+want grep -q '^VERSION_CODENAME=trixie$' /etc/os-release
+for name in app web; do want grep -q " $targets/$name overlay ro,nosuid,nodev" /proc/self/mounts; done
+"#;
+
+/// The other backend, where no other steps have mounted through it.
+const ALL_THROUGH_FUSE: &str = r#"
+step 29 "the containers that are mounted in another way are still the same"
+want mosfs activate --backend fuse
+want grep -q " $targets/web fuse.mosfs " /proc/self/mounts
 "#;
 
 /// The same through FUSE: a daemon that dies takes what runs on it along, and both come back.
@@ -518,8 +540,8 @@ fn put_modules(kernel: &str, top: &Path) {
     }
 }
 
-/// Publishes Debian with what `make install` installs, targets, and two later versions of them. Files are made in `dir`.
-fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
+/// Publishes a Debian with what `make install` installs, targets, and two later versions of them. Files are made in `dir`.
+fn publish(publisher: &Publisher, dir: &Path, debian: &Path, kernel: &str, steps: &str) {
     let top = &dir.join("top");
     let stripped = dir.join("mosfs");
     strip(START, &stripped);
@@ -562,7 +584,7 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
     fs::set_permissions(top.join("usr/local/bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
     let image = dir.join("top.squashfs");
     squashfs(top, &image, &["-all-root"]);
-    let host = vec![publisher.add_image(debian_image()), publisher.add_image(&image)];
+    let host = vec![publisher.add_image(debian), publisher.add_image(&image)];
     let target = |name: &str| vec![publisher.add_layer(name)];
     let tree = dir.join("busybox");
     put(
@@ -649,17 +671,23 @@ fn publish(publisher: &Publisher, dir: &Path, kernel: &str, steps: &str) {
     publisher.publish_targets(SICK, &targets, true);
 }
 
-/// Boots a device with this kernel whose system does `steps`; wants verdict 0 and these words on the console.
-fn boots(kernel: &'static str, steps: &str, cmdline: &str, words: &[&str]) -> Ended {
+/// Boots a device with this Debian and this kernel, which does `steps`; wants verdict 0 and these words on the console.
+fn boots(debian: &Path, kernel: &'static str, steps: &str, cmdline: &str, words: &[&str]) -> Ended {
     let dir = tempfile::tempdir().unwrap();
-    let (_device, machine) = machine_of(dir.path(), kernel, steps, cmdline);
+    let (_device, machine) = machine_of(dir.path(), debian, kernel, steps, cmdline);
     machine.expect(0, words)
 }
 
-/// Makes a device with this kernel whose system does `steps`, and the machine that boots it.
-fn machine_of(dir: &Path, kernel: &'static str, steps: &str, cmdline: &str) -> (Device, Machine) {
+/// Makes a device with this Debian and this kernel, which does `steps`, and the machine that boots it.
+fn machine_of(
+    dir: &Path,
+    debian: &Path,
+    kernel: &'static str,
+    steps: &str,
+    cmdline: &str,
+) -> (Device, Machine) {
     let publisher = Publisher::new(dir);
-    publish(&publisher, dir, kernel, steps);
+    publish(&publisher, dir, debian, kernel, steps);
     let device = Device::of(publisher, VERSION);
     carry_targets(&dir.join("store"), &device);
     let initrd = device.path("initrd");
@@ -696,12 +724,15 @@ fn targets_are_active_at_boot_and_their_daemons_come_back() {
     let words = ["vm: step 29", "vm: step 18", "vm: step 31", "data-set (fuse): verified", IN_ORDER];
     // Restarts, with an activation after each fifth one.
     let rounds = if is_long() { "500" } else { "5" };
-    let mut containers = CONTAINERS.replace("ROUNDS", rounds);
+    let mut containers = [CONTAINERS, &LONG_CONTAINERS.replace("ROUNDS", rounds)].concat();
     for (name, version) in [("NEXT", NEXT), ("SICK", SICK), ("VERSION", VERSION)] {
         containers = containers.replace(name, &version.to_string());
     }
     let steps = format!("{first}{HELPERS}{containers}{STEPS}{THROUGH_FUSE}");
-    let ended = boots("6.12", &steps, "", &words);
+    without_failures(&boots(debian_image(), "6.12", &steps, "", &words));
+}
+
+fn without_failures(ended: &Ended) {
     ended.without(&["I/O error"]);
     // What systemd says of any unit, but for containers that are to fail.
     let failed = |line: &&str| line.contains("Failed to start") && !line.contains("Target ");
@@ -709,10 +740,17 @@ fn targets_are_active_at_boot_and_their_daemons_come_back() {
 }
 
 #[test]
+fn containers_run_on_debian_13_through_both_backends() {
+    let steps = format!("{HELPERS}{DEBIAN_13}{CONTAINERS}{ALL_THROUGH_FUSE}{THROUGH_FUSE}");
+    let words = ["vm: step 9", "vm: step 25", "vm: step 31", IN_ORDER];
+    without_failures(&boots(&debian_13_image(), "6.12", &steps, "", &words));
+}
+
+#[test]
 fn containers_start_in_order_and_keep_their_volumes_over_reboots_with_all_of_them_running() {
     let dir = tempfile::tempdir().unwrap();
     let steps = format!("{HELPERS}{REBOOTED}");
-    let (device, mut machine) = machine_of(dir.path(), "6.12", &steps, "");
+    let (device, mut machine) = machine_of(dir.path(), debian_image(), "6.12", &steps, "");
     machine.disk = Some(device.path("disk.qcow2"));
     for boot in 1..=2 {
         let ended = machine.expect(0, &[&format!("vm: boot {boot} is done"), IN_ORDER]);
@@ -732,7 +770,7 @@ fn a_root_through_fuse_serves_to_the_end_of_an_orderly_shutdown() {
     let steps = format!("{HELPERS}{SHIFTED}{root}");
     let words = ["vm: step 41", "vm: the root's daemon is ", IN_ORDER];
     // Debian 12's own kernel.
-    let ended = boots("6.1", &steps, "mosfs.backend=fuse", &words);
+    let ended = boots(debian_image(), "6.1", &steps, "mosfs.backend=fuse", &words);
     // A root whose daemon was killed would have said so here.
     ended.without(&[
         "Transport endpoint is not connected",

@@ -53,17 +53,27 @@ pub fn squashfs(dir: &Path, image: &Path, options: &[&str]) {
 /// The squashfs of a Debian root with systemd, made once. Beside it, without the ending, is the root itself.
 pub fn debian_image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
-    IMAGE.get_or_init(|| {
-        let root = script_path(script("debian-root").arg("hostfs"));
-        let image = root.with_extension("squashfs");
-        if !image.exists() {
-            let part = image.with_extension("part");
-            let _ = fs::remove_file(&part);
-            squashfs(&root, &part, &[]);
-            fs::rename(&part, &image).expect("rename");
-        }
-        image
-    })
+    IMAGE.get_or_init(|| debian_image_of(&mut script("debian-root")))
+}
+
+/// The same of Debian 13, whatever this machine runs.
+pub fn debian_13_image() -> PathBuf {
+    debian_image_of(script("debian-root").env("MOSFS_VM_SUITE", "trixie"))
+}
+
+fn debian_image_of(debian_root: &mut Command) -> PathBuf {
+    // On Debian 13, both are the same.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let root = script_path(debian_root.arg("hostfs"));
+    let image = root.with_extension("squashfs");
+    if !image.exists() {
+        let part = image.with_extension("part");
+        let _ = fs::remove_file(&part);
+        squashfs(&root, &part, &[]);
+        fs::rename(&part, &image).expect("rename");
+    }
+    image
 }
 
 /// Bytes that do not compress, the same every time.
