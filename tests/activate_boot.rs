@@ -740,6 +740,7 @@ fn without_failures(ended: &Ended) {
 }
 
 #[test]
+#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
 fn containers_run_on_debian_13_through_both_backends() {
     let steps = format!("{HELPERS}{DEBIAN_13}{CONTAINERS}{ALL_THROUGH_FUSE}{THROUGH_FUSE}");
     let words = ["vm: step 9", "vm: step 25", "vm: step 31", IN_ORDER];

@@ -17,7 +17,7 @@ use crate::run::health::{self, Other};
 use crate::run::leftovers;
 use crate::run::places::Places;
 use crate::run::units::{self, Action, Settings, State};
-use crate::run::{self, Container, RunError, network, programs, root, shifted};
+use crate::run::{self, Container, RunError, network, programs, root, runtime, shifted};
 use crate::store::Store;
 use crate::sys;
 use crate::trust::Anchor;
@@ -169,7 +169,7 @@ fn word(places: &Places, name: &TargetName, unit: &State, container: Option<&Con
         "deactivating" => "stopping",
         "failed" => "failed",
         // Without a unit: `mosfs run-target` in the foreground.
-        _ if health::pid(places, name.as_str()).is_some() => "running",
+        _ if runtime::pid(places, name.as_str()).is_some() => "running",
         // It starts when what it needs is healthy, or has done its work.
         "inactive" if unit.has_job => "waiting",
         _ => "stopped",

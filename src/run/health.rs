@@ -16,15 +16,13 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
-
 use super::places::{Places, write_note};
 use super::root::step;
-use super::start::runtime;
+use super::runtime::{pid, runtime};
 use super::{Container, RunError, bundle, program, stdio, units, user};
 use crate::error::{IoContext, IoError, without_target};
 use crate::manifest::rules;
@@ -35,27 +33,6 @@ use crate::sys::{file, locks, notify};
 const LOOK: Duration = Duration::from_millis(50);
 /// Longest time between two attempts while failures do not count.
 const START_INTERVAL: Duration = Duration::from_secs(1);
-
-/// A container as the runtime knows it.
-#[derive(Debug, Clone, Deserialize)]
-struct RuntimeState {
-    status: String,
-    #[serde(default)]
-    pid: u32,
-}
-
-/// The process 1 of a running container, as the host numbers it.
-pub fn pid(places: &Places, target: &str) -> Option<u32> {
-    // Without it, the runtime would make the folder and those above it, closed to all others.
-    if !places.runtime().join(target).exists() {
-        return None;
-    }
-    let mut command = runtime(places);
-    command.args(["state", target]).stdin(Stdio::null()).stderr(Stdio::null());
-    let output = command.output().ok()?;
-    let state: RuntimeState = serde_json::from_slice(&output.stdout).ok()?;
-    (state.status == "running" && state.pid > 0).then_some(state.pid)
-}
 
 /// What is run in a container besides its own command.
 #[derive(Debug, Clone, Copy)]

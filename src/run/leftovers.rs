@@ -10,14 +10,12 @@
 //! that of the program, and systemd holds ExecStopPost= to it, too: the clean-up asks for more (sd_notify(3)).
 
 use std::fs;
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::places::Places;
-use super::start::runtime;
-use super::{RunError, health, network, units};
+use super::{RunError, network, runtime, units};
 use crate::manifest::rules;
 use crate::sys::{file, notify};
 
@@ -64,7 +62,7 @@ pub fn clean(places: &Places, target: &str, ended: &Ended) {
     }
     note_failure(places, target, ended);
     // With --force: the runtime itself may have been killed.
-    delete(places, target, true);
+    let _ = runtime::delete(places, target, true);
     if let Err(why) = network::leave(places, target) {
         log::warn!("target {target}: {why}");
     }
@@ -105,17 +103,6 @@ fn runtime_error(places: &Places, target: &str) -> Option<String> {
     Some(rules::printable(errors.last()?.msg.trim(), 500))
 }
 
-/// Removes the runtime's state of a container.
-fn delete(places: &Places, target: &str, force: bool) {
-    let mut delete = runtime(places);
-    delete.arg("delete");
-    if force {
-        delete.arg("--force");
-    }
-    delete.arg(target).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let _ = delete.status();
-}
-
 /// Removes what is left of all containers that have ended and whose clean-up was killed. What runs or starts meanwhile
 /// stays.
 ///
@@ -124,9 +111,9 @@ fn delete(places: &Places, target: &str, force: bool) {
 pub fn tidy(places: &Places) -> Result<(), String> {
     for entry in fs::read_dir(places.runtime()).into_iter().flatten().flatten() {
         let Ok(target) = entry.file_name().into_string() else { continue };
-        if health::pid(places, &target).is_none() {
+        if runtime::pid(places, &target).is_none() {
             // Without --force, the runtime refuses to delete one that was started meanwhile.
-            delete(places, &target, false);
+            let _ = runtime::delete(places, &target, false);
         }
     }
     network::tidy(places)

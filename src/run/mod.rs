@@ -38,6 +38,7 @@ pub mod places;
 pub mod program;
 pub mod programs;
 pub mod root;
+pub mod runtime;
 pub mod seccomp;
 pub mod shifted;
 pub mod start;

@@ -17,7 +17,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -27,7 +26,7 @@ use super::places::{Places, write_note};
 use super::program;
 use super::root::{self, step};
 use super::user::User;
-use super::{Container, RunError, health, ids, network, programs, shifted, stdio, user};
+use super::{Container, RunError, ids, network, programs, runtime, shifted, stdio, user};
 use crate::error::IoContext;
 use crate::manifest::rules;
 use crate::manifest::workload::Writable;
@@ -36,17 +35,6 @@ use crate::sys::{self, file, namespace};
 
 /// Where Debian's packages put a small init, the first that is there: tini-static, catatonit.
 const INITS: [&str; 3] = ["/usr/bin/tini-static", "/usr/bin/catatonit", "/usr/libexec/podman/catatonit"];
-
-/// Returns the runtime with the options of each of its commands.
-pub fn runtime(places: &Places) -> Command {
-    let mut command = Command::new(programs::RUNTIME.0);
-    command.arg("--cgroup-manager=disabled").arg("--root").arg(places.runtime());
-    // What systemd says to the service is not for the container.
-    for name in ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC"] {
-        command.env_remove(name);
-    }
-    command
-}
 
 /// Returns the configuration that a container would be started with. Nothing is left of what is made for it.
 pub fn print(container: &Container, places: &Places) -> Result<Value, RunError> {
@@ -94,20 +82,14 @@ fn replace(
     // What a runtime that was killed has left: the next start would call it a container that exists. Mostly there is
     // nothing, and a run of the runtime is a tenth of a start.
     if places.runtime().join(target).exists() {
-        let mut delete = runtime(places);
-        delete
-            .args(["delete", "--force", target])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        delete.status().map_err(step(target, "run crun delete"))?;
+        runtime::delete(places, target, true).map_err(step(target, "run crun delete"))?;
     }
     for old in places.last_run(target) {
         let _ = fs::remove_file(old);
     }
     let key = places.key(target);
     write_note(&key, &format!("{}\n", container.key)).map_err(step(target, "start"))?;
-    let mut run = runtime(places);
+    let mut run = runtime::runtime(places);
     // Besides its errors on stderr: for `mosfs ps`.
     run.arg("--log-format=json").arg("--log").arg(places.runtime_log(target));
     run.args(["run", "--bundle"]).arg(&work).arg(target);
@@ -122,14 +104,10 @@ fn replace(
 
 /// Requires that no container of the target runs: the start would end it, as what a killed runtime has left.
 fn require_ended(places: &Places, target: &str) -> Result<(), RunError> {
-    let Some(pid) = health::pid(places, target) else { return Ok(()) };
-    // Only the runtime, its parent, keeps it in order; without one it is what the start removes.
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap_or_default().trim();
-    let name = fs::read_to_string(format!("/proc/{parent}/comm")).unwrap_or_default();
-    match name.trim() == programs::RUNTIME.0 {
-        true => Err(RunError::Running { target: target.into(), pid }),
-        false => Ok(()),
+    match runtime::pid(places, target) {
+        // One without a runtime that keeps it in order is what the start removes.
+        Some(pid) if runtime::is_kept(pid) => Err(RunError::Running { target: target.into(), pid }),
+        _ => Ok(()),
     }
 }
 
