@@ -216,7 +216,10 @@ mosfs status | grep '^          web 1.0.0: running, 80->8080/tcp$' || fail "the 
 # From outside: another network namespace, linked with the host's.
 unshare --net sleep 100000 &
 outside=$!
-await ip link add out0 type veth peer name out1 netns $outside
+# Until unshare has made it, its namespace is the host's.
+is_elsewhere() { test "$(readlink /proc/$1/ns/net)" != "$(readlink /proc/self/ns/net)"; }
+await is_elsewhere $outside
+want ip link add out0 type veth peer name out1 netns $outside
 want ip address add 192.0.2.1/24 dev out0
 want ip link set out0 up
 want nsenter --net=/proc/$outside/ns/net ip address add 192.0.2.2/24 dev out1
