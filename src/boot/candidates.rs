@@ -4,6 +4,7 @@
 //! sysfs    every block device with a size, its holders, its partitions
 //! udev     where it runs: devices that it has not looked at yet, or that it assigns to others, are not used
 //! libblkid what is on a device (sys/blkid.rs), asked by a process of its own for each
+//! e2fsck   by a process of its own, for ext4 on a device that can be written (e2fsck.rs)
 //! mount    by a process of its own, attached nowhere; looked into; then handed over
 //! ```
 //!
@@ -11,6 +12,10 @@
 //! that is looked for. Members of RAIDs, volume groups, multipath disks, and encrypted volumes carry the label of
 //! what is inside; they are never taken: one half of a mirror that is written to is no mirror any more. Neither is
 //! a device that something else holds.
+//!
+//! Where libblkid finds nothing, the superblock may be damaged. A partition whose name in the GPT is the label that is
+//! looked for, and a device that the command line names, are candidates then too, after all others: e2fsck looks for a
+//! copy of the superblock.
 //!
 //! Nothing on a candidate is trusted, so a wrong one can only lead to a refusal. That must not stop a boot: the next
 //! one is tried where one is empty, broken, foreign, or does not answer. Devices that do not answer are left
@@ -27,6 +32,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::cmdline::Partition;
+use super::e2fsck;
 use crate::sorting;
 use crate::sys::blkid::{self, Content};
 use crate::sys::file::{self, Links};
@@ -37,6 +43,8 @@ use crate::sys::mountapi::{self, CallError, FsContext};
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long the device that comes first by its order may take to answer before a later one is taken.
 const ORDER_WITHIN: Duration = Duration::from_millis(500);
+/// How long a check may take before it is worth a word.
+const SAY_AFTER: Duration = Duration::from_secs(3);
 /// The least time that a device is given to answer, also where nothing is to be waited for.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// Where the kernel lists block devices.
@@ -49,6 +57,9 @@ const UDEV_SOCKET: &str = "/run/udev/control";
 const FILE_SYSTEMS: [(&str, &str); 5] =
     [("ext4", "ext4"), ("ext3", "ext4"), ("ext2", "ext4"), ("xfs", "xfs"), ("btrfs", "btrfs")];
 
+/// The driver of what only e2fsck can repair.
+const DAMAGED: &str = "ext4";
+
 /// The option that mounts without replaying the journal, by driver: for a device that cannot be written.
 const NO_REPLAY: [(&str, &str, Option<&str>); 3] =
     [("ext4", "norecovery", None), ("xfs", "norecovery", None), ("btrfs", "rescue", Some("nologreplay"))];
@@ -60,6 +71,8 @@ pub struct Candidate {
     pub device: PathBuf,
     /// The kernel's name of the file system's driver.
     pub file_system: &'static str,
+    /// Whether libblkid finds nothing there, so that only a repair can make it one.
+    pub is_damaged: bool,
 }
 
 /// A device that was not taken, and why.
@@ -78,6 +91,8 @@ enum Knowledge {
     Asked(Helper),
     /// It may be the partition.
     Candidate(&'static str),
+    /// It may be the partition if its superblock can be repaired.
+    Damaged,
     /// It was given to the caller.
     Given,
     /// It is not the partition; with a reason where that is worth a word.
@@ -121,6 +136,12 @@ impl Device {
             list.any(|entry| entry.is_ok_and(|entry| entry.path().join("partition").exists()))
         });
         (is_virtual, has_partitions, &self.name)
+    }
+
+    /// Its name in the partition table, if it has one there.
+    fn partition_name(&self) -> Option<String> {
+        let uevent = text(&self.sysfs().join("uevent"))?;
+        uevent.lines().find_map(|line| line.strip_prefix("PARTNAME=")).map(str::to_string)
     }
 
     /// Who holds it: a RAID, a device-mapper device.
@@ -202,13 +223,13 @@ impl Said {
         }
     }
 
-    /// What follows for a search.
-    fn judge(self, wanted: &Partition) -> Knowledge {
+    /// What follows for a search of a device with this name in a partition table.
+    fn judge(self, wanted: &Partition, partition_name: Option<&str>) -> Knowledge {
         let no = |why: &str| Knowledge::No(Some(why.to_string()));
         match self {
-            // A device that was named is worth a word in any case.
             Self::Nothing => match wanted {
-                Partition::Device(_) => no("it has no file system"),
+                Partition::Device(_) => Knowledge::Damaged,
+                Partition::Label(name) if partition_name == Some(name) => Knowledge::Damaged,
                 _ => Knowledge::No(None),
             },
             Self::Ambiguous => no("it has the signatures of more than one file system or volume"),
@@ -258,7 +279,7 @@ impl Search {
         let why = |knowledge: &Knowledge| match knowledge {
             Knowledge::Asked(_) => Some("it does not answer".to_string()),
             Knowledge::No(why) => why.clone(),
-            Knowledge::Candidate(_) | Knowledge::Given => None,
+            Knowledge::Candidate(_) | Knowledge::Damaged | Knowledge::Given => None,
         };
         self.known
             .iter()
@@ -293,7 +314,7 @@ impl Search {
             };
             self.known.insert(device, knowledge);
         }
-        for knowledge in self.known.values_mut() {
+        for (device, knowledge) in &mut self.known {
             let Knowledge::Asked(helper) = knowledge else { continue };
             let said = match helper.answer(Duration::ZERO) {
                 Ok(None) => continue,
@@ -301,7 +322,7 @@ impl Search {
                     .unwrap_or_else(|error| Said::Error(error.to_string())),
                 Err(error) => Said::Error(error.to_string()),
             };
-            *knowledge = said.judge(&self.wanted);
+            *knowledge = said.judge(&self.wanted, device.partition_name().as_deref());
         }
     }
 
@@ -324,7 +345,7 @@ impl Iterator for Search {
         loop {
             self.look();
             let mut is_asking = false;
-            let mut found = None;
+            let (mut found, mut damaged) = (None, None);
             let mut in_order: Vec<_> = self.known.iter().collect();
             sorting::sort_by_key(&mut in_order, |(device, _)| device.order());
             for (device, knowledge) in in_order {
@@ -337,15 +358,18 @@ impl Iterator for Search {
                         }
                     }
                     Knowledge::Candidate(file_system) => {
-                        found = Some((device.clone(), *file_system));
+                        found = Some((device.clone(), *file_system, false));
                         break;
+                    }
+                    Knowledge::Damaged => {
+                        damaged.get_or_insert_with(|| (device.clone(), DAMAGED, true));
                     }
                     Knowledge::Given | Knowledge::No(_) => {}
                 }
             }
-            if let Some((device, file_system)) = found {
+            if let Some((device, file_system, is_damaged)) = found.or(damaged.filter(|_| !is_asking)) {
                 let why = device.holder().map(|holder| format!("{holder} holds it"));
-                let candidate = Candidate { device: device.node(), file_system };
+                let candidate = Candidate { device: device.node(), file_system, is_damaged };
                 let is_free = why.is_none();
                 let next = if is_free { Knowledge::Given } else { Knowledge::No(why) };
                 self.known.insert(device, next);
@@ -388,11 +412,63 @@ enum Outcome {
 }
 
 impl Candidate {
-    /// Mounts it, and looks whether it holds a system, within `patience`.
+    /// Checks its file system, mounts it, and looks whether it holds a system. It has `patience` for each answer. `say` gets
+    /// a sentence where the check has corrected something, or takes long.
     ///
     /// # Errors
     /// Why it is no system partition, as part of a sentence.
-    pub fn mount(&self, patience: Duration) -> Result<Mounted, String> {
+    pub fn mount(&self, patience: Duration, say: &dyn Fn(&str)) -> Result<Mounted, String> {
+        let patience = patience.max(ANSWER_WITHIN);
+        let unchecked = match self.check(patience, say) {
+            None => None,
+            Some(Ok(false)) => None,
+            Some(Ok(true)) => {
+                say(&format!("{}: e2fsck has corrected its file system", self.device.display()));
+                None
+            }
+            Some(Err(why)) => Some(why),
+        };
+        let mounted = match (self.is_damaged, &unchecked) {
+            (true, Some(_)) => Err("it has no file system".to_string()),
+            _ => self.mount_checked(patience),
+        };
+        match unchecked {
+            Some(check) => mounted.map_err(|why| format!("{why}; {check}")),
+            None => mounted,
+        }
+    }
+
+    /// Checks its file system, where that can be done; returns whether something was corrected.
+    fn check(&self, patience: Duration, say: &dyn Fn(&str)) -> Option<Result<bool, String>> {
+        if self.file_system != DAMAGED || e2fsck::is_read_only(&self.device) {
+            return None;
+        }
+        let program = e2fsck::program()?;
+        let ask = || serde_json::to_vec(&e2fsck::check(program, &self.device, patience)).unwrap_or_default();
+        let helper = match Helper::start(|| (ask(), None)) {
+            Ok(helper) => helper,
+            Err(error) => return Some(Err(error.to_string())),
+        };
+        let answer = helper.answer(SAY_AFTER).and_then(|answer| match answer {
+            Some(answer) => Ok(Some(answer)),
+            None => {
+                say(&format!(
+                    "{}: its file system is checked, which can take minutes",
+                    self.device.display()
+                ));
+                helper.answer(e2fsck::MAX_TIME + patience)
+            }
+        });
+        Some(match answer {
+            Ok(Some(answer)) => serde_json::from_slice(&answer.bytes)
+                .unwrap_or_else(|_| Err("the process that checked it answered nonsense".into())),
+            Ok(None) => Err("the process that checked it did not answer".into()),
+            Err(error) => Err(error.to_string()),
+        })
+    }
+
+    /// Mounts it, and looks whether it holds a system, within `patience`.
+    fn mount_checked(&self, patience: Duration) -> Result<Mounted, String> {
         let work = || match mount_and_look(self) {
             Ok(Mounted { mount, read_only }) => (Outcome::Mounted { read_only }, Some(mount)),
             Err(why) => (Outcome::Failed(why), None),
@@ -402,7 +478,7 @@ impl Candidate {
             (serde_json::to_vec(&outcome).unwrap_or_default(), mount)
         });
         let helper = helper.map_err(|error| error.to_string())?;
-        let answer = helper.answer(patience.max(ANSWER_WITHIN)).map_err(|error| error.to_string())?;
+        let answer = helper.answer(patience).map_err(|error| error.to_string())?;
         let answer = answer.ok_or_else(|| format!("it did not answer within {} s", patience.as_secs()))?;
         match (serde_json::from_slice(&answer.bytes), answer.descriptor) {
             (Ok(Outcome::Mounted { read_only }), Some(mount)) => Ok(Mounted { mount, read_only }),
@@ -458,7 +534,7 @@ mod tests {
     }
 
     fn judged(said: Said, wanted: &Partition) -> Result<&'static str, Option<String>> {
-        match said.judge(wanted) {
+        match said.judge(wanted, None) {
             Knowledge::Candidate(driver) => Ok(driver),
             Knowledge::No(why) => Err(why),
             other => panic!("{other:?}"),
@@ -487,7 +563,22 @@ mod tests {
         let device = Partition::Device("/dev/x".into());
         assert_eq!(judged(superblock("xfs", "filesystem", ""), &device), Ok("xfs"));
         assert!(judged(superblock("linux_raid_member", "raid", ""), &device).unwrap_err().is_some());
-        assert!(judged(Said::Nothing, &device).unwrap_err().is_some());
+    }
+
+    #[test]
+    fn what_may_be_repaired_is_what_has_the_name() {
+        let may = |wanted: &Partition, name: Option<&str>| {
+            matches!(Said::Nothing.judge(wanted, name), Knowledge::Damaged)
+        };
+        let label = Partition::Label("mosfs".into());
+        assert!(may(&label, Some("mosfs")));
+        assert!(!may(&label, Some("mosfs-esp")));
+        assert!(!may(&label, None));
+        assert!(!may(&Partition::Uuid("6d1f6e2a-0c5c-4b0a-9d2e-0a1b2c3d4e5f".into()), Some("mosfs")));
+        assert!(may(&Partition::Device("/dev/x".into()), None));
+        // Whatever its name, it is not what holds something else.
+        let others = superblock("vfat", "filesystem", "mosfs").judge(&label, Some("mosfs"));
+        assert!(matches!(others, Knowledge::No(Some(_))));
     }
 
     #[test]

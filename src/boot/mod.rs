@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! floor       wait for the TPM and read it; its index must have the expected Name
-//! partition   find the system partition and mount it (untrusted: nosuid, nodev, noexec); the next one where
-//!             this one boots nothing
+//! partition   find the system partition, check it (e2fsck) and mount it (untrusted: nosuid, nodev, noexec); the next
+//!             one where this one boots nothing
 //! read        state, try spent where it is a pending one, images complete
 //! signature   manifest, signature, certificate, product; then version >= floor
 //! layers      loop and dm-verity devices, or the start of the FUSE daemon
@@ -29,6 +29,7 @@
 pub mod candidates;
 pub mod check;
 pub mod cmdline;
+pub mod e2fsck;
 pub mod event_log;
 pub mod init;
 pub mod measure;
@@ -329,7 +330,7 @@ impl Attempt<'_, '_> {
     fn try_candidate(&mut self, candidate: &Candidate) -> Result<Chosen, BootError> {
         let place = &self.setup.system;
         let bad = |why| BootError::BadPartition { device: candidate.device.clone(), why };
-        let mounted = candidate.mount(self.setup.patience).map_err(bad)?;
+        let mounted = candidate.mount(self.setup.patience, self.say).map_err(bad)?;
         if mounted.read_only {
             (self.say)(&format!(
                 "{} cannot be written: a pending version, whose tries are counted there, is not tried",

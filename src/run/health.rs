@@ -12,12 +12,11 @@
 //! ```
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::places::{Places, write_note};
@@ -27,7 +26,8 @@ use super::{Container, RunError, bundle, program, stdio, units, user};
 use crate::error::{IoContext, IoError, without_target};
 use crate::manifest::rules;
 use crate::manifest::workload::{Health, Restart};
-use crate::sys::{file, locks, notify};
+use crate::sys::said::Said;
+use crate::sys::{file, notify};
 
 /// Time between two looks at something that has no event to wait for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -270,47 +270,6 @@ fn say(state: &str) {
     }
 }
 
-/// Most bytes of a health command's output that are kept: the last ones.
-const MOST_SAID: usize = 512;
-
-/// The end of what a command writes, which a thread reads.
-#[derive(Debug)]
-struct Said {
-    bytes: Arc<Mutex<Vec<u8>>>,
-    thread: std::thread::JoinHandle<()>,
-}
-
-impl Said {
-    /// Reads all that a command writes to both of its outputs. Its input is at its end.
-    fn of(command: &mut Command) -> std::io::Result<Self> {
-        let (mut reader, writer) = std::io::pipe()?;
-        command.stdin(stdio::ended()?).stdout(writer.try_clone()?).stderr(writer);
-        let bytes: Arc<Mutex<Vec<u8>>> = Arc::default();
-        let kept = Arc::clone(&bytes);
-        let thread = std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(length @ 1..) = reader.read(&mut buffer) {
-                let mut kept = locks::lock(&kept);
-                kept.extend_from_slice(buffer.get(..length).unwrap_or_default());
-                let surplus = kept.len().saturating_sub(MOST_SAID);
-                kept.drain(..surplus);
-            }
-        });
-        Ok(Self { bytes, thread })
-    }
-
-    /// The last line, for a reason; empty if there is none. What the command has left running is not waited for.
-    fn last_line(&self) -> String {
-        let begin = Instant::now();
-        while !self.thread.is_finished() && begin.elapsed() < LOOK * 4 {
-            std::thread::sleep(LOOK / 10);
-        }
-        let text = String::from_utf8_lossy(&locks::lock(&self.bytes)).into_owned();
-        let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty());
-        line.map(|line| format!(" ({line})")).unwrap_or_default()
-    }
-}
-
 /// The program of a command and why it cannot run in a running container, if that is so.
 fn unrunnable(container: &Container, places: &Places, other: &Other<'_>) -> Option<(String, String)> {
     let program = other.command.first()?;
@@ -324,6 +283,13 @@ fn unrunnable(container: &Container, places: &Places, other: &Other<'_>) -> Opti
     let tree = program::Tree::of(container, &path, &[], &user);
     let why = program::problem(&tree, program, &environment)?;
     Some((rules::printable(program, 200), rules::printable(&why, 1000)))
+}
+
+/// Connects a command to what reads the end of both of its outputs. Its input is at its end.
+fn said_by(command: &mut Command) -> std::io::Result<Said> {
+    let (said, writer) = Said::new()?;
+    command.stdin(stdio::ended()?).stdout(writer.try_clone()?).stderr(writer);
+    Ok(said)
 }
 
 /// Runs the command of `health` once.
@@ -340,7 +306,7 @@ fn attempt(
     let pid_file = file.path.with_extension("pid");
     let _ = fs::remove_file(&pid_file);
     command.arg("--pid-file").arg(&pid_file).arg(target);
-    let said = Said::of(&mut command).map_err(|error| format!("cannot make a pipe: {error}"))?;
+    let said = said_by(&mut command).map_err(|error| format!("cannot make a pipe: {error}"))?;
     let mut child = command.spawn().map_err(|error| format!("cannot run crun exec: {error}"))?;
     // It holds the writing ends.
     drop(command);

@@ -2,7 +2,8 @@
 //!
 //! Each wrapper returns `io::Result`, or an error of its own that names the whole call ([`mountapi`], [`dm`],
 //! [`tpm`]). It owns what it opens (`OwnedFd`), and each `unsafe` block has a SAFETY line. Nothing here depends
-//! on the formats of mosfs. [`elf`], [`flock`], [`locks`] and [`notify`] need no `unsafe`.
+//! on the formats of mosfs. [`elf`], [`flock`], [`locks`], [`notify`] and [`said`] need no
+//! `unsafe`.
 
 pub mod atomic;
 pub mod blkid;
@@ -22,6 +23,7 @@ pub mod mountapi;
 pub mod namespace;
 pub mod notify;
 pub mod process;
+pub mod said;
 pub mod sha256;
 pub mod streams;
 pub mod terminal;

@@ -319,6 +319,59 @@ fn the_next_disk_is_tried_where_one_is_empty_broken_or_foreign() {
     assert_eq!(fs::read_dir(boot.path("partition")).unwrap().count(), 0, "it is mounted no more");
 }
 
+/// Rule (docs/boot.md, the check of the file system): what a power cut or a worn disk leaves of a file system is repaired
+/// before it is mounted, also where its superblock cannot be read; that only where the device is known by another name than
+/// its label. `medium/install.rs` has a partition that is known by its name in the GPT.
+#[test]
+fn a_damaged_file_system_is_repaired_before_it_is_mounted() {
+    let device = Device::with(SMALL);
+    let boot = Boot::of(&device);
+    let image = boot.path("image");
+    let put = |at: u64, bytes: &[u8]| {
+        File::options().write(true).open(&image).unwrap().write_all_at(bytes, at).unwrap();
+    };
+    // ext4_super_block, at 1024: s_checksum covers all that is before it, s_state is 2 where there were errors.
+    let torn = || put(1024 + 512, &[0xa5; 64]);
+    let erased = || put(0, &[0; 4096]);
+    let with_errors = || {
+        tool("e2fsprogs", Command::new("debugfs").args(["-w", "-R", "ssv state 2"]).arg(&image));
+    };
+    let label = label();
+    let damages: [(&str, bool, &dyn Fn()); 4] = [
+        ("torn", true, &torn),
+        ("erased", true, &erased),
+        ("errors", true, &with_errors),
+        ("errors", false, &with_errors),
+    ];
+    for (what, by_name, damage) in damages {
+        ext4(&image, &label, Some(&device.system()));
+        damage();
+        let disk = Loop::of(&image, &[]);
+        let words = if by_name { disk.0.clone() } else { format!("LABEL={label}") };
+        let words = format!("mosfs.system={words}");
+        let booted = boot.on_disk(&words, &["--wait", "20"]);
+        booted.version(SMALL);
+        let said = format!("{}: e2fsck has corrected its file system", disk.0);
+        assert!(booted.said.contains(&said), "{what}: {}", booted.said);
+        // Once: it is whole now.
+        let again = boot.on_disk(&words, &["--wait", "20"]);
+        again.version(SMALL);
+        assert!(!again.said.contains("e2fsck"), "{what}: {}", again.said);
+    }
+    // Without a superblock nothing shows that it has the label.
+    ext4(&image, &label, Some(&device.system()));
+    erased();
+    let untouched = Untouched::of(&image);
+    let disk = Loop::of(&image, &[]);
+    let words = format!("mosfs.system=LABEL={label}");
+    boot.on_disk(&words, &["--wait", "3"]).refused(1, &["no system partition"]);
+    untouched.check("a disk without a name");
+    // What cannot be repaired is named.
+    put(0, &vec![0; 32 << 20]);
+    let said = format!("{}: it has no file system; e2fsck ends with exit code 8", disk.0);
+    boot.on_disk(&format!("mosfs.system={}", disk.0), &["--wait", "3"]).refused(1, &[&said]);
+}
+
 /// A FUSE daemon that is stopped: whatever it serves does not answer until this goes.
 struct Stopped(String);
 

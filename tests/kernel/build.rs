@@ -88,16 +88,20 @@ fn a_kernel_image_holds_the_kernel_its_modules_and_what_the_boot_trusts() {
     assert!(!verified.is_empty());
 }
 
-/// Debian's own is the one in the medium's kernel, with the libraries that it names.
+/// Debian's own are those in the medium's kernel, with the libraries that they name.
 #[test]
 fn an_image_with_mke2fs_has_a_kernel_that_sets_up_disks() {
     let publisher = Publisher::new();
     let program = fs::read("/sbin/mke2fs").unwrap();
+    let check = fs::read("/sbin/e2fsck").unwrap();
     publisher.put("usr/sbin/mke2fs", &program);
     publisher.image();
     let text = publisher.refused(2, &[]);
     assert!(text.contains(", which /usr/sbin/mke2fs needs"), "{text}");
-    let libraries = sh(Path::new("/"), "ldd /sbin/mke2fs | sed -n 's/.*=> \\([^ ]*\\) .*/\\1/p'");
+    // Each is found where the image has it.
+    publisher.put("usr/bin/e2fsck", &check);
+    let libraries =
+        sh(Path::new("/"), "ldd /sbin/mke2fs /sbin/e2fsck | sed -n 's/.*=> \\([^ ]*\\) .*/\\1/p' | sort -u");
     for library in libraries.lines() {
         let name = library.rsplit('/').next().unwrap();
         publisher.put(&format!("usr/lib/x86_64-linux-gnu/{name}"), fs::read(library).unwrap());
@@ -108,7 +112,9 @@ fn an_image_with_mke2fs_has_a_kernel_that_sets_up_disks() {
     let uki = publisher.unpack("store", 200).join("mosfs.efi");
     let (dir, list) = unpack_initrd(&section(&uki, ".initrd"));
     assert_eq!(list["usr/sbin/mke2fs"], "-rwxr-xr-x");
-    assert_eq!(fs::read(dir.path().join("files/usr/sbin/mke2fs")).unwrap(), program);
+    for (name, content) in [("mke2fs", program), ("e2fsck", check)] {
+        assert_eq!(fs::read(dir.path().join("files/usr/sbin").join(name)).unwrap(), content, "{name}");
+    }
     let names: Vec<_> = libraries.lines().filter_map(|path| path.rsplit('/').next()).collect();
     assert!(names.contains(&"libext2fs.so.2"), "{names:?}");
     for name in names {

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::fixture::{MOSFS, Publisher};
-use super::machine::{Cut, Machine};
+use super::machine::{Cut, Machine, tool};
 use super::real::{CMDLINE, Device, System, build, fat, full_publisher, medium, publisher, run_until, steps};
 use super::tools::sh;
 
@@ -73,6 +74,14 @@ fn a_cd_installs_on_an_empty_disk_which_then_starts_by_itself() {
     assert_eq!(steps.len(), expected.len(), "{steps:#?}");
     for (step, expected) in steps.iter().zip(expected) {
         assert!(step.starts_with(expected), "{step}: expected {expected}");
+    }
+    // Half of a superblock, as of a power cut between its two sectors, and then none at all.
+    machine.medium = None;
+    for (at, bytes) in [((513 << 20) + 1024 + 512, 512), (513 << 20, 4096)] {
+        let write = format!("write -P 0 {at} {bytes}");
+        let disk = device.path("disk.qcow2");
+        tool("qemu-utils", Command::new("qemu-io").args(["-f", "qcow2", "-c", &write]).arg(disk));
+        machine.expect(0, &["/dev/vda2: e2fsck has corrected its file system", "vm: version 200"]);
     }
 }
 

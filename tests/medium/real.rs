@@ -86,7 +86,9 @@ fn publisher_with(flavour: &str, action: &str) -> Publisher {
         let library = sh(Path::new("/"), &format!("ls /usr/lib/*/{name} | head -n 1"));
         put_program(&publisher, Path::new(library.trim()), &format!("usr/lib/x86_64-linux-gnu/{name}"));
     }
-    put_program(&publisher, Path::new("/sbin/mke2fs"), "usr/sbin/mke2fs");
+    for name in ["mke2fs", "e2fsck"] {
+        put_program(&publisher, &Path::new("/sbin").join(name), &format!("usr/sbin/{name}"));
+    }
     put_program(&publisher, Path::new("/bin/busybox"), "usr/bin/busybox");
     for applet in [
         "sh", "mount", "umount", "ln", "mkdir", "cat", "ls", "sed", "sync", "poweroff", "reboot", "grep",

@@ -38,6 +38,8 @@ install() {
     done
     inst_binary "$full" /usr/bin/mosfs || mosfs_fail "cannot copy $full"
     inst_multiple env modprobe mount
+    # A boot checks the system partition before it mounts it.
+    inst_multiple -o e2fsck
     # Loaded with dlopen when they are first used, so nothing that lists libraries sees them.
     inst_libdir_file "libtss2-esys.so.0*" "libtss2-sys.so.1*" "libtss2-mu.so.0*" "libblkid.so.1*"
     for file in manifestCA.pem product floor.pub overlay crl.pem root-target on-failure; do

@@ -4,6 +4,7 @@
 //! /init                       a link to /usr/bin/mosfs, which mounts, loads, boots and switches (crate::boot::init)
 //! /usr/bin/mosfs              the image's /usr/libexec/mosfs/mosfs-full
 //! /usr/sbin/mke2fs            the image's, if it has one: the kernel image then also sets up disks
+//! /usr/sbin/e2fsck            the image's, if it has one: a boot then checks the system partition before it mounts it
 //! /usr/lib/…, /lib64/…        their libraries and the dynamic loader, at the paths that they have in the image
 //! /usr/lib/mosfs/modules/*.ko modules of the kernel, decompressed
 //! /usr/lib/mosfs/modules/order their names in the order of loading, one a line
@@ -21,10 +22,11 @@ use crate::sys::elf::{Elf, ElfError};
 
 /// The full program, where `make install` and the package put it.
 pub(super) const PROGRAM: &str = "usr/libexec/mosfs/mosfs-full";
-/// What makes the file system of a disk that is set up: in the image, and in the initramfs.
-const MKE2FS: &str = "usr/sbin/mke2fs";
-/// Where else an image may have it.
-const MKE2FS_ELSEWHERE: [&str; 3] = ["sbin/mke2fs", "usr/bin/mke2fs", "bin/mke2fs"];
+/// What makes the file system of a disk that is set up, and what checks it at each boot.
+const OF_FILE_SYSTEMS: [&str; 2] = [MKE2FS, "e2fsck"];
+const MKE2FS: &str = "mke2fs";
+/// Where an image may have them. In the initramfs they are in the first folder.
+const OF_ADMINISTRATORS: [&str; 4] = ["usr/sbin", "sbin", "usr/bin", "bin"];
 /// The folder of the modules in the initramfs.
 pub(super) const MODULES: &str = "usr/lib/mosfs/modules";
 /// The folder of CONFIG in the initramfs.
@@ -113,12 +115,15 @@ pub(super) fn collect(
         libraries.todo.push((library.to_string(), format!("/{PROGRAM}")));
     }
     let mut installs = false;
-    for path in [MKE2FS].into_iter().chain(MKE2FS_ELSEWHERE) {
-        if let Some(program) = files.read(path, MAX_PROGRAM)? {
-            libraries.needs(path, &program)?;
-            libraries.archive.file(MKE2FS, 0o755, program)?;
-            installs = true;
-            break;
+    for name in OF_FILE_SYSTEMS {
+        for folder in OF_ADMINISTRATORS {
+            let path = format!("{folder}/{name}");
+            if let Some(program) = files.read(&path, MAX_PROGRAM)? {
+                libraries.needs(&path, &program)?;
+                libraries.archive.file(&format!("{}/{name}", OF_ADMINISTRATORS[0]), 0o755, program)?;
+                installs |= name == MKE2FS;
+                break;
+            }
         }
     }
     libraries.add_all()?;

@@ -1,0 +1,118 @@
+//! The check of an ext4 file system before a boot mounts it: e2fsck(8), where the initramfs has it.
+//!
+//! ```text
+//! e2fsck -p   replays the journal; repairs, where the file system has a note of errors, what takes no decision
+//! e2fsck -y   where that is not enough, and where no superblock can be read: from a copy of it, with every question
+//!             answered with yes
+//! ```
+//!
+//! There is nobody to answer a question, and nothing on the partition is trusted: what a repair loses of a system shows
+//! when it is verified, and an update fetches it again.
+//!
+//! **Bounds.** A check may take as long as its device completes requests, [`MAX_TIME`] at most.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::manifest::rules::printable;
+use crate::sys::file;
+use crate::sys::said::Said;
+
+/// Where it is, in an initramfs and on a host.
+const PLACES: [&str; 2] = ["/usr/sbin/e2fsck", "/sbin/e2fsck"];
+/// How often a check is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// How long all of a check may take.
+pub const MAX_TIME: Duration = Duration::from_secs(30 * 60);
+/// Most characters of what it writes that an error shows.
+const MAX_LINE: usize = 300;
+/// Longest file of sysfs that is read, in bytes.
+const MAX_SYSFS: u64 = 4096;
+
+/// Exit codes (e2fsck(8)), which add up: corrected; corrected, and a mounted one needs a restart.
+const CORRECTED: i32 = 1 | 2;
+
+/// The program, if it is there.
+pub fn program() -> Option<&'static Path> {
+    PLACES.iter().map(Path::new).find(|path| path.is_file())
+}
+
+/// Checks the file system of a device, and corrects it. Returns whether anything was corrected.
+///
+/// # Errors
+/// Why it is not known to be whole, as part of a sentence.
+pub fn check(program: &Path, device: &Path, patience: Duration) -> Result<bool, String> {
+    let end = Instant::now() + MAX_TIME;
+    let code = match run(program, "-p", device, patience, end)? {
+        (0, _) => return Ok(false),
+        (code, _) if code & !CORRECTED == 0 => return Ok(true),
+        _ => run(program, "-y", device, patience, end)?,
+    };
+    match code {
+        (code, _) if code & !CORRECTED == 0 => Ok(true),
+        (code, said) => Err(format!("e2fsck ends with exit code {code}{said}")),
+    }
+}
+
+/// Runs it to its end; returns its exit code, and the last line that it wrote to stderr.
+fn run(
+    program: &Path,
+    option: &str,
+    device: &Path,
+    patience: Duration,
+    end: Instant,
+) -> Result<(i32, String), String> {
+    let cannot = |error: std::io::Error| format!("{} cannot be run: {error}", program.display());
+    let (said, writer) = Said::new().map_err(cannot)?;
+    let mut child = Command::new(program)
+        .arg(option)
+        .arg(device)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(writer)
+        .spawn()
+        .map_err(cannot)?;
+    let statistics = attribute(device, "stat");
+    let read = || statistics.as_ref().and_then(|path| file::read_named(path, MAX_SYSFS).ok());
+    let (mut before, mut since) = (read(), Instant::now());
+    loop {
+        if let Some(status) = child.try_wait().map_err(cannot)? {
+            return match status.code() {
+                // It may quote what is on the disk.
+                Some(code) => Ok((code, printable(&said.last_line(), MAX_LINE))),
+                None => Err(format!("e2fsck ends with {status}")),
+            };
+        }
+        let why = if Instant::now() >= end {
+            format!("e2fsck takes longer than {} minutes", MAX_TIME.as_secs() / 60)
+        } else if since.elapsed() >= patience {
+            format!("it did not answer e2fsck within {} s", patience.as_secs())
+        } else {
+            thread::sleep(LOOK_EVERY.max(since.elapsed() / 100));
+            let now = read();
+            if now != before {
+                (before, since) = (now, Instant::now());
+            }
+            continue;
+        };
+        // One that sleeps in the kernel ends when it wakes up; nobody waits for that.
+        let _ = child.kill();
+        return Err(why);
+    }
+}
+
+/// Whether nothing can be written to a device.
+pub(super) fn is_read_only(device: &Path) -> bool {
+    let read = attribute(device, "ro").and_then(|path| file::read_named(&path, MAX_SYSFS).ok());
+    read.is_some_and(|text| text.trim_ascii() == b"1")
+}
+
+/// The file of sysfs with something about a block device.
+fn attribute(device: &Path, name: &str) -> Option<PathBuf> {
+    let number = device.metadata().ok()?.rdev();
+    Some(format!("/sys/dev/block/{}:{}/{name}", libc::major(number), libc::minor(number)).into())
+}
