@@ -419,22 +419,22 @@ impl Candidate {
     /// Why it is no system partition, as part of a sentence.
     pub fn mount(&self, patience: Duration, say: &dyn Fn(&str)) -> Result<Mounted, String> {
         let patience = patience.max(ANSWER_WITHIN);
-        let unchecked = match self.check(patience, say) {
-            None => None,
-            Some(Ok(false)) => None,
-            Some(Ok(true)) => {
-                say(&format!("{}: e2fsck has corrected its file system", self.device.display()));
-                None
-            }
-            Some(Err(why)) => Some(why),
-        };
-        let mounted = match (self.is_damaged, &unchecked) {
-            (true, Some(_)) => Err("it has no file system".to_string()),
+        let checked = self.check(patience, say);
+        if checked == Some(Ok(true)) {
+            say(&format!("{}: e2fsck has corrected its file system", self.device.display()));
+        }
+        let mounted = match &checked {
+            Some(Ok(_)) => self.mount_checked(patience),
+            _ if self.is_damaged => Err("it has no file system".to_string()),
             _ => self.mount_checked(patience),
         };
-        match unchecked {
-            Some(check) => mounted.map_err(|why| format!("{why}; {check}")),
-            None => mounted,
+        let Some(Err(check)) = checked else { return mounted };
+        match mounted {
+            Ok(mounted) => {
+                say(&format!("{}: its file system is mounted as it is: {check}", self.device.display()));
+                Ok(mounted)
+            }
+            Err(why) => Err(format!("{why}; {check}")),
         }
     }
 

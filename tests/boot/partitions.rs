@@ -365,9 +365,17 @@ fn a_damaged_file_system_is_repaired_before_it_is_mounted() {
     let disk = Loop::of(&image, &[]);
     let words = format!("mosfs.system=LABEL={label}");
     boot.on_disk(&words, &["--wait", "3"]).refused(1, &["no system partition"]);
-    untouched.check("a disk without a name");
+    drop(disk);
+    // Nothing can be corrected on a disk that cannot be written.
+    let disk = Loop::of(&image, &["-r"]);
+    let words_by_name = format!("mosfs.system={}", disk.0);
+    let said = format!("{}: it has no file system; looking for another one", disk.0);
+    boot.on_disk(&words_by_name, &["--wait", "3"]).refused(1, &[&said]);
+    drop(disk);
+    untouched.check("a damaged disk");
     // What cannot be repaired is named.
     put(0, &vec![0; 32 << 20]);
+    let disk = Loop::of(&image, &[]);
     let said = format!("{}: it has no file system; e2fsck ends with exit code 8", disk.0);
     boot.on_disk(&format!("mosfs.system={}", disk.0), &["--wait", "3"]).refused(1, &[&said]);
 }
