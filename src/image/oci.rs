@@ -524,21 +524,22 @@ impl OciImage {
     /// Parses the manifest of an image, whose digest has just been computed, and so is not computed again.
     pub(crate) fn of(bytes: &[u8], digest: Digest) -> Result<Self, OciError> {
         let manifest = Manifest::parse(bytes)?;
-        let (mut layers, mut chunks) = (Vec::new(), Chunks::new());
+        let (mut layers, mut listed) = (Vec::new(), Vec::new());
         for descriptor in &manifest.layers {
             if !LayerFormat::is_chunk(&descriptor.media_type) {
                 layers.push(LayerDescriptor::from_descriptor(descriptor)?);
                 continue;
             }
-            // The same chunk may be listed many times.
-            let (chunk, size) = (descriptor.digest, descriptor.size);
-            match chunks.insert(chunk, size) {
-                Some(other) if other != size => {
-                    return Err(OciError::ChunkSize { chunk, sizes: [other, size] });
-                }
-                _ => {}
-            }
+            listed.push((descriptor.digest, descriptor.size));
         }
+        // The same chunk may be listed many times. A sorted list becomes a map in one go; to insert 26,000 chunks one by
+        // one takes twice as long.
+        listed.sort_unstable();
+        let differ = listed.windows(2).find(|pair| matches!(pair, [a, b] if a.0 == b.0 && a.1 != b.1));
+        if let Some([(chunk, first), (_, second)]) = differ {
+            return Err(OciError::ChunkSize { chunk: *chunk, sizes: [*first, *second] });
+        }
+        let chunks: Chunks = listed.into_iter().collect();
         // Rule: a layer of many blobs is the whole image. Otherwise it would be unknown which layer a chunk
         // belongs to.
         let chunked = layers.iter().filter(|layer| layer.format.is_some_and(LayerFormat::is_chunked)).count();
