@@ -403,11 +403,18 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
         output::note(format_args!("the network of containers is not removed: {why}"));
     }
     let done = steps.into_iter().map(|step| {
+        let not_begun = |error: AnyError| {
+            // No start of its own has noted why.
+            if matches!(step.action, Action::Start | Action::Restart) {
+                units::note_error(&places, &step.name, &error.chain());
+            }
+            Err(error)
+        };
         let outcome = match (step.container, &network) {
             (None, _) => Ok(State::default()),
-            (Some(Err(error)), _) => Err(error),
+            (Some(Err(error)), _) => not_begun(error),
             (Some(Ok(container)), Err(why)) if container.is_simple() => {
-                Err(root::step(&step.name, "set up its network")(why).into())
+                not_begun(root::step(&step.name, "set up its network")(why).into())
             }
             (Some(Ok(container)), _) => units::check(&places, &container).map_err(AnyError::from),
         };
