@@ -1,6 +1,6 @@
 //! `mosfs activate` on this machine: real FUSE mounts below a run folder of the test's own.
 //!
-//! What needs device-mapper is in tests/vm.rs, what needs systemd in tests/activate_boot.rs.
+//! What needs device-mapper is in tests/vm.rs, what needs systemd in tests/activate_boot/.
 
 #[path = "deploy/device.rs"]
 #[allow(dead_code, reason = "the tests of deployments use the rest")]

@@ -1,6 +1,6 @@
 //! `mosfs run-target` with the real crun: what a container is given, what it is kept from, and what is refused.
 //!
-//! In the foreground, on this machine; units of systemd are in tests/activate_boot.rs.
+//! In the foreground, on this machine; units of systemd are in tests/activate_boot/.
 
 #[path = "common/container.rs"]
 mod container;

@@ -1,54 +1,7 @@
-//! `mosfs activate` under systemd: a Debian in a virtual machine, installed with `make install`.
-//!
-//! The targets are mounted at boot by mosfs-activate.service, FUSE daemons live in units of their own,
-//! come back when they are killed, and do not keep the machine from shutting down in order.
-//! What the booted system does is a script in its image; each of its steps prints a line, and the
-//! verdict is that of the first step that failed.
-
-#[path = "common/device.rs"]
-mod device;
-#[path = "common/machine.rs"]
-mod machine;
-#[allow(dead_code, reason = "other tests use the rest")]
-#[path = "common/publish.rs"]
-mod publish;
-#[allow(dead_code, reason = "other tests use the rest")]
-#[path = "common/swtpm.rs"]
-mod swtpm;
-
-use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
-use std::process::Command;
-
-use device::{Device, MOSFS, START, make_initrd, no_login, put, strip};
-use machine::{
-    Ended, Machine, debian_13_image, debian_image, script, script_path, source_file, squashfs, tool,
-};
-use publish::Publisher;
-
-/// Runs when multi-user.target is reached; `/usr/local/bin/vm-steps` does what is tested.
-const VERDICT_UNIT: &str = "[Unit]\nDefaultDependencies=no\nAfter=multi-user.target\n\
-    [Service]\nType=oneshot\nStandardOutput=tty\nStandardError=tty\nTTYPath=/dev/ttyS0\n\
-    ExecStart=/bin/sh /usr/local/bin/vm-verdict\n\
-    [Install]\nWantedBy=multi-user.target\n";
-
-/// Reports what is not as it should be, and goes down in order: systemd ends all that runs, and the log of the
-/// shutdown is on the console.
-const VERDICT: &str = r#"
-code=0
-sh /usr/local/bin/vm-steps || code=$?
-if [ $code -ne 0 ]; then
-    journalctl --no-pager -b -o cat -u 'mosfs*' -u 'mnt-*' | tail -n 60
-    systemctl --no-pager --no-legend list-units 'mosfs*' 'mnt-*' 'run-mosfs-targets-*'
-    mosfs status
-fi
-echo "MOSFS-VM-VERDICT: $code"
-systemctl --no-block poweroff
-"#;
+//! What booted systems do, as parts of a script of the shell.
 
 /// What the steps use. `step NUMBER WORDS` comes before what may fail with that number.
-const HELPERS: &str = r#"
+pub const HELPERS: &str = r#"
 export MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
 targets=/run/mosfs/targets
 step() { number=$1; shift; echo "vm: step $number: $*"; }
@@ -73,9 +26,9 @@ state() { mosfs ps | awk -v name="$1" '$1 == name {print $3}'; }
 is_state() { test "$(state "$1")" = "$2"; }
 runs() { grep -c run /run/mosfs/system/volumes/job/runs; }
 is_again() { is_new "mosfs-target@$1.service" "$2" && is_state "$1" running; }
-# What containers are made of and leave behind, besides processes.
 # There is always one; where a process ends while lsns looks at it, it lists none.
 namespaces() { list=$(lsns --noheadings --type "$1" --output NS) && test -n "$list"; }
+# What containers are made of and leave behind, besides processes.
 counts() {
     grep -c . /proc/self/mounts
     find /sys/fs/cgroup/mosfs.slice -type d | wc -l
@@ -91,7 +44,7 @@ counts() {
 "#;
 
 /// Targets that are mounted.
-const STEPS: &str = r#"
+pub const STEPS: &str = r#"
 step 10 "the service has mounted the targets before multi-user.target"
 want systemctl is-active mosfs-activate.service
 for name in app data-set; do want content $targets/$name "$name"; done
@@ -191,7 +144,7 @@ want content $targets/app app
 "#;
 
 /// Containers, in the boot that has mounted them through dm-verity.
-const CONTAINERS: &str = r#"
+pub const CONTAINERS: &str = r#"
 step 20 "containers run at boot, in order, and the boot is committed when they are healthy"
 for name in db web; do
     want systemctl is-active "mosfs-target@$name.service"
@@ -346,8 +299,27 @@ for name in hog bomb; do want is_state $name running; done
 "#;
 
 /// The same, later.
-const LONG_CONTAINERS: &str = r#"
+pub const LONG_CONTAINERS: &str = r#"
+step 32 "a firewall that refuses the rules keeps down only what has published ports"
+db=$(since db) hog=$(since hog)
+want systemctl stop mosfs-target@web.service mosfs-target@bomb.service
+want mv /usr/sbin/nft /usr/sbin/nft.real
+printf '#!/bin/sh\necho "Error: Could not process rule: No such file or directory" >&2\nexit 1\n' >/usr/sbin/nft
+want chmod 755 /usr/sbin/nft
+mosfs activate 2>/tmp/said && fail "an activation succeeds without a network"
+for name in web bomb; do
+    want grep -F "target $name: cannot set up its network" /tmp/said
+    says_why() { mosfs ps | grep -F "$name: " | grep -F 'Could not process rule'; }
+    await says_why
+done
+want test "$(since db) $(since hog)" = "$db $hog"
+want mv /usr/sbin/nft.real /usr/sbin/nft
+want mosfs activate
+for name in web bomb; do want is_state $name running; done
+want test "$(page 80)" = "this is web"
+
 step 26 "restarts and activations leave nothing behind"
+db=$(since db) web=$(since web)
 counts >/tmp/before
 descriptors=$(ls /proc/1/fd | wc -l)
 for round in $(seq ROUNDS); do
@@ -413,7 +385,7 @@ want test "$(page 80)" = "this is web"
 "#;
 
 /// What comes before the containers of a machine with Debian 13.
-const DEBIAN_13: &str = r#"
+pub const DEBIAN_13: &str = r#"
 step 9 "this is Debian 13, and the targets are mounted through dm-verity"
 systemctl --version | head -n 1
 crun --version | head -n 1
@@ -422,14 +394,14 @@ for name in app web; do want grep -q " $targets/$name overlay ro,nosuid,nodev" /
 "#;
 
 /// The other backend, where no other steps have mounted through it.
-const ALL_THROUGH_FUSE: &str = r#"
+pub const ALL_THROUGH_FUSE: &str = r#"
 step 29 "the containers that are mounted in another way are still the same"
 want mosfs activate --backend fuse
 want grep -q " $targets/web fuse.mosfs " /proc/self/mounts
 "#;
 
 /// The same through FUSE: a daemon that dies takes what runs on it along, and both come back.
-const THROUGH_FUSE: &str = r#"
+pub const THROUGH_FUSE: &str = r#"
 step 30 "a container follows the daemon that serves its image, also after a daemon-reload"
 want systemctl daemon-reload
 await is_state web running
@@ -440,6 +412,10 @@ want kill -KILL "$(property MainPID "$unit")"
 await is_again web "$web"
 want mosfs exec web -- cat /tmp/up
 
+"#;
+
+/// The end of all containers.
+pub const ALL_STOPS: &str = r#"
 step 31 "all stops, and nothing is left"
 want systemctl stop 'mosfs-target@*.service'
 want test -z "$(ls /run/mosfs/crun)"
@@ -450,12 +426,12 @@ for kind in net pid user ipc; do want test "$(lsns --noheadings --type $kind --o
 ls /sys/class/net | grep mosfs && fail "an interface is left"
 nft list tables | grep mosfs && fail "a rule of the firewall is left"
 find /sys/fs/cgroup -name 'mosfs-target@*' | grep . && fail "a control group is left"
-for place in $targets/* /mnt/early /mnt/late; do want mosfs umount "$place"; done
+for place in $targets/* $(ls -d /run/mosfs/shifted/*/* /mnt/early /mnt/late 2>/dev/null); do want mosfs umount "$place"; done
 await sh -c "! systemctl --no-legend list-units 'mosfs-fuse@*' | grep ."
 "#;
 
 /// Containers before Linux 6.12, whose kernel maps no ids of FUSE and squashfs.
-const SHIFTED: &str = r#"
+pub const SHIFTED: &str = r#"
 step 40 "containers run on trees whose ids their daemons move, where the kernel cannot map them"
 case $(uname -r) in 6.1.*) ;; *) fail "this is Linux $(uname -r)" ;; esac
 for name in db web; do want is_state $name running; done
@@ -479,7 +455,7 @@ want test "$(since db)" = "$db"
 "#;
 
 /// What each of several boots finds, each of which goes down with all containers running.
-const REBOOTED: &str = r#"
+pub const REBOOTED: &str = r#"
 echo boot >>$MOSFS_SYSTEM/vm-boots
 boot=$(grep -c . $MOSFS_SYSTEM/vm-boots)
 step 50 "boot $boot: what is needed starts before what needs it, and volumes have what was written"
@@ -504,281 +480,3 @@ dmesg | grep 'EXT4-fs.*recovery' && fail "the partition was not left clean"
 want grep -q " /run/mosfs/system ext4 rw" /proc/self/mounts
 echo "vm: boot $boot is done"
 "#;
-
-/// The version that is published and booted.
-const VERSION: u64 = 200;
-/// The version after it, in which one target has another image and one another port.
-const NEXT: u64 = 201;
-/// A version with a target that does not get healthy.
-const SICK: u64 = 202;
-
-/// The folders of modules that containers with network `simple` require.
-const MODULES: [&str; 9] = [
-    "kernel/drivers/net",
-    "kernel/lib",
-    "kernel/net/802",
-    "kernel/net/bridge",
-    "kernel/net/ipv4/netfilter",
-    "kernel/net/ipv6/netfilter",
-    "kernel/net/llc",
-    "kernel/net/netfilter",
-    "kernel/crypto",
-];
-
-/// Puts these modules of one of Debian's kernels into a tree.
-fn put_modules(kernel: &str, top: &Path) {
-    let modules = script_path(script("kernel").arg(kernel)).join("lib/modules");
-    let release = fs::read_dir(&modules).unwrap().next().unwrap().unwrap().file_name();
-    let (from, to) = (modules.join(&release), top.join("usr/lib/modules").join(&release));
-    let copy = |from: &Path, to: &Path| {
-        fs::create_dir_all(to.parent().unwrap()).unwrap();
-        tool("coreutils", Command::new("cp").arg("-rT").args([from, to]));
-    };
-    for folder in MODULES.iter().filter(|folder| from.join(folder).exists()) {
-        copy(&from.join(folder), &to.join(folder));
-    }
-    for file in fs::read_dir(&from).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file())
-    {
-        copy(&file, &to.join(file.file_name().unwrap()));
-    }
-}
-
-/// Publishes a Debian with what `make install` installs, targets, and two later versions of them. Files are made in `dir`.
-fn publish(publisher: &Publisher, dir: &Path, debian: &Path, kernel: &str, steps: &str) {
-    let top = &dir.join("top");
-    let stripped = dir.join("mosfs");
-    strip(START, &stripped);
-    strip(MOSFS, &dir.join("mosfs-full"));
-    let mut install = Command::new("make");
-    install.arg("--silent").arg("install").current_dir(source_file(""));
-    install.arg(format!("DESTDIR={}", top.display())).arg(format!("MOSFS={}", stripped.display()));
-    tool("make", &mut install);
-    put(top, "etc/machine-id", "0123456789abcdef0123456789abcdef\n");
-    put(top, "etc/systemd/system/vm-verdict.service", VERDICT_UNIT);
-    put(top, "usr/local/bin/vm-verdict", VERDICT);
-    put(top, "usr/local/bin/vm-steps", steps);
-    put(
-        top,
-        "etc/fstab",
-        "app /mnt/early mosfs backend=fuse,system=/run/mosfs/system,config=/run/mosfs/config,ro 0 0\n\
-         app /mnt/late mosfs _netdev,x-systemd.after=mosfs-activate.service,backend=fuse,nosuid 0 0\n",
-    );
-    for folder in ["etc/mosfs", "var/lib/mosfs", "mnt/early", "mnt/late", "mnt/none"] {
-        fs::create_dir_all(top.join(folder)).unwrap();
-    }
-    let units = top.join("etc/systemd/system");
-    let enable = |unit: &str, target: &str, from: &str| {
-        let folder = units.join(target);
-        fs::create_dir_all(&folder).unwrap();
-        symlink(format!("{from}/{unit}"), folder.join(unit)).unwrap();
-    };
-    enable("vm-verdict.service", "multi-user.target.wants", "..");
-    for unit in ["mosfs-activate.service", "mosfs-commit.service"] {
-        enable(unit, "multi-user.target.wants", "/usr/lib/systemd/system");
-    }
-    enable("mosfs-activate.service", "boot-complete.target.requires", "/usr/lib/systemd/system");
-    no_login(top);
-    put_modules(kernel, top);
-    put(
-        top,
-        "usr/local/bin/busybox",
-        fs::read("/bin/busybox").expect("/bin/busybox (Debian package busybox-static)"),
-    );
-    fs::set_permissions(top.join("usr/local/bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
-    let image = dir.join("top.squashfs");
-    squashfs(top, &image, &["-all-root"]);
-    let host = vec![publisher.add_image(debian), publisher.add_image(&image)];
-    let target = |name: &str| vec![publisher.add_layer(name)];
-    let tree = dir.join("busybox");
-    put(
-        &tree,
-        "bin/busybox",
-        fs::read("/bin/busybox").expect("/bin/busybox (Debian package busybox-static)"),
-    );
-    fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
-    for applet in ["sh", "cat", "date", "grep", "ls", "sleep", "touch", "id", "test"] {
-        symlink("busybox", tree.join("bin").join(applet)).unwrap();
-    }
-    let image = dir.join("busybox.squashfs");
-    squashfs(&tree, &image, &["-all-root"]);
-    let busybox = vec![publisher.add_image(&image)];
-    let targets = [
-        ("hostfs", "hostfs", host),
-        ("app", "fs-only", target("app")),
-        ("data-set", "fs-only", target("data-set")),
-        // Its daemon stays as long as a container mounts it, whatever is unmounted on the host.
-        ("shared", "fs-only", target("shared")),
-        ("bomb", "container", busybox.clone()),
-        ("db", "container", busybox.clone()),
-        ("hog", "container", [&busybox[..], &target("first")].concat()),
-        ("job", "container", busybox.clone()),
-        ("web", "container", busybox.clone()),
-    ];
-    let shell = |script: &str| serde_json::json!({ "Cmd": ["/bin/sh", "-c", script] });
-    publisher.container(
-        "db",
-        "network: {type: none}",
-        &shell("trap 'exit 0' TERM; while :; do sleep 1; done"),
-    );
-    let web = |health: &str| {
-        let fields = format!(
-            "network: {{type: simple, ports: [{{host: 80, container: 8080}}]}}, needs: [db, job], health: {{{health}}}, \
-             resources: {{memory: 64M, tasks: 50}}, mounts: [{{destination: /data, type: volume, source: web}}, \
-             {{destination: /set, type: target, source: shared}}, {{destination: /job, type: volume, source: job}}]"
-        );
-        let script = "cat /job/state > /tmp/job; echo \"started $(cat /set/content)\"; date >> /data/starts; \
-                      echo 'this is web' > /tmp/index.html; /bin/busybox httpd -p 8080 -h /tmp; sleep 2; \
-                      echo yes > /tmp/up; trap 'exit 0' TERM; while :; do sleep 1; done";
-        publisher.container("web", &fields, &shell(script));
-    };
-    // However slow the machine is, what is up is healthy.
-    web("command: [/bin/cat, /tmp/up], interval: 1s, timeout: 60s");
-    // Both wait until they are asked.
-    let asked = "until test -e /go/go; do sleep 1; done";
-    let volume = "mounts: [{destination: /go, type: volume, source: go}]";
-    publisher.container(
-        "hog",
-        &format!(
-            "network: {{type: none}}, run: {{restart: no, stop_seconds: 5}}, {volume}, resources: {{memory: 32M}}"
-        ),
-        &shell(&format!("{asked}; exec /bin/busybox tail /dev/zero")),
-    );
-    let bomb = |port: u16| {
-        let ports = format!("ports: [{{host: {}, container: {port}}}]", port - 8000);
-        let fields = format!(
-            "network: {{type: simple, {ports}}}, run: {{restart: no, stop_seconds: 4}}, {volume}, \
-             resources: {{tasks: 30}}"
-        );
-        // When it is stopped it has not done its work, and is started again.
-        let script = format!("trap 'exit 9' TERM; {asked}; while :; do sleep 1000 & done");
-        publisher.container("bomb", &fields, &shell(&script));
-    };
-    bomb(8081);
-    publisher.container(
-        "job",
-        "network: {type: none}, run: {restart: no}, mounts: [{destination: /data, type: volume, source: job}]",
-        &shell(
-            "echo begun > /data/state; echo run >> /data/runs; sleep 2; test ! -e /data/fail || exit 7; \
-             echo finished > /data/state",
-        ),
-    );
-    publisher.publish_targets(VERSION, &targets, true);
-    bomb(8082);
-    let changed = |(name, kind, layers): &(&'static str, &'static str, Vec<_>)| match *name {
-        "hog" => (*name, *kind, [&busybox[..], &target("second")].concat()),
-        _ => (*name, *kind, layers.clone()),
-    };
-    publisher.publish_targets(NEXT, &targets.iter().map(changed).collect::<Vec<_>>(), true);
-    bomb(8081);
-    web("command: [/bin/false], interval: 1s, start: 1s, retries: 1");
-    publisher.publish_targets(SICK, &targets, true);
-}
-
-/// Boots a device with this Debian and this kernel, which does `steps`; wants verdict 0 and these words on the console.
-fn boots(debian: &Path, kernel: &'static str, steps: &str, cmdline: &str, words: &[&str]) -> Ended {
-    let dir = tempfile::tempdir().unwrap();
-    let (_device, machine) = machine_of(dir.path(), debian, kernel, steps, cmdline);
-    machine.expect(0, words)
-}
-
-/// Makes a device with this Debian and this kernel, which does `steps`, and the machine that boots it.
-fn machine_of(
-    dir: &Path,
-    debian: &Path,
-    kernel: &'static str,
-    steps: &str,
-    cmdline: &str,
-) -> (Device, Machine) {
-    let publisher = Publisher::new(dir);
-    publish(&publisher, dir, debian, kernel, steps);
-    let device = Device::of(publisher, VERSION);
-    carry_targets(&dir.join("store"), &device);
-    let initrd = device.path("initrd");
-    let mut machine = Machine { kernel, ..device.machine_with(&initrd) };
-    make_initrd(&initrd, "initramfs-tools", machine.kernel, device.config());
-    machine.cmdline += &format!(" loglevel=6 {cmdline}");
-    machine.timeout *= if is_long() { 8 } else { 1 };
-    (device, machine)
-}
-
-/// Puts the publisher's store onto the partition, for updates in the machine, but for the large blobs that it has.
-fn carry_targets(store: &Path, device: &Device) {
-    let to = device.system().join("vm-source");
-    tool("coreutils", Command::new("cp").arg("-rT").args([store, &to]));
-    for entry in fs::read_dir(to.join("blobs/sha256")).unwrap().map(|entry| entry.unwrap()) {
-        if entry.metadata().unwrap().len() > 4 << 20 {
-            fs::remove_file(entry.path()).unwrap();
-        }
-    }
-}
-
-/// Whether campaigns are long (`make campaign`).
-fn is_long() -> bool {
-    std::env::var("MOSFS_CAMPAIGN").is_ok_and(|value| value == "long")
-}
-
-/// What systemd and the kernel say at the end of a shutdown in order.
-const IN_ORDER: &str = "reboot: Power down";
-
-#[test]
-fn targets_are_active_at_boot_and_their_daemons_come_back() {
-    let first = "grep -q '^mosfs:' /proc/self/mounts || exit 3\n\
-         test $(grep -c ' /run/mosfs/targets/[^ ]* overlay ro,nosuid,nodev' /proc/self/mounts) = 8 || exit 4\n";
-    let words = ["vm: step 29", "vm: step 18", "vm: step 31", "data-set (fuse): verified", IN_ORDER];
-    // Restarts, with an activation after each fifth one.
-    let rounds = if is_long() { "500" } else { "5" };
-    let mut containers = [CONTAINERS, &LONG_CONTAINERS.replace("ROUNDS", rounds)].concat();
-    for (name, version) in [("NEXT", NEXT), ("SICK", SICK), ("VERSION", VERSION)] {
-        containers = containers.replace(name, &version.to_string());
-    }
-    let steps = format!("{first}{HELPERS}{containers}{STEPS}{THROUGH_FUSE}");
-    without_failures(&boots(debian_image(), "6.12", &steps, "", &words));
-}
-
-fn without_failures(ended: &Ended) {
-    ended.without(&["I/O error"]);
-    // What systemd says of any unit, but for containers that are to fail.
-    let failed = |line: &&str| line.contains("Failed to start") && !line.contains("Target ");
-    assert_eq!(ended.console.lines().find(failed), None);
-}
-
-#[test]
-#[cfg_attr(not(feature = "campaign"), ignore = "takes minutes: `make campaign` runs it")]
-fn containers_run_on_debian_13_through_both_backends() {
-    let steps = format!("{HELPERS}{DEBIAN_13}{CONTAINERS}{ALL_THROUGH_FUSE}{THROUGH_FUSE}");
-    let words = ["vm: step 9", "vm: step 25", "vm: step 31", IN_ORDER];
-    without_failures(&boots(&debian_13_image(), "6.12", &steps, "", &words));
-}
-
-#[test]
-fn containers_start_in_order_and_keep_their_volumes_over_reboots_with_all_of_them_running() {
-    let dir = tempfile::tempdir().unwrap();
-    let steps = format!("{HELPERS}{REBOOTED}");
-    let (device, mut machine) = machine_of(dir.path(), debian_image(), "6.12", &steps, "");
-    machine.disk = Some(device.path("disk.qcow2"));
-    for boot in 1..=2 {
-        let ended = machine.expect(0, &[&format!("vm: boot {boot} is done"), IN_ORDER]);
-        // The devices of the images are there until the last container has ended.
-        ended.without(&["I/O error", "Input/output error", "Failed to execute shutdown"]);
-        machine.system = None;
-    }
-}
-
-#[test]
-fn a_root_through_fuse_serves_to_the_end_of_an_orderly_shutdown() {
-    let root = "mosfs activate --backend fuse || exit 3\n\
-         pid=$(pgrep -f '^@mosfs') || pid=$(grep -l '^@mosfs' /proc/[0-9]*/cmdline | head -n 1 | cut -d/ -f3)\n\
-         test -n \"$pid\" || exit 4\n\
-         echo \"vm: the root's daemon is $pid: $(tr '\\0' ' ' </proc/$pid/cmdline)\"\n\
-         test \"$(cat /run/mosfs/targets/app/content)\" = app || exit 5\n";
-    let steps = format!("{HELPERS}{SHIFTED}{root}");
-    let words = ["vm: step 41", "vm: the root's daemon is ", IN_ORDER];
-    // Debian 12's own kernel.
-    let ended = boots(debian_image(), "6.1", &steps, "mosfs.backend=fuse", &words);
-    // A root whose daemon was killed would have said so here.
-    ended.without(&[
-        "Transport endpoint is not connected",
-        "Input/output error",
-        "Failed to execute shutdown",
-    ]);
-}
