@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,7 @@ use super::cmdline::Partition;
 use super::e2fsck;
 use crate::sorting;
 use crate::sys::blkid::{self, Content};
+use crate::sys::disk;
 use crate::sys::file::{self, Links};
 use crate::sys::helper::Helper;
 use crate::sys::mountapi::{self, CallError, FsContext};
@@ -57,8 +58,8 @@ const UDEV_SOCKET: &str = "/run/udev/control";
 const FILE_SYSTEMS: [(&str, &str); 5] =
     [("ext4", "ext4"), ("ext3", "ext4"), ("ext2", "ext4"), ("xfs", "xfs"), ("btrfs", "btrfs")];
 
-/// The driver of what only e2fsck can repair.
-const DAMAGED: &str = "ext4";
+/// The driver of the file systems that e2fsck checks.
+const CHECKED: &str = "ext4";
 
 /// The option that mounts without replaying the journal, by driver: for a device that cannot be written.
 const NO_REPLAY: [(&str, &str, Option<&str>); 3] =
@@ -362,7 +363,7 @@ impl Iterator for Search {
                         break;
                     }
                     Knowledge::Damaged => {
-                        damaged.get_or_insert_with(|| (device.clone(), DAMAGED, true));
+                        damaged.get_or_insert_with(|| (device.clone(), CHECKED, true));
                     }
                     Knowledge::Given | Knowledge::No(_) => {}
                 }
@@ -388,10 +389,7 @@ impl Iterator for Search {
 
 /// The device that a node or a link to one stands for.
 fn device_of_node(path: &Path) -> Option<Device> {
-    let metadata = fs::metadata(path).ok().filter(|metadata| metadata.file_type().is_block_device())?;
-    let number = metadata.rdev();
-    let link = format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number));
-    let name = fs::read_link(link).ok()?.file_name()?.to_str()?.to_string();
+    let name = fs::read_link(disk::sysfs(path)?).ok()?.file_name()?.to_str()?.to_string();
     Device::of(&name)
 }
 
@@ -423,10 +421,10 @@ impl Candidate {
         if checked == Some(Ok(true)) {
             say(&format!("{}: e2fsck has corrected its file system", self.device.display()));
         }
-        let mounted = match &checked {
-            Some(Ok(_)) => self.mount_checked(patience),
-            _ if self.is_damaged => Err("it has no file system".to_string()),
-            _ => self.mount_checked(patience),
+        let mounted = if self.is_damaged && !matches!(checked, Some(Ok(_))) {
+            Err("it has no file system".to_string())
+        } else {
+            self.mount_checked(patience)
         };
         let Some(Err(check)) = checked else { return mounted };
         match mounted {
@@ -440,7 +438,7 @@ impl Candidate {
 
     /// Checks its file system, where that can be done; returns whether something was corrected.
     fn check(&self, patience: Duration, say: &dyn Fn(&str)) -> Option<Result<bool, String>> {
-        if self.file_system != DAMAGED || e2fsck::is_read_only(&self.device) {
+        if self.file_system != CHECKED || e2fsck::is_read_only(&self.device) {
             return None;
         }
         let program = e2fsck::program()?;

@@ -11,15 +11,14 @@
 //!
 //! **Bounds.** A check may take as long as its device completes requests, [`MAX_TIME`] at most.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::manifest::rules::printable;
-use crate::sys::file;
 use crate::sys::said::Said;
+use crate::sys::{disk, file};
 
 /// Where it is, in an initramfs and on a host.
 const PLACES: [&str; 2] = ["/usr/sbin/e2fsck", "/sbin/e2fsck"];
@@ -76,7 +75,7 @@ fn run(
         .stderr(writer)
         .spawn()
         .map_err(cannot)?;
-    let statistics = attribute(device, "stat");
+    let statistics = disk::sysfs(device).map(|folder| folder.join("stat"));
     let read = || statistics.as_ref().and_then(|path| file::read_named(path, MAX_SYSFS).ok());
     let (mut before, mut since) = (read(), Instant::now());
     loop {
@@ -107,12 +106,6 @@ fn run(
 
 /// Whether nothing can be written to a device.
 pub(super) fn is_read_only(device: &Path) -> bool {
-    let read = attribute(device, "ro").and_then(|path| file::read_named(&path, MAX_SYSFS).ok());
+    let read = disk::sysfs(device).and_then(|folder| file::read_named(&folder.join("ro"), MAX_SYSFS).ok());
     read.is_some_and(|text| text.trim_ascii() == b"1")
-}
-
-/// The file of sysfs with something about a block device.
-fn attribute(device: &Path, name: &str) -> Option<PathBuf> {
-    let number = device.metadata().ok()?.rdev();
-    Some(format!("/sys/dev/block/{}:{}/{name}", libc::major(number), libc::minor(number)).into())
 }

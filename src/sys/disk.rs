@@ -3,8 +3,8 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
 /// `BLKRRPART` in <linux/fs.h>.
 const BLKRRPART: libc::Ioctl = 0x125F as libc::Ioctl;
@@ -119,6 +119,13 @@ pub fn lock(device: &File) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// The folder of sysfs about the block device that a node, or a link to one, stands for; `None` where there is none.
+pub fn sysfs(node: &Path) -> Option<PathBuf> {
+    let metadata = node.metadata().ok().filter(|metadata| metadata.file_type().is_block_device())?;
+    let (major, minor) = numbers(metadata.rdev());
+    Some(format!("/sys/dev/block/{major}:{minor}").into())
 }
 
 /// Returns major and minor number of a device.
