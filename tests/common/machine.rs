@@ -3,8 +3,9 @@
 #![allow(dead_code)]
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -218,6 +219,31 @@ impl Machine {
 
     /// Runs it to its end, whatever its Linux says of the TPM.
     pub fn run_once(&self) -> Ended {
+        let slot = Slot::take();
+        let output = self.command().output().expect("tests/vm/run");
+        drop(slot);
+        let console = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        println!("{console}");
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ended { verdict: output.status.code().unwrap_or(-1), console }
+    }
+
+    /// Runs it to its end, which must be a good one, and hands over each line of its console as it comes.
+    pub fn watch(&self, mut see: impl FnMut(&str)) {
+        let slot = Slot::take();
+        let mut child = self.command().stdout(Stdio::piped()).spawn().expect("tests/vm/run");
+        for line in BufReader::new(child.stdout.take().expect("the console")).split(b'\n') {
+            let line = line.expect("a line");
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            see(&line);
+        }
+        let status = child.wait().expect("tests/vm/run");
+        drop(slot);
+        assert!(status.success(), "the machine ended with {status}");
+    }
+
+    fn command(&self) -> Command {
         let mut command = script("run");
         command.arg("--initrd").arg(&self.initrd).args(["--kernel", self.kernel, "--cmdline", &self.cmdline]);
         command.args(["--memory", &self.memory.to_string()]);
@@ -274,13 +300,7 @@ impl Machine {
                 command.arg("--power-cut-file").arg(path);
             }
         }
-        let slot = Slot::take();
-        let output = command.output().expect("tests/vm/run");
-        drop(slot);
-        let console = String::from_utf8_lossy(&output.stdout).replace('\r', "");
-        println!("{console}");
-        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ended { verdict: output.status.code().unwrap_or(-1), console }
+        command
     }
 
     /// Runs it, and wants this verdict and these words on the console.

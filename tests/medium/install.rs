@@ -17,7 +17,7 @@ const COMMIT: &str = "mosfs commit || end 9\nmosfs floor show\nesp\n";
 const LOCKDOWN: &str =
     "mount -t securityfs securityfs /sys/kernel/security || end 22\ncat /sys/kernel/security/lockdown\n";
 /// The words that the steps of an installation begin with.
-const STEPS: [&str; 10] = [
+pub const STEPS: [&str; 10] = [
     "medium: ",
     "disk: ",
     "floor: ",

@@ -5,6 +5,7 @@
 //! install.rs   from an empty disk to a committed system; with `make campaign`, from a USB stick, a medium that stays in,
 //!              Secure Boot, power cuts, questions at the console, and what is refused
 //! choose.rs    with `make campaign`: which of several disks is taken, and a medium that enrolls Secure Boot keys
+//! figures.rs   how long a start and an installation take, for docs/boot.md and docs/install.md
 //! kernels.rs   with `make campaign`: a new kernel is tried, committed, and given up on where it panics or hangs
 //! ```
 //!
@@ -19,6 +20,7 @@ mod machine;
 mod tools;
 
 mod choose;
+mod figures;
 mod install;
 mod kernels;
 mod real;

@@ -14,6 +14,7 @@ pub const CMDLINE: &str = "console=ttyS0 no_timer_check quiet";
 
 /// There is no udev: the link that it would make is made here.
 const INIT: &str = r#"#!/bin/busybox sh
+read -r up idle </proc/uptime
 export PATH=/usr/bin:/bin MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
 end() { sync; echo "MOSFS-VM-VERDICT: $1"; poweroff -f; }
 esp() { mount -t vfat -o ro /dev/vda1 /tmp && ls /tmp/EFI/Linux | sed 's/^/vm: on the ESP: /'; umount /tmp; }
@@ -22,10 +23,12 @@ secure() {
     for name in SecureBoot SetupMode; do tail -c 1 $name-8be4df61-* | od -An -tu1 | tr -d ' ' >/run/$name; done
     echo "vm: SecureBoot $(cat /run/SecureBoot), SetupMode $(cat /run/SetupMode)"
 }
-mount -t efivarfs efivarfs /sys/firmware/efi/efivars || end 20
-cat /sys/firmware/efi/efivars/LoaderDevicePartUUID-* >/run/variable || end 21
-mkdir -p /dev/disk/by-partuuid
-ln -s ../../vda1 /dev/disk/by-partuuid/$(tail -c +5 /run/variable | tr -d '\0' | tr A-F a-f)
+if [ -e /sys/firmware/efi ]; then
+    mount -t efivarfs efivarfs /sys/firmware/efi/efivars || end 20
+    cat /sys/firmware/efi/efivars/LoaderDevicePartUUID-* >/run/variable || end 21
+    mkdir -p /dev/disk/by-partuuid
+    ln -s ../../vda1 /dev/disk/by-partuuid/$(tail -c +5 /run/variable | tr -d '\0' | tr A-F a-f)
+fi
 echo "vm: version $(cat /version)"
 . /action
 end 0
