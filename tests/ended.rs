@@ -437,6 +437,13 @@ fn a_full_file_system_is_named_and_all_works_again_once_there_is_room() {
     assert_eq!(world.ok(&["run-target", "job"]), "");
     assert_eq!(fs::read_to_string(world.path("system/volumes/log/log")).unwrap(), "done\n");
 
+    // Before it runs: a second start does not take part, and leaves no reason.
+    let starting = fs::File::create(world.path("run/notes/idle.lock")).unwrap();
+    starting.lock().unwrap();
+    let said = format!("target idle: its container is being started by process {}", std::process::id());
+    world.refused(&["run-target", "idle"], 1, &[&said]);
+    assert!(!world.path("run/notes/idle.error").exists());
+    drop(starting);
     let mut idle = world.command(&["run-target", "idle"]);
     let mut idle = idle.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let begin = std::time::Instant::now();

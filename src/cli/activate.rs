@@ -63,10 +63,14 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
     // Before anything is looked at: two at once would both mount what is missing.
     let _lock = if args.dry_run { None } else { Some(activate::lock(&run)?) };
     let plan = plan(args, global, &run)?;
-    let steps = containers::plan(global, &args.targets)?;
+    let containers = containers::plan(global, &args.targets)?;
     let deployment = plan.deployment;
     if args.dry_run {
-        return output::answer(global, || plan_json(&plan, &steps), || plan_text(&plan, &steps));
+        return output::answer(
+            global,
+            || plan_json(&plan, &containers.steps),
+            || plan_text(&plan, &containers.steps),
+        );
     }
     let (system, config) = (
         std::path::absolute(&global.system).on("find", &global.system)?,
@@ -91,7 +95,7 @@ pub(super) fn run(args: &ActivateArgs, global: &Global) -> Result<(), AnyError> 
         activate::apply(plan, &run, &MountOptions { backend: args.backend, unit: &unit, blobs: &blobs })?;
     let verdict = activate::verdict(&taken);
     // What is not mounted as it should be cannot run as it should, and its container says so; the others run.
-    let done = containers::apply(steps, global)?;
+    let done = containers::apply(containers, global)?;
     if global.json {
         let targets: Vec<_> = taken.iter().map(taken_json).collect();
         let ran: Vec<_> = done.iter().map(containers::done_json).collect();

@@ -13,11 +13,12 @@ use crate::deploy::{booted, target};
 use crate::error::{AnyError, Class, Classified, without_target};
 use crate::manifest::{Network, Protocol, ServiceType, SystemManifest, TargetName};
 use crate::mount::{table, units as daemons};
+use crate::run::given::Given;
 use crate::run::health::{self, Other};
-use crate::run::leftovers;
 use crate::run::places::Places;
 use crate::run::units::{self, Action, Settings, State};
 use crate::run::{self, Container, RunError, network, programs, root, runtime, shifted};
+use crate::run::{leftovers, mounts};
 use crate::store::Store;
 use crate::sys;
 use crate::trust::Anchor;
@@ -115,11 +116,12 @@ fn row_line(row: &Row) -> String {
 fn rows(global: &Global) -> Result<Vec<Row>, AnyError> {
     let places = run_target::places(global)?;
     let (store, manifest) = running(global)?;
+    let given = Given::load(&places);
     let has_systemd = daemons::available().is_ok();
     let containers = manifest.targets.iter().filter(|(_, one)| one.service_type == ServiceType::Container);
     containers
         .map(|(name, signed)| {
-            let container = run::container(&store, &manifest, name);
+            let container = run::container(&store, &manifest, name, &given);
             let unit = if has_systemd { units::state(name.as_str())? } else { State::default() };
             let state = word(&places, name, &unit, container.as_ref().ok());
             let (mut ports, mut address) = (Vec::new(), None);
@@ -286,8 +288,18 @@ pub(super) struct Step {
     container: Option<Result<Container, AnyError>>,
 }
 
-/// What activation would do with the containers of the running deployment; nothing where systemd does not run.
-pub(super) fn plan(global: &Global, names: &[String]) -> Result<Vec<Step>, AnyError> {
+/// What activation would do with the containers of the running deployment.
+pub(super) struct Plan {
+    /// One for each container that is meant; none where systemd does not run.
+    pub steps: Vec<Step>,
+    /// The running deployment's.
+    manifest: SystemManifest,
+    /// Whether other containers than those of the deployment end.
+    is_whole: bool,
+}
+
+/// Plans what activation does with these targets, or with all of them.
+pub(super) fn plan(global: &Global, names: &[String]) -> Result<Plan, AnyError> {
     let (store, manifest) = running(global)?;
     let is_container = |name: &str| {
         manifest
@@ -300,14 +312,16 @@ pub(super) fn plan(global: &Global, names: &[String]) -> Result<Vec<Step>, AnyEr
         if manifest.targets.keys().any(|name| is_container(name.as_str()) && is_meant(name.as_str())) {
             output::note(format_args!("containers are mounted and not started: {why}"));
         }
-        return Ok(Vec::new());
+        // What runs in the foreground is not known.
+        return Ok(Plan { steps: Vec::new(), manifest, is_whole: false });
     }
     let places = run_target::places(global)?;
+    let given = Given::load(&places);
     let mut steps = Vec::new();
     for name in manifest.targets.keys().filter(|name| is_container(name.as_str()) && is_meant(name.as_str()))
     {
         let target = name.to_string();
-        let container = run::container(&store, &manifest, name).map_err(AnyError::from);
+        let container = run::container(&store, &manifest, name, &given).map_err(AnyError::from);
         let (action, why) = match &container {
             Ok(container) => {
                 let started = units::started_key(&places, &target);
@@ -324,7 +338,7 @@ pub(super) fn plan(global: &Global, names: &[String]) -> Result<Vec<Step>, AnyEr
             steps.push(Step { name, action: Action::Stop, why, container: None });
         }
     }
-    Ok(steps)
+    Ok(Plan { steps, manifest, is_whole: names.is_empty() })
 }
 
 /// What was done with one container.
@@ -338,7 +352,8 @@ pub(super) struct Done {
 }
 
 /// Does what was planned, after the targets are mounted.
-pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, AnyError> {
+pub(super) fn apply(plan: Plan, global: &Global) -> Result<Vec<Done>, AnyError> {
+    let Plan { mut steps, manifest, is_whole } = plan;
     for step in &mut steps {
         if let Some(Ok(container)) = &step.container
             && let Err(error) = programs::check(container)
@@ -387,18 +402,20 @@ pub(super) fn apply(mut steps: Vec<Step>, global: &Global) -> Result<Vec<Done>, 
         }
     }
     units::stop(&places, &stop)?;
+    let given = Given::note(&places, &manifest, !is_whole)?;
+    mounts::follow_hosts(&places, &manifest, &given.addresses)?;
     if units::write(&texts)? || !stop.is_empty() {
         units::reload()?;
     }
     // Without it, what has another network is started all the same.
-    let network = networks(&steps, global)?;
+    let network = networks(&steps, &manifest);
     let mut begin = [restart, start].concat();
     if network.is_err() {
         begin.retain(|name| on_bridge(&steps).all(|one| one.name.as_str() != *name));
     }
     // One job for all that is new, so that systemd orders them by what they need.
     units::run("restart", &begin)?;
-    tidy_shifted(&steps, &places, global)?;
+    tidy_shifted(&steps, &places, &manifest);
     if let Err(why) = leftovers::tidy(&places) {
         output::note(format_args!("the network of containers is not removed: {why}"));
     }
@@ -430,13 +447,15 @@ fn on_bridge(steps: &[Step]) -> impl Iterator<Item = &Container> {
 }
 
 /// Makes the network of the targets with network `simple` what it should be; rules that somebody has flushed come back.
-/// Removes it where no target has one. The inner error is why it cannot be made.
-fn networks(steps: &[Step], global: &Global) -> Result<Result<(), String>, AnyError> {
+/// Removes it where no target has one.
+///
+/// # Errors
+/// Why it cannot be made.
+fn networks(steps: &[Step], manifest: &SystemManifest) -> Result<(), String> {
     if let Some(container) = on_bridge(steps).next() {
         on_bridge(steps).for_each(run_target::note_ports);
-        return Ok(network::set_up(&container.addresses, &container.published));
+        return network::set_up(&container.addresses, &container.published);
     }
-    let (_, manifest) = running(global)?;
     let is_simple = |one: &crate::manifest::Target| {
         one.service_type == ServiceType::Container && matches!(one.network, Network::Simple { .. })
     };
@@ -445,15 +464,14 @@ fn networks(steps: &[Step], global: &Global) -> Result<Result<(), String>, AnyEr
     {
         output::note(format_args!("the network of containers is not removed: {why}"));
     }
-    Ok(Ok(()))
+    Ok(())
 }
 
 /// Unmounts trees that no container of the deployment is made of any more.
-fn tidy_shifted(steps: &[Step], places: &Places, global: &Global) -> Result<(), AnyError> {
+fn tidy_shifted(steps: &[Step], places: &Places, manifest: &SystemManifest) {
     if !shifted::folder(&places.run).exists() {
-        return Ok(());
+        return;
     }
-    let (_, manifest) = running(global)?;
     let all = manifest.targets.values().filter(|one| one.service_type == ServiceType::Container).count();
     let known: Vec<_> = steps.iter().filter_map(|step| step.container.as_ref()?.as_ref().ok()).collect();
     // What one that cannot run now is made of is not known.
@@ -461,7 +479,6 @@ fn tidy_shifted(steps: &[Step], places: &Places, global: &Global) -> Result<(), 
         let wanted: Vec<_> = known.iter().flat_map(|one| shifted::places_of(one, &places.run)).collect();
         shifted::tidy(&places.run, &wanted);
     }
-    Ok(())
 }
 
 /// One line about what was done with a container that is as it should be.
@@ -554,11 +571,12 @@ pub(super) fn check_health(global: &Global) -> Result<(), AnyError> {
     }
     let places = run_target::places(global)?;
     let (store, manifest) = running(global)?;
+    let given = Given::load(&places);
     let mut reasons = Vec::new();
     for (name, _) in manifest.targets.iter().filter(|(_, one)| one.service_type == ServiceType::Container) {
         let target = name.as_str();
         let healthy = || -> Result<(), AnyError> {
-            let container = run::container(&store, &manifest, name)?;
+            let container = run::container(&store, &manifest, name, &given)?;
             if units::started_key(&places, target) != Some(container.key) {
                 let why = "it does not run what the deployment has; `mosfs activate` starts it".to_string();
                 return Err(RunError::Unit { target: target.into(), why }.into());

@@ -9,6 +9,7 @@ use crate::deploy::{booted, target};
 use crate::error::{AnyError, Class, IoContext};
 use crate::manifest::TargetName;
 use crate::mount::units as daemons;
+use crate::run::given::Given;
 use crate::run::leftovers::{self, Ended};
 use crate::run::places::Places;
 use crate::run::start;
@@ -69,8 +70,8 @@ pub(super) fn run(args: &RunTargetArgs, global: &Global) -> Result<(), AnyError>
     }
     let done = start(args, global, &places);
     if let Err(error) = &done
-        // The reason is not one of the container, which runs.
-        && !matches!(error.inner().downcast_ref(), Some(RunError::Running { .. }))
+        // The reason is not one of the container, which runs or starts.
+        && !matches!(error.inner().downcast_ref(), Some(RunError::Running { .. } | RunError::Starting { .. }))
         // Where the start itself has failed, it has noted the reason; that nothing runs is what follows from it.
         && !(args.wait_healthy && units::last_error(&places, &args.target).is_some())
     {
@@ -164,5 +165,5 @@ pub(super) fn container(name: &str, global: &Global) -> Result<Container, AnyErr
     let manifest = verified.manifest();
     let known = manifest.targets.keys().find(|known| known.as_str() == name);
     let name = known.ok_or_else(|| RunError::Unit { target: name.into(), why: "no such target".into() })?;
-    Ok(run::container(&store, manifest, name)?)
+    Ok(run::container(&store, manifest, name, &Given::load(&places(global)?))?)
 }

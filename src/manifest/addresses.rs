@@ -1,9 +1,9 @@
 //! The IPv4 addresses of the targets with network `simple`: one subnet, the same addresses on every device.
 //!
 //! The bridge has the first address of the subnet. A target without `ipv4` has the lowest address that no other target
-//! has, in the order of names.
+//! has, in the order of names; on a device it keeps that until the next boot, whatever comes and goes beside it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use super::{Network, TargetName};
@@ -45,19 +45,20 @@ impl Subnet {
         Ipv4Addr::from(u32::from(self.network) + 1)
     }
 
+    /// Its last address, of broadcasts.
+    fn last(self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.network) | !self.mask())
+    }
+
     /// Whether hosts may have its addresses: it has none of this host alone, of groups, or reserved (RFC 6890).
     fn is_for_hosts(self) -> bool {
-        let number = u32::from(self.network);
-        let last = Ipv4Addr::from(number | !self.mask());
         // At least 8 bits are the same: it lies in one of these ranges, or in none.
-        [self.network, last].into_iter().all(is_for_hosts)
+        [self.network, self.last()].into_iter().all(is_for_hosts)
     }
 
     /// Whether a target may have this address: one of the subnet, but not the network, the bridge or the broadcast.
     fn has_host(self, address: Ipv4Addr) -> bool {
-        let number = u32::from(address);
-        let (first, last) = (u32::from(self.gateway()), u32::from(self.network) | !self.mask());
-        (first + 1..last).contains(&number)
+        self.gateway() < address && address < self.last()
     }
 }
 
@@ -92,12 +93,14 @@ pub fn none() -> Addresses {
     Addresses { subnet: DEFAULT, of: BTreeMap::new() }
 }
 
-/// Gives every target with network `simple` its address.
+/// Gives every target with network `simple` its address. One without `ipv4` keeps that of `before`, if it can; what a target
+/// had that is gone is given last.
 ///
 /// # Errors
 /// Addresses of two targets, of two subnets, or outside of the subnet; more targets than addresses.
 pub fn assign<'a>(
     networks: impl Iterator<Item = (&'a TargetName, &'a Network)>,
+    before: &BTreeMap<String, Ipv4Addr>,
 ) -> Result<Addresses, Vec<BadAddress>> {
     let mut bad = Vec::new();
     let mut subnet: Option<(Subnet, &TargetName)> = None;
@@ -151,14 +154,25 @@ pub fn assign<'a>(
         taken.insert(address, name);
     }
     let mut of = sorting::map(taken.iter().map(|(address, name)| ((*name).clone(), *address)));
-    let mut next = u32::from(subnet.gateway()) + 1;
-    for name in open {
-        while taken.contains_key(&Ipv4Addr::from(next)) {
-            next = next.saturating_add(1);
+    open.retain(|name| {
+        let kept = before
+            .get(name.as_str())
+            .filter(|address| subnet.has_host(**address) && !taken.contains_key(address));
+        if let Some(address) = kept {
+            taken.insert(*address, name);
+            of.insert((*name).clone(), *address);
         }
-        let address = Ipv4Addr::from(next);
-        next = next.saturating_add(1);
-        if subnet.has_host(address) {
+        kept.is_none()
+    });
+    let left: BTreeSet<Ipv4Addr> = before.values().copied().collect();
+    let hosts = || (u32::from(subnet.gateway()) + 1..=u32::from(subnet.last())).map(Ipv4Addr::from);
+    let free = |address: &Ipv4Addr| subnet.has_host(*address) && !taken.contains_key(address);
+    let mut next = hosts()
+        .filter(|address| !left.contains(address))
+        .chain(hosts().filter(|address| left.contains(address)))
+        .filter(free);
+    for name in open {
+        if let Some(address) = next.next() {
             of.insert(name.clone(), address);
         } else {
             let found = format!("more targets than {subnet} has addresses");
@@ -173,6 +187,15 @@ mod tests {
     use super::*;
 
     fn assigned(addresses: &[(&str, Option<&str>)]) -> Result<Vec<String>, Vec<String>> {
+        assigned_after(addresses, &[])
+    }
+
+    fn assigned_after(
+        addresses: &[(&str, Option<&str>)],
+        before: &[(&str, &str)],
+    ) -> Result<Vec<String>, Vec<String>> {
+        let before =
+            before.iter().map(|(name, address)| (name.to_string(), address.parse().unwrap())).collect();
         let networks: Vec<(TargetName, Network)> = addresses
             .iter()
             .map(|(name, ipv4)| {
@@ -180,7 +203,7 @@ mod tests {
                 (name.parse().unwrap(), Network::Simple { ipv4, ipv6: None, ports: None })
             })
             .collect();
-        assign(networks.iter().map(|(name, network)| (name, network)))
+        assign(networks.iter().map(|(name, network)| (name, network)), &before)
             .map(|all| all.of.iter().map(|(name, address)| format!("{name}={address}")).collect())
             .map_err(|bad| {
                 bad.iter().map(|one| format!("{}: {}; {}", one.target, one.found, one.allowed)).collect()
@@ -193,6 +216,33 @@ mod tests {
         assert_eq!(assigned(&all).unwrap(), ["a=10.0.3.3", "b=10.0.3.2", "c=10.0.3.4", "d=10.0.3.99"]);
         let other = [("a", Some("192.168.7.200/25")), ("b", None)];
         assert_eq!(assigned(&other).unwrap(), ["a=192.168.7.200", "b=192.168.7.130"]);
+    }
+
+    #[test]
+    fn a_target_keeps_its_address_when_others_come_and_go() {
+        let before = [("b", "10.0.3.2"), ("d", "10.0.3.3"), ("f", "10.0.3.4")];
+        // `d` has gone: its address is given to no other target while it may still run.
+        let all = [("a", None), ("b", None), ("e", None), ("f", Some(""))];
+        assert_eq!(
+            assigned_after(&all, &before).unwrap(),
+            ["a=10.0.3.5", "b=10.0.3.2", "e=10.0.3.6", "f=10.0.3.4"]
+        );
+        // What is written goes first, and a subnet that has changed leaves nothing to keep.
+        let written = [("b", None), ("x", Some("10.0.3.2"))];
+        assert_eq!(assigned_after(&written, &before).unwrap(), ["b=10.0.3.5", "x=10.0.3.2"]);
+        let moved = [("b", None), ("x", Some("10.0.4.9/24"))];
+        assert_eq!(assigned_after(&moved, &before).unwrap(), ["b=10.0.4.2", "x=10.0.4.9"]);
+        // Neither the bridge's address nor one that two have.
+        let bad = [("a", "10.0.3.1"), ("b", "10.0.3.7"), ("c", "10.0.3.7"), ("d", "10.0.3.255")];
+        let all = [("a", None), ("b", None), ("c", None), ("d", None)];
+        assert_eq!(
+            assigned_after(&all, &bad).unwrap(),
+            ["a=10.0.3.2", "b=10.0.3.7", "c=10.0.3.3", "d=10.0.3.4"]
+        );
+        // Where nothing else is free, what is left is taken.
+        let small = [("a", None), ("x", Some("10.0.3.5/29")), ("y", Some("10.0.3.6"))];
+        let full = [("p", "10.0.3.2"), ("q", "10.0.3.3"), ("r", "10.0.3.4")];
+        assert_eq!(assigned_after(&small, &full).unwrap(), ["a=10.0.3.2", "x=10.0.3.5", "y=10.0.3.6"]);
     }
 
     #[test]

@@ -85,7 +85,7 @@ pub fn check<'a>(targets: impl Iterator<Item = (&'a TargetName, View<'a>)>) -> V
     };
     ports(&targets, &mut find);
     let networks = targets.iter().map(|(name, view)| (*name, view.network));
-    for bad in addresses::assign(networks).err().into_iter().flatten() {
+    for bad in addresses::assign(networks, &BTreeMap::new()).err().into_iter().flatten() {
         find(&bad.target, vec![Step::Field("network"), Step::Field("ipv4")], bad.found, bad.allowed);
     }
     names(&targets, &mut find);

@@ -22,7 +22,7 @@ use crate::sorting;
 
 /// The version of this configuration: part of the run key, so that a container is restarted when another version of
 /// mosfs would start it in another way. Raise it with each change that a running container should get.
-pub const GENERATION: u32 = 2;
+pub const GENERATION: u32 = 3;
 
 /// The capabilities of a container that runs as root.
 pub const CAPABILITIES: [&str; 7] =

@@ -11,10 +11,13 @@
 //! RUN/targets/NAME           the verified tree, mounted by activation
 //! RUN/shifted/FIRST/NAME     the same with the ids of a group, where the kernel cannot map them (shifted.rs)
 //! RUN/containers/NAME/       a tmpfs in the mount namespace of the container's process alone: root, mounts, config.json
+//! RUN/given.json             the ids and addresses that containers were given (given.rs)
+//! RUN/notes/NAME.hosts       its /etc/hosts, which an activation keeps up to date
 //! RUN/notes/NAME.key         the run key that the container was started with
 //! RUN/notes/NAME.error       why its last start failed
 //! RUN/notes/NAME.unhealthy   why the last attempt at its health failed
 //! RUN/notes/NAME.runtime     what the runtime said of a container that it could not run
+//! RUN/notes/NAME.lock        held (flock) by what starts the container, and by the runtime as long as it runs
 //! RUN/notes/NAME.network     the process of the container, while it uses the bridge
 //! RUN/crun/                  the state of the runtime, by target
 //! /run/systemd/system/mosfs-target@NAME.service
@@ -29,6 +32,7 @@
 
 pub mod bundle;
 pub mod config;
+pub mod given;
 pub mod health;
 pub mod ids;
 pub mod leftovers;
@@ -61,6 +65,7 @@ use crate::mount::{MountError, MountPlan};
 use crate::store::{Store, StoreError};
 use crate::sys;
 use config::ImageConfig;
+use given::Given;
 
 /// A container target with all that its start depends on.
 #[derive(Debug, Clone)]
@@ -202,6 +207,17 @@ pub enum RunError {
         /// The target.
         target: String,
     },
+    /// A container is to be started that another process starts.
+    #[error(
+        "target {target}: its container is being started by {}",
+        pid.map_or("another process".into(), |pid| format!("process {pid}"))
+    )]
+    Starting {
+        /// The target.
+        target: String,
+        /// The process, if the kernel names it.
+        pid: Option<u32>,
+    },
     /// A container is to be started that runs.
     #[error("target {target}: its container runs already, as process {pid}")]
     Running {
@@ -336,11 +352,16 @@ pub fn is_writable(target: &Target) -> bool {
     !matches!(target.workload.run().writable, None | Some(Writable::No))
 }
 
-/// Returns the container of a target of a verified manifest.
+/// Returns the container of a target of a verified manifest; `given` is what containers were given before.
 ///
 /// # Errors
 /// Everything that can be wrong with it before it is started.
-pub fn container(store: &Store, manifest: &SystemManifest, name: &TargetName) -> Result<Container, RunError> {
+pub fn container(
+    store: &Store,
+    manifest: &SystemManifest,
+    name: &TargetName,
+    given: &Given,
+) -> Result<Container, RunError> {
     let label = name.to_string();
     let Some(target) = manifest.targets.get(name) else {
         let why = "the manifest has no such target".to_string();
@@ -362,7 +383,7 @@ pub fn container(store: &Store, manifest: &SystemManifest, name: &TargetName) ->
     }
     let networks = manifest.targets.iter().map(|(name, one)| (name, &one.network));
     // A target without an address of its own does not depend on the others.
-    let addresses = addresses::assign(networks).or_else(|bad| match target.network {
+    let addresses = addresses::assign(networks, &given.addresses).or_else(|bad| match target.network {
         Network::Simple { .. } => {
             let bad = bad.into_iter().next();
             let why = bad
@@ -372,7 +393,8 @@ pub fn container(store: &Store, manifest: &SystemManifest, name: &TargetName) ->
         }
         _ => Ok(addresses::none()),
     })?;
-    let base = ids::base(manifest, name, target).map_err(|found| RunError::TooManyGroups { found })?;
+    let ranges = ids::assign(manifest, &given.ids).map_err(|found| RunError::TooManyGroups { found })?;
+    let base = ids::base(&ranges, name, target);
     let image = deploy::target::image_of(store, &label, target)?;
     let descriptor = &image.manifest.config;
     let bytes = store.get(&descriptor.digest, config::MAX_BYTES)?;
@@ -428,8 +450,9 @@ fn key(container: &Container, manifest: &SystemManifest) -> Digest {
     };
     let mut text = format!("{}\n{}\n", bundle::GENERATION, String::from_utf8_lossy(&alone.canonical()));
     let _ = writeln!(text, "{base:?}");
+    // The hosts file, which has the others, follows them while the container runs.
     if let Network::Simple { .. } = target.network {
-        let _ = writeln!(text, "{} {:?}", addresses.subnet, addresses.of);
+        let _ = writeln!(text, "{} {:?}", addresses.subnet, addresses.of.get(name));
     }
     for (name, plan) in mounted {
         let _ = writeln!(text, "{name} {:?}", plan.digest());
@@ -493,7 +516,7 @@ mod tests {
         let b = manifest.targets.get_mut("b").unwrap();
         b.workload.resources = Some(Resources { tasks: Some(u64::MAX), ..Resources::default() });
         let refused = |name: &str| {
-            let error = container(&store, &manifest, &name.parse().unwrap()).unwrap_err();
+            let error = container(&store, &manifest, &name.parse().unwrap(), &Given::default()).unwrap_err();
             (error.class(), error.to_string())
         };
         let port = "target c, network.ports[0].host: found port 80/tcp; allowed: a port that no other target publishes; \
@@ -503,6 +526,9 @@ mod tests {
             "target b, resources.tasks: found `18446744073709551615`; allowed: an integer from 4 to 4194304";
         assert_eq!(refused("b"), (Class::Input, tasks.to_string()));
         // What is wrong with others does not stop it: it fails where its image is not in the store.
-        assert!(matches!(container(&store, &manifest, &"a".parse().unwrap()), Err(RunError::Deploy(_))));
+        assert!(matches!(
+            container(&store, &manifest, &"a".parse().unwrap(), &Given::default()),
+            Err(RunError::Deploy(_))
+        ));
     }
 }

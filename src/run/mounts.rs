@@ -8,19 +8,22 @@
 //! mosfs makes each mount itself, with its ids mapped, below the work folder in the container's own mount namespace;
 //! the runtime only binds them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileExt as _, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use super::bundle::Prepared;
+use super::places::{Places, write_note};
 use super::root::{self, Place, step};
 use super::user::User;
 use super::{Container, RunError, ids, shifted};
-use crate::error::IoContext;
+use crate::error::{IoContext, IoError};
 use crate::manifest::consistency::normal;
-use crate::manifest::{Mount, Network};
+use crate::manifest::{Mount, Network, ServiceType, SystemManifest, TargetName};
 use crate::sys::file;
 use crate::sys::flock::Lock;
 use crate::sys::{mountapi, namespace};
@@ -28,11 +31,16 @@ use crate::sys::{mountapi, namespace};
 /// Most bytes of the resolver's configuration.
 const MAX_RESOLV: u64 = 1 << 20;
 
+/// Most bytes of a hosts file: more lines than a manifest can have targets.
+const MAX_HOSTS: u64 = 16 << 20;
+
 /// Where the parts of mounts are.
 #[derive(Debug)]
 pub struct Folders<'a> {
     /// The tmpfs of the container, in its own mount namespace.
     pub work: &'a Path,
+    /// Its hosts file, which the host has too.
+    pub hosts: &'a Path,
     /// Where the targets are mounted.
     pub targets: &'a Path,
     /// `/run/mosfs`.
@@ -61,20 +69,21 @@ pub fn places(container: &Container) -> Vec<Place> {
 
 /// Prepares all mounts of a container besides its root.
 ///
-/// Only for a process in a mount namespace of its own. `make_volumes`: whether volumes that are not there are made.
+/// Only for a process in a mount namespace of its own. `for_real`: whether files on the host are made, such as volumes
+/// that are not there.
 pub fn prepare(
     container: &Container,
     folders: &Folders<'_>,
     root: &Path,
     user: &User,
     ids: Option<BorrowedFd<'_>>,
-    make_volumes: bool,
+    for_real: bool,
 ) -> Result<Vec<Prepared>, RunError> {
     let target = container.name.as_str();
     let failed = |what: &str| step::<io::Error>(target, what);
     let place = folders.work.join("mounts");
     file::create_folder(&place, 0o711)?;
-    let mut all = network_files(container, folders.work)?;
+    let mut all = network_files(container, folders, for_real)?;
     for (number, mount) in container.target.mounts.iter().flatten().enumerate() {
         let kind = mount.kind.as_deref().unwrap_or("bind");
         let source = mount.source.as_deref().unwrap_or_default();
@@ -87,7 +96,7 @@ pub fn prepare(
                 });
                 continue;
             }
-            "volume" => volume(container, folders, source, mount, root, ids, make_volumes)?,
+            "volume" => volume(container, folders, source, mount, root, ids, for_real)?,
             "target" => {
                 let plan = container.mounted.get(source).ok_or_else(|| {
                     failed("find a target to mount")(io::Error::other(format!("`{source}` is no target")))
@@ -326,18 +335,26 @@ fn make_volume(
 }
 
 /// /etc/hosts and /etc/resolv.conf of a container.
-fn network_files(container: &Container, work: &Path) -> Result<Vec<Prepared>, RunError> {
+fn network_files(
+    container: &Container,
+    folders: &Folders<'_>,
+    for_real: bool,
+) -> Result<Vec<Prepared>, RunError> {
     let target = container.name.as_str();
     let failed = |what: &str| step::<io::Error>(target, what);
-    let mut all = Vec::new();
+    if for_real {
+        let addresses = container.addresses.of.iter().map(|(name, address)| (name.as_str(), address));
+        let text = hosts(&container.name, &container.target.network, addresses);
+        write_note(folders.hosts, &text)?;
+    }
+    let mut all = vec![Prepared::read_only(folders.hosts, "/etc/hosts")];
     let mut add = |name: &str, text: &str| -> io::Result<()> {
-        let path = work.join(name);
+        let path = folders.work.join(name);
         fs::write(&path, text)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
         all.push(Prepared::read_only(&path, &format!("/etc/{name}")));
         Ok(())
     };
-    add("hosts", &hosts(container)).map_err(failed("write the hosts file"))?;
     let resolv = match container.target.network {
         Network::None => String::new(),
         Network::Host | Network::Simple { .. } => {
@@ -365,18 +382,52 @@ fn asks_this_host_alone(resolv: &str) -> bool {
 }
 
 /// Returns the hosts file of a container: itself, and all targets with addresses by name.
-pub fn hosts(container: &Container) -> String {
+fn hosts<'a>(
+    own: &TargetName,
+    network: &Network,
+    addresses: impl Iterator<Item = (&'a str, &'a Ipv4Addr)> + Clone,
+) -> String {
     let mut text = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n".to_string();
-    let own = container.addresses.of.get(&container.name);
-    if own.is_none() {
-        text += &format!("127.0.1.1 {}\n", container.name);
+    if addresses.clone().all(|(name, _)| name != own.as_str()) {
+        text += &format!("127.0.1.1 {own}\n");
     }
-    if let Network::Simple { .. } | Network::Host = container.target.network {
-        for (name, address) in &container.addresses.of {
+    if let Network::Simple { .. } | Network::Host = network {
+        for (name, address) in addresses {
             text += &format!("{address} {name}\n");
         }
     }
     text
+}
+
+/// Writes the hosts files of the containers of a system that run: targets come and go beside them.
+///
+/// # Errors
+/// [`IoError`] with the path.
+pub fn follow_hosts(
+    places: &Places,
+    manifest: &SystemManifest,
+    addresses: &BTreeMap<String, Ipv4Addr>,
+) -> Result<(), IoError> {
+    for (name, target) in
+        manifest.targets.iter().filter(|(_, one)| one.service_type == ServiceType::Container)
+    {
+        let addresses = addresses.iter().map(|(name, address)| (name.as_str(), address));
+        let text = hosts(name, &target.network, addresses);
+        let path = places.hosts(name.as_str());
+        match file::find_regular(&path, file::Links::Refused, MAX_HOSTS)? {
+            Some(found) if found != text.as_bytes() => {}
+            _ => continue,
+        }
+        // What is mounted in the container is this file: another one in its place would not show there.
+        let write = || {
+            let mut options = fs::OpenOptions::new();
+            let file = options.write(true).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(&path)?;
+            file.write_all_at(text.as_bytes(), 0)?;
+            file.set_len(text.len() as u64)
+        };
+        write().on("write", &path)?;
+    }
+    Ok(())
 }
 
 /// Copies the secrets of a target to memory that its user alone can read.
@@ -412,6 +463,7 @@ fn secrets(container: &Container, folders: &Folders<'_>, user: &User) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::tests::system;
 
     #[test]
     fn a_resolver_of_the_host_is_no_use_in_another_network() {
@@ -428,5 +480,48 @@ mod tests {
         };
         assert_eq!(options_of(&["bind", "ro", "nodev"]), ["rbind", "nosuid", "nodev", "ro"]);
         assert_eq!(options_of(&[]), ["rbind", "nosuid", "nodev"]);
+    }
+
+    #[test]
+    fn the_hosts_file_of_what_runs_is_written_in_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places { run: dir.path().into(), system: dir.path().into() };
+        places.make_notes().unwrap();
+        let container = |network: &str| format!("service_type: container, network: {{type: {network}}}");
+        let (simple, host, none) = (container("simple"), container("host"), container("none"));
+        let manifest = system(&[("web", &simple), ("db", &simple), ("hostly", &host), ("alone", &none)]);
+        let addresses = |all: &[(&str, [u8; 4])]| {
+            all.iter().map(|(name, octets)| (name.to_string(), Ipv4Addr::from(*octets))).collect()
+        };
+        let inode = |name: &str| fs::metadata(places.hosts(name)).unwrap().ino();
+        for name in ["web", "hostly", "alone"] {
+            fs::write(
+                places.hosts(name),
+                "of before, and a long line that is no longer there at all\n".repeat(9),
+            )
+            .unwrap();
+        }
+        let before = ["web", "hostly", "alone"].map(inode);
+        let read = |name: &str| fs::read_to_string(places.hosts(name)).unwrap();
+        let local = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n";
+        let both: BTreeMap<_, _> = addresses(&[("db", [10, 0, 3, 2]), ("web", [10, 0, 3, 3])]);
+        let one: BTreeMap<_, _> = addresses(&[("web", [10, 0, 3, 3])]);
+        for (given, lines) in
+            [(&both, "10.0.3.2 db\n10.0.3.3 web\n"), (&one, "10.0.3.3 web\n"), (&one, "10.0.3.3 web\n")]
+        {
+            follow_hosts(&places, &manifest, given).unwrap();
+            assert_eq!(read("web"), format!("{local}{lines}"));
+            assert_eq!(read("hostly"), format!("{local}127.0.1.1 hostly\n{lines}"));
+            assert_eq!(read("alone"), format!("{local}127.0.1.1 alone\n"));
+        }
+        // A file that is bound elsewhere stays the same one. What does not run gets none.
+        assert_eq!(["web", "hostly", "alone"].map(inode), before);
+        assert!(!places.hosts("db").exists());
+        // A link is not followed.
+        fs::write(dir.path().join("other"), "other").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("other"), places.hosts("db")).unwrap();
+        let error = follow_hosts(&places, &manifest, &both).unwrap_err();
+        assert!(error.to_string().contains("db.hosts"), "{error}");
+        assert_eq!(fs::read_to_string(dir.path().join("other")).unwrap(), "other");
     }
 }

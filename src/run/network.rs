@@ -363,14 +363,16 @@ pub fn connect(target: &str, text: &str, input: &mut dyn Read) -> Result<(), Run
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::manifest::addresses;
     use crate::run::tests::system;
 
     fn table(targets: &[(&str, &str)]) -> String {
         let manifest = system(targets);
-        let addresses =
-            addresses::assign(manifest.targets.iter().map(|(name, one)| (name, &one.network))).unwrap();
+        let networks = manifest.targets.iter().map(|(name, one)| (name, &one.network));
+        let addresses = addresses::assign(networks, &BTreeMap::new()).unwrap();
         rules(&addresses, &published(&manifest, &addresses))
     }
 

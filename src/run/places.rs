@@ -69,6 +69,21 @@ impl Places {
         self.notes().join(format!("{name}.network"))
     }
 
+    /// The file of the ids and addresses that containers were given (given.rs).
+    pub fn given(&self) -> PathBuf {
+        self.run.join("given.json")
+    }
+
+    /// The hosts file of a container, which its mount namespace has at /etc/hosts.
+    pub fn hosts(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.hosts"))
+    }
+
+    /// The lock of a container that starts or runs.
+    pub fn lock(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.lock"))
+    }
+
     /// The state of the runtime.
     pub fn runtime(&self) -> PathBuf {
         self.run.join("crun")

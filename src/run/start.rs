@@ -31,6 +31,7 @@ use crate::error::IoContext;
 use crate::manifest::rules;
 use crate::manifest::workload::Writable;
 use crate::manifest::{Network, workload::Ready};
+use crate::sys::flock::{self, Lock};
 use crate::sys::{self, file, namespace};
 
 /// Where Debian's packages put a small init, the first that is there: tini-static, catatonit.
@@ -61,9 +62,9 @@ fn replace(
 ) -> Result<std::convert::Infallible, RunError> {
     let target = container.name.as_str();
     programs::check(container)?;
-    require_ended(places, target)?;
     require_room(target, &places.run)?;
     places.make_notes()?;
+    let lock = require_ended(places, target)?;
     let (config, work) = match make(container, places, true) {
         // It is found before anything is made.
         Err(RunError::NoIdMap { .. }) => {
@@ -99,15 +100,20 @@ fn replace(
         std::process::exit(stdio::exit_code(status));
     }
     stdio::replace_null(&mut run, &|| null(target, &work)).map_err(step(target, "make a null device"))?;
+    lock.keep().map_err(step(target, "keep its lock"))?;
     Err(step(target, "run crun")(run.exec()))
 }
 
-/// Requires that no container of the target runs: the start would end it, as what a killed runtime has left.
-fn require_ended(places: &Places, target: &str) -> Result<(), RunError> {
-    match runtime::pid(places, target) {
+/// Requires that no container of the target starts or runs: the start would end it, as what a killed runtime has left.
+/// Returns the lock that keeps others from starting it.
+fn require_ended(places: &Places, target: &str) -> Result<Lock, RunError> {
+    let path = places.lock(target);
+    let lock = Lock::try_exclusive(&path).on("lock", &path)?;
+    match (runtime::pid(places, target), lock) {
         // One without a runtime that keeps it in order is what the start removes.
-        Some(pid) if runtime::is_kept(pid) => Err(RunError::Running { target: target.into(), pid }),
-        _ => Ok(()),
+        (Some(pid), _) if runtime::is_kept(pid) => Err(RunError::Running { target: target.into(), pid }),
+        (_, None) => Err(RunError::Starting { target: target.into(), pid: flock::holder(&path) }),
+        (_, Some(lock)) => Ok(lock),
     }
 }
 
@@ -183,8 +189,10 @@ fn make(container: &Container, places: &Places, for_real: bool) -> Result<(Value
     }
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     let volumes = places.system.join("volumes");
+    let hosts = places.hosts(target);
     let folders = Folders {
         work: &work,
+        hosts: &hosts,
         targets: &targets,
         run: &places.run,
         volumes: &volumes,

@@ -376,7 +376,7 @@ pub fn reload() -> Result<(), IoError> {
     Err(IoError::new("reload", Path::new("the units of systemd"), std::io::Error::other(said)))
 }
 
-/// Stops targets that the deployment no longer has, and removes their units and keys.
+/// Stops targets that the deployment no longer has, and removes their units and what is known of them.
 pub fn stop(places: &Places, targets: &[&str]) -> Result<(), IoError> {
     if targets.is_empty() {
         return Ok(());
@@ -384,9 +384,13 @@ pub fn stop(places: &Places, targets: &[&str]) -> Result<(), IoError> {
     let units: Vec<String> = targets.iter().map(|target| name(target)).collect();
     systemctl(&["--quiet", "stop"], &units)?;
     for target in targets {
-        for file in [path(target), places.key(target)].into_iter().chain(places.last_run(target)) {
+        for file in [path(target), places.key(target), places.hosts(target)]
+            .into_iter()
+            .chain(places.last_run(target))
+        {
             let _ = fs::remove_file(file);
         }
+        let _ = fs::remove_dir(places.work(target));
     }
     systemctl(&["--quiet", "reset-failed"], &units)?;
     failpoint::hit("run.units.stopped");

@@ -2,6 +2,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
+use std::os::fd::IntoRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ const MAX_LOCKS: u64 = 4 << 20;
 /// files of the same name.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -54,10 +55,23 @@ impl Lock {
     pub fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
         let file = open(path)?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(Self { _file: file })),
+            Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+}
+
+impl Lock {
+    /// Keeps the lock until this process ends, also where another program takes its place (execve(2)). The processes that it
+    /// starts from here on have the lock, too.
+    pub fn keep(self) -> io::Result<()> {
+        let fd = self.file.into_raw_fd();
+        // SAFETY: F_SETFD takes a number and no pointer; the descriptor is open, and is never closed.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 }
 
@@ -84,7 +98,7 @@ fn wait(file: File, lock: impl Fn(&File) -> io::Result<()>) -> io::Result<Lock> 
     loop {
         match lock(&file) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result.map(|()| Lock { _file: file }),
+            result => return result.map(|()| Lock { file }),
         }
     }
 }

@@ -163,11 +163,8 @@ fn publish(publisher: &Publisher, dir: &Path, debian: &Path, kernel: &str, steps
         ("web", "container", busybox.clone()),
     ];
     let shell = |script: &str| serde_json::json!({ "Cmd": ["/bin/sh", "-c", script] });
-    publisher.container(
-        "db",
-        "network: {type: none}",
-        &shell("trap 'exit 0' TERM; while :; do sleep 1; done"),
-    );
+    let sleeps = "trap 'exit 0' TERM; while :; do sleep 1; done";
+    publisher.container("db", "network: {type: none}", &shell(sleeps));
     let web = |health: &str| {
         let fields = format!(
             "network: {{type: simple, ports: [{{host: 80, container: 8080}}]}}, needs: [db, job], health: {{{health}}}, \
@@ -216,7 +213,11 @@ fn publish(publisher: &Publisher, dir: &Path, debian: &Path, kernel: &str, steps
         "hog" => (*name, *kind, [&busybox[..], &target("second")].concat()),
         _ => (*name, *kind, layers.clone()),
     };
-    publisher.publish_targets(NEXT, &targets.iter().map(changed).collect::<Vec<_>>(), true);
+    let mut next: Vec<_> = targets.iter().map(changed).collect();
+    let api = "echo 'this is api' > /tmp/index.html; /bin/busybox httpd -p 8080 -h /tmp";
+    publisher.container("api", "network: {type: simple}", &shell(&format!("{api}; {sleeps}")));
+    next.push(("api", "container", busybox.clone()));
+    publisher.publish_targets(NEXT, &next, true);
     bomb(8081);
     web("command: [/bin/false], interval: 1s, start: 1s, retries: 1");
     publisher.publish_targets(SICK, &targets, true);
