@@ -2,9 +2,10 @@
 //! software TPM.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use mosfs::internals::digest::Digest;
 use tempfile::TempDir;
@@ -22,6 +23,16 @@ impl Loop {
     fn of(image: &Path, options: &[&str]) -> Self {
         let output = tool("mount", Command::new("losetup").args(["-f", "--show"]).args(options).arg(image));
         Self(String::from_utf8(output.stdout).expect("a name").trim().to_string())
+    }
+
+    /// Waits until no file system on it is mounted: that of a boot goes with the last daemon that is about to leave.
+    fn wait_until_unmounted(&self) {
+        let end = Instant::now() + Duration::from_secs(600);
+        // open(2), O_EXCL: a device that is in use by the system is EBUSY.
+        while let Err(error) = File::options().read(true).custom_flags(libc::O_EXCL).open(&self.0) {
+            assert!(Instant::now() < end, "{}: {error}", self.0);
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 
@@ -354,6 +365,7 @@ fn a_damaged_file_system_is_repaired_before_it_is_mounted() {
         let said = format!("{}: e2fsck has corrected its file system", disk.0);
         assert!(booted.said.contains(&said), "{what}: {}", booted.said);
         // Once: it is whole now.
+        disk.wait_until_unmounted();
         let again = boot.on_disk(&words, &["--wait", "20"]);
         again.version(SMALL);
         assert!(!again.said.contains("e2fsck"), "{what}: {}", again.said);
