@@ -60,9 +60,7 @@ impl Lock {
             Err(TryLockError::Error(error)) => Err(error),
         }
     }
-}
 
-impl Lock {
     /// Keeps the lock until this process ends, also where another program takes its place (execve(2)). The processes that it
     /// starts from here on have the lock, too.
     pub fn keep(self) -> io::Result<()> {

@@ -23,9 +23,10 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use device::{Device, MOSFS, START, make_initrd, no_login, put, strip};
+use device::{Device, MOSFS, START, no_login, put, strip};
 use machine::{
-    Ended, Machine, debian_13_image, debian_image, script, script_path, source_file, squashfs, tool,
+    Ended, Machine, debian_13_image, debian_image, make_initrd, script, script_path, source_file, squashfs,
+    tool,
 };
 use publish::Publisher;
 use steps::{

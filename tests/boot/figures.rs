@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::KERNEL;
 use super::device::{Device, GOOD, MOSFS};
-use super::machine::{Machine, mini_initrd, tool};
+use super::machine::{Machine, median, mini_initrd, tool};
 use super::power::loaded_libraries;
 
 /// How often each way is taken.
@@ -140,11 +140,6 @@ fn undo(before: &[String]) {
     let _ = fs::remove_file("/run/mosfs/boot.json");
 }
 
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 /// What is compared of a root: names, modes, sizes, and the content of small files.
 fn tree(root: &Path) -> BTreeMap<String, String> {
     let (_, text) = timed(Command::new("/bin/busybox").args(["find", ".", "-xdev"]).current_dir(root));
@@ -217,10 +212,9 @@ fn guest_boot_times() {
     println!("FIGURE ms, median of {ROUNDS}, {} files", trees["dm-verity"].len());
     for name in order {
         let [one, two] = ["dm-verity", "fuse"]
-            .map(|way| phases.get_mut(&(way, name.clone())).map_or(0.0, |times| median(times)));
+            .map(|way| phases.get(&(way, name.clone())).map_or(0.0, |times| median(times)));
         println!("FIGURE | {name} | {one:.1} | {two:.1} | |");
     }
-    let [one, two, three] =
-        ["dm-verity", "fuse", "by hand"].map(|way| median(all.get_mut(way).expect("times")));
+    let [one, two, three] = ["dm-verity", "fuse", "by hand"].map(|way| median(&all[way]));
     println!("FIGURE | process, start to end | {one:.1} | {two:.1} | {three:.1} |");
 }

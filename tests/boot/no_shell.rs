@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::device::{Device, SMALL, fleet, make_initrd};
-use super::machine::{Cut, Ended, Machine};
+use super::device::{Device, SMALL, fleet};
+use super::machine::{Cut, Ended, Machine, make_initrd};
 use super::{DRACUT, INITRAMFS_TOOLS, KERNEL};
 
 /// What the initramfs of each generator shows when it gives a shell.

@@ -2,12 +2,13 @@
 //! software TPM.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use mosfs::internals::digest::Digest;
+use mosfs::internals::sys::disk;
 use tempfile::TempDir;
 
 use super::device::{Device, MOSFS, SMALL, SMALL_NEXT, flip, measured};
@@ -28,8 +29,7 @@ impl Loop {
     /// Waits until no file system on it is mounted: that of a boot goes with the last daemon that is about to leave.
     fn wait_until_unmounted(&self) {
         let end = Instant::now() + Duration::from_secs(600);
-        // open(2), O_EXCL: a device that is in use by the system is EBUSY.
-        while let Err(error) = File::options().read(true).custom_flags(libc::O_EXCL).open(&self.0) {
+        while let Err(error) = disk::open_exclusive(Path::new(&self.0)) {
             assert!(Instant::now() < end, "{}: {error}", self.0);
             std::thread::sleep(Duration::from_millis(20));
         }

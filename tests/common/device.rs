@@ -20,7 +20,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use mosfs::internals::digest::{self, Digest};
 use tempfile::TempDir;
 
-use super::machine::{Machine, debian_image, noise, script, source_file, squashfs, tool};
+use super::machine::{Machine, debian_image, make_initrd, noise, source_file, squashfs, tool};
 use super::publish::{PRODUCT, Publisher};
 use super::swtpm::Swtpm;
 
@@ -179,13 +179,6 @@ impl Fleet {
         });
         initrd
     }
-}
-
-/// Makes the initramfs of a real generator for one of Debian's kernels, which trusts what `config` says.
-pub fn make_initrd(out: &Path, generator: &str, kernel: &str, config: &Path) {
-    let mut command = script("make-initrd");
-    command.arg(generator).arg(out).args(["--mosfs", MOSFS, "--kernel", kernel]);
-    tool("", command.arg("--config").arg(config));
 }
 
 /// What PCR 15 of the SHA-256 bank holds after one boot, in upper case as the kernel shows it; worked out as docs/boot.md

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use super::fixture::{MOSFS, PRODUCT};
 use super::install::STEPS;
-use super::machine::{Machine, script, tool};
+use super::machine::{Ended, Machine, make_initrd, median};
 use super::real::{CMDLINE, Device, build, medium, publisher};
 use super::tools::{run, sh};
 
@@ -48,17 +48,16 @@ fn milliseconds(text: &str) -> f64 {
 }
 
 /// The moments of a start, in milliseconds since the kernel's own, and the phases of `mosfs boot`.
-fn moments(console: &str) -> Vec<(String, f64)> {
+fn moments(ended: &Ended) -> Vec<(String, f64)> {
     let after = |word: &str| {
-        let line = console.lines().find_map(|line| Some(line.split_once(word)?.1.trim()));
-        line.unwrap_or_else(|| panic!("expected `{word}`\n{console}"))
+        *ended.after(word).first().unwrap_or_else(|| panic!("expected `{word}`\n{}", ended.console))
     };
     let measured: serde_json::Value = serde_json::from_str(after("vm: measured ")).expect("JSON");
     let rooted = measured["content"]["timestamp"].as_f64().expect("a time") / 1e3;
     let record: serde_json::Value = serde_json::from_str(after("vm: boot.json ")).expect("JSON");
     let phases = record["phases_ms"].as_array().expect("phases").iter().map(|phase| {
-        let name = phase[0].as_str().or(phase["phase"].as_str()).expect("a name");
-        let ms = phase[1].as_f64().or(phase["ms"].as_f64()).expect("milliseconds");
+        let name = phase[0].as_str().expect("a name");
+        let ms = phase[1].as_f64().expect("milliseconds");
         (format!("  {name}"), ms)
     });
     let mut list = vec![("kernel to /init".into(), milliseconds(after("vm: init of the initramfs at ")))];
@@ -68,18 +67,12 @@ fn moments(console: &str) -> Vec<(String, f64)> {
     list
 }
 
-fn median(times: &[f64]) -> f64 {
-    let mut times = times.to_vec();
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 /// Prints how long each step of an installation took: from its line on the console to the next one.
 fn print_steps(machine: &Machine) {
     let begin = Instant::now();
     let mut last: Option<(String, f64)> = None;
     let mut is_over = false;
-    machine.watch(|line| {
+    let ended = machine.watch(|line| {
         if is_over {
             return;
         }
@@ -92,6 +85,7 @@ fn print_steps(machine: &Machine) {
         is_over = line[at..].starts_with("vm: ");
         last = Some((line[at..].trim_end().to_string(), now));
     });
+    ended.expect(0, &[]);
 }
 
 #[test]
@@ -135,9 +129,7 @@ fn starts_installations_and_sizes() {
     let mut machines = vec![("kernel image", Machine { medium: None, ..device.machine(&image, "cd") })];
     for generator in ["dracut", "initramfs-tools"] {
         let initrd = device.path(generator);
-        let mut command = script("make-initrd");
-        command.arg(generator).arg(&initrd).args(["--mosfs", MOSFS, "--kernel", "6.12"]);
-        tool("", command.arg("--config").arg(&config));
+        make_initrd(&initrd, generator, "6.12", &config);
         let (unpacked, packed) = unpacked_and_packed(&initrd);
         println!("FIGURE initramfs of {generator}: {unpacked} bytes, {packed} packed");
         let machine = Machine {
@@ -154,7 +146,7 @@ fn starts_installations_and_sizes() {
     for _ in 0..ROUNDS {
         for (way, (_, machine)) in machines.iter().enumerate() {
             let ended = machine.expect(0, &["vm: version 200"]);
-            for (number, (name, ms)) in moments(&ended.console).into_iter().enumerate() {
+            for (number, (name, ms)) in moments(&ended).into_iter().enumerate() {
                 all.entry((number, name, way)).or_default().push(ms);
             }
         }
