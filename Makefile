@@ -34,6 +34,8 @@ BENCH ?=
 # Tests mount; cargo builds as the user and runs each test program through this.
 HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 AS_ROOT = env "CARGO_TARGET_$(HOST)_RUNNER=$(CURDIR)/tests/as-root"
+# Some tests wait, for a disk that never comes and the like: one more runs than there are processors.
+export RUST_TEST_THREADS ?= $(shell echo $$(($$(nproc) + 1)))
 
 .PHONY: help build programs demo test campaign fuzz bench scale soak fmt lint install deb clean
 

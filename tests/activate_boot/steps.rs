@@ -4,7 +4,8 @@
 pub const HELPERS: &str = r#"
 export MOSFS_SYSTEM=/run/mosfs/system MOSFS_CONFIG=/run/mosfs/config
 targets=/run/mosfs/targets
-step() { number=$1; shift; echo "vm: step $number: $*"; }
+number=1
+step() { number=$1; shift; echo "vm: step $number, $(cut -d' ' -f1 /proc/uptime) s: $*"; }
 fail() { echo "vm: failed at step $number: $*"; exit "$number"; }
 want() { "$@" || fail "$*"; }
 unit_of() { echo "mosfs-fuse@$(systemd-escape --path "$1").service"; }
@@ -143,6 +144,21 @@ want test "$(grep -c " $targets/app " /proc/self/mounts)" = 1
 want content $targets/app app
 "#;
 
+/// Another network namespace, linked with the host's: `page PORT` is what the host serves there.
+pub const OUTSIDE: &str = r#"
+unshare --net sleep 100000 &
+outside=$!
+# Until unshare has made it, its namespace is the host's.
+is_elsewhere() { test "$(readlink /proc/$1/ns/net)" != "$(readlink /proc/self/ns/net)"; }
+await is_elsewhere $outside
+want ip link add out0 type veth peer name out1 netns $outside
+want ip address add 192.0.2.1/24 dev out0
+want ip link set out0 up
+want nsenter --net=/proc/$outside/ns/net ip address add 192.0.2.2/24 dev out1
+want nsenter --net=/proc/$outside/ns/net ip link set out1 up
+page() { nsenter --net=/proc/$outside/ns/net /usr/local/bin/busybox wget -q -O - "http://192.0.2.1:$1/"; }
+"#;
+
 /// Containers, in the boot that has mounted them through dm-verity.
 pub const CONTAINERS: &str = r#"
 step 20 "containers run at boot, in order, and the boot is committed when they are healthy"
@@ -166,18 +182,6 @@ want test "$(stat -c %a /run/mosfs/system/volumes)" = 700
 grep -F containers /proc/self/mounts && fail "mounts of containers are on the host"
 mosfs ps | sed 's/^/vm: /'
 mosfs status | grep '^          web 1.0.0: running, 80->8080/tcp$' || fail "the status shows containers"
-# From outside: another network namespace, linked with the host's.
-unshare --net sleep 100000 &
-outside=$!
-# Until unshare has made it, its namespace is the host's.
-is_elsewhere() { test "$(readlink /proc/$1/ns/net)" != "$(readlink /proc/self/ns/net)"; }
-await is_elsewhere $outside
-want ip link add out0 type veth peer name out1 netns $outside
-want ip address add 192.0.2.1/24 dev out0
-want ip link set out0 up
-want nsenter --net=/proc/$outside/ns/net ip address add 192.0.2.2/24 dev out1
-want nsenter --net=/proc/$outside/ns/net ip link set out1 up
-page() { nsenter --net=/proc/$outside/ns/net /usr/local/bin/busybox wget -q -O - "http://192.0.2.1:$1/"; }
 want test "$(page 80)" = "this is web"
 
 step 21 "nothing is restarted that has not changed"
@@ -298,9 +302,10 @@ for name in hog bomb; do want is_state $name running; done
 
 "#;
 
-/// The same, later.
-pub const LONG_CONTAINERS: &str = r#"
+/// The same, over restarts and updates.
+pub const UPDATED_CONTAINERS: &str = r#"
 step 32 "a firewall that refuses the rules keeps down only what has published ports"
+await systemctl is-active mosfs-commit.service
 db=$(since db) hog=$(since hog)
 want systemctl stop mosfs-target@web.service mosfs-target@bomb.service
 want mv /usr/sbin/nft /usr/sbin/nft.real
@@ -430,7 +435,7 @@ step 31 "all stops, and nothing is left"
 want systemctl stop 'mosfs-target@*.service'
 want test -z "$(ls /run/mosfs/crun)"
 want test -z "$(grep -lx crun /proc/[0-9]*/comm)"
-kill $outside
+test -z "$outside" || want kill $outside
 await test ! -e /sys/class/net/out0
 for kind in net pid user ipc; do want test "$(lsns --noheadings --type $kind --output NS | wc -l)" = 1; done
 ls /sys/class/net | grep mosfs && fail "an interface is left"

@@ -209,7 +209,7 @@ impl Machine {
         }
     }
 
-    /// Runs it to its end. As many run at a time as there are processors, for each has one.
+    /// Runs it to its end. One more runs at a time than there are processors: each has one, and some wait for a disk.
     ///
     /// A machine whose Linux gave up on the TPM (see [`Ended::gave_up_on_the_tpm`]) is put back to what it was
     /// before and started again, some times, and says so. One whose power is cut, or whose disk is not a file, is not:
@@ -432,7 +432,7 @@ struct Slot;
 
 impl Slot {
     fn take() -> Self {
-        let most = std::thread::available_parallelism().map_or(1, usize::from);
+        let most = std::thread::available_parallelism().map_or(1, usize::from) + 1;
         let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
         while *running >= most {
             running = ENDED.wait(running).unwrap_or_else(PoisonError::into_inner);

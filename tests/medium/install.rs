@@ -64,7 +64,7 @@ fn a_cd_installs_on_an_empty_disk_which_then_starts_by_itself() {
         "partition: /dev/vda: ",
         "mkfs: ext4, labelled mosfs, on /dev/vda2",
         "install: version 200 on /dev/vda2",
-        "verify: /dev/vda2: every block as it was signed",
+        "verify: every block on /dev/vda2",
         &format!("esp: EFI/Linux/mosfs-200-{kernel}.efi on /dev/vda1"),
         "MOSFS-INSTALL-VERDICT: 0 installed version 200 on /dev/vda",
         "vm: version 200",
