@@ -9,7 +9,7 @@
 //! There is nobody to answer a question, and nothing on the partition is trusted: what a repair loses of a system shows
 //! when it is verified, and an update fetches it again.
 //!
-//! **Bounds.** A check may take as long as its device completes requests, [`MAX_TIME`] at most.
+//! **Bounds.** A check may take as long as it computes or its device completes requests, [`MAX_TIME`] at most.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::manifest::rules::printable;
 use crate::sys::said::Said;
-use crate::sys::{disk, file};
+use crate::sys::{disk, file, process};
 
 /// Where it is, in an initramfs and on a host.
 const PLACES: [&str; 2] = ["/usr/sbin/e2fsck", "/sbin/e2fsck"];
@@ -76,7 +76,8 @@ fn run(
         .spawn()
         .map_err(cannot)?;
     let statistics = disk::sysfs(device).map(|folder| folder.join("stat"));
-    let read = || statistics.as_ref().and_then(|path| file::read_named(path, MAX_SYSFS).ok());
+    let (pid, read) = (child.id(), |path| file::read_named(path, MAX_SYSFS).ok());
+    let read = || (statistics.as_deref().and_then(read), process::computed(pid));
     let (mut before, mut since) = (read(), Instant::now());
     loop {
         if let Some(status) = child.try_wait().map_err(cannot)? {
@@ -108,4 +109,24 @@ fn run(
 pub(super) fn is_read_only(device: &Path) -> bool {
     let read = disk::sysfs(device).and_then(|folder| file::read_named(&folder.join("ro"), MAX_SYSFS).ok());
     read.is_some_and(|text| text.trim_ascii() == b"1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_computes_has_its_time_and_one_that_waits_has_not() {
+        let dir = tempfile::tempdir().unwrap();
+        // A shell in its place, and a script in that of the device.
+        let begins = |script: &str, end: Duration| {
+            let path = dir.path().join("script");
+            std::fs::write(&path, script).unwrap();
+            run(Path::new("/bin/sh"), "-e", &path, Duration::from_secs(2), Instant::now() + end).unwrap_err()
+        };
+        let computes = begins("while :; do :; done", Duration::from_secs(6));
+        assert_eq!(computes, "e2fsck takes longer than 30 minutes");
+        let waits = begins("exec sleep 100", Duration::from_secs(600));
+        assert_eq!(waits, "it did not answer e2fsck within 2 s");
+    }
 }

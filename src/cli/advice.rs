@@ -412,10 +412,8 @@ fn for_mount(error: &MountError) -> Option<&'static str> {
 }
 
 fn for_import(errors: &ImportErrors) -> Option<&'static str> {
-    Some(match errors.class() {
-        Class::Verification => "the image there is not the pinned one; inspect it before you change the pin",
-        _ => "`mosfs manifest check FILE` checks a manifest without building it",
-    })
+    (errors.class() == Class::Verification)
+        .then_some("the image there is not the pinned one; inspect it before you change the pin")
 }
 
 /// What to do where the floor was not raised.

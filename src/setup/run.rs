@@ -307,7 +307,7 @@ impl Prepared<'_> {
             install(&mut request, &system)?;
             failpoint::hit("setup.system.installed");
         }
-        say("verify", &format!("{}: every block as it was signed", system.display()));
+        say("verify", &format!("every block on {}", system.display()));
         verify(&request, &system)?;
         let files = kernels(&request, &system)?;
         let text = match files.keys().find(|name| name.starts_with("EFI/Linux/")) {

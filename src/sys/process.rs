@@ -98,16 +98,32 @@ pub fn monotonic() -> std::time::Duration {
 /// if there is no such process, or if it has ended and is not reaped yet. With its number, it names a process for as long
 /// as the machine runs.
 pub fn started_at(pid: u32) -> Option<u64> {
+    let [ticks] = stat_fields(pid, [22])?;
+    Some(ticks)
+}
+
+/// How long a process has computed, in clock ticks (fields 14 and 15); `None` as for [`started_at`].
+pub fn computed(pid: u32) -> Option<u64> {
+    let [user, kernel] = stat_fields(pid, [14, 15])?;
+    user.checked_add(kernel)
+}
+
+/// Some of the numbers of /proc/PID/stat, by their number in proc(5), from 4 on; `None` as for [`started_at`].
+fn stat_fields<const N: usize>(pid: u32, numbers: [usize; N]) -> Option<[u64; N]> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     // The second field is a name in parentheses that may hold anything; what counts follows the last one.
     let end = stat.iter().rposition(|&byte| byte == b')')?;
     let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
-    let mut fields = rest.split_ascii_whitespace();
-    if fields.next()? == "Z" {
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    if *fields.first()? == "Z" {
         return None;
     }
-    // Field 22; the one before was 3.
-    fields.nth(18)?.parse().ok()
+    let mut found = [0; N];
+    for (number, found) in numbers.iter().zip(&mut found) {
+        // The first one is field 3.
+        *found = fields.get(number.checked_sub(3)?)?.parse().ok()?;
+    }
+    Some(found)
 }
 
 /// The file of this program, for commands that start it again: what a unit starts is the small one where it is installed.
