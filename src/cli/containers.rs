@@ -133,7 +133,7 @@ fn rows(global: &Global) -> Result<Vec<Row>, AnyError> {
             let failed = || match state {
                 "running" | "outdated" | "done" => None,
                 "unhealthy" => units::last_unhealthy(&places, name.as_str()),
-                _ => units::last_error(&places, name.as_str()),
+                _ => units::why_not(&places, name.as_str(), &unit),
             };
             let error = match &container {
                 Ok(container) if has_systemd => units::missing_need(container, &unit)?.or_else(failed),

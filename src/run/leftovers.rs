@@ -172,6 +172,19 @@ mod tests {
             note_failure(&places, "web", &failed);
             assert_eq!(units::last_error(&places, "web"), Some(format!("target web: {said}")), "{log}");
         }
+        // What is started once more has the reason of the last time, until it has one of its own.
+        let state = |active: &str| units::State { active: active.into(), ..units::State::default() };
+        let why_not = |active: &str| units::why_not(&places, "web", &state(active));
+        let reason = Some("target web: the runtime cannot run it: last".to_string());
+        assert_eq!(why_not("failed"), reason);
+        units::forget_last_run(&places, "web");
+        assert_eq!((why_not("activating"), why_not("inactive")), (reason, None));
+        note_failure(&places, "web", &ended("signal", "killed", "SEGV"));
+        let own = Some("target web: signal SIGSEGV ended its program".to_string());
+        assert_eq!((why_not("activating"), why_not("failed")), (own.clone(), own));
+        units::forget_last_run(&places, "web");
+        units::forget_last_run(&places, "web");
+        assert_eq!(why_not("activating"), None, "the start before that one did not fail");
         let dir = tempfile::tempdir().unwrap();
         let places = Places { run: dir.path().into(), system: dir.path().into() };
         units::note_error(&places, "web", "target web: it ended before it was healthy");

@@ -15,6 +15,7 @@
 //! RUN/notes/NAME.hosts       its /etc/hosts, which an activation keeps up to date
 //! RUN/notes/NAME.key         the run key that the container was started with
 //! RUN/notes/NAME.error       why its last start failed
+//! RUN/notes/NAME.before      why the start before that failed
 //! RUN/notes/NAME.unhealthy   why the last attempt at its health failed
 //! RUN/notes/NAME.runtime     what the runtime said of a container that it could not run
 //! RUN/notes/NAME.lock        held (flock) by what starts the container, and by the runtime as long as it runs

@@ -49,6 +49,11 @@ impl Places {
         self.notes().join(format!("{name}.error"))
     }
 
+    /// The file that says why the start before the last one failed.
+    pub fn error_before(&self, name: &str) -> PathBuf {
+        self.notes().join(format!("{name}.before"))
+    }
+
     /// The file that says why the last attempt at the health of a container failed.
     pub fn unhealthy(&self, name: &str) -> PathBuf {
         self.notes().join(format!("{name}.unhealthy"))
@@ -59,9 +64,9 @@ impl Places {
         self.notes().join(format!("{name}.runtime"))
     }
 
-    /// What is known of the last run of a container, and is over with the next one.
-    pub fn last_run(&self, name: &str) -> [PathBuf; 3] {
-        [self.error(name), self.unhealthy(name), self.runtime_log(name)]
+    /// What is known of the last runs of a container.
+    pub fn last_runs(&self, name: &str) -> [PathBuf; 4] {
+        [self.error_before(name), self.error(name), self.unhealthy(name), self.runtime_log(name)]
     }
 
     /// The file that marks that a container uses the bridge.

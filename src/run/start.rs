@@ -26,7 +26,7 @@ use super::places::{Places, write_note};
 use super::program;
 use super::root::{self, step};
 use super::user::User;
-use super::{Container, RunError, ids, network, programs, runtime, shifted, stdio, user};
+use super::{Container, RunError, ids, network, programs, runtime, shifted, stdio, units, user};
 use crate::error::IoContext;
 use crate::manifest::rules;
 use crate::manifest::workload::Writable;
@@ -85,9 +85,7 @@ fn replace(
     if places.runtime().join(target).exists() {
         runtime::delete(places, target, true).map_err(step(target, "run crun delete"))?;
     }
-    for old in places.last_run(target) {
-        let _ = fs::remove_file(old);
-    }
+    units::forget_last_run(places, target);
     let key = places.key(target);
     write_note(&key, &format!("{}\n", container.key)).map_err(step(target, "start"))?;
     let mut run = runtime::runtime(places);

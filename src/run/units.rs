@@ -275,6 +275,23 @@ pub fn last_error(places: &Places, target: &str) -> Option<String> {
     read_note(&places.error(target))
 }
 
+/// Why a container that does not run does not: why its last start failed, or, while systemd starts it once more, the one
+/// before.
+pub fn why_not(places: &Places, target: &str, state: &State) -> Option<String> {
+    let before = || read_note(&places.error_before(target));
+    last_error(places, target).or_else(|| if state.active == "activating" { before() } else { None })
+}
+
+/// Ends what is known of the last run of a container, which starts now. Why it failed is kept until the next start.
+pub fn forget_last_run(places: &Places, target: &str) {
+    let (error, before) = (places.error(target), places.error_before(target));
+    let _ = fs::remove_file(&before);
+    let _ = fs::rename(error, before);
+    for old in [places.unhealthy(target), places.runtime_log(target)] {
+        let _ = fs::remove_file(old);
+    }
+}
+
 /// Why the last attempt at the health of a container that runs failed, if it did.
 pub fn last_unhealthy(places: &Places, target: &str) -> Option<String> {
     read_note(&places.unhealthy(target))
@@ -386,7 +403,7 @@ pub fn stop(places: &Places, targets: &[&str]) -> Result<(), IoError> {
     for target in targets {
         for file in [path(target), places.key(target), places.hosts(target)]
             .into_iter()
-            .chain(places.last_run(target))
+            .chain(places.last_runs(target))
         {
             let _ = fs::remove_file(file);
         }
@@ -446,7 +463,7 @@ pub fn check(places: &Places, container: &Container) -> Result<State, RunError> 
     why.push(')');
     if let Some(needed) = missing_need(container, &state)? {
         let _ = write!(why, "; {needed}");
-    } else if let Some(error) = last_error(places, target) {
+    } else if let Some(error) = why_not(places, target, &state) {
         let _ = write!(why, "; {}", without_target(target, &error));
     }
     Err(RunError::Unit { target: target.into(), why })
