@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::cmdline::Partition;
-use super::e2fsck;
+use super::e2fsck::{self, Check};
 use crate::sorting;
 use crate::sys::blkid::{self, Content};
 use crate::sys::disk;
@@ -415,9 +415,14 @@ impl Candidate {
     ///
     /// # Errors
     /// Why it is no system partition, as part of a sentence.
-    pub fn mount(&self, patience: Duration, say: &dyn Fn(&str)) -> Result<Mounted, String> {
+    pub fn mount(
+        &self,
+        patience: Duration,
+        watchdog: Option<&Path>,
+        say: &dyn Fn(&str),
+    ) -> Result<Mounted, String> {
         let patience = patience.max(ANSWER_WITHIN);
-        let checked = self.check(patience, say);
+        let checked = self.check(patience, watchdog, say);
         if checked == Some(Ok(true)) {
             say(&format!("{}: e2fsck has corrected its file system", self.device.display()));
         }
@@ -437,12 +442,18 @@ impl Candidate {
     }
 
     /// Checks its file system, where that can be done; returns whether something was corrected.
-    fn check(&self, patience: Duration, say: &dyn Fn(&str)) -> Option<Result<bool, String>> {
+    fn check(
+        &self,
+        patience: Duration,
+        watchdog: Option<&Path>,
+        say: &dyn Fn(&str),
+    ) -> Option<Result<bool, String>> {
         if self.file_system != CHECKED || e2fsck::is_read_only(&self.device) {
             return None;
         }
         let program = e2fsck::program()?;
-        let ask = || serde_json::to_vec(&e2fsck::check(program, &self.device, patience)).unwrap_or_default();
+        let check = Check { program, device: &self.device, patience, watchdog };
+        let ask = || serde_json::to_vec(&check.make()).unwrap_or_default();
         let helper = match Helper::start(|| (ask(), None)) {
             Ok(helper) => helper,
             Err(error) => return Some(Err(error.to_string())),

@@ -150,11 +150,12 @@ fn start(say: &dyn Fn(&str)) -> Result<Never, InitError> {
     if let Some(end) = install(say) {
         finish(end, say);
     }
-    start_watchdog(say);
+    let watchdog = start_watchdog(say).then_some(["--watchdog", watchdog::DEVICE]);
     // Words of the kernel command line that nobody knows become environment variables of the first process.
     let status = Command::new(PROGRAM)
         .arg0("mosfs")
         .args(["boot", "--system", "/run/mosfs/system", "--config", CONFIG, "--sysroot", SYSROOT])
+        .args(watchdog.iter().flatten())
         .env_clear()
         .env("PATH", "/usr/bin")
         .stdin(Stdio::null())
@@ -190,11 +191,15 @@ fn install(say: &dyn Fn(&str)) -> Option<End> {
     installer::run(&medium, &Installer { program: Path::new(PROGRAM), config: Path::new(CONFIG) }, say)
 }
 
-/// Starts the watchdog, where CONFIG says so. A machine that has none boots all the same: it may be another model.
-fn start_watchdog(say: &dyn Fn(&str)) {
+/// Starts the watchdog, where CONFIG says so; returns whether it runs. A machine that has none boots all the same: it may be
+/// another model.
+fn start_watchdog(say: &dyn Fn(&str)) -> bool {
     // `mosfs boot` reports a CONFIG that cannot be read.
-    let Ok(Settings { watchdog: Some(seconds), .. }) = Settings::load(Path::new(CONFIG)) else { return };
-    match watchdog::start(Path::new(watchdog::DEVICE), seconds) {
+    let Ok(Settings { watchdog: Some(seconds), .. }) = Settings::load(Path::new(CONFIG)) else {
+        return false;
+    };
+    let started = watchdog::start(Path::new(watchdog::DEVICE), seconds);
+    match &started {
         Ok(seconds) => {
             say(&format!(
                 "this machine restarts unless its system feeds the watchdog within {seconds} seconds"
@@ -205,6 +210,8 @@ fn start_watchdog(say: &dyn Fn(&str)) {
         }
         Err(error) => say(&format!("the watchdog is not started: {}: {error}", watchdog::DEVICE)),
     }
+    // Where it has another time than it should, it runs all the same.
+    !started.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Loads the modules of the list, in its order. One that fails is no reason to stop: most are for other machines.

@@ -76,6 +76,8 @@ pub struct Setup {
     pub floor: FloorLocation,
     /// How long to wait for the TPM and the system partition.
     pub patience: Duration,
+    /// The watchdog that was started, which is fed while a file system is checked.
+    pub watchdog: Option<PathBuf>,
 }
 
 /// The longest time that the TPM is given to appear, and to take the measurement of a boot that failed.
@@ -330,7 +332,8 @@ impl Attempt<'_, '_> {
     fn try_candidate(&mut self, candidate: &Candidate) -> Result<Chosen, BootError> {
         let place = &self.setup.system;
         let bad = |why| BootError::BadPartition { device: candidate.device.clone(), why };
-        let mounted = candidate.mount(self.setup.patience, self.say).map_err(bad)?;
+        let mounted =
+            candidate.mount(self.setup.patience, self.setup.watchdog.as_deref(), self.say).map_err(bad)?;
         if mounted.read_only {
             (self.say)(&format!(
                 "{} cannot be written: a pending version, whose tries are counted there, is not tried",

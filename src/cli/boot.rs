@@ -24,7 +24,7 @@ pub(super) struct BootArgs {
     #[arg(long, value_name = "DIR", required_unless_present = "check")]
     sysroot: Option<PathBuf>,
     /// Only check whether an initramfs with this CONFIG and these libraries could boot.
-    #[arg(long, conflicts_with_all = ["sysroot", "cmdline", "wait"])]
+    #[arg(long, conflicts_with_all = ["sysroot", "cmdline", "wait", "watchdog"])]
     check: bool,
     /// The kernel command line.
     #[arg(long, value_name = "FILE", default_value = "/proc/cmdline")]
@@ -32,6 +32,9 @@ pub(super) struct BootArgs {
     /// How long to wait for the TPM and the system partition, in seconds.
     #[arg(long, value_name = "S", default_value_t = 30)]
     wait: u64,
+    /// The watchdog that was started. It is fed while a file system is checked.
+    #[arg(long, value_name = "DEVICE")]
+    watchdog: Option<PathBuf>,
     #[command(flatten)]
     floor: FloorArgs,
 }
@@ -135,6 +138,7 @@ fn attempt(args: &BootArgs, global: &Global) -> Result<(), AnyError> {
         run_dir: crate::sys::run_dir(),
         floor: args.floor.place(global),
         patience: Duration::from_secs(args.wait),
+        watchdog: args.watchdog.clone(),
     };
     let report = boot::boot(&setup, &options, &|text| output::note(text))?;
     for refused in &report.refused {

@@ -1,7 +1,7 @@
 //! The watchdog of a machine, which restarts it unless somebody writes to it in time (Documentation/watchdog of Linux).
 
-use std::fs::OpenOptions;
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
@@ -24,6 +24,29 @@ pub fn start(device: &Path, seconds: u32) -> io::Result<u32> {
         return Err(io::Error::last_os_error());
     }
     u32::try_from(timeout).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// A watchdog that runs, and that is fed while something else than the system keeps the machine busy.
+#[derive(Debug)]
+pub struct Fed(File);
+
+impl Fed {
+    /// Opens one that was started; this feeds it. One that was not started is started by it.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn open(device: &Path) -> io::Result<Self> {
+        OpenOptions::new().write(true).open(device).map(Self)
+    }
+
+    /// Feeds it. What is dropped leaves it running.
+    ///
+    /// # Errors
+    /// Those of write(2).
+    pub fn feed(&mut self) -> io::Result<()> {
+        // Any byte feeds it, but for V, which would stop it at the end.
+        self.0.write_all(b"\0")
+    }
 }
 
 #[cfg(test)]

@@ -152,8 +152,9 @@ impl<'a> Left<'a> {
         }
         // As a boot does: a superblock of ext4 has two sectors, and one that is torn between them is not mounted.
         let program = e2fsck::program().expect("e2fsck, of the package e2fsprogs");
-        let checked = e2fsck::check(program, &path("system.img"), Duration::from_secs(60));
-        let corrected = checked.unwrap_or_else(|why| panic!("{cut}: {why}"));
+        let (image, patience) = (path("system.img"), Duration::from_secs(60));
+        let check = e2fsck::Check { program, device: &image, patience, watchdog: None };
+        let corrected = check.make().unwrap_or_else(|why| panic!("{cut}: {why}"));
         run(Command::new("mount").args(["-o", "loop"]).arg(path("system.img")).arg(device.system()));
         Self { device, corrected }
     }
