@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use mosfs::internals::boot::e2fsck;
 use mosfs::internals::digest::Digest;
 use tempfile::TempDir;
 
@@ -130,12 +131,14 @@ impl Source {
         let device = Device::of(publisher, 1);
         let initrd = dir.path().join("initrd");
         let libraries = loaded_libraries();
+        // As the generators take it along: a cut can tear a superblock of ext4, which has two sectors.
+        let e2fsck = e2fsck::program().expect("e2fsck, of the package e2fsprogs");
         let [esys, blkid] = libraries.each_ref().map(|path| (path.as_path(), path.to_str().expect("a path")));
         mini_initrd(
             &initrd,
             KERNEL,
             INIT,
-            &[(Path::new(MOSFS), "/usr/bin/mosfs"), esys, blkid],
+            &[(Path::new(MOSFS), "/usr/bin/mosfs"), (e2fsck, "/usr/sbin/e2fsck"), esys, blkid],
             &[(&dir.path().join("store"), "/source"), (device.config(), "/etc/mosfs")],
         );
         Self { dir, initrd }
