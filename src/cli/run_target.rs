@@ -103,8 +103,7 @@ fn start(args: &RunTargetArgs, global: &Global, places: &Places) -> Result<(), A
     }
     let mount_shifted = || {
         let mut mount = again(places, global, "--mount-shifted", &args.target);
-        // It notes why it fails, and this process says it.
-        let _ = std::fs::remove_file(places.error(&args.target));
+        // It notes why it fails, and this process says it. Of the last start nothing is noted any more.
         let why = match mount.stdout(Stdio::null()).stderr(Stdio::null()).status() {
             Ok(status) if status.success() => return Ok(()),
             Ok(status) => match units::last_error(places, &args.target) {

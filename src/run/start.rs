@@ -65,6 +65,7 @@ fn replace(
     require_room(target, &places.run)?;
     places.make_notes()?;
     let lock = require_ended(places, target)?;
+    units::forget_last_run(places, target);
     let (config, work) = match make(container, places, true) {
         // It is found before anything is made.
         Err(RunError::NoIdMap { .. }) => {
@@ -85,7 +86,6 @@ fn replace(
     if places.runtime().join(target).exists() {
         runtime::delete(places, target, true).map_err(step(target, "run crun delete"))?;
     }
-    units::forget_last_run(places, target);
     let key = places.key(target);
     write_note(&key, &format!("{}\n", container.key)).map_err(step(target, "start"))?;
     let mut run = runtime::runtime(places);

@@ -44,6 +44,12 @@ counts() {
 }
 "#;
 
+/// What a boot has mounted through dm-verity: the root, and eight targets.
+pub const THROUGH_DM_VERITY: &str = r#"
+grep -q '^mosfs:' /proc/self/mounts || exit 3
+test $(grep -c ' /run/mosfs/targets/[^ ]* overlay ro,nosuid,nodev' /proc/self/mounts) = 8 || exit 4
+"#;
+
 /// Targets that are mounted.
 pub const STEPS: &str = r#"
 step 10 "the service has mounted the targets before multi-user.target"
