@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use clap::Args;
@@ -66,10 +67,16 @@ pub(super) fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
     // Before anything starts a thread. Without it, the registry clears up after an interrupted push in its own time.
     let signals = Signals::block_not_ignored();
     let to = Arc::new(Registry::open(&args.to.location, &args.registry.access(global))?);
+    let ending = Arc::new(AtomicBool::new(false));
     if let Ok(signals) = signals {
-        cancel_when_ended(signals, Arc::clone(&to));
+        cancel_when_ended(signals, Arc::clone(&to), Arc::clone(&ending));
     }
-    let pushed = push::system(&store, args.to.name.as_deref(), &to, &progress::of(global)?)?;
+    let pushed = push::system(&store, args.to.name.as_deref(), &to, &progress::of(global)?);
+    // What fails because it was cancelled is no failure of its own: the signal ends the command.
+    while pushed.is_err() && ending.load(Ordering::SeqCst) {
+        thread::park();
+    }
+    let pushed = pushed?;
     output::answer(
         global,
         || {
@@ -88,9 +95,10 @@ pub(super) fn push(args: &PushArgs, global: &Global) -> Result<(), AnyError> {
 }
 
 /// On a signal that ends the command, cancels the uploads that are under way first; on a second one, ends at once.
-fn cancel_when_ended(signals: Signals, to: Arc<Registry>) {
+fn cancel_when_ended(signals: Signals, to: Arc<Registry>, ending: Arc<AtomicBool>) {
     thread::spawn(move || {
         let Ok(signal) = signals.wait() else { return };
+        ending.store(true, Ordering::SeqCst);
         thread::spawn(move || {
             to.cancel_uploads();
             process::end_by(signal);

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -358,28 +358,25 @@ fn an_upload_that_is_given_up_is_cancelled_if_the_registry_may_hear_of_it() {
     assert_eq!(cancelled(&server), [405]);
 }
 
+/// Starts `mosfs push`. Whoever runs the tests may ignore signals, as a shell does for what it starts in the background.
+fn begin_push(place: &Place, server: &Server, patience: &str, disposition: &str) -> Child {
+    let store = display(&place.store());
+    let args = ["push", "--net-timeout", patience, "--store", &store, &server.source("p")];
+    let (mosfs, mut command) = (place.command(&args), Command::new("env"));
+    command.arg(disposition).arg(mosfs.get_program()).args(mosfs.get_args());
+    for (name, value) in mosfs.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("env (Debian package coreutils) runs")
+}
+
 #[test]
 fn a_push_that_is_ended_by_a_signal_cancels_what_it_has_begun() {
     let (place, server) = (Place::new(), Arc::new(Server::start(Options::default())));
     place.publish(200, &[400_000]);
-    let store = display(&place.store());
-    // Whoever runs the tests may ignore signals, as a shell does for what it starts in the background.
-    let begin = |disposition: &str| {
-        let args = ["push", "--net-timeout", "60", "--store", &store, &server.source("p")];
-        let (mosfs, mut command) = (place.command(&args), Command::new("env"));
-        command.arg(disposition).arg(mosfs.get_program()).args(mosfs.get_args());
-        for (name, value) in mosfs.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        command
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("env (Debian package coreutils) runs")
-    };
     for (name, signal) in [("TERM", Some(15)), ("INT", Some(2)), ("HUP", Some(1)), ("HUP", None)] {
         let begun = Arc::new(AtomicUsize::new(0));
         let (seen_put, ended) = (Arc::clone(&begun), Arc::new(AtomicUsize::new(0)));
@@ -393,10 +390,15 @@ fn a_push_that_is_ended_by_a_signal_cancels_what_it_has_begun() {
             }
             None
         });
-        let mut child = begin(&match signal {
-            Some(_) => format!("--default-signal={name}"),
-            None => format!("--ignore-signal={name}"),
-        });
+        let mut child = begin_push(
+            &place,
+            &server,
+            "60",
+            &match signal {
+                Some(_) => format!("--default-signal={name}"),
+                None => format!("--ignore-signal={name}"),
+            },
+        );
         while begun.load(Ordering::SeqCst) == 0 {
             thread::sleep(Duration::from_millis(1));
         }
@@ -417,6 +419,60 @@ fn a_push_that_is_ended_by_a_signal_cancels_what_it_has_begun() {
     }
     server.heal();
     place.push(&server.source("p"));
+}
+
+#[test]
+fn an_upload_whose_beginning_is_answered_after_the_signal_is_cancelled_too() {
+    let (place, server) = (Place::new(), Arc::new(Server::start(Options::default())));
+    place.publish(200, &[400_000]);
+    // The first upload begins, and is filled until the command has ended. The registry answers the requests for all others
+    // after it was asked to cancel the first one: or not at all.
+    for answered in [true, false] {
+        let [posts, puts, deletes, ended] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
+        let until = |count: &AtomicUsize| {
+            while count.load(Ordering::SeqCst) == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let (seen_posts, seen_puts, gone) = (Arc::clone(&posts), Arc::clone(&puts), Arc::clone(&ended));
+        server.script(move |seen, _| {
+            let first = |count: &AtomicUsize| count.fetch_add(1, Ordering::SeqCst) == 0;
+            match seen.method.as_str() {
+                "POST" if !first(&seen_posts) => {
+                    until(if answered { &deletes } else { &gone });
+                    // A command that did not wait for this would have ended when the first one was cancelled.
+                    thread::sleep(Duration::from_millis(300));
+                }
+                "PUT" => {
+                    first(&seen_puts);
+                    until(&gone);
+                }
+                "DELETE" => {
+                    first(&deletes);
+                }
+                _ => {}
+            }
+            None
+        });
+        let mut child =
+            begin_push(&place, &server, if answered { "60" } else { "3" }, "--default-signal=TERM");
+        while posts.load(Ordering::SeqCst) < 2 || puts.load(Ordering::SeqCst) == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(
+            Command::new("kill").args(["-s", "TERM", &child.id().to_string()]).status().unwrap().success()
+        );
+        let status = child.wait().unwrap();
+        ended.store(1, Ordering::SeqCst);
+        server.settle();
+        assert_eq!(status.signal(), Some(15), "{status:?}");
+        let answers = cancelled(&server);
+        assert!(answers.iter().all(|status| *status == 204), "{answers:?}");
+        if answered {
+            assert!(answers.len() > 1, "{answers:?}");
+            assert_eq!(server.open_uploads(), 0);
+        }
+    }
 }
 
 #[test]

@@ -140,6 +140,14 @@ pub enum RegistryError {
         /// The place.
         location: String,
     },
+    /// The command that sends a blob is about to end.
+    #[error("{location}: the upload of {digest} is cancelled")]
+    Cancelled {
+        /// The repository.
+        location: String,
+        /// The blob.
+        digest: crate::digest::Digest,
+    },
     /// Someone else writes the same list of referrers again and again.
     #[error("{location}: the list of referrers of {subject} was changed by someone else {tries} times")]
     Contended {

@@ -37,6 +37,7 @@ mod secret;
 mod settings;
 mod text;
 mod tls;
+mod uploads;
 mod url;
 
 use std::collections::HashMap;
@@ -52,6 +53,7 @@ pub use push::Uploaded;
 use client::{Client, Scope};
 use http::{Answer, Ask};
 use settings::{Endpoint, Settings};
+use uploads::Uploads;
 use url::{Origin, Url};
 
 use super::reference::{Host, Malformed, Reference, TagOrDigest, is_repository, is_tag};
@@ -94,8 +96,7 @@ struct Shared {
     dead: Mutex<HashMap<Origin, Instant>>,
     /// The last documents that were fetched.
     documents: Mutex<Vec<(Descriptor, Vec<u8>)>>,
-    /// Uploads that have begun and have not ended.
-    uploads: Mutex<Vec<(Endpoint, Url)>>,
+    uploads: Uploads,
 }
 
 impl From<RegistryError> for TransportError {
@@ -127,7 +128,7 @@ impl Registry {
             plain: access.plain_http,
             dead: Mutex::default(),
             documents: Mutex::default(),
-            uploads: Mutex::default(),
+            uploads: Uploads::default(),
         };
         Self::new(Arc::new(shared), host, repository)
     }

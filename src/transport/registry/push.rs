@@ -16,15 +16,14 @@ use ureq::http::{HeaderName, Method, header};
 
 use super::client::{Scope, TRIES};
 use super::error::RegistryError;
-use super::http::{Ask, Payload};
+use super::http::{Answer, Ask, Payload};
 use super::settings::Endpoint;
-use super::url::Url;
+use super::uploads::Upload;
 use super::{CONTENT_DIGEST, Registry, is_document};
 use crate::digest::Digest;
 use crate::image::oci::Descriptor;
 use crate::progress::Task;
-use crate::sys::locks;
-use crate::transport::TransportError;
+use crate::transport::{Transport, TransportError};
 
 /// The answer of a registry that has understood the `subject` of a manifest.
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
@@ -74,23 +73,23 @@ impl Registry {
             task.advance(blob.size);
             return Ok(Uploaded::Present);
         }
-        let mut place = None;
+        let mut upload = None;
         if let Some(from) = elsewhere.filter(|from| *from != self.repository()) {
             match self.mount(blob, from)? {
                 Mount::Done => {
                     task.advance(blob.size);
                     return Ok(Uploaded::Mounted);
                 }
-                Mount::Upload(url) => place = Some(url),
+                Mount::Upload(begun) => upload = Some(begun),
                 Mount::Refused => {}
             }
         }
         let mut tries = 0;
         loop {
             tries += 1;
-            let sent = match place.take() {
-                Some(place) => self.fill(&place, blob, file, task),
-                None => self.begin().and_then(|place| self.fill(&place, blob, file, task)),
+            let sent = match upload.take() {
+                Some(upload) => self.fill(&upload, blob, file, task),
+                None => self.begin(blob).and_then(|upload| self.fill(&upload, blob, file, task)),
             };
             match sent {
                 Ok(()) => return Ok(Uploaded::Sent),
@@ -108,55 +107,81 @@ impl Registry {
         let endpoint = self.home()?;
         let url =
             Self::url(endpoint, "blobs/uploads/").with("mount", &blob.digest.to_string()).with("from", from);
-        let ask = empty_post();
-        let answer = match self.client().send(endpoint, &url, &Scope::Mount(from.into()), &ask) {
-            Ok(answer) => answer,
-            // Who may write here may not read there: send it.
-            Err(RegistryError::Denied { .. }) => return Ok(Mount::Refused),
-            Err(error) => return Err(error.into()),
+        let ask = || {
+            let answer = match self.client().send(endpoint, &url, &Scope::Mount(from.into()), &empty_post()) {
+                Ok(answer) => answer,
+                // Who may write here may not read there: send it.
+                Err(RegistryError::Denied { .. }) => return Ok(Mount::Refused),
+                Err(error) => return Err(error.into()),
+            };
+            match answer.status {
+                201 => Ok(Mount::Done),
+                202 => Ok(Mount::Upload(self.upload_at(endpoint, &answer)?)),
+                _ => Ok(Mount::Refused),
+            }
         };
-        match answer.status {
-            201 => Ok(Mount::Done),
-            202 => Ok(Mount::Upload(self.upload_at(endpoint, &answer)?)),
-            _ => Ok(Mount::Refused),
-        }
+        let upload = |mount: &Mount| match mount {
+            Mount::Upload(upload) => Some(upload.clone()),
+            Mount::Done | Mount::Refused => None,
+        };
+        self.shared.uploads.begin(ask, upload).unwrap_or_else(|| Err(self.cancelled(blob)))
     }
 
     /// Asks for a place to send a blob to.
-    fn begin(&self) -> Result<Url, TransportError> {
+    fn begin(&self, blob: &Descriptor) -> Result<Upload, TransportError> {
         let endpoint = self.home()?;
         let url = Self::url(endpoint, "blobs/uploads/");
-        let answer = self.client().send(endpoint, &url, &Scope::Push, &empty_post())?;
-        match answer.status {
-            202 => self.upload_at(endpoint, &answer),
-            _ => Err(answer.unexpected().into()),
-        }
+        let ask = || {
+            let answer = self.client().send(endpoint, &url, &Scope::Push, &empty_post())?;
+            match answer.status {
+                202 => self.upload_at(endpoint, &answer),
+                _ => Err(answer.unexpected().into()),
+            }
+        };
+        let upload = |upload: &Upload| Some(upload.clone());
+        self.shared.uploads.begin(ask, upload).unwrap_or_else(|| Err(self.cancelled(blob)))
     }
 
-    fn upload_at(&self, endpoint: &Endpoint, answer: &super::http::Answer) -> Result<Url, TransportError> {
+    fn cancelled(&self, blob: &Descriptor) -> TransportError {
+        RegistryError::Cancelled { location: self.location(), digest: blob.digest }.into()
+    }
+
+    fn upload_at(&self, endpoint: &Endpoint, answer: &Answer) -> Result<Upload, TransportError> {
         let Some(location) = answer.header(&header::LOCATION) else {
             let (request, why) = (answer.request().to_string(), "the answer has no Location".into());
             return Err(RegistryError::Protocol { request, why }.into());
         };
-        Ok(self.client().next(endpoint, &answer.url, answer.request(), location)?)
+        let place = self.client().next(endpoint, &answer.url, answer.request(), location)?;
+        Ok((endpoint.clone(), place))
     }
 
-    /// Sends a blob to a place; an upload that fails is cancelled.
-    fn fill(&self, place: &Url, blob: &Descriptor, file: &File, task: &Task) -> Result<(), TransportError> {
-        let upload = (self.home()?.clone(), place.clone());
-        locks::lock(&self.shared.uploads).push(upload.clone());
-        let sent = self.put(place, blob, file, task);
-        locks::lock(&self.shared.uploads).retain(|one| *one != upload);
-        if let Err(TransportError::Registry(error)) = &sent
-            && is_open_after(error)
-        {
-            self.cancel(&upload);
+    /// Sends a blob; an upload that fails is cancelled.
+    fn fill(
+        &self,
+        upload: &Upload,
+        blob: &Descriptor,
+        file: &File,
+        task: &Task,
+    ) -> Result<(), TransportError> {
+        let sent = self.put(upload, blob, file, task);
+        let was_open = self.shared.uploads.remove(upload);
+        match sent {
+            Err(_) if !was_open => Err(self.cancelled(blob)),
+            Err(TransportError::Registry(error)) if is_open_after(&error) => {
+                self.cancel(upload);
+                Err(error.into())
+            }
+            sent => sent,
         }
-        sent
     }
 
-    fn put(&self, place: &Url, blob: &Descriptor, file: &File, task: &Task) -> Result<(), TransportError> {
-        let endpoint = self.home()?;
+    fn put(
+        &self,
+        (endpoint, place): &Upload,
+        blob: &Descriptor,
+        file: &File,
+        task: &Task,
+    ) -> Result<(), TransportError> {
         let url = place.with("digest", &blob.digest.to_string());
         let mut ask = Ask::new(Method::PUT);
         ask.headers.push((header::CONTENT_TYPE, "application/octet-stream".into()));
@@ -168,19 +193,14 @@ impl Registry {
         }
     }
 
-    /// Cancels the uploads that are under way in all repositories of this command, which is about to end. Each is asked
-    /// for once.
+    /// Cancels the uploads that are under way in all repositories of this command, which is about to end, and lets none
+    /// begin. Each is asked for once. A request that begins one is waited for as long as the registry may be silent.
     pub fn cancel_uploads(&self) {
-        let uploads = std::mem::take(&mut *locks::lock(&self.shared.uploads));
-        thread::scope(|scope| {
-            for upload in &uploads {
-                scope.spawn(|| self.cancel(upload));
-            }
-        });
+        self.shared.uploads.end(self.client().patience(), |upload| self.cancel(upload));
     }
 
     /// Cancels an upload. What the registry says to that changes nothing for the caller.
-    fn cancel(&self, (endpoint, place): &(Endpoint, Url)) {
+    fn cancel(&self, (endpoint, place): &Upload) {
         match self.client().once(endpoint, place, &Scope::Push, &Ask::new(Method::DELETE)) {
             Ok(answer) => log::info!("{} is cancelled (status {})", answer.request(), answer.status),
             Err(error) => log::info!("an upload is not cancelled: {error}"),
@@ -219,7 +239,7 @@ impl Registry {
 
 enum Mount {
     Done,
-    Upload(Url),
+    Upload(Upload),
     Refused,
 }
 
