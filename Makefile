@@ -123,7 +123,7 @@ lint: ## Check format, lints, documentation and scripts
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	$(CARGO) clippy --locked --lib --bins -- -D warnings
-	CARGO_PROFILE_DEV_DEBUG_ASSERTIONS=false $(CARGO) clippy --locked --lib --bins --no-default-features -- -D warnings
+	$(CARGO) clippy --locked --config profile.dev.package.mosfs.debug-assertions=false --lib --bins --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 	shellcheck -x -S warning $$(git ls-files | xargs grep -lE '^#!(/usr)?/bin/(env )?(ba)?sh')
 
