@@ -76,15 +76,12 @@ fn is_mounted(at: &Path) -> bool {
 fn unmount(at: &Path, child: Option<Child>) {
     // What another thread is just starting has this one's open files until it runs its program: a file that was read here
     // may keep the mount busy for a moment.
-    for pause in 0.. {
+    wait_until("the mount is not busy", || {
         let output = Command::new("fusermount3").arg("-u").arg(at).output().expect("Debian package fuse3");
         let said = String::from_utf8_lossy(&output.stderr);
-        if output.status.success() {
-            break;
-        }
-        assert!(said.contains("busy") && pause < 100, "{said}");
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
+        assert!(output.status.success() || said.contains("busy"), "{said}");
+        output.status.success()
+    });
     if let Some(mut child) = child {
         assert!(child.wait().unwrap().success());
     }

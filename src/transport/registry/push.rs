@@ -18,7 +18,7 @@ use super::client::{Scope, TRIES};
 use super::error::RegistryError;
 use super::http::{Answer, Ask, Payload};
 use super::settings::Endpoint;
-use super::uploads::Upload;
+use super::uploads::{Beginning, Upload};
 use super::{CONTENT_DIGEST, Registry, is_document};
 use crate::digest::Digest;
 use crate::image::oci::Descriptor;
@@ -107,52 +107,57 @@ impl Registry {
         let endpoint = self.home()?;
         let url =
             Self::url(endpoint, "blobs/uploads/").with("mount", &blob.digest.to_string()).with("from", from);
-        let ask = || {
-            let answer = match self.client().send(endpoint, &url, &Scope::Mount(from.into()), &empty_post()) {
-                Ok(answer) => answer,
-                // Who may write here may not read there: send it.
-                Err(RegistryError::Denied { .. }) => return Ok(Mount::Refused),
-                Err(error) => return Err(error.into()),
-            };
-            match answer.status {
-                201 => Ok(Mount::Done),
-                202 => Ok(Mount::Upload(self.upload_at(endpoint, &answer)?)),
-                _ => Ok(Mount::Refused),
-            }
+        let _beginning = self.beginning(blob)?;
+        let answer = match self.client().send(endpoint, &url, &Scope::Mount(from.into()), &empty_post()) {
+            Ok(answer) => answer,
+            // Who may write here may not read there: send it.
+            Err(RegistryError::Denied { .. }) => return Ok(Mount::Refused),
+            Err(error) => return Err(error.into()),
         };
-        let upload = |mount: &Mount| match mount {
-            Mount::Upload(upload) => Some(upload.clone()),
-            Mount::Done | Mount::Refused => None,
-        };
-        self.shared.uploads.begin(ask, upload).unwrap_or_else(|| Err(self.cancelled(blob)))
+        match answer.status {
+            201 => Ok(Mount::Done),
+            202 => Ok(Mount::Upload(self.upload_at(endpoint, &answer, blob)?)),
+            _ => Ok(Mount::Refused),
+        }
     }
 
     /// Asks for a place to send a blob to.
     fn begin(&self, blob: &Descriptor) -> Result<Upload, TransportError> {
         let endpoint = self.home()?;
         let url = Self::url(endpoint, "blobs/uploads/");
-        let ask = || {
-            let answer = self.client().send(endpoint, &url, &Scope::Push, &empty_post())?;
-            match answer.status {
-                202 => self.upload_at(endpoint, &answer),
-                _ => Err(answer.unexpected().into()),
-            }
-        };
-        let upload = |upload: &Upload| Some(upload.clone());
-        self.shared.uploads.begin(ask, upload).unwrap_or_else(|| Err(self.cancelled(blob)))
+        let _beginning = self.beginning(blob)?;
+        let answer = self.client().send(endpoint, &url, &Scope::Push, &empty_post())?;
+        match answer.status {
+            202 => self.upload_at(endpoint, &answer, blob),
+            _ => Err(answer.unexpected().into()),
+        }
+    }
+
+    fn beginning(&self, blob: &Descriptor) -> Result<Beginning<'_>, TransportError> {
+        self.shared.uploads.begin().ok_or_else(|| self.cancelled(blob))
     }
 
     fn cancelled(&self, blob: &Descriptor) -> TransportError {
         RegistryError::Cancelled { location: self.location(), digest: blob.digest }.into()
     }
 
-    fn upload_at(&self, endpoint: &Endpoint, answer: &Answer) -> Result<Upload, TransportError> {
+    /// The upload that an answer has begun.
+    fn upload_at(
+        &self,
+        endpoint: &Endpoint,
+        answer: &Answer,
+        blob: &Descriptor,
+    ) -> Result<Upload, TransportError> {
         let Some(location) = answer.header(&header::LOCATION) else {
             let (request, why) = (answer.request().to_string(), "the answer has no Location".into());
             return Err(RegistryError::Protocol { request, why }.into());
         };
         let place = self.client().next(endpoint, &answer.url, answer.request(), location)?;
-        Ok((endpoint.clone(), place))
+        let upload = (endpoint.clone(), place);
+        match self.shared.uploads.add(upload.clone()) {
+            true => Ok(upload),
+            false => Err(self.cancelled(blob)),
+        }
     }
 
     /// Sends a blob; an upload that fails is cancelled.

@@ -31,26 +31,32 @@ struct State {
     ended: bool,
 }
 
+/// A request that may begin an upload, until it is answered.
+pub(super) struct Beginning<'a>(&'a Uploads);
+
+impl Drop for Beginning<'_> {
+    fn drop(&mut self) {
+        locks::lock(&self.0.state).beginning -= 1;
+        self.0.answered.notify_all();
+    }
+}
+
 impl Uploads {
-    /// Sends a request that may begin an upload; `upload` finds it in the answer. Returns `None` if uploads are ended:
-    /// whoever ended them cancels this one too.
-    pub(super) fn begin<T, E>(
-        &self,
-        ask: impl FnOnce() -> Result<T, E>,
-        upload: impl FnOnce(&T) -> Option<Upload>,
-    ) -> Option<Result<T, E>> {
+    /// Counts a request that may begin an upload. Returns `None` if uploads are ended.
+    pub(super) fn begin(&self) -> Option<Beginning<'_>> {
         let mut state = locks::lock(&self.state);
         if state.ended {
             return None;
         }
         state.beginning += 1;
-        drop(state);
-        let answer = ask();
-        state = locks::lock(&self.state);
-        state.beginning -= 1;
-        state.open.extend(answer.as_ref().ok().and_then(upload));
-        self.answered.notify_all();
-        (!state.ended).then_some(answer)
+        Some(Beginning(self))
+    }
+
+    /// Adds an upload that has begun. Returns whether it may be filled: whoever ended the uploads cancels this one too.
+    pub(super) fn add(&self, upload: Upload) -> bool {
+        let mut state = locks::lock(&self.state);
+        state.open.push(upload);
+        !state.ended
     }
 
     /// Notes that an upload has ended, or is given up. Returns whether it was open: it is not where uploads are ended, and
@@ -64,26 +70,20 @@ impl Uploads {
 
     /// Ends all uploads: calls `cancel` for each, also for those whose beginning is answered within `patience`.
     pub(super) fn end(&self, patience: Duration, cancel: impl Fn(&Upload) + Sync) {
-        let until = Instant::now() + patience;
-        let mut state = locks::lock(&self.state);
-        state.ended = true;
-        loop {
-            let open = std::mem::take(&mut state.open);
-            if open.is_empty() {
+        let (until, cancel) = (Instant::now() + patience, &cancel);
+        thread::scope(|scope| {
+            let mut state = locks::lock(&self.state);
+            state.ended = true;
+            loop {
+                for upload in std::mem::take(&mut state.open) {
+                    scope.spawn(move || cancel(&upload));
+                }
                 let left = until.saturating_duration_since(Instant::now());
                 if state.beginning == 0 || left.is_zero() {
                     return;
                 }
                 (state, _) = locks::wait_for(&self.answered, state, left);
-                continue;
             }
-            drop(state);
-            thread::scope(|scope| {
-                for upload in &open {
-                    scope.spawn(|| cancel(upload));
-                }
-            });
-            state = locks::lock(&self.state);
-        }
+        });
     }
 }
