@@ -8,16 +8,25 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Take};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread;
 
 use serde::{Deserialize, Serialize};
 
 use super::bytes::ReadAt;
-use crate::digest::Digest;
+use crate::digest::{Digest, Hasher};
 use crate::error::{Class, Classified};
 use crate::sys::file::{Links, open_folder, open_regular_at};
+use crate::sys::memory;
+
+/// A blob of such a size, in bytes, is hashed while it is read. A larger one, which no reader allows, gets no buffer before
+/// it has the bytes.
+const LARGE_BYTES: RangeInclusive<u64> = 4 << 20..=256 << 20;
+/// What is hashed at once then, in bytes: it is in the processor's cache still.
+const PART_BYTES: usize = 256 << 10;
 
 /// A place that provides blobs by digest.
 pub trait Blobs: fmt::Debug + Send + Sync {
@@ -164,20 +173,64 @@ pub fn read_whole(
 ) -> Result<(), BlobError> {
     bytes.clear();
     // One byte more than declared, so that a longer blob is detected.
-    let read = from.take(stored_bytes.saturating_add(1)).read_to_end(bytes);
+    let from = from.take(stored_bytes.saturating_add(1));
+    let is_large = LARGE_BYTES.contains(&stored_bytes);
+    let read = if is_large { read_large(from, bytes) } else { read_small(from, bytes) };
     let checked = match read {
         Err(source) => Err(BlobError::Io { digest: *digest, source }),
         // Rule (OCI descriptors): content has the size and the digest of its descriptor.
         Ok(_) if bytes.len() as u64 != stored_bytes => {
             Err(BlobError::Size { digest: *digest, expected: stored_bytes, found: bytes.len() as u64 })
         }
-        Ok(_) => match Digest::of(bytes) {
-            found if found == *digest => Ok(()),
-            found => Err(BlobError::Content { expected: *digest, found }),
-        },
+        Ok(found) if found == *digest => Ok(()),
+        Ok(found) => Err(BlobError::Content { expected: *digest, found }),
     };
     // Leave no unverified bytes where a careless caller could use them.
     checked.inspect_err(|_| bytes.clear())
+}
+
+/// Reads to the end, and returns the digest of what was read.
+fn read_small(mut from: impl Read, bytes: &mut Vec<u8>) -> io::Result<Digest> {
+    from.read_to_end(bytes)?;
+    Ok(Digest::of(bytes))
+}
+
+/// The same for many bytes, which another thread hashes while this one reads the next of them.
+fn read_large<R: Read>(mut from: Take<R>, bytes: &mut Vec<u8>) -> io::Result<Digest> {
+    // The system provides the zeros as they are needed: a blob that ends early takes no more memory than it has bytes.
+    *bytes = vec![0; from.limit() as usize];
+    memory::use_large_pages(bytes);
+    let (read, digest) = thread::scope(|scope| {
+        let (parts, ready) = mpsc::channel::<&[u8]>();
+        let hash = move || {
+            let mut hasher = Hasher::new();
+            ready.iter().for_each(|part| hasher.update(part));
+            hasher.finish()
+        };
+        // Where there may be no other thread, all of it is hashed below.
+        let hashing = thread::Builder::new().spawn_scoped(scope, hash);
+        let mut read = 0;
+        for part in bytes.chunks_mut(PART_BYTES) {
+            let (whole, mut len) = (part.len(), 0);
+            while let Some(rest) = part.get_mut(len..).filter(|rest| !rest.is_empty()) {
+                match from.read(rest) {
+                    Ok(0) => break,
+                    Ok(more) => len += more,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            read += len;
+            let _ = parts.send(part.get(..len).unwrap_or_default());
+            if len < whole {
+                break;
+            }
+        }
+        drop(parts);
+        Ok((read, hashing.ok().and_then(|thread| thread.join().ok())))
+    })?;
+    bytes.truncate(read);
+    Ok(digest.unwrap_or_else(|| Digest::of(bytes)))
 }
 
 /// The blobs of an OCI layout in a folder: `DIR/blobs/sha256/HEX`.
@@ -264,5 +317,56 @@ mod tests {
         fs::create_dir(&path).unwrap();
         assert!(matches!(blobs.read(&digest, 7, &mut bytes), Err(BlobError::Io { .. })));
         assert_eq!(blobs.blob(&digest, 7).file(), Some(&*path));
+    }
+
+    #[test]
+    fn a_large_blob_is_the_right_one_or_an_error() {
+        let size = *LARGE_BYTES.start() as usize + 3 * PART_BYTES / 2;
+        let content: Vec<u8> = (0..size).map(|at| (at * 31 % 251) as u8).collect();
+        let digest = Digest::of(&content);
+        let mut bytes = b"what was there".to_vec();
+        read_whole(&content[..], &digest, size as u64, &mut bytes).unwrap();
+        assert!(bytes == content);
+
+        for at in [0, PART_BYTES, size - 1] {
+            let mut changed = content.clone();
+            changed[at] ^= 1;
+            let error = read_whole(&changed[..], &digest, size as u64, &mut bytes).unwrap_err();
+            let found = Digest::of(&changed);
+            assert!(
+                matches!(error, BlobError::Content { expected, found: other } if (expected, other) == (digest, found))
+            );
+            assert!(bytes.is_empty());
+        }
+        let longer = [&content[..], b"12"].concat();
+        for (wrong, len) in
+            [(&content[..0], 0), (&content[..2 * PART_BYTES], 2 * PART_BYTES), (&longer[..], size + 1)]
+        {
+            let error = read_whole(wrong, &digest, size as u64, &mut bytes).unwrap_err();
+            assert!(matches!(error, BlobError::Size { found, .. } if found == len as u64), "{error}");
+            assert!(bytes.is_empty());
+        }
+        // It comes in pieces of any size, and may fail on the way.
+        struct Pieces<'a>(&'a [u8], usize);
+        impl Read for Pieces<'_> {
+            fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+                self.1 += 1;
+                match self.1 % 3 {
+                    0 => Err(io::ErrorKind::Interrupted.into()),
+                    _ if self.0.is_empty() => Err(io::ErrorKind::TimedOut.into()),
+                    piece => {
+                        let len = to.len().min(piece * 60_000);
+                        self.0.read(&mut to[..len])
+                    }
+                }
+            }
+        }
+        let error =
+            read_whole(Pieces(&content[..size - 1], 0), &digest, size as u64, &mut bytes).unwrap_err();
+        assert!(matches!(&error, BlobError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut));
+        assert!(bytes.is_empty());
+        let then_end = Pieces(&content, 0).take(size as u64);
+        read_whole(then_end, &digest, size as u64, &mut bytes).unwrap();
+        assert!(bytes == content);
     }
 }

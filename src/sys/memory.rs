@@ -1,7 +1,5 @@
 //! What the kernel hears about large buffers.
 
-use std::mem::MaybeUninit;
-
 /// Bytes of a large page.
 const LARGE_PAGE: usize = 2 << 20;
 
@@ -10,7 +8,7 @@ const LARGE_PAGE: usize = 2 << 20;
 ///
 /// Only for a buffer so large that the allocator gives it back to the system when it is freed
 /// ([`lean_allocator`](super::daemon::lean_allocator)): what is asked for holds for the addresses, not for the buffer.
-pub fn use_large_pages(buffer: &mut [MaybeUninit<u8>]) {
+pub fn use_large_pages(buffer: &mut [u8]) {
     // Whole large pages only. They are the buffer's alone, and nothing of its neighbours.
     let start = buffer.as_ptr().addr().next_multiple_of(LARGE_PAGE);
     let end = (buffer.as_ptr().addr() + buffer.len()) / LARGE_PAGE * LARGE_PAGE;
@@ -29,12 +27,11 @@ mod tests {
     #[test]
     fn a_buffer_of_any_size_is_filled_as_before() {
         for len in [0, 1, 4096, 2 * LARGE_PAGE - 1, 2 * LARGE_PAGE, 5 * LARGE_PAGE + 17] {
-            let mut buffer: Vec<u8> = vec![7; 3];
-            buffer.reserve_exact(len);
-            use_large_pages(buffer.spare_capacity_mut());
-            buffer.extend((0..len).map(|at| (at * 31 % 251) as u8));
-            assert_eq!(buffer.get(..3), Some(&[7; 3][..]));
-            assert!(buffer.iter().skip(3).enumerate().all(|(at, byte)| *byte == (at * 31 % 251) as u8));
+            let mut buffer = vec![0; len];
+            use_large_pages(&mut buffer);
+            assert!(buffer.iter().all(|byte| *byte == 0));
+            buffer.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at * 31 % 251) as u8);
+            assert!(buffer.iter().enumerate().all(|(at, byte)| *byte == (at * 31 % 251) as u8));
         }
     }
 }

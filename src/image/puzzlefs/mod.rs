@@ -43,7 +43,6 @@ use super::layer::{
     Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, Place, StatFs, Xattrs,
 };
 use super::source::ReadError;
-use crate::sys::memory;
 use table::{Inode, Table, Tag};
 
 /// Media type of the metadata. It is never compressed.
@@ -96,9 +95,7 @@ impl Puzzlefs {
             let why = format!("{} bytes, expected at most {MAX_METADATA_BYTES}", layer.size);
             return Err(corrupt(0, why));
         }
-        // Below MAX_METADATA_BYTES. Without room for it the vector would double on its way.
-        let mut bytes = Vec::with_capacity(layer.size as usize + 1);
-        memory::use_large_pages(bytes.spare_capacity_mut());
+        let mut bytes = Vec::new();
         let read = layer.blobs.read(&layer.digest, layer.size, &mut bytes);
         read.map_err(|error| chunk::read_error(error, METADATA, 0, layer.size))?;
         let image = Puzzlefs { blobs: Arc::clone(&layer.blobs), table: Table::read(&bytes, &layer.chunks)? };
