@@ -1,9 +1,11 @@
 //! SHA-256 digests in OCI form: `sha256:` and 64 lower-case hex digits.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{self, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use sha2::Digest as _;
 
 /// The SHA-256 digest of a blob, a manifest or a block.
@@ -17,8 +19,8 @@ use sha2::Digest as _;
 /// assert_eq!(digest.to_string().parse(), Ok(digest));
 /// assert_eq!(digest.hex(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
 /// ```
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(into = "String")]
 pub struct Digest([u8; 32]);
 
 /// The error for a string that is not a digest.
@@ -52,17 +54,35 @@ impl Digest {
 
     /// Parses 64 lower-case hex digits without a prefix.
     pub fn from_hex(text: &str) -> Result<Self, DigestError> {
-        let wrong = || DigestError { found: text.chars().take(100).collect() };
         let mut bytes = [0; 32];
-        if text.len() != 2 * bytes.len() {
-            return Err(wrong());
+        let (digits, rest) = text.as_bytes().as_chunks::<2>();
+        // Whether any is no digit is asked once: an image may list 26,000 digests.
+        let mut all = 0;
+        for (byte, [high, low]) in bytes.iter_mut().zip(digits) {
+            let (high, low) = (VALUES[usize::from(*high)], VALUES[usize::from(*low)]);
+            all |= high | low;
+            *byte = high << 4 | low;
         }
-        for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-            *byte = unhex_pair(pair).ok_or_else(wrong)?;
+        if digits.len() != bytes.len() || !rest.is_empty() || all > 15 {
+            return Err(DigestError { found: text.chars().take(100).collect() });
         }
         Ok(Self(bytes))
     }
 }
+
+/// The value of each byte that is a lower-case hex digit; 255 for others.
+const VALUES: [u8; 256] = {
+    let mut values = [255; 256];
+    let mut value = 0;
+    while value < DIGITS.len() {
+        values[DIGITS[value] as usize] = value as u8;
+        value += 1;
+    }
+    values
+};
+
+/// The lower-case hex digits.
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
 /// Splits `TEXT@sha256:HEX`: what names a thing by its digest. `None` where the end is no digest.
 pub fn split_pin(text: &str) -> Option<(&str, Digest)> {
@@ -72,7 +92,6 @@ pub fn split_pin(text: &str) -> Option<(&str, Digest)> {
 
 /// Formats bytes as lower-case hex digits.
 pub fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut text = String::with_capacity(bytes.len() * 2);
     for byte in bytes {
         text.push(DIGITS[usize::from(byte >> 4)] as char);
@@ -81,17 +100,17 @@ pub fn hex(bytes: &[u8]) -> String {
     text
 }
 
-/// The byte of two lower-case hex digits.
-#[inline]
-fn unhex_pair(pair: &[u8]) -> Option<u8> {
-    let digit = |c: u8| match c {
-        b'0'..=b'9' => Some(c - b'0'),
-        b'a'..=b'f' => Some(c - b'a' + 10),
-        _ => None,
-    };
-    match pair {
-        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
-        _ => None,
+impl Ord for Digest {
+    /// In the order of the bytes. Two digests differ in their first eight.
+    fn cmp(&self, other: &Self) -> Ordering {
+        let first = |digest: &Self| digest.0.first_chunk().map(|first| u64::from_be_bytes(*first));
+        first(self).cmp(&first(other)).then_with(|| self.0.cmp(&other.0))
+    }
+}
+
+impl PartialOrd for Digest {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
@@ -116,11 +135,24 @@ impl FromStr for Digest {
     }
 }
 
-impl TryFrom<String> for Digest {
-    type Error = DigestError;
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_str(Text)
+    }
+}
 
-    fn try_from(text: String) -> Result<Self, DigestError> {
-        text.parse()
+/// Reads the text form where it is, without a copy.
+struct Text;
+
+impl Visitor<'_> for Text {
+    type Value = Digest;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Digest, E> {
+        text.parse().map_err(E::custom)
     }
 }
 
@@ -197,6 +229,60 @@ mod tests {
         let sha512 = good.replace("256", "512");
         for bad in [&upper, &short, &long, &sha512, "", "sha256:", "sha256:é"] {
             assert_eq!(bad.parse::<Digest>(), Err(DigestError { found: bad.to_string() }));
+        }
+    }
+
+    #[test]
+    fn each_digit_has_its_value_and_nothing_else_has_one() {
+        let good = Digest::of(b"");
+        for at in [0, 1, 63] {
+            for c in 0..128u8 {
+                let mut text = good.hex().into_bytes();
+                text[at] = c;
+                let text = String::from_utf8(text).unwrap();
+                let value = (c as char).to_digit(16).filter(|_| !c.is_ascii_uppercase());
+                let read = Digest::from_hex(&text).ok().map(|digest| {
+                    assert_eq!(digest.hex(), text);
+                    u32::from(digest.0[at / 2] >> (4 * (1 - at % 2)) & 15)
+                });
+                assert_eq!(read, value, "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn they_are_in_the_order_of_their_bytes() {
+        let mut digests: Vec<_> = (0..50u8).map(|n| Digest::of(&[n])).collect();
+        let twins: Vec<_> = digests
+            .iter()
+            .map(|digest| {
+                let mut bytes = digest.0;
+                bytes[31] ^= 0x80;
+                Digest(bytes)
+            })
+            .collect();
+        digests.extend(twins);
+        for (a, b) in digests.iter().flat_map(|a| digests.iter().map(move |b| (a, b))) {
+            assert_eq!(a.cmp(b), a.0.as_slice().cmp(b.0.as_slice()));
+        }
+    }
+
+    #[test]
+    fn json_has_the_text_form_alone() {
+        let digest = Digest::of(b"abc");
+        let json = serde_json::to_string(&digest).unwrap();
+        assert_eq!(json, format!("\"{digest}\""));
+        assert_eq!(serde_json::from_str::<Digest>(&json).unwrap(), digest);
+        let escaped = json.replace("sha", "\\u0073ha");
+        assert_eq!(serde_json::from_str::<Digest>(&escaped).unwrap(), digest);
+        let value = serde_json::Value::String(digest.to_string());
+        assert_eq!(serde_json::from_value::<Digest>(value).unwrap(), digest);
+        for (bad, said) in [
+            ("7", "invalid type: integer `7`, expected a string"),
+            ("\"sha256:\"", "`sha256:` is not a digest"),
+        ] {
+            let error = serde_json::from_str::<Digest>(bad).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
         }
     }
 }
