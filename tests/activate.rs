@@ -11,13 +11,14 @@ mod publish;
 #[path = "common/swtpm.rs"]
 #[allow(dead_code, reason = "the floor's own tests use the rest")]
 mod swtpm;
+#[path = "common/wait.rs"]
+mod wait;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use device::{Device, text};
 use mosfs::internals::mount::table::{self, MountRecord};
@@ -25,6 +26,7 @@ use mosfs::internals::sys::mountapi;
 use publish::Publisher;
 use serde_json::Value;
 use tempfile::TempDir;
+use wait::wait_until;
 
 /// A publisher and a device whose floor is a file; what is mounted goes with it.
 struct Fixture {
@@ -149,14 +151,6 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !so() {
-        assert!(begin.elapsed() < Duration::from_secs(300), "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

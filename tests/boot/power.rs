@@ -144,17 +144,15 @@ impl Source {
         Self { dir, initrd }
     }
 
-    /// Runs a machine; one whose Linux gave up on the TPM starts again with the disk and the TPM as they were.
+    /// Runs a machine; one that its emulator let down starts again with the disk and the TPM as they were.
     ///
     /// The disk has nothing in its cache before: it has just been made or cut.
     fn run(&self, device: &Device, disk: &Disk, machine: impl Fn() -> Machine) -> Ended {
-        let (image, tpm) = (disk.image(), Before::new(&device.path("tpm"), None));
+        let (image, tpm) = (disk.image(), Before::new(Some(&device.path("tpm")), None));
         for restart in 1.. {
             let ended = machine().run_once();
-            if !ended.gave_up_on_the_tpm() || restart > RESTARTS {
-                return ended;
-            }
-            say_restart(restart);
+            let Some(reason) = ended.let_down().filter(|_| restart <= RESTARTS) else { return ended };
+            say_restart(reason, restart);
             disk.put_back(&image);
             tpm.put_back();
         }

@@ -2,18 +2,23 @@
 
 #![allow(dead_code)]
 
+#[path = "wait.rs"]
+mod wait;
+
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::verity;
 use mosfs::internals::progress::Progress;
 use serde_json::json;
+
+#[allow(unused_imports, reason = "not all tests wait")]
+pub use wait::wait_until;
 
 /// An OCI layout that is made by hand, so that it can be wrong.
 pub struct Layout {
@@ -148,15 +153,6 @@ impl OurMount {
 impl Drop for OurMount {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.at).stderr(Stdio::null()).status();
-    }
-}
-
-/// Waits until something is so; far longer than it can take, so that a busy machine is no failure.
-pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !so() {
-        assert!(begin.elapsed() < Duration::from_secs(300), "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

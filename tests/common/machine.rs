@@ -211,21 +211,17 @@ impl Machine {
 
     /// Runs it to its end. One more runs at a time than there are processors: each has one, and some wait for a disk.
     ///
-    /// A machine whose Linux gave up on the TPM (see [`Ended::gave_up_on_the_tpm`]) is put back to what it was
-    /// before and started again, some times, and says so. One whose power is cut, or whose disk is not a file, is not:
-    /// its test knows more.
+    /// A machine that its emulator let down (see [`Ended::let_down`]) is put back to what it was before and started again,
+    /// some times, and says so. One whose power is cut, or whose disk is not a file, is not: its test knows more.
     pub fn run(&self) -> Ended {
         if self.cut.is_some() || self.nbd.is_some() {
             return self.run_once();
         }
-        let before = self.tpm.as_deref().map(|tpm| Before::new(tpm, self.disk.as_deref()));
+        let before = Before::new(self.tpm.as_deref(), self.disk.as_deref());
         for restart in 1.. {
             let ended = self.run_once();
-            let Some(before) = before.as_ref().filter(|_| ended.gave_up_on_the_tpm() && restart <= RESTARTS)
-            else {
-                return ended;
-            };
-            say_restart(restart);
+            let Some(reason) = ended.let_down().filter(|_| restart <= RESTARTS) else { return ended };
+            say_restart(reason, restart);
             before.put_back();
         }
         unreachable!("it returns after the last restart")
@@ -332,27 +328,31 @@ pub struct Ended {
     pub console: String,
 }
 
-/// How often a machine whose Linux gave up on the TPM is started again.
+/// The exit code of tests/vm/run for a machine that stopped without a verdict.
+const NO_VERDICT: i32 = 125;
+
+/// How often a machine that its emulator let down is started again.
 pub const RESTARTS: u32 = 5;
 
-/// Says that a machine starts again, and how often any has in this program.
-pub fn say_restart(restart: u32) {
+/// Says why a machine starts again, and how often any has in this program.
+pub fn say_restart(reason: &str, restart: u32) {
     static ALL: AtomicU32 = AtomicU32::new(0);
     let all = 1 + ALL.fetch_add(1, Ordering::Relaxed);
-    println!("FIGURE Linux gave up on the TPM: this machine starts again ({restart}), {all} restarts in all");
+    println!("FIGURE {reason}: this machine starts again ({restart}), {all} restarts in all");
 }
 
 /// What a machine changes and keeps, as it was before it ran.
 pub struct Before {
-    tpm: PathBuf,
+    tpm: Option<PathBuf>,
     state: Vec<(PathBuf, Vec<u8>)>,
     disk: Option<(PathBuf, Option<PathBuf>)>,
 }
 
 impl Before {
     /// Remembers the state of a TPM, and a disk, which there may not be yet.
-    pub fn new(tpm: &Path, disk: Option<&Path>) -> Self {
-        let files = fs::read_dir(tpm).map(|list| list.map(|entry| entry.expect("an entry").path()));
+    pub fn new(tpm: Option<&Path>, disk: Option<&Path>) -> Self {
+        let list = tpm.and_then(|tpm| fs::read_dir(tpm).ok());
+        let files = list.map(|list| list.map(|entry| entry.expect("an entry").path()));
         let state = files.into_iter().flatten().filter(|path| path.is_file());
         let state = state.map(|path| (path.clone(), fs::read(path).expect("the state of the TPM"))).collect();
         let disk = disk.map(|disk| {
@@ -362,12 +362,12 @@ impl Before {
             }
             (disk.to_path_buf(), copy)
         });
-        Self { tpm: tpm.into(), state, disk }
+        Self { tpm: tpm.map(Path::to_path_buf), state, disk }
     }
 
     /// Puts all of it back.
     pub fn put_back(&self) {
-        for entry in fs::read_dir(&self.tpm).expect("the TPM's folder") {
+        for entry in self.tpm.iter().flat_map(|tpm| fs::read_dir(tpm).expect("the TPM's folder")) {
             fs::remove_file(entry.expect("an entry").path()).expect("remove the state of the TPM");
         }
         for (path, bytes) in &self.state {
@@ -394,12 +394,33 @@ impl Drop for Before {
 }
 
 impl Ended {
+    /// What the emulator did to this machine, if that is why it ended so.
+    pub fn let_down(&self) -> Option<&'static str> {
+        if self.gave_up_on_the_tpm() {
+            return Some("Linux gave up on the TPM");
+        }
+        self.crashed_at_its_start().then_some("Linux crashed before it ran a program")
+    }
+
+    /// Whether Linux panicked in the function that starts it, before the first program: nothing of mosfs had a part in that.
+    ///
+    /// QEMU 7.2, beside much other work, once ran half of an instruction that Linux was just replacing (a static key).
+    /// A machine that started a second time had run before.
+    fn crashed_at_its_start(&self) -> bool {
+        let starts = |line: &str| self.console.matches(line).count();
+        self.verdict == NO_VERDICT
+            && self.console.contains("Kernel panic - not syncing")
+            && self.console.contains(" start_kernel+0x")
+            && starts("] Linux version ") <= 1
+            && starts("BdsDxe: starting ") <= 1
+    }
+
     /// Whether Linux stopped waiting for an answer of the TPM.
     ///
     /// It allows 750 ms for TPM2_GetCapability, TPM2_PCR_Extend and TPM2_Startup, and 2 s for TPM2_NV_Read
     /// (drivers/char/tpm/tpm2-cmd.c), in 6.1 and in 6.12, and no parameter of tpm_crb or tpm_tis changes that. An
     /// emulated machine reaches these when the host stops it for that long, even where the answer is there by then.
-    pub fn gave_up_on_the_tpm(&self) -> bool {
+    fn gave_up_on_the_tpm(&self) -> bool {
         self.console.lines().any(|line| line.ends_with("tpm tpm0: Operation Timed out"))
     }
 
@@ -450,18 +471,33 @@ impl Drop for Slot {
 }
 
 #[test]
-fn a_machine_that_gave_up_on_the_tpm_is_put_back() {
-    let console = |console: &str| Ended { verdict: 5, console: console.into() };
-    assert!(console("a\n[    7.840498] tpm tpm0: Operation Timed out\nb").gave_up_on_the_tpm());
-    assert!(!console("tpm tpm0: Operation Canceled\nmosfs: Operation Timed out\n").gave_up_on_the_tpm());
+fn a_machine_that_was_let_down_is_put_back() {
+    let reason = |verdict, console: &str| Ended { verdict, console: console.into() }.let_down();
+    let tpm = Some("Linux gave up on the TPM");
+    assert_eq!(reason(5, "a\n[    7.840498] tpm tpm0: Operation Timed out\nb"), tpm);
+    assert_eq!(reason(5, "tpm tpm0: Operation Canceled\nmosfs: Operation Timed out\n"), None);
+    let panic = "[    0.904271] Kernel panic - not syncing: Attempted to kill";
+    let trace =
+        |function: &str| format!("[    0.904271] Call Trace:\n[    0.904271]  ? {function}+0x5f4/0x8d0\n");
+    let crash = Some("Linux crashed before it ran a program");
+    assert_eq!(reason(125, &format!("{}{panic} the idle task!\n", trace("start_kernel"))), crash);
+    // One that crashed later, one whose init ended, one that went on, and those that started before.
+    assert_eq!(reason(125, &format!("{}{panic} init!\n", trace("do_exit"))), None);
+    assert_eq!(reason(125, &format!("{panic} init! exitcode=0x00000100\n")), None);
+    assert_eq!(reason(0, &trace("start_kernel")), None);
+    for start in ["[    0.000000] Linux version 6.12\n", "BdsDxe: starting Boot0001\n"] {
+        let twice = format!("{start}{start}{}{panic} the idle task!\n", trace("start_kernel"));
+        assert_eq!(reason(125, &twice), None);
+        assert_eq!(reason(125, twice.strip_prefix(start).expect("the first start")), crash);
+    }
 
     let dir = tempfile::tempdir().expect("a folder");
     let (tpm, disk) = (dir.path().join("tpm"), dir.path().join("disk.qcow2"));
     fs::create_dir(&tpm).expect("a folder");
     fs::write(tpm.join("state"), "before").expect("a file");
-    let new = Before::new(&tpm, Some(&disk));
+    let new = Before::new(Some(&tpm), Some(&disk));
     fs::write(&disk, "made by the machine").expect("a file");
-    let kept = Before::new(&tpm, Some(&disk));
+    let kept = Before::new(Some(&tpm), Some(&disk));
     for name in ["state", "another"] {
         fs::write(tpm.join(name), "after").expect("a file");
     }

@@ -1,9 +1,13 @@
 //! Network namespaces for containers, and containers that run in one of them.
 
+#[path = "wait.rs"]
+mod wait;
+
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use super::container::World;
+
+pub use wait::wait_until;
 
 /// Two network namespaces that are linked: the host with 192.0.2.1, and the outside with 192.0.2.2.
 pub struct Networks {
@@ -90,15 +94,6 @@ pub fn output(command: &mut Command) -> String {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {said}");
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// Waits for something that comes sooner or later.
-pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(120);
-    while !so() {
-        assert!(Instant::now() < end, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// A container that runs.

@@ -1,11 +1,12 @@
 //! An image in a registry that can be spoiled, and mounts of it.
 
+#[path = "../common/wait.rs"]
+mod wait;
+
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use mosfs::internals::convert::puzzlefs::{Limits, pack};
 use mosfs::internals::digest::Digest;
@@ -16,6 +17,8 @@ use serde_json::Value;
 
 use crate::place::{Place, display, layers_of, load, noise, system_of, text};
 use crate::server::{Options, Seen, Server};
+
+pub use wait::wait_until;
 
 /// How many files the image has, and how long each is, in bytes. They cannot be compressed much.
 pub const FILES: usize = 24;
@@ -222,15 +225,6 @@ impl Drop for Mount<'_> {
 pub fn is_mounted(at: &Path) -> bool {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     mounts.lines().any(|line| line.split(' ').nth(4) == at.to_str())
-}
-
-/// Waits until something is so; far longer than it can take, so that a busy machine is no failure.
-pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !so() {
-        assert!(begin.elapsed() < Duration::from_secs(120), "waited in vain: {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }
 
 pub fn name(number: usize) -> String {
