@@ -404,7 +404,7 @@ impl Ended {
 
     /// Whether Linux panicked in the function that starts it, before the first program: nothing of mosfs had a part in that.
     ///
-    /// QEMU 7.2, beside much other work, once ran half of an instruction that Linux was just replacing (a static key).
+    /// Seen once with QEMU 7.2 beside much other work, while Linux replaced an instruction (a static key).
     /// A machine that started a second time had run before.
     fn crashed_at_its_start(&self) -> bool {
         let starts = |line: &str| self.console.matches(line).count();
