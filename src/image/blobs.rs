@@ -25,7 +25,7 @@ use crate::sys::memory;
 /// A blob of such a size, in bytes, is hashed while it is read. A larger one, which no reader allows, gets no buffer before
 /// it has the bytes.
 const LARGE_BYTES: RangeInclusive<u64> = 4 << 20..=256 << 20;
-/// What is hashed at once then, in bytes: it is in the processor's cache still.
+/// The most that is read and hashed at once then, in bytes: it is in the processor's cache still.
 const PART_BYTES: usize = 256 << 10;
 
 /// A place that provides blobs by digest.
@@ -200,7 +200,7 @@ fn read_large<R: Read>(mut from: Take<R>, bytes: &mut Vec<u8>) -> io::Result<Dig
     // The system provides the zeros as they are needed: a blob that ends early takes no more memory than it has bytes.
     *bytes = vec![0; from.limit() as usize];
     memory::use_large_pages(bytes);
-    let (read, digest) = thread::scope(|scope| {
+    let (unread, digest) = thread::scope(|scope| {
         let (parts, ready) = mpsc::channel::<&[u8]>();
         let hash = move || {
             let mut hasher = Hasher::new();
@@ -209,27 +209,24 @@ fn read_large<R: Read>(mut from: Take<R>, bytes: &mut Vec<u8>) -> io::Result<Dig
         };
         // Where there may be no other thread, all of it is hashed below.
         let hashing = thread::Builder::new().spawn_scoped(scope, hash);
-        let mut read = 0;
-        for part in bytes.chunks_mut(PART_BYTES) {
-            let (whole, mut len) = (part.len(), 0);
-            while let Some(rest) = part.get_mut(len..).filter(|rest| !rest.is_empty()) {
-                match from.read(rest) {
-                    Ok(0) => break,
-                    Ok(more) => len += more,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
+        let mut rest = bytes.as_mut_slice();
+        loop {
+            let most = rest.len().min(PART_BYTES);
+            match from.read(rest.split_at_mut(most).0) {
+                Ok(0) => break,
+                Ok(len) => {
+                    let (part, after) = rest.split_at_mut(len);
+                    let _ = parts.send(part);
+                    rest = after;
                 }
-            }
-            read += len;
-            let _ = parts.send(part.get(..len).unwrap_or_default());
-            if len < whole {
-                break;
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
         drop(parts);
-        Ok((read, hashing.ok().and_then(|thread| thread.join().ok())))
+        Ok((rest.len(), hashing.ok().and_then(|thread| thread.join().ok())))
     })?;
-    bytes.truncate(read);
+    bytes.truncate(bytes.len() - unread);
     Ok(digest.unwrap_or_else(|| Digest::of(bytes)))
 }
 

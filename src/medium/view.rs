@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::iso9660::Extent;
 use crate::digest::Digest;
 use crate::error::IoError;
-use crate::image::blobs::{Blob as LayerBlob, BlobError, Blobs};
+use crate::image::blobs::{Blob as LayerBlob, BlobError, Blobs, read_whole};
 use crate::image::bytes::ReadAt;
 use crate::image::files::Files;
 use crate::image::oci::{Descriptor, Index, MAX_MANIFEST_BYTES, Manifest, OciImage};
@@ -179,19 +179,11 @@ impl Blobs for MediumStore {
 
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
         bytes.clear();
-        let io = |source| BlobError::Io { digest: *digest, source };
-        let part = self.part(digest).ok_or_else(|| io(io::ErrorKind::NotFound.into()))?;
+        let missing = || BlobError::Io { digest: *digest, source: io::ErrorKind::NotFound.into() };
+        let part = self.part(digest).ok_or_else(missing)?;
         if part.extent.size != stored_bytes {
             return Err(BlobError::Size { digest: *digest, expected: stored_bytes, found: part.extent.size });
         }
-        bytes.resize(stored_bytes as usize, 0);
-        let outcome = part.read_exact_at(bytes, 0).map_err(io).and_then(|()| match Digest::of(bytes) {
-            found if found == *digest => Ok(()),
-            found => Err(BlobError::Content { expected: *digest, found }),
-        });
-        if outcome.is_err() {
-            bytes.clear();
-        }
-        outcome
+        read_whole(part.reader(0), digest, stored_bytes, bytes)
     }
 }
