@@ -84,7 +84,7 @@ demo: ## Go the whole way once on a real Debian root file system, and explain it
 
 test: ## Run all tests (as root, with sudo if need be); TEST='--test NAME' for some
 	@tests/setup test
-	$(AS_ROOT) $(CARGO) test --locked --no-fail-fast $(TEST)
+	$(AS_ROOT) $(if $(TEST),$(CARGO) test --locked --no-fail-fast $(TEST),CARGO='$(CARGO)' tests/all)
 
 campaign: ## Run all tests with long campaigns of random faults and inputs
 	@tests/setup test
