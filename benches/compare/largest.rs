@@ -14,12 +14,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mosfs::internals::digest::Digest;
-use mosfs::internals::image::blobs::{BlobFolder, Blobs};
+use mosfs::internals::image::blobs::BlobFolder;
 use mosfs::internals::image::format::ChunkedLayer;
 use mosfs::internals::image::layer::Layer;
-use mosfs::internals::image::oci::{MAX_MANIFEST_BYTES, OciImage};
+use mosfs::internals::image::oci::MAX_MANIFEST_BYTES;
 use mosfs::internals::image::puzzlefs::Puzzlefs;
 use mosfs::internals::sys::file::Links;
+use mosfs::{Access, Platform, SourceRef};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -150,14 +151,13 @@ fn mount(layout: &Path, mnt: &Path, mosfs: &Path) -> Result<(f64, u64)> {
 /// Opens the image of a layout, and prints what that took. Runs in a process that does nothing else.
 pub fn open(layout: &Path) -> Result<()> {
     let began = Instant::now();
-    let (digest, size, _) = manifest_of(layout)?;
-    let blobs = Arc::new(BlobFolder::of_layout(layout, Links::Refused));
-    let mut bytes = Vec::new();
-    blobs.read(&digest, size, &mut bytes)?;
-    let image = OciImage::parse(&bytes)?;
-    drop(bytes);
+    let source: SourceRef = format!("oci:{}:largest", layout.display()).parse()?;
+    let place = source.open(&Access::default())?;
+    let found = place.find_image(source.name.as_deref(), &Platform::this_machine())?;
+    let image = place.image(&found)?;
     let rootfs = image.layers.first().ok_or("the image has no layer")?;
     let (digest, size, chunks) = (rootfs.digest, rootfs.size, Arc::clone(&image.chunks));
+    let blobs = Arc::new(BlobFolder::of_layout(layout, Links::Refused));
     let layer = ChunkedLayer { digest, size, chunks, blobs };
     let opened = Puzzlefs::open(&layer)?;
     let seconds = began.elapsed().as_secs_f64();

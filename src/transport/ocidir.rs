@@ -20,8 +20,8 @@ use serde::Deserialize;
 
 use super::{Blob, NamedLocation, Transport, TransportError, names_of};
 use crate::digest::{Digest, split_pin};
-use crate::error::IoContext;
-use crate::image::blobs::{BlobFolder, Blobs};
+use crate::error::{IoContext, IoError};
+use crate::image::blobs::{BlobError, BlobFolder, Blobs, read_whole};
 use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
 use crate::sys::file::{self, Links};
 
@@ -214,16 +214,14 @@ impl Transport for OciDir {
         if size != blob.size {
             return Err(wrong_size(size));
         }
-        // One byte more than promised, so that a file that grows meanwhile is seen.
-        let bytes = file::read_at_most(file, &path, blob.size)?;
-        if bytes.len() as u64 != blob.size {
-            return Err(wrong_size(bytes.len() as u64));
-        }
-        let found = Digest::of(&bytes);
-        if found != blob.digest {
-            let object = path.display().to_string();
-            return Err(TransportError::DigestMismatch { object, expected: blob.digest, found });
-        }
+        let mut bytes = Vec::new();
+        read_whole(file, &blob.digest, blob.size, &mut bytes).map_err(|error| match error {
+            BlobError::Io { source, .. } => IoError::new("read", &path, source).into(),
+            BlobError::Size { found, .. } => wrong_size(found),
+            BlobError::Content { expected, found } => {
+                TransportError::DigestMismatch { object: path.display().to_string(), expected, found }
+            }
+        })?;
         Ok(bytes)
     }
 
