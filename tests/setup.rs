@@ -1,4 +1,5 @@
 //! `tests/setup`: that it installs until nothing is missing, and that its table has every program that is called.
+//! `tests/all`: that it runs every test program.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -43,6 +44,14 @@ packages=${*##*install }
 /// The two tools, and what apt calls them.
 const TOOLS: [(&str, &str); 2] = [("qemu-img", "qemu-utils"), ("qemu-system-x86_64", "qemu-system-x86")];
 
+/// Makes a program of this text.
+fn program_of(path: &Path, text: &str) {
+    let text_file = path.with_extension("text");
+    fs::write(&text_file, text).unwrap();
+    fs::set_permissions(&text_file, Permissions::from_mode(0o755)).unwrap();
+    copy_program(text_file, path);
+}
+
 impl Machine {
     fn new(apt_get: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -58,21 +67,13 @@ impl Machine {
                 }
             }
         }
-        let machine = Self { dir };
-        machine.program("apt-get", &format!("{APT_GET}{apt_get}"));
-        machine.program("apt-cache", "#!/bin/sh\necho 'Filename: one'\n");
-        machine
-    }
-
-    fn program(&self, name: &str, text: &str) {
-        let text_file = self.dir.path().join(format!("{name}.text"));
-        fs::write(&text_file, text).unwrap();
-        fs::set_permissions(&text_file, Permissions::from_mode(0o755)).unwrap();
-        copy_program(text_file, self.dir.path().join(name));
+        program_of(&dir.path().join("apt-get"), &format!("{APT_GET}{apt_get}"));
+        program_of(&dir.path().join("apt-cache"), "#!/bin/sh\necho 'Filename: one'\n");
+        Self { dir }
     }
 
     fn add(self, tool: &str) -> Self {
-        self.program(tool, "#!/bin/sh\n");
+        program_of(&self.dir.path().join(tool), "#!/bin/sh\n");
         self
     }
 
@@ -329,4 +330,42 @@ fn a_program_that_no_group_has_is_found() {
     assert_eq!(none, ["mount", "no-such-program", "umount"].map(String::from).into());
     let none = in_no_package(&commands, &["mount".to_string()].into());
     assert_eq!(none, ["no-such-program".to_string()].into());
+}
+
+// ---------------------------------------------------------------------------------------------
+// `make test`, with a cargo that is made up
+// ---------------------------------------------------------------------------------------------
+
+#[test]
+fn every_test_program_is_run_once_and_each_failure_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cargo, calls) = (dir.path().join("cargo"), dir.path().join("calls"));
+    let text = format!(
+        "#!/bin/bash\necho \"$*\" >>{}\ncase \"$* \" in\nmetadata*) exec {} \"$@\" ;;\n*\"--test $FAILS \"*) exit 101 ;;\nesac\n",
+        calls.display(),
+        env!("CARGO")
+    );
+    program_of(&cargo, &text);
+    let tests = fs::read_dir(package().join("tests")).unwrap().map(|entry| entry.unwrap().path());
+    let programs =
+        tests.filter(|path| path.extension() == Some(OsStr::new("rs")) || path.join("main.rs").exists());
+    let mut programs: Vec<_> =
+        programs.map(|path| path.file_stem().unwrap().to_str().unwrap().to_string()).collect();
+    programs.sort();
+    for (fails, code) in [("none", 0), ("boot", 1), ("activate_boot", 1), ("store", 1)] {
+        let _ = fs::remove_file(&calls);
+        let mut all = Command::new(package().join("tests/all"));
+        all.env("CARGO", &cargo).env("CARGO_TARGET_DIR", dir.path()).env("FAILS", fails);
+        let output = all.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{fails}: {output:?}");
+        let said = fs::read_to_string(&calls).unwrap();
+        let words: Vec<_> = said.split_whitespace().collect();
+        let mut run: Vec<_> =
+            words.windows(2).filter(|pair| pair[0] == "--test").map(|pair| pair[1]).collect();
+        run.sort_unstable();
+        assert_eq!(run, programs, "{fails}");
+        for part in ["--lib", "--bins", "--doc"] {
+            assert_eq!(words.iter().filter(|word| **word == part).count(), 1, "{fails}: {part}");
+        }
+    }
 }
