@@ -336,16 +336,20 @@ fn a_program_that_no_group_has_is_found() {
 // `make test`, with a cargo that is made up
 // ---------------------------------------------------------------------------------------------
 
+/// Fails the tests of `$FAILS`, and asks the real cargo what there is. Each call is written to `$0.log`.
+const CARGO: &str = r#"#!/bin/bash
+echo "$*" >>"$0.log"
+case "$* " in
+metadata*) exec "$REAL" "$@" ;;
+*"--test $FAILS "*) exit 101 ;;
+esac
+"#;
+
 #[test]
 fn every_test_program_is_run_once_and_each_failure_counts() {
     let dir = tempfile::tempdir().unwrap();
-    let (cargo, calls) = (dir.path().join("cargo"), dir.path().join("calls"));
-    let text = format!(
-        "#!/bin/bash\necho \"$*\" >>{}\ncase \"$* \" in\nmetadata*) exec {} \"$@\" ;;\n*\"--test $FAILS \"*) exit 101 ;;\nesac\n",
-        calls.display(),
-        env!("CARGO")
-    );
-    program_of(&cargo, &text);
+    let (cargo, calls) = (dir.path().join("cargo"), dir.path().join("cargo.log"));
+    program_of(&cargo, CARGO);
     let tests = fs::read_dir(package().join("tests")).unwrap().map(|entry| entry.unwrap().path());
     let programs =
         tests.filter(|path| path.extension() == Some(OsStr::new("rs")) || path.join("main.rs").exists());
@@ -355,7 +359,8 @@ fn every_test_program_is_run_once_and_each_failure_counts() {
     for (fails, code) in [("none", 0), ("boot", 1), ("activate_boot", 1), ("store", 1)] {
         let _ = fs::remove_file(&calls);
         let mut all = Command::new(package().join("tests/all"));
-        all.env("CARGO", &cargo).env("CARGO_TARGET_DIR", dir.path()).env("FAILS", fails);
+        all.env("CARGO", &cargo).env("REAL", env!("CARGO"));
+        all.env("CARGO_TARGET_DIR", dir.path()).env("FAILS", fails);
         let output = all.output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{fails}: {output:?}");
         let said = fs::read_to_string(&calls).unwrap();

@@ -477,7 +477,7 @@ want mosfs activate
 want test "$(since db)" = "$db"
 "#;
 
-/// What each of several boots finds, each of which goes down with all containers running.
+/// What each of several boots finds, the first of which goes down with all containers running.
 pub const REBOOTED: &str = r#"
 echo boot >>$MOSFS_SYSTEM/vm-boots
 boot=$(grep -c . $MOSFS_SYSTEM/vm-boots)
