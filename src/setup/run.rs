@@ -1,5 +1,6 @@
 //! Everything that can be refused, and then the steps of a setup.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -140,20 +141,19 @@ pub fn prepare<'a>(request: Request<'a>, say: &dyn Fn(&str, &str)) -> Result<Pre
 
 /// Reads every blob of the system where that is possible; returns how many bytes it has.
 fn check_source(request: &Request<'_>) -> Result<u64, AnyError> {
-    let mut total = 0_u64;
+    // Targets share layers, and what is shared is there once.
+    let mut blobs = BTreeMap::new();
     for (name, target) in &request.offer.verified.manifest().targets {
         let image = Descriptor::new(MANIFEST, target.digest, target.size);
         let place = request.from.within(&image_repository(name.as_str()))?;
         let read = place.as_ref().image(&image)?;
-        let mut blobs = read.manifest.layers.iter().map(|layer| layer.size).collect::<Vec<_>>();
-        blobs.extend(read.chunks.values().copied());
-        total = blobs.into_iter().fold(total, u64::saturating_add);
+        blobs.extend(read.manifest.layers.iter().map(|layer| (layer.digest, layer.size)));
         if let Some(layout) = request.layout {
             let object = format!("target `{name}`");
             fsck::check_image(layout, &image, &object, fsck_threads(), request.progress)?.verdict(&object)?;
         }
     }
-    Ok(total)
+    Ok(blobs.into_values().fold(0, u64::saturating_add))
 }
 
 fn fsck_threads() -> std::num::NonZeroUsize {
@@ -178,7 +178,7 @@ fn check_disk(request: &Request<'_>, disk: &Disk, id: &DeploymentId, bytes: u64)
         return Err(SetupError::Sectors { path, found }.into());
     }
     drop(device);
-    let needed = SYSTEM_AT + TAIL_BYTES + RESERVE + bytes + bytes / 16;
+    let needed = (SYSTEM_AT + TAIL_BYTES + RESERVE).saturating_add(bytes).saturating_add(bytes / 16);
     if disk.size_bytes < needed {
         return Err(SetupError::TooSmall { path, found: disk.size_bytes, needed }.into());
     }

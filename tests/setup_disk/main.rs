@@ -19,6 +19,7 @@ mod tools;
 mod locked;
 mod power;
 mod remote;
+mod space;
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -402,28 +403,6 @@ fn a_disk_that_cannot_be_used_is_refused() {
     refused(&mut machine.setup(200, &words), 1, &why);
     run(Command::new("umount").arg(place.path()));
     run(Command::new("e2fsck").args(["-fn", &part]));
-}
-
-/// The size that the error asks for is enough, with sectors of either size, and nothing less is.
-#[test]
-fn the_smallest_disk_is_set_up() {
-    let machine = Machine::provisioned();
-    let small = Disk::of(500, &[]);
-    let said = run_any(&mut machine.setup(200, &["--disk", &small.device]));
-    let said = String::from_utf8(said.stderr).unwrap();
-    let needed = said.split("the system needs ").nth(1).unwrap_or_else(|| panic!("{said}"));
-    let needed: u64 = needed.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
-    for sector in [512, 4096] {
-        let (bytes, size) = (needed.next_multiple_of(sector), sector.to_string());
-        let options = ["--partscan", "--sector-size", &size];
-        let disk = Disk::of_bytes(bytes - sector, &options);
-        let why = format!("{} has {} bytes; the system needs {needed}", disk.device, bytes - sector);
-        refused_untouched(&disk, &mut machine.setup(200, &["--disk", &disk.device]), 1, &why);
-        let disk = Disk::of_bytes(bytes, &options);
-        machine.ok(200, &["--disk", &disk.device]);
-        run(Command::new("e2fsck").args(["-fn", &disk.part(2)]));
-        run(Command::new("sfdisk").args(["--verify", &disk.device]));
-    }
 }
 
 /// A system that a registry holds, and one that a registry offers and does not have.
