@@ -47,6 +47,12 @@ impl Digest {
         &self.0
     }
 
+    /// Its first 64 bits, which are in the same order as digests.
+    #[inline(always)]
+    pub(crate) fn first_bits(&self) -> u64 {
+        self.0.first_chunk().map_or(0, |first| u64::from_be_bytes(*first))
+    }
+
     /// The 64 hex digits, without the `sha256:` prefix.
     pub fn hex(&self) -> String {
         hex(&self.0)
@@ -103,8 +109,7 @@ pub fn hex(bytes: &[u8]) -> String {
 impl Ord for Digest {
     /// In the order of the bytes. Two digests differ in their first eight.
     fn cmp(&self, other: &Self) -> Ordering {
-        let first = |digest: &Self| digest.0.first_chunk().map(|first| u64::from_be_bytes(*first));
-        first(self).cmp(&first(other)).then_with(|| self.0.cmp(&other.0))
+        self.first_bits().cmp(&other.first_bits()).then_with(|| self.0.cmp(&other.0))
     }
 }
 

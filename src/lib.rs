@@ -131,7 +131,7 @@ pub mod layers {
     pub use crate::image::blobs::{Blob, BlobError, BlobProgress, Blobs};
     pub use crate::image::bytes::ReadAt;
     pub use crate::image::erofs::Erofs;
-    pub use crate::image::format::{ChunkedLayer, Chunks, LayerFormat};
+    pub use crate::image::format::{ChunkedLayer, Chunks, LayerFormat, TwoSizes};
     pub use crate::image::layer::{BlockId, Extent, Place, StatFs, Xattrs};
     pub use crate::image::oci::{LayerDescriptor, Trust};
     pub use crate::image::overlay::{Entry, Merged, OverlayError, Shown};

@@ -12,7 +12,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-pub use super::chunked::{ChunkedLayer, Chunks};
+pub use super::chunked::{ChunkedLayer, Chunks, TwoSizes};
 use super::erofs::{self, Erofs};
 use super::layer::{Layer, LayerError};
 use super::puzzlefs::{self, Puzzlefs};

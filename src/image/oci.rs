@@ -17,10 +17,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;
 
-use super::format::{Chunks, ImageFormat, LayerFormat};
+use super::format::{Chunks, ImageFormat, LayerFormat, TwoSizes};
 use crate::digest::{Digest, hex};
 use crate::error::{Class, Classified};
 pub use crate::image::platform::Platform;
@@ -362,7 +362,9 @@ fn to_bytes(value: &impl Serialize) -> Vec<u8> {
 }
 
 fn json<'a, T: Deserialize<'a>>(document: &'static str, bytes: &'a [u8]) -> Result<T, OciError> {
-    serde_json::from_slice(bytes).map_err(|source| OciError::Json { document, source })
+    // Whether it is UTF-8 is asked once, and not for each string: there may be 100,000.
+    let text = str::from_utf8(bytes).map_err(de::Error::custom);
+    text.and_then(serde_json::from_str).map_err(|source| OciError::Json { document, source })
 }
 
 fn bounded(document: &'static str, bytes: &[u8], max: u64) -> Result<(), OciError> {
@@ -532,14 +534,7 @@ impl OciImage {
             }
             listed.push((descriptor.digest, descriptor.size));
         }
-        // The same chunk may be listed many times. A sorted list becomes a map in one go; to insert 26,000 chunks one by
-        // one takes twice as long.
-        listed.sort_unstable();
-        let differ = listed.windows(2).find(|pair| matches!(pair, [a, b] if a.0 == b.0 && a.1 != b.1));
-        if let Some([(chunk, first), (_, second)]) = differ {
-            return Err(OciError::ChunkSize { chunk: *chunk, sizes: [*first, *second] });
-        }
-        let chunks: Chunks = listed.into_iter().collect();
+        let chunks = Chunks::new(listed)?;
         // Rule: a layer of many blobs is the whole image. Otherwise it would be unknown which layer a chunk
         // belongs to.
         let chunked = layers.iter().filter(|layer| layer.format.is_some_and(LayerFormat::is_chunked)).count();
@@ -620,13 +615,8 @@ pub enum OciError {
         found: String,
     },
     /// A chunk is listed with two sizes.
-    #[error("chunk {chunk} is listed with {} bytes and with {} bytes", sizes[0], sizes[1])]
-    ChunkSize {
-        /// The chunk.
-        chunk: Digest,
-        /// The sizes, in bytes.
-        sizes: [u64; 2],
-    },
+    #[error(transparent)]
+    ChunkSize(#[from] TwoSizes),
     /// A layer of many blobs is not the only layer, or there are chunks without such a layer.
     #[error(
         "the image has {chunked} layers made of chunks, {others} other layers and {chunks} chunks; expected one layer made of chunks alone, or no chunks"
@@ -720,11 +710,12 @@ mod tests {
         let image = parse(&entries).unwrap();
         assert_eq!((image.layers.len(), image.chunks.len()), (1, 1999));
         assert_eq!((image.layers[0].trust, image.layers[0].size), (Trust::Content, 100));
-        assert_eq!(image.chunks.get(&Digest::of(&5_usize.to_le_bytes())), Some(&7));
+        let found = image.chunks.find(&Digest::of(&5_usize.to_le_bytes()), 4);
+        assert_eq!(found, Some((4, 7)));
         assert_eq!(image.manifest.layers.len(), 2001, "all blobs that the image needs");
 
         let two_sizes = [entry(ROOTFS, 0, 100), entry(CHUNK, 1, 7), entry(CHUNK, 1, 8)];
-        assert!(matches!(parse(&two_sizes), Err(OciError::ChunkSize { sizes: [7, 8], .. })));
+        assert!(matches!(parse(&two_sizes), Err(OciError::ChunkSize(TwoSizes { sizes: [7, 8], .. }))));
         for mixed in [
             vec![entry(ROOTFS, 0, 100), entry(ROOTFS, 1, 100)],
             vec![entry(ROOTFS, 0, 100), entry(SQUASHFS_ZSTD, 1, 100)],

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::LayerError;
 use mosfs::internals::image::blobs::{Blob, BlobError, Blobs, read_whole};
-use mosfs::internals::image::format::ChunkedLayer;
+use mosfs::internals::image::format::{ChunkedLayer, Chunks};
 use mosfs::internals::image::puzzlefs::Puzzlefs;
 
 /// What a pointer leads to.
@@ -162,7 +162,7 @@ impl Blobs for Memory {
 
 /// A layer of this metadata and these chunks: digest and size each.
 pub fn layer(blobs: Arc<Memory>, rootfs: (Digest, u64), chunks: &[(Digest, u64)]) -> ChunkedLayer {
-    let chunks = Arc::new(chunks.iter().copied().collect());
+    let chunks = Arc::new(Chunks::new(chunks.to_vec()).unwrap());
     ChunkedLayer { digest: rootfs.0, size: rootfs.1, chunks, blobs }
 }
 

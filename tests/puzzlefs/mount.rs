@@ -271,7 +271,7 @@ fn a_flipped_bit_of_a_chunk_is_eio_for_the_files_in_it() {
     };
     let listed = image(&dir, "odd");
     let chunks: Vec<PathBuf> =
-        listed.chunks.keys().map(|digest| dir.join("blobs/sha256").join(digest.hex())).collect();
+        listed.chunks.iter().map(|(digest, _)| dir.join("blobs/sha256").join(digest.hex())).collect();
     for chunk in chunks {
         let file = open_rw(&chunk);
         let middle = file.metadata().unwrap().len() / 2;

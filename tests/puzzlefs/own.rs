@@ -8,9 +8,8 @@ use std::sync::Arc;
 use mosfs::internals::convert::puzzlefs::{
     Limits, Packed, PuzzlefsError, compress::Compressor, fsverity, pack,
 };
-use mosfs::internals::digest::Digest;
 use mosfs::internals::error::{Class, Classified};
-use mosfs::internals::image::format::ChunkedLayer;
+use mosfs::internals::image::format::{ChunkedLayer, Chunks};
 use mosfs::internals::image::layer::Layer;
 use mosfs::internals::image::oci::Descriptor;
 use mosfs::internals::image::overlay::Merged;
@@ -34,9 +33,9 @@ fn reopen(store: &Store, packed: &Packed) -> Puzzlefs {
         .unwrap()
 }
 
-fn chunks(layers: &[Descriptor]) -> BTreeMap<Digest, u64> {
+fn chunks(layers: &[Descriptor]) -> Chunks {
     let chunks = layers.iter().filter(|layer| layer.media_type.starts_with(FILEDATA));
-    chunks.map(|chunk| (chunk.digest, chunk.size)).collect()
+    Chunks::new(chunks.map(|chunk| (chunk.digest, chunk.size)).collect()).unwrap()
 }
 
 /// Every path of the folder, with the time each file was last changed.

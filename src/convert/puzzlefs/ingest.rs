@@ -34,7 +34,7 @@ pub fn keep(job: &Ingest<'_>, image: &OciImage, rootfs: &LayerDescriptor) -> Res
     let mut batch = job.writer.batch();
     let mut seen = HashSet::new();
     for blob in image.manifest.layers.iter().filter(|blob| seen.insert(blob.digest)) {
-        if image.chunks.contains_key(&blob.digest) && blob.size <= u64::from(MAX_CHUNK_BYTES) {
+        if image.chunks.has(&blob.digest) && blob.size <= u64::from(MAX_CHUNK_BYTES) {
             // Checked against digest and size on the way.
             let bytes = job.from.fetch(blob, blob.size)?;
             batch.put(&blob.digest, &bytes)?;

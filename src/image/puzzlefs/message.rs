@@ -17,6 +17,9 @@
 //! object, and a message in which they do would otherwise be larger when read than it is. Nothing is allocated but
 //! the table of segments ([`MAX_SEGMENTS`]). Nothing recurses.
 //!
+//! What is read for each file is compiled into the walks: a result that goes through memory, as most do here, costs more
+//! time than what it holds.
+//!
 //! The reader is our own: the `capnp` crate counts every read of a message's life against one limit, needs a
 //! compiler of schemas of the same version at build time, and its generated code for these 12 structs is longer
 //! than this file by a factor of ten.
@@ -210,6 +213,7 @@ impl<'a> Message<'a> {
         Ok(Target { segment, at: target, tag: pointer })
     }
 
+    #[inline(always)]
     fn pointed_struct(&self, segment: usize, at: usize) -> Result<Option<Struct<'_>>, LayerError> {
         let Some(target) = self.follow(segment, at)? else { return Ok(None) };
         if target.tag & 3 != 0 {
@@ -222,6 +226,7 @@ impl<'a> Message<'a> {
         Ok(Some(Struct { message: self, segment, at, data_words, pointers }))
     }
 
+    #[inline(always)]
     fn pointed_list(&self, segment: usize, at: usize) -> Result<List<'_>, LayerError> {
         let empty = List { message: self, segment: 0, at: 0, data_words: 0, pointers: 0, len: 0 };
         let Some((element, count, target)) = self.list(segment, at)? else { return Ok(empty) };
@@ -242,6 +247,7 @@ impl<'a> Message<'a> {
         Ok(List { message: self, segment, at: at + 1, data_words, pointers, len })
     }
 
+    #[inline(always)]
     fn pointed_bytes(&self, segment: usize, at: usize) -> Result<&[u8], LayerError> {
         let Some((element, count, target)) = self.list(segment, at)? else { return Ok(&[]) };
         if element != 2 && count > 0 {
@@ -322,6 +328,7 @@ impl<'m> Struct<'m> {
     }
 
     /// The struct that a pointer leads to; `None` for a null pointer.
+    #[inline(always)]
     pub(super) fn child(&self, number: usize) -> Result<Option<Struct<'m>>, LayerError> {
         match self.pointer(number) {
             Some(at) => self.message.pointed_struct(self.segment, at),
@@ -330,6 +337,7 @@ impl<'m> Struct<'m> {
     }
 
     /// The list of structs that a pointer leads to.
+    #[inline(always)]
     pub(super) fn list(&self, number: usize) -> Result<List<'m>, LayerError> {
         match self.pointer(number) {
             Some(at) => self.message.pointed_list(self.segment, at),
@@ -338,6 +346,7 @@ impl<'m> Struct<'m> {
     }
 
     /// The bytes that a pointer leads to.
+    #[inline(always)]
     pub(super) fn bytes(&self, number: usize) -> Result<&'m [u8], LayerError> {
         match self.pointer(number) {
             Some(at) => self.message.pointed_bytes(self.segment, at),

@@ -3,7 +3,7 @@
 //! ```text
 //! OCI manifest     layers: one `…rootfs.v1`, the metadata; the others `…filedata.v1[+zstd]`, the chunks
 //! metadata blob    one Cap'n Proto message: inodes, folders, links, attributes, and         message.rs, table.rs
-//!                  for each file the stretches of chunks that it consists of
+//!                  for each file the stretches of chunks that it consists of                parts.rs
 //! chunk blob       stored bytes: decoded ones as they are, or zstd frames                   chunk.rs
 //! ```
 //!
@@ -27,12 +27,13 @@
 //!
 //! # Memory
 //! While an image is opened: its metadata blob ([`MAX_METADATA_BYTES`]), 32 bytes for each inode, 16 for each stretch,
-//! about 130 for each chunk, and the table. Then the table alone: 32 bytes an inode (48 where no number follows the one
+//! about 140 for each chunk, and the table. Then the table alone: 32 bytes an inode (48 where no number follows the one
 //! before), 12 an entry and its name, 16 a stretch, 44 a chunk. For a thread: a stored chunk that is compressed
 //! ([`MAX_CHUNK_BYTES`]) and a zstd context (160 KiB). Nothing is locked.
 
 mod chunk;
 mod message;
+mod parts;
 mod table;
 
 use std::sync::Arc;

@@ -26,8 +26,8 @@ use std::collections::HashMap;
 
 use super::chunk::Chunk;
 use super::message::{List, Message, Struct};
-use super::{MANIFEST_VERSION, MAX_CHUNK_BYTES, MAX_INO, corrupt};
-use crate::digest::Digest;
+use super::parts::{Found, NONE, Used, index};
+use super::{MANIFEST_VERSION, MAX_INO, corrupt};
 use crate::image::LayerError;
 use crate::image::chunked::Chunks;
 use crate::image::layer::FileType;
@@ -62,6 +62,7 @@ pub(super) enum Tag {
 }
 
 impl Tag {
+    #[inline(always)]
     fn of(inode: &Struct<'_>) -> Result<Self, LayerError> {
         Ok(match inode.u16(64) {
             1 => Tag::Fifo,
@@ -187,55 +188,11 @@ struct Visible {
     index: u32,
     /// How many names lead to it; of a folder that was reached: 1.
     links: u32,
-    /// Of a folder: its entries, and how many of them are folders. Of a file: its [`Part`]s, and the words of the
+    /// Of a folder: its entries, and how many of them are folders. Of a file: its [`Used::parts`], and the words of the
     /// message that the first walk has read for them.
     first: u32,
     count: u32,
     weight: u32,
-}
-
-/// Which chunks there are, and the parts of files that use them.
-#[derive(Default)]
-struct Used {
-    /// By digest and flag: which of `found`.
-    numbers: HashMap<(Digest, bool), u32>,
-    found: Vec<Found>,
-    /// The chunk of the last part. Files follow each other in a chunk, so it is mostly that of the next one.
-    last: Option<((Digest, bool), u32)>,
-    parts: Vec<Part>,
-}
-
-/// A chunk that some file uses.
-struct Found {
-    digest: Digest,
-    compressed: bool,
-    /// How many bytes it decodes to.
-    decoded_bytes: u32,
-    /// Its number in the order of first use, once a file that is kept uses it.
-    number: Option<u32>,
-}
-
-/// A part of a file that has bytes, as the first walk found it.
-struct Part {
-    len: u32,
-    offset: u32,
-    /// Which of [`Used::found`].
-    chunk: u32,
-    /// Where in the message it is, in bytes.
-    place: u32,
-}
-
-/// A part of a file, checked.
-struct FileChunk {
-    len: u32,
-    offset: u32,
-    digest: Digest,
-    compressed: bool,
-}
-
-/// An index of the tables. They have fewer elements than the message has bytes, and that is below 2^32.
-fn index(length: usize) -> u32 {
-    u32::try_from(length).unwrap_or(u32::MAX)
 }
 
 impl Table {
@@ -249,13 +206,13 @@ impl Table {
             return Err(corrupt(root.offset(), why));
         }
         let lists = root.list(0)?.iter().map(|list| list.list(0)).collect::<Result<Vec<_>, _>>()?;
-        let mut chunks = Used::of(listed.len());
+        let mut chunks = Used::of(listed);
         let mut visible = visible(&message, &lists, &mut chunks)?;
         message.refill();
         let mut table = Table::default();
         table.walk(&lists, &mut visible)?;
         message.refill();
-        table.keep(&message, &lists, &visible, &mut chunks, listed)?;
+        table.keep(&message, &lists, &visible, &mut chunks)?;
         table.entries.shrink_to_fit();
         table.stretches.shrink_to_fit();
         table.chunks.shrink_to_fit();
@@ -422,10 +379,9 @@ impl Table {
         message: &Message<'_>,
         lists: &[List<'_>],
         visible: &[Visible],
-        chunks: &mut Used,
-        listed: &Chunks,
+        chunks: &mut Used<'_>,
     ) -> Result<(), LayerError> {
-        let mut places = vec![u32::MAX; visible.len()];
+        let mut places = vec![NONE; visible.len()];
         self.inodes.reserve_exact(visible.iter().filter(|seen| seen.links > 0).count());
         self.stretches.reserve(chunks.parts.len());
         let mut owners = HashMap::new();
@@ -462,7 +418,7 @@ impl Table {
                 Tag::File => {
                     message.pay(source.offset(), seen.weight as usize)?;
                     kept.first = index(self.stretches.len());
-                    kept.size = self.file(seen, chunks, listed)?;
+                    kept.size = self.file(seen, chunks)?;
                     kept.count = index(self.stretches.len()) - kept.first;
                 }
                 Tag::Char | Tag::Block => kept.first = device(&source)?,
@@ -500,13 +456,13 @@ impl Table {
             self.inodes.push(kept);
         }
         for entry in &mut self.entries {
-            entry.inode = places.get(entry.inode as usize).copied().unwrap_or(u32::MAX);
+            entry.inode = places.get(entry.inode as usize).copied().unwrap_or(NONE);
         }
         Ok(())
     }
 
     /// Keeps the stretches of a file. Returns its size in bytes.
-    fn file(&mut self, seen: &Visible, chunks: &mut Used, listed: &Chunks) -> Result<u64, LayerError> {
+    fn file(&mut self, seen: &Visible, chunks: &mut Used<'_>) -> Result<u64, LayerError> {
         let mut start = 0u64;
         for part in slice(&chunks.parts, seen.first, seen.count) {
             let Some(found) = chunks.found.get_mut(part.chunk as usize) else { continue };
@@ -515,7 +471,7 @@ impl Table {
                 None => {
                     let chunk = index(self.chunks.len());
                     let &mut Found { digest, compressed, decoded_bytes, .. } = found;
-                    let stored_bytes = stored_bytes(listed, &digest, part.place as usize)?;
+                    let stored_bytes = found.stored_bytes(part.place as usize)?;
                     self.chunks.push(Chunk { digest, stored_bytes, decoded_bytes, compressed });
                     found.number = Some(chunk);
                     chunk
@@ -557,23 +513,12 @@ impl Table {
     }
 }
 
-/// The stored size of a chunk that is used, in bytes, by the manifest's list.
-fn stored_bytes(listed: &Chunks, digest: &Digest, offset: usize) -> Result<u32, LayerError> {
-    match listed.get(digest) {
-        Some(&size) if size > 0 && size <= MAX_CHUNK_BYTES.into() => Ok(size as u32),
-        Some(size) => {
-            let why = format!(
-                "the manifest says that chunk {digest} has {size} bytes, expected 1 to {MAX_CHUNK_BYTES}"
-            );
-            Err(corrupt(offset, why))
-        }
-        // Garbage collection would take it away, and no copy of the image would have it.
-        None => Err(corrupt(offset, format!("chunk {digest} is used, but the manifest does not list it"))),
-    }
-}
-
 /// The first walk: the inodes that count, in the order of their numbers, and all chunks.
-fn visible(message: &Message<'_>, lists: &[List<'_>], chunks: &mut Used) -> Result<Vec<Visible>, LayerError> {
+fn visible(
+    message: &Message<'_>,
+    lists: &[List<'_>],
+    chunks: &mut Used<'_>,
+) -> Result<Vec<Visible>, LayerError> {
     let total = lists.iter().map(List::len).sum();
     let mut visible: Vec<Visible> = Vec::with_capacity(total);
     // Most files have one part.
@@ -645,14 +590,12 @@ fn first_met(list: &List<'_>, ino: u64) -> usize {
     left
 }
 
-fn check_inode(source: &Struct<'_>, chunks: &mut Used) -> Result<(), LayerError> {
+#[inline(always)]
+fn check_inode(source: &Struct<'_>, chunks: &mut Used<'_>) -> Result<(), LayerError> {
     match Tag::of(source)? {
         Tag::File => {
             for part in source.list(0)?.iter() {
-                let checked = file_chunk(&part)?;
-                if checked.len > 0 {
-                    chunks.reach(checked, part.offset());
-                }
+                chunks.read(&part)?;
             }
         }
         Tag::Dir => {
@@ -671,57 +614,6 @@ fn check_inode(source: &Struct<'_>, chunks: &mut Used) -> Result<(), LayerError>
         Tag::Fifo | Tag::Symlink | Tag::Socket | Tag::Whiteout => {}
     }
     Ok(())
-}
-
-impl Used {
-    /// With room for that many chunks, of which no more are kept.
-    fn of(chunks: usize) -> Self {
-        Self { numbers: HashMap::with_capacity(chunks), found: Vec::with_capacity(chunks), ..Self::default() }
-    }
-
-    /// Notes a part of a file, and that its chunk is used up to the part's end. `place` is that of the part.
-    fn reach(&mut self, part: FileChunk, place: usize) {
-        let FileChunk { len, offset, digest, compressed } = part;
-        let (key, end) = ((digest, compressed), offset + len);
-        let chunk = match self.last {
-            Some((last, chunk)) if last == key => chunk,
-            _ => {
-                let found = &mut self.found;
-                *self.numbers.entry(key).or_insert_with(|| {
-                    found.push(Found { digest, compressed, decoded_bytes: end, number: None });
-                    index(found.len() - 1)
-                })
-            }
-        };
-        self.last = Some((key, chunk));
-        if let Some(found) = self.found.get_mut(chunk as usize) {
-            found.decoded_bytes = end.max(found.decoded_bytes);
-        }
-        // Below MAX_METADATA_BYTES.
-        self.parts.push(Part { len, offset, chunk, place: index(place) });
-    }
-}
-
-fn file_chunk(part: &Struct<'_>) -> Result<FileChunk, LayerError> {
-    let len = part.u64(0);
-    let blob = part.child(0)?.ok_or_else(|| corrupt(part.offset(), "a part of a file has no chunk"))?;
-    let (offset, compressed, digest) = (blob.u64(0), blob.bit(64), blob.bytes(0)?);
-    let digest: [u8; 32] = digest
-        .try_into()
-        .map_err(|_| corrupt(blob.offset(), format!("a digest has {} bytes, expected 32", digest.len())))?;
-    match offset.checked_add(len) {
-        Some(end) if end <= MAX_CHUNK_BYTES.into() => {
-            let (len, offset) = (len as u32, offset as u32);
-            Ok(FileChunk { len, offset, digest: Digest::from_bytes(digest), compressed })
-        }
-        _ => {
-            let why = format!(
-                "a part of a file has {len} bytes at {offset} of a chunk, \
-                 expected an end of at most {MAX_CHUNK_BYTES}"
-            );
-            Err(corrupt(part.offset(), why))
-        }
-    }
 }
 
 /// The number of a device, in the kernel's encoding for user space.

@@ -144,7 +144,7 @@ impl LazyImage {
         let chunked = image.layers.iter().filter(|layer| layer.format().is_ok_and(LayerFormat::is_chunked));
         let listed = chunked
             .map(|layer| (layer.digest, layer.size, MAX_METADATA_BYTES))
-            .chain(image.chunks.iter().map(|(digest, size)| (*digest, *size, MAX_CHUNK_BYTES.into())));
+            .chain(image.chunks.iter().map(|(digest, size)| (digest, size, MAX_CHUNK_BYTES.into())));
         let mut chunks = BTreeMap::new();
         for (digest, size, max) in listed {
             let descriptor = Descriptor::new("application/octet-stream", digest, size);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use mosfs::internals::digest::Digest;
 use mosfs::internals::image::blobs::{Blob, BlobError, Blobs, read_whole};
-use mosfs::internals::image::format::ChunkedLayer;
+use mosfs::internals::image::format::{ChunkedLayer, Chunks};
 use mosfs::internals::image::layer::{Layer, NodeId, Place};
 use mosfs::internals::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
 use mosfs::internals::image::{FileType, LayerError};
@@ -45,7 +45,7 @@ fn open(metadata: &[u8], chunks: &[(Digest, u64)], more: &[&[u8]]) -> Result<Puz
     Puzzlefs::open(&ChunkedLayer {
         digest,
         size: metadata.len() as u64,
-        chunks: Arc::new(chunks.iter().copied().collect()),
+        chunks: Arc::new(Chunks::new(chunks.to_vec()).unwrap()),
         blobs: Arc::new(Memory(held)),
     })
 }
