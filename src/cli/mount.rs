@@ -15,7 +15,7 @@ use crate::digest::Digest;
 use crate::error::{AnyError, IoContext};
 use crate::image::oci::Platform;
 use crate::image::plain::PlainFile;
-use crate::mount::fuse::{FuseOptions, Spin};
+use crate::mount::fuse::{CACHE_MIB, CHUNKS_CACHE_MIB, FuseOptions, Spin, THREADS};
 use crate::mount::kernel::overlay::Upper;
 use crate::mount::units::{self, Keeper, Unit};
 use crate::mount::{Backend, Daemon, IdShift, MountFlags, MountPlan, Request, Verification};
@@ -64,11 +64,11 @@ pub(super) struct MountArgs {
     /// (the root of the mount) and timeout=SECONDS (unmount when idle).
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
     options: Vec<String>,
-    /// Number of FUSE worker threads [default: 2 to 4, depending on the number of cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(help = format!("Number of FUSE worker threads [default: {} to {}, depending on the number of cores]", THREADS.start(), THREADS.end()))]
     threads: Option<u16>,
-    /// Size limit of the FUSE backend's cache of decoded blocks, in MiB [default: 6; of PuzzleFS 4].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    #[arg(help = format!("Size limit of the FUSE backend's cache of decoded blocks, in MiB [default: {CACHE_MIB}; of PuzzleFS {CHUNKS_CACHE_MIB}]"))]
     cache_mib: Option<u32>,
     /// Show user and group ids 0 to COUNT-1 as FIRST to FIRST+COUNT-1, for a user namespace with that range; files of other
     /// ids belong to nobody. Uses the FUSE backend.

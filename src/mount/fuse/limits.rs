@@ -3,6 +3,7 @@
 //! Figures: find, tar and cold reads of a Debian root of 606 MB and 24.5k entries on two cores, Linux 6.18,
 //! as ratios to a mount of the same image by the kernel's squashfs.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use fuser::{InitFlags, KernelConfig};
@@ -26,21 +27,24 @@ pub(super) const BACKGROUND: u16 = 64;
 /// only lower the default of 128 KiB, with which every read waits for one request at a time.
 pub(super) const READ_AHEAD_KIB: u32 = 512;
 
-/// Threads that serve requests. The second one brings the most (0.92 became 0.58); more than four only
-/// contend for the connection's single queue in the kernel.
+/// Default of `--threads`, by the cores: threads that serve requests. The second one brings the most (0.92 became 0.58);
+/// more than four only contend for the connection's single queue in the kernel.
+pub const THREADS: RangeInclusive<usize> = 2..=4;
+
+/// Default of `--threads`.
 pub(super) fn default_threads() -> usize {
     // Not `available_parallelism`: it first reads four cgroup files, which costs 0.1 ms at start.
-    sys::daemon::usable_cores().clamp(2, 4)
+    sys::daemon::usable_cores().clamp(*THREADS.start(), *THREADS.end())
 }
 
 /// Default of `--cache-mib`: 32 fragments and 16 data blocks of 128 KiB. Two fragments instead of 32 cost 40
 /// % on small files; more data blocks bring no benefit, as the kernel keeps the pages. With this default a
 /// daemon stays below 16 MiB of anonymous memory.
-const CACHE_MIB: usize = 6;
+pub const CACHE_MIB: usize = 6;
 
 /// The same where there are layers of chunks, most of which are 32 to 128 KiB: as fast as 4 and 6 MiB, and so is 2 MiB, which
 /// would hold only two chunks of the largest size. The daemon of a Debian root of 13,000 files stays below 12 MB.
-const CHUNKS_CACHE_MIB: usize = 3;
+pub const CHUNKS_CACHE_MIB: usize = 3;
 
 /// Whether a layer of a mount consists of chunks, as PuzzleFS images do.
 pub(super) fn has_chunks(plan: &MountPlan) -> bool {

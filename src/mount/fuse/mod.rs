@@ -42,6 +42,7 @@ use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
 
+pub use limits::{CACHE_MIB, CHUNKS_CACHE_MIB, THREADS};
 pub use spin::Spin;
 
 use self::filesystem::{Tree, View, check_root};
