@@ -18,6 +18,8 @@ mod tar_images;
 mod tarball;
 #[path = "common/tools.rs"]
 mod tools;
+#[path = "common/unmount.rs"]
+mod unmount;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,6 +34,7 @@ use mkfs_erofs::{mkfs_erofs, path_with, program};
 use tar_images::Fixture;
 use tarball::Tarball;
 use tools::{run, run_any};
+use unmount::unmount;
 
 impl Fixture {
     /// Makes an image of two layers: the second deletes a file of the first, hides a folder, and has `own`.
@@ -183,7 +186,7 @@ fn a_device_installs_mounts_updates_activates_boots_and_collects() {
     assert_eq!(fs::read(at.join("also-large")).unwrap().len(), 3_600_000);
     assert!(!at.join("etc/gone").exists() && !at.join("hidden/old").exists());
     assert_eq!(fs::read(at.join("hidden/new")).unwrap(), b"new");
-    device.ok(&["umount", at_text]);
+    unmount(&mut device.command(&["umount", at_text]));
 
     device.ok(&["activate", "--backend", "fuse"]);
     let app = device.dir.join("run/targets/app/etc/own");

@@ -30,7 +30,7 @@ use layout::{
     wait_until,
 };
 use mosfs::internals::mount::{Health, MountError, mounts};
-use mounted::Mounted;
+use mounted::{Mounted, unmount};
 use program::copy_program;
 use scan::{assert_same, scan};
 use tempfile::TempDir;
@@ -172,7 +172,7 @@ fn ids_are_shifted_through_fuse_alone_to_a_range_that_there_is() {
 /// Unmounts and waits until nothing is left.
 fn end(mount: OurMount) {
     let pid = mount.pid();
-    images::run("mount", "umount", &[mount.at.as_os_str()]);
+    unmount(Command::new("umount").arg(&mount.at));
     wait_until("the daemon ends", || !is_alive(pid));
     assert_eq!(mount.record(), None);
 }
@@ -509,7 +509,7 @@ fn a_dead_daemon_is_seen_and_its_mount_ended() {
     let mount = fixture.mount(&[]);
     let record = mount.record().unwrap();
     kill("-KILL", mount.pid());
-    images::run("mount", "umount", &[mount.at.as_os_str()]);
+    unmount(Command::new("umount").arg(&mount.at));
     assert_eq!(mount.record(), None);
     assert!(!record.daemon.unwrap().log.unwrap().exists());
 }
@@ -525,8 +525,7 @@ fn umount_says_when_a_mount_is_in_use() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("busy"), "{said}");
     drop(file);
-    let output = run_mosfs(&["umount".as_ref(), mount.at.as_os_str()]);
-    assert!(output.status.success());
+    unmount(program().arg("umount").arg(&mount.at));
     assert!(!is_alive(pid), "umount returns when the daemon has ended");
 }
 
@@ -539,7 +538,7 @@ fn two_mounts_of_one_image_live_apart() {
     let three = OurMount::new(&fixture.layout.source("all"), &one.at, &[]);
     assert_ne!(one.pid(), two.pid());
     assert_eq!(mounts().unwrap().iter().filter(|record| record.target == one.at).count(), 2);
-    images::run("mount", "umount", &[two.at.as_os_str()]);
+    unmount(Command::new("umount").arg(&two.at));
     assert!(one.at.join("text").exists());
     for left in [1, 0] {
         let output = run_mosfs(&["umount".as_ref(), three.at.as_os_str()]);
@@ -610,7 +609,7 @@ fn in_the_foreground_it_serves_until_it_is_unmounted() {
     wait_until("it is mounted", || mount.record().is_some());
     assert_eq!(mount.pid(), child.id());
     assert!(mount.at.join("text").exists());
-    images::run("mount", "umount", &[mount.at.as_os_str()]);
+    unmount(Command::new("umount").arg(&mount.at));
     assert!(child.wait().unwrap().success());
     assert_eq!(mount.record(), None);
 }

@@ -6,6 +6,8 @@ mod program;
 #[path = "common/publish.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod publish;
+#[path = "common/unmount.rs"]
+mod unmount;
 
 use std::fs;
 use std::io::Read;
@@ -16,6 +18,7 @@ use std::time::{Duration, Instant};
 use program::copy_program;
 use publish::{PRODUCT, Publisher};
 use tempfile::TempDir;
+use unmount::unmount;
 
 const MOSFS: &str = env!("CARGO_BIN_EXE_mosfs");
 
@@ -245,7 +248,7 @@ fn a_pipe_says_when_the_mount_is_ready_and_when_it_failed() {
     let (pipe, target) = (fixture.path("pipe"), fixture.path("m"));
     make_pipe(&pipe);
     let option = format!("notify_pipe={}", pipe.display());
-    let unmount = || assert!(fixture.mosfs().arg("umount").arg(&target).status().unwrap().success());
+    let end = || unmount(fixture.mosfs().arg("umount").arg(&target));
     let mount = |more: &[&str], source: &str| {
         let mut command = fixture.mosfs();
         command.args(["mount", "--backend", "fuse", "-o", &option]).args(more).arg(source).arg(&target);
@@ -255,12 +258,12 @@ fn a_pipe_says_when_the_mount_is_ready_and_when_it_failed() {
     let mut child = mount(&["--foreground"], "app").stderr(Stdio::null()).spawn().unwrap();
     assert_eq!(read_pipe(&pipe), b"s");
     assert_eq!(fs::read_to_string(target.join("content")).unwrap(), "app 1");
-    unmount();
+    end();
     assert!(child.wait().unwrap().success());
     // Who waits comes later: the command has returned, the byte is still to be had.
     assert!(mount(&[], "app").status().unwrap().success());
     assert_eq!(read_pipe(&pipe), b"s");
-    unmount();
+    end();
     // There will be no mount.
     for more in [&[][..], &["--foreground"]] {
         let child = mount(more, "nope").stderr(Stdio::piped()).spawn().unwrap();
@@ -307,7 +310,7 @@ fn the_service_manager_is_told_when_a_mount_in_the_foreground_is_ready() {
         let count = socket.recv(&mut said).unwrap();
         assert_eq!(&said[..count], b"READY=1", "{name}");
         assert_eq!(fs::read_to_string(target.join("content")).unwrap(), "app 1");
-        assert!(fixture.mosfs().arg("umount").arg(&target).status().unwrap().success());
+        unmount(fixture.mosfs().arg("umount").arg(&target));
         let begin = Instant::now();
         while child.try_wait().unwrap().is_none() {
             assert!(begin.elapsed() < Duration::from_secs(300));

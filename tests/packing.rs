@@ -23,7 +23,7 @@ use mosfs::internals::image::source::MemorySource;
 use mosfs::internals::image::squashfs::{Event, Squashfs};
 use mosfs::internals::progress::Progress;
 use mosfs::internals::store::Store;
-use mounted::Mounted;
+use mounted::{Mounted, unmount};
 use tarball::Tarball;
 use tempfile::TempDir;
 use tools::{assert_same_tree, need_root, run, run_any, sh, snapshot};
@@ -304,7 +304,7 @@ fn the_choice_is_part_of_the_digest_and_a_targets_own_comes_first() {
             .arg(format!("oci:mixed:{name}"))
             .arg(&mnt));
         let found = snapshot(&mnt);
-        run(publisher.mosfs().arg("umount").arg(&mnt));
+        unmount(publisher.mosfs().arg("umount").arg(&mnt));
         let data = |tree: &BTreeMap<PathBuf, String>| tree.get(Path::new("data")).cloned();
         assert!(data(&found).is_some());
         assert_eq!(data(&found), data(&snapshot(&unpacked)), "{name}");
@@ -432,7 +432,7 @@ fn an_lz4_image_without_options_is_refused() {
         );
         assert_eq!(mounts.status.success(), !break_it);
         if mounts.status.success() {
-            run(Command::new("umount").arg(publisher.dir().join("tree")));
+            unmount(Command::new("umount").arg(publisher.dir().join("tree")));
         }
         let layout = if break_it { "broken" } else { "good" };
         layout_of(publisher.dir(), layout, &bytes);

@@ -21,6 +21,7 @@ use common::debian::{self, noise};
 use common::layers::{self, layer};
 use common::scan::{self, Scan};
 use common::system::{Mounted, build, image_name, import_manifest, keys, scratch, source};
+use common::unmount::unmount;
 use mosfs::internals::digest::{Digest, Hasher};
 use mosfs::internals::error::{Class, Classified};
 use mosfs::internals::image::blobs::{Blob, BlobFolder};
@@ -480,7 +481,7 @@ fn flips_under_a_real_mount_are_input_output_errors_with_a_line_in_the_log() {
             let after = scan::try_scan(&mnt);
             let log = log_of(&mnt);
             // However it ends, it must not stay mounted.
-            run(mosfs().arg("umount").arg(&mnt));
+            unmount(mosfs().arg("umount").arg(&mnt));
             let errors = nothing_wrong_in_mount(&before, &after, &what);
             let told =
                 log.lines().any(|line| line.contains("verity: block") && line.contains("expected sha256:"));

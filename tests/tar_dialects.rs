@@ -7,6 +7,8 @@ mod scan;
 mod tarball;
 #[path = "common/tools.rs"]
 mod tools;
+#[path = "common/unmount.rs"]
+mod unmount;
 
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
@@ -23,6 +25,7 @@ use scan::{Tree, scan};
 use tarball::{Header, Tarball, record};
 use tempfile::TempDir;
 use tools::{need_root, run, run_any};
+use unmount::unmount;
 
 /// How many archives are generated.
 const ARCHIVES: u64 = 500;
@@ -348,7 +351,7 @@ fn mounted(image: &Path, at: &Path) -> Tree {
     fs::create_dir_all(at).unwrap();
     run(Command::new("mount").args(["-t", "squashfs", "-o", "loop,ro"]).arg(image).arg(at));
     let tree = scan(at);
-    run(Command::new("umount").arg(at));
+    unmount(Command::new("umount").arg(at));
     tree
 }
 

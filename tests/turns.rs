@@ -6,6 +6,8 @@
 mod images;
 #[path = "common/layout.rs"]
 mod layout;
+#[path = "common/unmount.rs"]
+mod unmount;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,6 +19,7 @@ use std::process::{Command, Stdio};
 use images::{mksquashfs, need_root};
 use layout::{Layout, OurMount, is_alive, kill, wait_until};
 use tempfile::TempDir;
+use unmount::unmount;
 
 /// A layout with an image of small files, which share blocks, and large ones, and what is in them.
 struct Fixture {
@@ -72,7 +75,7 @@ impl Fixture {
 /// Unmounts and waits until nothing is left.
 fn end(mount: OurMount) {
     let pid = mount.pid();
-    images::run("mount", "umount", &[mount.at.as_os_str()]);
+    unmount(Command::new("umount").arg(&mount.at));
     wait_until("the daemon ends", || !is_alive(pid));
     drop(mount);
 }

@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::fixture::{FILES, Lazy, is_mounted, wait_until};
 use crate::place::text;
 use crate::server::{Fault, Options, Seen, Server};
+use crate::unmount::unmount;
 
 const EIO: i32 = 5;
 /// A file whose blocks are not among those that are fetched to mount: in the middle of the upper layer.
@@ -121,7 +122,7 @@ fn wherever_a_byte_is_wrong_a_reader_gets_the_right_ones_or_an_error() {
                     assert!(bytes == crate::fixture::content(number).as_bytes(), "at {wrong}: file {number}");
                 }
             }
-            assert!(Command::new("umount").arg(&at).status().unwrap().success());
+            unmount(Command::new("umount").arg(&at));
             wait_until("it is unmounted", || !is_mounted(&at));
         }
     }

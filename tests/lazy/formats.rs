@@ -30,6 +30,7 @@ use tempfile::TempDir;
 use crate::fixture::{FILES, Lazy, content, name, wait_until};
 use crate::place::{noise, text};
 use crate::server::Fault;
+use crate::unmount::unmount;
 
 const EIO: i32 = 5;
 const EROFS: &str = "application/vnd.stacker.image.layer.erofs";
@@ -415,7 +416,7 @@ fn chunks_that_are_here_are_read_while_the_server_is_away() {
     for number in [3, FILES - 2] {
         assert!(fs::read(at.join(name(number))).expect("a file") == content(number).as_bytes());
     }
-    assert!(Command::new("umount").arg(&at).status().expect("umount").success());
+    unmount(Command::new("umount").arg(&at));
 }
 
 #[test]

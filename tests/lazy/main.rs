@@ -22,6 +22,8 @@ mod publish;
 #[path = "../registry/server.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod server;
+#[path = "../common/unmount.rs"]
+mod unmount;
 
 mod away;
 mod faults;

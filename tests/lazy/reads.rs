@@ -8,6 +8,7 @@ use mosfs::internals::store::Store;
 use crate::fixture::{FILES, Lazy, wait_until};
 use crate::place::display;
 use crate::server::Fault;
+use crate::unmount::unmount;
 
 #[test]
 fn what_is_read_is_fetched_once_and_nothing_else() {
@@ -162,5 +163,5 @@ fn the_store_may_be_named_from_the_working_folder() {
         assert!(bytes == crate::fixture::content(number).as_bytes(), "file {number}");
     }
     wait_until("both layers are blobs", || lazy.is_whole(0) && lazy.is_whole(1));
-    assert!(std::process::Command::new("umount").arg(&at).status().unwrap().success());
+    unmount(std::process::Command::new("umount").arg(&at));
 }

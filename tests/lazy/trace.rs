@@ -6,6 +6,7 @@ use std::process::Command;
 use crate::fixture::Lazy;
 use crate::place::{display, refused, text};
 use crate::server::Options;
+use crate::unmount::unmount;
 
 /// The file that the traced program reads: in the middle of the upper layer.
 const READ: usize = 17;
@@ -72,7 +73,7 @@ fn a_list_is_a_hint_and_never_trusted() {
             let at = lazy.place.path("m");
             let bytes = fs::read(at.join(format!("d{}/f{}", READ % 4, READ))).unwrap();
             assert!(bytes == crate::fixture::content(READ).as_bytes());
-            assert!(Command::new("umount").arg(&at).status().unwrap().success());
+            unmount(Command::new("umount").arg(&at));
         } else {
             refused(&output, 1, &["list", "not a list of reads"]);
         }

@@ -4,10 +4,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::process::Command;
 
 use crate::images::run;
 use crate::layout::{OurMount, mosfs, open_rw};
-use crate::mounted::Mounted;
+use crate::mounted::{Mounted, unmount};
 use crate::scan::{assert_same, scan};
 use crate::{Fixture, as_nobody};
 
@@ -313,7 +314,7 @@ fn a_block_device_holds_an_image_and_is_larger_than_it() {
     let device = String::from_utf8(device).unwrap().trim().to_string();
     let mount = fixture.mount(Path::new(&device), &["--root-hash", &root_hash]);
     assert_as_the_kernel(&fixture, &mount.at, "a device");
-    run("mount", "umount", &[mount.at.as_os_str()]);
+    unmount(Command::new("umount").arg(&mount.at));
     run("mount", "losetup", &["--detach", &device].map(OsStr::new));
 }
 

@@ -23,6 +23,8 @@ mod tar_images;
 mod tarball;
 #[path = "../common/tools.rs"]
 mod tools;
+#[path = "../common/unmount.rs"]
+mod unmount;
 
 mod dump;
 mod images;

@@ -16,6 +16,7 @@ use crate::publish::PRODUCT;
 use crate::tar_images::Fixture;
 use crate::tarball::Tarball;
 use crate::tools::{run, run_any, sh};
+use crate::unmount::unmount;
 
 /// Text that compresses and has no repeats that are as long as a chunk.
 fn words(seed: u64, len: usize) -> Vec<u8> {
@@ -188,7 +189,7 @@ fn a_device_installs_mounts_updates_activates_boots_and_collects() {
     assert_eq!(fs::read(at.join("etc/own")).unwrap(), b"one");
     assert_eq!(fs::read(at.join("also-large")).unwrap(), words(1, 900_000));
     assert!(!at.join("etc/gone").exists());
-    device.ok(&["umount", at_text]);
+    unmount(&mut device.command(&["umount", at_text]));
     device.refused(&["mount", "--backend", "dm-verity", "hostfs", at_text], 1, &["is made of chunks"]);
 
     device.ok(&["activate"]);
@@ -301,7 +302,7 @@ fn a_registry_holds_puzzlefs_images_and_moves_what_is_new_alone() {
     device.ok(&["mount", "hostfs", at.to_str().unwrap()]);
     assert_eq!(fs::read(at.join("etc/own")).unwrap(), b"two");
     assert_eq!(fs::read(at.join("also-large")).unwrap(), words(1, 900_000));
-    device.ok(&["umount", at.to_str().unwrap()]);
+    unmount(&mut device.command(&["umount", at.to_str().unwrap()]));
     device.ok(&["gc"]);
     assert!(device.ok(&["verify"]).contains("good"));
 }

@@ -15,6 +15,8 @@ mod plugged;
 mod swtpm;
 #[path = "../common/tools.rs"]
 mod tools;
+#[path = "../common/unmount.rs"]
+mod unmount;
 
 mod locked;
 mod power;
@@ -38,6 +40,7 @@ use fixture::{MOSFS, PRODUCT, Publisher, generate_keys};
 use swtpm::Swtpm;
 use tempfile::TempDir;
 use tools::{need_root, run, run_any, sh};
+use unmount::unmount;
 
 /// The size of a disk, in MiB.
 const MIB: u64 = 640;
@@ -140,7 +143,7 @@ impl Disk {
         let place = TempDir::new().unwrap();
         run(Command::new("mount").args(["-o", "ro", &self.part(2)]).arg(place.path()));
         let found = look(place.path());
-        run(Command::new("umount").arg(place.path()));
+        unmount(Command::new("umount").arg(place.path()));
         found
     }
 
@@ -401,7 +404,7 @@ fn a_disk_that_cannot_be_used_is_refused() {
     let words = ["--disk", &disk.device, "--wipe", &disk.device];
     let why = format!("{} is in use: {part} is mounted at {}", disk.device, place.path().display());
     refused(&mut machine.setup(200, &words), 1, &why);
-    run(Command::new("umount").arg(place.path()));
+    unmount(Command::new("umount").arg(place.path()));
     run(Command::new("e2fsck").args(["-fn", &part]));
 }
 
@@ -699,7 +702,7 @@ fn the_disk_that_the_system_comes_from_is_never_taken() {
     run(&mut setup(&["--disk", &other.device]));
     other.expect_installed(200);
     assert_eq!(disk.digest(), before);
-    run(Command::new("umount").arg(place.path()));
+    unmount(Command::new("umount").arg(place.path()));
 }
 
 /// The verdict is also in a file, and questions can be answered by a program.

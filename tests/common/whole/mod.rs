@@ -7,3 +7,5 @@ pub mod debian;
 pub mod layers;
 pub mod scan;
 pub mod system;
+#[path = "../unmount.rs"]
+pub mod unmount;

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use super::commands::{command, mosfs, run};
 use super::debian::cache;
+use super::unmount::unmount;
 
 /// The product of all tests.
 pub const PRODUCT: &str = "de6c82c5-2e01-4c92-949b-a6545d30fc06";
@@ -90,7 +91,7 @@ impl Mounted {
 
     /// Unmounts it.
     pub fn unmount(self) {
-        run(mosfs().arg("umount").arg(&self.dir));
+        unmount(mosfs().arg("umount").arg(&self.dir));
         std::mem::forget(self);
     }
 }
