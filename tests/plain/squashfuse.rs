@@ -9,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use crate::images::{bytes, mksquashfs, run};
 use crate::layout::{OurMount, kill, open_rw, wait_until};
+use crate::mounted::unmount;
 use crate::{Fixture, NOBODY, as_nobody};
 
 const NAMES: [&str; 2] = ["squashfuse", "squashfuse_ll"];
@@ -73,15 +74,8 @@ fn is_mounted(at: &Path) -> bool {
     mosfs::internals::mount::table::mounted_at(at).unwrap().is_some()
 }
 
-fn unmount(at: &Path, child: Option<Child>) {
-    // What another thread is just starting has this one's open files until it runs its program: a file that was read here
-    // may keep the mount busy for a moment.
-    wait_until("the mount is not busy", || {
-        let output = Command::new("fusermount3").arg("-u").arg(at).output().expect("Debian package fuse3");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() || said.contains("busy"), "{said}");
-        output.status.success()
-    });
+fn end(at: &Path, child: Option<Child>) {
+    unmount(Command::new("fusermount3").arg("-u").arg(at));
     if let Some(mut child) = child {
         assert!(child.wait().unwrap().success());
     }
@@ -102,7 +96,7 @@ fn the_pipe_says_s_or_f() {
         let child = start(&fixture.image(), &at);
         assert_eq!(pipe.byte(), b's');
         assert!(is_mounted(&at));
-        unmount(&at, Some(child));
+        end(&at, Some(child));
         for (archive, at) in [(Path::new("/dev/null"), &at), (&fixture.image(), &fixture.path("nowhere"))] {
             let mut child = start(archive, at);
             assert_eq!(pipe.byte(), b'f');
@@ -138,11 +132,11 @@ fn content_is_right_with_every_compressor() {
         });
         // A name that is not there, also where that is known already.
         assert!(!mount.at.join("bogus").exists() && !mount.at.join("bogus").exists());
-        unmount(&mount.at, None);
+        end(&mount.at, None);
         let mount = fixture.squashfuse_mount("squashfuse", &["-osubdir=subdir"]);
         assert_eq!(fs::read(mount.at.join("rand4")).unwrap(), bytes(23_200, 23_200));
         assert!(!mount.at.join("rand1").exists());
-        unmount(&mount.at, None);
+        end(&mount.at, None);
     }
 }
 
@@ -208,12 +202,12 @@ fn modes_count_only_where_that_is_asked_for() {
     // As root, nobody else enters.
     let ours = fixture.squashfuse_mount("squashfuse", &[]);
     assert!(!as_nobody("cat", &[ours.at.join("text").as_os_str()]).status.success());
-    unmount(&ours.at, None);
+    end(&ours.at, None);
     let ours = fixture.squashfuse_mount("squashfuse", &["-o", "allow_other,uid=65534,gid=0"]);
     assert!(as_nobody("cat", &[ours.at.join("text").as_os_str()]).status.success());
     let found = fs::metadata(ours.at.join("text")).unwrap();
     assert_eq!((found.uid(), found.gid()), (NOBODY, fs::metadata(fixture.path("tree/text")).unwrap().gid()));
-    unmount(&ours.at, None);
+    end(&ours.at, None);
 }
 
 #[test]
@@ -299,7 +293,7 @@ fn a_root_hash_can_be_given_to_it_too() {
     let mount = fixture.squashfuse_mount("squashfuse_ll", &["-o", &option]);
     assert!(mount.record().unwrap().verified);
     assert_eq!(fs::read(mount.at.join("text")).unwrap(), fs::read(fixture.path("tree/text")).unwrap());
-    unmount(&mount.at, None);
+    end(&mount.at, None);
     let file = open_rw(&fixture.image());
     std::os::unix::fs::FileExt::write_all_at(&file, &[0xff], 40).unwrap();
     let (image, at) = (fixture.image(), fixture.path("m"));
