@@ -399,7 +399,17 @@ impl Ended {
         if self.gave_up_on_the_tpm() {
             return Some("Linux gave up on the TPM");
         }
+        if self.lost_its_tpm_before_it_ran() {
+            return Some("QEMU lost its connection to the TPM");
+        }
         self.crashed_at_its_start().then_some("Linux crashed before it ran a program")
+    }
+
+    /// Whether QEMU ended before it ran anything, as swtpm had closed their connection.
+    ///
+    /// Seen once with swtpm 0.7 beside much other work, before it had answered which commands it knows.
+    fn lost_its_tpm_before_it_ran(&self) -> bool {
+        self.verdict == NO_VERDICT && self.console.starts_with("\nqemu-system-x86_64: -tpmdev emulator,")
     }
 
     /// Whether Linux panicked in the function that starts it, before the first program: nothing of mosfs had a part in that.
@@ -490,6 +500,10 @@ fn a_machine_that_was_let_down_is_put_back() {
         assert_eq!(reason(125, &twice), None);
         assert_eq!(reason(125, twice.strip_prefix(start).expect("the first start")), crash);
     }
+
+    let lost = "\nqemu-system-x86_64: -tpmdev emulator,id=tpm0,chardev=chrtpm: 'chrtpm' is not emulating TPM device.\n";
+    assert_eq!(reason(125, lost), Some("QEMU lost its connection to the TPM"));
+    assert_eq!(reason(125, &format!("[    0.000000] Linux version 6.12\n{lost}")), None);
 
     let dir = tempfile::tempdir().expect("a folder");
     let (tpm, disk) = (dir.path().join("tpm"), dir.path().join("disk.qcow2"));
