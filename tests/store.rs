@@ -12,7 +12,8 @@ use std::process::Command;
 
 use mosfs::internals::digest::Digest;
 use mosfs::internals::error::{Class, Classified};
-use mosfs::internals::image::oci::{Descriptor, INDEX, Index, MANIFEST, Manifest, Platform};
+use mosfs::internals::image::index::Index;
+use mosfs::internals::image::oci::{Descriptor, INDEX, MANIFEST, Manifest, Platform};
 use mosfs::internals::progress::{Progress, Task};
 use mosfs::internals::store::{Store, StoreError, fsck};
 use mosfs::internals::transport::{Access, OciDir, SourceRef, Transport, TransportError};

@@ -19,6 +19,7 @@ use mosfs::internals::image::format::ChunkedLayer;
 use mosfs::internals::image::layer::Layer;
 use mosfs::internals::image::oci::MAX_MANIFEST_BYTES;
 use mosfs::internals::image::puzzlefs::Puzzlefs;
+use mosfs::internals::sys::daemon::lean_allocator;
 use mosfs::internals::sys::file::Links;
 use mosfs::{Access, Platform, SourceRef};
 use serde::{Deserialize, Serialize};
@@ -159,6 +160,8 @@ pub fn open(layout: &Path) -> Result<()> {
     let (digest, size, chunks) = (rootfs.digest, rootfs.size, Arc::clone(&image.chunks));
     let blobs = Arc::new(BlobFolder::of_layout(layout, Links::Refused));
     let layer = ChunkedLayer { digest, size, chunks, blobs };
+    // As a mount does.
+    lean_allocator();
     let opened = Puzzlefs::open(&layer)?;
     let seconds = began.elapsed().as_secs_f64();
     let opened = Opened {

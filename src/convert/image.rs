@@ -204,7 +204,7 @@ pub(super) fn with_layers(
     config: &[u8],
     layers: Vec<Descriptor>,
 ) -> Result<Manifest, IngestError> {
-    let config_type = match image.manifest.config.media_type.as_str() {
+    let config_type = match &*image.manifest.config.media_type {
         DOCKER_CONFIG => CONFIG,
         other => other,
     };
@@ -341,7 +341,7 @@ fn other_platform(config: &[u8], platform: &Platform) -> Option<String> {
 
 /// The digests of the uncompressed layers that an image's config names; `None` for an artifact.
 pub(super) fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
-    if !matches!(image.manifest.config.media_type.as_str(), CONFIG | DOCKER_CONFIG) {
+    if !matches!(&*image.manifest.config.media_type, CONFIG | DOCKER_CONFIG) {
         return Ok(None);
     }
     let config: Value = serde_json::from_slice(config).map_err(IngestError::Config)?;

@@ -212,7 +212,9 @@ fn read_large<R: Read>(mut from: Take<R>, bytes: &mut Vec<u8>) -> io::Result<Dig
         let mut rest = bytes.as_mut_slice();
         loop {
             let most = rest.len().min(PART_BYTES);
-            match from.read(rest.split_at_mut(most).0) {
+            let part = rest.split_at_mut(most).0;
+            memory::populate(part);
+            match from.read(part) {
                 Ok(0) => break,
                 Ok(len) => {
                     let (part, after) = rest.split_at_mut(len);

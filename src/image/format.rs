@@ -40,6 +40,11 @@ enum MediaType {
 }
 
 impl MediaType {
+    fn text(self) -> &'static str {
+        let (Self::Exact(text) | Self::Prefix(text)) = self;
+        text
+    }
+
     fn matches(self, text: &str) -> bool {
         match self {
             Self::Exact(name) => text == name,
@@ -117,7 +122,7 @@ const TABLE: &[Row] = &[
         name: "puzzlefs",
         media_types: &[MediaType::Exact(puzzlefs::ROOTFS)],
         content: Content::Chunked(ChunkedFormat {
-            chunks: &[MediaType::Prefix(puzzlefs::FILEDATA)],
+            chunks: &[MediaType::Prefix(puzzlefs::FILEDATA), MediaType::Exact(puzzlefs::FILEDATA_ZSTD)],
             open: Some(|layer| Ok(Arc::new(Puzzlefs::open(layer)?))),
         }),
     },
@@ -176,6 +181,15 @@ impl LayerFormat {
             Content::Chunked(format) => format.chunks.iter().any(|one| one.matches(media_type)),
             _ => false,
         })
+    }
+
+    /// Returns the constant that is equal to a media type of chunks, where the table has one.
+    pub(super) fn constant(chunk_type: &str) -> Option<&'static str> {
+        let chunks = TABLE.iter().filter_map(|row| match row.content {
+            Content::Chunked(format) => Some(format.chunks),
+            _ => None,
+        });
+        chunks.flatten().map(|one| one.text()).find(|text| *text == chunk_type)
     }
 
     /// The format's name, for messages.

@@ -1,7 +1,7 @@
 //! Images: file formats of layers, how their bytes are verified, and how layers are merged.
 //!
 //! ```text
-//! oci.rs        the documents: which layers an image has
+//! oci.rs        the documents: which layers an image has; index.rs: which images there are
 //! format.rs     THE table of formats: media types, magic, reader, what the kernel calls it
 //! bytes.rs      ReadAt: unchecked bytes of a file, a device, a blob elsewhere
 //! blobs.rs      Blobs: whole blobs by digest, and where the bytes of a layer are
@@ -30,6 +30,7 @@ pub mod erofs;
 pub(crate) mod fields;
 pub mod files;
 pub mod format;
+pub mod index;
 pub mod layer;
 pub mod oci;
 pub mod overlay;

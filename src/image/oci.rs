@@ -1,4 +1,4 @@
-//! OCI documents: descriptors, image manifests, image indexes, and the layers of an image.
+//! OCI documents: descriptors, image manifests, and the layers of an image; `index.rs` has the indexes.
 //!
 //! ```text
 //! index.json ── descriptor ──> manifest ── descriptor ──> config
@@ -11,12 +11,14 @@
 //! use the types of the `oci-spec` crate, whose maps have a random order; the names of machines and
 //! annotations do come from it.
 //!
-//! Bounds: [`MAX_MANIFEST_BYTES`] per document, [`MAX_LAYERS`] layers, [`MAX_CHUNKS`] chunks,
-//! [`MAX_INDEX_ENTRIES`] entries.
+//! Bounds: [`MAX_MANIFEST_BYTES`] per document, [`MAX_LAYERS`] layers, [`MAX_CHUNKS`] chunks.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
+use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;
 
@@ -27,14 +29,10 @@ pub use crate::image::platform::Platform;
 
 /// The largest manifest or nested index that is read, in bytes.
 pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
-/// The largest `index.json` that is read, in bytes.
-pub const MAX_INDEX_BYTES: u64 = 16 << 20;
 /// The most layers that an image may have.
 pub const MAX_LAYERS: usize = 1_000;
 /// The most entries of a manifest that are chunks of a layer.
 pub const MAX_CHUNKS: usize = 65_536;
-/// The most entries that an index may have.
-pub const MAX_INDEX_ENTRIES: usize = 65_536;
 
 /// The repository of system manifests, in a store and below a prefix of a registry.
 pub const SYSTEM_REPOSITORY: &str = "mos/system/system";
@@ -73,7 +71,8 @@ pub const ROOT_HASH_OLD: &str = "io.stackeroci.stacker.squashfs_verity_root_hash
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// The media type of the blob.
-    pub media_type: String,
+    #[serde(deserialize_with = "media_type")]
+    pub media_type: Cow<'static, str>,
     /// SHA-256 of the blob; other algorithms are an error.
     pub digest: Digest,
     /// Size of the blob, in bytes.
@@ -96,7 +95,7 @@ impl Descriptor {
     /// A descriptor without annotations.
     pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
         Self {
-            media_type: media_type.to_string(),
+            media_type: media_type_of(media_type),
             digest,
             size,
             platform: None,
@@ -165,106 +164,35 @@ pub struct Manifest {
     pub extra: BTreeMap<String, Value>,
 }
 
-/// An image index: `index.json` of a layout, or a list of the platforms of an image
-/// (image-spec, image-index.md).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(from = "IndexDocument", into = "IndexDocument")]
-pub struct Index {
-    /// Always 2.
-    pub schema_version: u32,
-    /// [`INDEX`]; many tools leave it out.
-    pub media_type: Option<String>,
-    /// Manifests and nested indexes.
-    pub manifests: Vec<Descriptor>,
-    /// The entries that mosfs cannot read, as they were written: with a digest of another algorithm, say. They
-    /// are passed over, and written back behind the others.
-    pub unread: Vec<UnreadEntry>,
-    /// Free words about it.
-    pub annotations: BTreeMap<String, String>,
-    /// The fields that mosfs does not know.
-    pub extra: BTreeMap<String, Value>,
-}
-
-/// An entry of an index that is no descriptor to mosfs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct UnreadEntry(Value);
-
-impl UnreadEntry {
-    /// Returns its name in `index.json`.
-    pub fn ref_name(&self) -> Option<&str> {
-        self.0.get("annotations")?.get(REF_NAME)?.as_str()
-    }
-
-    /// Why it cannot be read.
-    pub fn why(&self) -> String {
-        serde_json::from_value::<Descriptor>(self.0.clone())
-            .err()
-            .map(|error| error.to_string())
-            .unwrap_or_default()
-    }
-}
-
-/// An index as it is written.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct IndexDocument {
-    schema_version: u32,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    media_type: Option<String>,
-    #[serde(default, deserialize_with = "null_is_empty")]
-    manifests: Vec<IndexEntry>,
-    #[serde(default, deserialize_with = "null_is_empty", skip_serializing_if = "BTreeMap::is_empty")]
-    annotations: BTreeMap<String, String>,
-    #[serde(flatten)]
-    extra: BTreeMap<String, Value>,
-}
-
-#[derive(Serialize)]
-#[serde(untagged)]
-enum IndexEntry {
-    Read(Box<Descriptor>),
-    Unread(UnreadEntry),
-}
-
-impl<'de> Deserialize<'de> for IndexEntry {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        // From the value that would be written back, in which a field that was given twice has its last value: so an
-        // entry that cannot be read now cannot be read after it was written either.
-        let entry = Value::deserialize(from)?;
-        Ok(match Descriptor::deserialize(&entry) {
-            Ok(descriptor) => Self::Read(Box::new(descriptor)),
-            Err(_) => Self::Unread(UnreadEntry(entry)),
-        })
-    }
-}
-
-impl From<IndexDocument> for Index {
-    fn from(document: IndexDocument) -> Self {
-        let IndexDocument { schema_version, media_type, manifests: entries, annotations, extra } = document;
-        let (mut manifests, mut unread) = (Vec::new(), Vec::new());
-        for entry in entries {
-            match entry {
-                IndexEntry::Read(descriptor) => manifests.push(*descriptor),
-                IndexEntry::Unread(entry) => unread.push(entry),
-            }
-        }
-        Self { schema_version, media_type, manifests, unread, annotations, extra }
-    }
-}
-
-impl From<Index> for IndexDocument {
-    fn from(index: Index) -> Self {
-        let Index { schema_version, media_type, manifests, unread, annotations, extra } = index;
-        let read = manifests.into_iter().map(|descriptor| IndexEntry::Read(Box::new(descriptor)));
-        let entries = read.chain(unread.into_iter().map(IndexEntry::Unread)).collect();
-        Self { schema_version, media_type, manifests: entries, annotations, extra }
-    }
-}
-
 /// Go writes a list or map that was never allocated as `null`.
-fn null_is_empty<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+pub(super) fn null_is_empty<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    from: D,
+) -> Result<T, D::Error> {
     Ok(Option::<T>::deserialize(from)?.unwrap_or_default())
+}
+
+/// A media type, without memory of its own where it is that of chunks: a manifest may list 26,000 of them.
+fn media_type_of(text: &str) -> Cow<'static, str> {
+    LayerFormat::constant(text).map_or_else(|| Cow::Owned(text.into()), Cow::Borrowed)
+}
+
+/// Reads a media type where it is, without a copy.
+fn media_type<'de, D: Deserializer<'de>>(from: D) -> Result<Cow<'static, str>, D::Error> {
+    struct Text;
+
+    impl Visitor<'_> for Text {
+        type Value = Cow<'static, str>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(media_type_of(text))
+        }
+    }
+
+    from.deserialize_str(Text)
 }
 
 impl Manifest {
@@ -320,69 +248,43 @@ impl Manifest {
     }
 }
 
-impl Index {
-    /// An index without entries.
-    pub fn empty() -> Self {
-        Self {
-            schema_version: 2,
-            media_type: Some(INDEX.into()),
-            manifests: Vec::new(),
-            unread: Vec::new(),
-            annotations: BTreeMap::new(),
-            extra: BTreeMap::new(),
-        }
-    }
-
-    /// Reads an index; `max_bytes` is [`MAX_INDEX_BYTES`] or [`MAX_MANIFEST_BYTES`].
-    ///
-    /// # Errors
-    /// See [`OciError`].
-    pub fn parse(bytes: &[u8], max_bytes: u64) -> Result<Self, OciError> {
-        bounded("image index", bytes, max_bytes)?;
-        let index: Self = json("image index", bytes)?;
-        check_kind("image index", index.media_type.as_deref(), &[INDEX, DOCKER_INDEX])?;
-        if let Some(field) = ["layers", "config"].into_iter().find(|field| index.extra.contains_key(*field)) {
-            return Err(OciError::Ambiguous { document: "image index", field });
-        }
-        check_schema("image index", index.schema_version)?;
-        limit("image index", "entries", index.manifests.len() + index.unread.len(), MAX_INDEX_ENTRIES)?;
-        Ok(index)
-    }
-
-    /// The bytes that are stored: always the same for the same value.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        to_bytes(self)
-    }
-}
-
-fn to_bytes(value: &impl Serialize) -> Vec<u8> {
+pub(super) fn to_bytes(value: &impl Serialize) -> Vec<u8> {
     // These types hold strings, integers, maps with string keys and values that came from JSON: serializing
     // them cannot fail.
     serde_json::to_vec(value).unwrap_or_default()
 }
 
-fn json<'a, T: Deserialize<'a>>(document: &'static str, bytes: &'a [u8]) -> Result<T, OciError> {
+pub(super) fn json<'a, T: Deserialize<'a>>(document: &'static str, bytes: &'a [u8]) -> Result<T, OciError> {
     // Whether it is UTF-8 is asked once, and not for each string: there may be 100,000.
     let text = str::from_utf8(bytes).map_err(de::Error::custom);
     text.and_then(serde_json::from_str).map_err(|source| OciError::Json { document, source })
 }
 
-fn bounded(document: &'static str, bytes: &[u8], max: u64) -> Result<(), OciError> {
+pub(super) fn bounded(document: &'static str, bytes: &[u8], max: u64) -> Result<(), OciError> {
     match bytes.len() as u64 {
         size if size > max => Err(OciError::TooBig { document, size, max }),
         _ => Ok(()),
     }
 }
 
-fn limit(document: &'static str, what: &'static str, found: usize, max: usize) -> Result<(), OciError> {
+pub(super) fn limit(
+    document: &'static str,
+    what: &'static str,
+    found: usize,
+    max: usize,
+) -> Result<(), OciError> {
     if found > max { Err(OciError::TooMany { document, what, found, max }) } else { Ok(()) }
 }
 
-fn check_schema(document: &'static str, found: u32) -> Result<(), OciError> {
+pub(super) fn check_schema(document: &'static str, found: u32) -> Result<(), OciError> {
     if found == 2 { Ok(()) } else { Err(OciError::Schema { document, found }) }
 }
 
-fn check_kind(document: &'static str, found: Option<&str>, allowed: &[&str]) -> Result<(), OciError> {
+pub(super) fn check_kind(
+    document: &'static str,
+    found: Option<&str>,
+    allowed: &[&str],
+) -> Result<(), OciError> {
     match found {
         Some(found) if !found.is_empty() && !allowed.contains(&found) => {
             Err(OciError::WrongMediaType { document, expected: allowed[0].into(), found: found.into() })
@@ -661,24 +563,12 @@ mod tests {
         assert_eq!(Manifest::parse(&manifest("")).unwrap().layers, []);
         let null = manifest(r#","layers":null,"annotations":null"#);
         assert_eq!(Manifest::parse(&null).unwrap().layers, []);
-        assert_eq!(Index::parse(br#"{"schemaVersion":2,"manifests":null}"#, 1000).unwrap().manifests, []);
-    }
-
-    #[test]
-    fn unknown_fields_survive_and_bytes_are_stable() {
-        let text = format!(
-            r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[{{"mediaType":"m","digest":"{D}","size":2,"annotations":{{"a":"1","b":"2"}},"data":"e30=","urls":["u"]}}],"x":{{"y":[1]}}}}"#
-        );
-        let index = Index::parse(text.as_bytes(), MAX_INDEX_BYTES).unwrap();
-        assert_eq!(String::from_utf8(index.to_bytes()).unwrap(), text);
     }
 
     #[test]
     fn one_document_is_never_two_kinds() {
         let both = manifest(r#","layers":[],"manifests":[]"#);
         assert!(matches!(Manifest::parse(&both), Err(OciError::Ambiguous { field: "manifests", .. })));
-        let both = br#"{"schemaVersion":2,"manifests":[],"layers":[]}"#;
-        assert!(matches!(Index::parse(both, 1000), Err(OciError::Ambiguous { field: "layers", .. })));
         let typed = manifest(&format!(r#","mediaType":"{INDEX}""#));
         assert!(matches!(Manifest::parse(&typed), Err(OciError::WrongMediaType { .. })));
     }
@@ -692,6 +582,27 @@ mod tests {
         assert!(matches!(Manifest::parse(&big), Err(OciError::TooBig { .. })));
         let sha512 = manifest("").iter().map(|b| *b as char).collect::<String>().replace("sha256", "sha512");
         assert!(matches!(Manifest::parse(sha512.as_bytes()), Err(OciError::Json { .. })));
+    }
+
+    #[test]
+    fn media_types_are_read_as_they_are_written() {
+        for (written, is_constant) in [
+            (r"application/vnd.puzzlefs.image.filedata.v1+zstd", true),
+            (r"application\/vnd.puzzlefs.image.filedata.v1", true),
+            (r"application/vnd.puzzlefs.image.filedata.v1+zst", false),
+            (r"application\/vnd.oci.image.layer.v1.tar", false),
+            ("", false),
+        ] {
+            let digest = Digest::of(b"");
+            let json = format!(r#"{{"mediaType":"{written}","digest":"{digest}","size":0}}"#);
+            let read: Descriptor = serde_json::from_str(&json).unwrap();
+            let expected = written.replace('\\', "");
+            assert_eq!(read, Descriptor::new(&expected, digest, 0));
+            assert_eq!(read.media_type, expected);
+            assert_eq!(matches!(read.media_type, Cow::Borrowed(_)), is_constant, "{written}");
+        }
+        let error = serde_json::from_str::<Descriptor>(r#"{"mediaType":1}"#).unwrap_err().to_string();
+        assert!(error.starts_with("invalid type: integer `1`, expected a string"), "{error}");
     }
 
     #[test]
@@ -745,30 +656,5 @@ mod tests {
         assert!(matches!(LayerDescriptor::from_descriptor(&descriptor), Err(OciError::RootHash { .. })));
         descriptor.annotations.insert(ROOT_HASH.into(), "00".into());
         assert!(matches!(LayerDescriptor::from_descriptor(&descriptor), Err(OciError::RootHash { .. })));
-    }
-
-    #[test]
-    fn entries_that_cannot_be_read_are_kept() {
-        let odd = r#"{"annotations":{"org.opencontainers.image.ref.name":"other"},"digest":"sha512:00","mediaType":"m","size":2}"#;
-        let text = format!(
-            r#"{{"schemaVersion":2,"manifests":[{odd},{{"mediaType":"m","digest":"{D}","size":2}},7]}}"#
-        );
-        let index = Index::parse(text.as_bytes(), MAX_INDEX_BYTES).unwrap();
-        assert_eq!((index.manifests.len(), index.unread.len()), (1, 2));
-        assert_eq!(index.unread[0].ref_name(), Some("other"));
-        assert!(index.unread[0].why().contains("sha512:00"), "{}", index.unread[0].why());
-        let back = Index::parse(&index.to_bytes(), MAX_INDEX_BYTES).unwrap();
-        assert_eq!(back, index);
-        assert!(String::from_utf8(index.to_bytes()).unwrap().contains(odd));
-    }
-
-    #[test]
-    fn an_entry_with_a_field_twice_reads_the_same_after_it_was_written() {
-        let twice = format!(r#"{{"digest":"sha512:00","mediaType":"m","size":2,"digest":"{D}"}}"#);
-        let text = format!(r#"{{"schemaVersion":2,"manifests":[7,{twice}]}}"#);
-        let index = Index::parse(text.as_bytes(), MAX_INDEX_BYTES).unwrap();
-        assert_eq!((index.manifests.len(), index.unread.len()), (1, 1));
-        assert_eq!(index.manifests[0].digest.to_string(), D);
-        assert_eq!(Index::parse(&index.to_bytes(), MAX_INDEX_BYTES).unwrap(), index);
     }
 }

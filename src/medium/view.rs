@@ -11,7 +11,8 @@ use crate::error::IoError;
 use crate::image::blobs::{Blob as LayerBlob, BlobError, Blobs, read_whole};
 use crate::image::bytes::ReadAt;
 use crate::image::files::Files;
-use crate::image::oci::{Descriptor, Index, MAX_MANIFEST_BYTES, Manifest, OciImage};
+use crate::image::index::Index;
+use crate::image::oci::{Descriptor, MAX_MANIFEST_BYTES, Manifest, OciImage};
 use crate::store::view::{self, ViewError};
 use crate::transport::{Blob, Transport, TransportError, names_of};
 

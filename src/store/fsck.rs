@@ -22,9 +22,8 @@ use crate::error::{AnyError, Class, Classified};
 use crate::image::LayerError;
 use crate::image::check::content;
 use crate::image::format::{ChunkedFormat, ChunkedLayer, Chunks, Content, LayerFormat};
-use crate::image::oci::{
-    Descriptor, Index, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage, UnreadEntry,
-};
+use crate::image::index::{Index, UnreadEntry};
+use crate::image::oci::{Descriptor, LayerDescriptor, MAX_MANIFEST_BYTES, Manifest, OciImage};
 use crate::image::source::ReadError;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{Located, VerityError, locate};

@@ -173,7 +173,7 @@ impl Store {
         let _lock = Lock::exclusive(&lock).on("lock", &lock)?;
         // index.json before oci-layout: a folder with the latter is a complete layout.
         for (name, content) in [
-            ("index.json", crate::image::oci::Index::empty().to_bytes()),
+            ("index.json", crate::image::index::Index::empty().to_bytes()),
             ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()),
         ] {
             if !dir.join(name).exists() {

@@ -267,7 +267,7 @@ impl<'a> Writer<'a> {
         if self.store.layout.index().is_ok() {
             return Ok(false);
         }
-        replace_file(self.store.dir(), "index.json", &crate::image::oci::Index::empty().to_bytes())?;
+        replace_file(self.store.dir(), "index.json", &crate::image::index::Index::empty().to_bytes())?;
         Ok(true)
     }
 

@@ -112,7 +112,7 @@ impl Store {
         let image = OciImage::parse(&bytes)?;
         let formats = sorting::set(image.layers.iter().filter_map(|layer| Some(layer.format().ok()?.name())));
         let config = &image.manifest.config;
-        let is_image = matches!(config.media_type.as_str(), CONFIG | DOCKER_CONFIG) || !formats.is_empty();
+        let is_image = matches!(&*config.media_type, CONFIG | DOCKER_CONFIG) || !formats.is_empty();
         if !is_image {
             return Ok(None);
         }

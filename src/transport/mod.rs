@@ -19,7 +19,8 @@ use std::time::Instant;
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
-use crate::image::oci::{Descriptor, Index, Manifest, OciError, OciImage, Platform};
+use crate::image::index::Index;
+use crate::image::oci::{Descriptor, Manifest, OciError, OciImage, Platform};
 use crate::sorting;
 
 pub use access::Access;

@@ -22,7 +22,8 @@ use super::{Blob, NamedLocation, Transport, TransportError, names_of};
 use crate::digest::{Digest, split_pin};
 use crate::error::{IoContext, IoError};
 use crate::image::blobs::{BlobError, BlobFolder, Blobs, read_whole};
-use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Manifest};
+use crate::image::index::{Index, MAX_INDEX_BYTES};
+use crate::image::oci::{Descriptor, INDEX, MANIFEST, MAX_MANIFEST_BYTES, Manifest};
 use crate::sys::file::{self, Links};
 
 /// An OCI image layout in a folder, to read from.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use mosfs::internals::image::blobs::BlobFolder;
 use mosfs::internals::image::format::ChunkedLayer;
-use mosfs::internals::image::oci::{Index, MAX_INDEX_BYTES, OciImage};
+use mosfs::internals::image::index::{Index, MAX_INDEX_BYTES};
+use mosfs::internals::image::oci::OciImage;
 use mosfs::internals::image::puzzlefs::Puzzlefs;
 use mosfs::internals::sys::file::Links;
 

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use mosfs::internals::image::index::Index;
 use mosfs::internals::image::oci::{
-    Descriptor, INDEX, Index, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY,
+    Descriptor, INDEX, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY,
 };
 use mosfs::internals::manifest::SystemManifest;
 use mosfs::internals::store::{Store, version_name};

@@ -38,7 +38,7 @@ use crate::error::{Class, Classified};
 use crate::image::LayerError;
 use crate::image::oci::{Descriptor, MAX_MANIFEST_BYTES};
 use crate::image::overlay::{Merged, OverlayError};
-use crate::image::puzzlefs::{FILEDATA, ROOTFS, VERITY_ANNOTATION, ZSTD_SUFFIX};
+use crate::image::puzzlefs::{FILEDATA_ZSTD, ROOTFS, VERITY_ANNOTATION};
 use crate::progress::Progress;
 use crate::store::{StoreError, Writer};
 use crate::sys::locks;
@@ -220,11 +220,7 @@ fn store_in_order(
             continue;
         }
         batch.put(&chunk.digest, &stored)?;
-        listed.push(Descriptor::new(
-            &format!("{FILEDATA}{ZSTD_SUFFIX}"),
-            chunk.digest,
-            chunk.stored_bytes.into(),
-        ));
+        listed.push(Descriptor::new(FILEDATA_ZSTD, chunk.digest, chunk.stored_bytes.into()));
         let least = listed.len() as u64 * CHUNK_ENTRY_BYTES + MANIFEST_REST_BYTES;
         if least > limits.max_manifest_bytes {
             let max_bytes = limits.max_manifest_bytes;

@@ -48,10 +48,11 @@ use table::{Inode, Table, Tag};
 
 /// Media type of the metadata. It is never compressed.
 pub const ROOTFS: &str = "application/vnd.puzzlefs.image.rootfs.v1";
-/// Media type of a chunk. It may end in `+zstd`, also where the chunk is stored as it is: the metadata says which.
+/// Media type of a chunk.
 pub const FILEDATA: &str = "application/vnd.puzzlefs.image.filedata.v1";
-/// What the media type of a chunk ends in, in an image that was built with compression.
-pub const ZSTD_SUFFIX: &str = "+zstd";
+/// Media type of a chunk in an image that was built with compression, also where the chunk is stored as it is: the
+/// metadata says which.
+pub const FILEDATA_ZSTD: &str = "application/vnd.puzzlefs.image.filedata.v1+zstd";
 /// Annotation of the metadata's descriptor: the fs-verity digest of that blob, in hex.
 pub const VERITY_ANNOTATION: &str = "io.puzzlefsoci.puzzlefs.puzzlefs_verity_root_hash";
 

@@ -31,6 +31,7 @@ use super::{MANIFEST_VERSION, MAX_INO, corrupt};
 use crate::image::LayerError;
 use crate::image::chunked::Chunks;
 use crate::image::layer::FileType;
+use crate::sys::memory::populate;
 
 /// The inode number of the root folder.
 pub(super) const ROOT: u64 = 1;
@@ -298,6 +299,7 @@ impl Table {
         }
         // Most inodes have one name.
         self.entries.reserve(visible.len());
+        populate(self.entries.spare_capacity_mut());
         let mut todo = vec![root];
         while let Some(at) = todo.pop() {
             let first = self.entries.len();
@@ -384,6 +386,8 @@ impl Table {
         let mut places = vec![NONE; visible.len()];
         self.inodes.reserve_exact(visible.iter().filter(|seen| seen.links > 0).count());
         self.stretches.reserve(chunks.parts.len());
+        populate(self.inodes.spare_capacity_mut());
+        populate(self.stretches.spare_capacity_mut());
         let mut owners = HashMap::new();
         for (seen, place) in visible.iter().zip(&mut places) {
             if seen.links == 0 {
@@ -523,6 +527,9 @@ fn visible(
     let mut visible: Vec<Visible> = Vec::with_capacity(total);
     // Most files have one part.
     chunks.parts.reserve(total);
+    populate(visible.spare_capacity_mut());
+    populate(chunks.parts.spare_capacity_mut());
+    populate(chunks.found.spare_capacity_mut());
     for (number, list) in lists.iter().enumerate() {
         let (begin, mut twice) = (visible.len(), false);
         let mut before: Option<u64> = None;

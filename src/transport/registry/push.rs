@@ -47,7 +47,7 @@ impl Registry {
         let url = Self::url(endpoint, &format!("{kind}/{}", blob.digest));
         let mut ask = Ask::new(Method::HEAD);
         if is_document(blob) {
-            ask.headers.push((header::ACCEPT, blob.media_type.clone()));
+            ask.headers.push((header::ACCEPT, blob.media_type.to_string()));
         }
         let answer = self.client().send(endpoint, &url, &Scope::Push, &ask)?;
         match answer.status {

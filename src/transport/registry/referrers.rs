@@ -12,7 +12,8 @@ use ureq::http::header;
 use super::error::RegistryError;
 use super::{MAX_PAGE, MAX_PAGES, Registry};
 use crate::digest::Digest;
-use crate::image::oci::{Descriptor, INDEX, Index, MANIFEST, MAX_MANIFEST_BYTES};
+use crate::image::index::Index;
+use crate::image::oci::{Descriptor, INDEX, MANIFEST, MAX_MANIFEST_BYTES};
 use crate::transport::reference::TagOrDigest;
 use crate::transport::{Transport, TransportError};
 

@@ -1,6 +1,7 @@
 //! The readers of what registries send: headers, documents, and the names that lead to them.
 
-use mosfs::internals::image::oci::{Index, MAX_MANIFEST_BYTES, Manifest, OciImage};
+use mosfs::internals::image::index::Index;
+use mosfs::internals::image::oci::{MAX_MANIFEST_BYTES, Manifest, OciImage};
 use mosfs::internals::store::lazy::ReadList;
 use mosfs::internals::transport::SourceRef;
 use mosfs::internals::transport::registry::read_headers;
