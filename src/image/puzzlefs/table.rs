@@ -187,6 +187,7 @@ struct Visible {
     ino: u64,
     list: u32,
     index: u32,
+    tag: Tag,
     /// How many names lead to it; of a folder that was reached: 1.
     links: u32,
     /// Of a folder: its entries, and how many of them are folders. Of a file: its [`Used::parts`], and the words of the
@@ -291,11 +292,9 @@ impl Table {
     fn walk(&mut self, lists: &[List<'_>], visible: &mut [Visible]) -> Result<(), LayerError> {
         let root = find(visible, ROOT, |seen| seen.ino)
             .ok_or_else(|| corrupt(0, "there is no inode 1, the root folder"))?;
-        if tag(lists, visible.get(root))? != Tag::Dir {
-            return Err(corrupt(0, "inode 1, the root, is not a folder"));
-        }
-        if let Some(root) = visible.get_mut(root) {
-            root.links = 1;
+        match visible.get_mut(root) {
+            Some(root) if root.tag == Tag::Dir => root.links = 1,
+            _ => return Err(corrupt(0, "inode 1, the root, is not a folder")),
         }
         // Most inodes have one name.
         self.entries.reserve(visible.len());
@@ -314,9 +313,8 @@ impl Table {
                 check_name(name, entry.offset())?;
                 let child = find(visible, ino, |seen| seen.ino)
                     .ok_or_else(|| corrupt(entry.offset(), format!("there is no inode {ino} for a name")))?;
-                let child_tag = tag(lists, visible.get(child))?;
                 let Some(node) = visible.get_mut(child) else { continue };
-                match child_tag {
+                match node.tag {
                     Tag::Whiteout => {}
                     Tag::Dir if node.links > 0 => {
                         let why = format!("folder {ino} has two names, or is within itself");
@@ -329,9 +327,9 @@ impl Table {
                     }
                     _ => node.links = node.links.saturating_add(1),
                 }
+                let whiteout = node.tag == Tag::Whiteout;
                 let name_len = name.len() as u8;
                 let name = self.put(name);
-                let whiteout = child_tag == Tag::Whiteout;
                 self.entries.push(Entry { name, name_len, whiteout, inode: index(child) });
             }
             self.sort(first, names.iter().next().map_or(0, |entry| entry.offset()))?;
@@ -409,7 +407,7 @@ impl Table {
                 count: 0,
                 owner,
                 permissions: source.u16(80) & 0o7777,
-                tag: Tag::of(&source)?,
+                tag: seen.tag,
                 has_xattrs: false,
             };
             let number = index(self.inodes.len());
@@ -543,12 +541,13 @@ fn visible(
                 return Err(corrupt(source.offset(), format!("inode {ino} is not in the order of numbers")));
             }
             let (first, left) = (chunks.parts.len(), message.left());
-            check_inode(&source, chunks)?;
+            let tag = check_inode(&source, chunks)?;
             twice |= before == Some(ino);
             visible.push(Visible {
                 ino,
                 list: index(number),
                 index: index(at),
+                tag,
                 links: 0,
                 first: index(first),
                 count: index(chunks.parts.len() - first),
@@ -598,8 +597,9 @@ fn first_met(list: &List<'_>, ino: u64) -> usize {
 }
 
 #[inline(always)]
-fn check_inode(source: &Struct<'_>, chunks: &mut Used<'_>) -> Result<(), LayerError> {
-    match Tag::of(source)? {
+fn check_inode(source: &Struct<'_>, chunks: &mut Used<'_>) -> Result<Tag, LayerError> {
+    let tag = Tag::of(source)?;
+    match tag {
         Tag::File => {
             for part in source.list(0)?.iter() {
                 chunks.read(&part)?;
@@ -620,7 +620,7 @@ fn check_inode(source: &Struct<'_>, chunks: &mut Used<'_>) -> Result<(), LayerEr
         }
         Tag::Fifo | Tag::Symlink | Tag::Socket | Tag::Whiteout => {}
     }
-    Ok(())
+    Ok(tag)
 }
 
 /// The number of a device, in the kernel's encoding for user space.
@@ -670,13 +670,6 @@ fn inode<'m>(lists: &[List<'m>], seen: Option<&Visible>) -> Option<Struct<'m>> {
     let seen = seen?;
     let list = lists.get(seen.list as usize)?;
     ((seen.index as usize) < list.len()).then(|| list.get(seen.index as usize))
-}
-
-fn tag(lists: &[List<'_>], seen: Option<&Visible>) -> Result<Tag, LayerError> {
-    match inode(lists, seen) {
-        Some(inode) => Tag::of(&inode),
-        None => Err(corrupt(0, "there is no such inode")),
-    }
 }
 
 fn slice<T>(all: &[T], first: u32, count: u32) -> &[T] {
