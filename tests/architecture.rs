@@ -2,6 +2,9 @@
 //! imports point one way, `unsafe` stays in `src/sys` with a reason, only `src/cli/output.rs` prints, and no file grows
 //! without saying why.
 
+#[path = "architecture/circles.rs"]
+mod circles;
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::{fs, iter};
@@ -79,6 +82,12 @@ impl SourceFile {
         let name = below.split('/').next()?;
         let name = name.strip_suffix(".rs").unwrap_or(name);
         (!matches!(name, "lib" | "main" | "full")).then_some(name)
+    }
+
+    /// The file without its unit tests, which may use what stands above it.
+    fn without_tests(&self) -> SourceFile {
+        let end = self.code.find("#[cfg(test)]\nmod ").unwrap_or(self.code.len());
+        SourceFile { path: self.path.clone(), text: String::new(), code: self.code[..end].into() }
     }
 
     fn line_of(&self, offset: usize) -> usize {
@@ -272,126 +281,6 @@ fn check_edges(file: &SourceFile, report: &mut String) {
     }
 }
 
-/// The paths that begin at this place of the code: `a::b`, and each of `a::{b, c::d}`.
-fn paths_at(code: &str) -> Vec<Vec<String>> {
-    fn parse(code: &[u8], at: &mut usize, before: &[String], found: &mut Vec<Vec<String>>) {
-        let blank = |at: &mut usize| {
-            while code.get(*at).is_some_and(u8::is_ascii_whitespace) {
-                *at += 1;
-            }
-        };
-        blank(at);
-        if code.get(*at) == Some(&b'{') {
-            *at += 1;
-            loop {
-                parse(code, at, before, found);
-                // A name that is given to it, and the comma.
-                while code.get(*at).is_some_and(|byte| !b",}".contains(byte)) {
-                    *at += 1;
-                }
-                match code.get(*at) {
-                    Some(b',') => *at += 1,
-                    Some(_) => break *at += 1,
-                    None => break,
-                }
-            }
-            return;
-        }
-        let begin = *at;
-        while code.get(*at).is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_') {
-            *at += 1;
-        }
-        let mut path = before.to_vec();
-        path.extend((*at > begin).then(|| String::from_utf8_lossy(&code[begin..*at]).into_owned()));
-        if *at > begin && code[*at..].starts_with(b"::") {
-            *at += 2;
-            parse(code, at, &path, found);
-        } else {
-            found.push(path);
-        }
-    }
-    let (mut at, mut found) = (0, Vec::new());
-    parse(code.as_bytes(), &mut at, &[], &mut found);
-    found
-}
-
-/// A file's place in the tree of modules of its crate: `["mount", "plan"]`, with the crate's root folder.
-fn place(path: &str) -> Option<(&'static str, Vec<&str>)> {
-    let root = ["src/", "benches/compare/"].into_iter().find(|root| path.starts_with(root))?;
-    let mut parts: Vec<&str> = path.strip_prefix(root)?.strip_suffix(".rs")?.split('/').collect();
-    if matches!(parts.last(), Some(&"mod")) || parts == ["lib"] || parts == ["main"] {
-        parts.pop();
-    }
-    Some((root, parts))
-}
-
-/// The files that a file uses, by index. A module and what lies below it are one thing here: neither counts for
-/// the other.
-fn uses(files: &[SourceFile], index: usize) -> Vec<usize> {
-    let Some((root, own)) = place(&files[index].path) else { return Vec::new() };
-    let mut found = Vec::new();
-    let file = &files[index];
-    for word in ["crate", "super", "self"] {
-        for at in file.words(word) {
-            if !file.code[at..].starts_with(&format!("{word}::")) || file.code[..at].ends_with("::") {
-                continue;
-            }
-            for path in paths_at(&file.code[at..]) {
-                let mut target: Vec<&str> = if word == "crate" { Vec::new() } else { own.clone() };
-                for part in &path {
-                    match part.as_str() {
-                        "crate" | "self" => {}
-                        "super" => drop(target.pop()),
-                        name => target.push(name),
-                    }
-                }
-                // The deepest module that the path leads to.
-                let best = (0..files.len())
-                    .filter_map(|other| {
-                        let (its_root, its) = place(&files[other].path)?;
-                        (its_root == root && !its.is_empty() && target.starts_with(&its))
-                            .then_some((its.len(), other))
-                    })
-                    .max();
-                let Some((_, other)) = best else { continue };
-                let its = place(&files[other].path).map(|(_, its)| its).unwrap_or_default();
-                if !own.starts_with(&its) && !its.starts_with(&own) && !found.contains(&other) {
-                    found.push(other);
-                }
-            }
-        }
-    }
-    found
-}
-
-/// Groups of files that use each other in a circle.
-fn circles(files: &[SourceFile]) -> Vec<Vec<&str>> {
-    let edges: Vec<Vec<usize>> = (0..files.len()).map(|index| uses(files, index)).collect();
-    let reached: Vec<Vec<bool>> = (0..files.len())
-        .map(|from| {
-            let mut seen = vec![false; files.len()];
-            let mut todo = edges[from].clone();
-            while let Some(next) = todo.pop() {
-                if !std::mem::replace(&mut seen[next], true) {
-                    todo.extend(&edges[next]);
-                }
-            }
-            seen
-        })
-        .collect();
-    let mut done = vec![false; files.len()];
-    let mut found = Vec::new();
-    for (from, reaches) in reached.iter().enumerate() {
-        let circle: Vec<usize> =
-            (0..files.len()).filter(|&to| !done[to] && reaches[to] && reached[to][from]).collect();
-        if circle.len() > 1 {
-            circle.iter().for_each(|&index| done[index] = true);
-            found.push(circle.iter().map(|&index| files[index].path.as_str()).collect());
-        }
-    }
-    found
-}
-
 fn check_unsafe(file: &SourceFile, report: &mut String) {
     let lines: Vec<&str> = file.text.lines().collect();
     for at in file.words("unsafe") {
@@ -487,7 +376,8 @@ fn modules_use_what_the_table_allows() {
 #[test]
 fn no_files_use_each_other_in_a_circle() {
     let files = sources(&["src", "benches/compare"]);
-    let found = circles(&files);
+    let files: Vec<_> = files.iter().map(SourceFile::without_tests).collect();
+    let found = circles::circles(&files);
     assert!(found.is_empty(), "{found:#?}");
 }
 
@@ -635,21 +525,6 @@ mod the_rules_themselves {
             "pub(crate) fn f() {}\n// crate::cli in a comment, and \"\n const A: &str = \"crate::cli::x\";\n";
         assert_eq!(said("src/boot/mod.rs", visible, check_edges), "");
         assert!(said("src/other.rs", "", check_edges).contains("has no place"));
-    }
-
-    #[test]
-    fn a_circle_is_found_through_groups_and_a_parent_is_none() {
-        let file = |path: &str, text: &str| SourceFile::new(path, text);
-        let mut files = vec![
-            file("src/a/mod.rs", "mod x;\nmod y;\nuse self::x::X;\n"),
-            file("src/a/x.rs", "use super::{Parent, y::{Y, Z as W}};\n"),
-            file("src/a/y.rs", "use crate::{\n    b::B,\n    error::E,\n};\n"),
-            file("src/b.rs", "fn f() {\n    crate::c::g();\n}\n"),
-            file("src/c/mod.rs", "// crate::a::x\n"),
-        ];
-        assert_eq!(circles(&files), [] as [Vec<&str>; 0]);
-        files[4] = file("src/c/mod.rs", "fn f(x: crate::a::x::X) {}\n");
-        assert_eq!(circles(&files), [vec!["src/a/x.rs", "src/a/y.rs", "src/b.rs", "src/c/mod.rs"]]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::kernel::KernelArgsError;
 use super::plain::FileArgsError;
 use crate::convert::ConvertError;
 use crate::convert::erofs::ErofsError;
-use crate::convert::image::IngestError;
+use crate::convert::job::IngestError;
 use crate::convert::puzzlefs::PuzzlefsError;
 use crate::deploy::DeployError;
 use crate::deploy::activate::NotActive;

@@ -23,6 +23,7 @@
 pub mod erofs;
 pub mod image;
 mod inspect;
+pub mod job;
 mod lower;
 mod pack;
 pub mod packing;

@@ -48,6 +48,8 @@ pub const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 pub const EMPTY_BYTES: &[u8] = b"{}";
 /// Docker's media type of an image manifest (schema 2), read like an OCI one.
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// Docker's media type of an image config.
+pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 /// Docker's media type of an image index.
 pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 /// Media type of the squashfs layers that mosfs creates (stacker's).

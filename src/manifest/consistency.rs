@@ -9,7 +9,7 @@ use std::net::Ipv4Addr;
 
 use super::addresses;
 use super::rules;
-use super::{ImportTarget, Mount, Network, Protocol, ServiceType, Target, TargetName, Workload};
+use super::{Mount, Network, Protocol, ServiceType, Target, TargetName, Workload};
 use crate::sorting;
 
 /// What is checked of a target.
@@ -25,11 +25,12 @@ pub struct View<'a> {
     pub workload: &'a Workload,
 }
 
+/// What is checked of a type of target.
 macro_rules! view {
     ($type:ty) => {
-        impl<'a> From<&'a $type> for View<'a> {
+        impl<'a> From<&'a $type> for $crate::manifest::consistency::View<'a> {
             fn from(target: &'a $type) -> Self {
-                View {
+                Self {
                     service_type: target.service_type,
                     network: &target.network,
                     mounts: target.mounts.as_deref().unwrap_or_default(),
@@ -39,7 +40,8 @@ macro_rules! view {
         }
     };
 }
-view!(ImportTarget);
+pub(super) use view;
+
 view!(Target);
 
 /// A step of the path to a field of a target.

@@ -117,6 +117,8 @@ pub struct ImportTarget {
     pub size: Option<Pin<u64>>,
 }
 
+consistency::view!(ImportTarget);
+
 /// A value that the publisher pinned, and its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pin<T> {

@@ -18,7 +18,8 @@ use std::path::{Path, PathBuf};
 
 use super::boot::{self, BootTargetError};
 use super::kernels::{self, KernelsError};
-use crate::convert::image::{Ingest, IngestError, Ingested, Storage, check_layers, ingest};
+use crate::convert::image::{check_layers, ingest};
+use crate::convert::job::{Ingest, IngestError, Ingested, Storage};
 use crate::convert::reuse::{Known, Made};
 use crate::convert::{Codec, Effort, ImageKind, PackingError};
 use crate::digest::Digest;

@@ -39,6 +39,7 @@
 //! between two stores: anyone who can write to the other name of the file could change a blob after it was
 //! checked. The hash is computed over the store's own copy.
 
+mod fetch;
 pub mod fsck;
 pub mod gc;
 pub mod lazy;
@@ -53,7 +54,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use put::{FetchJob, TempBlob, Writer};
+pub use fetch::FetchJob;
+pub use put::{TempBlob, Writer};
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoContext, IoError};

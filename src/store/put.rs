@@ -4,34 +4,21 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Store, StoreError, files, partial};
+use super::{Store, StoreError, files};
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
 use crate::failpoint;
 use crate::image::oci::{Descriptor, Manifest, REF_NAME};
-use crate::progress::{self, Progress, Task};
+use crate::progress::Task;
 use crate::sys::atomic;
 use crate::sys::file::{self, Links, reflink, sync_file_system};
 use crate::sys::flock::Lock;
-use crate::transport::{Blob, Transport, TransportError, parallel};
+use crate::transport::{Blob, Transport, TransportError};
 
 /// How much is read, hashed and written at a time, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
-
-/// A blob to fetch, for [`Writer::fetch_all`].
-pub struct FetchJob<'a> {
-    /// Where it is.
-    pub from: &'a dyn Transport,
-    /// The blob.
-    pub blob: &'a Descriptor,
-    /// Whether to fetch it whatever has its name in the store.
-    pub again: bool,
-    /// What to call it to people.
-    pub object: String,
-}
 
 /// A writer to a store. What it stores is safe from garbage collection while it lives; what should stay must
 /// have a name, or be reached by one, before it is dropped.
@@ -95,59 +82,11 @@ impl<'a> Writer<'a> {
         Batch { store: self.store, written: Vec::new(), bytes: 0 }
     }
 
-    /// Fetches a blob from a transport, unless it exists; returns whether it was fetched.
-    ///
-    /// # Errors
-    /// [`TransportError::SizeMismatch`] or [`TransportError::DigestMismatch`]; then nothing is stored.
-    pub fn fetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<bool, StoreError> {
-        if self.store.has(blob) {
-            task.advance(blob.size);
-            return Ok(false);
-        }
-        if from.is_remote() {
-            return partial::receive(self, from, blob, false, task);
-        }
-        let temp = self.receive(from, blob, task)?;
-        self.commit(temp, &blob.digest)?;
-        Ok(true)
-    }
-
-    /// Fetches blobs, several at a time, each once.
-    ///
-    /// # Errors
-    /// As [`Writer::fetch`], of the first that failed.
-    pub fn fetch_all(&self, jobs: &[FetchJob<'_>], progress: &Progress) -> Result<(), StoreError> {
-        let all: u64 = jobs.iter().map(|job| job.blob.size).sum();
-        let whole = Arc::new(progress.task("fetch", progress::ALL, Some(all)));
-        parallel::for_each(jobs, |job| {
-            let task = progress.task("fetch", &job.object, Some(job.blob.size)).part_of(&whole);
-            match job.again {
-                true => self.refetch(job.from, job.blob, &task)?,
-                false => self.fetch(job.from, job.blob, &task).map(|_| ())?,
-            }
-            failpoint::hit("store.blob.fetched");
-            Ok(())
-        })
-    }
-
-    /// Fetches a blob even if the store has one of that name, and replaces it: the same bytes, or a repaired
-    /// copy.
-    ///
-    /// # Errors
-    /// As [`Writer::fetch`].
-    pub fn refetch(&self, from: &dyn Transport, blob: &Descriptor, task: &Task) -> Result<(), StoreError> {
-        if from.is_remote() {
-            return partial::receive(self, from, blob, true, task).map(|_| ());
-        }
-        let temp = self.receive(from, blob, task)?;
-        self.commit(temp, &blob.digest)
-    }
-
     /// Fetches a blob into a temporary file, checked against digest and size: for a blob that will be changed
     /// before it is stored.
     ///
     /// # Errors
-    /// As [`Writer::fetch`].
+    /// [`TransportError::SizeMismatch`] or [`TransportError::DigestMismatch`].
     pub fn receive(
         &self,
         from: &dyn Transport,

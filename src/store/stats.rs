@@ -10,14 +10,12 @@ use serde::Serialize;
 
 use super::{Store, StoreError, files};
 use crate::digest::Digest;
-use crate::image::oci::{CONFIG, Descriptor, MAX_MANIFEST_BYTES, OciImage};
+use crate::image::oci::{CONFIG, DOCKER_CONFIG, Descriptor, MAX_MANIFEST_BYTES, OciImage};
 use crate::sorting;
 use crate::transport::{Transport, TransportError};
 
 /// Names of targets' images begin so.
 const IMAGE_PREFIX: &str = "mos/images/";
-/// Docker's media type of an image config.
-const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
 /// What a store's images take.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]

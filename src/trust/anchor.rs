@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use openssl::x509::X509;
 use uuid::Uuid;
 
-use super::certificate::name_text;
 use super::config::{self, CA_FILE, CaFile, ConfigError, ConfigPlan, PRODUCT_FILE};
 use super::crl::Crls;
+use super::x509::name_text;
 
 /// The manifest CA and the product of a device.
 ///

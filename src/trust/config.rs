@@ -18,10 +18,10 @@ use openssl::x509::X509;
 use uuid::Uuid;
 
 use super::MAX_CERTIFICATE_BYTES;
-use super::certificate::{name_text, read_pem, reason};
 use super::keys::KeyError;
 use super::p256::P256PublicKey;
 use super::pem::{SecretInPublic, private_key, public_only};
+use super::x509::{name_text, read_pem, reason};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
 use crate::failpoint;
@@ -307,7 +307,7 @@ impl CaFile {
 
     /// Returns when the last of the certificates becomes valid, in seconds since 1970.
     pub(crate) fn valid_from(&self) -> Result<i64, ErrorStack> {
-        super::certificate::valid_from(self.certificates.iter())
+        super::x509::valid_from(self.certificates.iter())
     }
 
     /// Identifies a file by the digests of its certificates, in any order.

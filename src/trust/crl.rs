@@ -16,9 +16,9 @@ use openssl::asn1::Asn1Time;
 use openssl::x509::{CrlStatus, X509, X509Crl};
 
 use super::TrustError;
-use super::certificate::{name_text, reason};
 use super::config::ConfigError;
 use super::pem::public_only;
+use super::x509::{name_text, reason};
 use crate::sys::file::{self, Links};
 
 /// Name of the lists' file in CONFIG.

@@ -12,9 +12,9 @@ use openssl::pkey::{PKey, PKeyRef, Private};
 use openssl::sign::Signer;
 use sha2::{Digest as _, Sha256};
 
+use super::algorithm::Algorithm;
 use super::ecdsa::{self, EcdsaError};
 use super::pem::SecretInPublic;
-use super::signature::Algorithm;
 use crate::error::{Class, Classified, IoContext, IoError};
 use crate::sys::file::read_at_most;
 
@@ -118,7 +118,7 @@ impl SigningKey {
             unreadable(if encrypted {
                 "it is encrypted, which is not supported".into()
             } else {
-                super::certificate::reason(&error)
+                super::x509::reason(&error)
             })
         })?;
         let algorithm =

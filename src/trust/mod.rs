@@ -19,6 +19,7 @@
 //! OpenSSL is initialised on first use here, never before: commands that verify no signature do not pay for
 //! it. The system's trust store is never read.
 
+mod algorithm;
 pub mod anchor;
 pub mod certificate;
 pub mod config;
@@ -30,6 +31,7 @@ pub mod keys;
 pub mod p256;
 pub mod pem;
 pub mod signature;
+mod x509;
 
 use std::time::SystemTime;
 

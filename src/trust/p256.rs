@@ -11,10 +11,10 @@ use openssl::error::ErrorStack;
 use openssl::nid::Nid;
 use openssl::pkey::{HasPublic, PKey, PKeyRef, Private, Public};
 
-use super::certificate::reason;
 use super::ecdsa;
 use super::keys::{KeyError, SigningKey, openssl};
 use super::pem::public_only;
+use super::x509::reason;
 use crate::digest::Digest;
 use crate::sys::file::read_named;
 

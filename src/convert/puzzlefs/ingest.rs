@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::{Limits, PuzzlefsError, pack};
-use crate::convert::image::{Ingest, IngestError, Ingested, diff_ids, in_layer, with_diff_ids, with_layers};
+use crate::convert::job::{Ingest, IngestError, Ingested, diff_ids, in_layer, with_diff_ids, with_layers};
 use crate::convert::reuse::Source;
 use crate::convert::{ConvertError, Effort, LowerEntry, Packing, TarLayer, examine, lower, write_squashfs};
 use crate::error::IoContext;
