@@ -48,7 +48,7 @@
 //! cli                                 parse, run, print
 //! ```
 //!
-//! All of them use `digest`, `error`, `progress`, `failpoint` and `sys`.
+//! All of them use `digest`, `error`, `progress` and `sys`.
 
 #![cfg_attr(feature = "internals", warn(unreachable_pub))]
 #![cfg_attr(not(feature = "registry"), allow(dead_code, reason = "what only the client of registries uses"))]
@@ -59,7 +59,6 @@ mod convert;
 mod deploy;
 mod digest;
 mod error;
-mod failpoint;
 mod floor;
 mod image;
 mod manifest;
@@ -167,7 +166,7 @@ pub mod internals {
     }
 
     modules! {
-        boot cli convert deploy digest error failpoint floor image manifest medium mount progress publish run setup sorting
+        boot cli convert deploy digest error floor image manifest medium mount progress publish run setup sorting
         store sys text transport trust
     }
 }

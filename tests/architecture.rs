@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, iter};
 
 /// The modules that every module may use; they use each other alone.
-const BASE: &[&str] = &["digest", "error", "progress", "failpoint", "sorting", "sys", "text"];
+const BASE: &[&str] = &["digest", "error", "progress", "sorting", "sys", "text"];
 
 /// The other modules, and which of them each may use: three pillars, and what stands on them.
 ///

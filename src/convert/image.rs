@@ -26,7 +26,6 @@ use super::lower::Lower;
 use super::reuse::Source;
 use super::{ConvertError, ImageKind, Packing, Ready, TarLayer, convert_tar, examine, inspect, puzzlefs};
 use crate::digest::Digest;
-use crate::failpoint;
 use crate::image::format::{Compression, Content, LayerFormat};
 use crate::image::oci::{
     Descriptor, LayerDescriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, Platform, Trust,
@@ -35,6 +34,7 @@ use crate::image::overlay::MAX_KERNEL_LAYERS;
 use crate::image::squashfs::Superblock;
 use crate::image::verified::VerifiedSource;
 use crate::image::verity::{self, Sealed};
+use crate::sys::failpoint;
 
 /// Checks what can be checked of an image before its layers are fetched: it has layers, of known formats, and no
 /// more than each backend can mount.

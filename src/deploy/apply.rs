@@ -10,10 +10,10 @@ use super::plan::{Fetch, Plan, Verdict, names};
 use super::state::{LastUpdate, clip};
 use super::{System, SystemLock, deployment, space};
 use crate::digest::Digest;
-use crate::failpoint;
 use crate::image::oci::{Descriptor, SYSTEM_REPOSITORY};
 use crate::progress::Progress;
 use crate::store::{FetchJob, Store, StoreError, Writer, image_repository};
+use crate::sys::failpoint;
 use crate::transport::Transport;
 use crate::trust::{CERTIFICATE_TYPE, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE};
 

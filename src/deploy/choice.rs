@@ -18,8 +18,8 @@ use super::state::{Damage, DeploymentId, LastBoot, Refusal, State, clip};
 use super::{System, deployment as on_disk, kernel};
 use crate::digest::Digest;
 use crate::error::{AnyError, Class};
-use crate::failpoint;
 use crate::floor::{Floor, FloorError};
+use crate::sys::failpoint;
 use crate::trust::{Anchor, Dates, Verified};
 
 /// The role in which a deployment is tried.

@@ -22,8 +22,8 @@ use super::esp::{self, Esp};
 use super::id::DeploymentId;
 use super::state::State;
 use super::{System, check_complete, deployment};
-use crate::failpoint;
 use crate::floor::{Floor, FloorError};
+use crate::sys::failpoint;
 use crate::trust::{Anchor, Dates};
 
 /// The result of a commit.

@@ -20,10 +20,10 @@ use super::System;
 use super::error::DeployError;
 use super::id::DeploymentId;
 use crate::error::{IoContext, IoError};
-use crate::failpoint;
 use crate::floor::{self, Policy};
 use crate::sorting;
 use crate::sys::atomic;
+use crate::sys::failpoint;
 use crate::sys::file::{self, Links};
 use crate::trust::{Anchor, Dates, Signed, Verified};
 

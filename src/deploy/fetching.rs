@@ -16,10 +16,10 @@ use super::plan::{Fetch, Plan, Verdict};
 use super::state::LastUpdate;
 use super::{System, SystemLock, space};
 use crate::error::IoContext;
-use crate::failpoint;
 use crate::manifest::SYSTEM_MEDIA_TYPE;
 use crate::progress::Progress;
 use crate::store::Store;
+use crate::sys::failpoint;
 use crate::sys::flock::Lock;
 use crate::transport::Transport;
 

@@ -29,12 +29,12 @@ use super::incoming;
 use super::state::State;
 use super::{System, SystemLock};
 use crate::digest::Digest;
-use crate::failpoint;
 use crate::manifest::SystemManifest;
 use crate::mount::table;
 use crate::sorting;
 use crate::store::gc::{Collector, Removal};
 use crate::store::{Store, image_name, system_name, version_name};
+use crate::sys::failpoint;
 
 /// What must stay in addition to what the state file names.
 #[derive(Debug, Clone, Default)]

@@ -26,13 +26,13 @@ use super::state::State;
 use super::{System, SystemLock};
 use crate::digest::Digest;
 use crate::error::without_target;
-use crate::failpoint;
 use crate::floor::Policy;
 use crate::image::oci::{Descriptor, MANIFEST, MAX_MANIFEST_BYTES, OciImage, SYSTEM_REPOSITORY};
 use crate::manifest::SYSTEM_MEDIA_TYPE;
 use crate::progress::Progress;
 use crate::sorting;
 use crate::store::{Store, StoreError, Writer, fsck, image_name, image_repository, system_name};
+use crate::sys::failpoint;
 use crate::transport::Transport;
 use crate::trust::{Anchor, CERTIFICATE_TYPE, Dates, FLOOR_SIGNATURE_TYPE, SIGNATURE_TYPE, Verified};
 

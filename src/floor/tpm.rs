@@ -7,7 +7,7 @@ use super::digests::{ATTRIBUTES, DATA_BYTES, INDEX, Name, Policy};
 use super::error::{FloorError, TpmFloorProblem};
 use super::signature::{check_provision, check_signature, provision_message};
 use crate::digest::hex;
-use crate::failpoint;
+use crate::sys::failpoint;
 use crate::sys::tpm::{NvArea, NvIndex, PublicPoint, Session, Tcti, Tpm, TpmError};
 use crate::sys::{self, file};
 use crate::trust::p256::{P256PublicKey, Signature};

@@ -14,10 +14,10 @@ use super::layout::{ANSWERS, ENROLL, ENROLL_FILES, MEDIUM_FILE, Medium};
 use crate::deploy::offer::find_whole;
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
-use crate::failpoint;
 use crate::progress::{Progress, Task};
 use crate::store::Store;
 use crate::sys::atomic;
+use crate::sys::failpoint;
 use crate::sys::file::{self, Links};
 use crate::trust::pem;
 

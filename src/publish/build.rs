@@ -24,7 +24,6 @@ use crate::convert::reuse::{Known, Made};
 use crate::convert::{Codec, Effort, ImageKind, PackingError};
 use crate::digest::Digest;
 use crate::error::{Class, Classified};
-use crate::failpoint;
 use crate::floor::{self, FloorError};
 use crate::image::boot as boot_image;
 use crate::image::oci::{Descriptor, MANIFEST, OciImage, Platform};
@@ -35,6 +34,7 @@ use crate::manifest::{
 };
 use crate::progress::Progress;
 use crate::store::{Store, StoreError, Writer, image_name, system_name, version_name};
+use crate::sys::failpoint;
 use crate::transport::{Access, SourceRef, Transport, TransportError};
 use crate::trust::p256::P256PrivateKey;
 use crate::trust::{

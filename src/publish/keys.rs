@@ -27,10 +27,10 @@ use openssl::x509::{X509, X509Builder, X509Name, X509Ref};
 use uuid::Uuid;
 
 use crate::error::{Class, Classified, IoError};
-use crate::failpoint;
 use crate::floor::{self, FloorError};
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
+use crate::sys::failpoint;
 use crate::trust::KeyError;
 use crate::trust::p256::{P256PrivateKey, P256PublicKey};
 

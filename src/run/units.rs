@@ -18,10 +18,10 @@ use super::places::{Places, write_note};
 use super::{Container, RunError};
 use crate::digest::Digest;
 use crate::error::{IoContext, IoError, without_target};
-use crate::failpoint;
 use crate::manifest::workload::{Ready, Restart};
 use crate::sorting;
 use crate::sys::atomic;
+use crate::sys::failpoint;
 use crate::sys::file;
 
 /// Where units of this boot are.

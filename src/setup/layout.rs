@@ -25,8 +25,8 @@ use uuid::Uuid;
 use super::disk::{Disk, EDGE, GPT_SIGNATURE, read};
 use super::error::SetupError;
 use crate::error::IoContext;
-use crate::failpoint;
 use crate::sys::disk;
+use crate::sys::failpoint;
 
 /// Where the mark is, in bytes.
 const MARK_AT: u64 = 512 << 10;

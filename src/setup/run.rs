@@ -20,7 +20,6 @@ use crate::deploy::offer::Accepted;
 use crate::deploy::plan::{self, PlanOptions};
 use crate::deploy::{DeploymentId, FloorGate, System, apply, check};
 use crate::error::{AnyError, IoContext, IoError};
-use crate::failpoint;
 use crate::image::oci::{Descriptor, MANIFEST};
 use crate::medium::fat::{self, Volume};
 use crate::progress::Progress;
@@ -29,6 +28,7 @@ use crate::sys::blkid::{self, Content};
 use crate::sys::disk::{
     add_partition, lock, open_exclusive, open_to_read, read_partitions_again, sector_bytes,
 };
+use crate::sys::failpoint;
 use crate::sys::file;
 use crate::sys::mountapi::FsContext;
 use crate::transport::{OciDir, Transport};

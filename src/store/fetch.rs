@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::{StoreError, Writer, partial};
-use crate::failpoint;
 use crate::image::oci::Descriptor;
 use crate::progress::{self, Progress, Task};
+use crate::sys::failpoint;
 use crate::transport::{Transport, parallel};
 
 /// A blob to fetch, for [`Writer::fetch_all`].

@@ -18,9 +18,9 @@ use std::path::PathBuf;
 use super::{StoreError, TempBlob, Writer};
 use crate::digest::Hasher;
 use crate::error::{IoContext, IoError};
-use crate::failpoint;
 use crate::image::oci::Descriptor;
 use crate::progress::Task;
+use crate::sys::failpoint;
 use crate::sys::file;
 use crate::transport::{Transport, TransportError};
 

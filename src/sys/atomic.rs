@@ -6,8 +6,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use super::failpoint;
 use crate::error::{IoContext, IoError};
-use crate::failpoint;
 use crate::sys::file;
 
 /// Replaces `path` with a file of these bytes and this mode, so that a crash leaves either the complete old

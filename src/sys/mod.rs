@@ -2,8 +2,7 @@
 //!
 //! Each wrapper returns `io::Result`, or an error of its own that names the whole call ([`mountapi`], [`dm`],
 //! [`tpm`]). It owns what it opens (`OwnedFd`), and each `unsafe` block has a SAFETY line. Nothing here depends
-//! on the formats of mosfs. [`elf`], [`flock`], [`locks`], [`notify`] and [`said`] need no
-//! `unsafe`.
+//! on the formats of mosfs. [`elf`], [`failpoint`], [`flock`], [`locks`], [`notify`] and [`said`] need no `unsafe`.
 
 pub mod atomic;
 pub mod blkid;
@@ -11,6 +10,7 @@ pub mod daemon;
 pub mod disk;
 pub mod dm;
 pub mod elf;
+pub mod failpoint;
 pub mod file;
 pub mod flock;
 pub mod fuse;

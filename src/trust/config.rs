@@ -24,9 +24,9 @@ use super::pem::{SecretInPublic, private_key, public_only};
 use super::x509::{name_text, read_pem, reason};
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
-use crate::failpoint;
 use crate::manifest::rules;
 use crate::sys::atomic::{self, NewFile};
+use crate::sys::failpoint;
 use crate::sys::file::{self, Links};
 
 /// Name of the CA's file in CONFIG.

@@ -12,7 +12,6 @@ use crate::convert::job::{Ingest, IngestError, Ingested, diff_ids, in_layer, wit
 use crate::convert::reuse::Source;
 use crate::convert::{ConvertError, Effort, LowerEntry, Packing, TarLayer, examine, lower, write_squashfs};
 use crate::error::IoContext;
-use crate::failpoint;
 use crate::image::ReadError;
 use crate::image::check;
 use crate::image::format::{ChunkedLayer, Content};
@@ -23,6 +22,7 @@ use crate::image::puzzlefs::{MAX_CHUNK_BYTES, Puzzlefs};
 use crate::image::squashfs::Squashfs;
 use crate::image::verified::PlainSource;
 use crate::store::TempBlob;
+use crate::sys::failpoint;
 
 /// Stores the blobs of a PuzzleFS image, and decodes every chunk once. `rootfs` is its one layer.
 ///

@@ -56,11 +56,11 @@ use super::engine::Engine;
 use super::open::{names, open};
 use super::table::{self, DaemonRecord, MountRecord};
 use super::{Access, IdShift, MountError, MountFlags, MountPlan, log as daemon_log, source_name};
-use crate::failpoint;
 use crate::image::blobs::Blobs;
 use crate::image::overlay::ROOT;
 use crate::sys;
 use crate::sys::daemon::{Forked, Signals};
+use crate::sys::failpoint;
 use crate::sys::locks;
 use crate::sys::mountapi::{self, FsContext, MountPoint};
 

@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 
 use self::dm_verity::{DmVerity, DmVerityError};
 use self::overlay::Upper;
-use crate::failpoint;
 use crate::mount::backend::{DM_VERITY, FUSE, OVERLAY_SOURCE_PREFIX};
 use crate::mount::fuse::Served;
 use crate::mount::table::{self, DaemonRecord, MountRecord};
 use crate::mount::{MountError, MountFlags, MountPlan};
 use crate::sys;
+use crate::sys::failpoint;
 use crate::sys::mountapi::{self, MountPoint};
 
 /// The tree of a plan, attached nowhere, and how long its layers took. Dropping it frees everything.

@@ -26,9 +26,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::digest::{Digest, Hasher};
 use crate::error::{IoContext, IoError};
-use crate::failpoint;
 use crate::image::oci::Descriptor;
 use crate::store::{Store, StoreError, TempBlob, partial};
+use crate::sys::failpoint;
 use crate::sys::file::{self, Links};
 use crate::sys::flock::Lock;
 
