@@ -102,19 +102,19 @@ fn boot_times() {
 }
 
 /// Runs a command that must succeed; how long it took from its start to its end, and what it printed.
-fn timed(command: &mut Command) -> (Duration, String) {
+pub fn timed(command: &mut Command) -> (Duration, String) {
     let begin = Instant::now();
     let output = tool("", command);
     (begin.elapsed(), String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn mounted() -> Vec<String> {
+pub fn mounted() -> Vec<String> {
     let table = fs::read_to_string("/proc/self/mounts").expect("mounts");
     table.lines().filter_map(|line| line.split(' ').nth(1).map(String::from)).collect()
 }
 
 /// Unmounts all of a round, and waits until no device is left.
-fn undo(before: &[String]) {
+pub fn undo(before: &[String]) {
     for point in mounted().iter().rev().filter(|point| !before.contains(point)) {
         // The kernel frees devices from a work queue, and a daemon ends after its mount.
         let end = Instant::now() + Duration::from_secs(30);

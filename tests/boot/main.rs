@@ -1,6 +1,7 @@
 //! Boots in a virtual machine: a real Debian, an initramfs of the real generators, a TPM.
 //!
 //! ```text
+//! activation.rs  how long `mosfs activate` takes, for docs/benchmarks.md
 //! debian.rs      boots to multi-user on each backend from each generator; updates, failures, rollback
 //! figures.rs     how long `mosfs boot` takes, for docs/boot.md
 //! hooks.rs       what the generators refuse to make
@@ -26,6 +27,7 @@ mod publish;
 #[path = "../common/swtpm.rs"]
 mod swtpm;
 
+mod activation;
 mod debian;
 mod figures;
 mod hooks;
