@@ -4,7 +4,7 @@
 //! Not a test of speed: it prints a table for docs/benchmarks.md, and fails only where a target does not show its files.
 //!
 //! ```text
-//! cargo test --release --test boot -- --ignored --exact activation::activation_times --nocapture
+//! cargo test --test boot -- --ignored --exact activation::activation_times --nocapture
 //! ```
 
 use std::collections::BTreeMap;
@@ -64,7 +64,7 @@ fn target(number: usize) -> String {
 }
 
 #[test]
-#[ignore = "prints figures, of a release build"]
+#[ignore = "prints figures"]
 fn activation_times() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = |name: &str| dir.path().join(name);
