@@ -51,7 +51,7 @@ impl<'a> Place<'a> {
     }
 
     /// The path from the crate's root, of one that begins with `crate`, `super`, `self` or a module in this one.
-    fn from_root(&self, path: &[String]) -> Vec<String> {
+    fn rooted(&self, path: &[String]) -> Vec<String> {
         let mut target: Vec<String> = match path.first().map(String::as_str) {
             Some("crate") => Vec::new(),
             _ => self.module.iter().map(|part| part.to_string()).collect(),
@@ -98,7 +98,7 @@ impl<'a> Tree<'a> {
         for word in ["crate", "super", "self"] {
             for at in file.words(word) {
                 if file.code[at..].starts_with(&format!("{word}::")) && !file.code[..at].ends_with("::") {
-                    targets.extend(paths_at(&file.code[at..]).iter().map(|path| own.from_root(path)));
+                    targets.extend(paths_at(&file.code[at..]).iter().map(|path| own.rooted(path)));
                 }
             }
         }
@@ -175,7 +175,7 @@ fn imports(file: &SourceFile, own: &Place<'_>, modules: &[&str]) -> Vec<Import> 
                 None if last == "self" => path.iter().nth_back(1).cloned().unwrap_or_default(),
                 None => last,
             };
-            found.push(Import { target: own.from_root(&path), name });
+            found.push(Import { target: own.rooted(&path), name });
         }
     }
     found
