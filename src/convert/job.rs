@@ -81,7 +81,7 @@ pub(super) fn with_layers(
 
 /// The digests of the uncompressed layers that an image's config names; `None` for an artifact.
 pub(super) fn diff_ids(image: &OciImage, config: &[u8]) -> Result<Option<Vec<Digest>>, IngestError> {
-    if !matches!(&*image.manifest.config.media_type, CONFIG | DOCKER_CONFIG) {
+    if !image.manifest.config.is_image_config() {
         return Ok(None);
     }
     let config: Value = serde_json::from_slice(config).map_err(IngestError::Config)?;

@@ -132,6 +132,11 @@ impl Descriptor {
         self.is_manifest() || self.is_index()
     }
 
+    /// Whether it is the config of an image, rather than of an artifact.
+    pub(crate) fn is_image_config(&self) -> bool {
+        self.media_type == CONFIG || self.media_type == DOCKER_CONFIG
+    }
+
     /// Whether it is an image manifest.
     pub fn is_manifest(&self) -> bool {
         self.media_type == MANIFEST || self.media_type == DOCKER_MANIFEST

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{Store, StoreError, files};
 use crate::digest::Digest;
-use crate::image::oci::{CONFIG, DOCKER_CONFIG, Descriptor, MAX_MANIFEST_BYTES, OciImage};
+use crate::image::oci::{Descriptor, MAX_MANIFEST_BYTES, OciImage};
 use crate::sorting;
 use crate::transport::{Transport, TransportError};
 
@@ -110,7 +110,7 @@ impl Store {
         let image = OciImage::parse(&bytes)?;
         let formats = sorting::set(image.layers.iter().filter_map(|layer| Some(layer.format().ok()?.name())));
         let config = &image.manifest.config;
-        let is_image = matches!(&*config.media_type, CONFIG | DOCKER_CONFIG) || !formats.is_empty();
+        let is_image = config.is_image_config() || !formats.is_empty();
         if !is_image {
             return Ok(None);
         }

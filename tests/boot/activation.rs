@@ -12,11 +12,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use super::KERNEL;
 use super::device::{MOSFS, superblock};
-use super::figures::{mounted, timed, undo};
-use super::machine::{Machine, median, mini_initrd, noise, squashfs};
-use super::power::loaded_libraries;
+use super::figures::{guest_initrd, mounted, timed, undo};
+use super::machine::{Machine, median, noise, squashfs};
 use super::publish::{PRODUCT, Publisher};
 
 /// How often each way is taken.
@@ -25,19 +23,6 @@ const ROUNDS: usize = 5;
 const COUNTS: [usize; 3] = [1, 10, 50];
 /// The ways.
 const WAYS: [&str; 3] = ["dm-verity", "fuse", "by hand"];
-
-const INIT: &str = r#"#!/bin/sh
-export PATH=/bin:/usr/bin:/sbin RUST_BACKTRACE=0
-mount -t devtmpfs dev /dev
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t tmpfs -o mode=755 run /run
-mount -t tmpfs tmp /tmp
-while read -r module; do insmod /modules/$module || echo "cannot load $module"; done </modules.list
-/guest --ignored --exact activation::guest_activation_times --nocapture
-echo "MOSFS-VM-VERDICT: $?"
-poweroff -f
-"#;
 
 /// What somebody would write who trusts the disk: each layer through dm-verity, once, and an overlay for each target.
 /// `$1` lists `NAME DIGEST OFFSET ROOTHASH` of the shared layer, and then of each target's own.
@@ -110,19 +95,9 @@ fn activation_times() {
         .collect();
     fs::write(path("layers"), list).expect("the list");
     fs::write(path("by-hand"), BY_HAND).expect("the script");
-    let (me, libraries) = (std::env::current_exe().expect("this program"), loaded_libraries());
-    let [esys, blkid] = libraries.each_ref().map(|path| (path.as_path(), path.to_str().expect("a path")));
-    mini_initrd(
+    guest_initrd(
         &path("initrd"),
-        KERNEL,
-        INIT,
-        &[
-            (Path::new(MOSFS), "/usr/bin/mosfs"),
-            (&me, "/guest"),
-            (Path::new("/sbin/veritysetup"), "/sbin/veritysetup"),
-            esys,
-            blkid,
-        ],
+        "activation::guest_activation_times",
         &[(&device, "/device"), (&path("layers"), "/layers"), (&path("by-hand"), "/by-hand")],
     );
     let ended = Machine { memory: 1024, ..Machine::new(&path("initrd")) }.expect(0, &["FIGURE"]);

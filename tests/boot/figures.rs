@@ -20,6 +20,7 @@ use super::power::loaded_libraries;
 /// How often each way is taken.
 const ROUNDS: usize = 9;
 
+/// The first process of the machine; `TEST` is what it runs.
 const INIT: &str = r#"#!/bin/sh
 export PATH=/bin:/usr/bin:/sbin RUST_BACKTRACE=0
 mount -t devtmpfs dev /dev
@@ -29,7 +30,7 @@ mount -t tmpfs -o mode=755 run /run
 mount -t tmpfs tmp /tmp
 mkdir -p /sysroot /run/mosfs/system
 while read -r module; do insmod /modules/$module || echo "cannot load $module"; done </modules.list
-/guest --ignored --exact figures::guest_boot_times --nocapture
+/guest --ignored --exact TEST --nocapture
 echo "MOSFS-VM-VERDICT: $?"
 poweroff -f
 "#;
@@ -73,19 +74,9 @@ fn boot_times() {
         .collect();
     fs::write(&layers, list.concat()).expect("the list");
     let initrd = dir.path().join("initrd");
-    let (me, libraries) = (std::env::current_exe().expect("this program"), loaded_libraries());
-    let [esys, blkid] = libraries.each_ref().map(|path| (path.as_path(), path.to_str().expect("a path")));
-    mini_initrd(
+    guest_initrd(
         &initrd,
-        KERNEL,
-        INIT,
-        &[
-            (Path::new(MOSFS), "/usr/bin/mosfs"),
-            (&me, "/guest"),
-            (Path::new("/sbin/veritysetup"), "/sbin/veritysetup"),
-            esys,
-            blkid,
-        ],
+        "figures::guest_boot_times",
         &[(device.config(), "/etc/mosfs"), (&script, "/by-hand"), (&layers, "/layers")],
     );
     let machine = Machine {
@@ -99,6 +90,20 @@ fn boot_times() {
     for figure in ended.after("FIGURE ") {
         println!("{figure}");
     }
+}
+
+/// Packs an initramfs that runs a test of this program beside mosfs and veritysetup.
+pub fn guest_initrd(out: &Path, test: &str, files: &[(&Path, &str)]) {
+    let (me, libraries) = (std::env::current_exe().expect("this program"), loaded_libraries());
+    let [esys, blkid] = libraries.each_ref().map(|path| (path.as_path(), path.to_str().expect("a path")));
+    let programs = [
+        (Path::new(MOSFS), "/usr/bin/mosfs"),
+        (&me, "/guest"),
+        (Path::new("/sbin/veritysetup"), "/sbin/veritysetup"),
+        esys,
+        blkid,
+    ];
+    mini_initrd(out, KERNEL, &INIT.replace("TEST", test), &programs, files);
 }
 
 /// Runs a command that must succeed; how long it took from its start to its end, and what it printed.

@@ -26,7 +26,7 @@
 //! list that has it counts; a name whose inode is a whiteout there does not exist. mosfs itself writes one list.
 //!
 //! # Memory
-//! While an image is opened: its metadata blob ([`MAX_METADATA_BYTES`]), 32 bytes for each inode, 16 for each stretch,
+//! While an image is opened: its metadata blob ([`MAX_METADATA_BYTES`]), 40 bytes for each inode, 16 for each stretch,
 //! about 140 for each chunk, and the table. Then the table alone: 32 bytes an inode (48 where no number follows the one
 //! before), 12 an entry and its name, 16 a stretch, 44 a chunk. For a thread: a stored chunk that is compressed
 //! ([`MAX_CHUNK_BYTES`]) and a zstd context (160 KiB). Nothing is locked.
