@@ -152,16 +152,16 @@ fn mount(layout: &Path, mnt: &Path, mosfs: &Path) -> Result<(f64, u64)> {
 /// Opens the image of a layout, and prints what that took. Runs in a process that does nothing else.
 pub fn open(layout: &Path) -> Result<()> {
     let began = Instant::now();
+    // All of it as a mount does.
+    lean_allocator();
     let source: SourceRef = format!("oci:{}:largest", layout.display()).parse()?;
     let place = source.open(&Access::default())?;
     let found = place.find_image(source.name.as_deref(), &Platform::this_machine())?;
-    let image = place.image(&found)?;
+    let blobs = Arc::new(BlobFolder::of_layout(layout, Links::Refused));
+    let (image, blobs) = place.image_to_open(&found, blobs)?;
     let rootfs = image.layers.first().ok_or("the image has no layer")?;
     let (digest, size, chunks) = (rootfs.digest, rootfs.size, Arc::clone(&image.chunks));
-    let blobs = Arc::new(BlobFolder::of_layout(layout, Links::Refused));
     let layer = ChunkedLayer { digest, size, chunks, blobs };
-    // As a mount does.
-    lean_allocator();
     let opened = Puzzlefs::open(&layer)?;
     let seconds = began.elapsed().as_secs_f64();
     let opened = Opened {

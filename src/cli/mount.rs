@@ -214,8 +214,8 @@ pub(super) fn image_of_layout(source: &SourceRef) -> Result<OpenedImage, AnyErro
     let layout = source.layout()?;
     let transport: &dyn Transport = &layout;
     let found = transport.find_image(source.name.as_deref(), &Platform::this_machine())?;
-    let image = transport.image(&found)?;
-    Ok(OpenedImage { blobs: layout.blobs(), image, scratch: Upper::Memory, pinned: None })
+    let (image, blobs) = transport.image_to_open(&found, layout.blobs())?;
+    Ok(OpenedImage { blobs, image, scratch: Upper::Memory, pinned: None })
 }
 
 /// What is to be mounted.
@@ -258,9 +258,10 @@ fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::P
     let is_signed = matches!(args.asked(), MountSource::Target(_)) && !args.unsafe_no_verity;
     let mut flags = if is_signed { MountFlags::default() } else { MountFlags::untrusted() };
     let options = args.options(&mut flags)?;
-    // Whatever is opened for an image of a registry is its daemon's.
-    let foreign = (matches!(args.asked(), MountSource::Registry(_)) || args.lazy_target)
-        .then(sys::daemon::open_descriptors);
+    // Whatever is opened for the image, now or by a thread that reads ahead, is its daemon's.
+    let foreign = sys::daemon::open_descriptors();
+    // Before that thread, which would otherwise have an arena of its own.
+    sys::daemon::lean_allocator();
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
     let ToMount { plan, scratch, pinned } = find(verification, &options)?;
     let upper = upper(args, scratch)?;
@@ -287,7 +288,17 @@ fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::P
         ..FuseOptions::default()
     };
     let (target, backend) = (args.target.as_path(), args.backend);
-    Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon, foreign }.run()?;
+    Request {
+        plan: &plan,
+        target,
+        backend,
+        flags,
+        upper: upper.as_ref(),
+        fuse,
+        daemon,
+        foreign: Some(foreign),
+    }
+    .run()?;
     Ok(())
 }
 

@@ -22,9 +22,9 @@ use crate::error::{Class, Classified};
 use crate::sys::file::{Links, open_folder, open_regular_at};
 use crate::sys::memory;
 
-/// A blob of such a size, in bytes, is hashed while it is read. A larger one, which no reader allows, gets no buffer before
-/// it has the bytes.
-const LARGE_BYTES: RangeInclusive<u64> = 2 << 20..=256 << 20;
+/// A blob of such a size, in bytes, is hashed while it is read: more than a chunk, which other threads may read meanwhile.
+/// A larger one, which no reader allows, gets no buffer before it has the bytes.
+const LARGE_BYTES: RangeInclusive<u64> = (1 << 20) + 1..=256 << 20;
 /// The most that is read and hashed at once then, in bytes: it is in the processor's cache still.
 const PART_BYTES: usize = 256 << 10;
 

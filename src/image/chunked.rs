@@ -5,6 +5,9 @@ use std::sync::Arc;
 use super::blobs::Blobs;
 use crate::digest::Digest;
 
+/// The largest metadata that is read, in bytes.
+pub const MAX_METADATA_BYTES: u64 = 256 << 20;
+
 /// The chunks that a manifest lists: the digest and the stored size of each, in bytes.
 ///
 /// There may be tens of thousands, each of which is looked up when the layer is opened. Writers list them in the order in

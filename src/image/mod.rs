@@ -4,7 +4,7 @@
 //! oci.rs        the documents: which layers an image has; index.rs: which images there are
 //! format.rs     THE table of formats: media types, magic, reader, what the kernel calls it
 //! bytes.rs      ReadAt: unchecked bytes of a file, a device, a blob elsewhere
-//! blobs.rs      Blobs: whole blobs by digest, and where the bytes of a layer are
+//! blobs.rs      Blobs: whole blobs by digest, and where the bytes of a layer are; ahead.rs: read before they are asked for
 //! verity/       the hash tree: locate, build; verified.rs reads through it
 //! source.rs     Source: bytes that are checked, or that nobody asked to check
 //! layer.rs      Layer: the files of a layer, whatever its format
@@ -20,6 +20,7 @@
 //! A format is one folder here and one row in [`mod@format`]. Parsers take bytes from a [`Source`] and never do I/O of
 //! their own, so that the same reader serves a verified file, a device, memory and a fuzzer.
 
+pub(crate) mod ahead;
 pub mod blobs;
 pub mod boot;
 pub mod bytes;

@@ -15,10 +15,13 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::digest::Digest;
 use crate::error::{Class, Classified, IoError};
+use crate::image::ahead;
+use crate::image::blobs::Blobs;
 use crate::image::index::Index;
 use crate::image::oci::{Descriptor, Manifest, OciError, OciImage, Platform};
 use crate::sorting;
@@ -254,9 +257,27 @@ impl dyn Transport + '_ {
 
     /// Fetches and reads an image manifest.
     pub fn image(&self, manifest: &Descriptor) -> Result<OciImage, TransportError> {
-        let bytes = self.fetch(manifest, crate::image::oci::MAX_MANIFEST_BYTES)?;
         // `fetch` has compared its digest.
-        OciImage::of(&bytes, manifest.digest).map_err(|source| TransportError::Document {
+        self.image_as(manifest, |bytes| OciImage::of(bytes, manifest.digest))
+    }
+
+    /// The same for an image that is opened next: what that begins with is read meanwhile. Returns the blobs to open it
+    /// from; `blobs` has them all.
+    pub fn image_to_open(
+        &self,
+        manifest: &Descriptor,
+        blobs: Arc<dyn Blobs>,
+    ) -> Result<(OciImage, Arc<dyn Blobs>), TransportError> {
+        self.image_as(manifest, |bytes| ahead::parse(bytes, manifest.digest, blobs))
+    }
+
+    fn image_as<T>(
+        &self,
+        manifest: &Descriptor,
+        parse: impl FnOnce(&[u8]) -> Result<T, OciError>,
+    ) -> Result<T, TransportError> {
+        let bytes = self.fetch(manifest, crate::image::oci::MAX_MANIFEST_BYTES)?;
+        parse(&bytes).map_err(|source| TransportError::Document {
             object: format!("{}@{}", self.location(), manifest.digest),
             source,
         })

@@ -179,6 +179,47 @@ fn a_malformed_image_is_refused_by_each_command() {
     assert!(!mounted.contains(at.to_str().unwrap()), "{mounted}");
 }
 
+/// Such metadata is read by a thread of its own while the manifest is: its files, and each flipped bit of it, are as those
+/// of a small image.
+#[test]
+fn metadata_that_is_read_ahead_is_served_or_refused() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    let layout = crate::layout::Layout::new(&folder.path().join("oci"));
+    let at = folder.path().join("m");
+    let chunk = b"what is in the file";
+    let digest = Digest::of(chunk);
+    fs::write(layout.blob(&digest), chunk).unwrap();
+    let part = (&digest.as_bytes()[..], 0, chunk.len() as u64, false);
+    let mut metadata = one(vec![dir(1, &[(b"x", 2)]), file(2, &[part])]);
+    metadata.resize(3 << 20, 0);
+    let mut manifest: serde_json::Value = serde_json::from_slice(&large_manifest(&metadata, 0, 0)).unwrap();
+    let listed =
+        serde_json::json!({ "mediaType": FILEDATA, "digest": digest.to_string(), "size": chunk.len() });
+    manifest["layers"].as_array_mut().unwrap().push(listed);
+    put(&layout, &metadata, &serde_json::to_vec(&manifest).unwrap());
+    let source = layout.source("image");
+    for _ in 0..5 {
+        let mount = OurMount::new(&source, &at, &[]);
+        assert_eq!(fs::read(at.join("x")).unwrap(), chunk);
+        drop(mount);
+    }
+    let layer = Digest::of(&metadata);
+    let blob = layout.blob(&layer);
+    for byte in [0, 100, metadata.len() / 2, metadata.len() - 1] {
+        let mut wrong = metadata.clone();
+        wrong[byte] ^= 1;
+        fs::write(&blob, &wrong).unwrap();
+        let output = run_mosfs(&["mount", "--backend", "fuse", &source, at.to_str().unwrap()]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        let found = Digest::of(&wrong);
+        assert!(said.contains(&layer.hex()) && said.contains(&found.hex()), "{said}");
+        assert_eq!(output.status.code(), Some(3), "{said}");
+    }
+    let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounted.contains(at.to_str().unwrap()), "{mounted}");
+}
+
 fn contents(image: &Puzzlefs) -> BTreeMap<Vec<u8>, (NodeId, u64)> {
     let mut files = BTreeMap::new();
     let mut todo = vec![(image.root(), Vec::new())];

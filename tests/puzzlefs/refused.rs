@@ -12,6 +12,9 @@ use crate::message::{
     Inode, Memory, Part, Ptr, dir, encode, file, frame, inode, layer, link, one, open, rootfs, with_xattr,
 };
 
+/// Metadata of such a size, in bytes, is read by two threads.
+const LARGE_BYTES: usize = 1 << 20;
+
 /// The error of an image that must not open.
 fn refused(metadata: &[u8]) -> String {
     match open(metadata, &[b"a chunk"]) {
@@ -21,10 +24,20 @@ fn refused(metadata: &[u8]) -> String {
 }
 
 #[track_caller]
-fn assert_refused(metadata: &[u8], words: &str) {
+fn assert_refused_as_it_is(metadata: &[u8], words: &str) -> String {
     let said = refused(metadata);
     assert!(said.starts_with("corrupt puzzlefs metadata at "), "{said}");
     assert!(said.contains(words), "{said}\ndoes not say: {words}");
+    said
+}
+
+#[track_caller]
+fn assert_refused(metadata: &[u8], words: &str) {
+    let said = assert_refused_as_it_is(metadata, words);
+    // Two threads read a large message. Nothing leads to what lies behind its segments.
+    let mut large = metadata.to_vec();
+    large.resize(metadata.len().max(LARGE_BYTES), 0);
+    assert_eq!(refused(&large), said);
 }
 
 /// A root with one more inode, number 2, under the name `x`.
@@ -188,11 +201,11 @@ fn it_is_known_which_attributes_there_are() {
 
 #[test]
 fn messages_are_bounded() {
-    assert_refused(&[], "the table of segments is cut off");
-    assert_refused(&511u32.to_le_bytes(), "the table of segments is cut off");
-    assert_refused(&512u32.to_le_bytes(), "513 segments, expected at most 512");
-    assert_refused(&u32::MAX.to_le_bytes(), "segments, expected at most 512");
-    assert_refused(&[0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "segment 0 ends at 80");
+    assert_refused_as_it_is(&[], "the table of segments is cut off");
+    assert_refused_as_it_is(&511u32.to_le_bytes(), "the table of segments is cut off");
+    assert_refused_as_it_is(&512u32.to_le_bytes(), "513 segments, expected at most 512");
+    assert_refused_as_it_is(&u32::MAX.to_le_bytes(), "segments, expected at most 512");
+    assert_refused_as_it_is(&[0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "segment 0 ends at 80");
     assert_refused(&frame(&[vec![]]), "the first segment is empty");
     assert_refused(&frame(&[vec![0]]), "no root struct");
     let pointer = |word: u64| frame(&[vec![word]]);
@@ -236,20 +249,30 @@ fn far_pointers_are_followed() {
 
 #[test]
 fn no_bytes_are_read_twice() {
-    // Folders that all lead to one list of names: larger when read than it is.
     let words = |message: &[u8]| -> Vec<u64> {
         message[8..].chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect()
     };
-    let names: Vec<_> = (0..1000).map(|n| (vec![2], vec![Ptr::Bytes(format!("{n:08}").into())])).collect();
-    let shared = words(&encode(&Ptr::List(names)));
+    // Fifty folders, or files, that all lead to one list: larger when read than it is.
     let root: Vec<_> = (3..53).map(|ino| (format!("d{ino}"), ino)).collect();
     let root: Vec<_> = root.iter().map(|(name, ino)| (name.as_bytes(), *ino)).collect();
-    let mut inodes = vec![dir(1, &root), inode(2, 1, Ptr::Null, Ptr::Null)];
-    // A far pointer to the list's own pointer, the first word of segment 1.
-    let far = || Ptr::Struct(vec![0], vec![Ptr::Raw(2 | 1 << 32)]);
-    inodes.extend((3..53).map(|ino| inode(ino, 3, far(), Ptr::Null)));
-    let first = words(&one(inodes));
-    assert_refused(&frame(&[first, shared]), "several pointers lead to the same bytes");
+    let assert_shared_is_refused = |list: Ptr, tag: u64, to_it: &dyn Fn(Ptr) -> Ptr| {
+        let mut inodes = vec![dir(1, &root), inode(2, 1, Ptr::Null, Ptr::Null)];
+        // A far pointer to the list's own pointer, the first word of segment 1.
+        let far = || to_it(Ptr::Raw(2 | 1 << 32));
+        inodes.extend((3..53).map(|ino| inode(ino, tag, far(), Ptr::Null)));
+        let message = frame(&[words(&one(inodes)), words(&encode(&list))]);
+        assert_refused_as_it_is(&message, "several pointers lead to the same bytes");
+        message.len()
+    };
+    for (count, is_large) in [(1000, false), (45_000, true)] {
+        let names = (0..count).map(|n| (vec![2], vec![Ptr::Bytes(format!("{n:08}").into())])).collect();
+        let folder = |names| Ptr::Struct(vec![0], vec![names]);
+        assert_eq!(assert_shared_is_refused(Ptr::List(names), 3, &folder) >= LARGE_BYTES, is_large);
+        let digest = || Ptr::Bytes(Digest::of(b"a chunk").as_bytes().to_vec());
+        let part = || (vec![7], vec![Ptr::Struct(vec![0, 0], vec![digest()])]);
+        let parts = (0..count).map(|_| part()).collect();
+        assert_eq!(assert_shared_is_refused(Ptr::List(parts), 5, &|parts| parts) >= LARGE_BYTES, is_large);
+    }
     // Elements without words are paid for all the same.
     let many = Ptr::Struct(vec![3], vec![Ptr::Raw(1 | 1 << 2 | 7 << 32), Ptr::Null]);
     let mut metadata = encode(&many);
@@ -268,7 +291,7 @@ fn parts_of_files_count_as_read_beside_attributes() {
     let parts: Vec<Part<'_>> = vec![(digest.as_bytes(), 0, 7, false); 1000];
     let names: [(&[u8], u64); 2] = [(b"x", 2), (b"y", 3)];
     let metadata = one(vec![dir(1, &names), inode(2, 1, Ptr::Null, additional), file(3, &parts)]);
-    assert_refused(&metadata, "several pointers lead to the same bytes");
+    assert_refused_as_it_is(&metadata, "several pointers lead to the same bytes");
 }
 
 #[test]

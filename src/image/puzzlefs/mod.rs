@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! OCI manifest     layers: one `…rootfs.v1`, the metadata; the others `…filedata.v1[+zstd]`, the chunks
-//! metadata blob    one Cap'n Proto message: inodes, folders, links, attributes, and         message.rs, table.rs
-//!                  for each file the stretches of chunks that it consists of                parts.rs
+//! metadata blob    one Cap'n Proto message: inodes, folders, links, attributes, and         message.rs, inodes.rs
+//!                  for each file the stretches of chunks that it consists of                parts.rs, table.rs
 //! chunk blob       stored bytes: decoded ones as they are, or zstd frames                   chunk.rs
 //! ```
 //!
@@ -26,12 +26,13 @@
 //! list that has it counts; a name whose inode is a whiteout there does not exist. mosfs itself writes one list.
 //!
 //! # Memory
-//! While an image is opened: its metadata blob ([`MAX_METADATA_BYTES`]), 40 bytes for each inode, 16 for each stretch,
+//! While an image is opened: its metadata blob ([`MAX_METADATA_BYTES`]), 52 bytes for each inode, 16 for each stretch,
 //! about 140 for each chunk, and the table. Then the table alone: 32 bytes an inode (48 where no number follows the one
 //! before), 12 an entry and its name, 16 a stretch, 44 a chunk. For a thread: a stored chunk that is compressed
 //! ([`MAX_CHUNK_BYTES`]) and a zstd context (160 KiB). Nothing is locked.
 
 mod chunk;
+mod inodes;
 mod message;
 mod parts;
 mod table;
@@ -40,11 +41,13 @@ use std::sync::Arc;
 
 use super::blobs::{BlobError, Blobs};
 use super::chunked::ChunkedLayer;
+pub use super::chunked::MAX_METADATA_BYTES;
 use super::layer::{
     Attr, BlockId, DirEntry, Extent, FileType, Layer, LayerError, NodeId, Place, StatFs, Xattrs,
 };
 use super::source::ReadError;
-use table::{Inode, Table, Tag};
+use inodes::{ROOT, Tag};
+use table::{Inode, Table};
 
 /// Media type of the metadata. It is never compressed.
 pub const ROOTFS: &str = "application/vnd.puzzlefs.image.rootfs.v1";
@@ -58,8 +61,6 @@ pub const VERITY_ANNOTATION: &str = "io.puzzlefsoci.puzzlefs.puzzlefs_verity_roo
 
 /// The only version of the metadata that is read.
 pub const MANIFEST_VERSION: u64 = 3;
-/// The largest metadata blob that is read, in bytes.
-pub const MAX_METADATA_BYTES: u64 = 256 << 20;
 /// The most bytes that a chunk may have, stored or decoded. Writers make chunks of at most 256 KiB.
 pub const MAX_CHUNK_BYTES: u32 = 1 << 20;
 /// The time that every file shows, in seconds since 1970: the format holds none.
@@ -169,7 +170,7 @@ impl Puzzlefs {
 
 impl Layer for Puzzlefs {
     fn root(&self) -> NodeId {
-        NodeId(table::ROOT)
+        NodeId(ROOT)
     }
 
     fn attr(&self, node: NodeId) -> Result<Attr, LayerError> {

@@ -1,18 +1,16 @@
-//! The chunks and the parts of files that use them, as the first walk over the metadata finds them.
+//! What inodes lead to but for names: the parts of files and the chunks that they lie in, and the numbers of devices.
 
-use super::message::Struct;
+use super::inodes::{NONE, Tag, index, lists};
+use super::message::{List, Message, Struct};
 use super::{MAX_CHUNK_BYTES, corrupt};
 use crate::digest::Digest;
 use crate::image::LayerError;
 use crate::image::chunked::Chunks;
+use crate::sys::memory::populate;
 
-/// No index of a table.
-pub(super) const NONE: u32 = u32::MAX;
-
-/// An index of the tables. They have fewer elements than the message has bytes, and that is below 2^32.
-pub(super) fn index(length: usize) -> u32 {
-    u32::try_from(length).unwrap_or(NONE)
-}
+/// The kernel's device numbers have 12 bits of major and 20 of minor number.
+const MAJOR_MAX: u64 = (1 << 12) - 1;
+const MINOR_MAX: u64 = (1 << 20) - 1;
 
 /// Which chunks there are, and the parts of files that use them.
 pub(super) struct Used<'c> {
@@ -26,6 +24,18 @@ pub(super) struct Used<'c> {
     /// The chunk of the last part. Files follow each other in a chunk, so it is mostly that of the next one.
     last: Option<((Digest, bool), u32)>,
     pub parts: Vec<Part>,
+    /// For each list, and each of its inodes.
+    files: Vec<Vec<File>>,
+}
+
+/// What a file consists of.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct File {
+    /// The first of [`Used::parts`], and how many.
+    pub first: u32,
+    pub count: u32,
+    /// The words of the message that were read for them.
+    pub words: u32,
 }
 
 /// A chunk that some file uses. One that is not listed, which no file that is kept may use, may be there many times.
@@ -40,7 +50,7 @@ pub(super) struct Found {
     pub number: Option<u32>,
 }
 
-/// A part of a file that has bytes, as the first walk found it.
+/// A part of a file that has bytes.
 pub(super) struct Part {
     pub len: u32,
     pub offset: u32,
@@ -59,14 +69,67 @@ struct FileChunk {
 }
 
 impl<'c> Used<'c> {
-    pub(super) fn of(listed: &'c Chunks) -> Self {
-        let found = Vec::with_capacity(listed.len());
-        Self { listed, numbers: vec![[NONE; 2]; listed.len()], found, next: 0, last: None, parts: Vec::new() }
+    fn of(listed: &'c Chunks) -> Self {
+        let (numbers, found) = (vec![[NONE; 2]; listed.len()], Vec::with_capacity(listed.len()));
+        Self { listed, numbers, found, next: 0, last: None, parts: Vec::new(), files: Vec::new() }
+    }
+
+    /// The second walk: what all inodes of all lists lead to, those that do not count as well.
+    pub(super) fn read(message: &Message<'_>, listed: &'c Chunks) -> Result<Self, LayerError> {
+        let lists = lists(message)?;
+        let mut used = Self::of(listed);
+        // Most files have one part.
+        used.parts.reserve(lists.iter().map(List::len).sum());
+        populate(used.parts.spare_capacity_mut());
+        populate(used.found.spare_capacity_mut());
+        for list in &lists {
+            let mut files = Vec::with_capacity(list.len());
+            populate(files.spare_capacity_mut());
+            for source in list.iter() {
+                let (first, left) = (used.parts.len(), message.left());
+                used.read_inode(&source)?;
+                // Fewer words than the message has.
+                let words = (left - message.left()) as u32;
+                files.push(File { first: index(first), count: index(used.parts.len() - first), words });
+            }
+            used.files.push(files);
+        }
+        Ok(used)
+    }
+
+    /// What an inode of a list consists of; nothing if it is no file.
+    pub(super) fn file(&self, list: u32, inode: u32) -> File {
+        let file = self.files.get(list as usize).and_then(|files| files.get(inode as usize));
+        file.copied().unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn read_inode(&mut self, inode: &Struct<'_>) -> Result<(), LayerError> {
+        match Tag::of(inode)? {
+            Tag::File => {
+                for part in inode.list(0)?.iter() {
+                    self.read_part(&part)?;
+                }
+            }
+            Tag::Dir => {
+                if let Some(dir) = inode.child(0)?
+                    && dir.bit(0)
+                {
+                    let why = "a folder has lookBelow set, which nothing reads or writes";
+                    return Err(corrupt(dir.offset(), why));
+                }
+            }
+            Tag::Char | Tag::Block => {
+                device(inode)?;
+            }
+            Tag::Fifo | Tag::Symlink | Tag::Socket | Tag::Whiteout => {}
+        }
+        Ok(())
     }
 
     /// Checks a part of a file, and notes it, and that its chunk is used up to the part's end.
     #[inline(always)]
-    pub(super) fn read(&mut self, part: &Struct<'_>) -> Result<(), LayerError> {
+    fn read_part(&mut self, part: &Struct<'_>) -> Result<(), LayerError> {
         let FileChunk { len, offset, digest, compressed } = file_chunk(part)?;
         if len == 0 {
             return Ok(());
@@ -142,4 +205,20 @@ impl Found {
             None => Err(corrupt(offset, format!("chunk {chunk} is used, but the manifest does not list it"))),
         }
     }
+}
+
+/// The number of a device, in the kernel's encoding for user space.
+pub(super) fn device(inode: &Struct<'_>) -> Result<u32, LayerError> {
+    let (major, minor) = match inode.child(0)? {
+        Some(numbers) => (numbers.u64(0), numbers.u64(1)),
+        None => (0, 0),
+    };
+    if major > MAJOR_MAX || minor > MINOR_MAX {
+        let why = format!(
+            "device number {major}:{minor}, expected at most {MAJOR_MAX}:{MINOR_MAX}, the kernel's bits"
+        );
+        return Err(corrupt(inode.offset(), why));
+    }
+    let (major, minor) = (major as u32, minor as u32);
+    Ok(minor & 0xff | major << 8 | (minor & !0xff) << 12)
 }

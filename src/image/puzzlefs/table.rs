@@ -16,25 +16,28 @@
 //! Xattr (0, 2)          0 key, 1 val
 //! ```
 //!
-//! Three walks over the message. The first checks every inode of every list, finds which of them count, and how many
-//! bytes each chunk decodes to: to the end of the last stretch that any inode uses, also one that no name leads to,
-//! since a chunk is cut from the files of one build. The second goes from the root through all folders. The third
-//! keeps what the second reached. It takes the parts of files from the first, and pays for their words once more, so
-//! that what it keeps has the bound of one message.
+//! Four walks over the message. The first looks at every inode of every list, and finds which of them count
+//! (`inodes.rs`). The second reads the parts of files and the other things that inodes lead to, and finds how many bytes
+//! each chunk decodes to: to the end of the last stretch that any inode uses, also one that no name leads to, since a
+//! chunk is cut from the files of one build (`parts.rs`). The third goes from the root through all folders. The fourth
+//! keeps what the third reached. It takes the parts of files from the second, and pays for their words once more, so that
+//! what it keeps has the bound of one message. In a large message another thread does the second while this one does the
+//! first and the third.
 
 use std::collections::HashMap;
+use std::thread;
 
 use super::chunk::Chunk;
+use super::corrupt;
+use super::inodes::{NONE, ROOT, Tag, Visible, find, index, inode, lists, visible};
 use super::message::{List, Message, Struct};
-use super::parts::{Found, NONE, Used, index};
-use super::{MANIFEST_VERSION, MAX_INO, corrupt};
+use super::parts::{File, Found, Used, device};
 use crate::image::LayerError;
 use crate::image::chunked::Chunks;
-use crate::image::layer::FileType;
 use crate::sys::memory::populate;
 
-/// The inode number of the root folder.
-pub(super) const ROOT: u64 = 1;
+/// A message of such a size, in bytes, is read by two threads: to start one takes as long as to read a tenth of it.
+const LARGE_BYTES: usize = 1 << 20;
 
 /// The longest name, in bytes (the kernel's NAME_MAX).
 const NAME_MAX: usize = 255;
@@ -42,55 +45,8 @@ const NAME_MAX: usize = 255;
 const TARGET_MAX: usize = 4095;
 /// The longest value of an extended attribute, in bytes (the kernel's XATTR_SIZE_MAX).
 const XATTR_MAX: usize = 65_536;
-/// The kernel's device numbers have 12 bits of major and 20 of minor number.
-const MAJOR_MAX: u64 = (1 << 12) - 1;
-const MINOR_MAX: u64 = (1 << 20) - 1;
 /// The largest file, in bytes: sizes are signed to the kernel.
 const SIZE_MAX: u64 = i64::MAX as u64;
-
-/// What an inode is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tag {
-    Fifo,
-    Char,
-    Dir,
-    Block,
-    File,
-    Symlink,
-    Socket,
-    /// Of a delta: the name does not exist.
-    Whiteout,
-}
-
-impl Tag {
-    #[inline(always)]
-    fn of(inode: &Struct<'_>) -> Result<Self, LayerError> {
-        Ok(match inode.u16(64) {
-            1 => Tag::Fifo,
-            2 => Tag::Char,
-            3 => Tag::Dir,
-            4 => Tag::Block,
-            5 => Tag::File,
-            6 => Tag::Symlink,
-            7 => Tag::Socket,
-            8 => Tag::Whiteout,
-            tag => return Err(corrupt(inode.offset(), format!("an inode has tag {tag}, expected 1 to 8"))),
-        })
-    }
-
-    /// The type of file. No inode that is kept is a whiteout.
-    pub(super) fn kind(self) -> FileType {
-        match self {
-            Tag::Fifo => FileType::Fifo,
-            Tag::Char | Tag::Whiteout => FileType::CharDevice,
-            Tag::Dir => FileType::Directory,
-            Tag::Block => FileType::BlockDevice,
-            Tag::File => FileType::Regular,
-            Tag::Symlink => FileType::Symlink,
-            Tag::Socket => FileType::Socket,
-        }
-    }
-}
 
 /// A file that a name leads to. What few files have, or many have in common, lies elsewhere: there may be many files.
 #[derive(Debug)]
@@ -181,40 +137,30 @@ pub(super) struct Table {
     arena: Vec<u8>,
 }
 
-/// An inode that counts: the first list that has its number has it at that index.
-#[derive(Debug, Clone, Copy)]
-struct Visible {
-    ino: u64,
-    list: u32,
-    index: u32,
-    tag: Tag,
-    /// How many names lead to it; of a folder that was reached: 1.
-    links: u32,
-    /// Of a folder: its entries, and how many of them are folders. Of a file: its [`Used::parts`], and the words of the
-    /// message that the first walk has read for them.
-    first: u32,
-    count: u32,
-    weight: u32,
-}
-
 impl Table {
     /// Reads and checks the metadata. `listed` are the chunks that the manifest lists.
     pub(super) fn read(bytes: &[u8], listed: &Chunks) -> Result<Table, LayerError> {
+        let folders = || -> Result<_, LayerError> {
+            let message = Message::open(bytes)?;
+            let mut visible = visible(&lists(&message)?)?;
+            let mut table = Table::default();
+            table.walk(&lists(&message)?, &mut visible)?;
+            Ok((table, visible))
+        };
+        let parts = || Used::read(&Message::open(bytes)?, listed);
+        let (folders, parts) = if bytes.len() < LARGE_BYTES {
+            (folders(), parts())
+        } else {
+            thread::scope(|scope| {
+                let reading = thread::Builder::new().spawn_scoped(scope, parts);
+                let folders = folders();
+                // Where there may be no other thread, this one reads them.
+                (folders, reading.ok().and_then(|thread| thread.join().ok()).unwrap_or_else(parts))
+            })
+        };
+        let ((mut table, visible), mut parts) = (folders?, parts?);
         let message = Message::open(bytes)?;
-        let root = message.root()?;
-        let version = root.u64(0);
-        if version != MANIFEST_VERSION {
-            let why = format!("manifestVersion is {version}, expected {MANIFEST_VERSION}");
-            return Err(corrupt(root.offset(), why));
-        }
-        let lists = root.list(0)?.iter().map(|list| list.list(0)).collect::<Result<Vec<_>, _>>()?;
-        let mut chunks = Used::of(listed);
-        let mut visible = visible(&message, &lists, &mut chunks)?;
-        message.refill();
-        let mut table = Table::default();
-        table.walk(&lists, &mut visible)?;
-        message.refill();
-        table.keep(&message, &lists, &visible, &mut chunks)?;
+        table.keep(&lists(&message)?, &visible, &mut parts, &message)?;
         table.entries.shrink_to_fit();
         table.stretches.shrink_to_fit();
         table.chunks.shrink_to_fit();
@@ -288,10 +234,9 @@ impl Table {
         start
     }
 
-    /// The second walk: all folders, from the root on.
+    /// The third walk: all folders, from the root on.
     fn walk(&mut self, lists: &[List<'_>], visible: &mut [Visible]) -> Result<(), LayerError> {
-        let root = find(visible, ROOT, |seen| seen.ino)
-            .ok_or_else(|| corrupt(0, "there is no inode 1, the root folder"))?;
+        let root = find(visible, ROOT).ok_or_else(|| corrupt(0, "there is no inode 1, the root folder"))?;
         match visible.get_mut(root) {
             Some(root) if root.tag == Tag::Dir => root.links = 1,
             _ => return Err(corrupt(0, "inode 1, the root, is not a folder")),
@@ -311,7 +256,7 @@ impl Table {
             for entry in names.iter() {
                 let (ino, name) = (entry.u64(0), entry.bytes(0)?);
                 check_name(name, entry.offset())?;
-                let child = find(visible, ino, |seen| seen.ino)
+                let child = find(visible, ino)
                     .ok_or_else(|| corrupt(entry.offset(), format!("there is no inode {ino} for a name")))?;
                 let Some(node) = visible.get_mut(child) else { continue };
                 match node.tag {
@@ -336,7 +281,7 @@ impl Table {
             if let Some(node) = visible.get_mut(at) {
                 node.first = index(first);
                 node.count = index(self.entries.len() - first);
-                node.weight = folders;
+                node.folders = folders;
             }
         }
         Ok(())
@@ -373,13 +318,13 @@ impl Table {
         Ok(())
     }
 
-    /// The third walk: keeps the inodes that were reached.
+    /// The fourth walk: keeps the inodes that were reached.
     fn keep(
         &mut self,
-        message: &Message<'_>,
         lists: &[List<'_>],
         visible: &[Visible],
         chunks: &mut Used<'_>,
+        message: &Message<'_>,
     ) -> Result<(), LayerError> {
         let mut places = vec![NONE; visible.len()];
         self.inodes.reserve_exact(visible.iter().filter(|seen| seen.links > 0).count());
@@ -415,12 +360,13 @@ impl Table {
             match kept.tag {
                 Tag::Dir => {
                     (kept.first, kept.count) = (seen.first, seen.count);
-                    kept.nlink = seen.weight.saturating_add(2);
+                    kept.nlink = seen.folders.saturating_add(2);
                 }
                 Tag::File => {
-                    message.pay(source.offset(), seen.weight as usize)?;
+                    let file = chunks.file(seen.list, seen.index);
+                    message.pay(source.offset(), file.words as usize)?;
                     kept.first = index(self.stretches.len());
-                    kept.size = self.file(seen, chunks)?;
+                    kept.size = self.file(file, chunks)?;
                     kept.count = index(self.stretches.len()) - kept.first;
                 }
                 Tag::Char | Tag::Block => kept.first = device(&source)?,
@@ -464,9 +410,9 @@ impl Table {
     }
 
     /// Keeps the stretches of a file. Returns its size in bytes.
-    fn file(&mut self, seen: &Visible, chunks: &mut Used<'_>) -> Result<u64, LayerError> {
+    fn file(&mut self, file: File, chunks: &mut Used<'_>) -> Result<u64, LayerError> {
         let mut start = 0u64;
-        for part in slice(&chunks.parts, seen.first, seen.count) {
+        for part in slice(&chunks.parts, file.first, file.count) {
             let Some(found) = chunks.found.get_mut(part.chunk as usize) else { continue };
             let chunk = match found.number {
                 Some(chunk) => chunk,
@@ -515,130 +461,6 @@ impl Table {
     }
 }
 
-/// The first walk: the inodes that count, in the order of their numbers, and all chunks.
-fn visible(
-    message: &Message<'_>,
-    lists: &[List<'_>],
-    chunks: &mut Used<'_>,
-) -> Result<Vec<Visible>, LayerError> {
-    let total = lists.iter().map(List::len).sum();
-    let mut visible: Vec<Visible> = Vec::with_capacity(total);
-    // Most files have one part.
-    chunks.parts.reserve(total);
-    populate(visible.spare_capacity_mut());
-    populate(chunks.parts.spare_capacity_mut());
-    populate(chunks.found.spare_capacity_mut());
-    for (number, list) in lists.iter().enumerate() {
-        let (begin, mut twice) = (visible.len(), false);
-        let mut before: Option<u64> = None;
-        for (at, source) in list.iter().enumerate() {
-            let ino = source.u64(0);
-            if ino == 0 || ino >= MAX_INO {
-                let why = format!("inode number {ino}, expected 1 to {}", MAX_INO - 1);
-                return Err(corrupt(source.offset(), why));
-            }
-            if before.is_some_and(|before| before > ino) {
-                return Err(corrupt(source.offset(), format!("inode {ino} is not in the order of numbers")));
-            }
-            let (first, left) = (chunks.parts.len(), message.left());
-            let tag = check_inode(&source, chunks)?;
-            twice |= before == Some(ino);
-            visible.push(Visible {
-                ino,
-                list: index(number),
-                index: index(at),
-                tag,
-                links: 0,
-                first: index(first),
-                count: index(chunks.parts.len() - first),
-                // Fewer words than the message has.
-                weight: (left - message.left()) as u32,
-            });
-            before = Some(ino);
-        }
-        if twice {
-            settle(&mut visible, begin, list);
-        }
-    }
-    if lists.len() > 1 {
-        // Stable: of those with one number, that of the newest list comes first.
-        visible.sort_by_key(|seen| seen.ino);
-        visible.dedup_by_key(|seen| seen.ino);
-    }
-    Ok(visible)
-}
-
-/// Some deltas have a number twice in one list. Keeps, of those with one number, the inode that a binary search meets
-/// first. The elements of the list are those of `visible` from `begin` on.
-fn settle(visible: &mut Vec<Visible>, begin: usize, list: &List<'_>) {
-    let (mut kept, mut at) = (begin, begin);
-    while let Some(&seen) = visible.get(at) {
-        let same = visible.iter().skip(at).take_while(|other| other.ino == seen.ino).count();
-        let met = if same > 1 { begin + first_met(list, seen.ino) } else { at };
-        visible[kept] = visible.get(met).copied().unwrap_or(seen);
-        kept += 1;
-        at += same;
-    }
-    visible.truncate(kept);
-}
-
-/// Which element of a list a binary search for `ino` meets first. It is in the list.
-fn first_met(list: &List<'_>, ino: u64) -> usize {
-    let (mut left, mut right) = (0, list.len().saturating_sub(1));
-    while left < right {
-        let middle = left + (right - left) / 2;
-        match list.get(middle).u64(0) {
-            found if found < ino => left = middle + 1,
-            found if found > ino => right = middle.saturating_sub(1),
-            _ => return middle,
-        }
-    }
-    left
-}
-
-#[inline(always)]
-fn check_inode(source: &Struct<'_>, chunks: &mut Used<'_>) -> Result<Tag, LayerError> {
-    let tag = Tag::of(source)?;
-    match tag {
-        Tag::File => {
-            for part in source.list(0)?.iter() {
-                chunks.read(&part)?;
-            }
-        }
-        Tag::Dir => {
-            if let Some(dir) = source.child(0)?
-                && dir.bit(0)
-            {
-                return Err(corrupt(
-                    dir.offset(),
-                    "a folder has lookBelow set, which nothing reads or writes",
-                ));
-            }
-        }
-        Tag::Char | Tag::Block => {
-            device(source)?;
-        }
-        Tag::Fifo | Tag::Symlink | Tag::Socket | Tag::Whiteout => {}
-    }
-    Ok(tag)
-}
-
-/// The number of a device, in the kernel's encoding for user space.
-fn device(source: &Struct<'_>) -> Result<u32, LayerError> {
-    let (major, minor) = match source.child(0)? {
-        Some(numbers) => (numbers.u64(0), numbers.u64(1)),
-        None => (0, 0),
-    };
-    if major > MAJOR_MAX || minor > MINOR_MAX {
-        let why = format!(
-            "device number {major}:{minor}, expected at most {MAJOR_MAX}:{MINOR_MAX}, the kernel's bits"
-        );
-        return Err(corrupt(source.offset(), why));
-    }
-    let (major, minor) = (major as u32, minor as u32);
-    Ok(minor & 0xff | major << 8 | (minor & !0xff) << 12)
-}
-
 fn check_name(name: &[u8], offset: usize) -> Result<(), LayerError> {
     let wrong = match name {
         b"" => "is empty",
@@ -649,27 +471,6 @@ fn check_name(name: &[u8], offset: usize) -> Result<(), LayerError> {
     };
     let shown = name.get(..name.len().min(NAME_MAX)).unwrap_or_default().escape_ascii();
     Err(corrupt(offset, format!("the name `{shown}` of a file {wrong}")))
-}
-
-/// Where an inode is in a list in the order of numbers, each of them once.
-fn find<T>(all: &[T], ino: u64, number: impl Fn(&T) -> u64) -> Option<usize> {
-    // Numbers begin at 1 and have few gaps, so it lies at this place, or as far before it as there are gaps.
-    let guess = usize::try_from(ino.checked_sub(ROOT)?).unwrap_or(usize::MAX);
-    if all.get(guess).is_some_and(|one| number(one) == ino) {
-        return Some(guess);
-    }
-    let without_gaps = (all.len() as u64).saturating_sub(1).saturating_add(ROOT);
-    let gaps = usize::try_from(number(all.last()?).saturating_sub(without_gaps)).unwrap_or(usize::MAX);
-    let end = guess.min(all.len());
-    let start = guess.saturating_sub(gaps).min(end);
-    all.get(start..end)?.binary_search_by_key(&ino, number).ok().map(|at| start + at)
-}
-
-/// The inode in the message.
-fn inode<'m>(lists: &[List<'m>], seen: Option<&Visible>) -> Option<Struct<'m>> {
-    let seen = seen?;
-    let list = lists.get(seen.list as usize)?;
-    ((seen.index as usize) < list.len()).then(|| list.get(seen.index as usize))
 }
 
 fn slice<T>(all: &[T], first: u32, count: u32) -> &[T] {
