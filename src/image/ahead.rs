@@ -30,11 +30,16 @@ pub(crate) fn parse(
     digest: Digest,
     blobs: Arc<dyn Blobs>,
 ) -> Result<(OciImage, Arc<dyn Blobs>), OciError> {
-    let blobs = match first_layer(manifest) {
-        Some(metadata) if is_worth_it(&metadata) && !blobs.is_remote() => start(&metadata, blobs),
+    let metadata = first_layer(manifest).filter(|layer| is_worth_it(layer) && !blobs.is_remote());
+    let ahead = metadata.and_then(|metadata| Ahead::start(&metadata, &blobs));
+    let image = OciImage::of(manifest, digest)?;
+    let blobs = match ahead {
+        Some(ahead) if image.layers.iter().any(|layer| ahead.is(&layer.digest, layer.size)) => {
+            Arc::new(ahead)
+        }
         _ => blobs,
     };
-    Ok((OciImage::of(manifest, digest)?, blobs))
+    Ok((image, blobs))
 }
 
 /// Returns the first layer of a manifest as it is mostly written. It may be another one, of something within the
@@ -50,23 +55,6 @@ fn is_worth_it(layer: &Descriptor) -> bool {
     is_chunked && (FEW_BYTES..=MAX_METADATA_BYTES).contains(&layer.size)
 }
 
-/// Starts to read a blob.
-fn start(blob: &Descriptor, blobs: Arc<dyn Blobs>) -> Arc<dyn Blobs> {
-    let (digest, size) = (blob.digest, blob.size);
-    let read = {
-        let blobs = Arc::clone(&blobs);
-        move || {
-            let mut bytes = Vec::new();
-            blobs.read(&digest, size, &mut bytes).map(|()| bytes)
-        }
-    };
-    match thread::Builder::new().name("read-ahead".into()).spawn(read) {
-        Ok(thread) => Arc::new(Ahead { blobs, digest, size, thread: Mutex::new(Some(thread)) }),
-        // Where there may be no other thread, it is read when it is asked for.
-        Err(_) => blobs,
-    }
-}
-
 /// Blobs, one of which has been asked for.
 #[derive(Debug)]
 struct Ahead {
@@ -78,13 +66,36 @@ struct Ahead {
 }
 
 impl Ahead {
-    /// Waits for the blob, if it is that one, and returns it once.
-    fn take(&self, digest: &Digest, stored_bytes: u64) -> Option<Result<Vec<u8>, BlobError>> {
-        if (digest, stored_bytes) != (&self.digest, self.size) {
-            return None;
-        }
+    /// Starts to read a blob. Where there may be no other thread, it is read when it is asked for.
+    fn start(blob: &Descriptor, blobs: &Arc<dyn Blobs>) -> Option<Self> {
+        let (digest, size) = (blob.digest, blob.size);
+        let read = {
+            let blobs = Arc::clone(blobs);
+            move || {
+                let mut bytes = Vec::new();
+                blobs.read(&digest, size, &mut bytes).map(|()| bytes)
+            }
+        };
+        let thread = thread::Builder::new().name("read-ahead".into()).spawn(read).ok()?;
+        Some(Self { blobs: Arc::clone(blobs), digest, size, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Whether that is the blob.
+    fn is(&self, digest: &Digest, stored_bytes: u64) -> bool {
+        (digest, stored_bytes) == (&self.digest, self.size)
+    }
+
+    /// Waits for the blob, and returns it once.
+    fn take(&self) -> Option<Result<Vec<u8>, BlobError>> {
         let thread = locks::lock(&self.thread).take()?;
         thread.join().ok()
+    }
+}
+
+/// A process with a thread that nobody waits for could not fork.
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        self.take();
     }
 }
 
@@ -94,14 +105,14 @@ impl Blobs for Ahead {
     }
 
     fn read(&self, digest: &Digest, stored_bytes: u64, bytes: &mut Vec<u8>) -> Result<(), BlobError> {
-        match self.take(digest, stored_bytes) {
-            Some(read) => {
-                bytes.clear();
-                *bytes = read?;
-                Ok(())
-            }
-            None => self.blobs.read(digest, stored_bytes, bytes),
+        if self.is(digest, stored_bytes)
+            && let Some(read) = self.take()
+        {
+            bytes.clear();
+            *bytes = read?;
+            return Ok(());
         }
+        self.blobs.read(digest, stored_bytes, bytes)
     }
 
     fn is_remote(&self) -> bool {
@@ -202,6 +213,10 @@ mod tests {
         let mut bytes = Vec::new();
         blobs.read(&small.digest, small.size, &mut bytes).unwrap();
         assert_eq!(bytes, b"small");
+        // What was read for nothing is not kept.
+        fs::write(plain.blob(&layer.digest, 0).file().unwrap(), b"other").unwrap();
+        let error = blobs.read(&layer.digest, layer.size, &mut bytes).unwrap_err();
+        assert!(matches!(error, BlobError::Size { found: 5, .. }), "{error}");
 
         for no_image in [&b""[..], br#"{"layers":["#, br#"{"layers":[7]}"#, b"\xff"] {
             assert!(super::parse(no_image, Digest::of(no_image), Arc::clone(&plain)).is_err());
