@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mosfs::internals::digest::Digest;
+use mosfs::internals::image::ahead;
 use mosfs::internals::image::blobs::BlobFolder;
 use mosfs::internals::image::format::ChunkedLayer;
 use mosfs::internals::image::layer::Layer;
@@ -158,7 +159,7 @@ pub fn open(layout: &Path) -> Result<()> {
     let place = source.open(&Access::default())?;
     let found = place.find_image(source.name.as_deref(), &Platform::this_machine())?;
     let blobs = Arc::new(BlobFolder::of_layout(layout, Links::Refused));
-    let (image, blobs) = place.image_to_open(&found, blobs)?;
+    let (image, blobs) = ahead::parse(&place.fetch(&found, MAX_MANIFEST_BYTES)?, found.digest, blobs)?;
     let rootfs = image.layers.first().ok_or("the image has no layer")?;
     let (digest, size, chunks) = (rootfs.digest, rootfs.size, Arc::clone(&image.chunks));
     let layer = ChunkedLayer { digest, size, chunks, blobs };

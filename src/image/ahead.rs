@@ -23,9 +23,12 @@ const FEW_BYTES: u64 = 512 << 10;
 /// Reads a manifest, whose digest has just been checked, of an image that is opened next. Returns the blobs to open it
 /// from; `blobs` has them all.
 ///
+/// From here on a thread opens descriptors that are the image's. Whoever starts a daemon that closes those of others
+/// lists them before.
+///
 /// # Errors
 /// Those of [`OciImage::parse`].
-pub(crate) fn parse(
+pub fn parse(
     manifest: &[u8],
     digest: Digest,
     blobs: Arc<dyn Blobs>,

@@ -20,7 +20,7 @@
 //! A format is one folder here and one row in [`mod@format`]. Parsers take bytes from a [`Source`] and never do I/O of
 //! their own, so that the same reader serves a verified file, a device, memory and a fuzzer.
 
-pub(crate) mod ahead;
+pub mod ahead;
 pub mod blobs;
 pub mod boot;
 pub mod bytes;

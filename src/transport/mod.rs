@@ -261,9 +261,8 @@ impl dyn Transport + '_ {
         self.image_as(manifest, |bytes| OciImage::of(bytes, manifest.digest))
     }
 
-    /// The same for an image that is opened next: what that begins with is read meanwhile. Returns the blobs to open it
-    /// from; `blobs` has them all.
-    pub fn image_to_open(
+    /// The same for an image that is opened next, from the blobs that this returns: see [`ahead::parse`].
+    pub(crate) fn image_to_open(
         &self,
         manifest: &Descriptor,
         blobs: Arc<dyn Blobs>,
