@@ -45,6 +45,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// How long a disk may take to answer that has answered before.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// How long a mount of before may take to be gone.
+const FREE_WITHIN: Duration = Duration::from_secs(5);
 /// How long no device may have appeared before all are taken to be there, and how long that is waited for.
 const SETTLED_AFTER: Duration = Duration::from_secs(3);
 const SETTLE_WITHIN: Duration = Duration::from_secs(30);
@@ -323,7 +325,17 @@ fn mount(device: &Path, driver: &str, access: Access) -> Result<OwnedFd, SetupEr
         }
         context.mount(flags)
     };
-    mounted().map_err(|source| SetupError::Mount { path: device.to_path_buf(), source })
+    let end = Instant::now() + FREE_WITHIN;
+    loop {
+        match mounted() {
+            // It is mounted for the other kind of use until the last copy of that mount's descriptor is closed, and a program
+            // that is just being started by this one has a copy.
+            Err(error) if error.errno() == libc::EBUSY && Instant::now() < end => thread::sleep(LOOK_EVERY),
+            mounted => {
+                return mounted.map_err(|source| SetupError::Mount { path: device.to_path_buf(), source });
+            }
+        }
+    }
 }
 
 fn through(mount: &OwnedFd) -> PathBuf {

@@ -285,6 +285,22 @@ fn a_medium_carries_the_nonce_there_and_the_signature_back() {
     assert_eq!(fs::read(exchange.signature()).unwrap(), b"whole");
 }
 
+/// A mount for reading that is still there when the medium is to be written, and then is not.
+#[test]
+fn a_medium_that_is_in_use_for_a_moment_is_waited_for() {
+    let stick = Stick::new(&[]);
+    let (medium, at) = (stick.medium(), stick.dir.path().join("at"));
+    fs::create_dir(&at).unwrap();
+    run(Command::new("mount").args(["-o", "ro,noload", &stick.device]).arg(&at));
+    thread::scope(|scope| {
+        let writing = scope.spawn(|| medium.write("nonce", &[7; 36], "signature"));
+        thread::sleep(Duration::from_millis(200));
+        run(Command::new("umount").arg(&at));
+        writing.join().unwrap().unwrap();
+    });
+    assert_eq!(medium.read("nonce", 100).unwrap().unwrap(), [7; 36]);
+}
+
 #[test]
 fn a_medium_that_cannot_be_written_is_named() {
     let exchange = Exchange::new();
