@@ -259,7 +259,7 @@ fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::P
     let mut flags = if is_signed { MountFlags::default() } else { MountFlags::untrusted() };
     let options = args.options(&mut flags)?;
     // Whatever is opened for the image, now or by a thread that reads ahead, is its daemon's.
-    let foreign = sys::daemon::open_descriptors();
+    let foreign = Some(sys::daemon::open_descriptors());
     // Before that thread, which would otherwise have an arena of its own.
     sys::daemon::lean_allocator();
     let verification = Verification { root_hashes: &args.root_hash, unsafe_no_verity: args.unsafe_no_verity };
@@ -288,17 +288,7 @@ fn try_mount(args: &MountArgs, global: &Global, find: Find<'_>, pipe: &notify::P
         ..FuseOptions::default()
     };
     let (target, backend) = (args.target.as_path(), args.backend);
-    Request {
-        plan: &plan,
-        target,
-        backend,
-        flags,
-        upper: upper.as_ref(),
-        fuse,
-        daemon,
-        foreign: Some(foreign),
-    }
-    .run()?;
+    Request { plan: &plan, target, backend, flags, upper: upper.as_ref(), fuse, daemon, foreign }.run()?;
     Ok(())
 }
 

@@ -76,12 +76,11 @@ pub(super) struct Visible {
     pub folders: u32,
 }
 
-/// The lists of inodes, the newest first. The message may be read once from here on.
+/// The lists of inodes, the newest first.
 ///
 /// # Errors
 /// A version that is not read, and a message that makes no sense.
 pub(super) fn lists<'m>(message: &'m Message<'m>) -> Result<Vec<List<'m>>, LayerError> {
-    message.refill();
     let root = message.root()?;
     let version = root.u64(0);
     if version != MANIFEST_VERSION {

@@ -79,7 +79,7 @@ struct Target {
 }
 
 impl<'a> Message<'a> {
-    /// Reads the table of segments.
+    /// Reads the table of segments. The message may be read once from here on.
     pub(super) fn open(bytes: &'a [u8]) -> Result<Self, LayerError> {
         let word = |at: usize| -> Result<usize, LayerError> {
             let bytes =
@@ -103,14 +103,7 @@ impl<'a> Message<'a> {
             segments.push(Segment { start, end });
             start = end;
         }
-        let message = Self { bytes, segments, budget: Cell::new(0) };
-        message.refill();
-        Ok(message)
-    }
-
-    /// Allows the whole message to be read once more.
-    pub(super) fn refill(&self) {
-        self.budget.set((self.bytes.len() / WORD) as u64);
+        Ok(Self { bytes, segments, budget: Cell::new((bytes.len() / WORD) as u64) })
     }
 
     /// The root struct.

@@ -142,9 +142,10 @@ impl Table {
     pub(super) fn read(bytes: &[u8], listed: &Chunks) -> Result<Table, LayerError> {
         let folders = || -> Result<_, LayerError> {
             let message = Message::open(bytes)?;
-            let mut visible = visible(&lists(&message)?)?;
+            let lists = lists(&message)?;
+            let mut visible = visible(&lists)?;
             let mut table = Table::default();
-            table.walk(&lists(&message)?, &mut visible)?;
+            table.walk(&lists, &mut visible)?;
             Ok((table, visible))
         };
         let parts = || Used::read(&Message::open(bytes)?, listed);
@@ -160,7 +161,7 @@ impl Table {
         };
         let ((mut table, visible), mut parts) = (folders?, parts?);
         let message = Message::open(bytes)?;
-        table.keep(&lists(&message)?, &visible, &mut parts, &message)?;
+        table.keep(&message, &lists(&message)?, &visible, &mut parts)?;
         table.entries.shrink_to_fit();
         table.stretches.shrink_to_fit();
         table.chunks.shrink_to_fit();
@@ -321,10 +322,10 @@ impl Table {
     /// The fourth walk: keeps the inodes that were reached.
     fn keep(
         &mut self,
+        message: &Message<'_>,
         lists: &[List<'_>],
         visible: &[Visible],
         chunks: &mut Used<'_>,
-        message: &Message<'_>,
     ) -> Result<(), LayerError> {
         let mut places = vec![NONE; visible.len()];
         self.inodes.reserve_exact(visible.iter().filter(|seen| seen.links > 0).count());
